@@ -1,0 +1,111 @@
+"""The contenders of the head benchmark: the same problem, the same result (loss, d hidden, d weight), different heads.
+
+Legend: N tokens, H hidden, V vocabulary.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
+
+Side = Callable[[], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass
+class Problem:
+    """Random operands and the mask of kept tokens."""
+
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    target_N: Tensor
+    mask_N: Tensor
+
+    @classmethod
+    def make(cls, tokens: int, hidden: int, vocabulary: int, dtype: str, keep_fraction: float, device: torch.device) -> Self:
+        generator = torch.Generator(device).manual_seed(0)
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        hidden_NH = torch.randn(tokens, hidden, generator=generator, device=device).to(kind).requires_grad_()
+        weight_VH = (torch.randn(vocabulary, hidden, generator=generator, device=device) * hidden**-0.5).to(kind).requires_grad_()
+        target_N = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
+        mask_N = (torch.randperm(tokens, generator=generator, device=device) < round(keep_fraction * tokens)).float()
+        return cls(hidden_NH, weight_VH, target_N, mask_N)
+
+    @property
+    def weight_gradient_bytes(self) -> int:
+        """What every side must hold in the end, in the parameters' dtype."""
+        return self.weight_VH.numel() * self.weight_VH.element_size()
+
+    def truth(self) -> tuple[Tensor, Tensor, Tensor]:
+        """fp64; small problems only."""
+        operands = [tensor.detach().double().requires_grad_() for tensor in (self.hidden_NH, self.weight_VH)]
+        loss_N = F.cross_entropy(operands[0] @ operands[1].t(), self.target_N, reduction="none")
+        return loss_N.detach(), *torch.autograd.grad((loss_N * self.mask_N).sum(), operands)
+
+    def differentiate(self, total: Tensor, loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return loss_N.detach(), *torch.autograd.grad(total, (self.hidden_NH, self.weight_VH))
+
+
+def contenders(problem: Problem, ours: str, peer: str, chunk_tokens: int | None = None, elementwise: str = "auto") -> tuple[Side, Side]:
+    """(ours, peer) as functions of no argument."""
+    return _ours(problem, ours, chunk_tokens, elementwise), _peer(problem, peer)
+
+
+def _ours(problem: Problem, mode: str, chunk_tokens: int | None, elementwise: str) -> Side:
+    options = dict(chunk_tokens=chunk_tokens, elementwise=elementwise)
+
+    def late():
+        loss_N = linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, mode=mode, **options)
+        return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
+
+    def known():
+        total, loss_N = selected_linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, problem.mask_N, **options)
+        return problem.differentiate(total, loss_N)
+
+    return known if mode == "known" else late
+
+
+def _peer(problem: Problem, name: str) -> Side:
+    if name == "torch-lce":
+        if not hasattr(F, "linear_cross_entropy"):
+            raise SystemExit(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has); choose another --peer.")
+
+        def torch_head():
+            loss_N = F.linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, reduction="none")
+            return problem.differentiate((loss_N.float() * problem.mask_N).sum(), loss_N)
+
+        return torch_head
+    fused = name == "megatron-fused"
+    cross_entropy = _megatron_cross_entropy(fused)
+
+    def megatron_head():
+        hidden, weight = problem.hidden_NH, problem.weight_VH
+        if name == "megatron-widened":
+            hidden, weight = hidden.float(), weight.float()
+        loss_N = cross_entropy((hidden @ weight.t())[:, None], problem.target_N[:, None])[:, 0]
+        return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
+
+    return megatron_head
+
+
+@cache
+def _megatron_cross_entropy(fused: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """megatron-core's loss needs its groups: a single process is one."""
+    from megatron.core import parallel_state
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    if not dist.is_initialized():
+        store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    group = parallel_state.get_tensor_model_parallel_group()
+    return (lambda logits, target: fused_vocab_parallel_cross_entropy(logits, target, group)) if fused else vocab_parallel_cross_entropy

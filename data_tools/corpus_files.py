@@ -1,0 +1,94 @@
+"""Copying parts of finished corpora into a new one: what merging and splitting have in common.
+
+Tokens move from file to file as bytes; no token becomes a Python object. The new corpus is written aside and checksummed on
+the way, and so is every source, so a damaged one is found before anything is published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.data.indexed import sync_folder, write_index
+from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, manifest_path
+
+_COPY_BYTES = 16 << 20
+
+
+class CorpusCopy:
+    """A new corpus in PREFIX.partial/, filled with `copy_from`, published by `finish`. Leaving early removes it."""
+
+    def __init__(self, prefix: str, dtype: np.dtype, *, overwrite: bool) -> None:
+        existing = [path for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)) if path.exists()]
+        if existing and not overwrite:
+            raise ValueError(f"{existing[0]} exists already. Give --overwrite to replace it, or another output prefix.")
+        self.prefix, self._dtype = prefix, np.dtype(dtype)
+        self._folder = Path(f"{prefix}.partial")
+        self.documents = 0
+
+    def __enter__(self) -> CorpusCopy:
+        try:
+            self._folder.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"{self._folder} exists: another program is writing this corpus, or one was killed. If none runs, "
+                             "delete that folder.") from None
+        self._bin = open(self._folder / "tokens.bin", "wb")
+        self._lengths = open(self._folder / "lengths.i32", "wb")
+        self._sha256 = hashlib.sha256()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self._bin, self._lengths):
+            try:
+                stream.close()
+            except OSError:
+                pass  # a full disk: the folder goes anyway
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def copy_file(self, path: str | Path) -> str:
+        """Append the whole token file; returns the sha256 of what was read."""
+        state = hashlib.sha256()
+        with open(path, "rb", buffering=0) as stream:
+            while piece := stream.read(_COPY_BYTES):
+                self._bin.write(piece)
+                state.update(piece)
+                self._sha256.update(piece)
+        return state.hexdigest()
+
+    def add_bytes(self, tokens: memoryview | bytes) -> None:
+        self._bin.write(tokens)
+        self._sha256.update(tokens)
+
+    def add_lengths(self, lengths_tokens: np.ndarray) -> None:
+        self._lengths.write(lengths_tokens.astype("<i4").tobytes())
+        self.documents += len(lengths_tokens)
+
+    def finish(self, template: CorpusManifest, **changes: Any) -> CorpusManifest:
+        """Publish with the tokenizer and policies of `template`; `changes` are the other fields of the manifest."""
+        bin_bytes = self._bin.tell()
+        for stream in (self._bin, self._lengths):
+            stream.flush()
+            os.fsync(stream.fileno())
+        lengths = (np.memmap(self._folder / "lengths.i32", mode="r", dtype="<i4") if self.documents else np.empty(0, "<i4"))
+        index_sha256 = hashlib.sha256()
+        with open(self._folder / "corpus.idx", "wb", buffering=1 << 20) as stream:
+            write_index(stream, self._dtype, lengths, index_sha256.update)
+            stream.flush()
+            os.fsync(stream.fileno())
+        manifest = CorpusManifest(
+            format_version=FORMAT_VERSION, documents=self.documents, tokens=bin_bytes // self._dtype.itemsize,
+            token_dtype=self._dtype.name, bin_bytes=bin_bytes, idx_bytes=(self._folder / "corpus.idx").stat().st_size,
+            bin_sha256=self._sha256.hexdigest(), idx_sha256=index_sha256.hexdigest(), tokenizer=template.tokenizer,
+            append_eod=template.append_eod, prepend_bos=template.prepend_bos, **changes)
+        manifest_path(self.prefix).unlink(missing_ok=True)  # from here to the next write the prefix counts as unfinished
+        Path(f"{self.prefix}.verified.json").unlink(missing_ok=True)
+        os.replace(self._folder / "tokens.bin", f"{self.prefix}.bin")
+        os.replace(self._folder / "corpus.idx", f"{self.prefix}.idx")
+        sync_folder(Path(self.prefix).parent)
+        manifest.write(self.prefix)
+        return manifest

@@ -1,0 +1,35 @@
+"""Text to the bytes of the .bin: the tokenizer's own encoder, or the word cache where it is proved exact."""
+
+from __future__ import annotations
+
+from typing import Protocol, Sequence
+
+from data_tools.segments import cut_rules
+from data_tools.word_cache import CachedEncoder
+from megatron_slm.tokenization import Tokenizer
+
+
+class Encoder(Protocol):
+    """Turns texts into little-endian tokens of the tokenizer's dtype, exactly as Tokenizer.encode would."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[bytes]: ...
+
+
+class PlainEncoder:
+    """The tokenizer itself, one call per document (SentencePiece) or per batch (Hugging Face)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
+        tokens, lengths = self._tokenizer.encode_batch(texts)
+        content = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
+        ends = (lengths.cumsum() * tokens.itemsize).tolist()
+        return [content[start:end] for start, end in zip([0, *ends[:-1]], ends)]
+
+
+def build_encoder(tokenizer: Tokenizer, name: str = "auto") -> Encoder:
+    """`plain`, or with `auto` the word cache for every vocabulary whose pieces prove it exact."""
+    if name == "auto" and (rules := cut_rules(tokenizer)) is not None:
+        return CachedEncoder(tokenizer, rules)
+    return PlainEncoder(tokenizer)

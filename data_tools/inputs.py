@@ -1,0 +1,164 @@
+"""From --input arguments to an ordered list of files, and from files to units of work.
+
+Order is the order of documents in the corpus: arguments as given; inside a folder or a glob, files by path. A unit is the
+smallest piece a shard can begin at; cutting depends on sizes only, so it is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Iterator, Sequence
+
+BLOCK_BYTES = 4 << 20
+FILES_PER_BLOCK = 512
+STDIN = "-"
+
+_LINES = (".jsonl", ".ndjson")
+_PARQUET = (".parquet", ".pq")
+_COMPRESSED = (".gz", ".zst", ".zstd")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    source: int
+    """Which --input argument."""
+    path: str
+    form: str
+    """lines, text or parquet."""
+    compression: str
+    """"" , gz or zst."""
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    kind: str
+    """lines: a byte range; files: whole text files; rows: a parquet row group; stream: one compressed jsonl or standard input."""
+    files: tuple[SourceFile, ...]
+    start: int
+    end: int
+    """Bytes for lines, row group for rows; for accounting everywhere, `size_bytes`."""
+    size_bytes: int
+
+    @property
+    def source(self) -> int:
+        return self.files[0].source
+
+
+def find_files(inputs: Sequence[str], form: str = "auto", include: Sequence[str] = ()) -> list[SourceFile]:
+    """Every file the arguments name: files, folders (all files below, hidden ones left out), globs, or - for standard input.
+
+    Raises ValueError when an argument names nothing.
+    """
+    files: list[SourceFile] = []
+    for source, argument in enumerate(inputs):
+        if argument == STDIN:
+            files.append(SourceFile(source, STDIN, "lines" if form == "auto" else form, "", 0, 0))
+            continue
+        paths = list(_paths_of(argument, include))
+        if not paths:
+            raise ValueError(f"--input {argument}: no such file or folder, and no file matches it"
+                             + (f" and --include {' '.join(include)}" if include else ""))
+        files.extend(_describe(source, path, in_folder, form) for path, in_folder in paths)
+    return files
+
+
+def _paths_of(argument: str, include: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """(path, whether it was found inside a folder) in order."""
+    matches = [argument] if os.path.lexists(argument) else sorted(glob.glob(argument, recursive=True), key=os.fsencode)
+    for path in matches:
+        if not os.path.isdir(path):
+            yield path, False
+            continue
+        found = []
+        for folder, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(folder, name) for name in names if not name.startswith(".")
+                      and (not include or any(fnmatch.fnmatch(name, pattern) for pattern in include))]
+        yield from ((each, True) for each in sorted(found, key=os.fsencode))
+
+
+def _describe(source: int, path: str, in_folder: bool, form: str) -> SourceFile:
+    stem, suffix = os.path.splitext(path.lower())
+    compression = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}.get(suffix, "")
+    suffix = os.path.splitext(stem)[1] if compression else suffix
+    if form == "auto":
+        if suffix in _LINES or (suffix == ".json" and not in_folder):
+            form = "lines"
+        else:
+            form = "parquet" if suffix in _PARQUET and not compression else "text"
+    else:
+        form = {"jsonl": "lines"}.get(form, form)
+    try:
+        status = os.stat(path)
+        size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
+    except OSError:  # a dangling link: kept, so that reading it is reported
+        size_bytes, mtime_ns = 0, 0
+    return SourceFile(source, path, form, compression, size_bytes, mtime_ns)
+
+
+def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> list[Unit]:
+    """Cut files into units, in order. Text files are grouped; jsonl is cut into byte ranges (a line belongs to the range it
+    begins in); parquet into row groups; a compressed file or standard input stays whole."""
+    units: list[Unit] = []
+    group: list[SourceFile] = []
+    group_bytes = 0
+
+    def close_group() -> None:
+        if group:
+            units.append(Unit("files", tuple(group), 0, 0, group_bytes))
+            group.clear()
+
+    for file in files:
+        if file.form != "text" or (group and (file.source != group[0].source or len(group) >= FILES_PER_BLOCK
+                                              or group_bytes + file.size_bytes > block_bytes)):
+            close_group()
+        if file.path == STDIN or (file.form == "lines" and file.compression):
+            units.append(Unit("stream", (file,), 0, 0, file.size_bytes))
+        elif file.form == "text":
+            group_bytes = group_bytes + file.size_bytes if group else file.size_bytes
+            group.append(file)
+        elif file.form == "parquet":
+            units.extend(_row_groups(file))
+        else:
+            units.extend(Unit("lines", (file,), start, min(start + block_bytes, file.size_bytes),
+                              min(start + block_bytes, file.size_bytes) - start)
+                         for start in range(0, max(file.size_bytes, 1), block_bytes))
+    close_group()
+    return units
+
+
+def _row_groups(file: SourceFile) -> list[Unit]:
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(file.path)
+    except Exception:  # pyarrow has several error families; the worker that reads the unit reports the file
+        return [Unit("rows", (file,), 0, 0, file.size_bytes)]
+    return [Unit("rows", (file,), group, group + 1, metadata.row_group(group).total_byte_size)
+            for group in range(metadata.num_row_groups)]
+
+
+def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
+    """The contiguous part of the units that shard `index` of `count` owns, by bytes. Shards in order are the whole."""
+    total_bytes = sum(max(unit.size_bytes, 1) for unit in units)
+    mine, done_bytes = [], 0
+    for unit in units:
+        if done_bytes * count // max(total_bytes, 1) == index:
+            mine.append(unit)
+        done_bytes += max(unit.size_bytes, 1)
+    return mine
+
+
+def plan_fingerprint(files: Sequence[SourceFile]) -> str:
+    """Identity of the list of inputs: paths, sizes and modification times. Content is fingerprinted while it is read."""
+    state = hashlib.sha256()
+    for file in files:
+        state.update(f"{file.source}\0{file.path}\0{file.form}\0{file.size_bytes}\0{file.mtime_ns}\n".encode(
+            "utf-8", "surrogateescape"))
+    return "sha256:" + state.hexdigest()

@@ -1,0 +1,165 @@
+"""Look into a corpus: its documents as text, its numbers, the lengths of its documents.
+
+    python -m data_tools.inspect_corpus data/corpus                        numbers and a length histogram
+    python -m data_tools.inspect_corpus data/corpus --document 0 17        these documents as text
+    python -m data_tools.inspect_corpus data/corpus --tokens --document 0  token by token
+    python -m data_tools.inspect_corpus data/corpus --scores data/scores --document 7     the text with its scores
+    python -m data_tools.inspect_corpus data/corpus --json                 the numbers for a program
+    python -m data_tools.inspect_corpus data/corpus --picture lengths.png  the histogram of every source as a picture
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_tools.score_checks import show_scores
+from data_tools.statistics_report import length_summary
+from data_tools.verify import find_tokenizer
+from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
+from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.tokenization import Tokenizer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.inspect_corpus", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", metavar="C", help="the corpus, without .bin")
+    parser.add_argument("--tokenizer", metavar="P.model", help="its tokenizer, when it is no longer where the manifest says")
+    parser.add_argument("--document", type=int, nargs="+", default=[], metavar="N", help="show these documents; -1 is the last")
+    parser.add_argument("--tokens", action="store_true", help="show documents token by token, with ids")
+    parser.add_argument("--scores", metavar="S", help="a score store of this corpus: documents are shown with their scores")
+    parser.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="of each document shown (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--picture", metavar="F.png", help="draw the length histograms")
+    return parser
+
+
+def statistics_of_corpus(prefix: str, manifest: CorpusManifest, index: CorpusIndex) -> dict[str, Any]:
+    """PREFIX.statistics.json where preprocess left one that fits, else what the index alone tells."""
+    path = Path(f"{prefix}.statistics.json")
+    if path.exists():
+        statistics = json.loads(path.read_text(encoding="utf-8"))
+        if statistics["total"]["tokens"] == manifest.tokens and statistics["total"]["documents"] == manifest.documents:
+            return statistics
+    lengths_tokens = np.diff(index.document_starts_tokens())
+    total = {"documents": manifest.documents, "tokens": manifest.tokens, "bytes_per_token": None,
+             "document_tokens": length_summary(lengths_tokens)}
+    return {"sources": [], "total": total}
+
+
+def print_numbers(prefix: str, manifest: CorpusManifest, statistics: dict[str, Any], console: Console) -> None:
+    policy = "closed by the end-of-document token" if manifest.append_eod else "not closed"
+    console.print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype}), documents "
+                  f"{policy}; vocabulary {manifest.tokenizer['path']}", highlight=False)
+    table = Table()
+    table.add_column("source", no_wrap=True, max_width=40)
+    for name in ("documents", "tokens", "bytes per token", "median", "90 %", "99 %", "longest"):
+        table.add_column(name, justify="right")
+    for row in statistics["sources"] + [{"source": "all", **statistics["total"]}]:
+        quantiles = row["document_tokens"]["quantiles"]
+        ratio = row["bytes_per_token"]
+        table.add_row(row["source"], f"{row['documents']:,}", f"{row['tokens']:,}", f"{ratio:.2f}" if ratio else "–",
+                      *(f"{quantiles.get(name, 0):,}" for name in ("0.5", "0.9", "0.99", "1")))
+    console.print(table)
+    bins = statistics["total"]["document_tokens"]["histogram_log2"]
+    for power, count in enumerate(bins):
+        if count:
+            console.print(f"{2**power:>10,} to {2**(power + 1) - 1:>10,} tokens {count:>12,} "
+                          f"{'█' * max(1, round(40 * count / max(bins)))}", highlight=False)
+
+
+def draw(path: str, statistics: dict[str, Any]) -> None:
+    """The share of documents over their length in tokens, one line per source."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for row in statistics["sources"] or [{"source": "all", **statistics["total"]}]:
+        bins = np.array(row["document_tokens"]["histogram_log2"], float)
+        if bins.sum():
+            axes.stairs(bins / bins.sum(), 2.0 ** np.arange(len(bins) + 1), label=row["source"][-50:])
+    axes.set(xscale="log", xlabel="document length (tokens)", ylabel="share of documents")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def show_document(number: int, tokens: np.ndarray, index: CorpusIndex, tokenizer: Tokenizer, by_token: bool, max_tokens: int,
+                  console: Console, scores: ScoreStore | None = None) -> None:
+    starts_tokens = index.document_starts_tokens()
+    number = number + index.documents if number < 0 else number
+    if not 0 <= number < index.documents:
+        raise ValueError(f"--document {number}: the corpus has documents 0 to {index.documents - 1}")
+    start, end = int(starts_tokens[number]), int(starts_tokens[number + 1])
+    ids = tokens[start:min(end, start + max_tokens)]
+    console.rule(f"document {number}: tokens {start:,} to {end:,}", align="left")
+    if scores is not None:
+        show_scores(scores, start, ids, tokenizer, by_token, console)
+    elif by_token:
+        for offset, token_id in enumerate(ids.tolist()):
+            console.print(f"{start + offset:>12} {token_id:>7} {tokenizer.piece(token_id)!r}", markup=False, highlight=False)
+    else:
+        ids = ids[ids != tokenizer.eod_id]
+        console.print(tokenizer.decode(ids), markup=False, highlight=False, soft_wrap=True)
+    if end - start > max_tokens:
+        console.print(f"… {end - start - max_tokens:,} more tokens (--max-tokens)", markup=False)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Raises ValueError with a sentence."""
+    prefix = arguments.prefix.removesuffix(".bin").removesuffix(".idx")
+    if arguments.tokens and not arguments.document:
+        raise ValueError("--tokens shows documents: say which with --document N")
+    if arguments.max_tokens < 1:
+        raise ValueError(f"--max-tokens {arguments.max_tokens}: at least 1")
+    manifest, index = CorpusManifest.read(prefix), read_index(f"{prefix}.idx")
+    tokens = open_tokens(prefix, index)
+    statistics = statistics_of_corpus(prefix, manifest, index)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    if arguments.picture:
+        draw(arguments.picture, statistics)
+    if arguments.json:
+        print(json.dumps({"manifest": manifest.to_json(), "statistics": statistics}, indent=2))
+    elif not arguments.document:
+        print_numbers(prefix, manifest, statistics, console)
+    scores = open_scores(arguments, manifest)
+    if arguments.document:
+        tokenizer = find_tokenizer(prefix, manifest, arguments.tokenizer)
+        if tokenizer is None:
+            raise ValueError(f"{manifest.tokenizer['path']} is gone; give --tokenizer P.model to see text")
+        for number in arguments.document:
+            show_document(number, tokens, index, tokenizer, arguments.tokens, arguments.max_tokens, console, scores)
+
+
+def open_scores(arguments: argparse.Namespace, manifest: CorpusManifest) -> ScoreStore | None:
+    """The store named by --scores, checked to be of this corpus; an unfinished one is shown as far as it goes."""
+    if arguments.scores is None:
+        return None
+    if not arguments.document:
+        raise ValueError("--scores shows documents with their scores: say which with --document N")
+    scores = ScoreStore.open(arguments.scores, allow_missing_scores=True)
+    scores.check_against(manifest)
+    return scores
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        inspect(build_parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"inspect_corpus: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Join corpora end to end, for example the shards of an array job.
+
+    python -m data_tools.merge --input 'data/corpus.shard-*-of-00008' --output-prefix data/corpus
+
+The tokens are copied as bytes; the result is what one run over the same input writes, to the byte. Shards of one run are put
+in their order, and a missing, foreign or damaged one is an error. Other corpora are joined in the order given, if they have the
+same tokenizer, token dtype and end-of-document policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from data_tools.corpus_files import CorpusCopy
+from megatron_slm import __version__
+from megatron_slm.data.indexed import check_bin_size, read_index
+from megatron_slm.data.manifest import CorpusManifest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.merge", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="C",
+                        help="prefixes of corpora (without .bin), or globs of prefixes in quotes")
+    parser.add_argument("--output-prefix", required=True, metavar="C", help="the joined corpus")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus under the output prefix")
+    return parser
+
+
+def find_prefixes(arguments: list[str]) -> list[str]:
+    """Prefixes named directly or by globs (a glob matches manifests). Raises ValueError when one names nothing."""
+    prefixes: list[str] = []
+    for argument in arguments:
+        argument = argument.removesuffix(".bin").removesuffix(".idx")
+        if Path(f"{argument}.manifest.json").exists() or not glob.has_magic(argument):
+            prefixes.append(argument)
+            continue
+        found = sorted(glob.glob(f"{argument}.manifest.json"), key=os.fsencode)
+        if not found:
+            raise ValueError(f"--input {argument}: no corpus matches (looked for {argument}.manifest.json)")
+        prefixes += [path.removesuffix(".manifest.json") for path in found]
+    if len(set(prefixes)) != len(prefixes):
+        twice = next(prefix for prefix, count in Counter(prefixes).items() if count > 1)
+        raise ValueError(f"--input names {twice} twice; its documents would be in the corpus twice")
+    return prefixes
+
+
+def in_order(corpora: dict[str, CorpusManifest]) -> list[str]:
+    """Prefixes in the order to join them: shards by number, anything else as given. Raises ValueError when shards of one run
+    are missing or mixed with others."""
+    shards = {prefix: manifest.shard for prefix, manifest in corpora.items() if manifest.shard}
+    if not shards:
+        return list(corpora)
+    if len(shards) != len(corpora):
+        whole = next(prefix for prefix in corpora if prefix not in shards)
+        raise ValueError(f"{whole} is a whole corpus, the others are shards of one; merge the shards first")
+    first = next(iter(shards.values()))
+    for prefix, shard in shards.items():
+        if (shard["plan"], shard["count"]) != (first["plan"], first["count"]):
+            raise ValueError(f"{prefix} is a shard of another run: its inputs or the number of shards differ from those of "
+                             f"{next(iter(shards))}")
+    missing = sorted(set(range(first["count"])) - {shard["index"] for shard in shards.values()})
+    if missing or len(shards) != first["count"]:
+        raise ValueError(f"shards {missing} of {first['count']} are missing; run them first (--shard i/{first['count']})")
+    return sorted(corpora, key=lambda prefix: shards[prefix]["index"])
+
+
+def check_alike(corpora: dict[str, CorpusManifest]) -> None:
+    """Raises ValueError unless all corpora have one tokenizer, token dtype and document policy."""
+    first_prefix, first = next(iter(corpora.items()))
+    for prefix, manifest in corpora.items():
+        for name, ours, theirs in (
+                ("tokenizer", manifest.tokenizer["fingerprint"], first.tokenizer["fingerprint"]),
+                ("token dtype", manifest.token_dtype, first.token_dtype), ("append_eod", manifest.append_eod, first.append_eod),
+                ("prepend_bos", manifest.prepend_bos, first.prepend_bos)):
+            if ours != theirs:
+                raise ValueError(f"{prefix} and {first_prefix} cannot be joined: {name} {ours} and {theirs}")
+
+
+def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -> CorpusManifest:
+    """Join the corpora and return the new manifest. Raises ValueError with a sentence; nothing is published then."""
+    corpora = {prefix: CorpusManifest.read(prefix) for prefix in prefixes}
+    prefixes = in_order(corpora)
+    check_alike(corpora)
+    if output_prefix in prefixes:
+        raise ValueError(f"--output-prefix {output_prefix} is one of the inputs")
+    indexes = {}
+    for prefix in prefixes:
+        indexes[prefix] = read_index(f"{prefix}.idx")
+        check_bin_size(prefix, indexes[prefix])
+        if indexes[prefix].documents != len(indexes[prefix].sequence_lengths_tokens):
+            raise ValueError(f"{prefix}: documents of several sequences are not supported")
+    dtype = indexes[prefixes[0]].dtype
+    with CorpusCopy(output_prefix, dtype, overwrite=overwrite) as copy, \
+            Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        for prefix in progress.track(prefixes, description="copying"):
+            if copy.copy_file(f"{prefix}.bin") != corpora[prefix].bin_sha256:
+                raise ValueError(f"{prefix}.bin: the content has changed since the corpus was made. Make it again.")
+            copy.add_lengths(indexes[prefix].sequence_lengths_tokens)
+        return copy.finish(corpora[prefixes[0]], **_history(prefixes, corpora))
+
+
+def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[str, Any]:
+    """What the manifests of the parts say, put together."""
+    manifests = [corpora[prefix] for prefix in prefixes]
+    reasons = sum((Counter(manifest.rejected.get("reasons", {})) for manifest in manifests), Counter())
+    filters = sum((Counter(manifest.filters) for manifest in manifests), Counter())
+    if manifests[0].shard:
+        sources = _sum_sources([manifest.sources for manifest in manifests])
+    else:
+        sources = [source for manifest in manifests for source in manifest.sources]
+    return {"sources": sources, "rejected": {"records": sum(reasons.values()), "reasons": dict(reasons)}, "filters": dict(filters),
+            "created_by": {"program": "data_tools.merge", "version": __version__,
+                           "parts": [{"name": Path(prefix).name, "fingerprint": corpora[prefix].fingerprint,
+                                      "documents": corpora[prefix].documents, "tokens": corpora[prefix].tokens}
+                                     for prefix in prefixes]}}
+
+
+def _sum_sources(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Counts of the same --input arguments over all shards; a content checksum exists per shard only."""
+    merged = []
+    for entries in zip(*parts):
+        merged.append({"input": entries[0]["input"], **{name: sum(entry[name] for entry in entries) for name in
+                                                         ("records", "documents", "tokens", "text_bytes")},
+                       "content_sha256": [entry["content_sha256"] for entry in entries]})
+    return merged
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        prefixes = find_prefixes(arguments.input)
+        Path(arguments.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+        manifest = merge(prefixes, arguments.output_prefix, overwrite=arguments.overwrite)
+    except ValueError as error:
+        print(f"merge: {error}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        print(f"merge: {error}. Nothing was published.", file=sys.stderr)
+        return 4
+    print(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens from {len(prefixes)} corpora")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Statistics per source: documents, tokens, bytes per token, quantiles of document length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from data_tools.run_state import RunState, SourceCounts
+from megatron_slm.data.manifest import write_json_atomically
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def statistics_of(lengths_tokens: np.ndarray, names: Sequence[str], state: RunState) -> dict[str, Any]:
+    """Numbers of each source and of the whole. Documents lie in the order of their sources, so lengths need no labels."""
+    sources = []
+    start = 0
+    for name, counts in zip(names, state.sources):
+        end = start + counts.documents
+        sources.append({"source": name, **_numbers(lengths_tokens[start:end], counts)})
+        start = end
+    total = SourceCounts(records=state.total("records"), documents=state.total("documents"), tokens=state.total("tokens"),
+                         text_bytes=state.total("text_bytes"), rejected=dict(state.rejected()), filtered=dict(state.filtered()))
+    return {"sources": sources, "total": _numbers(lengths_tokens, total)}
+
+
+def _numbers(lengths_tokens: np.ndarray, counts: SourceCounts) -> dict[str, Any]:
+    return {"records": counts.records, "documents": counts.documents, "tokens": counts.tokens, "text_bytes": counts.text_bytes,
+            "bytes_per_token": counts.text_bytes / counts.tokens if counts.tokens else None,
+            "document_tokens": length_summary(lengths_tokens), "rejected": counts.rejected, "filtered": counts.filtered}
+
+
+def length_summary(lengths_tokens: np.ndarray) -> dict[str, Any]:
+    """Mean, quantiles and a histogram in powers of two (bin b counts lengths in [2**b, 2**(b+1)))."""
+    if not len(lengths_tokens):
+        return {"mean": None, "quantiles": {}, "histogram_log2": []}
+    ordered = np.sort(lengths_tokens)  # 4 bytes a document: the one thing here that grows with the corpus
+    places = [min(len(ordered) - 1, int(q * len(ordered))) for q in QUANTILES]
+    bits = np.bincount(np.log2(np.maximum(ordered, 1)).astype(np.int64))
+    return {"mean": float(ordered.mean(dtype=np.float64)),
+            "quantiles": {f"{q:g}": int(ordered[place]) for q, place in zip(QUANTILES, places)},
+            "histogram_log2": bits.tolist()}
+
+
+def write_statistics(path: Path, statistics: dict[str, Any]) -> None:
+    write_json_atomically(path, statistics)

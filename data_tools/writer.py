@@ -1,0 +1,189 @@
+"""The one writer of a corpus: it appends to PREFIX.partial/, remembers how far it came, and moves the finished files out.
+
+PREFIX.partial/ holds tokens.bin, lengths.i32, rejects.jsonl, hashes.bin and progress.json. progress.json is replaced after the
+others reached the disk, so whatever is longer than it says was written after the last save and is cut off on resume. A killed
+run therefore continues exactly, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+from megatron_slm.data.indexed import sync_folder, write_index
+from megatron_slm.data.manifest import CorpusManifest, manifest_path, write_json_atomically
+
+_STREAMS = ("tokens.bin", "lengths.i32", "rejects.jsonl", "hashes.bin")
+_FINISHED = "finished.json"
+_HASH_BYTES = 8 << 20
+
+
+def existing_output(prefix: str) -> list[Path]:
+    """The files of a corpus that already stand under this prefix."""
+    return [path for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)) if path.exists()]
+
+
+class CorpusWriter:
+    """Append documents, save progress, finish. Use as a context manager; leaving it early keeps what was saved."""
+
+    def __init__(self, prefix: str, dtype: np.dtype, identity: dict[str, Any], *, restart: bool = False) -> None:
+        self.prefix, self._dtype, self._identity = prefix, np.dtype(dtype), identity
+        self.folder = Path(f"{prefix}.partial")
+        self._restart = restart
+        self.documents = self.tokens = 0
+        self.state: dict[str, Any] | None = None
+        """What was given to the last `save` of an interrupted run; None when starting anew."""
+        self.published: CorpusManifest | None = None
+        """Set when the run before was killed while it moved finished files out: that was completed on entering."""
+
+    def __enter__(self) -> CorpusWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(f"{self.prefix}: another run is writing this corpus now (it holds {self.folder}/lock)") from None
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        progress_path = self.folder / "progress.json"
+        progress = None
+        self._streams = {}
+        if (self.folder / _FINISHED).exists():
+            self.published = self._publish()
+            return
+        if self._restart:
+            progress_path.unlink(missing_ok=True)
+        elif progress_path.exists():
+            progress = json.loads(progress_path.read_text(encoding="utf-8"))
+            if progress["identity"] != self._identity:
+                raise ValueError(_differs(self.folder, progress["identity"], self._identity))
+        for stray in self.folder.glob("spill-*"):
+            stray.unlink()
+        sizes = progress["sizes"] if progress else dict.fromkeys(_STREAMS, 0)
+        for name in _STREAMS:
+            stream = open(self.folder / name, "ab")
+            self._streams[name] = stream
+            if stream.tell() < sizes[name]:
+                raise ValueError(f"{self.folder / name} is shorter than the saved progress says. Delete the folder, or give "
+                                 "--restart, to begin anew.")
+            stream.truncate(sizes[name])
+            stream.seek(0, os.SEEK_END)
+        self._sha256 = hashlib.sha256()
+        if progress:
+            self.state = progress["state"]
+            self.documents, self.tokens = progress["documents"], sizes["tokens.bin"] // self._dtype.itemsize
+            with open(self.folder / "tokens.bin", "rb") as stream:
+                while piece := stream.read(_HASH_BYTES):
+                    self._sha256.update(piece)
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self._streams.values():
+            try:
+                stream.close()
+            except OSError:
+                pass  # the disk is full: what was saved stands
+        self._lock.close()
+
+    def append(self, tokens: bytes) -> None:
+        """Add tokens of whole documents; `add_documents` says how long those are."""
+        self._streams["tokens.bin"].write(tokens)
+        self._sha256.update(tokens)
+        self.tokens += len(tokens) // self._dtype.itemsize
+
+    def add_documents(self, lengths_tokens: np.ndarray, hashes: bytes = b"") -> None:
+        self._streams["lengths.i32"].write(lengths_tokens.astype("<i4", copy=False).tobytes())
+        self._streams["hashes.bin"].write(hashes)
+        self.documents += len(lengths_tokens)
+
+    def append_file(self, path: str | Path) -> None:
+        """As `append`, for the tokens in a file."""
+        with open(path, "rb") as stream:
+            while piece := stream.read(_HASH_BYTES):
+                self.append(piece)
+
+    def add_reject(self, reject: dict[str, Any]) -> None:
+        self._streams["rejects.jsonl"].write(json.dumps(reject, ensure_ascii=True).encode() + b"\n")
+
+    def saved_hashes(self) -> bytes:
+        return (self.folder / "hashes.bin").read_bytes()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Make everything appended so far survive a kill, with `state` to continue from."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        write_json_atomically(self.folder / "progress.json", {
+            "identity": self._identity, "documents": self.documents,
+            "sizes": {name: stream.tell() for name, stream in self._streams.items()}, "state": state})
+
+    def lengths_tokens(self) -> np.ndarray:
+        """Lengths of all documents so far, mapped from disk."""
+        self._streams["lengths.i32"].flush()
+        if not self.documents:
+            return np.empty(0, "<i4")
+        return np.memmap(self.folder / "lengths.i32", mode="r", dtype="<i4", shape=(self.documents,))
+
+    def finish(self, make_manifest: Callable[..., CorpusManifest], side_files: dict[str, Callable[[Path], None]]) -> CorpusManifest:
+        """Write the index, move everything to its final name (the manifest last) and remove the partial folder.
+
+        `make_manifest` gets documents, tokens, token_dtype, sizes and checksums. `side_files` maps a suffix to a function that
+        writes that file at the path it is given.
+        """
+        index_path = self.folder / "corpus.idx"
+        index_sha256 = hashlib.sha256()
+        with open(index_path, "wb", buffering=1 << 20) as stream:
+            write_index(stream, self._dtype, self.lengths_tokens(), index_sha256.update)
+            stream.flush()
+            os.fsync(stream.fileno())
+        manifest = make_manifest(
+            documents=self.documents, tokens=self.tokens, token_dtype=self._dtype.name,
+            bin_bytes=self.tokens * self._dtype.itemsize, idx_bytes=index_path.stat().st_size,
+            bin_sha256=self._sha256.hexdigest(), idx_sha256=index_sha256.hexdigest())
+        moves = {"tokens.bin": ".bin", "corpus.idx": ".idx"}
+        for suffix, write in side_files.items():
+            write(self.folder / suffix.lstrip("."))
+            moves[suffix.lstrip(".")] = suffix
+        if self._streams["rejects.jsonl"].tell():
+            moves["rejects.jsonl"] = ".rejects.jsonl"
+        else:
+            Path(f"{self.prefix}.rejects.jsonl").unlink(missing_ok=True)
+        write_json_atomically(self.folder / _FINISHED, {"moves": moves, "manifest": manifest.to_json()})
+        return self._publish()
+
+    def _publish(self) -> CorpusManifest:
+        """Move the finished files out; repeated after a kill, it does what is left. Until its last line there is no manifest
+        under the prefix, which every reader takes for an unfinished corpus."""
+        finished = json.loads((self.folder / _FINISHED).read_text(encoding="utf-8"))
+        manifest = CorpusManifest.from_json(finished["manifest"])
+        for stale in (manifest_path(self.prefix), Path(f"{self.prefix}.verified.json")):
+            stale.unlink(missing_ok=True)
+        for name, suffix in finished["moves"].items():
+            if (self.folder / name).exists():
+                os.replace(self.folder / name, f"{self.prefix}{suffix}")
+        sync_folder(Path(self.prefix).parent)
+        manifest.write(self.prefix)
+        for name in ("progress.json", _FINISHED):  # in this order: a kill here leaves a publication that can be repeated
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+        return manifest
+
+
+def _differs(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    lines = [f"  {name}: it has {saved.get(name)!r}, this run has {wanted.get(name)!r}"
+             for name in sorted({*saved, *wanted}) if saved.get(name) != wanted.get(name)]
+    return (f"{folder} holds an unfinished run with other inputs or options:\n" + "\n".join(lines)
+            + "\nGive the same inputs and options to continue it, or --restart to throw it away and begin anew.")

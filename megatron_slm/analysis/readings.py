@@ -1,0 +1,181 @@
+"""One sentence under each picture, formed from the numbers alone: whoever wins, whatever happened."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_slm.analysis.run_folder import PROCESSED, Run
+from megatron_slm.analysis.selection_figures import BY_POSITION, BY_REFERENCE_LOSS, selecting
+from megatron_slm.analysis.style import short_count
+
+EQUAL_NATS = 0.005
+"""Smaller differences of a validation loss are called equal: other seeds alone move small runs by more."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's line in the summary. Losses in nats per token; None = not measured or not reached."""
+
+    run: Run
+    final_loss: float | None
+    processed: float | None
+    selected: float | None
+    tokens_per_second: float | None
+    tokens_to_plain: float | None
+    """Processed tokens at which this run's validation loss first was at or below the plain run's final one."""
+
+
+def plain_run(runs: Sequence[Run]) -> Run | None:
+    return next((run for run in runs if run.is_plain), None)
+
+
+def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
+    name = f"validation/{corpus}/loss"
+    plain = plain_run(runs)
+    goal = plain.last(name) if plain else None
+    return [Outcome(run, run.last(name), _reached(run, PROCESSED), _reached(run, "tokens/selected"), _median(run, "throughput/tokens_per_second"),
+                    tokens_to_reach(run, name, goal)) for run in runs]
+
+
+def tokens_to_reach(run: Run, name: str, goal: float | None) -> float | None:
+    """Processed tokens where the loss first is at or below `goal`, linear between validations; None when it never is."""
+    x, y = run.series(name)
+    below = np.nonzero(y <= goal)[0] if goal is not None else []
+    if not len(below):
+        return None
+    i = int(below[0])
+    if i == 0:
+        return float(x[0])
+    return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - goal) / (y[i - 1] - y[i]))
+
+
+def validation(runs: Sequence[Run], corpus: str) -> str:
+    """Who is lowest at the last token count that every run reached, and where the others stand."""
+    curves = [(run, *run.series(f"validation/{corpus}/loss")) for run in runs]
+    curves = [curve for curve in curves if len(curve[1])]
+    common = min(x[-1] for _, x, _ in curves)
+    losses = sorted(((float(np.interp(common, x, y)), run.name) for run, x, y in curves), key=lambda pair: pair[0])
+    best, name = losses[0]
+    where = f"After {short_count(common)} processed tokens"
+    if len(losses) == 1:
+        return f"{where} the loss of {name} on {corpus} is {best:.3f} nats per token."
+    level = [other for loss, other in losses[1:] if loss - best < EQUAL_NATS]
+    behind = [f"{other} is {loss - best:.3f} higher" for loss, other in losses[1:] if loss - best >= EQUAL_NATS]
+    first = f"{name} has the lowest loss on {corpus}, {best:.3f} nats per token" if not level else \
+        f"{_list([name, *level])} are level on {corpus} at {best:.3f} nats per token (less than {EQUAL_NATS} apart)"
+    return f"{where} {'; '.join([first, *behind])}. One run each: how much chance moves these numbers is not measured here."
+
+
+def training(runs: Sequence[Run]) -> str:
+    """How rejected tokens fared and whether the model has overtaken its reference, for each run that selects."""
+    sentences = []
+    for run in runs:
+        if run.is_plain:
+            continue
+        parts = _reference_gap(run)
+        rejected = run.series("loss/rejected")[1]
+        if len(rejected) > 1:
+            start, end = _end_means(rejected)
+            parts.append(f"the loss of rejected tokens went from {start:.2f} to {end:.2f} nats"
+                         + (" (a rise is expected under selective training; an unbounded one is not)" if end > start + EQUAL_NATS else ""))
+        if parts:
+            sentences.append(f"{run.name}: {'; '.join(parts)}")
+    return ". ".join(sentences) + ("." if sentences else "All tokens are trained on in every run shown.")
+
+
+def _reference_gap(run: Run) -> list[str]:
+    (x, all_), (x_reference, reference) = run.series("loss/all"), run.series("loss/reference")
+    shared, first, second = np.intersect1d(x, x_reference, return_indices=True)
+    if not len(shared):
+        return []
+    start, end = _end_means(all_[first] - reference[second])
+    if end <= 0:
+        return [f"the model has overtaken its reference ({-end:.2f} nats below it at the end), so excess loss "
+                "no longer tells what is worth learning; a better reference would"]
+    return [f"the reference is {end:.2f} nats ahead of the model at the end, {start:.2f} at the start"]
+
+
+def threshold(runs: Sequence[Run]) -> str:
+    sentences = []
+    for run in runs:
+        values, kept = run.series("selection/threshold_nats")[1], run.series("selection/kept_fraction")[1]
+        if run.is_plain or not len(kept) and not len(values):
+            continue
+        parts = []
+        if len(kept):
+            parts.append(f"kept {kept.mean():.1%} of the competing tokens on average")
+        if len(values) and run.ranks_in_nats:
+            start, end = _end_means(values)
+            parts.append(f"its threshold went from {start:.3f} to {end:.3f} nats")
+        sentences.append(f"{run.name} {' and '.join(parts)}")
+    return ". ".join(sentences) + "."
+
+
+def by_reference_loss(runs: Sequence[Run]) -> str:
+    """Which classes of reference loss the choice prefers at the end."""
+    sentences = []
+    for _, run in selecting(runs, BY_REFERENCE_LOSS):
+        rate_Q = run.vectors(BY_REFERENCE_LOSS)[1][-1]
+        if not np.isfinite(rate_Q).any():
+            continue
+        low, high = int(np.nanargmin(rate_Q)), int(np.nanargmax(rate_Q))
+        if rate_Q[high] - rate_Q[low] < 0.05:
+            sentences.append(f"{run.name} selects all classes of reference loss alike ({rate_Q[low]:.0%} to {rate_Q[high]:.0%})")
+        else:
+            sentences.append(f"{run.name} selects {rate_Q[high]:.0%} of class {high + 1}, its most, and {rate_Q[low]:.0%} of class {low + 1}, its least, "
+                             f"of {len(rate_Q)} classes of reference loss (1 = the easiest tokens for the reference)")
+    return ". ".join(sentences) + "."
+
+
+def by_position(runs: Sequence[Run]) -> str:
+    sentences = []
+    for _, run in selecting(runs, BY_POSITION):
+        rates = run.vectors(BY_POSITION)[1][-1]
+        if np.isfinite(rates).any():
+            sentences.append(f"{run.name} selects between {np.nanmin(rates):.0%} and {np.nanmax(rates):.0%} at the {len(rates)} places of a sequence")
+    return ". ".join(sentences) + "."
+
+
+def optimization(runs: Sequence[Run]) -> str:
+    sentences = []
+    for run in runs:
+        norm, limit = run.series("optimizer/grad_norm")[1], run.setting("optimizer.clip_grad_norm", 0)
+        if len(norm):
+            clipped = f"; {np.mean(norm > limit):.0%} of the recorded steps were clipped at {limit:g}" if limit else ""
+            sentences.append(f"{run.name}: median gradient norm {np.median(norm):.3g}, largest {norm.max():.3g}{clipped}")
+    return ". ".join(sentences) + "."
+
+
+def throughput(runs: Sequence[Run]) -> str:
+    speeds = [(run, _median(run, "throughput/tokens_per_second")) for run in runs]
+    plain = next((speed for run, speed in speeds if run.is_plain and speed), None)
+    sentences = []
+    for run, speed in speeds:
+        if speed:
+            beside = f" ({speed / plain - 1:+.0%} beside the plain run)" if plain and not run.is_plain else ""
+            mfu = run.series("throughput/mfu_fraction")[1]
+            sentences.append(f"{run.name} {short_count(speed)} tokens per second{beside}" + (f", MFU {np.median(mfu):.1%}" if len(mfu) else ""))
+    return "Median speed: " + "; ".join(sentences) + "."
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _end_means(values: np.ndarray) -> tuple[float, float]:
+    """Means of the first and of the last tenth: single steps are noise."""
+    width = max(len(values) // 10, 1)
+    return float(values[:width].mean()), float(values[-width:].mean())
+
+
+def _median(run: Run, name: str) -> float | None:
+    values = run.series(name, x="step")[1]
+    return float(np.median(values)) if len(values) else None
+
+
+def _reached(run: Run, name: str) -> float | None:
+    values = [record[name] for record in run.training + run.validation if isinstance(record.get(name), (int, float))]
+    if not values and name == "tokens/selected" and run.is_plain:
+        return _reached(run, PROCESSED)
+    return float(max(values)) if values else None

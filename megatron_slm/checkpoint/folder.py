@@ -1,0 +1,179 @@
+"""What a checkpoint looks like on disk, and which one is the newest good one. No torch.
+
+    <run>/checkpoints/step_00000100/    one checkpoint: megatron-core's torch_dist files, and
+        model.json                      what the weights are (sizes, tokenizer, step)
+        trainer.json                    where training was (data position, schedule, W&B run)
+        checksums.json                  sha256 of every other file
+    <run>/checkpoints/.writing_step_... one being written; a rename makes it a checkpoint
+    <run>/checkpoints/latest            name of the newest, for people and scripts; the folders themselves are the truth
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from megatron_slm.config.schema import ModelConfig
+
+_NAME = re.compile(r"step_(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """model.json: everything needed to rebuild the model around the weights."""
+
+    model: dict
+    """Fields of ModelConfig, with the true vocabulary_size."""
+    sequence_length: int
+    tokenizer: dict
+    """path, fingerprint, vocabulary_size, and what else the tokenizer's manifest says."""
+    step: int
+    tokens_processed: int
+    precision: str = "fp32"
+    fingerprint: str = ""
+    """"sha256:..." of the weights' files; empty until the checkpoint is complete."""
+    extra: dict = field(default_factory=dict)
+
+    def reference_model(self) -> ModelConfig:
+        """The model as a frozen reference: no dropout, nothing recomputed (METHOD 4.18)."""
+        known = {each.name for each in fields(ModelConfig)}
+        return replace(ModelConfig(**{name: value for name, value in self.model.items() if name in known}), dropout=0.0, recompute="none")
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def writing_folder(checkpoints: Path, step: int) -> Path:
+    """Where that checkpoint is written before it is complete."""
+    return checkpoints / f".writing_step_{step:08d}"
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders that were completely written, oldest first (the rename is the completion)."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _NAME.match(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def restore_replaced(checkpoints: Path) -> None:
+    """Undo a replacement that a kill cut in two: a set-aside checkpoint whose successor never arrived gets its name back."""
+    for aside in checkpoints.glob(".replaced_step_*") if checkpoints.is_dir() else ():
+        final = checkpoints / aside.name.removeprefix(".replaced_")
+        if not final.exists():
+            aside.rename(final)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(_NAME.match(folder.name)[1])
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint meant by `path`: a step folder, a checkpoints folder or a run folder (then its newest).
+
+    Raises ValueError when there is none.
+    """
+    path = Path(path)
+    if (path / "model.json").is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        found = complete_checkpoints(folder)
+        if found:
+            return found[-1]
+    if not path.exists():
+        raise ValueError(f"{path}: no such checkpoint; give a run folder, its checkpoints folder, or one step_* folder")
+    raise ValueError(f"{path}: holds no complete checkpoint (no step_*/model.json); give a run folder whose training saved one")
+
+
+def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
+    """model.json of the checkpoint meant by `path`; its fingerprint comes from checksums.json. ValueError when unreadable."""
+    folder = resolve_checkpoint(path)
+    try:
+        info = json.loads((folder / "model.json").read_text())
+        checksums = json.loads((folder / "checksums.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: damaged checkpoint, {error}; use an older step_* folder") from error
+    return CheckpointInfo(**{**info, "fingerprint": _fingerprint(checksums)})
+
+
+def _fingerprint(checksums: dict[str, str]) -> str:
+    weights = sorted(f"{name}:{digest}" for name, digest in checksums.items() if name.endswith(".distcp"))
+    return "sha256:" + hashlib.sha256("\n".join(weights).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write and fsync; only used inside a folder that is not yet a checkpoint."""
+    with open(path, "w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def complete(checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, checksums: dict[str, str]) -> Path:
+    """Turn a written folder into a checkpoint: descriptions, checksums, fsync, rename, then the latest pointer."""
+    writing, final = writing_folder(checkpoints, step), step_folder(checkpoints, step)
+    described = asdict(info)
+    described.pop("fingerprint")
+    write_json(writing / "model.json", described)
+    write_json(writing / "trainer.json", trainer)
+    for name in ("model.json", "trainer.json"):
+        checksums[name] = file_sha256(writing / name)
+    write_json(writing / "checksums.json", checksums)
+    sync_folder(writing)
+    if final.exists():        # the same step saved again (a resumed run that re-reached it): keep the complete one until replaced
+        trash = checkpoints / f".replaced_{final.name}"
+        shutil.rmtree(trash, ignore_errors=True)
+        final.rename(trash)
+        writing.rename(final)
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        writing.rename(final)
+    sync_folder(checkpoints)
+    pointer = checkpoints / ".latest.new"
+    pointer.write_text(final.name + "\n")
+    pointer.replace(checkpoints / "latest")
+    return final
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that names written in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damaged_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Names of files whose content is not what checksums.json says; `share` = (rank, size) checks every size-th file."""
+    try:
+        checksums = json.loads((folder / "checksums.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return ["checksums.json"]
+    names = sorted(checksums)[share[0]::share[1]]
+    return [name for name in names if not (folder / name).is_file() or file_sha256(folder / name) != checksums[name]]
+
+
+def remove_old(checkpoints: Path, keep_last: int, keep_every_steps: int, keep_best: set[int] = frozenset()) -> list[Path]:
+    """Remove checkpoints beyond the newest `keep_last` (0 = keep all), sparing multiples of keep_every_steps and `keep_best`."""
+    if not keep_last:
+        return []
+    old = complete_checkpoints(checkpoints)[:-keep_last]
+    old = [path for path in old if not (keep_every_steps and step_of(path) % keep_every_steps == 0) and step_of(path) not in keep_best]
+    for path in old:
+        hidden = path.with_name(f".removing_{path.name}")    # never a half-removed folder under a checkpoint's name
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return old

@@ -1,0 +1,151 @@
+"""Rules between fields, as sentences: what was got, what is expected, what to change. Pure; opens no file, starts nothing."""
+
+from megatron_slm.config.load import ConfigError
+from megatron_slm.config.schema import Config
+
+
+def check(config: Config, world_size: int, *, training: bool = True) -> None:
+    """Raise ConfigError listing every broken rule; `world_size` is the number of processes of the job."""
+    problems = [*_model(config), *_parallel(config, world_size)]
+    if training:
+        problems += [*_data(config, world_size), *_selection(config), *_schedule(config), *_numbers(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Processes left for data parallelism: world size / (tensor * pipeline * context)."""
+    return world_size // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+
+
+def train_steps(config: Config) -> int:
+    """Optimizer steps of the run, from train_steps or from train_tokens rounded up to whole steps."""
+    return config.schedule.train_steps or -(-config.schedule.train_tokens // tokens_per_step(config))
+
+
+def tokens_per_step(config: Config) -> int:
+    """Processed tokens of one optimizer step."""
+    return config.data.global_batch_size * config.data.sequence_length
+
+
+def _model(config: Config):
+    model, parallel = config.model, config.parallel
+    if parallel.tensor < 1:
+        return      # _parallel says so; nothing below can be computed
+    for name in ("layers", "hidden_size", "ffn_hidden_size", "attention_heads", "pad_vocabulary_to_multiple_of"):
+        if getattr(model, name) < 1:
+            yield f"model.{name}: got {getattr(model, name)}; expected at least 1"
+            return
+    if not model.head_size and model.hidden_size % model.attention_heads:
+        yield (f"model.hidden_size: got {model.hidden_size}, which {model.attention_heads} attention heads do not divide; "
+               "change model.attention_heads, or set model.head_size")
+    if (model.head_size or model.hidden_size // model.attention_heads) % 2:
+        yield f"model.head_size: got {model.head_size or model.hidden_size // model.attention_heads}; rotary embeddings need an even head size"
+    groups = model.query_groups or model.attention_heads
+    if model.attention_heads % groups:
+        yield f"model.query_groups: got {groups}; it must divide model.attention_heads ({model.attention_heads})"
+    for name, size in (("attention_heads", model.attention_heads), ("query_groups", groups), ("ffn_hidden_size", model.ffn_hidden_size)):
+        if size % parallel.tensor:
+            yield f"parallel.tensor: got {parallel.tensor}; it must divide model.{name} ({size})"
+    if not 0 <= model.dropout < 1:
+        yield f"model.dropout: got {model.dropout}; expected 0 up to (not including) 1"
+
+
+def _parallel(config: Config, world_size: int):
+    parallel, model = config.parallel, config.model
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
+        if getattr(parallel, name) < 1:
+            yield f"parallel.{name}: got {getattr(parallel, name)}; expected at least 1"
+            return
+    cell = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % cell:
+        yield (f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {cell} processes hold one copy of the "
+               f"model, and {world_size} processes are not a multiple of that; start a multiple of {cell}, or change the layout")
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if model.layers % stages:
+        yield (f"model.layers: got {model.layers}; pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} = {stages} stages "
+               "must divide it")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield f"parallel.virtual_pipeline: got {parallel.virtual_pipeline} with pipeline 1; set parallel.pipeline above 1, or virtual_pipeline to 1"
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence: got true with tensor 1; sequence parallelism splits over the tensor group: set parallel.tensor above 1, or sequence to false"
+    pieces = parallel.tensor if parallel.sequence else 1
+    pieces *= 2 * parallel.context if parallel.context > 1 else 1
+    if config.data.sequence_length % pieces:
+        yield f"data.sequence_length: got {config.data.sequence_length}; this layout cuts a sequence into {pieces} equal pieces: use a multiple of {pieces}"
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        yield "parallel.overlap_param_gather: got true; it needs distributed_optimizer: true and overlap_grad_reduce: true"
+
+
+def _data(config: Config, world_size: int):
+    data, parallel = config.data, config.parallel
+    if not data.train:
+        yield "data.train: empty; give at least one corpus prefix (python -m data_tools.preprocess makes one)"
+    if not data.tokenizer:
+        yield "data.tokenizer: empty; give the SentencePiece .model or tokenizer.json the corpora were made with"
+    if data.weights and len(data.weights) != len(data.train):
+        yield f"data.weights: got {len(data.weights)} for {len(data.train)} corpora; give one per corpus, or none"
+    if any(weight <= 0 for weight in data.weights):
+        yield f"data.weights: got {data.weights}; every weight must be positive (leave a corpus out of data.train instead)"
+    names = [corpus.name for corpus in data.validation]
+    if len(set(names)) != len(names):
+        yield f"data.validation: names {names} repeat; each corpus is reported under its own name"
+    for i, corpus in enumerate(data.validation):
+        if not corpus.corpus:
+            yield f"data.validation[{i}].corpus: empty; give a corpus prefix"
+    for name in ("sequence_length", "micro_batch_size", "global_batch_size"):
+        if getattr(data, name) < 1:
+            yield f"data.{name}: got {getattr(data, name)}; expected at least 1"
+            return
+    cell = parallel.tensor * parallel.pipeline * parallel.context
+    if min(parallel.tensor, parallel.pipeline, parallel.context) < 1 or world_size % cell:
+        return
+    replicas = data_parallel_size(config, world_size)
+    per_pass = data.micro_batch_size * replicas
+    if data.global_batch_size % per_pass:
+        yield (f"data.global_batch_size: got {data.global_batch_size}; {replicas} data-parallel ranks x micro_batch_size {data.micro_batch_size} = "
+               f"{per_pass} sequences per pass must divide it")
+    elif parallel.virtual_pipeline > 1 and (data.global_batch_size // per_pass) % parallel.pipeline:
+        yield (f"data.global_batch_size: got {data.global_batch_size}, which is {data.global_batch_size // per_pass} micro-batches per step; the interleaved "
+               f"schedule needs a multiple of parallel.pipeline ({parallel.pipeline})")
+
+
+def _selection(config: Config):
+    selection, reference = config.selection, config.selection.reference
+    if isinstance(selection.keep_fraction, float) and not 0 < selection.keep_fraction <= 1:
+        yield f"selection.keep_fraction: got {selection.keep_fraction}; expected above 0 and at most 1 (0.6 keeps 60 % of the tokens)"
+    if isinstance(selection.clm_weight, float) and not 0 <= selection.clm_weight <= 1:
+        yield f"selection.clm_weight: got {selection.clm_weight}; expected 0 to 1"
+    if reference.scores and reference.checkpoint:
+        yield "selection.reference: both scores and checkpoint are given; stored scores and an online reference exclude each other: remove one"
+    if reference.scores and len(reference.scores) != len(config.data.train):
+        yield f"selection.reference.scores: got {len(reference.scores)} score folders for {len(config.data.train)} corpora; give one per corpus, in the same order"
+    if config.model.dropout and selection.scorer not in ("none", "random"):
+        yield f"model.dropout: got {config.model.dropout} with scorer {selection.scorer}; dropout noise raises the current loss and biases the choice: set it to 0"
+
+
+def _schedule(config: Config):
+    schedule = config.schedule
+    if (schedule.train_steps > 0) == (schedule.train_tokens > 0):
+        yield (f"schedule: got train_steps {schedule.train_steps} and train_tokens {schedule.train_tokens}; give exactly one of them, above 0")
+        return
+    for name in ("warmup_fraction", "decay_fraction"):
+        if not 0 <= getattr(schedule, name) <= 1:
+            yield f"schedule.{name}: got {getattr(schedule, name)}; expected 0 to 1"
+
+
+def _numbers(config: Config):
+    optimizer = config.optimizer
+    if optimizer.learning_rate <= 0:
+        yield f"optimizer.learning_rate: got {optimizer.learning_rate}; expected above 0"
+    if not 0 <= optimizer.min_learning_rate <= optimizer.learning_rate:
+        yield f"optimizer.min_learning_rate: got {optimizer.min_learning_rate}; expected 0 to learning_rate ({optimizer.learning_rate})"
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected 0 up to (not including) 1"
+    for section, name in (("optimizer", "clip_grad_norm"), ("optimizer", "weight_decay"), ("checkpoint", "interval_steps"), ("checkpoint", "keep_last"),
+                          ("checkpoint", "keep_every_steps"), ("monitoring", "validation_interval_steps"), ("monitoring", "validation_batches")):
+        if getattr(getattr(config, section), name) < 0:
+            yield f"{section}.{name}: got {getattr(getattr(config, section), name)}; expected 0 or more"
+    if config.monitoring.log_interval_steps < 1:
+        yield f"monitoring.log_interval_steps: got {config.monitoring.log_interval_steps}; expected at least 1"

@@ -1,0 +1,172 @@
+"""Read a run's settings: defaults, then the YAML file, then dotted overrides; every problem reported at once.
+
+`--model.layers 8` beats the file, the file beats the defaults. An unknown key is an error that names the nearest one.
+"""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from megatron_slm.config.schema import Config
+from megatron_slm.config.values import UNREADABLE, convert
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration, one sentence each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def build_parser(prog: str, description: str) -> ArgumentParser:
+    """A parser with --config and one documented option per field of Config; programs add their own options to it."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, usage="%(prog)s [--config FILE] [--section.field VALUE ...]")
+    parser.add_argument("--config", type=str, default=None, help="YAML file with any of the settings below (see launch/recipes/).")
+    parser.add_argument("--print_config", action="store_true", help="Print the resulting configuration as YAML and stop.")
+    parser.add_class_arguments(Config, None, fail_untyped=False)
+    return parser
+
+
+def parse(argv: list[str] | None, prog: str, description: str) -> Config:
+    """The configuration of a program started with `argv` (None = sys.argv). Prints help or the config when asked to.
+
+    Raises ConfigError with every unreadable field, before anything is started.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(prog, description)
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    given, problems = split_arguments(argv)
+    path = given.pop("config", None)
+    print_only = given.pop("print_config", None) is not None
+    values: dict = {}
+    if path is not None:
+        problems += _merge_file(values, path)
+    for key, text in given.items():
+        try:
+            _set(values, key.split("."), text if _is_text(Config, key.split(".")) else yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            problems.append(f"--{key}: got {text!r}, which is not readable as YAML: {' '.join(str(error).split())}")
+    config, more = from_mapping(values)
+    if problems or more:
+        raise ConfigError(problems + more)
+    if print_only:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def from_mapping(values: Mapping) -> tuple[Config, list[str]]:
+    """Build a Config from nested plain values; returns it with the list of problems (unknown keys, wrong types)."""
+    problems: list[str] = []
+    return _build(Config, values, "", problems), problems
+
+
+def load_yaml(path: str | Path) -> Config:
+    """The configuration in a YAML file alone; ConfigError with every problem."""
+    values: dict = {}
+    problems = _merge_file(values, str(path))
+    config, more = from_mapping(values)
+    if problems or more:
+        raise ConfigError(problems + more)
+    return config
+
+
+def to_mapping(config) -> dict:
+    """Nested plain values that from_mapping and YAML take back."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config) -> str:
+    """The resolved configuration as YAML, in the order of the schema."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """`--a.b value`, `--a.b=value` and bare `--flag` as a mapping; stray words are problems."""
+    given: dict[str, str] = {}
+    problems: list[str] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--"):
+            problems.append(f"got {word!r} where an option was expected; options look like --section.field VALUE")
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            takes_value = position < len(argv) and not (argv[position].startswith("--") and len(argv[position]) > 2)
+            value = argv[position] if takes_value and name != "print_config" else "true"
+            position += takes_value and name != "print_config"
+        given[name] = value
+    return given, problems
+
+
+def _merge_file(values: dict, path: str) -> list[str]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [f"--config {path}: no such file"]
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        return [f"--config {path}: not readable as YAML: {' '.join(str(error).split())}"]
+    if loaded is not None and not isinstance(loaded, Mapping):
+        return [f"--config {path}: expected sections such as `model:`, got {type(loaded).__name__}"]
+    values.update(loaded or {})
+    return []
+
+
+def _is_text(cls, keys: list[str]) -> bool:
+    """Whether the field takes text as it stands: `--run.name 007` is a name, not the number 7."""
+    hint = typing.get_type_hints(cls).get(keys[0])
+    if len(keys) > 1:
+        return dataclasses.is_dataclass(hint) and _is_text(hint, keys[1:])
+    return hint is str
+
+
+def _set(values: dict, keys: list[str], value) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        values[key] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        values = inner
+    values[keys[-1]] = value
+
+
+def _build(cls, values, where: str, problems: list[str]):
+    if not isinstance(values, Mapping):
+        problems.append(f"{where or 'the file'}: expected fields of {cls.__name__}, got {values!r}")
+        return cls()
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(fields)}"
+            problems.append(f"{where}{key}: unknown field (got {values[key]!r}); {hint}")
+    made = {}
+    for name, field in fields.items():
+        if name not in values:
+            continue
+        if dataclasses.is_dataclass(hints[name]):
+            made[name] = _build(hints[name], values[name] or {}, f"{where}{name}.", problems)
+        elif typing.get_origin(hints[name]) is list and dataclasses.is_dataclass(typing.get_args(hints[name])[0]):
+            made[name] = _build_list(typing.get_args(hints[name])[0], values[name], f"{where}{name}", problems)
+        else:
+            made[name] = convert(values[name], hints[name], f"{where}{name}", problems)
+    return cls(**{name: value for name, value in made.items() if value is not UNREADABLE})
+
+
+def _build_list(cls, values, where: str, problems: list[str]):
+    if not isinstance(values, list):
+        problems.append(f"{where}: got {values!r}; expected a list of entries with {', '.join(field.name for field in dataclasses.fields(cls))}")
+        return UNREADABLE
+    return [_build(cls, item, f"{where}[{i}].", problems) for i, item in enumerate(values)]

@@ -1,0 +1,268 @@
+"""Every setting of a run, its type, its default, and its help text (the string under each field).
+
+Sizes carry their unit in the name. Nothing here imports torch: launchers and data programs read it too.
+Cross-field rules live in check.py, reading and overriding in load.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes, and the seed of everything random."""
+
+    folder: str = "runs/run"
+    """Run folder: config.yaml, versions.txt, metrics.jsonl, checkpoints/, wandb/. A folder with a checkpoint is resumed."""
+    name: str = ""
+    """Name shown in W&B and reports; empty = the folder's name."""
+    seed: int = 1234
+    """Seed of initial weights, data order and random selectors. The same seed gives the same weights in every parallel layout."""
+
+
+@dataclass
+class DeviceConfig:
+    """What the run computes on."""
+
+    kind: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = CUDA with NCCL where there is a GPU, otherwise CPU processes with gloo."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of weights and activations; bf16 keeps fp32 main weights and accumulates gradients in fp32."""
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """Layer implementation; auto = Transformer Engine when it is installed and the device is CUDA, else torch-native."""
+    threads_per_process: int = 0
+    """CPU threads of each process; 0 = cores / processes on this machine."""
+    timeout_minutes: int = 30
+    """How long a collective may wait for the slowest rank before the job is stopped."""
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
+
+    layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 704
+    """Width of the SwiGLU feed-forward layer."""
+    attention_heads: int = 4
+    """Query heads; must divide hidden_size unless head_size is set."""
+    query_groups: int = 0
+    """Key/value heads of grouped-query attention; 0 = one per query head (multi-head attention)."""
+    head_size: int = 0
+    """Size of one head; 0 = hidden_size / attention_heads."""
+    vocabulary_size: int = 0
+    """True vocabulary size; 0 = the tokenizer's."""
+    pad_vocabulary_to_multiple_of: int = 128
+    """The embedding is padded to a multiple of this and of the tensor-parallel size; padded columns are excluded from every loss."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of RMSNorm."""
+    tied_embeddings: bool = False
+    """Share the input embedding with the output head."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen-2 style)."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys (Qwen-3 style)."""
+    initialization_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    dropout: float = 0.0
+    """Dropout; keep 0 for selective training: dropout noise raises the current loss and biases the excess."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in backward: the attention core (selective) or every layer (full)."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the batch are spread; data parallelism takes the processes that remain."""
+
+    tensor: int = 1
+    """Tensor-parallel size: each layer's matrices are split over this many processes."""
+    pipeline: int = 1
+    """Pipeline-parallel size: the layers are split over this many processes."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank (interleaved schedule); 1 = plain 1F1B."""
+    context: int = 1
+    """Context-parallel size: each sequence is split over this many processes."""
+    sequence: bool = False
+    """Sequence parallelism: split norms and residuals over the tensor group (needs tensor > 1)."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state (and fp32 main weights) over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward runs (needs distributed_optimizer and overlap_grad_reduce)."""
+
+
+@dataclass
+class CorpusConfig:
+    """One named validation corpus."""
+
+    name: str = "validation"
+    """Name in the metrics: validation/<name>/loss."""
+    corpus: str = ""
+    """Prefix of the corpus: PREFIX.bin, PREFIX.idx, PREFIX.manifest.json."""
+
+
+@dataclass
+class DataConfig:
+    """What is read and how it is batched."""
+
+    tokenizer: str = ""
+    """SentencePiece .model or Hugging Face tokenizer.json the corpora were made with."""
+    train: list[str] = field(default_factory=list)
+    """Corpus prefixes to train on (data_tools.preprocess makes them)."""
+    weights: list[float] = field(default_factory=list)
+    """Share of each corpus in the blend, any positive scale; empty = by size in tokens."""
+    validation: list[CorpusConfig] = field(default_factory=list)
+    """Validation corpora, each {name, corpus}; each is reported apart, always by plain loss."""
+    sequence_length: int = 256
+    """Tokens per training sequence."""
+    micro_batch_size: int = 4
+    """Sequences per forward pass of one data-parallel rank."""
+    global_batch_size: int = 8
+    """Sequences per optimizer step, over all ranks."""
+    index_cache: str = ""
+    """Folder of the sample indices; empty = index_cache/ in the run folder. Keyed by corpus content."""
+
+
+@dataclass
+class ReferenceConfig:
+    """Where the reference loss of each token comes from: stored scores or a model run in the same step."""
+
+    scores: list[str] = field(default_factory=list)
+    """Score-store folders, one per training corpus in the same order (python -m megatron_slm.score makes them)."""
+    allow_missing_scores: bool = False
+    """Train although a score store is incomplete; tokens without a score are never selected."""
+    checkpoint: Optional[str] = None
+    """Checkpoint folder of a frozen reference model that is run forward-only in every step (costs about a third more)."""
+
+
+@dataclass
+class SelectionConfig:
+    """Which tokens are trained on."""
+
+    scorer: str = "none"
+    """none = plain CLM; excess_loss = Rho-1's loss minus reference loss; random, reference_loss, ... see docs/selection.md."""
+    scorer_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the scorer, for example {of: own_loss, skip_fraction: 0.1} for band; see docs/selection.md."""
+    keep_fraction: Union[float, dict[str, Any]] = 0.6
+    """Share of the competing tokens that is kept (0..1], or a schedule such as {style: linear, start: 1.0, end: 0.6, tokens: 1000000}."""
+    clm_weight: Union[float, dict[str, Any]] = 0.0
+    """lambda of lambda * CLM + (1 - lambda) * SLM: weight of the plain loss beside the selective one, 0 = selective only."""
+    scope: Literal["sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold"] = "data_parallel"
+    """Which tokens compete: those of one sequence, of this rank's micro-batch, of all ranks' current micro-batch, of the whole step."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The reference losses."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Transformer Engine's or apex's fused one where installed, else torch's)."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 3e-5
+    """Learning rate at the end of the schedule."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; biases and norm weights are not decayed."""
+    beta1: float = 0.9
+    """Adam's first moment decay."""
+    beta2: float = 0.95
+    """Adam's second moment decay."""
+    epsilon: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 = never."""
+
+
+@dataclass
+class ScheduleConfig:
+    """How long the run is and how the learning rate moves."""
+
+    train_steps: int = 0
+    """Optimizer steps of the run; give this or train_tokens."""
+    train_tokens: int = 0
+    """Processed tokens of the run (rounded up to whole steps); give this or train_steps."""
+    style: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape after warm-up; wsd = constant, then a decay over decay_fraction of the run."""
+    warmup_fraction: float = 0.02
+    """Share of the run with linear warm-up."""
+    decay_fraction: float = 0.2
+    """Share of the run that decays at its end (wsd only)."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and loading."""
+
+    interval_steps: int = 0
+    """Save every so many steps; 0 = only at the end."""
+    keep_last: int = 3
+    """Checkpoints kept; older ones are removed after a newer one is complete. 0 = keep all."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are kept for good; 0 = none."""
+    initialize_from: str = ""
+    """Checkpoint whose weights (only) start this run, as for continual pretraining; ignored when the run folder has its own checkpoint."""
+    save_optimizer: bool = True
+    """Save optimizer state; without it the checkpoint cannot be resumed, only used as weights."""
+    asynchronous: bool = False
+    """Write checkpoints in the background while training goes on."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto = online when an API key is set, else offline; the key itself never belongs in a config."""
+    project: str = "megatron-slm"
+    """W&B project."""
+    entity: str = ""
+    """W&B entity (team); empty = the account's default."""
+    group: str = ""
+    """W&B group, to compare arms of one experiment."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+
+
+@dataclass
+class MonitoringConfig:
+    """What is written, how often."""
+
+    log_interval_steps: int = 10
+    """Steps between two lines of metrics."""
+    validation_interval_steps: int = 0
+    """Steps between two validations; 0 = only at the end."""
+    validation_batches: int = 8
+    """Global batches per validation corpus; 0 = the whole corpus."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where a run writes, and its seed."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """What the run computes on."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model is spread."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which tokens are trained on."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Length and learning rate."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and loading."""
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    """Metrics."""

@@ -1,0 +1,222 @@
+"""One table of tensor names and transforms, used in both directions.
+
+Legend: V true vocabulary, Vp padded vocabulary, H hidden size, F feed-forward size, A query heads, G query groups (key/value heads),
+D head size. All tensors are whole: tensor- and pipeline-parallel pieces are put together before they come here.
+
+Rotary embedding needs no transform: megatron-core's non-interleaved form and Hugging Face's rotate_half pair the same channels.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_slm.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes a conversion needs, with every "0 = default" of ModelConfig resolved."""
+
+    layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    heads: int
+    groups: int
+    head_size: int
+    vocabulary_size: int
+    padded_vocabulary_size: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_model(cls, model: ModelConfig) -> "Geometry":
+        """ValueError when the vocabulary size is not known or the query heads do not fall into equal groups."""
+        if model.vocabulary_size <= 0:
+            raise ValueError("model.vocabulary_size is 0; a conversion needs the true vocabulary size of the tokenizer")
+        groups = model.query_groups or model.attention_heads
+        if model.attention_heads % groups:
+            raise ValueError(f"model.query_groups {groups} must divide model.attention_heads {model.attention_heads}")
+        multiple = max(1, model.pad_vocabulary_to_multiple_of)
+        return cls(
+            layers=model.layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            heads=model.attention_heads,
+            groups=groups,
+            head_size=model.head_size or model.hidden_size // model.attention_heads,
+            vocabulary_size=model.vocabulary_size,
+            padded_vocabulary_size=math.ceil(model.vocabulary_size / multiple) * multiple,
+            tied=model.tied_embeddings,
+            qkv_bias=model.qkv_bias,
+            qk_norm=model.qk_norm,
+        )
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How one tensor of ours becomes Hugging Face's (`split`), and back (`join`); each undoes the other exactly."""
+
+    split: Callable[[Tensor, Geometry], tuple[Tensor, ...]]
+    join: Callable[[Sequence[Tensor], Geometry], Tensor]
+
+
+def _cut_padding(weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+    if weight.shape[0] < geometry.vocabulary_size:
+        raise ValueError(f"the embedding has {weight.shape[0]} rows, fewer than the vocabulary of {geometry.vocabulary_size} tokens")
+    return (weight[: geometry.vocabulary_size],)
+
+
+def _add_padding(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
+    """Padding rows are zeros: no label ever names them and their logits are excluded everywhere."""
+    padding = geometry.padded_vocabulary_size - parts[0].shape[0]
+    return torch.cat([parts[0], parts[0].new_zeros(padding, *parts[0].shape[1:])])
+
+
+def _split_qkv(fused: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+    """[(A + 2G)·D, ...] grouped as (query heads of the group, its key head, its value head) per group → q [A·D], k [G·D], v [G·D]."""
+    queries = geometry.heads // geometry.groups
+    grouped = fused.view(geometry.groups, queries + 2, geometry.head_size, *fused.shape[1:])
+    return tuple(part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1))
+
+
+def _join_qkv(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
+    grouped = [part.view(geometry.groups, -1, geometry.head_size, *part.shape[1:]) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 2)
+
+
+SAME = Transform(lambda tensor, _: (tensor,), lambda parts, _: parts[0])
+VOCABULARY = Transform(_cut_padding, _add_padding)
+QKV = Transform(_split_qkv, _join_qkv)
+GATE_UP = Transform(lambda fused, _: tuple(fused.chunk(2)), lambda parts, _: torch.cat(list(parts)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table; {layer} in the names stands for every layer's global number."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transform: Transform
+    shape: Callable[[Geometry], tuple[int, ...]]
+    """Shape of our tensor."""
+    present: Callable[[Geometry], bool] = lambda _: True
+    """Whether a model of this kind has it."""
+
+
+def _qkv_rows(geometry: Geometry) -> int:
+    return (geometry.heads + 2 * geometry.groups) * geometry.head_size
+
+
+_OURS = "decoder.layers.{layer}."
+_THEIRS = "model.layers.{layer}."
+
+
+def _attention(suffix: str, parts: str = "qkv") -> tuple[str, ...]:
+    return tuple(f"{_THEIRS}self_attn.{part}_{suffix}" for part in parts)
+
+
+TABLE: tuple[Rule, ...] = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCABULARY, lambda g: (g.padded_vocabulary_size, g.hidden_size)),
+    Rule(_OURS + "input_layernorm.weight", (_THEIRS + "input_layernorm.weight",), SAME, lambda g: (g.hidden_size,)),
+    Rule(_OURS + "self_attention.linear_qkv.weight", _attention("proj.weight"), QKV, lambda g: (_qkv_rows(g), g.hidden_size)),
+    Rule(_OURS + "self_attention.linear_qkv.bias", _attention("proj.bias"), QKV, lambda g: (_qkv_rows(g),), lambda g: g.qkv_bias),
+    Rule(_OURS + "self_attention.q_layernorm.weight", _attention("norm.weight", "q"), SAME, lambda g: (g.head_size,), lambda g: g.qk_norm),
+    Rule(_OURS + "self_attention.k_layernorm.weight", _attention("norm.weight", "k"), SAME, lambda g: (g.head_size,), lambda g: g.qk_norm),
+    Rule(_OURS + "self_attention.linear_proj.weight", _attention("proj.weight", "o"), SAME, lambda g: (g.hidden_size, g.heads * g.head_size)),
+    Rule(_OURS + "pre_mlp_layernorm.weight", (_THEIRS + "post_attention_layernorm.weight",), SAME, lambda g: (g.hidden_size,)),
+    Rule(
+        _OURS + "mlp.linear_fc1.weight",
+        (_THEIRS + "mlp.gate_proj.weight", _THEIRS + "mlp.up_proj.weight"),
+        GATE_UP,
+        lambda g: (2 * g.ffn_hidden_size, g.hidden_size),
+    ),
+    Rule(_OURS + "mlp.linear_fc2.weight", (_THEIRS + "mlp.down_proj.weight",), SAME, lambda g: (g.hidden_size, g.ffn_hidden_size)),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), SAME, lambda g: (g.hidden_size,)),
+    Rule("output_layer.weight", ("lm_head.weight",), VOCABULARY, lambda g: (g.padded_vocabulary_size, g.hidden_size), lambda g: not g.tied),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of one model: a rule with its layer number filled in."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transform: Transform
+    shape: tuple[int, ...]
+
+
+def entries(geometry: Geometry) -> list[Entry]:
+    """Every tensor of a model, in the order of the network."""
+    before, per_layer, after = [], [], []
+    for rule in TABLE:
+        if rule.present(geometry):
+            (per_layer if "{layer}" in rule.ours else after if per_layer else before).append(rule)
+
+    def fill(rule: Rule, layer: int) -> Entry:
+        theirs = tuple(name.format(layer=layer) for name in rule.theirs)
+        return Entry(rule.ours.format(layer=layer), theirs, rule.transform, rule.shape(geometry))
+
+    layers = [fill(rule, layer) for layer in range(geometry.layers) for rule in per_layer]
+    return [fill(rule, 0) for rule in before] + layers + [fill(rule, 0) for rule in after]
+
+
+def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:
+    """Our whole tensors under Hugging Face's names, one at a time, so that `state` may read them from disk as they are asked for.
+
+    ValueError when `state` has other names than the model's or a tensor of another shape (rows of vocabulary padding excepted).
+    """
+    table = entries(geometry)
+    check_names(set(state), {entry.ours for entry in table}, "the checkpoint")
+    for entry in table:
+        tensor = state[entry.ours]
+        same_rows = entry.transform is VOCABULARY or tensor.shape[0] == entry.shape[0]
+        if not same_rows or tuple(tensor.shape[1:]) != entry.shape[1:]:
+            raise ValueError(f"{entry.ours} has shape {tuple(tensor.shape)}, its model.json says {entry.shape}")
+        yield from zip(entry.theirs, entry.transform.split(tensor, geometry), strict=True)
+
+
+class FromHuggingface(Mapping[str, Tensor]):
+    """Hugging Face tensors seen under our names; each is made when it is asked for.
+
+    ValueError (on construction) for missing or unknown names. Buffers that older exports carry along (rotary inv_freq, and the copy
+    of a tied head) are derived from the rest and passed over.
+    """
+
+    def __init__(self, theirs: Mapping[str, Tensor], geometry: Geometry):
+        self.entries = {entry.ours: entry for entry in entries(geometry)}
+        self._theirs, self._geometry = theirs, geometry
+        derived = re.compile(r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if geometry.tied else ""))
+        got = {name for name in theirs if not derived.fullmatch(name)}
+        check_names(got, {name for entry in self.entries.values() for name in entry.theirs}, "the Hugging Face folder")
+
+    def __getitem__(self, ours: str) -> Tensor:
+        entry = self.entries[ours]
+        tensor = entry.transform.join([self._theirs[name] for name in entry.theirs], self._geometry)
+        if tuple(tensor.shape) != entry.shape:
+            raise ValueError(f"{', '.join(entry.theirs)} make {ours} of shape {tuple(tensor.shape)}; config.json says {entry.shape}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def check_names(got: set[str], expected: set[str], where: str) -> None:
+    """ValueError naming what is missing and what is not known."""
+    problems = [f"lacks {_some(expected - got)}"] if expected - got else []
+    problems += [f"has {_some(got - expected)}, which this model has no place for"] if got - expected else []
+    if problems:
+        raise ValueError(f"{where} does not fit the model's settings: it {'; it '.join(problems)}")
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:4]
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

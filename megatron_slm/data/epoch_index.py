@@ -1,0 +1,117 @@
+"""Which tokens make up sample i of epoch e of one corpus: megatron-core's three index arrays, one epoch at a time.
+
+As in GPTDataset, documents are put in random order, laid end to end and cut every S tokens (a sample reads S + 1, so its
+last token is the first input of the next one); the samples are then put in random order. Unlike GPTDataset, every epoch is
+built by itself from (seed, epoch) alone. There, all epochs are shuffled together for a given number of samples, so the
+same seed with a longer run gives another order from sample 0 on. Here a longer run is the same run, continued.
+What is left of an epoch after its last whole sample (fewer than S tokens, of other documents every time) is not used.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Callable, Iterator, TypeVar
+
+import numpy as np
+from megatron.core.datasets import helpers
+
+Arrays = TypeVar("Arrays")
+
+
+@dataclass(frozen=True)
+class EpochIndex:
+    """The arrays of one epoch, in GPTDataset's meaning."""
+
+    document_index: np.ndarray
+    """int32 [documents]: order in which the documents are laid end to end."""
+    sample_index: np.ndarray
+    """int32 or int64 [samples + 1, 2]: position in document_index and token offset in that document where a sample begins."""
+    shuffle_index: np.ndarray
+    """uint32 or int64 [samples]: order in which the samples are read."""
+
+
+def samples_per_epoch(tokens: int, sequence_length: int) -> int:
+    return max(0, tokens - 1) // sequence_length
+
+
+def shuffled_epoch(lengths: np.ndarray, tokens: int, sequence_length: int, seed: int, epoch: int) -> EpochIndex:
+    """Epoch `epoch` of a corpus whose documents have `lengths` (int32, tokens): depends on nothing else."""
+    # RandomState, not Generator: numpy promises never to change its streams, and a resumed run may meet a newer numpy.
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+    document_index = np.arange(len(lengths), dtype=np.int32)
+    random.shuffle(document_index)
+    sample_index = helpers.build_sample_idx(np.array(lengths), document_index, sequence_length, 1, tokens, True, True)
+    shuffle_index = _sample_order(len(sample_index) - 1)
+    random.shuffle(shuffle_index)
+    return EpochIndex(document_index, sample_index, shuffle_index)
+
+
+def whole_corpus(lengths: np.ndarray, tokens: int, sequence_length: int) -> EpochIndex:
+    """Every token once as a label: documents in file order, the last sample shorter than S; samples in a fixed random order.
+
+    The order makes the first n samples a fair picture of a corpus that is sorted by source.
+    """
+    document_index = np.arange(len(lengths), dtype=np.int32)
+    sample_index = helpers.build_sample_idx(np.array(lengths), document_index, sequence_length, 1, tokens, True, True)
+    if (tokens - 1) % sequence_length:
+        sample_index = np.append(sample_index, np.array([[len(lengths) - 1, lengths[-1] - 1]], sample_index.dtype), axis=0)
+    shuffle_index = _sample_order(len(sample_index) - 1)
+    np.random.RandomState(0).shuffle(shuffle_index)
+    return EpochIndex(document_index, sample_index, shuffle_index)
+
+
+def _sample_order(samples: int) -> np.ndarray:
+    return np.arange(samples, dtype=np.uint32 if samples < 2**32 - 1 else np.int64)
+
+
+def build_once(folder: Path | None, kind: type[Arrays], build: Callable[[], Arrays]) -> Arrays:
+    """`build()`, kept in `folder` as one .npy per field of the dataclass `kind` and mapped from there ever after.
+
+    The first process on a file system builds while the others wait for its lock; the folder is renamed into place whole,
+    so a killed build leaves nothing that could be read. Machines without a shared file system each build their own: the
+    arrays are a pure function of what the folder's name says. folder=None, or one that cannot be written, keeps them in memory.
+    """
+    if folder is None:
+        return build()
+    if not folder.exists():
+        with _lock_of(folder) as may_write:
+            if not may_write:
+                return build()
+            if not folder.exists():
+                _save(folder, build())
+    return kind(*(np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in fields(kind)))
+
+
+@contextlib.contextmanager
+def _lock_of(folder: Path) -> Iterator[bool]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(folder.parent / f".{folder.name}.lock", "w")
+    except OSError:
+        yield False
+        return
+    with stream:
+        with contextlib.suppress(OSError):  # file systems without locks: processes build the same thing twice, harmlessly
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield True
+
+
+def _save(folder: Path, arrays) -> None:
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    aside.mkdir()
+    try:
+        for f in fields(arrays):
+            with open(aside / f"{f.name}.npy", "wb") as stream:
+                np.save(stream, getattr(arrays, f.name))
+                stream.flush()
+                os.fsync(stream.fileno())
+        with contextlib.suppress(FileExistsError, OSError):  # another machine was first
+            os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if not folder.exists():
+        raise OSError(f"{folder} could not be written; give data.index_cache a folder that can.")

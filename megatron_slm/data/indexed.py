@@ -1,0 +1,168 @@
+"""The .bin/.idx pair of megatron-core, read and written without torch.
+
+Little endian: magic 9 bytes, u64 version 1, u8 dtype code, u64 S sequences, u64 D = documents + 1, then i32 lengths in
+tokens (S), i64 byte offsets (S), i64 document indices (D). `.bin` is the tokens back to back. The bytes equal those of
+megatron-core's IndexedDatasetBuilder (megatron/core/datasets/indexed_dataset.py); a test holds the two together.
+
+megatron-core checks none of the sizes when it opens a pair, so `read_index` checks all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Callable
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER_BYTES = 34
+DTYPE_OF_CODE = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+MAX_SEQUENCE_TOKENS = 2**31 - 1
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class CorpusIndex:
+    """What an .idx says. Arrays are read-only views of the mapped file."""
+
+    dtype: np.dtype
+    sequence_lengths_tokens: np.ndarray  # int32, S
+    sequence_offsets_bytes: np.ndarray  # int64, S
+    document_indices: np.ndarray  # int64, documents + 1; counts sequences
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @property
+    def bin_bytes(self) -> int:
+        """Size the .bin must have."""
+        if not len(self.sequence_lengths_tokens):
+            return 0
+        return int(self.sequence_offsets_bytes[-1]) + int(self.sequence_lengths_tokens[-1]) * self.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        return self.bin_bytes // self.dtype.itemsize
+
+    def document_starts_tokens(self) -> np.ndarray:
+        """Token offset at which each document begins, and the total at the end (int64, documents + 1)."""
+        bounds_tokens = np.append(self.sequence_offsets_bytes // self.dtype.itemsize, self.tokens)
+        return bounds_tokens[self.document_indices]
+
+
+def read_index(path: str | Path) -> CorpusIndex:
+    """Map an .idx and check it in full: magic, version, dtype, file size, lengths, offsets and document order.
+
+    Raises ValueError with a sentence naming the file and what is wrong. Codes other than uint16 and int32 are refused: float
+    codes mean different things in Megatron and NeoX, and no token file uses them.
+    """
+    path = Path(path)
+    try:
+        size_bytes = path.stat().st_size
+        with open(path, "rb") as stream:
+            header = stream.read(HEADER_BYTES)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the index ({error.strerror})") from None
+    if len(header) < HEADER_BYTES or header[:9] != MAGIC:
+        raise ValueError(f"{path}: not a megatron-core index (it has {size_bytes} bytes and begins {header[:9]!r})")
+    version, code, sequences, bounds = struct.unpack("<QBQQ", header[9:])
+    if version != 1:
+        raise ValueError(f"{path}: index version {version}, expected 1")
+    if code not in DTYPE_OF_CODE:
+        raise ValueError(f"{path}: dtype code {code}; a token index has 8 (uint16) or 4 (int32)")
+    expected_bytes = HEADER_BYTES + 12 * sequences + 8 * bounds
+    if size_bytes != expected_bytes:
+        word = "truncated" if size_bytes < expected_bytes else "too long"
+        raise ValueError(f"{path}: the index is {word}: {size_bytes} bytes, but {sequences} sequences and {bounds} document "
+                         f"bounds need {expected_bytes}")
+    index = _map_index(path, DTYPE_OF_CODE[code], sequences, bounds)
+    _check_index(path, index)
+    return index
+
+
+def _map_index(path: Path, dtype: np.dtype, sequences: int, bounds: int) -> CorpusIndex:
+    mapped = np.memmap(path, mode="r", dtype=np.uint8)
+    return CorpusIndex(
+        dtype=dtype,
+        sequence_lengths_tokens=np.frombuffer(mapped, "<i4", sequences, HEADER_BYTES),
+        sequence_offsets_bytes=np.frombuffer(mapped, "<i8", sequences, HEADER_BYTES + 4 * sequences),
+        document_indices=np.frombuffer(mapped, "<i8", bounds, HEADER_BYTES + 12 * sequences),
+    )
+
+
+def _check_index(path: Path, index: CorpusIndex) -> None:
+    lengths, offsets, bounds = index.sequence_lengths_tokens, index.sequence_offsets_bytes, index.document_indices
+    if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(lengths):
+        raise ValueError(f"{path}: document bounds must run from 0 to {len(lengths)} sequences")
+    expected_bytes = 0
+    for start in range(0, len(lengths), _PIECE):  # in pieces: an index of 1e9 documents is 20 GB
+        part = lengths[start:start + _PIECE].astype(np.int64)
+        if part.min() < 0:
+            raise ValueError(f"{path}: sequence {start + int(part.argmin())} has a negative length ({part.min()})")
+        ends = expected_bytes + np.cumsum(part) * index.dtype.itemsize
+        wrong = np.flatnonzero(offsets[start:start + _PIECE] != ends - part * index.dtype.itemsize)
+        if len(wrong):
+            raise ValueError(f"{path}: sequence {start + int(wrong[0])} does not start where the one before it ends")
+        expected_bytes = int(ends[-1])
+    for start in range(0, len(bounds) - 1, _PIECE):
+        if np.any(np.diff(bounds[start:start + _PIECE + 1]) < 0):
+            raise ValueError(f"{path}: document bounds go backwards near document {start}")
+
+
+def check_bin_size(prefix: str | Path, index: CorpusIndex) -> None:
+    """Raise ValueError unless PREFIX.bin exists and has exactly the size its index asks for."""
+    path = Path(f"{prefix}.bin")
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the tokens ({error.strerror})") from None
+    if size_bytes != index.bin_bytes:
+        word = "truncated" if size_bytes < index.bin_bytes else "too long"
+        raise ValueError(f"{path}: the token file is {word}: {size_bytes} bytes, but its index asks for {index.bin_bytes}")
+
+
+def open_tokens(prefix: str | Path, index: CorpusIndex) -> np.ndarray:
+    """All tokens of PREFIX.bin as one read-only mapped array, after its size was checked against the index."""
+    check_bin_size(prefix, index)
+    if index.bin_bytes == 0:
+        return np.empty(0, dtype=index.dtype)
+    return np.memmap(f"{prefix}.bin", mode="r", dtype=index.dtype)
+
+
+def write_index(stream: BinaryIO, dtype: np.dtype, lengths_tokens: np.ndarray,
+                update: Callable[[bytes], object] = lambda piece: None) -> None:
+    """Write an .idx of documents that are one sequence each, the way megatron-core's builder does.
+
+    `lengths_tokens` (int32, may be a mapped file) is passed over in pieces, so memory does not grow with the corpus.
+    `update` sees every written piece; give a hash's update method to have the checksum without a second pass.
+    """
+    def put(piece: bytes) -> None:
+        stream.write(piece)
+        update(piece)
+
+    documents = len(lengths_tokens)
+    put(MAGIC + struct.pack("<QBQQ", 1, CODE_OF_DTYPE[np.dtype(dtype)], documents, documents + 1))
+    for start in range(0, documents, _PIECE):
+        put(lengths_tokens[start:start + _PIECE].astype("<i4").tobytes())
+    offset_bytes = 0
+    for start in range(0, documents, _PIECE):
+        part_bytes = lengths_tokens[start:start + _PIECE].astype(np.int64) * np.dtype(dtype).itemsize
+        ends = offset_bytes + np.cumsum(part_bytes)
+        put((ends - part_bytes).astype("<i8").tobytes())
+        offset_bytes = int(ends[-1])
+    for start in range(0, documents + 1, _PIECE):
+        put(np.arange(start, min(start + _PIECE, documents + 1), dtype="<i8").tobytes())
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

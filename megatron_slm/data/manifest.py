@@ -1,0 +1,200 @@
+"""What is written beside every corpus, and the door where it is checked.
+
+PREFIX.manifest.json is written last, so its presence means that PREFIX.bin and PREFIX.idx are whole. megatron-core itself
+opens a truncated .bin without complaint; `check_corpus` is what stands between that and a training run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.data.indexed import check_bin_size, read_index, sync_folder
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class CorpusManifest:
+    """The identity of one corpus: what is in PREFIX.bin/.idx, how it was made and from what."""
+
+    format_version: int
+    documents: int
+    tokens: int
+    token_dtype: str
+    """uint16 or int32."""
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+    tokenizer: dict[str, Any]
+    """path, kind, fingerprint, vocabulary_size, eod_id."""
+    append_eod: bool
+    sources: list[dict[str, Any]]
+    created_by: dict[str, Any]
+    rejected: dict[str, Any]
+    prepend_bos: bool = False
+    filters: dict[str, Any] = field(default_factory=dict)
+    """How many documents each filter left out; by choice, unlike `rejected`."""
+    shard: dict[str, Any] | None = None
+    """index, count and plan of an array-job shard; None for a whole corpus."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the content: equal for equal .bin and .idx, wherever they lie."""
+        return "sha256:" + hashlib.sha256(f"{self.bin_sha256}\n{self.idx_sha256}".encode()).hexdigest()
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> CorpusManifest:
+        path = manifest_path(prefix)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(_no_manifest(prefix)) from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot read the manifest ({error})") from None
+        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+            got = content.get("format_version") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path}: manifest format {got}, expected {FORMAT_VERSION}. Make it again with this version: "
+                             f"python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model")
+        names = {each.name for each in fields(cls)}
+        missing = {"documents", "tokens", "token_dtype", "bin_bytes", "idx_bytes", "bin_sha256", "idx_sha256", "tokenizer",
+                   "append_eod", "sources", "created_by", "rejected"} - content.keys()
+        unknown = content.keys() - names - {"fingerprint"}
+        if missing or unknown:
+            raise ValueError(f"{path}: the manifest lacks {sorted(missing)} and has unknown fields {sorted(unknown)}")
+        manifest = cls.from_json(content)
+        manifest._check_types(path)
+        return manifest
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> CorpusManifest:
+        return cls(**{name: value for name, value in content.items() if name != "fingerprint"})
+
+    def _check_types(self, path: Path) -> None:
+        wanted = {"documents": int, "tokens": int, "token_dtype": str, "bin_bytes": int, "idx_bytes": int, "bin_sha256": str,
+                  "idx_sha256": str, "tokenizer": dict, "append_eod": bool, "sources": list, "created_by": dict,
+                  "rejected": dict, "prepend_bos": bool, "filters": dict}
+        for name, kind in wanted.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ValueError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
+        missing = {"path", "kind", "fingerprint", "vocabulary_size", "eod_id"} - self.tokenizer.keys()
+        if missing:
+            raise ValueError(f"{path}: tokenizer lacks {sorted(missing)}")
+
+    def write(self, prefix: str | Path) -> None:
+        write_json_atomically(manifest_path(prefix), self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, **asdict(self)}
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.manifest.json")
+
+
+def check_corpus(prefix: str | Path, *, tokenizer_fingerprint: str | None = None) -> CorpusManifest:
+    """The manifest of a corpus whose files are whole and unchanged since it was written.
+
+    Sizes and structure are checked every time. Content is hashed when a file's stamp (size, modification and change time,
+    inode) is not the one remembered in PREFIX.verified.json; in a folder that cannot be written the stamp is not remembered.
+
+    Raises ValueError with a sentence: files missing, truncated or too long, index and manifest disagreeing, content changed,
+    no manifest, or another tokenizer than `tokenizer_fingerprint`.
+    """
+    manifest = CorpusManifest.read(prefix)
+    if tokenizer_fingerprint is not None and manifest.tokenizer["fingerprint"] != tokenizer_fingerprint:
+        raise ValueError(
+            f"{prefix}: the corpus was made with the tokenizer {manifest.tokenizer['path']} "
+            f"({_short(manifest.tokenizer['fingerprint'])}), not with this one ({_short(tokenizer_fingerprint)}). "
+            "Use the corpus's own tokenizer, or preprocess the text again with this one.")
+    for suffix, expected_bytes in ((".idx", manifest.idx_bytes), (".bin", manifest.bin_bytes)):
+        _check_size(Path(f"{prefix}{suffix}"), expected_bytes)
+    index = read_index(f"{prefix}.idx")
+    check_bin_size(prefix, index)
+    for name, found in (("documents", index.documents), ("tokens", index.tokens), ("token_dtype", index.dtype.name)):
+        if getattr(manifest, name) != found:
+            raise ValueError(f"{prefix}.idx holds {name} = {found}, its manifest says {getattr(manifest, name)}")
+    _check_content(prefix, {".bin": manifest.bin_sha256, ".idx": manifest.idx_sha256})
+    return manifest
+
+
+def _check_size(path: Path, expected_bytes: int) -> None:
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); its manifest says it has {expected_bytes} bytes") from None
+    if size_bytes != expected_bytes:
+        word = "truncated" if size_bytes < expected_bytes else "too long"
+        raise ValueError(f"{path}: the file is {word}: {size_bytes} bytes, its manifest says {expected_bytes}. "
+                         "Copy it again, or make the corpus again.")
+
+
+def _check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
+    cache_path = Path(f"{prefix}.verified.json")
+    try:
+        remembered = json.loads(cache_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        remembered = {}
+    if not isinstance(remembered, dict):
+        remembered = {}
+    verified = {}
+    for suffix, sha256 in expected_sha256.items():
+        path = Path(f"{prefix}{suffix}")
+        before = _stamp(path)
+        verified[suffix] = {"stamp": before, "sha256": sha256}
+        if remembered.get(suffix) == verified[suffix]:
+            continue
+        found = sha256_of_file(path)
+        if found != sha256 or _stamp(path) != before:
+            raise ValueError(f"{path}: the content has changed since the corpus was made (sha256 {found[:16]}…, its manifest "
+                             f"says {sha256[:16]}…). Copy it again, or make the corpus again.")
+    if verified != remembered:
+        try:
+            write_json_atomically(cache_path, verified)
+        except OSError:
+            pass  # a read-only folder: the next check hashes again
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def sha256_of_file(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json_atomically(path: str | Path, obj: Any) -> None:
+    """Write `obj` as JSON so that `path` holds either its old content or all of the new, even across a power cut."""
+    path = Path(path)
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:19] + "…"
+
+
+def _no_manifest(prefix: str | Path) -> str:
+    if not Path(f"{prefix}.bin").exists():
+        return (f"{prefix}: no such corpus (neither {prefix}.bin nor its manifest). Give the prefix without suffix, as "
+                "data_tools.preprocess --output-prefix had it.")
+    return (f"{manifest_path(prefix)}: the corpus has no manifest. If data_tools.preprocess was interrupted, run it again; for "
+            f"a corpus made by another tool: python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model")

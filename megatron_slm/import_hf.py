@@ -1,0 +1,73 @@
+"""Read a Hugging Face model into a checkpoint that training starts from; see docs/conversion.md."""
+
+import argparse
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_slm.checkpoint import folder as folders
+from megatron_slm.tokenization import load_tokenizer
+
+DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3; safetensors) into a weights checkpoint of ours.
+
+Start from it with --checkpoint.initialize_from OUTPUT, in any parallel layout. The folder's tokenizer is recorded in the checkpoint and
+must be the one the corpora are made with. One process, no GPU; tensors pass through memory one at a time."""
+EXAMPLE = """example:
+  hf download TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T --local-dir models/tinyllama
+  python -m megatron_slm.import_hf --input models/tinyllama --output runs/tinyllama_base
+  torchrun --nproc-per-node 8 -m megatron_slm.train --config launch/recipes/tinyllama_1.1b_math_slm.yaml
+
+exit codes: 0 done, 2 bad usage, 3 a model or tokenizer that cannot be read here"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("import_hf", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
+    parser.add_argument("--output", required=True, help="run folder to make; the weights become its checkpoint of step 0")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the stored weights (default: fp32)")
+    parser.add_argument("--tokenizer", default="", help="tokenizer file, when it is not in the input folder")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    checkpoints = Path(options.output) / "checkpoints"
+    if folders.complete_checkpoints(checkpoints):
+        print(f"import_hf: {checkpoints} already holds a checkpoint; give another --output", file=sys.stderr)
+        return 2
+    try:
+        folder = import_folder(Path(options.input), checkpoints, options.dtype, options.tokenizer)
+    except ValueError as error:
+        print(f"import_hf: {error}", file=sys.stderr)
+        return 3
+    print(f"imported {options.input} to {folder}; start from it with --checkpoint.initialize_from {options.output}")
+    return 0
+
+
+def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: str = "") -> Path:
+    """Write the model in `source` as the step-0 checkpoint in `checkpoints`; returns its folder. ValueError says what cannot be read."""
+    from megatron_slm.convert.huggingface import DTYPES, SafetensorsFolder, model_config, read_json
+    from megatron_slm.convert.names import FromHuggingface, Geometry
+    from megatron_slm.convert.stored_state import write_full_state
+
+    model, sequence_length = model_config(read_json(source / "config.json"))
+    tokenizer = load_tokenizer(tokenizer_path or source)
+    if tokenizer.vocabulary_size > model.vocabulary_size:
+        raise ValueError(f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only {model.vocabulary_size}; give its own --tokenizer")
+    geometry = Geometry.from_model(model)
+    state = FromHuggingface(SafetensorsFolder(source), geometry)
+    described = {"path": str(tokenizer.path.resolve()), "kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
+                 "vocabulary_size": tokenizer.vocabulary_size, "eod_id": tokenizer.eod_id}
+    info = folders.CheckpointInfo(model=asdict(model), sequence_length=sequence_length, tokenizer=described, step=0, tokens_processed=0,
+                                  precision=dtype, extra={"imported_from": str(source)})
+    writing = folders.writing_folder(checkpoints, 0)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    write_full_state(state, {name: entry.shape for name, entry in state.entries.items()}, geometry.layers, writing, DTYPES[dtype])
+    checksums = {path.name: folders.file_sha256(path) for path in writing.iterdir()}
+    return folders.complete(checkpoints, 0, info, {"layout": {}, "adam_steps": 0, "weights_only": True}, checksums)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

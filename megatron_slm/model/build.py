@@ -1,0 +1,182 @@
+"""A decoder as megatron-core's GPTModel, with the selective head, in any parallel layout, from one seed."""
+
+import hashlib
+import math
+
+import torch
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
+from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.tensor_parallel.layers import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding,
+                                                  set_tensor_model_parallel_attributes)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_slm import device as device_room
+from megatron_slm.config.schema import Config
+from megatron_slm.model.layers import layer_spec
+from megatron_slm.ops import linear_cross_entropy
+from megatron_slm.parallel import Groups
+
+
+class Decoder(GPTModel):
+    """megatron-core's GPTModel whose labels-path is the selective head: per-token fp32 losses, no logits kept.
+
+    `forward(tokens, position_ids, attention_mask, labels=labels_BS)` gives loss_BS on the last stage, or [1+E, B, S] when
+    `extra_outputs` names E more per-token values ("entropy"). Without labels it gives logits, as GPTModel does.
+    """
+
+    vocabulary_size: int
+    extra_outputs: tuple[str, ...] = ()
+
+    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        result = linear_cross_entropy(
+            hidden_states, weight, labels.transpose(0, 1).contiguous(), vocabulary_size=self.vocabulary_size,
+            tp_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
+            sequence_parallel=self.config.sequence_parallel, accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
+            extras=self.extra_outputs)
+        if not self.extra_outputs:
+            return result.transpose(0, 1).contiguous()
+        loss_SB, extras = result
+        return torch.stack([loss_SB, *(extras[name].float() for name in self.extra_outputs)]).transpose(1, 2).contiguous()
+
+
+def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of the configured number and of the tensor size.
+
+    Kept equal over tensor sizes whenever the tensor size divides the configured multiple, so that weights of one seed
+    and checkpoints agree between layouts.
+    """
+    multiple = math.lcm(config.model.pad_vocabulary_to_multiple_of, config.parallel.tensor)
+    return -(-vocabulary_size // multiple) * multiple
+
+
+def transformer_config(config: Config, *, on_gpu: bool) -> TransformerConfig:
+    """megatron-core's TransformerConfig for our settings."""
+    model, parallel = config.model, config.parallel
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.device.precision]
+    interleaved = parallel.virtual_pipeline > 1
+    recompute = {"none": {}, "selective": {"recompute_granularity": "selective"},
+                 "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}[model.recompute]
+    fused_weight_gradient = on_gpu and device_room._has_module("fused_weight_gradient_mlp_cuda")
+    return TransformerConfig(
+        num_layers=model.layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.attention_heads, num_query_groups=model.query_groups or model.attention_heads,
+        kv_channels=model.head_size or model.hidden_size // model.attention_heads,
+        normalization="RMSNorm", layernorm_epsilon=model.norm_epsilon, qk_layernorm=model.qk_norm,
+        gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=model.qkv_bias,
+        hidden_dropout=model.dropout, attention_dropout=model.dropout, init_method_std=model.initialization_std,
+        bf16=dtype is torch.bfloat16, params_dtype=dtype, pipeline_dtype=dtype, attention_backend=AttnBackend.auto,
+        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        context_parallel_size=parallel.context, sequence_parallel=parallel.sequence,
+        # Interleaving over 2 ranks without overlap gives a wrong loss in silence: sends to both neighbours reach the same
+        # peer and are matched in order (megatron-core 0.16.1 has no check). Overlap with unbatched p2p is right everywhere.
+        overlap_p2p_comm=interleaved, batch_p2p_comm=not interleaved,
+        # The loss stays a sum; gradients are divided once, by the global selected count (METHOD 4.1).
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=fused_weight_gradient,
+        perform_initialization=False, use_cpu_initialization=not on_gpu,
+        bias_activation_fusion=on_gpu, bias_dropout_fusion=on_gpu, masked_softmax_fusion=False, **recompute,
+    )
+
+
+def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainable: bool = True) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), initialised from run.seed.
+
+    `trainable=False` freezes the weights and puts the model in eval mode: a reference (METHOD 4.18).
+    bf16 models come wrapped in megatron-core's Float16Module.
+    """
+    from megatron.core.transformer.module import Float16Module
+    on_gpu = groups.device.type == "cuda"
+    layers = resolve_layers(config, on_gpu)
+    chunks = []
+    for stage in range(groups.virtual_chunks):
+        vp_stage = stage if groups.virtual_chunks > 1 else None
+        core_config = transformer_config(config, on_gpu=on_gpu)
+        chunk = Decoder(
+            core_config, layer_spec(core_config, layers, vp_stage), padded_vocabulary_size(config, vocabulary_size),
+            config.data.sequence_length, pre_process=is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=config.model.tied_embeddings, position_embedding_type="rope",
+            rotary_base=config.model.rope_base, vp_stage=vp_stage)
+        chunk.vocabulary_size = vocabulary_size
+        _mark_tensor_parallel(chunk)
+        chunks.append(chunk.to(groups.device))
+    initialize_weights(chunks, config.run.seed, config.model.initialization_std, config.model.layers)
+    if config.device.precision == "bf16":
+        chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
+    if not trainable:
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+    return chunks
+
+
+def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
+    """Tell megatron-core which weights are split over the tensor group.
+
+    Its layers do so only while they initialise their own weights, which we do ourselves; unmarked, the gradient norm would
+    leave out the parts of every tensor rank but the first.
+    """
+    split_dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        if type(module) in split_dimension and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, split_dimension[type(module)], 1)
+
+
+def resolve_layers(config: Config, on_gpu: bool) -> str:
+    """"torch" or "transformer_engine"; ValueError when Transformer Engine is asked for and cannot be had."""
+    asked = config.device.layers
+    usable = on_gpu and device_room.has_transformer_engine()
+    if asked == "transformer_engine" and not usable:
+        why = "the device is the CPU" if not on_gpu else "it is not installed (see the Dockerfile)"
+        raise ValueError(f"device.layers is transformer_engine, but {why}; use auto or torch")
+    return "transformer_engine" if usable and asked != "torch" else "torch"
+
+
+def initialize_weights(chunks: list[torch.nn.Module], seed: int, std: float, layers: int) -> None:
+    """Initial weights that depend on the seed and the parameter's name only: the same in every parallel layout.
+
+    Normal with std `std`; matrices that write into the residual stream (attention output, MLP output) with
+    std / sqrt(2 * layers), as GPT-2 and megatron-core do; norm weights 1, biases 0. Every full matrix is drawn from
+    its own generator and cut to this rank's part, which costs the size of one full matrix for a moment.
+    """
+    sharded = {}
+    for i, chunk in enumerate(chunks):
+        sharded[i] = chunk.sharded_state_dict()
+    apply_factories(sharded)
+    tensors, _ = extract_sharded_tensors(sharded)
+    for tensor in _leaves(tensors):
+        _initialize(tensor, seed, std, layers)
+
+
+def _leaves(tree):
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(value, (dict, list)):
+            yield from _leaves(value)
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+@torch.no_grad()
+def _initialize(tensor: ShardedTensor, seed: int, std: float, layers: int) -> None:
+    stacked = tensor.prepend_axis_num
+    if "layer_norm" in tensor.key or "layernorm" in tensor.key:
+        tensor.data.fill_(1.0)
+    elif tensor.key.endswith("bias"):
+        tensor.data.zero_()
+    else:
+        layer = tensor.global_offset[:stacked]
+        digest = hashlib.sha256(f"{seed}/{tensor.key}/{layer}".encode()).digest()
+        generator = torch.Generator(device=tensor.data.device).manual_seed(int.from_bytes(digest[:7], "little"))
+        residual = tensor.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        full = torch.empty(tensor.global_shape[stacked:], dtype=torch.float32, device=tensor.data.device)
+        full.normal_(0.0, std / math.sqrt(2 * layers) if residual else std, generator=generator)
+        here = tuple(slice(o, o + n) for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape))
+        tensor.data.copy_(full[here])

@@ -1,0 +1,105 @@
+"""Run micro-batches through megatron-core's pipeline schedule: forward and backward, or forward only.
+
+Shapes: B = sequences of one micro-batch, S = sequence length on this context-parallel rank.
+"""
+
+from typing import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+
+from megatron_slm.data.batch import Batch
+from megatron_slm.parallel import Groups
+
+LossFunction = Callable[[int, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]
+"""(index of the micro-batch, batch, model output) -> (sum of weighted losses, divisor, report); divisor is a float64 0-d tensor."""
+
+
+def forward_backward(models: list, batches: Sequence[Batch], loss_function: LossFunction, groups: Groups) -> list[dict]:
+    """Accumulate the gradient of (sum of losses over all micro-batches and ranks) / (sum of divisors), in main_grad.
+
+    Equals, in one process: `(sum_m loss_sum_m / sum_m divisor_m).backward()`. The divisor is summed here in float64 and
+    not through megatron-core's `num_tokens`, which is an integer: a float there raises on last-stage ranks only and hangs
+    the others, and soft token weights need a float (METHOD 4.1, 4.2). Returns the reports of the last stage, else [].
+    """
+    divisor = torch.zeros((), dtype=torch.float64, device=groups.device)
+
+    def counted_loss(index, batch, output):
+        loss_sum, part, report = loss_function(index, batch, output)
+        divisor.add_(part)
+        return loss_sum, torch.zeros((), dtype=torch.int, device=groups.device), report
+
+    def finalize(chunks, num_tokens=None, pg_collection=None, force_all_reduce=False):
+        finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        _divide_gradients(chunks, divisor, groups)
+
+    for model in models:
+        get_model_config(model).finalize_model_grads_func = finalize
+    return _run(models, batches, counted_loss, groups, forward_only=False)
+
+
+def _divide_gradients(chunks: list, divisor: torch.Tensor, groups: Groups) -> None:
+    """Divide all gradients by the global divisor; with nothing selected anywhere they are already zero and stay so."""
+    if groups.pp_size > 1:     # the divisor lives on the last stage; every stage's gradients need it
+        dist.broadcast(divisor, group=groups.pp, group_src=groups.pp_size - 1)
+    dist.all_reduce(divisor, group=groups.dp_cp)
+    scale = torch.where(divisor > 0, 1.0 / divisor, torch.zeros_like(divisor)).float()
+    for chunk in chunks:
+        chunk.scale_gradients(scale)
+
+
+@torch.no_grad()
+def forward_losses(models: list, batches: Sequence[Batch], groups: Groups, *, extras: tuple[str, ...] = ()) -> list[dict[str, torch.Tensor]]:
+    """Per-token losses without a graph: on the last pipeline stage one dict per batch, elsewhere [].
+
+    Each dict has "loss" and every name in `extras` ("entropy", nats), each fp32 [B, S]. Equals
+    `cross_entropy(logits, labels, reduction="none")` on fp32 logits. Dropout is off; the models' modes are restored.
+    Every rank of the model-parallel group calls it with the same batches; batches may differ in shape only without pipeline parallelism.
+    """
+    training = [model.training for model in models]
+    before = ask_for(models, tuple(extras))
+    for model in models:
+        model.eval()
+    try:
+        outputs = _run(models, batches, lambda index, batch, output: output, groups, forward_only=True)
+    finally:
+        ask_for(models, before)
+        for model, mode in zip(models, training):
+            model.train(mode)
+    return [split_outputs(output, extras) for output in outputs]
+
+
+def ask_for(models: list, extras: tuple[str, ...]) -> tuple[str, ...]:
+    """Make the models' labels-path give `extras` beside the loss from now on; returns what they gave before."""
+    decoders = [get_attr_wrapped_model(model, "extra_outputs", return_model_obj=True) for model in models]
+    before = decoders[0].extra_outputs
+    for decoder in decoders:
+        decoder.extra_outputs = extras
+    return before
+
+
+def split_outputs(output: torch.Tensor, extras: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The model's labels-path output as {"loss": loss_BS, extra: value_BS ...}."""
+    if not extras:
+        return {"loss": output}
+    return dict(zip(("loss", *extras), output.unbind(0)))
+
+
+def _run(models: list, batches: Sequence[Batch], loss_function, groups: Groups, *, forward_only: bool) -> list:
+    def step(iterator, model):
+        index, batch = next(iterator)
+        output = model(batch.tokens_BS, batch.position_ids_BS, batch.attention_mask, labels=batch.labels_BS)
+
+        def loss(output, non_loss_data=False):
+            return loss_function(index, batch, output)
+        return output, loss
+
+    iterators = [iter(enumerate(batches)) for _ in models]
+    local_tokens_BS = batches[0].tokens_BS
+    return get_forward_backward_func()(
+        forward_step_func=step, data_iterator=iterators if len(models) > 1 else iterators[0], model=list(models) if len(models) > 1 else models[0],
+        num_microbatches=len(batches), seq_length=local_tokens_BS.shape[1] * groups.cp_size, micro_batch_size=local_tokens_BS.shape[0],
+        forward_only=forward_only, collect_non_loss_data=forward_only)

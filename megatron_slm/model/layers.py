@@ -1,0 +1,104 @@
+"""Layer specs: Transformer Engine's layers, or torch-native ones that run anywhere torch does.
+
+megatron-core's own local layers refuse sequence parallelism (torch_norm.py:32) and context parallelism
+(dot_product_attention.py:56), and materialise [s, s] attention scores. These two modules replace exactly those parts.
+
+Shapes: s = sequence (local to the sequence- or context-parallel rank), b = batch, n = heads, g = key/value groups, d = head size.
+"""
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+
+class RMSNorm(torch.nn.Module):
+    """torch.nn.functional.rms_norm in fp32, with a weight; marks its weight for sequence parallelism.
+
+    Under sequence parallelism each tensor rank sees other positions, so the weight's gradient must be summed over the
+    tensor group; megatron-core does that for weights with `sequence_parallel` set (finalize_model_grads.py:318).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_ignored_by_megatron_norms):
+        super().__init__()
+        self.epsilon = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
+        normed = torch.nn.functional.rms_norm(hidden_sbh.float(), (hidden_sbh.shape[-1],), self.weight.float(), self.epsilon)
+        return normed.to(hidden_sbh.dtype)
+
+
+class CausalAttention(torch.nn.Module):
+    """Causal attention by torch's scaled_dot_product_attention, also under context parallelism.
+
+    Equals softmax(QK^T / sqrt(d) + causal mask) V. With context parallelism a rank holds chunks r and 2c-1-r of the
+    2c equal chunks of the sequence (megatron-core's head-tail slicing, which balances causal work). Keys and values are
+    all-gathered over the context group (their gradient is reduce-scattered), put in order, and each of the two query
+    chunks attends to its prefix.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str,
+                 attention_dropout: float | None = None, softmax_scale: float | None = None,
+                 cp_comm_type: str | None = None, pg_collection=None):
+        super().__init__()
+        self.scale = softmax_scale            # None = 1/sqrt(head size), torch's default
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.context_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+
+    def forward(self, query_sbnd, key_sbgd, value_sbgd, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+        if attention_bias is not None or packed_seq_params is not None:
+            raise NotImplementedError("torch-native attention takes neither an attention bias nor packed sequences; use device.layers: transformer_engine")
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd))      # [b, n, s, d]
+        if self.context_group is not None:
+            key, value = self._whole_sequence(key_sbgd), self._whole_sequence(value_sbgd)
+            context = self._attend_chunks(query, key, value)
+        elif attention_mask is not None:     # bool, True = hidden, megatron-core's sense
+            context = self._attend(query, key, value, attn_mask=~attention_mask)
+        else:
+            context = self._attend(query, key, value, is_causal=True)
+        return context.permute(2, 0, 1, 3).flatten(2)                                                # [s, b, n*d]
+
+    def _attend(self, query, key, value, **mask):
+        return scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0, scale=self.scale,
+                                            enable_gqa=query.shape[1] != key.shape[1], **mask)
+
+    def _whole_sequence(self, part_sbgd: torch.Tensor) -> torch.Tensor:
+        """All-gather over the context group and undo head-tail slicing: [s/c, b, g, d] -> [b, g, s, d]."""
+        size = self.context_group.size()
+        gathered = gather_from_sequence_parallel_region(part_sbgd.contiguous(), group=self.context_group)
+        chunks = gathered.chunk(2 * size, dim=0)       # rank r contributes chunks r and 2c-1-r
+        order = [2 * r if r < size else 2 * (2 * size - 1 - r) + 1 for r in range(2 * size)]
+        return torch.cat([chunks[i] for i in order]).permute(1, 2, 0, 3)
+
+    def _attend_chunks(self, query, key, value):
+        size, rank = self.context_group.size(), self.context_group.rank()
+        length = query.shape[2] // 2
+        outputs = []
+        for part, chunk in zip(query.split(length, dim=2), (rank, 2 * size - 1 - rank)):
+            seen = (chunk + 1) * length
+            outputs.append(self._attend(part, key[:, :, :seen], value[:, :, :seen], attn_mask=causal_lower_right(length, seen)))
+        return torch.cat(outputs, dim=2)
+
+
+def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
+    """The decoder's spec for this pipeline stage: `layers` is "torch" or "transformer_engine"."""
+    if layers == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
+                                                          qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
+                                     qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    this_stage: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=this_stage, layer_norm=RMSNorm)

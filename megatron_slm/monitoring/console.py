@@ -1,0 +1,100 @@
+"""Metrics for a person at a terminal: a progress bar with rate, ETA and losses; plain lines in a log file."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+_STYLE = {"info": "none", "warning": "yellow", "error": "bold red"}
+
+
+class ConsoleSink:
+    """A rich progress bar where `stream` is a terminal, otherwise one plain line per record (good in a SLURM log)."""
+
+    def __init__(self, *, total_steps: int, start_step: int = 0, title: str = "train", stream: TextIO | None = None) -> None:
+        from rich.console import Console
+        self._total_steps = total_steps
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._progress = None
+        self._task = None
+        if self._console.is_terminal:
+            self._open_progress(title, start_step)
+
+    def table(self, title: str, rows: Mapping[str, Any]) -> None:
+        """The short table at the start of a run: what runs, on what, how long."""
+        if self._progress is None:
+            width = max(map(len, rows), default=0)
+            self._console.print(title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), sep="\n", markup=False)
+            return
+        from rich.table import Table
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        self._console.print(table)
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        if record.get("kind", "train") == "validation":
+            self._console.print(f"step {step}  {_describe_validation(record)}", markup=False)
+        elif self._progress is None:
+            self._console.print(f"step {step}/{self._total_steps}  {_describe_training(record)}", markup=False)
+        else:
+            self._progress.update(self._task, completed=step, figures=_describe_training(record))
+
+    def message(self, text: str, level: str = "info") -> None:
+        prefix = "" if level == "info" else f"{level}: "
+        self._console.print(prefix + text, style=_STYLE[level], markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _open_progress(self, title: str, start_step: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                                  TextColumn("{task.fields[figures]}"), console=self._console, refresh_per_second=2)
+        self._task = self._progress.add_task(title, total=self._total_steps, completed=start_step, figures="")
+        self._progress.start()
+
+
+def _describe_training(record: Mapping[str, Any]) -> str:
+    """loss 3.412 (all 3.702, reference 3.1)  kept 60%  lr 3e-4  |grad| 0.81  12.3k tokens/s  0:01:22 left"""
+    parts = []
+    loss = _number(record, "loss/selected", "loss/all")
+    if loss is not None:
+        beside = [f"{name} {value:.3f}" for name in ("all", "reference")
+                  if "loss/selected" in record and (value := _number(record, f"loss/{name}")) is not None]
+        parts.append(f"loss {loss:.4f}" + (f" ({', '.join(beside)})" if beside else ""))
+    if (kept := _number(record, "selection/kept_fraction")) is not None:
+        parts.append(f"kept {kept:.0%}")
+    if (rate := _number(record, "optimizer/learning_rate")) is not None:
+        parts.append(f"lr {rate:.2e}")
+    if (norm := _number(record, "optimizer/grad_norm")) is not None:
+        parts.append(f"|grad| {norm:.3g}")
+    if (speed := _number(record, "throughput/tokens_per_second")) is not None:
+        parts.append(f"{_short(speed)} tokens/s")
+    if (left := _number(record, "throughput/eta_seconds")) is not None:
+        parts.append(f"{format_duration(left)} left")
+    return "  ".join(parts)
+
+
+def _describe_validation(record: Mapping[str, Any]) -> str:
+    losses = {name.removesuffix("/loss"): value for name, value in record.items()
+              if name.startswith("validation/") and name.endswith("/loss") and value is not None}
+    return "  ".join(f"{name} loss {value:.4f}" for name, value in losses.items()) or "validation: no loss"
+
+
+def _number(record: Mapping[str, Any], *names: str) -> float | None:
+    return next((record[name] for name in names if isinstance(record.get(name), (int, float))), None)
+
+
+def _short(value: float) -> str:
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """3725 -> 1:02:05; from a day on, 2d 3:00:00."""
+    days, rest = divmod(int(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}d {clock}" if days else clock

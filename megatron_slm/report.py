@@ -1,0 +1,70 @@
+"""Compare runs in one HTML file; see docs/monitoring.md."""
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = """Write one self-contained HTML file that compares training runs: a summary table, validation and training
+losses, what was selected, real text with the selected tokens marked, warnings, differing settings, versions.
+
+Reads only the run folders' own files (metrics.jsonl, config.yaml, versions.txt, warnings.jsonl, token_view.jsonl), so it
+also works on runs that are still going or were stopped, without a GPU, and on another machine."""
+EXAMPLE = """example:
+  python -m megatron_slm.report --runs runs/plain runs/slm runs/random --output report.html
+
+Put the plain run among them: the others' "tokens to reach its final loss" are then in the table.
+exit codes: 0 done, 2 bad usage, 3 a run folder that cannot be read"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("report", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="FOLDER", help="run folders, in the order they are shown")
+    parser.add_argument("--output", default="", metavar="FILE", help="file to write (default: report.html in the first run folder)")
+    parser.add_argument("--corpus", default=None, metavar="NAME", help="validation corpus to compare on (default: the first that all runs share)")
+    parser.add_argument("--title", default="Selective Language Modeling: report", help="heading of the report")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    from megatron_slm.analysis.report import choose_corpus, write_report
+    from megatron_slm.analysis.run_folder import read_runs
+
+    try:
+        runs = read_runs(options.runs)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"report: {line}", file=sys.stderr)
+        return 3
+    try:
+        choose_corpus(runs, options.corpus)
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    _print_table(runs, choose_corpus(runs, options.corpus))
+    output = write_report(runs, options.output or Path(options.runs[0], "report.html"), corpus=options.corpus, title=options.title)
+    print(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''}: {output.resolve()}")
+    return 0
+
+
+def _print_table(runs, corpus: str | None) -> None:
+    """The summary of the page, on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_slm.analysis.readings import outcomes
+    from megatron_slm.analysis.style import short_count
+
+    table = Table(title=f"plain loss on {corpus}, nats per token" if corpus else None, title_justify="left")
+    for heading in ("run", "final loss", "tokens processed", "tokens selected", "tokens/s", "tokens to the plain run's final loss"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+
+    def cell(value: float | None, form=short_count) -> str:
+        return "-" if value is None else form(value)
+    for line in outcomes(runs, corpus):
+        table.add_row(line.run.name, cell(line.final_loss, "{:.4f}".format), *map(cell, (line.processed, line.selected, line.tokens_per_second, line.tokens_to_plain)))
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

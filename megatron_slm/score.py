@@ -1,0 +1,79 @@
+"""Score a corpus with a reference model: one loss per token, stored at the token's offset.
+
+    torchrun --nproc-per-node 2 -m megatron_slm.score --checkpoint runs/reference --corpus data/corpus --output data/corpus_scores
+
+Options may be written with dashes or underscores. Training then reads the folder as selection.reference.scores.
+Started again after a kill, the same command continues and ends with the same bytes. Large corpora: array jobs with
+--shard i/n and the same --output; the last to end completes the store.
+
+Exit codes: 0 done, 2 bad usage, 3 bad data, 85 stopped by a signal (start the same command again). See docs/scoring.md.
+"""
+
+import os
+import signal
+import sys
+
+from megatron_slm.config.load import ConfigError
+from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.scoring.options import ScoringJob, parse, prepare
+
+STOPPED = 85
+
+
+def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
+    from megatron_slm import parallel
+    from megatron_slm.scoring.corpus import TokenStream, score_corpus
+    from megatron_slm.scoring.model import megatron_scorer
+    from megatron_slm.scoring.reference import load_reference
+    groups = parallel.start(job.config.parallel, device, job.config.run.seed, timeout_minutes=job.config.device.timeout_minutes)
+    try:
+        stream = TokenStream(job.options.corpus)
+        models = load_reference(job.reference, job.config, groups)
+        scorer = megatron_scorer(models, groups, stream, stream.plan(store.manifest), store.columns, job.options.micro_batch_size)
+        report = score_corpus(scorer, store, dp_rank=groups.dp_rank, dp_size=groups.dp_size, job=job.share, show_progress=groups.is_logger)
+    finally:
+        parallel.stop()
+    if rank == 0:
+        # Reads every byte once more, so outside the process groups and their time limit.
+        state = "complete" if store.finish() else f"{len(store.missing)} of {store.manifest.shard_count} shards are still missing"
+        print(f"{job.options.output}: {report.shards_written} shards written, {state}")
+        for column, count in report.without_score.items():
+            if count:
+                print(f"score: warning: the reference gave no finite {column} for {count:,} tokens; they will never be selected", file=sys.stderr)
+    return 0
+
+
+def stop(number: int, frame) -> None:
+    # Finished shards are on disk and the unfinished one is redone: there is nothing to save.
+    raise SystemExit(STOPPED)
+
+
+def main(argv: list[str] | None = None) -> int:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv, __doc__)
+    try:
+        job = prepare(options, world_size, argv)
+        from megatron_slm import device as device_room
+        device = device_room.choose(job.config.device.kind)  # before anything imports megatron.core
+        store = ScoreStore.create(job.options.output, job.manifest)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"score: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if rank == 0:
+            print(f"score: {error}", file=sys.stderr)
+        return 3
+    device_room.set_threads(job.config.device.threads_per_process)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+    try:
+        return run(job, store, device, rank)
+    except ValueError as error:
+        print(f"score: {error}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Walk a corpus with a reference model and put each token's loss where the token is.
+
+Shards are fixed ranges of tokens; data-parallel ranks and array jobs take them in turn and never wait for each other. A shard
+is priced by one model-parallel group in fixed batches and written whole, so a run killed at any moment and started again ends
+with the same bytes.
+
+B = windows of one micro-batch, S = padded inputs of a window.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_slm.data.batch import Batch
+from megatron_slm.data.indexed import open_tokens, read_index
+from megatron_slm.data.score_manifest import ScoreManifest
+from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.scoring.progress import Progress
+from megatron_slm.scoring.windows import Window, WindowPlan, batches, padded_lengths
+
+
+class TokenStream:
+    """The tokens of a corpus by absolute offset, and where its documents (sequences of the .idx) begin."""
+
+    def __init__(self, prefix: str):
+        index = read_index(f"{prefix}.idx")
+        self.tokens = open_tokens(prefix, index)
+        self.document_starts = index.sequence_offsets_bytes[index.sequence_lengths_tokens > 0] // index.dtype.itemsize
+
+    def plan(self, manifest: ScoreManifest) -> WindowPlan:
+        return WindowPlan(len(self.tokens), self.document_starts, manifest.window_tokens, manifest.stride_tokens, manifest.document_policy)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Prices ranges of a corpus. What runs the model is behind `forward`: megatron-core (model.py) or transformers."""
+
+    stream: TokenStream
+    plan: WindowPlan
+    columns: tuple[str, ...]
+    micro_batch_size: int
+    forward: Callable[[list[Batch]], list[dict[str, np.ndarray]]]
+    """Batches of one shape -> per batch the columns, [B, S] each; [] on ranks that do not hold the losses."""
+    collects: bool = True
+    """Whether `forward` gives this rank the losses and this rank writes them: one rank of each model-parallel group."""
+    length_divisor: int = 1
+    """What the parallel layout needs a sequence to be a multiple of."""
+    batches_per_call: int = 1
+    """Micro-batches per call of `forward`."""
+
+    def price(self, start: int, end: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
+        """fp32 values of the tokens [start, end) per column, NaN at first tokens of documents; {} on ranks without losses.
+
+        Every rank of the model-parallel group calls it with the same range.
+        """
+        values = {column: np.full(end - start, np.nan, np.float32) for column in self.columns}
+        for length, calls in self._calls(list(self.plan.windows(start, end))):
+            outputs = self.forward([self._batch(windows, length) for windows in calls])
+            if self.collects:
+                for windows, output in zip(calls, outputs, strict=True):
+                    _place(values, start, windows, output)
+            if progress is not None:
+                progress.advance(sum(w.score_end - w.score_start for windows in calls for w in windows))
+        for column in values.values():
+            column[self.plan.first_tokens(start, end) - start] = np.nan
+        return values if self.collects else {}
+
+    def _calls(self, windows: list[Window]) -> Iterator[tuple[int, list[list[Window]]]]:
+        """Micro-batches of one length, several together, so that pipeline stages overlap."""
+        lengths = padded_lengths(self.plan.window_tokens, self.plan.document_policy, self.length_divisor)
+        pending: list[list[Window]] = []
+        last = None
+        for length, members in batches(windows, self.micro_batch_size, lengths):
+            if pending and (length != last or len(pending) == self.batches_per_call):
+                yield last, pending
+                pending = []
+            last = length
+            pending.append(members)
+        if pending:
+            yield last, pending
+
+    def _batch(self, windows: list[Window], length: int) -> Batch:
+        tokens_BS = np.zeros((self.micro_batch_size, length), np.int64)
+        labels_BS = np.zeros_like(tokens_BS)
+        for row, window in enumerate(windows):
+            tokens_BS[row, :window.inputs] = self.stream.tokens[window.first:window.last]
+            labels_BS[row, :window.inputs] = self.stream.tokens[window.first + 1:window.last + 1]
+        positions_BS = torch.arange(length).repeat(self.micro_batch_size, 1)
+        return Batch(tokens_BS=torch.from_numpy(tokens_BS), labels_BS=torch.from_numpy(labels_BS), loss_mask_BS=torch.ones(tokens_BS.shape),
+                     position_ids_BS=positions_BS, token_id_BS=positions_BS, corpus_id_B=torch.zeros(self.micro_batch_size, dtype=torch.int64))
+
+
+def _place(values: dict[str, np.ndarray], start: int, windows: list[Window], output: dict[str, np.ndarray]) -> None:
+    """Copy each window's priced tokens to their offsets: input i of a window predicts token first + i + 1 (METHOD 4.11)."""
+    for row, window in enumerate(windows):
+        inputs = slice(window.score_start - 1 - window.first, window.score_end - 1 - window.first)
+        for column, value_BS in output.items():
+            values[column][window.score_start - start:window.score_end - start] = value_BS[row, inputs]
+
+
+@dataclass(frozen=True)
+class ScoringReport:
+    """What one call of score_corpus did, over all ranks."""
+
+    shards_written: int
+    without_score: dict[str, int]
+    """Tokens beyond first tokens of documents for which the reference gave no finite value, in the shards written now."""
+
+
+def score_corpus(scorer: Scorer, store: ScoreStore, *, dp_rank: int = 0, dp_size: int = 1, job: tuple[int, int] = (0, 1),
+                 show_progress: bool = False) -> ScoringReport:
+    """Price every unfinished shard of this job's share and write it. Every rank calls it; then one calls `store.finish()`.
+
+    job = (i, n): this job takes the shards s with s % n == i; array jobs with the same n never touch the same shard.
+    """
+    pending = _agree([shard for shard in sorted(store.missing) if shard % job[1] == job[0]])
+    mine = pending[dp_rank::dp_size]
+    sizes = {shard: end - start for shard in pending for start, end in [store.manifest.shard_range(shard)]}
+    counts = np.zeros(1 + len(store.columns), np.int64)
+    with Progress(sum(sizes.values()), sum(sizes[shard] for shard in mine), shown=show_progress) as progress:
+        for shard in mine:
+            start, end = store.manifest.shard_range(shard)
+            values = scorer.price(start, end, progress)
+            if scorer.collects:
+                marker = store.write_shard(shard, values)
+                expected = len(scorer.plan.first_tokens(start, end))
+                counts += [1, *(marker.without_score[column] - expected for column in store.columns)]
+    written, *without = _sum_over_ranks(counts).tolist()
+    return ScoringReport(written, dict(zip(store.columns, without)))
+
+
+def rescore(scorer: Scorer, store: ScoreStore, count: int, seed: int = 0) -> dict[str, float]:
+    """Price `count` random windows again and compare with the store: largest absolute difference per column, in nats.
+
+    Compares values rounded to the store's dtype. A token that has a score on one side only counts as infinitely different.
+    """
+    random = np.random.RandomState(seed)
+    worst = dict.fromkeys(store.columns, 0.0)
+    for _ in range(count):
+        start = int(random.randint(0, store.manifest.corpus_tokens))
+        end = min(start + store.manifest.window_tokens, store.manifest.corpus_tokens)
+        for column, values in scorer.price(start, end).items():
+            stored = store.read(column, start, end - start)
+            again = values.astype(store.manifest.numpy_dtype).astype(np.float32)
+            both = np.isnan(stored) & np.isnan(again)
+            difference = np.where(both, 0.0, np.nan_to_num(np.abs(stored - again), nan=np.inf))
+            worst[column] = max(worst[column], float(difference.max()))
+    return worst
+
+
+def _agree(value):
+    """World rank 0's value on every rank: ranks that start later would otherwise see shards that others finished."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _sum_over_ranks(counts: np.ndarray) -> np.ndarray:
+    """Also the moment when every rank has written its last shard."""
+    if not dist.is_initialized():
+        return counts
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, counts)
+    return sum(gathered)

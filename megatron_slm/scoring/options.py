@@ -1,0 +1,163 @@
+"""The settings of a scoring run, and every check that needs no process group."""
+
+import dataclasses
+import shlex
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from megatron_slm.config.check import check
+from megatron_slm.config.load import ConfigError
+from megatron_slm.config.schema import Config, DeviceConfig, ParallelConfig
+from megatron_slm.data.manifest import CorpusManifest, check_corpus
+from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
+from megatron_slm.scoring.reference import Reference, open_reference, reference_config
+from megatron_slm.tokenization import load_tokenizer
+
+EXTRA_COLUMNS = ("entropy",)
+
+
+@dataclass
+class ScoreDevice(DeviceConfig):
+    """What the reference computes on."""
+
+    precision: Literal["checkpoint", "fp32", "bf16"] = "checkpoint"
+    """Precision of the reference's weights; checkpoint = as it was trained. Losses come from fp32-accumulated logits either way."""
+
+
+@dataclass
+class ScoreOptions:
+    """Settings of python -m megatron_slm.score."""
+
+    checkpoint: str
+    """The reference: a run folder (its newest checkpoint), or one step_* folder."""
+    corpus: str
+    """Prefix of the corpus to score: PREFIX.bin, PREFIX.idx, PREFIX.manifest.json."""
+    output: str
+    """Score-store folder to write. An unfinished one with the same settings is continued."""
+    tokenizer: str = ""
+    """Checked against the corpus and the reference when given; scoring itself needs none."""
+    window_tokens: int = 0
+    """Tokens the reference reads at once; 0 = the length it was trained with. Use the length you will train with."""
+    stride_tokens: int = 0
+    """New tokens per window; 0 = window_tokens (no overlap). Half a window costs twice as much and gives every token half a window of context."""
+    document_policy: Literal["packed", "isolated"] = "packed"
+    """packed = windows run across documents, as training sequences do; isolated = no token sees another document."""
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    """Stored precision, 2 or 4 bytes per token; fp16 swaps under 0.1 % of the selection."""
+    columns: str = "loss"
+    """Columns to store, separated by commas: loss, entropy (both in nats)."""
+    micro_batch_size: int = 8
+    """Windows per forward pass."""
+    shard_tokens: int = 0
+    """Tokens per shard, the unit of resuming and of sharing work; 0 = at least 262,144 and at most 4096 shards."""
+    shard: str = "0/1"
+    """This job's share, i/n with i from 0 (array jobs: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT): it takes shards i, i+n, i+2n, ..."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the reference is spread; the other processes are data-parallel."""
+    device: ScoreDevice = field(default_factory=ScoreDevice)
+    """What it computes on."""
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the example of the description on its own line."""
+
+
+def parse(argv: list[str], description: str) -> ScoreOptions:
+    """The settings on the command line and in --config; prints help or a problem and exits like argparse (code 2)."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="score", description=description, formatter_class=_Formatter, allow_abbrev=False,
+                            usage="%(prog)s --checkpoint RUN --corpus PREFIX --output STORE [options]")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    parser.add_class_arguments(ScoreOptions, None)
+    given = vars(parser.instantiate(parser.parse_args([_with_underscores(word) for word in argv])))
+    return ScoreOptions(**{f.name: given[f.name] for f in fields(ScoreOptions)})
+
+
+def _with_underscores(word: str) -> str:
+    """--window-tokens=512, the data programs' spelling, as --window_tokens=512."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """Checked settings: everything opened, nothing started."""
+
+    options: ScoreOptions
+    corpus: CorpusManifest
+    reference: Reference
+    config: Config
+    manifest: ScoreManifest
+    share: tuple[int, int]
+
+
+def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJob:
+    """Open and check what scoring needs; ConfigError lists every bad setting, ValueError names bad data."""
+    problems = [*_own_problems(options)]
+    try:
+        share = parse_share(options.shard)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    wanted = load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None
+    corpus = check_corpus(options.corpus, tokenizer_fingerprint=wanted)
+    reference = open_reference(options.checkpoint, corpus)
+    window_tokens = options.window_tokens or reference.info.sequence_length
+    device = dataclasses.asdict(options.device)
+    if device["precision"] == "checkpoint":
+        device["precision"] = reference.info.precision
+    config = reference_config(reference, window_tokens, options.parallel, DeviceConfig(**device))
+    check(config, world_size, training=False)
+    manifest = ScoreManifest(
+        corpus_fingerprint=corpus.fingerprint, corpus_tokens=corpus.tokens, corpus_documents=corpus.documents,
+        tokenizer_fingerprint=corpus.tokenizer["fingerprint"], reference_fingerprint=reference.fingerprint,
+        reference_description=reference.description, window_tokens=window_tokens, stride_tokens=options.stride_tokens or window_tokens,
+        document_policy=options.document_policy, shard_tokens=options.shard_tokens or default_shard_tokens(corpus.tokens), dtype=options.dtype,
+        columns=column_names(options.columns),
+        resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score {shlex.join(resume_command(argv))}")
+    return ScoringJob(options, corpus, reference, config, manifest, share)
+
+
+def column_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """"i/n" as numbers, 0 <= i < n."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise ValueError(f"shard: got {text!r}; expected i/n with i from 0 to n - 1, for example 0/4")
+    return int(part), int(parts)
+
+
+def resume_command(argv: list[str]) -> list[str]:
+    """The arguments that go on with this store as one job: without --shard."""
+    words = list(argv)
+    for position, word in enumerate(words):
+        if word == "--shard" or word.startswith("--shard="):
+            del words[position:position + (2 if word == "--shard" else 1)]
+            break
+    return words
+
+
+def _own_problems(options: ScoreOptions) -> list[str]:
+    problems = []
+    columns = column_names(options.columns)
+    if "loss" not in columns or set(columns) - {"loss", *EXTRA_COLUMNS} or len(set(columns)) != len(columns):
+        problems.append(f"columns: got {options.columns!r}; expected loss, or loss,entropy")
+    for name in ("window_tokens", "stride_tokens", "shard_tokens"):
+        if getattr(options, name) < 0:
+            problems.append(f"{name}: got {getattr(options, name)}; expected a positive number, or 0 for the default")
+    if options.window_tokens and options.stride_tokens > options.window_tokens:
+        problems.append(f"stride_tokens: got {options.stride_tokens}, above window_tokens ({options.window_tokens}); tokens between windows would get no score")
+    if options.micro_batch_size < 1:
+        problems.append(f"micro_batch_size: got {options.micro_batch_size}; expected at least 1")
+    unused = [name for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather") if getattr(options.parallel, name)]
+    problems += [f"parallel.{name}: got true; scoring has no gradients, leave it out" for name in unused]
+    if options.parallel.virtual_pipeline > 1:
+        problems.append(f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs forward only and gains nothing by it, leave it at 1")
+    return problems

@@ -1,0 +1,49 @@
+"""The reference model: what it is, read without torch, and its weights in eval mode in a parallel layout."""
+
+import dataclasses
+
+from megatron_slm.checkpoint.folder import CheckpointInfo, read_checkpoint_info, resolve_checkpoint
+from megatron_slm.config.schema import Config, DataConfig, DeviceConfig, ParallelConfig
+from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.parallel import Groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A checkpoint chosen to price tokens; nothing is loaded yet."""
+
+    folder: str
+    info: CheckpointInfo
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the weights."""
+        return self.info.fingerprint
+
+    @property
+    def description(self) -> str:
+        return f"{self.folder} (step {self.info.step}, {self.info.tokens_processed:,} tokens)"
+
+
+def open_reference(checkpoint: str, corpus: CorpusManifest) -> Reference:
+    """The newest checkpoint at `checkpoint`. ValueError when there is none, or it knows other tokens than the corpus has."""
+    folder = resolve_checkpoint(checkpoint)
+    info = read_checkpoint_info(folder)
+    if info.tokenizer.get("fingerprint") != corpus.tokenizer["fingerprint"]:
+        raise ValueError(f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')} ({info.tokenizer.get('fingerprint')}), the corpus "
+                         f"was made with {corpus.tokenizer['path']} ({corpus.tokenizer['fingerprint']}). Preprocess the text with the reference's tokenizer.")
+    return Reference(str(folder), info)
+
+
+def reference_config(reference: Reference, window_tokens: int, parallel: ParallelConfig, device: DeviceConfig) -> Config:
+    """The Config that builds this reference for windows of window_tokens: no dropout, nothing recomputed."""
+    return Config(model=reference.info.reference_model(), parallel=parallel, device=device, data=DataConfig(sequence_length=window_tokens))
+
+
+def load_reference(reference: Reference, config: Config, groups: Groups) -> list:
+    """The model chunks of this rank, weights loaded, in eval mode (METHOD 4.18). Every rank calls it."""
+    from megatron_slm.checkpoint.store import load_weights
+    from megatron_slm.model.build import build_model
+    models = build_model(config, reference.info.model["vocabulary_size"], groups, trainable=False)
+    load_weights(models, reference.folder, groups)
+    return models

@@ -1,0 +1,101 @@
+"""Which windows of tokens price which tokens. Pure numpy.
+
+A window reads up to W consecutive tokens and predicts the token after each. Within a span of text (the whole corpus when
+packed, one document when isolated) window 0 prices the first W tokens (all but the very first, which nothing precedes), and
+each later window the next `stride` tokens, its inputs ending just before the last of them. So
+
+- every token but the first of its span is priced exactly once,
+- with at least min(W - stride + 1, all there are) tokens of left context,
+- and the windows of a token depend only on (W, stride, policy), not on shards, batches or processes.
+
+With stride = W windows do not overlap, and cost is one forward pass per token; stride = W/2 costs twice that and gives every
+token at least half a window of context.
+"""
+
+from dataclasses import dataclass
+from typing import Iterator
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs are the tokens [first, last); it prices the tokens [score_start, score_end), all inside (first, last]."""
+
+    first: int
+    last: int
+    score_start: int
+    score_end: int
+
+    @property
+    def inputs(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """How a corpus is cut; document_starts are the absolute offsets of the first token of every non-empty document."""
+
+    tokens: int
+    document_starts: np.ndarray
+    window_tokens: int
+    stride_tokens: int
+    document_policy: str
+
+    def windows(self, start: int, end: int) -> Iterator[Window]:
+        """The windows that price the tokens [start, end), in order. One on the edge is cut to the tokens asked for."""
+        for span_start, span_end in self._spans(start, end):
+            yield from self._span_windows(span_start, span_end, max(start, span_start), min(end, span_end))
+
+    def first_tokens(self, start: int, end: int) -> np.ndarray:
+        """Offsets in [start, end) of tokens without a meaningful score: the first of each document (METHOD 4.14)."""
+        low, high = np.searchsorted(self.document_starts, (start, end))
+        return self.document_starts[low:high]
+
+    def _spans(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        if self.document_policy == "packed":
+            yield 0, self.tokens
+            return
+        low = max(0, int(np.searchsorted(self.document_starts, start, side="right")) - 1)
+        high = int(np.searchsorted(self.document_starts, end))
+        bounds = np.append(self.document_starts[low:high + 1], self.tokens)[:high - low + 1].tolist()
+        yield from zip(bounds[:-1], bounds[1:])
+
+    def _span_windows(self, span_start: int, span_end: int, start: int, end: int) -> Iterator[Window]:
+        width, stride = self.window_tokens, self.stride_tokens
+        block = max(0, -(-(start + 1 - span_start - width) // stride))  # the first block that reaches `start`
+        while True:
+            block_start = span_start + (width + (block - 1) * stride if block else 1)
+            block_end = min(span_start + width + block * stride, span_end)
+            if block_start >= end:
+                return
+            score_start, score_end = max(block_start, start), min(block_end, end)
+            if score_start < score_end:
+                yield Window(max(span_start, block_end - 1 - width), block_end - 1, score_start, score_end)
+            block += 1
+
+
+def batches(windows: list[Window], micro_batch_size: int, lengths: list[int]) -> Iterator[tuple[int, list[Window]]]:
+    """Groups of up to micro_batch_size windows with the input length they are padded to, the smallest of `lengths` that fits.
+
+    Deterministic in the windows alone, so a shard that is scored again is scored in the same batches, bit for bit.
+    """
+    lengths = sorted(lengths)
+    by_length: dict[int, list[Window]] = {length: [] for length in lengths}
+    for window in windows:
+        by_length[next(length for length in lengths if length >= window.inputs)].append(window)
+    for length in lengths:
+        members = by_length[length]
+        for position in range(0, len(members), micro_batch_size):
+            yield length, members[position:position + micro_batch_size]
+
+
+def padded_lengths(window_tokens: int, document_policy: str, divisor: int) -> list[int]:
+    """Input lengths a batch may have: the window, and for isolated documents its halves down to about 64 tokens.
+
+    divisor: what the parallel layout needs a sequence to be a multiple of.
+    """
+    lengths = [window_tokens]
+    while document_policy == "isolated" and lengths[-1] > 64 and lengths[-1] % (2 * divisor) == 0:
+        lengths.append(lengths[-1] // 2)
+    return lengths

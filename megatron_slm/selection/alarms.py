@@ -1,0 +1,101 @@
+"""Warnings that think: pure functions of reduced sums, each returning a sentence that says what was seen and what to do."""
+
+from collections.abc import Mapping
+
+# Mean |excess| below this says that reference and model are the same: fp16 storage rounds a loss of 3 nats by up to 0.001.
+SAME_MODEL_NATS = 5e-3
+# A share of equal scores above this means that token ids, not scores, make much of the choice.
+TIED_FRACTION = 0.5
+# More than this share of trained tokens without a score is a hole in the stored scores, not a rounding.
+UNSCORED_FRACTION = 1e-3
+# Distance of the realised kept fraction from the configured one that the rounding of small populations does not explain.
+KEPT_TOLERANCE = 0.02
+
+
+def warnings_of(summary: Mapping[str, float | list[float]], keep_fraction: float | None = None) -> dict[str, str]:
+    """name -> sentence for everything in `summary` (from diagnostics.summarise, over one interval) that needs a person.
+
+    keep_fraction  what was configured for the interval; None when the scorer has no use for it or its choice is meant to differ (union).
+    """
+    findings = {
+        "reference_is_the_model": _reference_is_the_model(summary),
+        "scores_tied": _scores_tied(summary),
+        "coverage_hole": _coverage_hole(summary),
+        "scores_not_finite": _scores_not_finite(summary),
+        "keep_fraction_not_met": _keep_fraction_not_met(summary, keep_fraction),
+        "reference_overtaken": _reference_overtaken(summary),
+    }
+    return {name: sentence for name, sentence in findings.items() if sentence}
+
+
+def _reference_is_the_model(summary: Mapping) -> str | None:
+    excess = summary.get("selection/absolute_excess_nats")
+    if excess is None or excess >= SAME_MODEL_NATS:
+        return None
+    return (
+        f"The model's loss equals the reference's on almost every token (mean |excess| {excess:.2g} nats), so rounding and ties make the choice. "
+        "Was the reference scored with the checkpoint that training starts from? Train the reference on curated data first."
+    )
+
+
+def _scores_tied(summary: Mapping) -> str | None:
+    tied = summary.get("selection/tied_fraction")
+    if tied is None or tied < TIED_FRACTION:
+        return None
+    return (
+        f"{tied:.0%} of the competing tokens have exactly the score of the threshold, so their ids make the choice. "
+        "Look at the stored column: is it constant, or stored too coarsely (8 bits, bf16)?"
+    )
+
+
+def _coverage_hole(summary: Mapping) -> str | None:
+    unscored = summary.get("selection/without_score_fraction", 0.0)
+    if unscored < UNSCORED_FRACTION:
+        return None
+    return (
+        f"{unscored:.2%} of the tokens in training have no score and are never selected. "
+        "Finish the score run (the manifest lists the shards that are done), or score with a smaller stride."
+    )
+
+
+def _scores_not_finite(summary: Mapping) -> str | None:
+    broken = summary.get("selection/non_finite_scores", 0.0)
+    if not broken:
+        return None
+    return (
+        f"{broken:.0f} tokens have an infinite score or a loss that is not a number; they are left out. "
+        "A diverging model shows up here first; so does a reference loss above 65504 stored in fp16."
+    )
+
+
+def _keep_fraction_not_met(summary: Mapping, keep_fraction: float | None) -> str | None:
+    kept = summary.get("selection/kept_fraction")
+    if keep_fraction is None:
+        return None
+    if kept is None:
+        return "No token competed in this interval, so nothing was selected: every token is masked or has no score."
+    if abs(kept - keep_fraction) <= KEPT_TOLERANCE:
+        return None
+    return (
+        f"{kept:.3f} of the competing tokens were kept, but keep_fraction is {keep_fraction:.3f}. Populations of a few tokens cannot meet it "
+        "(at least one token of each is kept: choose a wider scope), and a running threshold lags while losses fall fast (scope data_parallel does not)."
+    )
+
+
+def _reference_overtaken(summary: Mapping) -> str | None:
+    """On the tokens it selects the model is already as good as the reference: nothing is left to learn from the ranking."""
+    names = ("loss/selected", "loss/reference_selected", "loss/all", "loss/reference")
+    if any(name not in summary for name in names):
+        return None
+    selected, reference_selected, everywhere, reference = (summary[name] for name in names)
+    if selected > reference_selected:
+        return None
+    return (
+        f"The model has overtaken the reference: {selected:.3f} against {reference_selected:.3f} nats on the selected tokens "
+        f"({everywhere:.3f} against {reference:.3f} on all). The ranking has little left to teach: train a better reference, or go on with plain CLM."
+    )
+
+
+def smallest_population(keep_fraction: float) -> int:
+    """Eligible tokens from which keeping ceil(k * n) is within KEPT_TOLERANCE of k: smaller populations always keep too many."""
+    return max(1, round((1.0 - keep_fraction) / KEPT_TOLERANCE)) if keep_fraction < 1.0 else 1

@@ -1,0 +1,193 @@
+"""Scorers made of scorers, and those that compare a token with the rest of its population. B, S and columns: see scorers.py.
+
+A child is given by its name or by a mapping: {name: reference_entropy} or {name: own_loss, keep_fraction: 0.8} where a choice is made.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_slm.selection.schedule import build_schedule
+from megatron_slm.selection.scorers import Scorer, build_scorer, child_scorer, excess_loss, register_scorer
+from megatron_slm.selection.select import Selection, check_keep_fraction
+
+
+def _ranking_child(setting) -> Scorer:
+    child = child_scorer(setting)
+    if child.kind != "score":
+        raise ValueError(f"its child {child.name!r} does not rank tokens; use one that gives a score, such as excess_loss")
+    return child
+
+
+@register_scorer("reverse")
+class Reverse(Scorer):
+    """-score of the child: the opposite choice, a baseline that should hurt. Tokens without a score stay without."""
+
+    def __init__(self, of: str | Mapping = "excess_loss"):
+        self.child = _ranking_child(of)
+        self.needs = self.child.needs
+
+    def rank(self, columns, eligible_BS, population, progress):
+        return -self.child.rank(columns, eligible_BS, population, progress)
+
+    def __call__(self, columns, progress):
+        return -self.child(columns, progress)
+
+
+@register_scorer("weighted_sum")
+class WeightedSum(Scorer):
+    """sum_c weight_c * (score_c - mean) / deviation; mean and deviation over the tokens of the population that have a score."""
+
+    def __init__(self, of: Mapping[str, float] | Sequence[Mapping]):
+        parts = [{"name": name, "weight": weight} for name, weight in of.items()] if isinstance(of, Mapping) else list(of)
+        if not parts or not all(isinstance(part, Mapping) and "weight" in part for part in parts):
+            raise ValueError(
+                "of must map scorers to weights, {excess_loss: 1.0, own_entropy: -0.5}, or list them with their options, "
+                f"[{{name: history, column: old_loss, weight: 0.5}}, ...]; got {of!r}"
+            )
+        self.weights = [float(part["weight"]) for part in parts]
+        self.children = [_ranking_child({key: part[key] for key in part if key != "weight"}) for part in parts]
+        self.needs = frozenset().union(*(child.needs for child in self.children))
+
+    def rank(self, columns, eligible_BS, population, progress):
+        total = 0.0
+        for child, weight in zip(self.children, self.weights, strict=True):
+            score_BS = child.rank(columns, eligible_BS, population, progress).detach().float()
+            mean, deviation = population.moments(score_BS, eligible_BS.bool() & score_BS.isfinite())
+            total = total + weight * (score_BS - mean) / deviation
+        return total
+
+
+@register_scorer("rho_loss")
+class RhoLoss(Scorer):
+    """RHO-LOSS: whole sequences, by the mean of L_theta - L_holdout over their eligible tokens.
+
+    The exact token-level choice would cut the last sequence in two; a sequence of which any token is chosen is kept whole, so less than one
+    sequence is kept beyond keep_fraction.
+    """
+
+    def __init__(self, column: str = "reference_loss"):
+        self.column = column
+        self.needs = frozenset({"loss", column})
+
+    def rank(self, columns, eligible_BS, population, progress):
+        excess_BS = excess_loss(columns["loss"], columns[self.column])
+        known_BS = eligible_BS.bool() & excess_BS.isfinite()
+        mean_B1 = population.of_sequence(torch.where(known_BS, excess_BS, 0.0)) / population.of_sequence(known_BS)
+        return torch.where(known_BS, mean_B1.float(), math.nan)
+
+    def check_scope(self, scope):
+        if scope == "sequence":
+            raise ValueError("scorer rho_loss ranks whole sequences, which cannot compete with themselves; use another scope than sequence")
+
+    def choose(self, columns, eligible_BS, keep_fraction, population, progress):
+        self.check_scope(population.scope)
+        score_BS = self.rank(columns, eligible_BS, population, progress)
+        chosen = population.top(score_BS, eligible_BS, keep_fraction)
+        whole_BS = (population.of_sequence(chosen.mask) > 0) & score_BS.isfinite()
+        return replace(population.chosen(whole_BS, score_BS.isfinite()), threshold=chosen.threshold)
+
+
+class _OfChoices(Scorer):
+    """Children that each choose their own top share; a child's keep_fraction overrides the configured one."""
+
+    kind = "choice"
+
+    def __init__(self, of: Sequence[str | Mapping] = ("reference_loss", "reference_entropy")):
+        if isinstance(of, str | Mapping) or len(of) < 2:
+            raise ValueError(f"of must be a list of at least two scorers, got {of!r}")
+        self.children, self.keep_fractions = [], []
+        for setting in of:
+            options = dict(setting) if isinstance(setting, Mapping) else {"name": setting}
+            own = options.pop("keep_fraction", None)
+            self.keep_fractions.append(None if own is None else check_keep_fraction(own))
+            self.children.append(build_scorer(**options))
+        self.needs = frozenset().union(*(child.needs for child in self.children))
+        self.choices = sum(child.choices for child in self.children)
+
+    def _masks(self, columns, eligible_BS, keep_fraction, population, progress):
+        self.check_scope(population.scope)
+        for child, own in zip(self.children, self.keep_fractions, strict=True):
+            fraction = keep_fraction if own is None else own
+            yield child.choose(columns, eligible_BS, fraction, population, progress).mask
+
+
+@register_scorer("intersection")
+class Intersection(_OfChoices):
+    """Tokens that every child chooses: fewer than keep_fraction. Default: Rho-1's self-reference, lowest L_ref and lowest H_ref."""
+
+    def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
+        masks = torch.stack([*self._masks(columns, eligible_BS, keep_fraction, population, progress)])
+        return population.chosen(masks.all(0), eligible_BS)
+
+
+@register_scorer("union")
+class Union(_OfChoices):
+    """Tokens that any child chooses: more than keep_fraction. Default: Rho-1's self-reference."""
+
+    def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
+        masks = torch.stack([*self._masks(columns, eligible_BS, keep_fraction, population, progress)])
+        return population.chosen(masks.any(0), eligible_BS)
+
+
+@register_scorer("band")
+class Band(Scorer):
+    """A quantile band: skip the top skip_fraction of the child's ranking (outliers, noise) and keep the next keep_fraction.
+
+    Exactly kept_tokens(skip + keep) - kept_tokens(skip) tokens of every population.
+    """
+
+    kind, choices = "choice", 2
+
+    def __init__(self, of: str | Mapping = "excess_loss", skip_fraction: float = 0.1):
+        if not 0.0 < skip_fraction < 1.0:
+            raise ValueError(f"skip_fraction must be above 0 and below 1, got {skip_fraction!r}")
+        self.child, self.skip_fraction = _ranking_child(of), skip_fraction
+        self.needs = self.child.needs
+
+    def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
+        self.check_scope(population.scope)
+        reach = self.skip_fraction + keep_fraction
+        if reach > 1.0 + 1e-9:
+            raise ValueError(f"skip_fraction {self.skip_fraction} and keep_fraction {keep_fraction} add to more than 1; lower one of them")
+        score_BS = self.child.rank(columns, eligible_BS, population, progress)
+        skipped = population.top(score_BS, eligible_BS, self.skip_fraction)
+        reached = population.top(score_BS, eligible_BS, min(reach, 1.0))
+        mask_BS = reached.mask & ~skipped.mask
+        return replace(reached, mask=mask_BS, kept=reached.kept - skipped.kept)
+
+
+@register_scorer("mixed_with_clm")
+class MixedWithClm(Scorer):
+    """lambda * CLM + (1 - lambda) * SLM as weights: lambda on every eligible token, plus (1 - lambda) * eligible / kept on the chosen ones.
+
+    Divided by their sum this is lambda * (mean over all tokens) + (1 - lambda) * (mean over the chosen). clm_weight (lambda) is a number
+    from 0 to 1 or a schedule in tokens.
+    """
+
+    def __init__(self, of: str | Mapping | Scorer = "excess_loss", clm_weight: float | Mapping = 0.1):
+        self.child = child_scorer(of)
+        if self.child.kind == "weight":
+            raise ValueError(f"its child {self.child.name!r} gives soft weights; mix plain CLM with a 0/1 choice")
+        self.clm_weight = build_schedule(clm_weight, "clm_weight", allow_zero=True)
+        self.needs, self.choices, self.kind = self.child.needs, self.child.choices, "weight"
+
+    @property
+    def uses_keep_fraction(self) -> bool:
+        return self.child.uses_keep_fraction
+
+    def check_scope(self, scope):
+        self.child.check_scope(scope)
+
+    def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
+        clm_weight = self.clm_weight(progress.tokens)
+        chosen = self.child.choose(columns, eligible_BS, keep_fraction, population, progress)
+        if clm_weight == 0.0:
+            return chosen
+        # counted apart from chosen.eligible: plain CLM also trains on tokens without a score
+        trained = population.chosen(eligible_BS.bool(), eligible_BS).eligible
+        selective = (1.0 - clm_weight) * trained / max(chosen.kept, 1)
+        weight_BS = clm_weight * eligible_BS.float() + selective * chosen.mask.float()
+        return replace(chosen, mask=eligible_BS.bool(), weight=weight_BS, preferred=chosen.mask)

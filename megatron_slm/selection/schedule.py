@@ -1,0 +1,102 @@
+"""A number that changes over training: the keep fraction, or the share of plain CLM in the loss. Time is counted in processed tokens."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+STYLES = ("constant", "linear", "cosine", "warmup")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: the optimizer step (0 before the first) and the tokens processed before it."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """value(tokens): `start` for hold_tokens, then to `end` over ramp_tokens along `style`, then `end`. Called with processed tokens."""
+
+    style: str
+    start: float
+    end: float
+    ramp_tokens: int = 0
+    hold_tokens: int = 0
+
+    def __call__(self, tokens: int) -> float:
+        passed = tokens - self.hold_tokens
+        if passed < 0:
+            return self.start
+        if passed >= self.ramp_tokens:
+            return self.end
+        share = passed / self.ramp_tokens
+        if self.style == "cosine":
+            share = 0.5 - 0.5 * math.cos(math.pi * share)
+        return self.start + (self.end - self.start) * share
+
+
+# style -> (keys that must be given, keys that may be given)
+_KEYS = {
+    "constant": ({"value"}, set()),
+    "linear": ({"start", "end", "tokens"}, {"hold_tokens"}),
+    "cosine": ({"start", "end", "tokens"}, {"hold_tokens"}),
+    "warmup": ({"end"}, {"tokens", "hold_tokens"}),
+}
+
+
+def build_schedule(setting: float | Mapping | Schedule, name: str = "keep_fraction", *, allow_zero: bool = False) -> Schedule:
+    """A Schedule from a number or a mapping, as a configuration file gives it.
+
+        0.6
+        {style: constant, value: 0.6}
+        {style: linear, start: 1.0, end: 0.6, tokens: 1_000_000}          also cosine; hold_tokens: stay at start first
+        {style: warmup, end: 0.6, hold_tokens: 500_000, tokens: 500_000}  plain CLM (1.0) held, then a straight line to end
+
+    Values must be above 0 (at least 0 with allow_zero) and at most 1. Raises ValueError, naming `name`, for anything else.
+    """
+    if isinstance(setting, Schedule):
+        return setting
+    if isinstance(setting, Mapping):
+        return _from_mapping(setting, name, allow_zero)
+    value = _share(setting, name, allow_zero)
+    return Schedule("constant", value, value)
+
+
+def _from_mapping(setting: Mapping, name: str, allow_zero: bool) -> Schedule:
+    style = setting.get("style")
+    if style not in STYLES:
+        raise ValueError(f"{name}.style must be one of {', '.join(STYLES)}, got {style!r}")
+    given = {key for key, value in setting.items() if key != "style" and value is not None}
+    required, optional = _KEYS[style]
+    if given - required - optional:
+        raise ValueError(f"{name}: style {style} does not take {_listed(given - required - optional)}; it takes {_listed(required | optional)}")
+    if required - given:
+        raise ValueError(f"{name}: style {style} also needs {_listed(required - given)}")
+    if style == "constant":
+        return build_schedule(setting["value"], f"{name}.value", allow_zero=allow_zero)
+    start = 1.0 if style == "warmup" else _share(setting["start"], f"{name}.start", allow_zero)
+    end = _share(setting["end"], f"{name}.end", allow_zero)
+    ramp_tokens, hold_tokens = (_token_count(setting.get(key) or 0, f"{name}.{key}") for key in ("tokens", "hold_tokens"))
+    if ramp_tokens + hold_tokens == 0:
+        raise ValueError(f"{name}: style {style} must last some time, but its tokens add to 0; for one value write {name}: {end}")
+    return Schedule(style, start, end, ramp_tokens, hold_tokens)
+
+
+def _share(value: object, name: str, allow_zero: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number or a mapping with a style, got {value!r}")
+    if not (0.0 <= value <= 1.0 if allow_zero else 0.0 < value <= 1.0):
+        raise ValueError(f"{name} must be {'at least' if allow_zero else 'above'} 0 and at most 1, got {value!r}")
+    return float(value)
+
+
+def _token_count(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+        raise ValueError(f"{name} must be a whole number of tokens, at least 0, got {value!r}")
+    return int(value)
+
+
+def _listed(keys: set[str]) -> str:
+    return ", ".join(sorted(keys))

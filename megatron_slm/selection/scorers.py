@@ -1,0 +1,176 @@
+"""Columns in, score out: what makes a token worth training on.
+
+B: sequences, S: tokens of a sequence on this rank. A column is one value per token; the scorers say which they need:
+
+    loss               L_theta, the model's own loss, fp32, nats: always there
+    entropy            H_theta, when a scorer asks for it
+    reference_loss, reference_entropy, any other name      stored columns, fp32 (NaN: no score for this token)
+    token_id, position, corpus_id                           int64
+
+A scorer is a function. This is a whole one, options included:
+
+    @register_scorer("harder_than", needs=("loss", "{column}"))
+    def harder_than(columns, progress, *, column="reference_loss", margin=0.0):
+        return columns["loss"] - columns[column] - margin
+
+`build_scorer("harder_than", margin=0.1)` makes it; the configuration names it the same way. A package of your own names the module that
+registers it under the entry point group "megatron_slm.scorers". The scorers of the literature are in catalogue.py; those that weigh tokens
+against each other, or make more than one choice, are classes in combinators.py.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import entry_points
+
+import torch
+from torch import Tensor
+
+from megatron_slm.selection.schedule import Progress
+from megatron_slm.selection.scope import Population
+from megatron_slm.selection.select import Selection
+
+ENTRY_POINT_GROUP = "megatron_slm.scorers"
+KINDS = ("score", "mask", "weight")
+SCORERS: dict[str, Callable[..., "Scorer"]] = {}
+Columns = Mapping[str, Tensor]
+
+
+class Scorer:
+    """What is asked of every scorer. Subclass it when a function is not enough, and override the first method that differs.
+
+    needs   names of the columns it reads.
+    kind    "score": the top keep_fraction is kept. "choice": made of several such choices. "mask": the scorer decides alone. "weight":
+            soft weights. The last two have no use for keep_fraction.
+    choices how many thresholds one choice searches (scope running_threshold tracks one only).
+    """
+
+    name: str = "unnamed"
+    needs: frozenset[str] = frozenset({"loss"})
+    kind: str = "score"
+    choices: int = 1
+
+    def __call__(self, columns: Columns, progress: Progress) -> Tensor:
+        """The score of every token, fp32 BS; NaN where there is none. Higher is better."""
+        raise NotImplementedError(f"scorer {self.name!r} is not a plain score of each token; use scorer.choose")
+
+    def rank(self, columns: Columns, eligible_BS: Tensor, population: Population, progress: Progress) -> Tensor:
+        """The score, when it depends on the other tokens of the population (a z-score, a mean over the sequence)."""
+        return self(columns, progress)
+
+    def choose(self, columns: Columns, eligible_BS: Tensor, keep_fraction: float, population: Population, progress: Progress) -> Selection:
+        """The choice. What training calls, whatever the kind; every rank of the population's groups must call it."""
+        return population.top(self.rank(columns, eligible_BS, population, progress), eligible_BS, keep_fraction)
+
+    @property
+    def uses_keep_fraction(self) -> bool:
+        return self.kind in ("score", "choice")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the choice is known before the model runs: no forward pass first for global_batch, and a head on kept rows only."""
+        return not self.needs & {"loss", "entropy"}
+
+    def check_scope(self, scope: str) -> None:
+        """Raises ValueError when the scorer cannot work in this scope."""
+        if scope == "running_threshold" and self.choices > 1:
+            raise ValueError(f"scorer {self.name} makes {self.choices} choices, but scope running_threshold tracks one threshold; use another scope")
+
+
+class FunctionScorer(Scorer):
+    """A registered function with its options bound."""
+
+    def __init__(self, name: str, function: Callable[..., Tensor], needs: frozenset[str], kind: str):
+        self.name, self._function, self.needs, self.kind = name, function, needs, kind
+        self.choices = 1 if kind == "score" else 0
+
+    def __call__(self, columns: Columns, progress: Progress) -> Tensor:
+        return self._function(columns, progress)
+
+    def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
+        value_BS = self(columns, progress)
+        if self.kind == "score":
+            return population.top(value_BS, eligible_BS, keep_fraction)
+        return choose_by_weight(value_BS, eligible_BS, population, soft=self.kind == "weight")
+
+
+def choose_by_weight(value_BS: Tensor, eligible_BS: Tensor, population: Population, *, soft: bool) -> Selection:
+    """Keep the eligible tokens with a positive finite value; soft keeps the value as the weight, a mask (0 or 1) does not."""
+    value_BS = value_BS.detach().float()
+    mask_BS = eligible_BS.bool() & (value_BS > 0) & (value_BS < math.inf)
+    return population.chosen(mask_BS, eligible_BS, torch.where(mask_BS, value_BS, 0.0) if soft else None)
+
+
+def register_scorer(name: str, *, needs: tuple[str, ...] = ("loss",), kind: str = "score"):
+    """Decorator: make a function or a Scorer subclass available as `name`.
+
+    A function is called as function(columns, progress, **options): its keyword-only arguments are the options of the scorer, and a need
+    written "{option}" is the column that this option names. For a class, the arguments of __init__ are the options.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind of scorer {name!r} must be one of {', '.join(KINDS)}, got {kind!r}")
+
+    def register(definition):
+        if name in SCORERS:
+            raise ValueError(f"a scorer named {name!r} is registered already; choose another name")
+        SCORERS[name] = definition if isinstance(definition, type) else partial(_bind, name, definition, needs, kind)
+        return definition
+
+    return register
+
+
+def _bind(name: str, function: Callable, needs: tuple[str, ...], kind: str, **options) -> FunctionScorer:
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = {**defaults, **options}
+    missing = [option for option, value in known.items() if value is inspect.Parameter.empty]
+    if unknown := sorted(set(options) - set(defaults)):
+        raise TypeError(f"unknown option {', '.join(unknown)}; its options are: {', '.join(defaults) or 'none'}")
+    if missing:
+        raise TypeError(f"option {', '.join(missing)} must be given")
+    return FunctionScorer(name, partial(function, **options), frozenset(need.format(**known) for need in needs), kind)
+
+
+def build_scorer(name: str, **options) -> Scorer:
+    """The scorer registered as `name`, here or by an installed package. Raises ValueError for an unknown name or option."""
+    if name not in SCORERS:
+        _load_entry_point(name)
+    try:
+        scorer = SCORERS[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scorer {name}: {error}") from None
+    scorer.name = name
+    return scorer
+
+
+def child_scorer(setting: str | Mapping | Scorer) -> Scorer:
+    """A scorer inside another one: its name, a mapping {name: ..., option: value}, or a Scorer."""
+    if isinstance(setting, Scorer):
+        return setting
+    if isinstance(setting, str):
+        return build_scorer(setting)
+    if not isinstance(setting, Mapping) or "name" not in setting:
+        raise ValueError(f"a scorer is given by its name or by a mapping with the key 'name', got {setting!r}")
+    return build_scorer(**setting)
+
+
+def _load_entry_point(name: str) -> None:
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if name in found:
+        try:
+            found[name].load()
+        except Exception as error:      # someone else's module: whatever it raises, the setting that asked for it is what a person can change
+            raise ValueError(f"scorer {name}: entry point {found[name].value} of an installed package cannot be loaded: {error!r}") from error
+        if name not in SCORERS:
+            raise ValueError(f"entry point {found[name].value} was loaded but registers no scorer named {name!r}; use @register_scorer({name!r})")
+        return
+    known = sorted({*SCORERS, *found})
+    close = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(f"unknown scorer {name!r}{f', did you mean {close[0]!r}?' if close else ''}; known: {', '.join(known)}")
+
+
+def excess_loss(loss: Tensor, reference_loss: Tensor) -> Tensor:
+    """loss - reference_loss: same shape, fp32, detached. Rho-1, equation 3. NaN where the reference has no score."""
+    return loss.detach().float() - reference_loss.detach().float()

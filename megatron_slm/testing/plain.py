@@ -1,0 +1,122 @@
+"""Selective language modeling in plain single-process torch, without megatron-core: what every layout is held against.
+
+Written to be read beside the paper, not to be fast. Weights carry megatron-core's names and shapes, so that a state
+dict of a one-process run loads as it is.
+
+B sequences, S tokens, H hidden, n query heads, g key/value heads, d head size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class PlainDecoder(torch.nn.Module):
+    """RoPE, RMSNorm, SwiGLU, grouped-query attention; `model` has the fields of ModelConfig."""
+
+    def __init__(self, model, vocabulary_size: int, state: dict[str, Tensor]):
+        super().__init__()
+        self.model, self.vocabulary_size = model, vocabulary_size
+        self.names = sorted(state)
+        self.weights = torch.nn.ParameterList([torch.nn.Parameter(state[name].detach().clone().float()) for name in self.names])
+
+    def weight(self, name: str) -> Tensor | None:
+        return self.weights[self.names.index(name)] if name in self.names else None
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """fp32 [B, S, vocabulary_size]; padded vocabulary rows take no part."""
+        hidden_BSH = F.embedding(tokens_BS, self.weight("embedding.word_embeddings.weight"))
+        for layer in range(self.model.layers):
+            hidden_BSH = self._layer(hidden_BSH, f"decoder.layers.{layer}.")
+        hidden_BSH = self._norm(hidden_BSH, "decoder.final_layernorm.weight")
+        head = self.weight("output_layer.weight")
+        head = self.weight("embedding.word_embeddings.weight") if head is None else head
+        return hidden_BSH @ head[: self.vocabulary_size].T
+
+    def loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """-log P(label | tokens up to it), fp32 [B, S]."""
+        return F.cross_entropy(self.logits(tokens_BS).transpose(1, 2), labels_BS, reduction="none")
+
+    def _layer(self, hidden_BSH: Tensor, prefix: str) -> Tensor:
+        hidden_BSH = hidden_BSH + self._attention(self._norm(hidden_BSH, prefix + "input_layernorm.weight"), prefix + "self_attention.")
+        gate_up = self._norm(hidden_BSH, prefix + "pre_mlp_layernorm.weight") @ self.weight(prefix + "mlp.linear_fc1.weight").T
+        gate, up = gate_up.chunk(2, dim=-1)
+        return hidden_BSH + (F.silu(gate) * up) @ self.weight(prefix + "mlp.linear_fc2.weight").T
+
+    def _attention(self, normed_BSH: Tensor, prefix: str) -> Tensor:
+        model = self.model
+        groups = model.query_groups or model.attention_heads
+        size = model.head_size or model.hidden_size // model.attention_heads
+        per_group = model.attention_heads // groups
+        mixed = normed_BSH @ self.weight(prefix + "linear_qkv.weight").T
+        if (bias := self.weight(prefix + "linear_qkv.bias")) is not None:
+            mixed = mixed + bias
+        mixed = mixed.view(*mixed.shape[:2], groups, per_group + 2, size)
+        query, key, value = mixed[..., :per_group, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
+        if (scale := self.weight(prefix + "q_layernorm.weight")) is not None:
+            query, key = self._scaled(query, scale), self._scaled(key, self.weight(prefix + "k_layernorm.weight"))
+        query, key = self._rotate(query), self._rotate(key)
+        key, value = (x.repeat_interleave(per_group, dim=2) for x in (key, value))
+        scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(size)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        context = torch.einsum("bnqk,bknd->bqnd", scores.masked_fill(hidden, -math.inf).softmax(-1), value)
+        return context.flatten(2) @ self.weight(prefix + "linear_proj.weight").T
+
+    def _rotate(self, x_BSnd: Tensor) -> Tensor:
+        size = x_BSnd.shape[-1]
+        frequency = self.model.rope_base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+        angle = torch.outer(torch.arange(x_BSnd.shape[1], dtype=torch.float32), frequency)
+        angle = torch.cat([angle, angle], dim=-1)[None, :, None]
+        first, second = x_BSnd.chunk(2, dim=-1)
+        return x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return self._scaled(x, self.weight(name))
+
+    def _scaled(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.norm_epsilon) * weight
+
+
+def top_tokens(score: list[float], token_id: list[int], eligible: list[bool], keep_fraction: float) -> set[int]:
+    """Ids of the kept tokens, by sorting everything: score descending, token id ascending (METHOD 4.5, 4.6)."""
+    ranked = sorted((-s, i) for s, i, e in zip(score, token_id, eligible) if e and math.isfinite(s))
+    kept = max(1, math.ceil(keep_fraction * len(ranked) - 1e-9)) if ranked else 0
+    return {i for _, i in ranked[:kept]}
+
+
+class PlainTrainer:
+    """AdamW on the mean loss of the selected tokens; populations are slices of the global batch, given per step."""
+
+    def __init__(self, decoder: PlainDecoder, optimizer_settings):
+        self.decoder, self.settings = decoder, optimizer_settings
+        decayed = [p for p in decoder.parameters() if p.dim() > 1]
+        others = [p for p in decoder.parameters() if p.dim() <= 1]
+        self.adam = torch.optim.AdamW([{"params": decayed, "weight_decay": optimizer_settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                      lr=optimizer_settings.learning_rate, betas=(optimizer_settings.beta1, optimizer_settings.beta2), eps=optimizer_settings.epsilon)
+
+    def step(self, batch: dict[str, Tensor], populations: list[list[int]], keep_fraction: float | None, learning_rate: float):
+        """One update. `populations`: rows of the global batch whose tokens compete with each other; keep_fraction None = plain CLM.
+
+        Returns (ids of selected tokens, mean loss of all eligible tokens, mean loss of selected tokens, gradient norm before clipping).
+        """
+        loss_GS = self.decoder.loss(batch["tokens"], batch["labels"])
+        eligible_GS = batch["loss_mask"] > 0
+        ids_GS = torch.arange(loss_GS.numel()).view(loss_GS.shape)
+        selected: set[int] = set()
+        for rows in populations:
+            if keep_fraction is None:
+                selected |= set(ids_GS[rows][eligible_GS[rows]].tolist())
+            else:
+                excess = loss_GS[rows].detach() - batch["reference_loss"][rows]
+                selected |= top_tokens(excess.flatten().tolist(), ids_GS[rows].flatten().tolist(), eligible_GS[rows].flatten().tolist(), keep_fraction)
+        mask_GS = torch.isin(ids_GS, torch.tensor(sorted(selected)))
+        objective = loss_GS[mask_GS].sum() / mask_GS.sum()
+        self.adam.zero_grad()
+        objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.settings.clip_grad_norm or math.inf)
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        self.adam.step()
+        return selected, float(loss_GS[eligible_GS].mean()), float(objective), float(norm)

@@ -1,0 +1,51 @@
+"""Train a model, plainly (CLM) or on selected tokens (SLM).
+
+    python -m megatron_slm.train --config launch/recipes/quickstart.yaml                     one process
+    torchrun --nproc-per-node 2 -m megatron_slm.train --config RECIPE.yaml --parallel.tensor 2 --selection.keep_fraction 0.6
+
+A run folder that holds a checkpoint is resumed. Exit codes: 0 done, 2 bad configuration, 3 bad data, 4 training
+diverged, 85 stopped on request with a checkpoint (start the same command again).
+"""
+
+import os
+import sys
+
+from megatron_slm.config.check import check
+from megatron_slm.config.load import parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check everything that can be checked alone, then join the job and train; returns the exit code."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        config = parse(argv, "slm-train", __doc__)
+        check(config, world_size)
+        from megatron_slm import device as device_room
+        device = device_room.choose(config.device.kind)      # before anything imports megatron.core
+        from megatron_slm import parallel
+        from megatron_slm.training import loop, setup
+        # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once.
+        materials = setup.open_materials(config) if rank == 0 else None
+    except ValueError as error:
+        if rank == 0:
+            print(f"slm-train: {error}", file=sys.stderr)
+        return 3 if type(error).__name__ == "DataError" else 2
+    device_room.set_threads(config.device.threads_per_process)
+    groups = parallel.start(config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes)
+    try:
+        run = loop.Run(config, groups, materials or setup.open_materials(config))
+        run.start()
+        return run.run()
+    except loop.NonFiniteLoss as error:
+        print(f"slm-train: {error}", file=sys.stderr)
+        return 4
+    except ValueError as error:
+        if groups.is_logger:
+            print(f"slm-train: {error}", file=sys.stderr)
+        return 3
+    finally:
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

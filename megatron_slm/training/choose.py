@@ -1,0 +1,105 @@
+"""Which tokens of a micro-batch carry the loss: the selection room, fed with a batch's columns and the model's losses.
+
+B: sequences of this rank's micro-batch, S: tokens of a sequence on this context-parallel rank.
+"""
+
+from typing import Sequence
+
+import torch
+
+from megatron_slm.config.schema import SelectionConfig
+from megatron_slm.data.batch import Batch
+from megatron_slm.parallel import Groups
+from megatron_slm.selection import Population, Progress, RunningThreshold, Selection, build_schedule, build_scorer
+from megatron_slm.selection.diagnostics import Measured, describe
+
+MODEL_COLUMNS = frozenset({"loss", "entropy"})
+BATCH_COLUMNS = frozenset({"token_id", "position", "corpus_id"})
+
+
+class Chooser:
+    """Chooses tokens under one configuration. State (of running_threshold only) goes into the checkpoint."""
+
+    def __init__(self, settings: SelectionConfig, groups: Groups, *, sequence_length: int, corpora: int):
+        self.scorer = make_scorer(settings)
+        self.keep_fraction = build_schedule(settings.keep_fraction)
+        self.scope, self.groups = settings.scope, groups
+        self.sequence_length, self.corpora = sequence_length, corpora
+        self.running = RunningThreshold() if settings.scope == "running_threshold" else None
+        self.extras = tuple(sorted(self.scorer.needs & MODEL_COLUMNS - {"loss"}))
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether every loss of the optimizer step must be known before the first backward."""
+        return self.scope == "global_batch" and self.scorer.kind != "mask"
+
+    def choose(self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> tuple[Selection, Measured]:
+        """The choice on one micro-batch and what describes it; every rank of the last stage's dp_cp group calls it.
+
+        `outputs` are the model's per-token values, "loss" among them; nothing here is differentiated.
+        """
+        selection = self.choose_from(self._population(batch.token_id_BS), batch, outputs, progress)
+        return selection, self.describe(batch, outputs, selection, progress)
+
+    def choose_from(self, population: Population, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> Selection:
+        """The choice on one micro-batch in a population of the caller's."""
+        return self.scorer.choose(self._columns(batch, outputs), batch.loss_mask_BS > 0, self.keep_fraction(progress.tokens), population, progress)
+
+    def choose_step(self, batches: Sequence[Batch], outputs: Sequence[dict[str, torch.Tensor]], progress: Progress) -> list[Selection]:
+        """The choice on all micro-batches of a step at once (scope global_batch), cut back into micro-batches."""
+        all_columns = [self._columns(batch, output) for batch, output in zip(batches, outputs)]
+        columns = {name: torch.cat([part[name] for part in all_columns]) for name in all_columns[0]}
+        eligible = torch.cat([batch.loss_mask_BS > 0 for batch in batches])
+        selection = self.scorer.choose(columns, eligible, self.keep_fraction(progress.tokens), self._population(columns["token_id"]), progress)
+        return selection.split([batch.tokens_BS.shape[0] for batch in batches])
+
+    def describe(self, batch: Batch, outputs: dict[str, torch.Tensor], selection: Selection, progress: Progress) -> Measured:
+        """Sums and counts of a choice, for metrics."""
+        columns = self._columns(batch, outputs)
+        eligible_BS = batch.loss_mask_BS > 0
+        try:
+            score_BS = self.scorer(columns, progress) if self.scorer.uses_keep_fraction else None
+        except NotImplementedError:      # a scorer that weighs tokens against each other has no score of each alone
+            score_BS = None
+        return describe(columns, score_BS, eligible_BS, selection, sequence_length=self.sequence_length, corpora=self.corpora)
+
+    def finish_step(self, progress: Progress) -> Measured:
+        """Move a running threshold on; returns its measured deviation from the exact choice."""
+        if self.running is None or not self.groups.is_last_stage:
+            return {}
+        return self.running.finish_step(self.keep_fraction(progress.tokens), self.groups.dp_cp)
+
+    def state_dict(self) -> dict:
+        """JSON-able."""
+        return {"running": self.running.state_dict() if self.running else None}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore; a run that newly uses running_threshold starts without a past."""
+        if self.running is not None and state.get("running"):
+            self.running.load_state_dict(state["running"])
+
+    def _columns(self, batch: Batch, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**batch.columns, **{name: value.detach() for name, value in outputs.items()}, "token_id": batch.token_id_BS,
+                "position": batch.position_ids_BS, "corpus_id": batch.corpus_id_B[:, None].expand_as(batch.token_id_BS)}
+
+    def _population(self, token_id_BS: torch.Tensor) -> Population:
+        # Every rank holds micro-batches of one shape, so no rank needs to ask the others for their sizes.
+        return Population(self.scope, token_id_BS, group=self.groups.dp_cp, cp_group=self.groups.cp, running=self.running, capacity=token_id_BS.numel())
+
+
+def make_scorer(settings: SelectionConfig):
+    """The configured scorer; ValueError for an unknown name, a wrong option, or a reference that is missing or unused."""
+    scorer = build_scorer(settings.scorer, **settings.scorer_options)
+    if settings.clm_weight != 0.0:
+        scorer = build_scorer("mixed_with_clm", of=scorer, clm_weight=settings.clm_weight)
+    reference = settings.reference
+    stored = scorer.needs - MODEL_COLUMNS - BATCH_COLUMNS
+    if stored and not (reference.scores or reference.checkpoint):
+        raise ValueError(f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; give selection.reference.scores "
+                         "(python -m megatron_slm.score makes them) or selection.reference.checkpoint")
+    if reference.checkpoint and stored - {"reference_loss", "reference_entropy"}:
+        raise ValueError(f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; an online reference gives "
+                         "reference_loss and reference_entropy only: use stored scores")
+    build_schedule(settings.keep_fraction)
+    scorer.check_scope(settings.scope)
+    return scorer

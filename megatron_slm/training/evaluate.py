@@ -1,0 +1,39 @@
+"""Validation: plain loss on held-out corpora, never selected, reported per corpus."""
+
+from typing import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_slm.data.batch import Batch
+from megatron_slm.model.forward_backward import forward_losses
+from megatron_slm.parallel import Groups
+
+
+def plain_loss(models: list, steps: Iterable[Sequence[Batch]], groups: Groups) -> tuple[float, int]:
+    """(mean loss in nats, tokens) over all global batches in `steps` and all ranks: one sum divided by one count.
+
+    Equals cross_entropy over every unmasked token in one process. Known on last-stage ranks; others get (nan, 0).
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    for batches in steps:
+        for batch, output in zip(batches, forward_losses(models, batches, groups)):
+            counted_BS = batch.loss_mask_BS > 0
+            total[0] += torch.where(counted_BS, output["loss"], 0.0).sum(dtype=torch.float64)
+            total[1] += counted_BS.sum()
+    if not groups.is_last_stage:
+        return float("nan"), 0
+    dist.all_reduce(total, group=groups.dp_cp)
+    loss_sum, count = total.tolist()
+    return (loss_sum / count if count else float("nan")), int(count)
+
+
+def validate(models: list, loaders: dict, groups: Groups) -> dict[str, float]:
+    """Metrics of every validation corpus: validation/<name>/loss, /perplexity and /tokens."""
+    record = {}
+    for name, loader in loaders.items():
+        loss, tokens = plain_loss(models, loader, groups)
+        record[f"validation/{name}/loss"] = loss
+        record[f"validation/{name}/perplexity"] = float(torch.tensor(loss).exp())
+        record[f"validation/{name}/tokens"] = tokens
+    return record

@@ -1,0 +1,202 @@
+"""A whole run: build, resume, step after step, validate, save, stop.
+
+Every rank runs the same loop. The losses live on the last pipeline stage; the last rank of the world, which is there,
+writes the metrics.
+"""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_slm.checkpoint.folder import CheckpointInfo, complete_checkpoints
+from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
+from megatron_slm.config.check import tokens_per_step, train_steps
+from megatron_slm.config.load import load_yaml, to_mapping, to_yaml
+from megatron_slm.config.schema import Config
+from megatron_slm.data.batch import slice_for_context_parallel
+from megatron_slm.model.build import build_model
+from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
+from megatron_slm.monitoring import Metrics, Throughput, model_flops_per_token, wandb_run_id
+from megatron_slm.parallel import Groups
+from megatron_slm.selection import Progress
+from megatron_slm.selection.diagnostics import summarise
+from megatron_slm.training import setup
+from megatron_slm.training.choose import Chooser
+from megatron_slm.training.evaluate import validate
+from megatron_slm.training.learning_rate import learning_rate
+from megatron_slm.training.probe import Probe
+from megatron_slm.training.reference import load_reference
+from megatron_slm.training.report import Reporter
+from megatron_slm.training.signals import EXIT_RESUME, StopRequest
+from megatron_slm.training.step import Trainer, train_step
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged; the last checkpoint is the last good state."""
+
+
+class Run:
+    """One run folder being trained."""
+
+    def __init__(self, config: Config, groups: Groups, materials: setup.Materials):
+        self.config, self.groups, self.materials = config, groups, materials
+        self.folder = Path(config.run.folder)
+        self.steps, self.step_tokens = train_steps(config), tokens_per_step(config)
+        self.step = 0
+        models = wrap_data_parallel(build_model(config, materials.vocabulary_size, groups), config)
+        chooser = Chooser(config.selection, groups, sequence_length=config.data.sequence_length, corpora=len(materials.corpora))
+        self.trainer = Trainer(models, build_optimizer(models, config), chooser, groups, load_reference(config, materials, groups))
+        self.loader = setup.training_loader(config, materials, groups)
+        self.validation = {name: _OnThisRank(loader, groups) for name, loader in setup.validation_loaders(config, materials, groups).items()}
+        self.probe = Probe(config, materials, self.trainer)
+        self.metrics = Metrics(groups.device)
+        self.tokens_selected = 0      # up to the last log line; known on last-stage ranks
+        self.wandb_id = ""
+
+    def start(self) -> None:
+        """Resume from the newest good checkpoint, or take initial weights; then open the sinks."""
+        messages: list[tuple[str, str]] = []
+        self.store = CheckpointStore(self.folder, self.groups, keep_last=self.config.checkpoint.keep_last, keep_every_steps=self.config.checkpoint.keep_every_steps,
+                                     asynchronous=self.config.checkpoint.asynchronous, report=lambda text, level: messages.append((text, level)))
+        state = self.store.load_latest(self.trainer.models, self.trainer.optimizer)
+        if state is not None:
+            self._restore(state)
+        elif complete_checkpoints(self.store.checkpoints):
+            raise ValueError(f"{self.store.checkpoints}: every checkpoint is damaged; move them away to start anew, or restore one from a backup")
+        elif self.config.checkpoint.initialize_from:
+            info = load_weights(self.trainer.models, self.config.checkpoint.initialize_from, self.groups)
+            self.trainer.optimizer.reload_model_params()
+            messages.append((f"weights of {self.config.checkpoint.initialize_from}, step {info.step}", "info"))
+        if self.groups.world_rank == 0:
+            messages += _changed_settings(self.folder, self.config) if state is not None else []
+            (self.folder / "config.yaml").write_text(to_yaml(self.config))
+            setup.write_versions(self.folder)
+        self.reporter = Reporter(self.config, self.groups, self.materials, resume_step=self.step if state is not None else None, wandb_id=self._agreed_wandb_id())
+        self.store.report = self.reporter.message
+        for text, level in messages:
+            self.reporter.message(text, level)
+
+    def run(self) -> int:
+        """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from."""
+        stop = StopRequest(self.folder, self.groups.device)
+        flops = model_flops_per_token(self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size)
+        throughput = Throughput(total_tokens=self.steps * self.step_tokens, flops_per_token=flops.training, world_size=self.groups.world_size,
+                                peak_flops_per_second=self.reporter.peak_flops_per_second)
+        if self.step == 0:
+            self._validate()
+        throughput.start_interval()
+        stopping = False
+        while self.step < self.steps and not stopping:
+            with throughput.waiting_for_data():
+                batches = [slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(self.groups.device) for batch in self.loader.next_step()]
+            rate = learning_rate(self.config, self.step + 1)
+            report = train_step(self.trainer, batches, self._progress(), rate)
+            self.step += 1
+            self.metrics.add_all(report.measured)
+            if report.measured:
+                self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
+            throughput.step_done(self.step_tokens)
+            if not math.isfinite(report.grad_norm):
+                raise NonFiniteLoss(f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
+                                    "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step")
+            stopping = stop.agreed()
+            if self.step % self.config.monitoring.log_interval_steps == 0 or self.step == self.steps:
+                self._log(report.grad_norm, rate, throughput)
+            with throughput.paused():
+                self._after_step(stopping)
+        self.store.close()
+        self.loader.close()
+        if stopping and self.step < self.steps:
+            stop.clear()
+            self.reporter.message(f"stopped on request after step {self.step} of {self.steps}; start the same command again to continue", "warning")
+        else:
+            self.reporter.write_token_view(self.probe.view(self._progress()))
+        self.reporter.close()
+        return EXIT_RESUME if self.step < self.steps else 0
+
+    def _progress(self) -> Progress:
+        return Progress(self.step, self.step * self.step_tokens)
+
+    def _after_step(self, stopping: bool) -> None:
+        interval, done = self.config.monitoring.validation_interval_steps, self.step == self.steps
+        if done or (interval and self.step % interval == 0):
+            self._validate()
+        every = self.config.checkpoint.interval_steps
+        if done or stopping or (every and self.step % every == 0):
+            self._save()
+        self.store.finish_pending()
+
+    def _log(self, grad_norm: float, rate: float, throughput: Throughput) -> None:
+        summary = self.metrics.reduce(self.groups.dp_cp, summarise=summarise)
+        self.tokens_selected += int(summary.pop("tokens/selected", 0))
+        self.reporter.log({"kind": "train", "tokens/processed": self.step * self.step_tokens, "tokens/selected": self.tokens_selected, **summary,
+                           "optimizer/grad_norm": grad_norm, "optimizer/learning_rate": rate, **throughput.interval(self.step * self.step_tokens)}, self.step)
+        self.reporter.think(summary, self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens), self.trainer.chooser.scorer)
+
+    def _validate(self) -> None:
+        if not self.validation:
+            return
+        record = {**validate(self.trainer.models, self.validation, self.groups), **self.probe.compare(self._progress())}
+        self.reporter.log({"kind": "validation", "tokens/processed": self.step * self.step_tokens, **record}, self.step)
+
+    def _save(self) -> None:
+        model = {**asdict(self.config.model), "vocabulary_size": self.materials.vocabulary_size}
+        tokenizer = self.materials.corpora[0].manifest.tokenizer
+        info = CheckpointInfo(model, self.config.data.sequence_length, {**tokenizer, "path": str(Path(self.config.data.tokenizer).resolve())},
+                              self.step, self.step * self.step_tokens, precision=self.config.device.precision)
+        optimizer = self.trainer.optimizer if self.config.checkpoint.save_optimizer else None
+        # The sums exist on the last pipeline stage; rank 0 writes trainer.json, so it must hear of them.
+        told = [{"metrics": self.metrics.state_dict(self.groups.dp_cp), "tokens_selected": self.tokens_selected, "selection": self.trainer.chooser.state_dict(),
+                 "probe": self.probe.state_dict()}]
+        dist.broadcast_object_list(told, src=self.groups.world_size - 1)
+        state = trainer_state(optimizer, self.groups, step=self.step, loader=self.loader.state_dict(), wandb_id=self.wandb_id, **told[0])
+        self.store.save(self.trainer.models, optimizer, info, state)
+
+    def _restore(self, state: dict) -> None:
+        self.step = state["step"]
+        self.loader.load_state_dict(state["loader"])
+        self.trainer.chooser.load_state_dict(state["selection"])
+        if self.groups.is_last_stage:
+            self.metrics.load_state_dict(state["metrics"])
+            self.tokens_selected = state["tokens_selected"]
+            self.probe.load_state_dict(state["probe"])
+        self.wandb_id = state["wandb_id"]
+
+    def _agreed_wandb_id(self) -> str:
+        ids = [wandb_run_id(self.folder, self.wandb_id or None) if self.groups.world_rank == 0 else None]
+        dist.broadcast_object_list(ids, src=0)
+        self.wandb_id = ids[0]
+        return self.wandb_id
+
+
+class _OnThisRank:
+    """A validation loader whose batches are cut to this context-parallel rank and moved to its device."""
+
+    def __init__(self, loader, groups: Groups):
+        self.loader, self.groups = loader, groups
+
+    def __iter__(self):
+        for batches in self.loader:
+            yield [slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(self.groups.device) for batch in batches]
+
+
+def _changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
+    """Settings that differ from those the run folder was started with, as warnings: a resumed run may change, but never unseen."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return []
+    before, now = _flat(to_mapping(load_yaml(path))), _flat(to_mapping(config))
+    return [(f"{name} was {before.get(name)!r} when this run started, and is {value!r} now", "warning") for name, value in now.items()
+            if before.get(name) != value]
+
+
+def _flat(mapping: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

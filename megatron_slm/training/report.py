@@ -1,0 +1,109 @@
+"""What a run tells: the start table, metrics to every sink, warnings that think, and a page of text with its selected tokens."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from megatron_slm import device as device_room
+from megatron_slm.config.check import tokens_per_step, train_steps
+from megatron_slm.config.load import to_mapping
+from megatron_slm.config.schema import Config
+from megatron_slm.model.build import resolve_layers
+from megatron_slm.monitoring import ConsoleSink, JsonlSink, MultiSink, NullSink, WandbSink, peak_flops_per_second
+from megatron_slm.parallel import Groups
+from megatron_slm.selection import build_schedule
+from megatron_slm.selection.alarms import smallest_population, warnings_of
+from megatron_slm.training.choose import make_scorer
+
+
+class Reporter:
+    """Writes on one rank, the last of the world; elsewhere every call is a no-op."""
+
+    def __init__(self, config: Config, groups: Groups, materials, *, resume_step: int | None, wandb_id: str):
+        self.config, self.groups, self.materials, self.folder = config, groups, materials, Path(config.run.folder)
+        self.warned: set[str] = set()
+        name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
+        self.peak_flops_per_second = peak_flops_per_second(name, config.device.precision) if name else None
+        if not groups.is_logger:
+            self.sink = NullSink()
+            return
+        console = ConsoleSink(total_steps=train_steps(config), start_step=resume_step or 0, title=self.name)
+        console.table(f"megatron-slm  {self.name}", self._start_table())
+        sinks = [JsonlSink(self.folder / "metrics.jsonl", resume_step=resume_step), console]
+        if config.monitoring.wandb.mode != "disabled":
+            sinks.append(WandbSink(config.monitoring.wandb, run_folder=self.folder, name=self.name, config={**to_mapping(config), "layout": self._layout()},
+                                   run_id=wandb_id, warn=lambda text: console.message(text, "warning")))
+        self.sink = MultiSink(sinks)
+        if resume_step is not None:
+            self.message(f"resumed after step {resume_step}", "info")
+        for corpus in materials.corpora:
+            if corpus.scores is not None and config.selection.scorer != "none":
+                for sentence in corpus.scores.context_warnings(config.data.sequence_length):
+                    self.message(sentence, "warning")
+        if make_scorer(config.selection).uses_keep_fraction:
+            self._warn_of_small_population()
+
+    def _warn_of_small_population(self) -> None:
+        data, keep_fraction = self.config.data, build_schedule(self.config.selection.keep_fraction)
+        keep = min(keep_fraction(0), keep_fraction(train_steps(self.config) * tokens_per_step(self.config)))    # schedules are monotone
+        sequences = {"sequence": 1, "micro_batch": data.micro_batch_size, "data_parallel": data.micro_batch_size * self.groups.dp_size}
+        tokens = sequences.get(self.config.selection.scope, data.global_batch_size) * data.sequence_length
+        if tokens < smallest_population(keep):
+            self.message(f"selection.keep_fraction {keep} of a population of {tokens} tokens cannot be met closely: ceil({keep} x {tokens}) keeps too many. "
+                         "Use a wider selection.scope, a larger batch or longer sequences", "warning")
+
+    @property
+    def name(self) -> str:
+        return self.config.run.name or self.folder.name
+
+    def message(self, text: str, level: str) -> None:
+        self.sink.message(text, level)
+
+    def log(self, record: dict, step: int) -> None:
+        """Write one line of metrics (last rank of the world only)."""
+        self.sink.log(record, step)
+
+    def think(self, summary: dict, keep_fraction: float, scorer) -> None:
+        """Say what the interval's metrics warn of; each kind of warning once per start of the run."""
+        own_count = scorer.uses_keep_fraction and scorer.name not in ("union", "intersection")
+        for name, sentence in warnings_of(summary, keep_fraction if own_count else None).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                self.message(sentence, "warning")
+
+    def close(self) -> None:
+        self.sink.close()
+
+    def write_token_view(self, lines: list[dict]) -> None:
+        """token_view.jsonl: real text with what the model would select from it now."""
+        if self.groups.is_logger and lines:
+            path = self.folder / "token_view.jsonl"
+            path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            path.with_suffix(".tmp").replace(path)
+
+    def _layout(self) -> dict:
+        groups = self.groups
+        return {"processes": groups.world_size, "tensor": groups.tp_size, "pipeline": groups.pp_size, "virtual_pipeline": groups.virtual_chunks,
+                "context": groups.cp_size, "data": groups.dp_size, "sequence_parallel": self.config.parallel.sequence,
+                "distributed_optimizer": self.config.parallel.distributed_optimizer}
+
+    def _start_table(self) -> dict[str, str]:
+        config, layout = self.config, self._layout()
+        rows = {"run folder": str(self.folder),
+                "layout": ", ".join(f"{name} {size}" for name, size in layout.items() if size not in (1, False)) or "1 process",
+                "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {tokens_per_step(config)} tokens per step, {train_steps(config)} steps",
+                "selection": _selection_words(config), "precision": config.device.precision}
+        device = device_room.Device(self.groups.device.type, self.groups.device, torch.distributed.get_backend())
+        for feature, state, why in device_room.describe_acceleration(device, resolve_layers(config, self.groups.device.type == "cuda")):
+            rows[feature] = f"{state} ({why})" if why else state
+        return rows
+
+
+def _selection_words(config: Config) -> str:
+    selection = config.selection
+    if selection.scorer == "none":
+        return "none: plain CLM"
+    reference = selection.reference
+    source = f", reference {reference.checkpoint} (online)" if reference.checkpoint else f", stored scores {', '.join(reference.scores)}" if reference.scores else ""
+    return f"{selection.scorer}, keep {selection.keep_fraction}, scope {selection.scope}{source}"

@@ -1,0 +1,115 @@
+"""Everything a run reads, opened and checked before any process group starts."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_slm.config.check import train_steps
+from megatron_slm.config.load import ConfigError
+from megatron_slm.config.schema import Config
+from megatron_slm.data.loader import TrainingLoader, ValidationLoader
+from megatron_slm.data.scored_dataset import Corpus, open_corpora, training_dataset, validation_dataset
+from megatron_slm.parallel import Groups
+from megatron_slm.tokenization import Tokenizer, load_tokenizer
+from megatron_slm.training.choose import make_scorer
+
+
+class DataError(ConfigError):
+    """What a configuration points to cannot be used: files missing, damaged, or of another tokenizer."""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Checked inputs of a run."""
+
+    tokenizer: Tokenizer
+    corpora: list[Corpus]
+    validation: dict[str, Corpus]
+    vocabulary_size: int
+
+
+def open_materials(config: Config) -> Materials:
+    """Open scorer, tokenizer, corpora and score stores; ConfigError or DataError lists every problem in one go."""
+    try:
+        make_scorer(config.selection)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    problems: list[str] = []
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    except (ValueError, OSError) as error:
+        raise DataError([f"data.tokenizer: {error}"]) from None
+    corpora, validation = [], {}
+    try:
+        corpora = open_corpora(config.data.train, config.selection.reference.scores, tokenizer_fingerprint=tokenizer.fingerprint,
+                               allow_missing_scores=config.selection.reference.allow_missing_scores)
+    except ValueError as error:
+        problems += [f"data.train: {line}" for line in str(error).splitlines()]
+    for entry in config.data.validation:
+        try:
+            validation[entry.name] = open_corpora([entry.corpus], tokenizer_fingerprint=tokenizer.fingerprint)[0]
+        except ValueError as error:
+            problems += [f"data.validation {entry.name}: {line}" for line in str(error).splitlines()]
+    size = config.model.vocabulary_size or tokenizer.vocabulary_size
+    if size < tokenizer.vocabulary_size:
+        problems.append(f"model.vocabulary_size: got {size}, below the tokenizer's {tokenizer.vocabulary_size}; raise it, or set it to 0")
+    problems += _missing_columns(config, corpora)
+    if problems:
+        raise DataError(problems)
+    return Materials(tokenizer, corpora, validation, size)
+
+
+def _missing_columns(config: Config, corpora: list[Corpus]) -> list[str]:
+    """Stored columns the scorer reads and the score stores do not have."""
+    from megatron_slm.data.score_manifest import presented_name
+    from megatron_slm.training.choose import BATCH_COLUMNS, MODEL_COLUMNS
+    wanted = make_scorer(config.selection).needs - MODEL_COLUMNS - BATCH_COLUMNS
+    if config.selection.reference.checkpoint:
+        return []
+    missing = []
+    for corpus in corpora:
+        if corpus.scores is None:
+            continue
+        there = {presented_name(column) for column in corpus.scores.columns}
+        if wanted - there:
+            missing.append(f"selection.scorer {config.selection.scorer} reads {', '.join(sorted(wanted))}, but the scores of {corpus.prefix} hold only "
+                           f"{', '.join(sorted(there))}; score again with --columns, or choose another scorer")
+    return missing
+
+
+def training_loader(config: Config, materials: Materials, groups: Groups) -> TrainingLoader:
+    """This rank's micro-batches of every step, in an order that a longer run only extends."""
+    data = config.data
+    dataset = training_dataset(materials.corpora, sequence_length=data.sequence_length, seed=config.run.seed, samples=train_steps(config) * data.global_batch_size,
+                               weights=data.weights, index_cache=data.index_cache or Path(config.run.folder, "index_cache"))
+    return TrainingLoader(dataset, global_batch_size=data.global_batch_size, micro_batch_size=data.micro_batch_size,
+                          dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+
+
+def validation_loaders(config: Config, materials: Materials, groups: Groups) -> dict[str, ValidationLoader]:
+    """One loader per validation corpus: the same global batches at every validation."""
+    data = config.data
+    cache = data.index_cache or Path(config.run.folder, "index_cache")
+    return {name: ValidationLoader(validation_dataset(corpus, sequence_length=data.sequence_length, index_cache=cache),
+                                   global_batch_size=data.global_batch_size, micro_batch_size=data.micro_batch_size,
+                                   dp_rank=groups.dp_rank, dp_size=groups.dp_size, global_batches=config.monitoring.validation_batches)
+            for name, corpus in materials.validation.items()}
+
+
+def write_versions(folder: Path) -> None:
+    """versions.txt: Python, packages, git revision and command, so that the run folder stands alone."""
+    import importlib.metadata
+    import platform
+    import subprocess
+
+    import megatron_slm
+    lines = [f"megatron-slm {megatron_slm.__version__}", f"command {' '.join(sys.argv)}", f"python {platform.python_version()}", f"platform {platform.platform()}"]
+    for package in ("torch", "megatron-core", "transformer-engine", "apex", "sentencepiece", "numpy", "wandb", "transformers"):
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    source = Path(megatron_slm.__file__).parent
+    revision = subprocess.run(["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False)
+    lines.append(f"git {revision.stdout.strip() or 'not a git checkout'}")
+    (folder / "versions.txt").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,43 @@
+"""Asking a run to stop: by signal, or by a file, agreed on by all ranks at the end of a step.
+
+torchrun and mpirun swallow or repeat signals, so a batch system's warning is best passed on as a file: whoever writes
+`stop_requested` into the run folder makes the run save a checkpoint and leave with exit code 85 ("run me again").
+"""
+
+import faulthandler
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+EXIT_RESUME = 85
+"""Exit code of a run that saved a checkpoint and wants to be started again."""
+STOP_FILE = "stop_requested"
+
+
+class StopRequest:
+    """Becomes true on every rank at the same step, once any rank got SIGTERM or SIGUSR1 or the stop file exists."""
+
+    def __init__(self, run_folder: str | Path, device: torch.device):
+        self.file = Path(run_folder) / STOP_FILE
+        self.device = device
+        self.signalled = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        faulthandler.register(signal.SIGUSR2, all_threads=True)     # a hung rank tells where it hangs: kill -USR2 PID
+
+    def _on_signal(self, number, frame):
+        self.signalled = True
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step; one 4-byte all-reduce over the world. Only rank 0 looks at the file."""
+        asked = self.signalled or (dist.get_rank() == 0 and self.file.exists())
+        flag = torch.tensor(int(asked), dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def clear(self) -> None:
+        """Remove the stop file, so that the restarted run does not stop at once."""
+        if dist.get_rank() == 0:
+            self.file.unlink(missing_ok=True)

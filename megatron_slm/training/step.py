@@ -1,0 +1,111 @@
+"""One optimizer step of selective language modeling: it reads like the paper.
+
+B: sequences of this rank's micro-batch, S: tokens of a sequence on this context-parallel rank.
+"""
+
+from dataclasses import dataclass, field
+from typing import Sequence
+
+import torch
+
+from megatron_slm.data.batch import Batch
+from megatron_slm.model.forward_backward import ask_for, forward_backward, forward_losses, split_outputs
+from megatron_slm.model.optimizer import set_learning_rate
+from megatron_slm.parallel import Groups
+from megatron_slm.selection import Progress, Selection
+from megatron_slm.selection.diagnostics import Measured, add
+from megatron_slm.training.choose import Chooser
+
+
+@dataclass
+class Trainer:
+    """What a step works on."""
+
+    models: list
+    optimizer: object
+    chooser: Chooser
+    groups: Groups
+    reference: list | None = None
+    """Frozen reference models of an online reference, in the same layout."""
+
+    def __post_init__(self):
+        ask_for(self.models, self.chooser.extras)
+
+    @property
+    def reference_extras(self) -> tuple[str, ...]:
+        """What the online reference must give beside its loss."""
+        return ("entropy",) if "reference_entropy" in self.chooser.scorer.needs else ()
+
+
+@dataclass
+class StepReport:
+    """What a step did. `measured`: this rank's sums and counts (last pipeline stage only)."""
+
+    updated: bool
+    grad_norm: float
+    measured: Measured = field(default_factory=dict)
+
+
+def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, learning_rate: float) -> StepReport:
+    """The gradient of the mean loss over the tokens selected in the global batch, and one AdamW update.
+
+    Equals, in one process: sum over selected tokens of -log P(x_i | x_<i), divided by their number in the whole
+    optimizer step (Rho-1, equations 4 and 5), backward, clip, AdamW.
+    """
+    for model in trainer.models:
+        model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+
+    score_with_reference(trainer, batches)
+    known = choose_before_backward(trainer, batches, progress)
+    reports = forward_backward(trainer.models, batches, selected_loss(trainer.chooser, known, progress), trainer.groups)
+
+    set_learning_rate(trainer.optimizer, learning_rate)
+    updated, grad_norm, _ = trainer.optimizer.step()
+    measured: Measured = trainer.chooser.finish_step(progress)
+    for report in reports:
+        measured = add(measured, report)
+    return StepReport(updated, float(grad_norm), measured)
+
+
+def selected_loss(chooser: Chooser, known: list[Selection] | None, progress: Progress):
+    """The loss function of one micro-batch: choose, then sum the chosen tokens' losses; the division comes at the end of the step."""
+    def loss_function(index: int, batch: Batch, output: torch.Tensor):
+        outputs = split_outputs(output, chooser.extras)
+        loss_BS = outputs["loss"]
+        if known is None:
+            selection, measured = chooser.choose(batch, outputs, progress)
+        else:
+            selection = known[index]
+            measured = chooser.describe(batch, outputs, selection, progress)
+        # where, not only times: a NaN outside the selection times 0 would still be NaN.
+        loss_sum = torch.where(selection.mask, loss_BS, 0.0).mul(selection.weights).sum()
+        return loss_sum, selection.weights.sum(dtype=torch.float64), measured
+    return loss_function
+
+
+def score_with_reference(trainer: Trainer, batches: Sequence[Batch]) -> None:
+    """Run an online reference over the step's micro-batches; its losses become the batches' reference columns."""
+    if trainer.reference is None:
+        return
+    outputs = forward_losses(trainer.reference, batches, trainer.groups, extras=trainer.reference_extras)
+    for batch, output in zip(batches, outputs):
+        batch.columns.update({f"reference_{name}": value for name, value in output.items()})
+
+
+def choose_before_backward(trainer: Trainer, batches: Sequence[Batch], progress: Progress) -> list[Selection] | None:
+    """Scope global_batch: every loss of the step by a forward pass first, then one choice over all of them.
+
+    1F1B runs the backward of micro-batch i before the forward of j, so one pass cannot know the step's threshold (METHOD 4.7).
+    A static scorer reads stored columns only, so it needs no forward pass. Returns one Selection per micro-batch on the
+    last stage; None when each micro-batch chooses for itself.
+    """
+    if not trainer.chooser.needs_whole_step:
+        return None
+    if trainer.chooser.scorer.is_static:
+        outputs = [{} for _ in batches]
+    else:
+        outputs = forward_losses(trainer.models, batches, trainer.groups, extras=trainer.chooser.extras)
+    if not trainer.groups.is_last_stage:
+        return [None] * len(batches)
+    return trainer.chooser.choose_step(batches, outputs, progress)

@@ -1,0 +1,64 @@
+"""python -m megatron_slm.train with a bad configuration: every problem, exit code 2, and nothing started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.train import main
+
+ROOT = Path(__file__).resolve().parents[3]
+FORBIDDEN = """
+import sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split('.')[0] not in ('torch', 'megatron'), f'{name} is imported before the configuration is checked'
+sys.meta_path.insert(0, Guard())
+from megatron_slm.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def train(*argv, code=None, **environment) -> subprocess.CompletedProcess:
+    start = ["-c", code] if code else ["-m", "megatron_slm.train"]
+    return subprocess.run([sys.executable, *start, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True)
+
+
+def test_every_unreadable_setting_is_named():
+    done = train("--model.layers", "many", "--model.banana", "1", "--config", "nowhere.yaml")
+    assert done.returncode == 2, done.stderr
+    for part in ("3 problems", "model.layers", "model.banana", "nowhere.yaml"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_broken_rules_are_found_before_torch_is_even_imported():
+    """So no process group, no CUDA context and no second of waiting precede the message."""
+    done = train("--model.attention_heads", "3", "--schedule.train_steps", "5", "--optimizer.beta1", "2", code=FORBIDDEN)
+    assert done.returncode == 2, done.stderr
+    for part in ("model.hidden_size", "data.train", "data.tokenizer", "optimizer.beta1"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_layout_is_checked_against_the_size_of_the_job(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["--parallel.tensor", "2"]) == 2
+    assert "3 processes are not a multiple" in capsys.readouterr().err
+
+
+def test_only_the_first_process_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--parallel.tensor", "2"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--print_config"], 0)])
+def test_asking_is_not_an_error(argv, code, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == code and "model" in capsys.readouterr().out

@@ -1,0 +1,197 @@
+"""Whole folders: checkpoints of real megatron-core layouts out to Hugging Face and its models in, compared by logits."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_slm.checkpoint.folder import CheckpointInfo, damaged_files, read_checkpoint_info, resolve_checkpoint
+from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_slm.convert.huggingface import SafetensorsFolder, export, write_safetensors
+from megatron_slm.convert.stored_state import FullState, read_full_state
+from megatron_slm.testing.spawn import run_on_cpu
+from megatron_slm import export_hf, import_hf
+
+# B = 2 sequences, S = 24 tokens, V = 101 of 128 embedding rows.
+SIZES = dict(layers=4, hidden_size=32, ffn_hidden_size=48, attention_heads=4, vocabulary_size=101, pad_vocabulary_to_multiple_of=64, rope_base=5000.0)
+VARIANTS = {
+    "LlamaForCausalLM": {"query_groups": 2, "norm_epsilon": 1e-6},
+    "Qwen2ForCausalLM": {"query_groups": 2, "qkv_bias": True, "tied_embeddings": True},
+    "Qwen3ForCausalLM": {"query_groups": 4, "qk_norm": True, "head_size": 16},
+}
+TOKENS_BS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def settings(variant: str, groups) -> Config:
+    parallel = ParallelConfig(tensor=groups.tp_size, pipeline=groups.pp_size)
+    return Config(model=ModelConfig(**SIZES, **VARIANTS[variant]), data=DataConfig(sequence_length=24), parallel=parallel)
+
+
+def describe(config: Config) -> CheckpointInfo:
+    return CheckpointInfo(model=asdict(config.model), sequence_length=24, tokenizer={}, step=7, tokens_processed=700)
+
+
+def logits_BSV(model, groups) -> torch.Tensor:
+    """Whole logits on every rank; pipeline size 1."""
+    positions_BS = torch.arange(24).expand(2, 24)
+    with torch.no_grad():
+        part = model.eval()(TOKENS_BS, positions_BS, None)
+    parts = [torch.empty_like(part) for _ in range(groups.tp_size)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=groups.tp)
+    return torch.cat(parts, dim=-1)[..., :101].float()
+
+
+def save_and_run(groups, folder: str, imported: str) -> dict[str, torch.Tensor]:
+    """Save one checkpoint per variant, with every parameter drawn at random; return its logits and those of an imported model."""
+    from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
+    from megatron_slm.model.build import build_model
+
+    results = {}
+    for variant in VARIANTS:
+        config = settings(variant, groups)
+        models = build_model(config, 101, groups)
+        torch.manual_seed(11)
+        with torch.no_grad():
+            for parameter in models[0].parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+        CheckpointStore(Path(folder, variant), groups).save(models, None, describe(config), trainer_state(None, groups))
+        results[variant] = logits_BSV(models[0], groups)
+    models = build_model(settings("Qwen2ForCausalLM", groups), 101, groups)
+    load_weights(models, imported, groups)
+    results["imported"] = logits_BSV(models[0], groups)
+    return results
+
+
+def save_again(groups, source: str, target: str) -> None:
+    """Load a checkpoint into this layout and save it from there, with optimizer state beside the weights."""
+    from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
+    from megatron_slm.model.build import build_model
+
+    config = settings("LlamaForCausalLM", groups)
+    models = build_model(config, 101, groups)
+    info = load_weights(models, source, groups)
+    CheckpointStore(target, groups).save(models, None, info, trainer_state(None, groups))
+
+
+def huggingface_logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(TOKENS_BS).logits
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder of runs saved by two tensor-parallel processes, their logits, the folder of the Hugging Face model that was imported)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(13)
+    peer_config = AutoConfig.for_model(
+        "qwen2", vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, max_position_embeddings=64, rope_theta=5000.0, rms_norm_eps=1e-5, initializer_range=0.2)
+    peer = AutoModelForCausalLM.from_config(peer_config)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    peer.save_pretrained(folder / "peer", max_shard_size="40KB")
+    small_tokenizer(folder / "peer")
+    assert import_hf.main(["--input", str(folder / "peer"), "--output", str(folder / "imported")]) == 0
+    return folder, run_on_cpu(save_and_run, str(folder), str(folder / "imported"), tp=2)[0], folder / "peer"
+
+
+def small_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    ids = {"<unk>": 0, "</s>": 1} | {chr(97 + i): 2 + i for i in range(26)}
+    Tokenizer(models.WordLevel(ids, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exported_logits_are_those_of_our_model(runs, tmp_path, variant, capsys):
+    folder, logits, _ = runs
+    output = tmp_path / "export"
+    assert export_hf.main(["--checkpoint", str(folder / variant), "--output", str(output), "--tokenizer", "none"]) == 0
+    assert json.loads((output / "config.json").read_text())["architectures"] == [variant]
+    ours, theirs = logits[variant], huggingface_logits(output)
+    assert ours.abs().max() > 0.5
+    assert torch.allclose(ours, theirs, rtol=0, atol=2e-4), (ours - theirs).abs().max()
+
+
+def test_imported_logits_are_those_of_the_hugging_face_model(runs):
+    folder, logits, peer = runs
+    theirs = huggingface_logits(peer)
+    assert theirs.abs().max() > 0.5
+    assert torch.allclose(logits["imported"], theirs, rtol=0, atol=2e-4), (logits["imported"] - theirs).abs().max()
+    checkpoint = resolve_checkpoint(folder / "imported")
+    info = read_checkpoint_info(checkpoint)
+    assert not damaged_files(checkpoint)
+    assert (info.sequence_length, info.tokenizer["vocabulary_size"], info.model["vocabulary_size"]) == (64, 28, 101)
+    assert import_hf.main(["--input", str(peer), "--output", str(folder / "imported")]) == 2
+
+
+def test_the_layout_of_the_checkpoint_does_not_matter(runs, tmp_path):
+    """Saved from 2 tensor ranks, loaded and saved again by 2 pipeline ranks: the same whole tensors."""
+    folder, _, _ = runs
+    source, target = folder / "LlamaForCausalLM", tmp_path / "again"
+    run_on_cpu(save_again, str(source), str(target), pp=2)
+    before, after = read_full_state(resolve_checkpoint(source)), read_full_state(resolve_checkpoint(target))
+    assert set(before) == set(after)
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_export_is_written_whole_or_not_at_all(runs, tmp_path, capsys):
+    folder, _, _ = runs
+    run, output = str(folder / "Qwen3ForCausalLM"), tmp_path / "export"
+    arguments = ["--checkpoint", run, "--output", str(output), "--tokenizer", "none"]
+    assert export_hf.main(arguments) == 0
+    assert export_hf.main(arguments) == 2 and "already holds" in capsys.readouterr().err
+    assert export_hf.main([*arguments, "--overwrite", "--dtype", "bf16"]) == 0
+    assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert SafetensorsFolder(output)["model.norm.weight"].dtype == torch.bfloat16
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("only copy")
+    assert export_hf.main(["--checkpoint", run, "--output", str(precious), "--tokenizer", "none", "--overwrite"]) == 2
+    assert (precious / "thesis.txt").read_text() == "only copy"
+
+    state = FullState(resolve_checkpoint(run))
+    broken = {name: state[name] for name in state if name != "output_layer.weight"}
+    with pytest.raises(ValueError, match="lacks output_layer.weight"):
+        export(broken, read_checkpoint_info(run), None, output, overwrite=True)
+    assert SafetensorsFolder(output)["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_large_models_are_sharded_with_an_index(tmp_path):
+    tensors = {f"model.layers.{i}.weight": torch.full((8, 8), float(i)) for i in range(5)}
+    write_safetensors(tensors.items(), tmp_path, largest_shard_bytes=600)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 5 * 256
+    back = SafetensorsFolder(tmp_path)
+    assert set(back) == set(tensors) == set(index["weight_map"])
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_damaged_or_unfinished_checkpoint_is_a_sentence(runs, tmp_path, capsys):
+    import shutil
+
+    source = resolve_checkpoint(runs[0] / "LlamaForCausalLM")
+    copy = tmp_path / "checkpoints" / source.name
+    shutil.copytree(source, copy)
+    largest = max(copy.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert export_hf.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--tokenizer", "none"]) == 3
+    assert largest.name in capsys.readouterr().err
+    (copy / ".metadata").unlink()
+    with pytest.raises(ValueError, match="not a complete checkpoint: .metadata not found"):
+        read_full_state(copy)
+    assert not (tmp_path / "out").exists()

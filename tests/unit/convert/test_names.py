@@ -1,0 +1,104 @@
+"""The name table against Hugging Face's own classes: every tensor has a place, and both directions undo each other exactly."""
+
+import pytest
+import torch
+
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.huggingface import huggingface_config, model_config
+from megatron_slm.convert.names import FromHuggingface, Geometry, entries, to_huggingface
+
+SIZES = dict(layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, head_size=16, vocabulary_size=101, pad_vocabulary_to_multiple_of=64)
+VARIANTS = {
+    "llama, multi-head": {},
+    "llama, grouped": {"query_groups": 2},
+    "llama, tied": {"query_groups": 1, "tied_embeddings": True},
+    "qwen2": {"query_groups": 2, "qkv_bias": True},
+    "qwen3": {"query_groups": 2, "qk_norm": True, "tied_embeddings": True},
+}
+
+
+def random_state(geometry: Geometry) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    state = {entry.ours: torch.randn(entry.shape, generator=generator) for entry in entries(geometry)}
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in state:
+            state[name][geometry.vocabulary_size :] = 0.0
+    return state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = ModelConfig(**SIZES, **VARIANTS[variant])
+    geometry = Geometry.from_model(model)
+    state = random_state(geometry)
+    theirs = dict(to_huggingface(state, geometry))
+    config = huggingface_config(model, 64, None, "fp32")
+    assert theirs["model.embed_tokens.weight"].shape == (101, 32)
+    with torch.device("meta"):
+        peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    expected = {name: tuple(tensor.shape) for name, tensor in peer.state_dict().items() if name != "lm_head.weight" or not geometry.tied}
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == expected
+
+    back = FromHuggingface(theirs, geometry)
+    assert set(back) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor), name
+    assert Geometry.from_model(ModelConfig(**{**vars(model_config(config)[0]), "pad_vocabulary_to_multiple_of": 64})) == geometry
+
+
+def test_qkv_rows_are_interleaved_by_query_group():
+    """Megatron-core's order, spelt out by hand: per group its query heads, then its key head, then its value head."""
+    geometry = Geometry.from_model(ModelConfig(**{**SIZES, "query_groups": 2}))
+    rows = ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
+    number = {row: i for i, row in enumerate(rows)}
+    fused = torch.tensor([number[row] for row in rows]).repeat_interleave(16)[:, None].expand(-1, 32).float()
+    state = random_state(geometry) | {"decoder.layers.1.self_attention.linear_qkv.weight": fused}
+    theirs = dict(to_huggingface(state, geometry))
+    for part, heads in {"q": ["q0", "q1", "q2", "q3"], "k": ["k0", "k1"], "v": ["v0", "v1"]}.items():
+        weight = theirs[f"model.layers.1.self_attn.{part}_proj.weight"]
+        assert weight[::16, 0].tolist() == [number[head] for head in heads]
+
+
+def test_what_does_not_fit_is_named():
+    geometry = Geometry.from_model(ModelConfig(**SIZES))
+    state = random_state(geometry)
+    without = {name: tensor for name, tensor in state.items() if name != "decoder.final_layernorm.weight"}
+    with pytest.raises(ValueError, match="lacks decoder.final_layernorm.weight"):
+        dict(to_huggingface(without, geometry))
+    with pytest.raises(ValueError, match="has decoder.layers.0.surprise, which this model has no place for"):
+        dict(to_huggingface(state | {"decoder.layers.0.surprise": torch.ones(1)}, geometry))
+    with pytest.raises(ValueError, match=r"linear_fc2.weight has shape \(32, 24\)"):
+        dict(to_huggingface(state | {"decoder.layers.0.mlp.linear_fc2.weight": torch.ones(32, 24)}, geometry))
+    theirs = dict(to_huggingface(state, geometry))
+    with pytest.raises(ValueError, match="q_proj.bias, which"):
+        FromHuggingface(theirs | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, geometry)
+
+
+def test_derived_buffers_of_older_exports_are_passed_over():
+    geometry = Geometry.from_model(ModelConfig(**SIZES, tied_embeddings=True))
+    theirs = dict(to_huggingface(random_state(geometry), geometry))
+    theirs |= {"lm_head.weight": theirs["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    assert "output_layer.weight" not in set(FromHuggingface(theirs, geometry))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary scaling"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ],
+)
+def test_models_that_cannot_be_expressed_are_refused(change, named):
+    config = huggingface_config(ModelConfig(**SIZES), 64, None, "fp32")
+    with pytest.raises(ValueError, match=named):
+        model_config(config | change)
+
+
+def test_a_sliding_window_bounds_the_sequence_length():
+    config = huggingface_config(ModelConfig(**SIZES), 512, None, "fp32")
+    assert model_config(config | {"model_type": "mistral", "sliding_window": 128})[1] == 128
+    assert model_config(config | {"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False})[1] == 512

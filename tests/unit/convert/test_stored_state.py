@@ -1,0 +1,44 @@
+"""Whole tensors out of a checkpoint folder: whatever the pieces, nothing but the model, one tensor at a time."""
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.names import Geometry, entries
+from megatron_slm.convert.stored_state import FullState, stored_key, write_full_state
+
+GEOMETRY = Geometry.from_model(ModelConfig(layers=3, hidden_size=8, ffn_hidden_size=12, attention_heads=2, vocabulary_size=20, qkv_bias=True))
+
+
+def test_layers_are_stacked_under_megatron_cores_names():
+    assert stored_key("decoder.layers.12.input_layernorm.weight") == ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", 12)
+    assert stored_key("decoder.layers.3.mlp.linear_fc2.weight") == ("decoder.layers.mlp.linear_fc2.weight", 3)
+    assert stored_key("decoder.final_layernorm.weight") == ("decoder.final_layernorm.weight", None)
+
+
+def test_written_tensors_are_read_back_and_asked_for_once(tmp_path):
+    table = entries(GEOMETRY)
+    state = {entry.ours: torch.randn(entry.shape) for entry in table}
+    asked = []
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            asked.append(name)
+            return super().__getitem__(name)
+
+    write_full_state(Watched(state), {entry.ours: entry.shape for entry in table}, GEOMETRY.layers, tmp_path, torch.float32)
+    assert sorted(asked) == sorted(state)
+    back = FullState(tmp_path)
+    assert set(back) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_only_the_model_is_read(tmp_path):
+    stored = {"decoder.final_layernorm.weight": torch.ones(8), "optimizer.exp_avg.decoder.final_layernorm.weight": torch.zeros(8), "random": torch.zeros(3)}
+    dcp.save(stored, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    with pytest.raises(ValueError, match="metadata.json not found"):
+        FullState(tmp_path)
+    (tmp_path / "metadata.json").write_text("{}")
+    assert list(FullState(tmp_path)) == ["decoder.final_layernorm.weight"]

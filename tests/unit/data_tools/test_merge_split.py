@@ -1,0 +1,114 @@
+"""Shards joined are the whole; a split loses nothing and puts equal documents on one side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import merge as merge_program
+from data_tools import split as split_program
+from data_tools.preprocess import main
+from data_tools.run import shard_prefix
+from megatron_slm.data.indexed import open_tokens, read_index
+from megatron_slm.data.manifest import CorpusManifest, check_corpus
+
+
+def documents(prefix):
+    index = read_index(f"{prefix}.idx")
+    tokens, starts = open_tokens(prefix, index), index.document_starts_tokens()
+    return [tokens[start:end].tobytes() for start, end in zip(starts[:-1], starts[1:])]
+
+
+@pytest.fixture
+def corpus(tmp_path, vocabulary, monkeypatch):
+    """(prefix of the whole, command to make it or a shard)."""
+    monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (2000,))
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {n % 400} with words " * (1 + n % 5)}) + "\n" for n in range(500)))
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(f"text {number}")
+    arguments = ["--input", str(path), str(tmp_path / "texts"), "--tokenizer", str(vocabulary), "--workers", "1"]
+    assert main([*arguments, "--output-prefix", str(tmp_path / "whole")]) == 0
+    return tmp_path / "whole", arguments
+
+
+@pytest.mark.parametrize("count", [1, 4, 60])
+def test_shards_joined_are_the_whole(tmp_path, corpus, count):
+    whole, arguments = corpus
+    for index in reversed(range(count)):
+        assert main([*arguments, "--output-prefix", str(tmp_path / "c"), "--shard", f"{index}/{count}"]) == 0
+    assert merge_program.main(["--input", f"{tmp_path}/c.shard-*-of-{count:05d}", "--output-prefix", str(tmp_path / "joined")]) == 0
+    for suffix in (".bin", ".idx"):
+        assert Path(f"{tmp_path}/joined{suffix}").read_bytes() == Path(f"{whole}{suffix}").read_bytes()
+    ours, theirs = check_corpus(tmp_path / "joined"), CorpusManifest.read(whole)
+    for name in ("records", "documents", "tokens", "text_bytes"):
+        assert [source[name] for source in ours.sources] == [source[name] for source in theirs.sources]
+
+
+def test_missing_damaged_or_foreign_parts(tmp_path, corpus, capsys):
+    whole, arguments = corpus
+    prefixes = [shard_prefix(str(tmp_path / "c"), index, 3) for index in range(3)]
+    for index in range(3):
+        assert main([*arguments, "--output-prefix", str(tmp_path / "c"), "--shard", f"{index}/3"]) == 0
+
+    def refused(*inputs, word):
+        assert merge_program.main(["--input", *map(str, inputs), "--output-prefix", str(tmp_path / "joined")]) == 3
+        assert word in capsys.readouterr().err
+        assert not list(tmp_path.glob("joined*"))
+
+    refused(*prefixes[:2], word="missing")
+    refused(*prefixes, whole, word="whole corpus")
+    refused(prefixes[0], prefixes[0], word="twice")
+    refused(tmp_path / "none*", word="no corpus matches")
+    assert main([*arguments, "--no-append-eod", "--output-prefix", str(tmp_path / "other")]) == 0
+    refused(whole, tmp_path / "other", word="append_eod")
+    content = bytearray(Path(f"{prefixes[1]}.bin").read_bytes())
+    content[10] ^= 1
+    Path(f"{prefixes[1]}.bin").write_bytes(content)
+    refused(*prefixes, word="changed")
+    Path(f"{prefixes[1]}.bin").write_bytes(content[:-2])
+    refused(*prefixes, word="truncated")
+
+
+def test_whole_corpora_are_joined_in_the_order_given(tmp_path, corpus):
+    whole, arguments = corpus
+    assert main([*arguments[:1], *arguments[2:], "--output-prefix", str(tmp_path / "texts_only")]) == 0
+    assert merge_program.main(["--input", str(tmp_path / "texts_only"), str(whole), "--output-prefix", str(tmp_path / "j")]) == 0
+    assert documents(tmp_path / "j") == documents(tmp_path / "texts_only") + documents(whole)
+
+
+def test_split(tmp_path, corpus):
+    whole, _ = corpus
+    run = ["--held-out-fraction", "0.2", "--output-prefix", str(tmp_path / "s")]
+    assert split_program.main([str(whole), *run]) == 0
+    train, held_out = documents(tmp_path / "s_train"), documents(tmp_path / "s_held_out")
+    everything = documents(whole)
+    assert sorted(train + held_out) == sorted(everything)
+    assert not set(train) & set(held_out)  # copies of a document stay together
+    assert [document for document in everything if document in set(held_out)] == held_out
+    assert 0.1 < len(held_out) / len(everything) < 0.3
+    check_corpus(tmp_path / "s_train"), check_corpus(tmp_path / "s_held_out")
+    before = Path(f"{tmp_path}/s_train.bin").read_bytes()
+    assert split_program.main([str(whole), *run]) == 3  # exists
+    assert split_program.main([str(whole), *run, "--overwrite"]) == 0
+    assert Path(f"{tmp_path}/s_train.bin").read_bytes() == before
+    assert split_program.main([str(whole), *run, "--overwrite", "--seed", "9"]) == 0
+    assert Path(f"{tmp_path}/s_train.bin").read_bytes() != before
+
+
+def test_a_larger_share_contains_the_smaller():
+    tokens = [np.arange(n, dtype=np.uint16).tobytes() for n in range(1, 500)]
+    small = {t for t in tokens if split_program.is_held_out(t, 1, 0.1)}
+    large = {t for t in tokens if split_program.is_held_out(t, 1, 0.3)}
+    assert small < large
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "-1", "nan", "0.000001"])
+def test_split_that_makes_no_sense(tmp_path, corpus, fraction, capsys):
+    whole, _ = corpus
+    assert split_program.main([str(whole), "--held-out-fraction", fraction, "--output-prefix", str(tmp_path / "s")]) == 3
+    assert not list(tmp_path.glob("s_*"))

@@ -1,0 +1,56 @@
+"""Every recipe is a whole, consistent configuration, and the paper's ones say what the paper says."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.config.check import check, tokens_per_step, train_steps
+from megatron_slm.config.load import load_yaml
+
+RECIPES = Path(__file__).parents[3] / "launch" / "recipes"
+PROCESSES = {"quickstart": 2}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_is_accepted(path):
+    check(load_yaml(path), PROCESSES.get(path.stem, 32))
+    if path.stem not in PROCESSES:
+        check(load_yaml(path), 8)
+
+
+def recipe(name: str):
+    return load_yaml(RECIPES / f"tinyllama_1.1b_{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    "name, tokens, learning_rate, keep_fraction",
+    [
+        ("math_reference", 1.5e9, 5e-5, None),
+        ("math_clm", 15e9, 8e-5, None),
+        ("math_slm", 15e9, 8e-5, 0.6),
+        ("general_reference", 5.7e9, 5e-5, None),
+        ("general_slm", 80e9, 1e-4, 0.6),
+    ],
+)
+def test_the_papers_numbers(name, tokens, learning_rate, keep_fraction):
+    config = recipe(name)
+    assert config.schedule.train_tokens == tokens
+    assert config.optimizer.learning_rate == learning_rate
+    assert tokens_per_step(config) == 2**20
+    assert config.selection.scorer == ("none" if keep_fraction is None else "excess_loss")
+    assert keep_fraction is None or config.selection.keep_fraction == keep_fraction
+
+
+def test_baseline_and_selective_run_differ_in_the_selection_alone():
+    baseline, selective = recipe("math_clm"), recipe("math_slm")
+    assert train_steps(baseline) == train_steps(selective)
+    for section in ("model", "data", "optimizer", "schedule", "parallel", "device", "checkpoint"):
+        assert getattr(baseline, section) == getattr(selective, section), section
+    assert baseline.run.seed == selective.run.seed and baseline.run.folder != selective.run.folder
+
+
+def test_the_model_is_tinyllama():
+    model = recipe("math_slm").model
+    parameters = 2 * model.vocabulary_size * model.hidden_size + model.layers * model.hidden_size * (
+        model.hidden_size * 2 + 2 * model.query_groups * (model.hidden_size // model.attention_heads) + 3 * model.ffn_hidden_size + 2) + model.hidden_size
+    assert parameters == 1_100_048_384

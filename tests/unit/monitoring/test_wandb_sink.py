@@ -1,0 +1,118 @@
+"""An offline W&B run is really written; a broken W&B is one warning."""
+
+import sys
+
+import pytest
+
+from megatron_slm.config.schema import WandbConfig
+from megatron_slm.monitoring import WandbSink, wandb_run_id
+from megatron_slm.monitoring.wandb_sink import choose_mode
+
+
+@pytest.fixture(autouse=True)
+def quiet_wandb(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+def test_an_offline_run_is_written_and_a_resumed_one_has_the_same_id(tmp_path, capfd):
+    folder = tmp_path / "run"
+    warnings = []
+    for _ in range(2):
+        sink = WandbSink(WandbConfig(mode="offline"), run_folder=folder, name="arm", run_id=wandb_run_id(folder), warn=warnings.append,
+                         config={"selection": {"keep_fraction": 0.6}, "layout": {"data": 2}})
+        sink.log({"kind": "train", "tokens/processed": 128, "loss/all": 3.5, "missing": None,
+                   "selection/rate_by_reference_loss": [0.5, float("nan")],
+                   "selection/rate_by_reference_loss_edges_nats": [0.0, 1.0, 2.0]}, 2)
+        sink.close()
+    records = list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert {path.stem for path in records} == {f"run-{wandb_run_id(folder)}"}
+    content = b"".join(path.read_bytes() for path in records)
+    assert b"loss/all" in content and b"keep_fraction" in content and b"tokens/processed" in content
+    assert warnings == []
+    output = capfd.readouterr()
+    assert "wandb" not in output.out + output.err
+
+
+class FakeRun:
+    def __init__(self):
+        self.calls = 0
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, values):
+        self.calls += 1
+        raise ConnectionError("server gone")
+
+
+class FakeWandb:
+    """The part of wandb that the sink calls, failing as told."""
+
+    Settings = staticmethod(lambda **options: options)
+
+    def __init__(self, online_fails=False):
+        self.run, self.modes, self.online_fails = FakeRun(), [], online_fails
+
+    def init(self, *, mode, **options):
+        self.modes.append(mode)
+        if mode == "online" and self.online_fails:
+            raise TimeoutError("no route")
+        return self.run
+
+
+def open_sink(tmp_path, warnings, mode="online"):
+    return WandbSink(WandbConfig(mode=mode), run_folder=tmp_path, name="arm", config={}, run_id="abc", warn=warnings.append)
+
+
+def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, monkeypatch):
+    fake, warnings = FakeWandb(), []
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = open_sink(tmp_path, warnings)
+    for step in range(3):
+        sink.log({"loss/all": 1.0}, step)
+    sink.message("x", "warning")
+    sink.close()
+    assert len(warnings) == 1 and "server gone" in warnings[0]
+    assert fake.run.calls == 1
+
+
+def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
+    fake, warnings = FakeWandb(online_fails=True), []
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = open_sink(tmp_path, warnings)
+    assert fake.modes == ["online", "offline"] and sink.mode == "offline"
+    assert len(warnings) == 1 and "wandb sync" in warnings[0]
+
+
+def test_wandb_not_installed_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)   # makes `import wandb` raise ImportError
+    warnings = []
+    open_sink(tmp_path, warnings).log({"loss/all": 1.0}, 1)
+    assert len(warnings) == 1
+    assert open_sink(tmp_path, warnings, mode="disabled") and len(warnings) == 1, "disabled does not import wandb"
+
+
+def test_mode(tmp_path, monkeypatch):
+    netrc_file = tmp_path / "some_netrc"
+    environment = {"NETRC": str(netrc_file)}
+    assert choose_mode("auto", environment) == "offline"
+    assert choose_mode("auto", environment | {"WANDB_API_KEY": "k"}) == "online"
+    assert choose_mode("auto", environment | {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}) == "offline"
+    assert choose_mode("online", environment | {"WANDB_MODE": "offline"}) == "online"
+    netrc_file.write_text("machine api.wandb.ai login user password secret\n")
+    netrc_file.chmod(0o600)
+    assert choose_mode("auto", environment) == "online"
+    assert choose_mode("auto", environment | {"WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+
+
+def test_run_id_is_kept_and_the_checkpoint_wins(tmp_path):
+    first = wandb_run_id(tmp_path)
+    assert wandb_run_id(tmp_path) == first
+    assert wandb_run_id(tmp_path, checkpointed_id="fromckpt") == "fromckpt"
+    assert wandb_run_id(tmp_path) == "fromckpt"

@@ -1,0 +1,139 @@
+"""The CPU stand-ins, each in an interpreter of its own: they replace parts of torch for the whole process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.device import Device, apex_state, choose, describe_acceleration
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(code: str, **environment) -> str:
+    """What `code` prints in a fresh interpreter that sees no GPU; its traceback is the failure message."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+STAND_INS = """
+import torch
+from megatron_slm import device
+before = torch.zeros
+device.use_cpu()
+after = torch.zeros
+assert after is not before
+device.use_cpu()
+assert torch.zeros is after, "use_cpu wraps what it has wrapped already"
+
+x = torch.zeros(3, device="cuda")
+assert x.device.type == "cpu" and torch.equal(x, torch.zeros(3))
+for made in (torch.empty(2, device="cuda:0"), torch.tensor([1.0], device=torch.device("cuda", 0)), torch.arange(4, device=0), torch.ones_like(x, device="cuda"),
+             torch.full((2,), 7.0, device=torch.cuda.current_device()), torch.rand(2, pin_memory=True), x.cuda(), x.to("cuda"), x.to(device="cuda:0", dtype=torch.float64),
+             torch.nn.Linear(2, 2).cuda().weight):
+    assert made.device.type == "cpu"
+assert x.to(torch.float64).dtype == torch.float64, "only devices are answered, dtypes pass"
+assert x.to("cpu", torch.int32).dtype == torch.int32
+assert torch.zeros(2, device="meta").is_meta, "other devices pass"
+with torch.device("meta"):
+    assert torch.zeros(2).is_meta and torch.arange(3).is_meta, "a device context reaches wrapped factories: transformers builds models under it"
+assert x.bfloat16().type() == "torch.cuda.BFloat16Tensor" and x.type() == "torch.cuda.FloatTensor"
+assert x.type(torch.int64).dtype == torch.int64 and x.type("torch.DoubleTensor").dtype == torch.float64
+torch.cuda.manual_seed(5); a = torch.rand(3)
+torch.manual_seed(5); b = torch.rand(3)
+assert torch.equal(a, b), "one random state"
+state = torch.cuda.get_rng_state(); c = torch.rand(3); torch.cuda.set_rng_state(state)
+assert torch.equal(c, torch.rand(3))
+torch.cuda.synchronize(); torch.cuda.set_device(0); torch.cuda.empty_cache()
+assert torch.cuda.device_count() == 1
+
+# megatron-core's own tracker draws from that state: forking gives other numbers, leaving brings the old ones back.
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+tracker = get_cuda_rng_tracker()
+torch.manual_seed(1); plain = torch.rand(2)
+tracker.add("model-parallel-rng", 7)
+torch.manual_seed(1)
+with tracker.fork("model-parallel-rng"):
+    inside = torch.rand(2)
+assert not torch.equal(inside, plain) and torch.equal(torch.rand(2), plain)
+chosen = device.choose("auto")
+assert (chosen.kind, chosen.backend, chosen.torch_device.type) == ("cpu", "gloo", "cpu"), "a stand-in is not a GPU"
+try:
+    device.choose("cuda")
+except ValueError as error:
+    assert "use auto or cpu" in str(error)
+else:
+    raise AssertionError("device.kind cuda must be refused")
+print("good")
+"""
+
+
+def test_stand_ins():
+    assert "good" in run(STAND_INS)
+
+
+def test_stand_ins_are_refused_once_megatron_core_is_there():
+    code = ("import megatron.core\nfrom megatron_slm import device\n"
+            "try:\n    device.use_cpu()\nexcept RuntimeError as error:\n    print(error)\n")
+    assert "must run before megatron.core is imported" in run(code)
+
+
+def test_importing_the_room_changes_nothing():
+    run("import torch\nzeros, to = torch.zeros, torch.Tensor.to\nimport megatron_slm.device, megatron_slm.parallel\n"
+        "assert torch.zeros is zeros and torch.Tensor.to is to\nimport sys\nassert 'megatron' not in sys.modules")
+
+
+def test_an_unknown_kind_names_the_known_ones():
+    with pytest.raises(ValueError, match="'tpu'; it can be auto, cpu or cuda"):
+        choose("tpu")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Make modules that can be found under `tmp_path`, in front of whatever is installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "amp_C")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    def make(*modules):
+        for module in modules:
+            path = tmp_path.joinpath(*module.split("."))
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "__init__.py").write_text("")
+    yield make
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "amp_C")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("modules, state", [
+    (["apex"], "foreign"),                                             # the PyPI project: an `apex` without NVIDIA's parts
+    (["apex", "apex.lib", "apex.views"], "foreign"),
+    (["apex", "apex.optimizers"], "nvidia_python"),
+    (["apex", "apex.multi_tensor_apply"], "nvidia_python"),
+    (["apex", "apex.optimizers", "amp_C"], "nvidia"),
+])
+def test_apex_state(package, modules, state):
+    package(*modules)
+    assert apex_state() == state
+
+
+def test_apex_is_absent(monkeypatch):
+    import importlib.util
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "apex" else find(name, *rest))
+    assert apex_state() == "absent"
+
+
+def test_the_start_table_says_why_an_acceleration_is_off(package):
+    import torch
+    package("apex")
+    rows = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cpu", torch.device("cpu"), "gloo"), "torch")}
+    assert rows["device"] == ("cpu", "gloo collectives") and rows["optimizer"] == ("AdamW, torch", "no CUDA")
+    assert "the CPU" in rows["layers"][1]
+    assert rows["apex"][0] == "foreign" and "unrelated PyPI project" in rows["apex"][1] and "Dockerfile" in rows["apex"][1]
+    on_gpu = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cuda", torch.device("cuda"), "nccl"), "torch")}
+    assert on_gpu["gradient-accumulation fusion"][0] == "off" and "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]

@@ -1,0 +1,112 @@
+"""One Tokenizer over two kinds of file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import tokenizers
+
+from megatron_slm.tokenization import load_tokenizer
+from tokenizer.train import main as train
+
+TEXTS = ["some words and numbers 123", "naïve 日本 🙂", "  spaces\n\tand tabs ", "literal <s> </s> <|endoftext|>"]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sp")
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": f"some words and numbers {n}"}) + "\n" for n in range(300)))
+    assert train(["--input", str(folder / "c.jsonl"), "--output-prefix", str(folder / "v"), "--vocab-size", "320", "--threads",
+                  "1"]) == 0
+    return folder / "v.model"
+
+
+@pytest.fixture(scope="module")
+def huggingface_path(tmp_path_factory):
+    """A byte-level BPE as Llama-3 and Qwen have: the end token only named in tokenizer_config.json."""
+    folder = tmp_path_factory.mktemp("hf")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=["<|endoftext|>", "<|stop|>"],
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator([f"some words and numbers {n}" for n in range(300)], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(params=["sentencepiece", "huggingface"])
+def tokenizer(request):
+    return load_tokenizer(request.getfixturevalue(f"{request.param}_path"))
+
+
+def test_encode_decode_batch(tokenizer):
+    flat, lengths = tokenizer.encode_batch(TEXTS)
+    assert flat.dtype == np.uint16 and lengths.dtype == np.int64
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    assert flat.tolist() == sum(ids, []) and lengths.tolist() == list(map(len, ids))
+    assert [tokenizer.decode(each) for each in ids] == TEXTS
+    assert tokenizer.decode(np.array(ids[0], np.uint16)) == TEXTS[0]
+    assert [len(part) for part in tokenizer.encode_batch([])] == [0, 0]
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id} - {None}
+    assert special and not special & set(flat.tolist())
+
+
+def test_pickle_loads_again(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.fingerprint == tokenizer.fingerprint and again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
+def test_pieces_join_to_the_text(tokenizer):
+    text = "some words\nand more"
+    assert "".join(tokenizer.piece(token_id) for token_id in tokenizer.encode(text)).lstrip(" ") == text
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tokenizer.piece(tokenizer.vocabulary_size)
+
+
+def test_special_ids(sentencepiece_path, huggingface_path):
+    tokenizer = load_tokenizer(sentencepiece_path)
+    assert tokenizer.kind == "sentencepiece" and tokenizer.eod_id == tokenizer.eos_id == 2 and tokenizer.vocabulary_size == 320
+    alone = load_tokenizer(huggingface_path)
+    assert alone.kind == "huggingface" and alone.eod_id == 0 and alone.bos_id is None
+    config = huggingface_path.with_name("tokenizer_config.json")
+    try:
+        config.write_text(json.dumps({"eos_token": {"content": "<|stop|>"}}))
+        assert load_tokenizer(huggingface_path.parent).eod_id == 1
+        config.write_text(json.dumps({"eos_token": "<|absent|>"}))
+        with pytest.raises(ValueError, match="does not hold"):
+            load_tokenizer(huggingface_path)
+    finally:
+        config.unlink()
+
+
+def test_saved_truncation_is_not_applied(tmp_path, huggingface_path):
+    backend = tokenizers.Tokenizer.from_file(str(huggingface_path))
+    backend.enable_truncation(3)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert len(load_tokenizer(tmp_path / "tokenizer.json").encode("some words and numbers 1 2 3")) > 3
+
+
+@pytest.mark.parametrize("name, content", [("x.model", b""), ("x.model", b"\0" * 100), ("x.model", b"not a model"),
+                                           ("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff"), ("tokenizer.json", b"")])
+def test_other_files_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_tokenizer(tmp_path / name)
+
+
+def test_missing_or_empty_places(tmp_path):
+    with pytest.raises(ValueError, match="no such tokenizer"):
+        load_tokenizer(tmp_path / "none.model")
+    with pytest.raises(ValueError, match="neither"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_token_to_end_documents(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        load_tokenizer(tmp_path / "tokenizer.json")

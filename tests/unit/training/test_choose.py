@@ -1,0 +1,47 @@
+"""The configured scorer, and what is refused before a run starts."""
+
+import pytest
+
+from megatron_slm.config.schema import ReferenceConfig, SelectionConfig
+from megatron_slm.training.choose import make_scorer
+
+
+def settings(scorer, *, scores=(), checkpoint=None, **rest) -> SelectionConfig:
+    return SelectionConfig(scorer=scorer, reference=ReferenceConfig(list(scores), checkpoint=checkpoint), **rest)
+
+
+@pytest.mark.parametrize("given", [settings("none"), settings("random"), settings("own_loss"), settings("excess_loss", scores=["s"]), settings("excess_loss", checkpoint="r"),
+                                   settings("reference_loss", scores=["s"]), settings("excess_loss", scores=["s"], keep_fraction={"style": "linear", "start": 1.0, "end": 0.6, "tokens": 10})])
+def test_good_settings(given):
+    assert make_scorer(given).needs is not None
+
+
+@pytest.mark.parametrize("scorer", ["excess_loss", "reference_loss"])
+def test_a_missing_reference_says_how_to_get_one(scorer):
+    with pytest.raises(ValueError, match=rf"{scorer} reads reference_loss; give selection.reference.scores \(python -m megatron_slm.score"):
+        make_scorer(settings(scorer))
+
+
+def test_an_online_reference_has_no_other_columns():
+    with pytest.raises(ValueError, match="use stored scores"):
+        make_scorer(settings("stored_score", checkpoint="r", scorer_options={"column": "quality"}))
+
+
+def test_an_unknown_scorer_names_the_known_ones():
+    with pytest.raises(ValueError, match="excess_loss"):
+        make_scorer(settings("exces_loss", scores=["s"]))
+
+
+def test_a_wrong_option_names_the_right_ones():
+    with pytest.raises(ValueError, match="banana"):
+        make_scorer(settings("excess_loss", scores=["s"], scorer_options={"banana": 1}))
+
+
+def test_a_schedule_that_makes_no_sense():
+    with pytest.raises(ValueError, match="style|start|end"):
+        make_scorer(settings("none", keep_fraction={"style": "sideways"}))
+
+
+def test_plain_loss_is_mixed_in_when_asked():
+    assert make_scorer(settings("excess_loss", scores=["s"])).name == "excess_loss"
+    assert make_scorer(settings("excess_loss", scores=["s"], clm_weight=0.25)).name == "mixed_with_clm"
