@@ -26,6 +26,16 @@ class ConfigError(ValueError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+class _ExactDumper(yaml.SafeDumper):
+    """Text with control characters or foreign line breaks in double quotes: PyYAML's own choice reads U+0085 back as a space."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_ExactDumper.add_representer(str, _ExactDumper.represent_str)
+
+
 def build_parser(prog: str, description: str) -> ArgumentParser:
     """A parser with --config and one documented option per field of Config; programs add their own options to it."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -89,7 +99,7 @@ def to_mapping(config) -> dict:
 
 def to_yaml(config) -> str:
     """The resolved configuration as YAML, in the order of the schema."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(to_mapping(config), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:

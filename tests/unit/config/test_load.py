@@ -163,6 +163,13 @@ def test_yaml_round_trip(tmp_path):
     assert to_mapping(load_yaml(path)) == to_mapping(config)
 
 
+@pytest.mark.parametrize("name", ["\x85", "a\x85b", "\u2028", "\u2029x", "a\nb", "\ufeff", "\x07", "\xa0", "Überlauf", ""])
+def test_yaml_keeps_every_character(name):
+    config = Config()
+    config.run.name = name
+    assert from_mapping(yaml.safe_load(to_yaml(config))) == (config, [])
+
+
 @given(learning_rate=strategies.floats(1e-12, 1e3), name=strategies.text(strategies.characters(exclude_categories=["Cs"]), max_size=20),
        weights=strategies.lists(strategies.floats(1e-9, 1e9), max_size=4))
 def test_yaml_round_trip_of_awkward_values(learning_rate, name, weights):
