@@ -1,7 +1,7 @@
 """Rules between fields, as sentences: what was got, what is expected, what to change. Pure; opens no file, starts nothing."""
 
 from megatron_slm.config.load import ConfigError
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import Config, ModelConfig
 
 
 def check(config: Config, world_size: int, *, training: bool = True) -> None:
@@ -47,8 +47,22 @@ def _model(config: Config):
     for name, size in (("attention_heads", model.attention_heads), ("query_groups", groups), ("ffn_hidden_size", model.ffn_hidden_size)):
         if size % parallel.tensor:
             yield f"parallel.tensor: got {parallel.tensor}; it must divide model.{name} ({size})"
+    yield from _rope(model)
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: got {model.dropout}; expected 0 up to (not including) 1"
+
+
+def _rope(model: ModelConfig):
+    if model.rope_scaling == "none":
+        return
+    if model.rope_scaling_factor < 1:
+        yield f"model.rope_scaling_factor: got {model.rope_scaling_factor}; expected at least 1 (2 = twice the sequence length)"
+    if model.rope_scaling == "llama3":
+        if model.rope_original_sequence_length < 1:
+            yield f"model.rope_original_sequence_length: got {model.rope_original_sequence_length}; expected at least 1 token"
+        if not 0 < model.rope_low_frequency_factor < model.rope_high_frequency_factor:
+            yield (f"model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; expected above 0 and below model.rope_high_frequency_factor "
+                   f"({model.rope_high_frequency_factor})")
 
 
 def _parallel(config: Config, world_size: int):

@@ -58,6 +58,16 @@ class ModelConfig:
     """The embedding is padded to a multiple of this and of the tensor-parallel size; padded columns are excluded from every loss."""
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """Stretching of the rotary embedding for longer sequences: linear = every frequency / factor; llama3 = only slow frequencies (Llama 3.1's rule)."""
+    rope_scaling_factor: float = 8.0
+    """How far rope_scaling stretches; at least 1."""
+    rope_original_sequence_length: int = 8192
+    """Sequence length in tokens before stretching (llama3 only): wavelengths are compared with it."""
+    rope_low_frequency_factor: float = 1.0
+    """Wavelengths above rope_original_sequence_length / this are stretched fully (llama3 only)."""
+    rope_high_frequency_factor: float = 4.0
+    """Wavelengths below rope_original_sequence_length / this are left alone (llama3 only); between the two, a linear blend."""
     norm_epsilon: float = 1e-5
     """Epsilon of RMSNorm."""
     tied_embeddings: bool = False

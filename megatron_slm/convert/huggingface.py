@@ -170,7 +170,7 @@ def huggingface_config(model: ModelConfig, sequence_length: int, tokenizer: Toke
         "max_position_embeddings": sequence_length,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_base,
-        "rope_scaling": None,
+        "rope_scaling": rope_scaling(model),
         "attention_dropout": model.dropout,
         "initializer_range": model.initialization_std,
         "tie_word_embeddings": geometry.tied,
@@ -186,15 +186,44 @@ def huggingface_config(model: ModelConfig, sequence_length: int, tokenizer: Toke
     return config | special_ids(tokenizer)
 
 
+def rope_scaling(model: ModelConfig) -> dict | None:
+    """config.json's rope_scaling of our settings."""
+    if model.rope_scaling == "none":
+        return None
+    scaling = {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": model.rope_low_frequency_factor, "high_freq_factor": model.rope_high_frequency_factor,
+                    "original_max_position_embeddings": model.rope_original_sequence_length}
+    return scaling
+
+
+def rope_settings(config: dict) -> dict:
+    """The rope_* fields of ModelConfig that a config.json describes; ValueError for a kind of scaling that is not implemented."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    settings = {"rope_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return settings
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"rotary scaling {kind!r} (config.json says {rope}); implemented are linear and llama3")
+    settings |= {"rope_scaling": kind, "rope_scaling_factor": float(rope["factor"])}
+    if kind == "llama3":
+        settings |= {"rope_low_frequency_factor": float(rope["low_freq_factor"]), "rope_high_frequency_factor": float(rope["high_freq_factor"]),
+                     "rope_original_sequence_length": int(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])}
+    return settings
+
+
 def model_config(config: dict) -> tuple[ModelConfig, int]:
     """(ModelConfig, sequence length) that compute what a config.json describes. ValueError naming every setting we have no place for."""
     model_type = config.get("model_type")
     problems = []
     if model_type not in ("llama", "mistral", "qwen2", "qwen3"):
         problems.append(f"model_type {model_type!r}; expected llama, mistral, qwen2 or qwen3")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        problems.append(f"rotary scaling {rope}; only plain rotary embedding is implemented")
+    rope = {}
+    try:
+        rope = rope_settings(config)
+    except ValueError as error:
+        problems.append(str(error))
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {config['hidden_act']!r}; expected silu")
     if config.get("mlp_bias") or config.get("attention_bias"):
@@ -212,7 +241,7 @@ def model_config(config: dict) -> tuple[ModelConfig, int]:
         query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_size=config.get("head_dim") or (128 if model_type == "qwen3" else config["hidden_size"] // config["num_attention_heads"]),
         vocabulary_size=config["vocab_size"],
-        rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        **rope,
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         tied_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2",

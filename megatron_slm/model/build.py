@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_slm import device as device_room
 from megatron_slm.config.schema import Config
 from megatron_slm.model.layers import layer_spec
+from megatron_slm.model.rope import scaled_frequencies
 from megatron_slm.ops import linear_cross_entropy
 from megatron_slm.parallel import Groups
 
@@ -107,6 +108,7 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
             share_embeddings_and_output_weights=config.model.tied_embeddings, position_embedding_type="rope",
             rotary_base=config.model.rope_base, vp_stage=vp_stage)
         chunk.vocabulary_size = vocabulary_size
+        chunk.rotary_pos_emb.inv_freq = scaled_frequencies(chunk.rotary_pos_emb.inv_freq, config.model)
         _mark_tensor_parallel(chunk)
         chunks.append(chunk.to(groups.device))
     initialize_weights(chunks, config.run.seed, config.model.initialization_std, config.model.layers)

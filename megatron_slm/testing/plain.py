@@ -66,11 +66,25 @@ class PlainDecoder(torch.nn.Module):
 
     def _rotate(self, x_BSnd: Tensor) -> Tensor:
         size = x_BSnd.shape[-1]
-        frequency = self.model.rope_base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-        angle = torch.outer(torch.arange(x_BSnd.shape[1], dtype=torch.float32), frequency)
+        frequency = [self._stretched(self.model.rope_base ** (-channel / size)) for channel in range(0, size, 2)]
+        angle = torch.outer(torch.arange(x_BSnd.shape[1], dtype=torch.float32), torch.tensor(frequency))
         angle = torch.cat([angle, angle], dim=-1)[None, :, None]
         first, second = x_BSnd.chunk(2, dim=-1)
         return x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
+
+    def _stretched(self, frequency: float) -> float:
+        model = self.model
+        if model.rope_scaling == "none":
+            return frequency
+        if model.rope_scaling == "linear":
+            return frequency / model.rope_scaling_factor
+        wavelength_tokens, length = 2 * math.pi / frequency, model.rope_original_sequence_length
+        if wavelength_tokens < length / model.rope_high_frequency_factor:
+            return frequency
+        if wavelength_tokens > length / model.rope_low_frequency_factor:
+            return frequency / model.rope_scaling_factor
+        kept = (length / wavelength_tokens - model.rope_low_frequency_factor) / (model.rope_high_frequency_factor - model.rope_low_frequency_factor)
+        return (1 - kept) * frequency / model.rope_scaling_factor + kept * frequency
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return self._scaled(x, self.weight(name))

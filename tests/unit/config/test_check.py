@@ -48,6 +48,9 @@ RULES = [
     ("model.head_size", dict(model__hidden_size=12), "got 3", "even head size"),
     ("model.query_groups", dict(model__query_groups=3), "got 3", "divide model.attention_heads (4)"),
     ("model.dropout", dict(model__dropout=1.0), "got 1.0", "expected 0"),
+    ("model.rope_scaling_factor", dict(model__rope_scaling="linear", model__rope_scaling_factor=0.5), "got 0.5", "at least 1"),
+    ("model.rope_original_sequence_length", dict(model__rope_scaling="llama3", model__rope_original_sequence_length=0), "got 0", "at least 1 token"),
+    ("model.rope_low_frequency_factor", dict(model__rope_scaling="llama3", model__rope_low_frequency_factor=4.0), "got 4.0", "model.rope_high_frequency_factor (4.0)"),
     # parallel
     ("parallel.pipeline", dict(parallel__pipeline=0), "got 0", "at least 1"),
     ("parallel.tensor", dict(parallel__tensor=8, world_size=8), "got 8", "divide model.attention_heads (4)"),

@@ -14,6 +14,7 @@ VARIANTS = {
     "llama, tied": {"query_groups": 1, "tied_embeddings": True},
     "qwen2": {"query_groups": 2, "qkv_bias": True},
     "qwen3": {"query_groups": 2, "qk_norm": True, "tied_embeddings": True},
+    "llama 3.1": {"rope_scaling": "llama3", "rope_scaling_factor": 4.0, "rope_original_sequence_length": 32, "rope_high_frequency_factor": 8.0},
 }
 
 
@@ -45,7 +46,9 @@ def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
     assert set(back) == set(state)
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
-    assert Geometry.from_model(ModelConfig(**{**vars(model_config(config)[0]), "pad_vocabulary_to_multiple_of": 64})) == geometry
+    read = model_config(config)[0]
+    assert Geometry.from_model(ModelConfig(**{**vars(read), "pad_vocabulary_to_multiple_of": 64})) == geometry
+    assert {name: value for name, value in vars(read).items() if name.startswith("rope")} == {name: value for name, value in vars(model).items() if name.startswith("rope")}
 
 
 def test_qkv_rows_are_interleaved_by_query_group():
@@ -87,7 +90,8 @@ def test_derived_buffers_of_older_exports_are_passed_over():
     "change, named",
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rotary scaling 'yarn'.*implemented are linear and llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ],
