@@ -1,15 +1,11 @@
 """The Triton kernels' arithmetic on CPU, by Triton's own interpreter: no GPU needed."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_in_the_interpreter():
     """In a process of its own: Triton decides at its import whether it interprets, and GPU tests need it compiled."""
     inside = Path(__file__).with_name("interpreted_triton_kernels.py")
