@@ -14,11 +14,11 @@ from setuptools import find_packages
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_slm"
 # A room may import rooms before it. `model` reads the batches that `data` makes, so data comes first.
-ROOMS = ("config", "selection", "ops", "device", "parallel", "monitoring", "tokenization", "data", "model", "checkpoint", "scoring",
+ROOMS = ("config", "planning", "selection", "ops", "device", "parallel", "monitoring", "tokenization", "data", "model", "checkpoint", "scoring",
          "training", "convert", "analysis", "testing")
 PROGRAMS = ("train", "score", "import_scores", "export_hf", "import_hf", "check_export", "report")
 MAY_IMPORT_MEGATRON = {"device", "parallel", "data", "model", "checkpoint", "testing"}
-WITHOUT_TORCH = ("config/", "data/manifest.py", "tokenization.py", "checkpoint/folder.py")
+WITHOUT_TORCH = ("config/", "planning/", "data/manifest.py", "tokenization.py", "checkpoint/folder.py")
 REGISTRIES = {"selection/scorers.py": {"SCORERS"}}
 """Module-level containers that code may add to: everything else at module level is a constant."""
 BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch", "benchmarks", "tests")

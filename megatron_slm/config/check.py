@@ -1,5 +1,7 @@
 """Rules between fields, as sentences: what was got, what is expected, what to change. Pure; opens no file, starts nothing."""
 
+import math
+
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config, ModelConfig
 
@@ -16,6 +18,16 @@ def check(config: Config, world_size: int, *, training: bool = True) -> None:
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Processes left for data parallelism: world size / (tensor * pipeline * context)."""
     return world_size // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+
+
+def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of the configured number and of the tensor size.
+
+    Kept equal over tensor sizes whenever the tensor size divides the configured multiple, so that weights of one seed
+    and checkpoints agree between layouts.
+    """
+    multiple = math.lcm(config.model.pad_vocabulary_to_multiple_of, config.parallel.tensor)
+    return -(-vocabulary_size // multiple) * multiple
 
 
 def train_steps(config: Config) -> int:

@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_slm import device as device_room
+from megatron_slm.config.check import padded_vocabulary_size
 from megatron_slm.config.schema import Config
 from megatron_slm.model.layers import layer_spec
 from megatron_slm.model.rope import scaled_frequencies
@@ -46,16 +47,6 @@ class Decoder(GPTModel):
             return result.transpose(0, 1).contiguous()
         loss_SB, extras = result
         return torch.stack([loss_SB, *(extras[name].float() for name in self.extra_outputs)]).transpose(1, 2).contiguous()
-
-
-def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up to a multiple of the configured number and of the tensor size.
-
-    Kept equal over tensor sizes whenever the tensor size divides the configured multiple, so that weights of one seed
-    and checkpoints agree between layouts.
-    """
-    multiple = math.lcm(config.model.pad_vocabulary_to_multiple_of, config.parallel.tensor)
-    return -(-vocabulary_size // multiple) * multiple
 
 
 def transformer_config(config: Config, *, on_gpu: bool) -> TransformerConfig:

@@ -3,71 +3,17 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from megatron_slm.config.schema import ModelConfig
+from megatron_slm.planning.flops import model_flops_per_token
+from megatron_slm.planning.hardware import find_gpu
 
-# Dense peak of one device in FLOP/s, from the vendors' data sheets (no sparsity). fp32 = without TF32, torch's default.
-_PEAK_FLOPS_PER_SECOND = {
-    "B200": {"bf16": 2250e12, "fp32": 75e12},
-    "GH200": {"bf16": 989e12, "fp32": 67e12},
-    "H200": {"bf16": 989e12, "fp32": 67e12},
-    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
-    "H100 NVL": {"bf16": 835e12, "fp32": 60e12},
-    "H100": {"bf16": 989e12, "fp32": 67e12},
-    "H20": {"bf16": 148e12, "fp32": 44e12},
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
-    "A800": {"bf16": 312e12, "fp32": 19.5e12},
-    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
-}
-
-
-@dataclass(frozen=True)
-class FlopsPerToken:
-    """Floating-point operations (a multiply and an add are two) for one token of one forward pass."""
-
-    attention_projections: int
-    attention_core: int
-    feed_forward: int
-    head: int
-
-    @property
-    def forward(self) -> int:
-        return self.attention_projections + self.attention_core + self.feed_forward + self.head
-
-    @property
-    def training(self) -> int:
-        """Forward plus backward (gradients of inputs and of weights: twice the forward). Recomputation is not counted."""
-        return 3 * self.forward
-
-
-def model_flops_per_token(model: ModelConfig, sequence_length: int, vocabulary_size: int) -> FlopsPerToken:
-    """Matrix-multiply FLOPs of the decoder, per token; a [1, m] x [m, n] product is 2mn.
-
-    With H = hidden, L = layers, a = query heads, g = key/value heads, d = head size, F = feed-forward, S = sequence, V = vocabulary:
-      projections  L * 2H(a + 2g)d + L * 2adH      queries, keys and values; output
-      core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a causal mask shows on average
-      feed-forward L * 6HF                         gate, up and down of SwiGLU
-      head         2HV                             the embedding is a lookup and costs none
-    """
-    head_size = model.head_size or model.hidden_size // model.attention_heads
-    query_groups = model.query_groups or model.attention_heads
-    query_width = model.attention_heads * head_size
-    return FlopsPerToken(
-        attention_projections=model.layers * 2 * model.hidden_size * (2 * query_width + 2 * query_groups * head_size),
-        attention_core=model.layers * 2 * query_width * (sequence_length + 1),
-        feed_forward=model.layers * 6 * model.hidden_size * model.ffn_hidden_size,
-        head=2 * model.hidden_size * vocabulary_size,
-    )
+__all__ = ["Throughput", "model_flops_per_token", "peak_flops_per_second"]
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
     """The data-sheet peak of a device, e.g. torch.cuda.get_device_name(); None where none is known (any CPU)."""
-    normalized = device_name.replace("-", " ").lower()
-    for name, peaks in _PEAK_FLOPS_PER_SECOND.items():
-        if all(word in normalized for word in name.lower().split()):
-            return peaks.get(precision)
-    return None
+    gpu = find_gpu(device_name)
+    return gpu.peak_flops_per_second(precision) if gpu else None
 
 
 class Throughput:

@@ -1,0 +1,44 @@
+"""Work of one token: the model's own (what MFU is measured against), and what is executed beside it."""
+
+from dataclasses import dataclass
+
+from megatron_slm.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Floating-point operations (a multiply and an add are two) for one token of one forward pass."""
+
+    attention_projections: int
+    attention_core: int
+    feed_forward: int
+    head: int
+
+    @property
+    def forward(self) -> int:
+        return self.attention_projections + self.attention_core + self.feed_forward + self.head
+
+    @property
+    def training(self) -> int:
+        """Forward plus backward (gradients of inputs and of weights: twice the forward). Recomputation is not counted."""
+        return 3 * self.forward
+
+
+def model_flops_per_token(model: ModelConfig, sequence_length: int, vocabulary_size: int) -> FlopsPerToken:
+    """Matrix-multiply FLOPs of the decoder, per token; a [1, m] x [m, n] product is 2mn.
+
+    With H = hidden, L = layers, a = query heads, g = key/value heads, d = head size, F = feed-forward, S = sequence, V = vocabulary:
+      projections  L * 2H(a + 2g)d + L * 2adH      queries, keys and values; output
+      core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a causal mask shows on average
+      feed-forward L * 6HF                         gate, up and down of SwiGLU
+      head         2HV                             the embedding is a lookup and costs none
+    """
+    head_size = model.head_size or model.hidden_size // model.attention_heads
+    query_groups = model.query_groups or model.attention_heads
+    query_width = model.attention_heads * head_size
+    return FlopsPerToken(
+        attention_projections=model.layers * 2 * model.hidden_size * (2 * query_width + 2 * query_groups * head_size),
+        attention_core=model.layers * 2 * query_width * (sequence_length + 1),
+        feed_forward=model.layers * 6 * model.hidden_size * model.ffn_hidden_size,
+        head=2 * model.hidden_size * vocabulary_size,
+    )
