@@ -80,7 +80,7 @@ def test_a_job_is_stopped_requeued_resumed_and_done(slurm, checkout):
     assert submitted.returncode == 0, submitted.stderr
     job, log = submitted.stdout.strip(), checkout / "job.log"
 
-    def wait_for(condition, what: str, seconds: float = 150) -> None:
+    def wait_for(condition, what: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             text = log.read_text() if log.exists() else "no output"
