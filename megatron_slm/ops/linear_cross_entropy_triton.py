@@ -14,12 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_slm.ops.row_passes import gradient_from_kept
-
-__all__ = ["gradient_from_kept", "gradient_from_logits", "softmax_statistics"]
-
-# gradient_from_kept stays plain torch: the kept rows are moved forward within one buffer, and programs running side by side would
-# overwrite rows that others still have to read.
+__all__ = ["gradient_from_logits", "softmax_statistics"]
 
 
 def softmax_statistics(logits_CV: Tensor, kept_CV: Tensor | None) -> tuple[Tensor, Tensor]:

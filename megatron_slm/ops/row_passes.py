@@ -65,7 +65,8 @@ def row_passes(plan: HeadPlan) -> SimpleNamespace:
         return SimpleNamespace(
             softmax_statistics=fused.softmax_statistics,
             gradient_from_logits=fused.gradient_from_logits,
-            gradient_from_kept=fused.gradient_from_kept,
+            # Plain torch: kept rows move forward within one buffer, and kernels side by side would overwrite rows that others still read.
+            gradient_from_kept=gradient_from_kept,
         )
     return eager
 
