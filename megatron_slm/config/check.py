@@ -60,6 +60,12 @@ def _model(config: Config):
         if size % parallel.tensor:
             yield f"parallel.tensor: got {parallel.tensor}; it must divide model.{name} ({size})"
     yield from _rope(model)
+    if config.device.head_engine == "liger":
+        if config.device.kind == "cpu" or config.device.precision != "bf16":
+            yield (f"device.head_engine: got liger with device.kind {config.device.kind} and precision {config.device.precision}; its kernels need a Hopper GPU "
+                   "and bf16: change those, or use torch")
+        if model.hidden_size % 64:
+            yield f"model.hidden_size: got {model.hidden_size}; device.head_engine liger needs a multiple of 64: change it, or use torch"
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: got {model.dropout}; expected 0 up to (not including) 1"
 

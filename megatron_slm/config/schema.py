@@ -30,6 +30,8 @@ class DeviceConfig:
     """Precision of weights and activations; bf16 keeps fp32 main weights and accumulates gradients in fp32."""
     layers: Literal["auto", "torch", "transformer_engine"] = "auto"
     """Layer implementation; auto = Transformer Engine when it is installed and the device is CUDA, else torch-native."""
+    head_engine: Literal["torch", "liger"] = "torch"
+    """Who computes the head's backward; liger = Liger-Kernel's Hopper kernels on the selected rows (H100, H200; bf16; liger-kernel[cutedsl])."""
     threads_per_process: int = 0
     """CPU threads of each process; 0 = cores / processes on this machine."""
     timeout_minutes: int = 30

@@ -20,6 +20,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.model.layers import layer_spec
 from megatron_slm.model.rope import scaled_frequencies
 from megatron_slm.ops import linear_cross_entropy
+from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.parallel import Groups
 
 
@@ -32,6 +33,7 @@ class Decoder(GPTModel):
 
     vocabulary_size: int
     extra_outputs: tuple[str, ...] = ()
+    head_engine: str = "torch"
 
     def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
         if not self.post_process or labels is None:
@@ -42,7 +44,7 @@ class Decoder(GPTModel):
             hidden_states, weight, labels.transpose(0, 1).contiguous(), vocabulary_size=self.vocabulary_size,
             tp_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
             sequence_parallel=self.config.sequence_parallel, accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
-            extras=self.extra_outputs)
+            extras=self.extra_outputs, engine=self.head_engine)
         if not self.extra_outputs:
             return result.transpose(0, 1).contiguous()
         loss_SB, extras = result
@@ -83,11 +85,13 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
     """This rank's model chunks (one, or one per virtual pipeline stage), initialised from run.seed.
 
     `trainable=False` freezes the weights and puts the model in eval mode: a reference (METHOD 4.18).
-    bf16 models come wrapped in megatron-core's Float16Module.
+    bf16 models come wrapped in megatron-core's Float16Module. ValueError: an engine that was asked for cannot run here.
     """
     from megatron.core.transformer.module import Float16Module
     on_gpu = groups.device.type == "cuda"
     layers = resolve_layers(config, on_gpu)
+    if config.device.head_engine == "liger":
+        check_liger(torch.bfloat16 if config.device.precision == "bf16" else torch.float32, groups.device, config.model.hidden_size)
     chunks = []
     for stage in range(groups.virtual_chunks):
         vp_stage = stage if groups.virtual_chunks > 1 else None
@@ -98,7 +102,7 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
             post_process=is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=config.model.tied_embeddings, position_embedding_type="rope",
             rotary_base=config.model.rope_base, vp_stage=vp_stage)
-        chunk.vocabulary_size = vocabulary_size
+        chunk.vocabulary_size, chunk.head_engine = vocabulary_size, config.device.head_engine
         chunk.rotary_pos_emb.inv_freq = scaled_frequencies(chunk.rotary_pos_emb.inv_freq, config.model)
         _mark_tensor_parallel(chunk)
         chunks.append(chunk.to(groups.device))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.ops.head import Head, chunks, logit_rows
+from megatron_slm.ops.liger_engine import liger_gradients
 from megatron_slm.ops.matmul import accumulate_weight_gradient, logits_into, operand, product_precision
 from megatron_slm.ops.row_passes import place_target, row_passes
 from megatron_slm.ops.vocab_parallel import KeptRows, VocabularyShard
@@ -64,6 +65,8 @@ def _gradients_of_kept_rows(
     total_VH, fresh = _weight_gradient_buffer(given)
     if not kept or not columns:
         return partial_KH, total_VH.zero_() if fresh and total_VH is not None else total_VH
+    if plan.engine == "liger":
+        return _by_liger(given, gathered_KH, slice(None) if index_K is None else index_K, total_VH, fresh)
     fill = _GradientRows(given, index_K, weight_VH)
     for group in chunks(0, kept, plan.gradient_chunk_tokens):
         gradient_GV = fill.storage(group)
@@ -78,6 +81,19 @@ def _gradients_of_kept_rows(
             if fresh:
                 total_VH[columns:].zero_()
                 fresh = False
+    return partial_KH, total_VH
+
+
+def _by_liger(given: HeadGradients, gathered_KH: Tensor | None, index_K: Tensor | slice, total_VH: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor | None]:
+    shard = given.head.shard
+    rows_KH = gathered_KH if gathered_KH is not None else given.rows[index_K]
+    column_K, owned_K = shard.local_target(given.target_N[index_K])
+    weight_VH = given.weight[: shard.columns]
+    partial_KH, gradient_VH = liger_gradients(rows_KH, weight_VH, column_K, owned_K, given.upstream_N[index_K], given.lse_N[index_K])
+    if total_VH is not None and fresh:
+        total_VH[: shard.columns], total_VH[shard.columns :] = gradient_VH, 0.0
+    elif total_VH is not None:
+        total_VH[: shard.columns].add_(gradient_VH)
     return partial_KH, total_VH
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron_slm.ops.backward import HeadGradients, head_gradients
 from megatron_slm.ops.head import Head, check_inputs, chunks, logit_rows
+from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.ops.matmul import logits_into, operand, product_precision
-from megatron_slm.ops.plan import KEPT_BUDGET_BYTES, Elementwise, Mode, plan_head
+from megatron_slm.ops.plan import KEPT_BUDGET_BYTES, Elementwise, Engine, Mode, plan_head
 from megatron_slm.ops.row_passes import entropy_and_square, row_passes
 from megatron_slm.ops.vocab_parallel import VocabularyShard, combine_lse
 
@@ -40,6 +41,7 @@ def linear_cross_entropy(
     kept_budget_bytes: int = KEPT_BUDGET_BYTES,
     chunk_tokens: int | None = None,
     elementwise: Elementwise = "auto",
+    engine: Engine = "torch",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """F.cross_entropy((hidden @ weight.T).float()[..., :vocabulary_size], target, reduction="none"), without keeping the logits.
 
@@ -65,6 +67,9 @@ def linear_cross_entropy(
                        with gradient-accumulation fusion: sets weight.grad_added_to_main_grad and returns a placeholder gradient.
     mode, kept_budget_bytes, chunk_tokens, elementwise   how it is computed: see plan.plan_head, and `print(plan_head(...))`. "keep"
                        allows one backward per forward (it reuses what it kept), like Megatron's own loss.
+
+    engine             "liger": backward by Liger-Kernel's Hopper kernel, on the kept rows (liger_engine.py says what it needs and how
+                       exact it is); forward, and so the losses, stay as they are. ValueError where it cannot run; never used unasked.
 
     Losses come from fp32 sums of exact products, also in bf16. The gradient of the weight is accumulated in fp32.
     ValueError: shapes or dtypes that do not fit, unknown options, a target outside the vocabulary (on CPU; on other devices,
@@ -92,8 +97,13 @@ def linear_cross_entropy(
         kept_budget_bytes=kept_budget_bytes,
         chunk_tokens=chunk_tokens,
         elementwise=elementwise,
+        engine=engine,
         will_backward=will_backward,
     )
+    if engine == "liger":
+        check_liger(hidden.dtype, hidden.device, hidden.shape[-1])
+        if z_loss:
+            raise ValueError(f"z_loss is {z_loss} with engine 'liger', whose kernel has none; use engine 'torch', or z_loss 0.")
     head = Head(shard, plan, ignore_index, float(z_loss), sharded_rows, accumulate_into_main_grad, tuple(extras))
     rows, target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     loss_N, *extra_N = _LinearCrossEntropy.apply(rows, weight, target_N, head) if will_backward else _forward(rows, weight, target_N, head)[0]

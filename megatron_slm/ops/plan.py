@@ -12,6 +12,7 @@ import torch
 
 Mode = Literal["auto", "recompute", "keep"]
 Elementwise = Literal["auto", "eager", "compiled", "triton"]
+Engine = Literal["torch", "liger"]
 
 KEPT_BUDGET_BYTES = 2 << 30
 """Default ceiling of what `mode="auto"` keeps per call: an 8192-token micro-batch over 128256 columns in bf16 just fits."""
@@ -35,6 +36,8 @@ class HeadPlan:
     kept_dtype: torch.dtype
     kept_bytes: int
     """What keep mode would hold for all N rows, from forward to backward."""
+    engine: Engine = "torch"
+    """Who computes backward: chunked torch products, or Liger's Hopper kernel (liger_engine.py)."""
 
 
 def plan_head(
@@ -47,23 +50,28 @@ def plan_head(
     kept_budget_bytes: int = KEPT_BUDGET_BYTES,
     chunk_tokens: int | None = None,
     elementwise: Elementwise = "auto",
+    engine: Engine = "torch",
     will_backward: bool = True,
 ) -> HeadPlan:
     """The plan for `tokens` rows over `columns` vocabulary columns of this rank; a pure function of its arguments and the machine.
 
     mode auto keeps while the kept bytes fit `kept_budget_bytes`, and never when no backward follows.
     chunk_tokens None = on CPU 1024 rows (512 when recomputing); on GPU a sixteenth of the tokens within 256 MiB of logits.
+    engine "liger" recomputes: mode keep cannot be had with it. Whether it can run here at all, liger_engine.check_liger tells.
     ValueError names any argument outside its choices, and a compiled or Triton request this machine cannot honour.
     """
     _check_choice("mode", mode, ("auto", "recompute", "keep"))
     _check_choice("elementwise", elementwise, ("auto", "eager", "compiled", "triton"))
+    _check_choice("engine", engine, ("torch", "liger"))
+    if engine == "liger" and mode == "keep":
+        raise ValueError("mode is 'keep' with engine 'liger', which keeps nothing and recomputes; use mode 'auto', or engine 'torch'.")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1 (or None to let the plan choose).")
     matmul = _matmul(dtype, device)
     # Where products take fp32 operands anyway, keeping bf16 would cost a conversion each way and save memory only.
     kept_dtype = torch.bfloat16 if matmul == "fp32_output" else torch.float32
     kept_bytes = tokens * columns * kept_dtype.itemsize
-    if not will_backward:
+    if not will_backward or engine == "liger":
         mode = "recompute"
     elif mode == "auto":
         mode = "keep" if kept_bytes <= kept_budget_bytes else "recompute"
@@ -74,7 +82,7 @@ def plan_head(
     if mode == "keep" and kept_dtype == (dtype if matmul == "fp32_output" else torch.float32):
         gradient_chunk = max(tokens, 1)  # the kept values become the gradient rows in their own memory
     return HeadPlan(
-        mode, matmul, _elementwise(elementwise, tokens * columns, device, matmul), chunk, gradient_chunk, kept_dtype, kept_bytes
+        mode, matmul, _elementwise(elementwise, tokens * columns, device, matmul), chunk, gradient_chunk, kept_dtype, kept_bytes, engine
     )
 
 

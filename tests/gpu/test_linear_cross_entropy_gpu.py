@@ -1,10 +1,13 @@
 """The selective head on a GPU: cuBLAS products with fp32 results, Triton passes, memory. Skipped without CUDA."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_slm.ops import linear_cross_entropy, plan_head, selected_linear_cross_entropy
+from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.ops.plan import has_triton
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -76,3 +79,35 @@ def test_the_plan_uses_fp32_results_and_memory_stays_below_a_quarter_of_the_logi
     linear_cross_entropy(hidden, weight, target, mode="recompute", accumulate_into_main_grad=True).sum().backward()
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 0.25 * 6 * tokens * columns, "megatron-core's head holds 6 bytes per logit"
+
+
+def test_liger_engine_equals_fp64_where_its_kernels_run():
+    if torch.cuda.get_device_capability() != (9, 0) or importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("needs a Hopper GPU and liger-kernel[cutedsl]")
+    check_liger(torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), H)
+    hidden, weight, target, share = problem(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, engine="liger")
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode="recompute")), "forward is ours"
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = F.cross_entropy((exact[0] @ exact[1].t())[:, :TRUE_V], target, reduction="none")
+    for value, reference in zip(torch.autograd.grad((loss * share).sum(), (hidden, weight)), torch.autograd.grad((expected * share).sum(), exact)):
+        assert relative(value, reference) < 1e-2
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_bf16_losses_move_fewer_tokens_than_logits_rounded_to_bf16(mode):
+    """The selected set by our losses is that of fp64 but for at most 0.1 %; rounded logits are the contrast."""
+    tokens, kept = 8192, 4915
+    generator = torch.Generator("cuda").manual_seed(1)
+    hidden = torch.randn(tokens, H, generator=generator, device="cuda").bfloat16()
+    weight = (torch.randn(V, H, generator=generator, device="cuda") * 0.2).bfloat16()
+    target = torch.randint(0, V, (tokens,), generator=generator, device="cuda")
+    exact = F.cross_entropy(hidden.double() @ weight.double().t(), target, reduction="none")
+    reference = exact + 0.3 * torch.randn(tokens, generator=generator, device="cuda", dtype=torch.float64)
+
+    def chosen(loss):
+        return set((loss.double() - reference).topk(kept).indices.tolist())
+
+    ours = linear_cross_entropy(hidden.requires_grad_(), weight, target, mode=mode).detach()
+    rounded = F.cross_entropy((hidden @ weight.t()).float(), target, reduction="none").detach()
+    assert len(chosen(exact) - chosen(ours)) <= 0.001 * kept < len(chosen(exact) - chosen(rounded))

@@ -51,6 +51,9 @@ RULES = [
     ("model.rope_scaling_factor", dict(model__rope_scaling="linear", model__rope_scaling_factor=0.5), "got 0.5", "at least 1"),
     ("model.rope_original_sequence_length", dict(model__rope_scaling="llama3", model__rope_original_sequence_length=0), "got 0", "at least 1 token"),
     ("model.rope_low_frequency_factor", dict(model__rope_scaling="llama3", model__rope_low_frequency_factor=4.0), "got 4.0", "model.rope_high_frequency_factor (4.0)"),
+    ("device.head_engine", dict(device__head_engine="liger", device__kind="cuda"), "precision fp32", "use torch"),
+    ("device.head_engine", dict(device__head_engine="liger", device__kind="cpu", device__precision="bf16"), "kind cpu", "use torch"),
+    ("model.hidden_size", dict(device__head_engine="liger", device__precision="bf16", model__hidden_size=264), "got 264", "multiple of 64"),
     # parallel
     ("parallel.pipeline", dict(parallel__pipeline=0), "got 0", "at least 1"),
     ("parallel.tensor", dict(parallel__tensor=8, world_size=8), "got 8", "divide model.attention_heads (4)"),
