@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megatron_slm"
 # A room may import rooms before it. `model` reads the batches that `data` makes, so data comes first.
 ROOMS = ("config", "planning", "selection", "ops", "device", "parallel", "monitoring", "tokenization", "data", "model", "checkpoint", "scoring",
          "training", "convert", "analysis", "testing")
-PROGRAMS = ("train", "score", "import_scores", "export_hf", "import_hf", "check_export", "report")
+PROGRAMS = ("train", "score", "import_scores", "export_hf", "import_hf", "check_export", "report", "plan")
 MAY_IMPORT_MEGATRON = {"device", "parallel", "data", "model", "checkpoint", "testing"}
 WITHOUT_TORCH = ("config/", "planning/", "data/manifest.py", "tokenization.py", "checkpoint/folder.py")
 REGISTRIES = {"selection/scorers.py": {"SCORERS"}}

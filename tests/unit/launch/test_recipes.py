@@ -8,14 +8,14 @@ from megatron_slm.config.check import check, tokens_per_step, train_steps
 from megatron_slm.config.load import load_yaml
 
 RECIPES = Path(__file__).parents[3] / "launch" / "recipes"
-PROCESSES = {"quickstart": 2}
+PROCESSES = {"quickstart": (2,), "llama3_8b_slm": (8, 128), "llama3_70b_slm": (64, 2048)}
+"""Sizes of the job each recipe is made for; the paper's run on 32, or on one machine of 8."""
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe_is_accepted(path):
-    check(load_yaml(path), PROCESSES.get(path.stem, 32))
-    if path.stem not in PROCESSES:
-        check(load_yaml(path), 8)
+    for processes in PROCESSES.get(path.stem, (8, 32)):
+        check(load_yaml(path), processes)
 
 
 def recipe(name: str):

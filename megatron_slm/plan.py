@@ -1,0 +1,93 @@
+"""What a run will need and how long it will take, before any GPU is asked for; see docs/scale.md."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_slm.config.check import check
+from megatron_slm.config.load import ConfigError, load_yaml, parse
+from megatron_slm.planning.hardware import GPUS, find_gpu
+from megatron_slm.planning.job import Job
+
+DESCRIPTION = """Compute from a recipe what a run will need: parameters, memory of one GPU by part, FLOPs, traffic per link, the
+pipeline bubble, predicted tokens per second, GPU-hours, the sizes of checkpoints and scores, and other layouts that fit.
+
+Nothing is started, no corpus and no GPU is needed. All numbers are formulas (docs/scale.md has them, with what is left out):
+sizes and memory of weights, gradients and optimizer are exact, activations are held against measurements, times are a prediction at
+--efficiency of the data sheet's peak. Compare a real run's throughput/mfu_fraction with it, and plan again with the efficiency it shows."""
+EPILOG = """Settings of the run follow as for train, dotted: --parallel.tensor 4 --model.recompute full (all: python -m megatron_slm.train --help).
+
+examples:
+  python -m megatron_slm.plan --config launch/recipes/tinyllama_1.1b_math_slm.yaml --gpu H100 --nodes 4
+  python -m megatron_slm.plan --config launch/recipes/llama3_8b_slm.yaml --gpu H200 --nodes 16 --parallel.tensor 2 --parallel.sequence true
+  python -m megatron_slm.plan --config RECIPE.yaml --json | jq .duration.tokens_per_second
+
+exit codes: 0 it fits, 1 it does not fit (layouts that do are printed), 2 wrong usage or configuration"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("plan", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python -m megatron_slm.plan --config FILE [options] [--section.field VALUE ...]", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="recipe, as for train (launch/recipes/)")
+    parser.add_argument("--gpu", default="H100", help=f"GPU type: {', '.join(gpu.name for gpu in GPUS)} (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs in each, joined by NVLink (default: %(default)s)")
+    parser.add_argument("--efficiency", type=float, default=0.5,
+                        help="share of the peak while a GPU computes, 0..1 (default: %(default)s; waiting and bubbles come on top)")
+    parser.add_argument("--reference-config", metavar="FILE", help="recipe of the reference model, where it is another model than the trained one")
+    parser.add_argument("--corpus-tokens", type=int, default=0, help="tokens to score before the run (default: as many as the run processes)")
+    parser.add_argument("--proposals", type=int, default=5, help="layouts to propose, 0 = none (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object, for programs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, settings = build_parser().parse_known_args(argv)
+    try:
+        _check_options(options)
+        config = parse([*(["--config", options.config] if options.config else []), *settings], "slm-plan", DESCRIPTION)
+        reference = load_yaml(options.reference_config).model if options.reference_config else None
+        job = Job(config, _vocabulary_size(config), _gpu(options.gpu), options.nodes, options.gpus_per_node, options.efficiency,
+                  reference=reference, corpus_tokens=options.corpus_tokens)
+        check(config, job.ranks)
+    except ConfigError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    from megatron_slm.planning.result import as_json, make_plan
+    plan = make_plan(job, options.proposals)
+    print(json.dumps(as_json(plan), indent=1)) if options.json else _print(plan)
+    return 0 if plan.fits else 1
+
+
+def _check_options(options) -> None:
+    problems = [f"--{name.replace('_', '-')}: got {getattr(options, name)}; expected at least {least}"
+                for name, least in (("nodes", 1), ("gpus_per_node", 1), ("corpus_tokens", 0), ("proposals", 0)) if getattr(options, name) < least]
+    if not 0 < options.efficiency <= 1:
+        problems.append(f"--efficiency: got {options.efficiency}; expected above 0 and at most 1 (0.5 is 50 % of the peak)")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _gpu(name: str):
+    if (gpu := find_gpu(name)) is None:
+        raise ConfigError([f"--gpu: got {name!r}; expected one of {', '.join(gpu.name for gpu in GPUS)}"])
+    return gpu
+
+
+def _vocabulary_size(config) -> int:
+    if config.model.vocabulary_size:
+        return config.model.vocabulary_size
+    if not Path(config.data.tokenizer).is_file():
+        raise ConfigError([f"model.vocabulary_size: 0, which means the tokenizer's, and there is no file {config.data.tokenizer!r}; give the size"])
+    from megatron_slm.tokenization import load_tokenizer
+    return load_tokenizer(config.data.tokenizer).vocabulary_size
+
+
+def _print(plan) -> None:
+    from megatron_slm.planning.terminal import print_plan
+    print_plan(plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""One planned job: a configuration, a machine, and the sizes that follow from the two."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_slm.config.check import data_parallel_size, padded_vocabulary_size, tokens_per_step, train_steps
+from megatron_slm.config.schema import Config, ModelConfig
+from megatron_slm.planning.hardware import GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned. `n` in the formulas of this room is `rank_tokens`."""
+
+    config: Config
+    vocabulary_size: int
+    """True size: the configuration's, or the tokenizer's."""
+    gpu: GPU
+    nodes: int = 1
+    gpus_per_node: int = 8
+    efficiency: float = 0.5
+    """Share of the peak while a rank computes; bubbles and waiting for other ranks come on top."""
+    fused: bool = True
+    """Transformer Engine's layers (or, with device.layers torch, torch's fused norm and megatron-core's fused SwiGLU): any GPU. False: a CPU."""
+    reference: ModelConfig | None = None
+    """The reference model where it is not the trained one's shape."""
+    corpus_tokens: int = 0
+    """Tokens of the training corpora; 0 = those of the run."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def data_parallel(self) -> int:
+        return data_parallel_size(self.config, self.ranks)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one data-parallel rank per step."""
+        return self.config.data.global_batch_size // (self.config.data.micro_batch_size * self.data_parallel)
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of one micro-batch on one context-parallel rank."""
+        return self.config.data.micro_batch_size * self.config.data.sequence_length // self.config.parallel.context
+
+    @property
+    def sequence_split(self) -> int:
+        """Ranks over which sequence parallelism spreads norms and residuals."""
+        return self.config.parallel.tensor if self.config.parallel.sequence else 1
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return 4 if self.config.device.precision == "fp32" else 2
+
+    @property
+    def head_columns(self) -> int:
+        """True vocabulary columns of the fullest tensor rank."""
+        return min(self.vocabulary_size, padded_vocabulary_size(self.config, self.vocabulary_size) // self.config.parallel.tensor)
+
+    @property
+    def stage_layers(self) -> int:
+        return self.config.model.layers // self.config.parallel.pipeline
+
+    @property
+    def transformer_engine(self) -> bool:
+        return self.fused and self.config.device.layers != "torch"
+
+    @property
+    def trained_fraction(self) -> float:
+        """Share of the tokens whose loss has a gradient; of a schedule, its last value."""
+        selection = self.config.selection
+        if selection.scorer == "none" or last_value(selection.clm_weight) > 0:
+            return 1.0
+        return last_value(selection.keep_fraction)
+
+    @property
+    def reference_model(self) -> ModelConfig:
+        return self.reference or self.config.model
+
+    @property
+    def online_reference(self) -> bool:
+        return self.config.selection.reference.checkpoint is not None
+
+    @property
+    def scores_before_backward(self) -> bool:
+        """Whether every step runs the model forward once more to know all losses first (training/choose.py, needs_whole_step)."""
+        return self.config.selection.scope == "global_batch" and self.config.selection.scorer not in ("none", "stored_mask")
+
+    @property
+    def step_tokens(self) -> int:
+        return tokens_per_step(self.config)
+
+    @property
+    def steps(self) -> int:
+        return train_steps(self.config)
+
+
+def last_value(setting: float | Mapping) -> float:
+    """A number, or where a schedule ends."""
+    return float(setting.get("end", setting.get("value", 1.0))) if isinstance(setting, Mapping) else float(setting)
+
+
+def head_size(model: ModelConfig) -> int:
+    return model.head_size or model.hidden_size // model.attention_heads
+
+
+def query_groups(model: ModelConfig) -> int:
+    return model.query_groups or model.attention_heads

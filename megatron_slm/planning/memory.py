@@ -1,0 +1,160 @@
+"""Memory of one rank by part. The formulas are for this code: megatron-core's DistributedDataParallel with fp32 gradient buffers,
+mixed-precision AdamW, our layers, our head. Activations after Korthikanti et al. (arXiv 2205.05198), adapted to SwiGLU, RMSNorm,
+grouped queries and attention that keeps no [s, s] matrix.
+
+H hidden, F feed-forward, a query heads, g key/value heads, d head size, t tensor ranks, c context ranks, q = t with sequence
+parallelism, else 1; n tokens of a micro-batch on this rank; w bytes of an activation.
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.planning.head import head_memory
+from megatron_slm.planning.job import Job, head_size, query_groups
+from megatron_slm.planning.parameters import stage_parameters
+
+CONTEXT_BYTES = 2 << 30
+"""CUDA context, cuBLAS workspaces and NCCL's buffers of several groups: an allowance, not a measurement."""
+USABLE_FRACTION = 0.95
+"""Of the data sheet's memory; the rest for the allocator's fragments. An allowance too."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank of one pipeline stage at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Saved for backward, of all micro-batches in flight."""
+    working: int
+    """One layer's backward, and with full recomputation the layer computed again."""
+    head: int
+    reference: int
+    """Weights of an online reference."""
+    communication: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def rank_memory(job: Job, stage: int) -> RankMemory:
+    """The peak of a rank of pipeline stage `stage`: backward of its oldest micro-batch while the others are in flight."""
+    parallel = job.config.parallel
+    state = state_bytes(job, stage)
+    last = stage == parallel.pipeline - 1
+    head = head_memory(job) if last else None
+    boundaries = 0
+    if parallel.pipeline > 1:       # the schedule holds the received input and the sent output of every chunk in flight
+        boundaries = 2 * job.rank_tokens * job.config.model.hidden_size * job.weight_bytes // job.sequence_split
+    chunks = chunks_in_flight(job, stage)
+    layers_of_chunk = job.stage_layers / parallel.virtual_pipeline
+    saved = layer_bytes(job) * layers_of_chunk * chunks + (final_norm_bytes(job) if last else 0)
+    reference = stage_parameters(job, stage, job.reference_model).total * job.weight_bytes if job.online_reference else 0
+    return RankMemory(*state, activations=int(saved), working=working_bytes(job), head=head.kept_bytes + head.scratch_bytes if head else 0,
+                      reference=reference, communication=communication_bytes(job) + boundaries * chunks, context=CONTEXT_BYTES if job.fused else 0)
+
+
+def state_bytes(job: Job, stage: int) -> tuple[int, int, int]:
+    """(weights, gradients, optimizer).
+
+    bf16: 2 bytes a weight, 4 of its gradient, 12 of optimizer: fp32 weight and two moments. fp32: 4, 4 and 8. The distributed
+    optimizer spreads the optimizer's part over data x context ranks; megatron-core pads its buffers by less than 1 % more.
+    """
+    count = stage_parameters(job, stage).total
+    optimizer = count * (8 if job.config.device.precision == "fp32" else 12)
+    if job.config.parallel.distributed_optimizer:
+        optimizer = -(-optimizer // (job.data_parallel * job.config.parallel.context))
+    return count * job.weight_bytes, count * 4, optimizer
+
+
+def chunks_in_flight(job: Job, stage: int) -> int:
+    """Model chunks whose activations a rank holds at most.
+
+    1F1B: pp - stage micro-batches. Interleaved over v chunks: 2(pp - stage - 1) + (v - 1)pp + 1 chunks (megatron-core's warm-up, and one).
+    """
+    pipeline, virtual = job.config.parallel.pipeline, job.config.parallel.virtual_pipeline
+    if virtual == 1:
+        return min(pipeline - stage, job.micro_batches)
+    return min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, job.micro_batches * virtual)
+
+
+def layer_bytes(job: Job, recompute: str | None = None) -> float:
+    """Saved for backward by one layer for one micro-batch.
+
+    full: the layer's input, n·H·w / q.
+    none: n times
+      norms        2 · H · (input + output) / q     input: fp32 copy in the torch-native norm, w in Transformer Engine's; output: w
+      q, k, v      ((a + 2g)d + (a + g)d) · w / t   the projection (values are a view of it), queries and keys after rotation
+      attention    (a·d·w + 4a) / t                 its output, and one fp32 log-sum-exp per head
+      feed-forward 3F · w / t                       gate and up, and their product
+    selective: the attention core's q, k, v and its output, but not its log-sum-exp: with attention that keeps no [s, s] matrix that
+    saves next to nothing.
+    On a CPU (not `fused`) torch's norm keeps its normalised input too (4 more bytes), and SwiGLU two more results (5F).
+    Under context parallelism the torch-native attention holds keys and values of the whole sequence, and its output twice.
+    """
+    model, width, tokens = job.config.model, job.weight_bytes, job.rank_tokens
+    recompute = recompute or model.recompute
+    if recompute == "full":
+        return tokens * model.hidden_size * width / job.sequence_split
+    per_tensor_rank = attention_bytes_per_token(job, recompute) + (3 if job.fused else 5) * model.ffn_hidden_size * width
+    norms = 2 * model.hidden_size * (norm_input_bytes(job) + width)
+    dropped = 2 * model.hidden_size if model.dropout else 0      # one byte of mask per value, twice a layer
+    return tokens * ((norms + dropped) / job.sequence_split + per_tensor_rank / job.config.parallel.tensor)
+
+
+def attention_bytes_per_token(job: Job, recompute: str) -> float:
+    """What one token's attention saves, before division by the tensor ranks."""
+    model, width, context = job.config.model, job.weight_bytes, job.config.parallel.context
+    heads, groups, size = model.attention_heads, query_groups(model), head_size(model)
+    projection = (heads + 2 * groups) * size * width
+    rotated = (heads + groups) * size * width
+    output = heads * size * width
+    lse = 4 * heads if recompute == "none" else 0
+    normed = (heads + groups) * size * norm_input_bytes(job) if model.qk_norm else 0
+    if context > 1 and not job.transformer_engine:
+        if recompute == "none":
+            return normed + heads * size * width + 2 * context * groups * size * width + 2 * output + lse
+        return normed + projection + rotated + output
+    return normed + projection + rotated + output + lse
+
+
+def norm_input_bytes(job: Job) -> int:
+    """Bytes per value that a norm saves beside its output."""
+    if job.transformer_engine:
+        return job.weight_bytes
+    return 4 if job.fused else 8
+
+
+def final_norm_bytes(job: Job) -> int:
+    """Input and output of the last norm; its output is the head's input."""
+    return job.rank_tokens * job.config.model.hidden_size * (norm_input_bytes(job) + job.weight_bytes) // job.sequence_split
+
+
+def working_bytes(job: Job) -> int:
+    """Backward through one layer: gradients of gate and up and of the residual stream, twice each; the recomputed layer when full."""
+    model: ModelConfig = job.config.model
+    gradients = 2 * job.rank_tokens * job.weight_bytes * (2 * model.ffn_hidden_size // job.config.parallel.tensor + model.hidden_size)
+    again = layer_bytes(job, "none") if model.recompute == "full" else 0
+    return int(gradients + again)
+
+
+def communication_bytes(job: Job) -> int:
+    """megatron-core's buffer for gathered activations under sequence parallelism, and two p2p receive buffers between stages."""
+    hidden = job.rank_tokens * job.config.model.hidden_size * job.weight_bytes
+    gathered = hidden if job.sequence_split > 1 else 0
+    return gathered + (2 * hidden // job.sequence_split if job.config.parallel.pipeline > 1 else 0)
+
+
+def usable_bytes(job: Job) -> float:
+    return job.gpu.memory_bytes * USABLE_FRACTION
+
+
+def fullest_stage(job: Job) -> tuple[int, RankMemory]:
+    """The pipeline stage that needs the most, and what it needs."""
+    memories = [rank_memory(job, stage) for stage in range(job.config.parallel.pipeline)]
+    stage = max(range(len(memories)), key=lambda each: memories[each].total)
+    return stage, memories[stage]

@@ -1,0 +1,57 @@
+"""Parameters of the decoder, whole and per rank: equal to the tensors that model/build.py makes (tests hold them together)."""
+
+from dataclasses import dataclass
+
+from megatron_slm.config.check import padded_vocabulary_size
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.planning.job import Job, head_size, query_groups
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of one rank, or of the whole model."""
+
+    embedding: int
+    layers: int
+    final_norm: int
+    head: int
+    """0 where the output weight is the embedding itself; with tied embeddings and pipeline stages the last stage has a copy."""
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.layers + self.final_norm + self.head
+
+
+def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
+    """One layer on one of `tensor` ranks. H hidden, a query heads, g key/value heads, d head size, F feed-forward:
+
+    queries, keys, values (a + 2g)d·H / t, output a·d·H / t, gate and up 2F·H / t, down F·H / t; two norms of H on every rank;
+    optional bias (a + 2g)d / t and norms 2d of queries and keys.
+    """
+    hidden, size, groups = model.hidden_size, head_size(model), query_groups(model)
+    projected = (model.attention_heads + 2 * groups) * size
+    split = projected * hidden + model.attention_heads * size * hidden + 3 * model.ffn_hidden_size * hidden
+    split += projected if model.qkv_bias else 0
+    return split // tensor + 2 * hidden + (2 * size if model.qk_norm else 0)
+
+
+def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> Parameters:
+    """What a rank of pipeline stage `stage` holds of the trained model, or of `model` (a reference) in the same layout."""
+    model = model or job.config.model
+    parallel = job.config.parallel
+    rows = padded_vocabulary_size(job.config, job.vocabulary_size) // parallel.tensor * model.hidden_size
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    return Parameters(
+        embedding=rows if first else 0,
+        layers=model.layers // parallel.pipeline * layer_parameters(model, parallel.tensor),
+        final_norm=model.hidden_size if last else 0,
+        head=rows if last and not (model.tied_embeddings and first) else 0,
+    )
+
+
+def model_parameters(job: Job, model: ModelConfig | None = None) -> Parameters:
+    """The whole model, each parameter once, padded vocabulary rows included: what a checkpoint holds."""
+    model = model or job.config.model
+    rows = padded_vocabulary_size(job.config, job.vocabulary_size) * model.hidden_size
+    return Parameters(embedding=rows, layers=model.layers * layer_parameters(model), final_norm=model.hidden_size,
+                      head=0 if model.tied_embeddings else rows)

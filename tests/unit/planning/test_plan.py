@@ -1,0 +1,216 @@
+"""The plan by hand for small cases, its proposals, its program."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_slm import plan as program
+from megatron_slm.config.check import check
+from megatron_slm.config.load import load_yaml, parse
+from megatron_slm.data.score_manifest import ScoreManifest
+from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.planning.communication import traffic
+from megatron_slm.planning.duration import bubble_fraction, duration
+from megatron_slm.planning.hardware import GPUS, find_gpu
+from megatron_slm.planning.job import Job
+from megatron_slm.planning.memory import chunks_in_flight, rank_memory, usable_bytes
+from megatron_slm.planning.parameters import model_parameters
+from megatron_slm.planning.propose import fits, propose
+from megatron_slm.planning.result import checkpoints_on_disk
+from megatron_slm.planning.work import score_store_bytes, work
+
+ROOT = Path(__file__).parents[3]
+RECIPES = ROOT / "launch" / "recipes"
+
+
+def job(recipe: str, nodes: int, *overrides: str, gpu: str = "H100", **options) -> Job:
+    config = parse(["--config", str(RECIPES / f"{recipe}.yaml"), *overrides], "test", "")
+    return Job(config, config.model.vocabulary_size, find_gpu(gpu), nodes, **options)
+
+
+def tinyllama(*overrides: str, **options) -> Job:
+    return job("tinyllama_1.1b_math_slm", 4, *overrides, **options)
+
+
+@pytest.mark.parametrize("recipe, count", [("tinyllama_1.1b_math_slm", 1_100_048_384), ("llama3_8b_slm", 8_030_261_248), ("llama3_70b_slm", 70_553_706_496)])
+def test_parameters_are_the_published_ones(recipe, count):
+    assert model_parameters(job(recipe, 256)).total == count
+
+
+def test_chunks_in_flight():
+    """1F1B: the first stage holds as many micro-batches as there are stages. Interleaved: a factor 1 + (p - 1) / (p v) of all layers."""
+    plain = job("llama3_70b_slm", 256, "--parallel.virtual_pipeline", "1")
+    assert [chunks_in_flight(plain, stage) for stage in range(4)] == [4, 3, 2, 1]
+    interleaved = job("llama3_70b_slm", 256)
+    assert chunks_in_flight(interleaved, 0) == 4 * 5 + 3
+    few = job("llama3_70b_slm", 256, "--parallel.virtual_pipeline", "1", "--data.global_batch_size", "128")
+    assert few.micro_batches == 2 and [chunks_in_flight(few, stage) for stage in range(4)] == [2, 2, 2, 1]
+
+
+def test_the_bubble():
+    assert bubble_fraction(job("llama3_70b_slm", 256)) == 3 / (5 * 32)
+
+
+def sent(planned: Job, stage: int = 0) -> dict[str, float]:
+    return {each.name: each.sent_bytes for each in traffic(planned, stage)}
+
+
+def test_traffic_by_hand():
+    count = 1_100_048_384
+    found = sent(tinyllama())
+    assert found["reduce-scatter of gradients"] == pytest.approx(4 * count * 31 / 32)
+    assert found["all-gather of weights"] == pytest.approx(2 * count * 31 / 32)
+    assert found["all-gather of scores"] == 4 * 8 * 2048 * 31 * 2           # fp32, 8 x 2048 tokens of each of 31 other ranks, 2 micro-batches
+    assert sent(tinyllama("--parallel.distributed_optimizer", "false", "--parallel.overlap_param_gather", "false"))["all-reduce of gradients"] \
+        == pytest.approx(8 * count * 31 / 32)
+
+
+def test_tensor_parallel_traffic_by_hand():
+    """Without sequence parallelism: 4 all-reduces per layer and 1 at the embedding, each 2 (t - 1) / t of a 32 MiB message; the head's kept rows."""
+    planned = job("tinyllama_1.1b_math_slm", 4, "--parallel.tensor", "2")
+    message, vectors = 8 * 2048 * 2048 * 2, 8 * 8 * 2048 * 2
+    by_hand = planned.micro_batches * (0.5 * message * (22 * 8 + 2 + 2 * 0.6) + 0.5 * vectors)
+    assert sent(planned)["all-reduce of activations"] == pytest.approx(by_hand)
+
+
+def test_links():
+    """Tensor groups stay in a node; a data-parallel ring leaves it through as many ports as it has ranks there."""
+    found = {each.name: each for each in traffic(job("llama3_8b_slm", 16), 0)}
+    assert found["all-gather, reduce-scatter of activations"].link == "NVLink"
+    gradients = found["reduce-scatter of gradients"]
+    assert gradients.link == "network" and gradients.seconds == pytest.approx(gradients.sent_bytes / (4 * 50e9 * 0.8))
+
+
+def test_selection_saves_head_work_and_plain_training_does_not():
+    selective, plain = work(tinyllama()), work(job("tinyllama_1.1b_math_clm", 4))
+    head = 2 * 2048 * 32000
+    assert (selective.head, plain.head) == (pytest.approx(head * 2.2), head * 3)
+    assert plain.executed == plain.model
+
+
+def test_what_costs_more():
+    base, online = tinyllama(), tinyllama("--selection.reference.scores", "[]", "--selection.reference.checkpoint", "runs/reference")
+    assert work(online).reference * 3 == work(base).model
+    assert rank_memory(online, 0).reference == 2 * 1_100_048_384
+    twice = tinyllama("--selection.scope", "global_batch")
+    assert work(twice).choosing * 3 == work(base).model
+    again = tinyllama("--model.recompute", "full")
+    assert work(again).recomputed * 3 == work(again).layers
+    assert rank_memory(again, 0).activations < rank_memory(base, 0).activations / 10
+    assert duration(online).tokens_per_second < duration(base).tokens_per_second > duration(again).tokens_per_second
+
+
+def test_efficiency_is_what_a_run_without_waiting_shows():
+    planned = replace(tinyllama("--selection.keep_fraction", "1.0"), efficiency=0.4)
+    assert duration(planned).model_flops_utilization == pytest.approx(0.4, rel=2e-3)
+
+
+def test_checkpoints_on_disk():
+    config = tinyllama().config
+    assert checkpoints_on_disk(config, 14306) == 2 + 1      # two kept, one being written
+    assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, keep_every_steps=5000)), 14306) == 2 + 2 + 1
+    assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, interval_steps=0)), 14306) == 1
+
+
+def test_score_store_is_as_large_as_planned(tmp_path):
+    tokens = 12_345
+    ScoreStore.create(tmp_path / "scores", ScoreManifest("c", tokens, 1, "t", "r", "reference", 64, 64, "packed", 1 << 18))
+    assert (tmp_path / "scores" / "loss.bin").stat().st_size == score_store_bytes(tokens)
+
+
+@pytest.mark.parametrize("recipe, nodes, gpu", [("tinyllama_1.1b_math_slm", 1, "A100 40GB"), ("llama3_8b_slm", 16, "H100"), ("llama3_70b_slm", 32, "H200")])
+def test_proposals_are_accepted_by_train_and_fit(recipe, nodes, gpu):
+    planned = job(recipe, nodes, gpu=gpu)
+    proposals = propose(planned, 6)
+    assert proposals
+    for each in proposals:
+        config = parse(["--config", str(RECIPES / f"{recipe}.yaml"), *each.overrides.split()], "test", "")
+        assert config == each.job.config
+        check(config, planned.ranks)
+        assert each.memory.total <= usable_bytes(planned)
+    speeds = [each.duration.tokens_per_second for each in proposals]
+    assert all(later <= sooner * 1.006 for sooner, later in zip(speeds, speeds[1:]))
+
+
+def test_no_layout_fits_a_model_that_is_too_large():
+    planned = job("llama3_70b_slm", 1, "--parallel.pipeline", "1", "--parallel.virtual_pipeline", "1", "--data.global_batch_size", "64")
+    assert not fits(planned) and propose(planned, 3) == []
+
+
+# The program
+
+def run(*words: str) -> int:
+    return program.main(["--config", str(RECIPES / "tinyllama_1.1b_math_slm.yaml"), *words])
+
+
+def test_a_plan_that_fits(capsys):
+    assert run("--gpu", "h100", "--nodes", "4", "--proposals", "2") == 0
+    printed = capsys.readouterr().out
+    for words in ("1,100,048,384", "32 H100", "gradients, fp32", "FLOPs per token", "reduce-scatter of gradients", "GPU-hours", "score store", "It fits"):
+        assert words in printed
+
+
+def test_a_plan_that_does_not_fit_says_what_does(capsys):
+    assert run("--gpu", "A100 40GB", "--nodes", "4", "--data.micro_batch_size", "16") == 1
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed and "--data.micro_batch_size 8" in printed
+
+
+def test_json_holds_everything(capsys):
+    assert run("--nodes", "4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == 1_100_048_384 and found["fits"] and found["job"]["layout"]["data"] == 32
+    assert found["memory"][0]["total"] == sum(value for part, value in found["memory"][0].items() if part != "total")
+    assert found["duration"]["tokens_per_second"] > 0 and found["proposals"][0]["overrides"] and found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--gpu", "TPU"], "--gpu: got 'TPU'; expected one of B200"),
+    (["--nodes", "3"], "data.global_batch_size: got 512"),
+    (["--nodes", "0"], "--nodes"),
+    (["--efficiency", "50"], "--efficiency"),
+    (["--parallel.tensr", "2"], "did you mean parallel.tensor"),
+    (["--model.vocabulary_size", "0"], "give the size"),
+])
+def test_what_cannot_be_planned(words, expected, capsys):
+    assert run(*words) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(word in printed for word in ("--gpu", "--nodes", "--efficiency", "examples:", "exit codes:", "Nothing is started"))
+
+
+def test_planning_loads_no_torch():
+    code = ("import sys; from megatron_slm import plan; "
+            f"code = plan.main(['--config', {str(RECIPES / 'tinyllama_1.1b_math_slm.yaml')!r}, '--nodes', '4']); "
+            "assert code == 0 and not [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules]")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_gpu_is_found_by_its_name():
+    assert [find_gpu(gpu.name) for gpu in GPUS] == list(GPUS)
+    assert find_gpu("NVIDIA H100 80GB HBM3").name == "H100" and find_gpu("NVIDIA A100-SXM4-40GB").name == "A100 40GB"
+
+
+def test_recipes_of_the_guide_fit():
+    for recipe, nodes in (("tinyllama_1.1b_math_slm", 4), ("llama3_8b_slm", 16), ("llama3_70b_slm", 256)):
+        assert fits(job(recipe, nodes)), recipe
+    assert load_yaml(RECIPES / "llama3_70b_slm.yaml").model.layers == 80
+
+
+def test_the_guides_tables_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("scale_tables", ROOT / "docs" / "scale_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.page() == tables.PAGE.read_text(encoding="utf-8"), "run: python docs/scale_tables.py"
