@@ -52,7 +52,9 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
         boundaries = 2 * job.rank_tokens * job.config.model.hidden_size * job.weight_bytes // job.sequence_split
     chunks = chunks_in_flight(job, stage)
     layers_of_chunk = job.stage_layers / parallel.virtual_pipeline
-    saved = layer_bytes(job) * layers_of_chunk * chunks + (final_norm_bytes(job) if last else 0)
+    saved = layer_bytes(job) * layers_of_chunk * chunks
+    if last and job.config.model.recompute != "full":       # released before the first layer is computed again, which takes more
+        saved += final_norm_bytes(job)
     reference = stage_parameters(job, stage, job.reference_model).total * job.weight_bytes if job.online_reference else 0
     return RankMemory(*state, activations=int(saved), working=working_bytes(job), head=head.kept_bytes + head.scratch_bytes if head else 0,
                       reference=reference, communication=communication_bytes(job) + boundaries * chunks, context=CONTEXT_BYTES if job.fused else 0)

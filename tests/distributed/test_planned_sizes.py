@@ -35,8 +35,8 @@ if os.environ.get("SLM_ALL_LAYOUTS"):
     LAYOUTS |= {"tensor 2": dict(tp=2), "pipeline 2": dict(pp=2), "tensor 2, data 2": dict(tp=2, dp=2), "pipeline 4": dict(pp=4),
                 "tensor 2, sequence, pipeline 2 x 2": dict(tp=2, pp=2, vpp=2, sequence_parallel=True)}
 MICRO_BATCHES = 4
-ACTIVATION_TOLERANCE = {"none": 0.05, "selective": 0.05, "full": 0.15}
-"""docs/scale.md states them."""
+ACTIVATION_TOLERANCE = 0.05
+"""docs/scale.md states it."""
 
 
 def configuration(case: str, layout: dict):
@@ -171,7 +171,7 @@ def test_activations_in_flight(measured, layout, case):
     for rank, values in enumerate(measured[layout]):
         memory = rank_memory(job, stage_of(rank, LAYOUTS[layout]))
         again = layer_bytes(job, "none") if job.config.model.recompute == "full" else 0
-        assert values[case]["activations"] == pytest.approx(memory.activations + again, rel=ACTIVATION_TOLERANCE[job.config.model.recompute]), f"rank {rank}"
+        assert values[case]["activations"] == pytest.approx(memory.activations + again, rel=ACTIVATION_TOLERANCE), f"rank {rank}"
 
 
 def test_the_whole_model_is_the_sum_of_its_parts(measured):
@@ -194,5 +194,5 @@ def test_executed_flops_are_the_counted_ones(measured, case):
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoint_size(measured, case):
     tensors = checkpoint_bytes(planned(case, {}))
-    headers = 8192 * len(measured["one"][0][case]["tensors"])
+    headers = 4096 * 4 * len(measured["one"][0][case]["tensors"])      # each weight is stored with two moments and, under bf16, its fp32 copy
     assert tensors <= measured["one"][0][case]["disk"] <= tensors + headers
