@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 
@@ -78,6 +79,12 @@ def use_cpu() -> None:
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
 
+    # Streams: the dispatcher of a mixture of experts copies counts to the host on one (token_dispatcher.py:444). On the CPU work is done in order.
+    only_stream = _CpuStream()
+    torch.cuda.Stream = lambda *args, **kwargs: only_stream
+    torch.cuda.current_stream = lambda device=None: only_stream
+    torch.cuda.stream = lambda stream: nullcontext()
+
     # tensor.cuda(), module.cuda(), tensor.to("cuda") (language_module.py:244, rope_utils.py:64, exchange_utils.py:336).
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, device=None: self
@@ -93,6 +100,47 @@ def use_cpu() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # It turns the split sizes of the all-to-all into numpy only when it finds them on a GPU (moe_utils.py:1066).
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    token_dispatcher.maybe_move_tensor_to_cpu = (
+        lambda tensor, as_numpy=False, record_stream=False: tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor)
+    _answer_uneven_collectives()
+
+
+def _answer_uneven_collectives() -> None:
+    """Gather and reduce-scatter uneven pieces by an all-to-all: gloo knows equal ones only, and tokens are dealt to experts as they choose.
+
+    Experts split over a tensor group need them (mappings.py:150, 193).
+    """
+    import megatron.core.tensor_parallel.mappings as mappings
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @wraps(gather)
+    def gathered(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        torch.distributed.all_to_all_single(output, torch.cat([input_] * group.size()), output_split_sizes, [len(input_)] * group.size(), group=group)
+        return output
+
+    @wraps(scatter)
+    def scattered(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        own = input_split_sizes[group.rank()]
+        parts = input_.new_empty(group.size() * own, *input_.shape[1:])
+        torch.distributed.all_to_all_single(parts, input_.contiguous(), [own] * group.size(), input_split_sizes, group=group)
+        return parts.view(group.size(), own, *input_.shape[1:]).sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gathered, scattered
+
+
+class _CpuStream:
+    """The one stream of a CPU process, which is also its own event: whatever was asked for is already done."""
+
+    def wait_stream(self, stream) -> None: ...
+    def record_event(self, event=None): return self
+    def synchronize(self) -> None: ...
 
 
 def _quiet_megatron() -> None:

@@ -9,8 +9,8 @@ from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).
 
-Works on a checkpoint of any tensor x pipeline layout, in one process and without a GPU. The model becomes LlamaForCausalLM, or
-Qwen2ForCausalLM with model.qkv_bias, or Qwen3ForCausalLM with model.qk_norm."""
+Works on a checkpoint of any layout, in one process and without a GPU. The model becomes LlamaForCausalLM, or Qwen2ForCausalLM with
+model.qkv_bias, or Qwen3ForCausalLM with model.qk_norm; with model.experts, MixtralForCausalLM or (model.qk_norm) Qwen3MoeForCausalLM."""
 EXAMPLE = """example:
   python -m megatron_slm.export_hf --checkpoint runs/slm --output exports/slm
   python -c "from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('exports/slm'))"

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_slm.checkpoint import folder as folders
 from megatron_slm.tokenization import load_tokenizer
 
-DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3; safetensors) into a weights checkpoint of ours.
+DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE; safetensors) into a weights checkpoint of ours.
 
 Start from it with --checkpoint.initialize_from OUTPUT, in any parallel layout. The folder's tokenizer is recorded in the checkpoint and
 must be the one the corpora are made with. One process, no GPU; tensors pass through memory one at a time."""

@@ -18,7 +18,8 @@ class Groups:
     """This process's place in the parallel layout, and the process groups it talks in.
 
     tp: tensor (also sequence) parallel; pp: pipeline; dp: data; cp: context; dp_cp: data x context, the ranks whose
-    gradients are summed and, on the last pipeline stage, whose tokens compete (METHOD 4.9).
+    gradients are summed and, on the last pipeline stage, whose tokens compete (METHOD 4.9). ep: expert parallel, ranks of
+    dp_cp (and tp, with expert_tensor below tensor) that hold different experts of the same layers.
     """
 
     tp: dist.ProcessGroup
@@ -26,6 +27,7 @@ class Groups:
     dp: dist.ProcessGroup
     cp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
     virtual_chunks: int
     device: torch.device
 
@@ -37,6 +39,8 @@ class Groups:
     dp_size = property(lambda self: self.dp.size())
     cp_rank = property(lambda self: self.cp.rank())
     cp_size = property(lambda self: self.cp.size())
+    ep_rank = property(lambda self: self.ep.rank())
+    ep_size = property(lambda self: self.ep.size())
     world_rank = property(lambda self: dist.get_rank())
     world_size = property(lambda self: dist.get_world_size())
     is_first_stage = property(lambda self: self.pp.rank() == 0)
@@ -63,12 +67,13 @@ def start(parallel: ParallelConfig, device: Device, seed: int, *, timeout_minute
     parallel_state.initialize_model_parallel(
         parallel.tensor, parallel.pipeline,
         parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context, distributed_timeout_minutes=timeout_minutes,
+        context_parallel_size=parallel.context, expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor or None, distributed_timeout_minutes=timeout_minutes,
     )
     groups = Groups(
         tp=parallel_state.get_tensor_model_parallel_group(), pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(), cp=parallel_state.get_context_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True), ep=parallel_state.get_expert_model_parallel_group(),
         virtual_chunks=parallel.virtual_pipeline, device=device.torch_device,
     )
     seed_everything(seed, groups)

@@ -202,6 +202,14 @@ CALLBACKS = [
     ("pipeline_parallel.schedules:forward_step_calc_loss", "loss_func", ("model/forward_backward.py", "loss"), False),
     ("datasets.gpt_dataset:GPTDataset.__init__", "self._build_document_sample_shuffle_indices", ("data/scored_dataset.py", "ScoredDataset", "_build_document_sample_shuffle_indices"), True),
     ("datasets.blended_dataset:BlendedDataset.__init__", "self._build_indices", ("data/scored_dataset.py", "BlendedScoredDataset", "_build_indices"), True),
+    ("transformer.moe.moe_layer:MoELayer.__init__", "submodules.router", ("model/router.py", "Router", "__init__"), True),
+    ("transformer.moe.router:TopKRouter.forward", "self.routing", ("model/router.py", "Router", "routing"), True),
+    ("transformer.moe.router:TopKRouter.routing", "self.apply_z_loss", ("model/router.py", "Router", "apply_z_loss"), True),
+    ("transformer.moe.router:TopKRouter.routing", "self._apply_expert_bias", ("model/router.py", "Router", "_apply_expert_bias"), True),
+    ("transformer.moe.router:TopKRouter._apply_aux_loss", "self.attach_and_log_load_balancing_loss",
+     ("model/router.py", "Router", "attach_and_log_load_balancing_loss"), True),
+    ("transformer.moe.router:TopKRouter._apply_seq_aux_loss", "self.attach_and_log_load_balancing_loss",
+     ("model/router.py", "Router", "attach_and_log_load_balancing_loss"), True),
     ("tensor_parallel.random:CudaRNGStatesTracker.fork", "_get_cuda_rng_state", None, False),
     ("tensor_parallel.random:CudaRNGStatesTracker.fork", "_set_cuda_rng_state", None, False),
 ]
@@ -245,6 +253,9 @@ ATTRIBUTES = [
     ("optimizer.optimizer:FP32Optimizer", ("optimizer", "is_stub_optimizer")),
     ("optimizer.optimizer:ChainedOptimizer", ("chained_optimizers",)),
     ("distributed.param_and_grad_buffer:_ParamAndGradBuffer", ("param_index_map",)),
+    ("transformer.moe.router:TopKRouter", ("config", "tp_cp_group", "layer_number")),
+    ("models.gpt:GPTModel", ("rotary_pos_emb",)),
+    ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding", ("inv_freq",)),
     ("models.gpt:GPTModel", ("post_process", "share_embeddings_and_output_weights", "output_layer", "pg_collection", "config")),
     ("datasets.gpt_dataset:GPTDataset", ("dataset", "config")),
     ("datasets.indexed_dataset:_IndexReader", ("sequence_lengths", "sequence_pointers", "dtype_size")),
@@ -265,6 +276,7 @@ def test_dataclasses_have_the_fields_we_read():
                 "dist_checkpointing.mapping:ShardedTensorFactory": {"key", "data"},
                 "transformer.transformer_block:TransformerBlockSubmodules": {"layer_specs", "layer_norm"},
                 "transformer.transformer_layer:TransformerLayerSubmodules": {"input_layernorm", "pre_mlp_layernorm", "self_attention"},
+                "transformer.moe.moe_layer:MoESubmodules": {"router"},
                 "transformer.attention:SelfAttentionSubmodules": {"core_attention", "q_layernorm", "k_layernorm"}}
     for name, fields in expected.items():
         assert fields <= {field.name for field in dataclasses.fields(core(name))}, name
@@ -283,3 +295,27 @@ def test_the_loss_divisor_may_be_an_integer_zero():
     source = inspect.getsource(core("pipeline_parallel.schedules:forward_step_calc_loss"))
     assert "if not config.calculate_per_token_loss:" in source
     assert "finalize_model_grads(chunks, None," in (PACKAGE / "model" / "forward_backward.py").read_text()
+
+
+def test_the_schedule_scales_auxiliary_losses_by_the_loss_scale_alone():
+    """Under calculate_per_token_loss; everything else about their scale is ours (model/router.py)."""
+    source = inspect.getsource(core("pipeline_parallel.schedules:forward_step_calc_loss"))
+    assert "if config.calculate_per_token_loss:\n            MoEAuxLossAutoScaler.set_loss_scale(loss_scale)" in source
+    assert "return grad_output, scaled_aux_loss_grad" in inspect.getsource(core("transformer.moe.moe_utils:MoEAuxLossAutoScaler"))
+
+
+def test_the_token_dispatcher_takes_our_stand_ins():
+    """device.use_cpu(): split sizes become numpy by one function that the dispatcher knows by name, and streams are made in its constructor."""
+    dispatcher = core("transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher")
+    for node in calls_in(dispatcher._maybe_dtoh_and_synchronize, "maybe_move_tensor_to_cpu"):
+        assert not accepts(lambda tensor, as_numpy=False, record_stream=False: None, len(node.args), tuple(keyword.arg for keyword in node.keywords))
+    for name, last in (("_gather_along_first_dim", "output_split_sizes"), ("_reduce_scatter_along_first_dim", "input_split_sizes")):
+        assert list(inspect.signature(core(f"tensor_parallel.mappings:{name}")).parameters) == ["input_", "group", last, "use_global_buffer"]
+    source = inspect.getsource(dispatcher)
+    streams = set(re.findall(r"torch\.cuda\.(\w+)", source)) | set(re.findall(r"cuda_dtoh_stream\.(\w+)", source)) | set(re.findall(r"d2h_event\.(\w+)", source))
+    assert streams == {"Stream", "current_stream", "stream", "wait_stream", "record_event", "synchronize"}
+
+
+def test_experts_are_reduced_apart_only_with_expert_parallelism():
+    """The reason for a rule in config/check.py (parallel.expert_tensor)."""
+    assert "not (self.is_expert and self.expert_parallel)" in inspect.getsource(core("tensor_parallel.layers:ColumnParallelLinear"))

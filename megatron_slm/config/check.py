@@ -56,7 +56,10 @@ def _model(config: Config):
     groups = model.query_groups or model.attention_heads
     if model.attention_heads % groups:
         yield f"model.query_groups: got {groups}; it must divide model.attention_heads ({model.attention_heads})"
-    for name, size in (("attention_heads", model.attention_heads), ("query_groups", groups), ("ffn_hidden_size", model.ffn_hidden_size)):
+    split_by_tensor = {"attention_heads": model.attention_heads, "query_groups": groups}
+    if not model.experts:
+        split_by_tensor["ffn_hidden_size"] = model.ffn_hidden_size
+    for name, size in split_by_tensor.items():
         if size % parallel.tensor:
             yield f"parallel.tensor: got {parallel.tensor}; it must divide model.{name} ({size})"
     yield from _rope(model)
@@ -66,6 +69,7 @@ def _model(config: Config):
                    "and bf16: change those, or use torch")
         if model.hidden_size % 64:
             yield f"model.hidden_size: got {model.hidden_size}; device.head_engine liger needs a multiple of 64: change it, or use torch"
+    yield from _experts(model)
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: got {model.dropout}; expected 0 up to (not including) 1"
 
@@ -83,12 +87,53 @@ def _rope(model: ModelConfig):
                    f"({model.rope_high_frequency_factor})")
 
 
+def _experts(model: ModelConfig):
+    if model.experts < 0:
+        yield f"model.experts: got {model.experts}; expected 0 (dense) or more"
+    if model.experts < 1:
+        return
+    if not 1 <= model.experts_per_token <= model.experts:
+        yield f"model.experts_per_token: got {model.experts_per_token}; expected 1 up to model.experts ({model.experts})"
+    if model.experts_per_token == 1 and model.renormalize_experts:
+        yield ("model.renormalize_experts: got true with experts_per_token 1; the one expert's weight would always be 1 and the router would learn nothing: "
+               "set it to false")
+    for name in ("load_balancing_coefficient", "router_z_loss_coefficient"):
+        if getattr(model, name) < 0:
+            yield f"model.{name}: got {getattr(model, name)}; expected 0 or more"
+
+
+def _expert_parallel(config: Config, world_size: int):
+    parallel, model = config.parallel, config.model
+    inside = parallel.expert_tensor or parallel.tensor
+    if not model.experts:
+        if parallel.expert > 1 or parallel.expert_tensor:
+            yield (f"parallel.expert: got expert {parallel.expert}, expert_tensor {parallel.expert_tensor} for a model without experts; set model.experts, or "
+                   "expert to 1 and expert_tensor to 0")
+        return
+    if model.experts % parallel.expert:
+        yield f"parallel.expert: got {parallel.expert}; it must divide model.experts ({model.experts})"
+    if model.ffn_hidden_size % inside:
+        yield f"parallel.expert_tensor: got {inside}; it must divide model.ffn_hidden_size ({model.ffn_hidden_size})"
+    if parallel.expert == 1 and inside != parallel.tensor:
+        # megatron-core reduces expert gradients apart only when expert > 1; here they would miss the tensor ranks' tokens, in silence.
+        yield f"parallel.expert_tensor: got {inside} with tensor {parallel.tensor} and expert 1; set parallel.expert above 1, or expert_tensor to 0"
+    if world_size % (inside * parallel.expert * parallel.pipeline):
+        yield (f"parallel.expert: expert_tensor {inside} x expert {parallel.expert} x pipeline {parallel.pipeline} = {inside * parallel.expert * parallel.pipeline} "
+               f"processes hold one copy of the experts, and {world_size} processes are not a multiple of that; lower parallel.expert, or start more processes")
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield (f"parallel.sequence: got false with tensor {parallel.tensor} and experts; every tensor rank would send the same tokens to the experts: set it to true")
+
+
 def _parallel(config: Config, world_size: int):
     parallel, model = config.parallel, config.model
-    for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
         if getattr(parallel, name) < 1:
             yield f"parallel.{name}: got {getattr(parallel, name)}; expected at least 1"
             return
+    if parallel.expert_tensor < 0:
+        yield f"parallel.expert_tensor: got {parallel.expert_tensor}; expected 0 (= parallel.tensor) or more"
+        return
+    yield from _expert_parallel(config, world_size)
     cell = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % cell:
         yield (f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {cell} processes hold one copy of the "

@@ -47,7 +47,7 @@ class ModelConfig:
     hidden_size: int = 256
     """Width of the residual stream."""
     ffn_hidden_size: int = 704
-    """Width of the SwiGLU feed-forward layer."""
+    """Width of the SwiGLU feed-forward layer; in a mixture of experts, of each expert."""
     attention_heads: int = 4
     """Query heads; must divide hidden_size unless head_size is set."""
     query_groups: int = 0
@@ -78,6 +78,18 @@ class ModelConfig:
     """Bias on the query, key and value projections (Qwen-2 style)."""
     qk_norm: bool = False
     """RMSNorm on queries and keys (Qwen-3 style)."""
+    experts: int = 0
+    """Experts of the mixture that replaces every feed-forward layer (Mixtral, Qwen3-MoE); 0 = one dense feed-forward layer."""
+    experts_per_token: int = 2
+    """Experts each token is sent to (top-k of the router). Nothing is dropped: an expert takes every token that chooses it."""
+    renormalize_experts: bool = True
+    """Weights of a token's experts sum to 1 (softmax over the chosen ones); false = their share of the softmax over all experts."""
+    load_balancing: Literal["sequence", "micro_batch"] = "micro_batch"
+    """Tokens over which the load of the experts is balanced; sequence = the same in every layout, micro_batch = changes with micro_batch_size."""
+    load_balancing_coefficient: float = 0.01
+    """Weight of the load-balancing loss, over all tokens whether selected or not; 0 = none."""
+    router_z_loss_coefficient: float = 0.0
+    """Weight of the router z-loss (mean squared logsumexp of the router's logits), over all tokens; 0 = none."""
     initialization_std: float = 0.02
     """Standard deviation of the initial weights."""
     dropout: float = 0.0
@@ -98,6 +110,10 @@ class ParallelConfig:
     """Model chunks per pipeline rank (interleaved schedule); 1 = plain 1F1B."""
     context: int = 1
     """Context-parallel size: each sequence is split over this many processes."""
+    expert: int = 1
+    """Expert-parallel size: the experts of each layer are spread over this many processes, taken from the data, context (and tensor) ranks."""
+    expert_tensor: int = 0
+    """Tensor-parallel size inside an expert; 0 = parallel.tensor. 1 keeps experts whole, which suits many small ones (needs expert > 1)."""
     sequence: bool = False
     """Sequence parallelism: split norms and residuals over the tensor group (needs tensor > 1)."""
     distributed_optimizer: bool = False

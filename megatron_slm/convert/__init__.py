@@ -1,4 +1,4 @@
-"""Conversion between our checkpoints and Hugging Face folders (Llama, Mistral, Qwen2, Qwen3).
+"""Conversion between our checkpoints and Hugging Face folders (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE).
 
 names.py         the one table of names and transforms, read in both directions
 stored_state.py  full tensors out of, and into, a checkpoint folder of any parallel layout; one process, no GPU

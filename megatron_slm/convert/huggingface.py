@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json and safetensors, out of and into ModelConfig and our tensors.
 
-Which architecture a model becomes: qk_norm -> Qwen3, qkv_bias -> Qwen2, otherwise Llama. Mistral folders are read as Llama.
+Which architecture a model becomes: qk_norm -> Qwen3, qkv_bias -> Qwen2, otherwise Llama; with experts, qk_norm -> Qwen3-MoE, otherwise Mixtral.
+Mistral folders are read as Llama.
 """
 
 import json
@@ -24,6 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGEST_SHARD_BYTES = 5 * 10**9
 # Written last: a folder that has it is a complete export.
 LAST_FILE = "config.json"
+MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def export(
@@ -147,6 +149,12 @@ def architecture(model: ModelConfig) -> tuple[str, str]:
     """(class, model_type) of the Hugging Face model that computes the same. ValueError when there is none."""
     if model.qk_norm and model.qkv_bias:
         raise ValueError("model.qk_norm together with model.qkv_bias has no Hugging Face architecture to export to; train with one of them")
+    if model.experts and model.qkv_bias:
+        raise ValueError("model.qkv_bias together with model.experts has no Hugging Face architecture to export to (Qwen2-MoE also has a shared expert)")
+    if model.experts and not model.qk_norm and not model.renormalize_experts:
+        raise ValueError("model.experts with renormalize_experts: false has no Hugging Face architecture to export to without model.qk_norm (Qwen3-MoE)")
+    if model.experts:
+        return ("Qwen3MoeForCausalLM", "qwen3_moe") if model.qk_norm else ("MixtralForCausalLM", "mixtral")
     if model.qk_norm:
         return "Qwen3ForCausalLM", "qwen3"
     return ("Qwen2ForCausalLM", "qwen2") if model.qkv_bias else ("LlamaForCausalLM", "llama")
@@ -177,7 +185,13 @@ def huggingface_config(model: ModelConfig, sequence_length: int, tokenizer: Toke
         "use_cache": True,
         "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
     }
-    if model_type == "llama":
+    if model_type == "mixtral":
+        config |= {"num_local_experts": model.experts, "num_experts_per_tok": model.experts_per_token, "sliding_window": None}
+    elif model_type == "qwen3_moe":
+        config |= {"num_experts": model.experts, "num_experts_per_tok": model.experts_per_token, "moe_intermediate_size": geometry.ffn_hidden_size,
+                   "norm_topk_prob": model.renormalize_experts, "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False,
+                   "use_sliding_window": False}
+    elif model_type == "llama":
         config |= {"attention_bias": False, "mlp_bias": False}
     elif model_type == "qwen3":
         config |= {"attention_bias": False, "use_sliding_window": False}
@@ -213,12 +227,24 @@ def rope_settings(config: dict) -> dict:
     return settings
 
 
+def expert_settings(config: dict) -> dict:
+    """The fields of ModelConfig about experts that a config.json describes."""
+    if config.get("model_type") == "mixtral":
+        return {"experts": config["num_local_experts"], "experts_per_token": config["num_experts_per_tok"]}
+    if config.get("model_type") == "qwen3_moe":
+        return {"experts": config["num_experts"], "experts_per_token": config["num_experts_per_tok"],
+                "renormalize_experts": config.get("norm_topk_prob", False)}
+    return {}
+
+
 def model_config(config: dict) -> tuple[ModelConfig, int]:
     """(ModelConfig, sequence length) that compute what a config.json describes. ValueError naming every setting we have no place for."""
     model_type = config.get("model_type")
     problems = []
-    if model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-        problems.append(f"model_type {model_type!r}; expected llama, mistral, qwen2 or qwen3")
+    if model_type not in MODEL_TYPES:
+        problems.append(f"model_type {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
+    if model_type == "qwen3_moe" and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        problems.append("dense layers among those of experts (mlp_only_layers or decoder_sparse_step)")
     rope = {}
     try:
         rope = rope_settings(config)
@@ -236,7 +262,7 @@ def model_config(config: dict) -> tuple[ModelConfig, int]:
     model = ModelConfig(
         layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        ffn_hidden_size=config["moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"],
         attention_heads=config["num_attention_heads"],
         query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_size=config.get("head_dim") or (128 if model_type == "qwen3" else config["hidden_size"] // config["num_attention_heads"]),
@@ -245,7 +271,8 @@ def model_config(config: dict) -> tuple[ModelConfig, int]:
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         tied_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "qwen3_moe"),
+        **expert_settings(config),
         initialization_std=config.get("initializer_range", 0.02),
     )
     return model, sequence_length

@@ -1,7 +1,7 @@
 """One table of tensor names and transforms, used in both directions.
 
 Legend: V true vocabulary, Vp padded vocabulary, H hidden size, F feed-forward size, A query heads, G query groups (key/value heads),
-D head size. All tensors are whole: tensor- and pipeline-parallel pieces are put together before they come here.
+D head size, E experts. All tensors are whole: tensor- and pipeline-parallel pieces are put together before they come here.
 
 Rotary embedding needs no transform: megatron-core's non-interleaved form and Hugging Face's rotate_half pair the same channels.
 """
@@ -32,6 +32,7 @@ class Geometry:
     tied: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: int = 0
 
     @classmethod
     def from_model(cls, model: ModelConfig) -> "Geometry":
@@ -54,6 +55,7 @@ class Geometry:
             tied=model.tied_embeddings,
             qkv_bias=model.qkv_bias,
             qk_norm=model.qk_norm,
+            experts=model.experts,
         )
 
 
@@ -97,7 +99,7 @@ GATE_UP = Transform(lambda fused, _: tuple(fused.chunk(2)), lambda parts, _: tor
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table; {layer} in the names stands for every layer's global number."""
+    """One line of the table; {layer} and {expert} in the names stand for every layer's and every expert's global number."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -114,6 +116,28 @@ def _qkv_rows(geometry: Geometry) -> int:
 
 _OURS = "decoder.layers.{layer}."
 _THEIRS = "model.layers.{layer}."
+
+
+def _dense(geometry: Geometry) -> bool:
+    return not geometry.experts
+
+
+def _mixtral(geometry: Geometry) -> bool:
+    return geometry.experts > 0 and not geometry.qk_norm
+
+
+def _qwen3_moe(geometry: Geometry) -> bool:
+    return geometry.experts > 0 and geometry.qk_norm
+
+
+def _expert_rules(present: Callable[[Geometry], bool], router: str, expert: str, gate_up: tuple[str, str], down: str) -> tuple[Rule, ...]:
+    """A mixture of experts under the names of one family: the router, and each expert as a feed-forward layer of its own."""
+    own, theirs = _OURS + "mlp.experts.local_experts.{expert}.", _THEIRS + expert
+    return (
+        Rule(_OURS + "mlp.router.weight", (_THEIRS + router,), SAME, lambda g: (g.experts, g.hidden_size), present),
+        Rule(own + "linear_fc1.weight", tuple(theirs + name for name in gate_up), GATE_UP, lambda g: (2 * g.ffn_hidden_size, g.hidden_size), present),
+        Rule(own + "linear_fc2.weight", (theirs + down,), SAME, lambda g: (g.hidden_size, g.ffn_hidden_size), present),
+    )
 
 
 def _attention(suffix: str, parts: str = "qkv") -> tuple[str, ...]:
@@ -134,8 +158,11 @@ TABLE: tuple[Rule, ...] = (
         (_THEIRS + "mlp.gate_proj.weight", _THEIRS + "mlp.up_proj.weight"),
         GATE_UP,
         lambda g: (2 * g.ffn_hidden_size, g.hidden_size),
+        _dense,
     ),
-    Rule(_OURS + "mlp.linear_fc2.weight", (_THEIRS + "mlp.down_proj.weight",), SAME, lambda g: (g.hidden_size, g.ffn_hidden_size)),
+    Rule(_OURS + "mlp.linear_fc2.weight", (_THEIRS + "mlp.down_proj.weight",), SAME, lambda g: (g.hidden_size, g.ffn_hidden_size), _dense),
+    *_expert_rules(_mixtral, "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{expert}.", ("w1.weight", "w3.weight"), "w2.weight"),
+    *_expert_rules(_qwen3_moe, "mlp.gate.weight", "mlp.experts.{expert}.", ("gate_proj.weight", "up_proj.weight"), "down_proj.weight"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), SAME, lambda g: (g.hidden_size,)),
     Rule("output_layer.weight", ("lm_head.weight",), VOCABULARY, lambda g: (g.padded_vocabulary_size, g.hidden_size), lambda g: not g.tied),
 )
@@ -143,7 +170,7 @@ TABLE: tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of one model: a rule with its layer number filled in."""
+    """One tensor of one model: a rule with its layer and expert numbers filled in."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -158,12 +185,13 @@ def entries(geometry: Geometry) -> list[Entry]:
         if rule.present(geometry):
             (per_layer if "{layer}" in rule.ours else after if per_layer else before).append(rule)
 
-    def fill(rule: Rule, layer: int) -> Entry:
-        theirs = tuple(name.format(layer=layer) for name in rule.theirs)
-        return Entry(rule.ours.format(layer=layer), theirs, rule.transform, rule.shape(geometry))
+    def fill(rule: Rule, layer: int = 0) -> Iterator[Entry]:
+        for expert in range(geometry.experts if "{expert}" in rule.ours else 1):
+            theirs = tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
+            yield Entry(rule.ours.format(layer=layer, expert=expert), theirs, rule.transform, rule.shape(geometry))
 
-    layers = [fill(rule, layer) for layer in range(geometry.layers) for rule in per_layer]
-    return [fill(rule, 0) for rule in before] + layers + [fill(rule, 0) for rule in after]
+    layers = [entry for layer in range(geometry.layers) for rule in per_layer for entry in fill(rule, layer)]
+    return [entry for rule in before for entry in fill(rule)] + layers + [entry for rule in after for entry in fill(rule)]
 
 
 def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:

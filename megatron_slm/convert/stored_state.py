@@ -1,14 +1,16 @@
 """Whole model tensors out of, and into, a checkpoint folder: one process, no GPU, no process group, one tensor in memory at a time.
 
 A checkpoint is a torch.distributed.checkpoint folder as megatron-core's "torch_dist" format writes it (`.metadata`, `__R_T.distcp`)
-with three habits of megatron-core:
+with four habits of megatron-core:
 - all layers of one kind are one tensor with the layer number in front: decoder.layers.mlp.linear_fc2.weight is [L, H, F];
-- the two norms of a layer are stored under Transformer Engine's fused names;
+- so are all experts of all layers: decoder.layers.mlp.experts.experts.linear_fc2.weight is [L, E, H, F];
+- the two norms of a layer are stored under Transformer Engine's fused names, except the one before a mixture of experts;
 - the fused gate+up matrix is stored whole (all gate rows, then all up rows), whatever the tensor-parallel size.
 """
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -29,17 +31,22 @@ STORED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+OUR_EXPERTS, STORED_EXPERTS = "mlp.experts.local_experts.", "mlp.experts.experts."
 OUR_NAMES = {stored: ours for ours, stored in STORED_NAMES.items()}
 # Only what starts like this is the model's; optimizer state and random states in the same folder are left alone.
 MODEL_KEY = re.compile(r"(embedding|decoder|output_layer)\..*")
 
 
-def stored_key(name: str) -> tuple[str, int | None]:
-    """The checkpoint's key of one of our tensors, and its place in the leading layer dimension (None outside the layers)."""
+def stored_key(name: str, *, mixture: bool = False) -> tuple[str, tuple[int, ...]]:
+    """The checkpoint's key of one of our tensors, and its place in the leading dimensions: (), (layer,) or (layer, expert)."""
     match = re.fullmatch(re.escape(LAYERS) + r"(\d+)\.(.+)", name)
     if match is None:
-        return name, None
-    return LAYERS + STORED_NAMES.get(match[2], match[2]), int(match[1])
+        return name, ()
+    layer, suffix = int(match[1]), match[2]
+    if expert := re.fullmatch(re.escape(OUR_EXPERTS) + r"(\d+)\.(.+)", suffix):
+        return f"{LAYERS}{STORED_EXPERTS}{expert[2]}", (layer, int(expert[1]))
+    fused = not (mixture and suffix.startswith("pre_mlp_layernorm"))
+    return LAYERS + (STORED_NAMES.get(suffix, suffix) if fused else suffix), (layer,)
 
 
 class FullState(Mapping[str, Tensor]):
@@ -54,7 +61,7 @@ class FullState(Mapping[str, Tensor]):
         if missing:
             raise ValueError(f"{self.folder} is not a complete checkpoint: {' and '.join(missing)} not found in it")
         self._metadata = dcp.FileSystemReader(self.folder).read_metadata()
-        self._places: dict[str, tuple[str, int | None]] = {}
+        self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key, stored in self._metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and MODEL_KEY.fullmatch(key):
                 self._add(key, stored)
@@ -63,17 +70,21 @@ class FullState(Mapping[str, Tensor]):
 
     def _add(self, key: str, stored: TensorStorageMetadata) -> None:
         if not key.startswith(LAYERS):
-            self._places[key] = (key, None)
+            self._places[key] = (key, ())
             return
         suffix = key.removeprefix(LAYERS)
         for layer in range(stored.size[0]):
-            self._places[f"{LAYERS}{layer}.{OUR_NAMES.get(suffix, suffix)}"] = (key, layer)
+            if suffix.startswith(STORED_EXPERTS):
+                for expert in range(stored.size[1]):
+                    self._places[f"{LAYERS}{layer}.{OUR_EXPERTS}{expert}.{suffix.removeprefix(STORED_EXPERTS)}"] = (key, (layer, expert))
+            else:
+                self._places[f"{LAYERS}{layer}.{OUR_NAMES.get(suffix, suffix)}"] = (key, (layer,))
 
     def __getitem__(self, name: str) -> Tensor:
-        key, layer = self._places[name]
+        key, place = self._places[name]
         stored = self._metadata.state_dict_metadata[key]
-        size = stored.size if layer is None else torch.Size([1, *stored.size[1:]])
-        offsets = [0] * len(size) if layer is None else [layer, *[0] * (len(size) - 1)]
+        own_size = stored.size[len(place):]
+        size, offsets = torch.Size([1] * len(place) + [*own_size]), [*place, *[0] * len(own_size)]
         tensor = torch.empty(size, dtype=stored.properties.dtype)
         reader = dcp.FileSystemReader(self.folder)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -81,7 +92,7 @@ class FullState(Mapping[str, Tensor]):
         if sum(math.prod(item.lengths) for item in items) != tensor.numel():
             raise ValueError(f"{self.folder}: {name} is only partly stored; use another checkpoint")
         reader.read_data(planning.LoadPlan(items), _OneTensor(tensor)).wait()
-        return tensor if layer is None else tensor[0]
+        return tensor.view(own_size)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -129,23 +140,31 @@ def write_full_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
     (folder / "metadata.json").write_text(json.dumps(formats))
 
 
+def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:
+    """Keys of the (empty) extra state that the linear layers of megatron-core expect, one object per layer, or per layer and expert."""
+    layers = counts[0]
+    per_layer = ["self_attention.linear_qkv", "self_attention.linear_proj"] + ["mlp.linear_fc1", "mlp.linear_fc2"] * (len(counts) == 1)
+    yield from (f"{LAYERS}{kind}._extra_state/shard_{layer}_{layers}" for kind in per_layer for layer in range(layers))
+    for layer, expert in itertools.product(*map(range, counts)) if len(counts) == 2 else ():
+        for kind in ("linear_fc1", "linear_fc2"):
+            yield f"{LAYERS}{STORED_EXPERTS}{kind}._extra_state/shard_{layer}.{expert}_{layers}.{counts[1]}"
+
+
 class _OneByOne(DefaultSavePlanner):
-    """Plans one piece per layer and tensor, and asks for its content only when the writer has reached it."""
+    """Plans one piece per layer (and expert) and tensor, and asks for its content only when the writer has reached it."""
 
     def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], layers: int, dtype: torch.dtype):
         super().__init__()
         self._state, self._dtype, self._names = state, dtype, {}
-        self._items = [self._tensor_item(name, shape, layers) for name, shape in shapes.items()]
-        # The linear layers of megatron-core also expect their (empty) extra state, one object per layer.
-        linear = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-        for key in [f"{LAYERS}{kind}._extra_state/shard_{layer}_{layers}" for kind in linear for layer in range(layers)]:
+        numbers = [place[1] for place in (stored_key(name)[1] for name in shapes) if len(place) == 2]
+        counts = (layers, max(numbers) + 1) if numbers else (layers,)
+        self._items = [self._tensor_item(name, shape, counts) for name, shape in shapes.items()]
+        for key in _extra_states(counts):
             self._items.append(planning.WriteItem(MetadataIndex(key), planning.WriteItemType.BYTE_IO, planning.BytesIOWriteData(0)))
 
-    def _tensor_item(self, name: str, shape: tuple[int, ...], layers: int) -> planning.WriteItem:
-        key, layer = stored_key(name)
-        piece, whole, offsets = shape, shape, (0,) * len(shape)
-        if layer is not None:
-            piece, whole, offsets = (1, *shape), (layers, *shape), (layer, *(0,) * len(shape))
+    def _tensor_item(self, name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> planning.WriteItem:
+        key, place = stored_key(name, mixture=len(counts) == 2)
+        piece, whole, offsets = (*[1] * len(place), *shape), (*counts[:len(place)], *shape), (*place, *[0] * len(shape))
         index = MetadataIndex(key, torch.Size(offsets))
         self._names[key, index.offset] = name
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(piece))

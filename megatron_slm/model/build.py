@@ -51,13 +51,20 @@ class Decoder(GPTModel):
         return torch.stack([loss_SB, *(extras[name].float() for name in self.extra_outputs)]).transpose(1, 2).contiguous()
 
 
-def transformer_config(config: Config, *, on_gpu: bool) -> TransformerConfig:
-    """megatron-core's TransformerConfig for our settings."""
+def transformer_config(config: Config, *, on_gpu: bool, grouped_experts: bool = False) -> TransformerConfig:
+    """megatron-core's TransformerConfig for our settings. `grouped_experts`: one grouped matrix product over a rank's experts (Transformer Engine)."""
     model, parallel = config.model, config.parallel
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.device.precision]
     interleaved = parallel.virtual_pipeline > 1
     recompute = {"none": {}, "selective": {"recompute_granularity": "selective"},
                  "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}[model.recompute]
+    experts = {} if not model.experts else dict(
+        num_moe_experts=model.experts, moe_ffn_hidden_size=model.ffn_hidden_size, moe_router_topk=model.experts_per_token,
+        moe_router_pre_softmax=not model.renormalize_experts, moe_router_dtype="fp32", moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type={"sequence": "seq_aux_loss", "micro_batch": "aux_loss"}[model.load_balancing],
+        moe_aux_loss_coeff=model.load_balancing_coefficient, moe_z_loss_coeff=model.router_z_loss_coefficient or None,
+        moe_grouped_gemm=grouped_experts, expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor)
     fused_weight_gradient = on_gpu and device_room._has_module("fused_weight_gradient_mlp_cuda")
     return TransformerConfig(
         num_layers=model.layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
@@ -77,7 +84,7 @@ def transformer_config(config: Config, *, on_gpu: bool) -> TransformerConfig:
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fused_weight_gradient,
         perform_initialization=False, use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu, bias_dropout_fusion=on_gpu, masked_softmax_fusion=False, **recompute,
+        bias_activation_fusion=on_gpu, bias_dropout_fusion=on_gpu, masked_softmax_fusion=False, **recompute, **experts,
     )
 
 
@@ -95,7 +102,7 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
     chunks = []
     for stage in range(groups.virtual_chunks):
         vp_stage = stage if groups.virtual_chunks > 1 else None
-        core_config = transformer_config(config, on_gpu=on_gpu)
+        core_config = transformer_config(config, on_gpu=on_gpu, grouped_experts=layers == "transformer_engine")
         chunk = Decoder(
             core_config, layer_spec(core_config, layers, vp_stage), padded_vocabulary_size(config, vocabulary_size),
             config.data.sequence_length, pre_process=is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

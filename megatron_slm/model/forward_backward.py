@@ -12,19 +12,27 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_slm.data.batch import Batch
+from megatron_slm.model.router import scale_auxiliary_losses
 from megatron_slm.parallel import Groups
 
 LossFunction = Callable[[int, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]
 """(index of the micro-batch, batch, model output) -> (sum of weighted losses, divisor, report); divisor is a float64 0-d tensor."""
 
 
-def forward_backward(models: list, batches: Sequence[Batch], loss_function: LossFunction, groups: Groups) -> list[dict]:
+def forward_backward(models: list, batches: Sequence[Batch], loss_function: LossFunction, groups: Groups, *,
+                     divisor_ahead: torch.Tensor | None = None) -> list[dict]:
     """Accumulate the gradient of (sum of losses over all micro-batches and ranks) / (sum of divisors), in main_grad.
 
     Equals, in one process: `(sum_m loss_sum_m / sum_m divisor_m).backward()`. The divisor is summed here in float64 and
     not through megatron-core's `num_tokens`, which is an integer: a float there raises on last-stage ranks only and hangs
     the others, and soft token weights need a float (METHOD 4.1, 4.2). Returns the reports of the last stage, else [].
+
+    `divisor_ahead`: for models with experts, the divisors this rank's micro-batches will have (float64, 0-d; read on the last stage). With it the
+    mean over micro-batches of the routers' auxiliary losses is added to what is differentiated (model/router.py).
     """
+    if divisor_ahead is not None:
+        step_divisor = _over_ranks(divisor_ahead, groups)
+        scale_auxiliary_losses(models, _one_for_zero(step_divisor) / (len(batches) * groups.dp_size))
     divisor = torch.zeros((), dtype=torch.float64, device=groups.device)
 
     def counted_loss(index, batch, output):
@@ -42,13 +50,23 @@ def forward_backward(models: list, batches: Sequence[Batch], loss_function: Loss
 
 
 def _divide_gradients(chunks: list, divisor: torch.Tensor, groups: Groups) -> None:
-    """Divide all gradients by the global divisor; with nothing selected anywhere they are already zero and stay so."""
-    if groups.pp_size > 1:     # the divisor lives on the last stage; every stage's gradients need it
-        dist.broadcast(divisor, group=groups.pp, group_src=groups.pp_size - 1)
-    dist.all_reduce(divisor, group=groups.dp_cp)
-    scale = torch.where(divisor > 0, 1.0 / divisor, torch.zeros_like(divisor)).float()
+    """Divide all gradients by the global divisor; with nothing selected anywhere those of the loss are already zero and stay so."""
+    scale = (1.0 / _one_for_zero(_over_ranks(divisor, groups))).float()
     for chunk in chunks:
         chunk.scale_gradients(scale)
+
+
+def _over_ranks(part: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The sum over the last stage's data x context ranks of their parts, in place, on every rank of the job."""
+    if groups.pp_size > 1:     # the divisor lives on the last stage; every stage's gradients need it
+        dist.broadcast(part, group=groups.pp, group_src=groups.pp_size - 1)
+    dist.all_reduce(part, group=groups.dp_cp)
+    return part
+
+
+def _one_for_zero(divisor: torch.Tensor) -> torch.Tensor:
+    """1 in place of 0: a step that selected nothing has no loss to divide, and experts still learn to share the load."""
+    return torch.where(divisor > 0, divisor, 1.0)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_slm.model.router import Router
+
 
 class RMSNorm(torch.nn.Module):
     """torch.nn.functional.rms_norm in fp32, with a weight; marks its weight for sequence parallelism.
@@ -90,12 +92,19 @@ class CausalAttention(torch.nn.Module):
 def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
     """The decoder's spec for this pipeline stage: `layers` is "torch" or "transformer_engine"."""
     if layers == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
-                                                          qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
+                                                           qk_layernorm=config.qk_layernorm)
+        if config.num_moe_experts:
+            layer.submodules.mlp.submodules.router = Router
+        return layer
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
                                      qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        parts.mlp.submodules.router = Router
+        # Transformer Engine fuses no norm into a mixture and stores it under its own name; the same here, so that checkpoints fit both.
+        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention
     if config.qk_layernorm:

@@ -27,18 +27,22 @@ class FlopsPerToken:
 def model_flops_per_token(model: ModelConfig, sequence_length: int, vocabulary_size: int) -> FlopsPerToken:
     """Matrix-multiply FLOPs of the decoder, per token; a [1, m] x [m, n] product is 2mn.
 
-    With H = hidden, L = layers, a = query heads, g = key/value heads, d = head size, F = feed-forward, S = sequence, V = vocabulary:
+    With H = hidden, L = layers, a = query heads, g = key/value heads, d = head size, F = feed-forward, S = sequence, V = vocabulary,
+    E = experts, k = experts per token:
       projections  L * 2H(a + 2g)d + L * 2adH      queries, keys and values; output
       core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a causal mask shows on average
-      feed-forward L * 6HF                         gate, up and down of SwiGLU
+      feed-forward L * 6HF                         gate, up and down of SwiGLU; with experts L * (6HFk + 2HE): the k experts a token is sent to, and the router
       head         2HV                             the embedding is a lookup and costs none
     """
     head_size = model.head_size or model.hidden_size // model.attention_heads
     query_groups = model.query_groups or model.attention_heads
     query_width = model.attention_heads * head_size
+    feed_forward = 6 * model.hidden_size * model.ffn_hidden_size
+    if model.experts:
+        feed_forward = feed_forward * model.experts_per_token + 2 * model.hidden_size * model.experts
     return FlopsPerToken(
         attention_projections=model.layers * 2 * model.hidden_size * (2 * query_width + 2 * query_groups * head_size),
         attention_core=model.layers * 2 * query_width * (sequence_length + 1),
-        feed_forward=model.layers * 6 * model.hidden_size * model.ffn_hidden_size,
+        feed_forward=model.layers * feed_forward,
         head=2 * model.hidden_size * vocabulary_size,
     )

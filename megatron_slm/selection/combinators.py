@@ -72,6 +72,8 @@ class RhoLoss(Scorer):
         self.column = column
         self.needs = frozenset({"loss", column})
 
+    keeps_fixed_weight = False      # which sequence is completed beyond the share decides the number
+
     def rank(self, columns, eligible_BS, population, progress):
         excess_BS = excess_loss(columns["loss"], columns[self.column])
         known_BS = eligible_BS.bool() & excess_BS.isfinite()
@@ -140,6 +142,7 @@ class Band(Scorer):
     """
 
     kind, choices = "choice", 2
+    keeps_fixed_weight = True       # the difference of two exact shares
 
     def __init__(self, of: str | Mapping = "excess_loss", skip_fraction: float = 0.1):
         if not 0.0 < skip_fraction < 1.0:
@@ -177,6 +180,10 @@ class MixedWithClm(Scorer):
     @property
     def uses_keep_fraction(self) -> bool:
         return self.child.uses_keep_fraction
+
+    @property
+    def keeps_fixed_weight(self) -> bool:
+        return self.child.keeps_fixed_weight
 
     def check_scope(self, scope):
         self.child.check_scope(scope)

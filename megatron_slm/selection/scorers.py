@@ -73,6 +73,14 @@ class Scorer:
         """Whether the choice is known before the model runs: no forward pass first for global_batch, and a head on kept rows only."""
         return not self.needs & {"loss", "entropy"}
 
+    @property
+    def keeps_fixed_weight(self) -> bool:
+        """Whether the sum of the weights is known before the model's losses: an exact share of the tokens with a score, or a static choice.
+
+        It assumes that the losses do not decide which tokens have a score. Override it in a scorer whose number of chosen tokens moves.
+        """
+        return self.kind == "score" or self.is_static
+
     def check_scope(self, scope: str) -> None:
         """Raises ValueError when the scorer cannot work in this scope."""
         if scope == "running_threshold" and self.choices > 1:

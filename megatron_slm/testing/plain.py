@@ -27,6 +27,7 @@ class PlainDecoder(torch.nn.Module):
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """fp32 [B, S, vocabulary_size]; padded vocabulary rows take no part."""
+        self.routed: list[tuple[Tensor, Tensor]] = []      # per layer of a mixture of experts: logits and choices of its router
         hidden_BSH = F.embedding(tokens_BS, self.weight("embedding.word_embeddings.weight"))
         for layer in range(self.model.layers):
             hidden_BSH = self._layer(hidden_BSH, f"decoder.layers.{layer}.")
@@ -41,9 +42,40 @@ class PlainDecoder(torch.nn.Module):
 
     def _layer(self, hidden_BSH: Tensor, prefix: str) -> Tensor:
         hidden_BSH = hidden_BSH + self._attention(self._norm(hidden_BSH, prefix + "input_layernorm.weight"), prefix + "self_attention.")
-        gate_up = self._norm(hidden_BSH, prefix + "pre_mlp_layernorm.weight") @ self.weight(prefix + "mlp.linear_fc1.weight").T
-        gate, up = gate_up.chunk(2, dim=-1)
-        return hidden_BSH + (F.silu(gate) * up) @ self.weight(prefix + "mlp.linear_fc2.weight").T
+        normed_BSH = self._norm(hidden_BSH, prefix + "pre_mlp_layernorm.weight")
+        return hidden_BSH + (self._mixture(normed_BSH, prefix + "mlp.") if self.model.experts else self._feed_forward(normed_BSH, prefix + "mlp."))
+
+    def _feed_forward(self, normed_BSH: Tensor, prefix: str) -> Tensor:
+        gate, up = (normed_BSH @ self.weight(prefix + "linear_fc1.weight").T).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ self.weight(prefix + "linear_fc2.weight").T
+
+    def _mixture(self, normed_BSH: Tensor, prefix: str) -> Tensor:
+        """Every expert computes every token here, and the router's weights, zero for the experts not chosen, add them up."""
+        model = self.model
+        logits_BSE = normed_BSH @ self.weight(prefix + "router.weight").T
+        share_BSE = logits_BSE.softmax(-1)
+        chosen_BSE = torch.zeros_like(share_BSE).scatter(-1, logits_BSE.topk(model.experts_per_token, dim=-1).indices, 1.0)
+        weight_BSE = share_BSE * chosen_BSE
+        if model.renormalize_experts:
+            weight_BSE = weight_BSE / weight_BSE.sum(-1, keepdim=True)
+        self.routed.append((logits_BSE, chosen_BSE))
+        return sum(weight_BSE[..., e, None] * self._feed_forward(normed_BSH, f"{prefix}experts.local_experts.{e}.") for e in range(model.experts))
+
+    def auxiliary_losses(self, micro_batches: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """(load-balancing loss, router z-loss) of the last forward pass: sums over layers, means over micro-batches (rows of the batch).
+
+        Switch Transformer's balance: experts * sum over experts of (share of the choices) * (mean probability); 1 when even.
+        """
+        model, balance, z_loss = self.model, 0.0, 0.0
+        for logits_BSE, chosen_BSE in self.routed:
+            for rows in micro_batches:
+                z_loss = z_loss + logits_BSE[rows].logsumexp(-1).square().mean() / len(micro_batches)
+                for part in [[row] for row in rows] if model.load_balancing == "sequence" else [rows]:
+                    share_E = chosen_BSE[part].flatten(0, 1).mean(0) / model.experts_per_token
+                    probability_E = logits_BSE[part].softmax(-1).flatten(0, 1).mean(0)
+                    parts = len(rows) if model.load_balancing == "sequence" else 1
+                    balance = balance + model.experts * (share_E * probability_E).sum() / parts / len(micro_batches)
+        return balance, z_loss
 
     def _attention(self, normed_BSH: Tensor, prefix: str) -> Tensor:
         model = self.model
@@ -110,8 +142,10 @@ class PlainTrainer:
         self.adam = torch.optim.AdamW([{"params": decayed, "weight_decay": optimizer_settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                       lr=optimizer_settings.learning_rate, betas=(optimizer_settings.beta1, optimizer_settings.beta2), eps=optimizer_settings.epsilon)
 
-    def step(self, batch: dict[str, Tensor], populations: list[list[int]], keep_fraction: float | None, learning_rate: float):
+    def step(self, batch: dict[str, Tensor], populations: list[list[int]], keep_fraction: float | None, learning_rate: float,
+             micro_batches: list[list[int]] | None = None):
         """One update. `populations`: rows of the global batch whose tokens compete with each other; keep_fraction None = plain CLM.
+        `micro_batches`: rows over which experts are balanced, for a mixture of experts.
 
         Returns (ids of selected tokens, mean loss of all eligible tokens, mean loss of selected tokens, gradient norm before clipping).
         """
@@ -128,7 +162,11 @@ class PlainTrainer:
         mask_GS = torch.isin(ids_GS, torch.tensor(sorted(selected)))
         objective = loss_GS[mask_GS].sum() / mask_GS.sum()
         self.adam.zero_grad()
-        objective.backward()
+        whole, model = objective, self.decoder.model
+        if model.experts:
+            self.balance, self.z_loss = self.decoder.auxiliary_losses(micro_batches)
+            whole = whole + model.load_balancing_coefficient * self.balance + model.router_z_loss_coefficient * self.z_loss
+        whole.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.settings.clip_grad_norm or math.inf)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate

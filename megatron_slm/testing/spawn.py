@@ -11,14 +11,14 @@ import torch.multiprocessing as multiprocessing
 from megatron_slm.config.schema import ParallelConfig
 
 
-def run_on_cpu(function: Callable, *args, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, dp: int = 1,
+def run_on_cpu(function: Callable, *args, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, dp: int = 1, ep: int = 1, etp: int = 0,
                sequence_parallel: bool = False, seed: int = 1234) -> list[Any]:
-    """Call `function(groups, *args)` in tp*pp*cp*dp processes; return each rank's result, in rank order.
+    """Call `function(groups, *args)` in tp*pp*cp*dp processes (expert parallelism, `ep`, takes none of its own); return each rank's result, in rank order.
 
     `function` is a top-level function of an importable file, its result picklable. A failure in any rank is raised
     here with that rank's traceback. Processes meet through a file, so tests need no ports and can run side by side.
     """
-    layout = dict(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, sequence_parallel=sequence_parallel)
+    layout = dict(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, ep=ep, etp=etp, sequence_parallel=sequence_parallel)
     return run_layouts_on_cpu(function, {"only": layout}, *args, seed=seed)["only"]
 
 
@@ -26,7 +26,7 @@ def run_layouts_on_cpu(function: Callable, layouts: dict[str, dict], *args, seed
     """`run_on_cpu` for several layouts in one set of processes: `function(groups, *args)` per layout, results by name.
 
     Each process pays megatron-core's import (about 5 s) once, not once per layout. A layout that needs fewer processes
-    leaves the others idle. A layout is a dict with tp, pp, vpp, cp, dp (default 1) and sequence_parallel.
+    leaves the others idle. A layout is a dict with tp, pp, vpp, cp, dp, ep (default 1), etp (0 = tp) and sequence_parallel.
     """
     worlds = {name: layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * layout.get("dp", 1) for name, layout in layouts.items()}
     with tempfile.TemporaryDirectory(prefix="slm_spawn_") as folder:
@@ -41,7 +41,7 @@ def _worker(rank: int, folder: str, layouts: dict[str, dict], worlds: dict[str, 
         if rank >= worlds[name]:
             continue
         parallel = ParallelConfig(tensor=layout.get("tp", 1), pipeline=layout.get("pp", 1), virtual_pipeline=layout.get("vpp", 1),
-                                  context=layout.get("cp", 1), sequence=layout.get("sequence_parallel", False))
+                                  context=layout.get("cp", 1), expert=layout.get("ep", 1), expert_tensor=layout.get("etp", 0), sequence=layout.get("sequence_parallel", False))
         store = torch.distributed.FileStore(str(Path(folder, f"store_{number}")), worlds[name])
         groups = parallel_room.start(parallel, device.choose("cpu"), seed, timeout_minutes=5, store=store, rank=rank, world_size=worlds[name])
         try:

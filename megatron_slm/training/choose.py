@@ -27,11 +27,26 @@ class Chooser:
         self.sequence_length, self.corpora = sequence_length, corpora
         self.running = RunningThreshold() if settings.scope == "running_threshold" else None
         self.extras = tuple(sorted(self.scorer.needs & MODEL_COLUMNS - {"loss"}))
+        self.weight_needed_ahead = False
+        """Whether the divisor of a step must be known before its first backward: in a mixture of experts (model/router.py)."""
 
     @property
     def needs_whole_step(self) -> bool:
         """Whether every loss of the optimizer step must be known before the first backward."""
-        return self.scope == "global_batch" and self.scorer.kind != "mask"
+        if self.scope == "global_batch" and self.scorer.kind != "mask":
+            return True
+        return self.weight_needed_ahead and not self.knows_weight_ahead
+
+    @property
+    def knows_weight_ahead(self) -> bool:
+        """Whether the losses cannot change the sum of the weights."""
+        tracks_threshold = self.scope == "running_threshold" and self.scorer.uses_keep_fraction
+        return self.scorer.keeps_fixed_weight and not tracks_threshold
+
+    def weight_ahead(self, batch: Batch, progress: Progress) -> torch.Tensor:
+        """The sum of the weights that `choose` will give this micro-batch (float64, 0-d), found with zeros for losses; needs knows_weight_ahead."""
+        unknown = {name: torch.zeros(batch.tokens_BS.shape, device=batch.tokens_BS.device) for name in ("loss", *self.extras)}
+        return self.choose_from(self._population(batch.token_id_BS), batch, unknown, progress).weights.sum(dtype=torch.float64)
 
     def choose(self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> tuple[Selection, Measured]:
         """The choice on one micro-batch and what describes it; every rank of the last stage's dp_cp group calls it.
@@ -46,7 +61,9 @@ class Chooser:
         return self.scorer.choose(self._columns(batch, outputs), batch.loss_mask_BS > 0, self.keep_fraction(progress.tokens), population, progress)
 
     def choose_step(self, batches: Sequence[Batch], outputs: Sequence[dict[str, torch.Tensor]], progress: Progress) -> list[Selection]:
-        """The choice on all micro-batches of a step at once (scope global_batch), cut back into micro-batches."""
+        """The choice on all micro-batches of a step: at once under scope global_batch and cut back into micro-batches, else one by one."""
+        if self.scope != "global_batch":
+            return [self.choose_from(self._population(batch.token_id_BS), batch, output, progress) for batch, output in zip(batches, outputs)]
         all_columns = [self._columns(batch, output) for batch, output in zip(batches, outputs)]
         columns = {name: torch.cat([part[name] for part in all_columns]) for name in all_columns[0]}
         eligible = torch.cat([batch.loss_mask_BS > 0 for batch in batches])

@@ -18,6 +18,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.batch import slice_for_context_parallel
 from megatron_slm.model.build import build_model
 from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
+from megatron_slm.model.router import summarise_routing
 from megatron_slm.monitoring import Metrics, Throughput, model_flops_per_token, wandb_run_id
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Progress
@@ -129,11 +130,14 @@ class Run:
         self.store.finish_pending()
 
     def _log(self, grad_norm: float, rate: float, throughput: Throughput) -> None:
-        summary = self.metrics.reduce(self.groups.dp_cp, summarise=summarise)
+        summary = self.metrics.reduce(self.groups.dp_cp, summarise=self._summarise)
         self.tokens_selected += int(summary.pop("tokens/selected", 0))
         self.reporter.log({"kind": "train", "tokens/processed": self.step * self.step_tokens, "tokens/selected": self.tokens_selected, **summary,
                            "optimizer/grad_norm": grad_norm, "optimizer/learning_rate": rate, **throughput.interval(self.step * self.step_tokens)}, self.step)
         self.reporter.think(summary, self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens), self.trainer.chooser.scorer)
+
+    def _summarise(self, reduced: dict) -> dict:
+        return {**summarise(reduced), **summarise_routing(reduced, self.config.model.layers, self.config.model.experts)}
 
     def _validate(self) -> None:
         if not self.validation:

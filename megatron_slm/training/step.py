@@ -11,6 +11,7 @@ import torch
 from megatron_slm.data.batch import Batch
 from megatron_slm.model.forward_backward import ask_for, forward_backward, forward_losses, split_outputs
 from megatron_slm.model.optimizer import set_learning_rate
+from megatron_slm.model.router import has_auxiliary_losses, take_measured
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Progress, Selection
 from megatron_slm.selection.diagnostics import Measured, add
@@ -30,6 +31,7 @@ class Trainer:
 
     def __post_init__(self):
         ask_for(self.models, self.chooser.extras)
+        self.chooser.weight_needed_ahead = has_auxiliary_losses(self.models)
 
     @property
     def reference_extras(self) -> tuple[str, ...]:
@@ -58,11 +60,12 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, l
 
     score_with_reference(trainer, batches)
     known = choose_before_backward(trainer, batches, progress)
-    reports = forward_backward(trainer.models, batches, selected_loss(trainer.chooser, known, progress), trainer.groups)
+    reports = forward_backward(trainer.models, batches, selected_loss(trainer.chooser, known, progress), trainer.groups,
+                               divisor_ahead=weight_ahead(trainer, batches, known, progress))
 
     set_learning_rate(trainer.optimizer, learning_rate)
     updated, grad_norm, _ = trainer.optimizer.step()
-    measured: Measured = trainer.chooser.finish_step(progress)
+    measured: Measured = {**trainer.chooser.finish_step(progress), **take_measured(trainer.models, trainer.groups)}
     for report in reports:
         measured = add(measured, report)
     return StepReport(updated, float(grad_norm), measured)
@@ -109,3 +112,17 @@ def choose_before_backward(trainer: Trainer, batches: Sequence[Batch], progress:
     if not trainer.groups.is_last_stage:
         return [None] * len(batches)
     return trainer.chooser.choose_step(batches, outputs, progress)
+
+
+def weight_ahead(trainer: Trainer, batches: Sequence[Batch], known: list[Selection] | None, progress: Progress) -> torch.Tensor | None:
+    """What this rank will add to the divisor (float64, 0-d; meant on the last stage): the auxiliary losses of experts are scaled by it before backward.
+
+    None for a model without such losses.
+    """
+    if not trainer.chooser.weight_needed_ahead:
+        return None
+    if not trainer.groups.is_last_stage:
+        return torch.zeros((), dtype=torch.float64, device=trainer.groups.device)
+    if known is not None:
+        return sum(selection.weights.sum(dtype=torch.float64) for selection in known)
+    return sum(trainer.chooser.weight_ahead(batch, progress) for batch in batches)

@@ -48,6 +48,10 @@ torch.manual_seed(5); b = torch.rand(3)
 assert torch.equal(a, b), "one random state"
 state = torch.cuda.get_rng_state(); c = torch.rand(3); torch.cuda.set_rng_state(state)
 assert torch.equal(c, torch.rand(3))
+stream = torch.cuda.Stream()
+with torch.cuda.stream(stream):
+    stream.wait_stream(torch.cuda.current_stream())
+    stream.record_event().synchronize()
 torch.cuda.synchronize(); torch.cuda.set_device(0); torch.cuda.empty_cache()
 assert torch.cuda.device_count() == 1
 

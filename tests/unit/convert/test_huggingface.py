@@ -23,7 +23,16 @@ VARIANTS = {
     # 24 tokens of context stretched from 16: the five channels lie on both sides of the blend and in it.
     "LlamaForCausalLM, llama3": {"head_size": 10, "rope_base": 100.0, "rope_scaling": "llama3", "rope_scaling_factor": 3.0,
                                  "rope_original_sequence_length": 16, "rope_low_frequency_factor": 0.5, "rope_high_frequency_factor": 2.0},
+    "MixtralForCausalLM": {"query_groups": 2, "experts": 4},
+    "Qwen3MoeForCausalLM": {"query_groups": 4, "qk_norm": True, "experts": 4, "experts_per_token": 3, "renormalize_experts": False},
     "LlamaForCausalLM, linear": {"rope_scaling": "linear", "rope_scaling_factor": 2.5},
+}
+COMMON = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2)
+PEERS = {      # models of transformers that are imported
+    "qwen2": COMMON | {"tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 16}},
+    "mixtral": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 TOKENS_BS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -47,8 +56,8 @@ def logits_BSV(model, groups) -> torch.Tensor:
     return torch.cat(parts, dim=-1)[..., :101].float()
 
 
-def save_and_run(groups, folder: str, imported: str) -> dict[str, torch.Tensor]:
-    """Save one checkpoint per variant, with every parameter drawn at random; return its logits and those of an imported model."""
+def save_and_run(groups, folder: str) -> dict[str, torch.Tensor]:
+    """Save one checkpoint per variant, with every parameter drawn at random; return its logits and those of the imported models."""
     from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
     from megatron_slm.model.build import build_model
 
@@ -62,20 +71,21 @@ def save_and_run(groups, folder: str, imported: str) -> dict[str, torch.Tensor]:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
         CheckpointStore(Path(folder, variant), groups).save(models, None, describe(config), trainer_state(None, groups))
         results[variant] = logits_BSV(models[0], groups)
-    config = settings("Qwen2ForCausalLM", groups)
-    config.model = read_checkpoint_info(imported).reference_model()
-    models = build_model(config, 101, groups)
-    load_weights(models, imported, groups)
-    results["imported"] = logits_BSV(models[0], groups)
+    for name in PEERS:
+        config.model = read_checkpoint_info(f"{folder}/imported_{name}").reference_model()
+        models = build_model(config, 101, groups)
+        load_weights(models, f"{folder}/imported_{name}", groups)
+        results[f"imported {name}"] = logits_BSV(models[0], groups)
     return results
 
 
-def save_again(groups, source: str, target: str) -> None:
-    """Load a checkpoint into this layout and save it from there, with optimizer state beside the weights."""
+def save_again(groups, source: str, target: str, variant: str) -> None:
+    """Load a checkpoint into this layout and save it from there."""
     from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
     from megatron_slm.model.build import build_model
 
-    config = settings("LlamaForCausalLM", groups)
+    config = settings(variant, groups)
+    config.parallel.expert = groups.ep_size
     models = build_model(config, 101, groups)
     info = load_weights(models, source, groups)
     CheckpointStore(target, groups).save(models, None, info, trainer_state(None, groups))
@@ -91,24 +101,20 @@ def huggingface_logits(folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(folder of runs saved by two tensor-parallel processes, their logits, the folder of the Hugging Face model that was imported)."""
+    """(folder of runs saved by two tensor-parallel processes and of the models they imported, logits of all of them)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(13)
-    peer_config = AutoConfig.for_model(
-        "qwen2", vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=True, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2,
-        rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
-                         "original_max_position_embeddings": 16})
-    peer = AutoModelForCausalLM.from_config(peer_config)
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    peer.save_pretrained(folder / "peer", max_shard_size="40KB")
-    small_tokenizer(folder / "peer")
-    assert import_hf.main(["--input", str(folder / "peer"), "--output", str(folder / "imported")]) == 0
-    return folder, run_on_cpu(save_and_run, str(folder), str(folder / "imported"), tp=2)[0], folder / "peer"
+    for name, peer_settings in PEERS.items():
+        peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **peer_settings))
+        with torch.no_grad():
+            for parameter in peer.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        peer.save_pretrained(folder / f"peer_{name}", max_shard_size="40KB")
+        small_tokenizer(folder / f"peer_{name}")
+        assert import_hf.main(["--input", str(folder / f"peer_{name}"), "--output", str(folder / f"imported_{name}")]) == 0
+    return folder, run_on_cpu(save_and_run, str(folder), tp=2)[0]
 
 
 def small_tokenizer(folder: Path) -> None:
@@ -120,7 +126,7 @@ def small_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exported_logits_are_those_of_our_model(runs, tmp_path, variant, capsys):
-    folder, logits, _ = runs
+    folder, logits = runs
     output = tmp_path / "export"
     assert export_hf.main(["--checkpoint", str(folder / variant), "--output", str(output), "--tokenizer", "none"]) == 0
     assert json.loads((output / "config.json").read_text())["architectures"] == [variant.split(",")[0]]
@@ -129,23 +135,26 @@ def test_exported_logits_are_those_of_our_model(runs, tmp_path, variant, capsys)
     assert torch.allclose(ours, theirs, rtol=0, atol=2e-4), (ours - theirs).abs().max()
 
 
-def test_imported_logits_are_those_of_the_hugging_face_model(runs):
-    folder, logits, peer = runs
-    theirs = huggingface_logits(peer)
+@pytest.mark.parametrize("name", PEERS)
+def test_imported_logits_are_those_of_the_hugging_face_model(runs, name):
+    folder, logits = runs
+    theirs = huggingface_logits(folder / f"peer_{name}")
     assert theirs.abs().max() > 0.5
-    assert torch.allclose(logits["imported"], theirs, rtol=0, atol=2e-4), (logits["imported"] - theirs).abs().max()
-    checkpoint = resolve_checkpoint(folder / "imported")
+    ours = logits[f"imported {name}"]
+    assert torch.allclose(ours, theirs, rtol=0, atol=2e-4), (ours - theirs).abs().max()
+    checkpoint = resolve_checkpoint(folder / f"imported_{name}")
     info = read_checkpoint_info(checkpoint)
     assert not damaged_files(checkpoint)
     assert (info.sequence_length, info.tokenizer["vocabulary_size"], info.model["vocabulary_size"]) == (64, 28, 101)
-    assert import_hf.main(["--input", str(peer), "--output", str(folder / "imported")]) == 2
+    assert import_hf.main(["--input", str(folder / f"peer_{name}"), "--output", str(folder / f"imported_{name}")]) == 2
 
 
-def test_the_layout_of_the_checkpoint_does_not_matter(runs, tmp_path):
-    """Saved from 2 tensor ranks, loaded and saved again by 2 pipeline ranks: the same whole tensors."""
-    folder, _, _ = runs
-    source, target = folder / "LlamaForCausalLM", tmp_path / "again"
-    run_on_cpu(save_again, str(source), str(target), pp=2)
+@pytest.mark.parametrize("variant, layout", [("LlamaForCausalLM", dict(pp=2)), ("MixtralForCausalLM", dict(dp=2, ep=2))])
+def test_the_layout_of_the_checkpoint_does_not_matter(runs, tmp_path, variant, layout):
+    """Saved from 2 tensor ranks, loaded and saved again by 2 pipeline or expert ranks: the same whole tensors."""
+    folder, _ = runs
+    source, target = folder / variant, tmp_path / "again"
+    run_on_cpu(save_again, str(source), str(target), variant, **layout)
     before, after = read_full_state(resolve_checkpoint(source)), read_full_state(resolve_checkpoint(target))
     assert set(before) == set(after)
     for name in before:
@@ -153,7 +162,7 @@ def test_the_layout_of_the_checkpoint_does_not_matter(runs, tmp_path):
 
 
 def test_export_is_written_whole_or_not_at_all(runs, tmp_path, capsys):
-    folder, _, _ = runs
+    folder, _ = runs
     run, output = str(folder / "Qwen3ForCausalLM"), tmp_path / "export"
     arguments = ["--checkpoint", run, "--output", str(output), "--tokenizer", "none"]
     assert export_hf.main(arguments) == 0

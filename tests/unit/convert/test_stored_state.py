@@ -1,5 +1,7 @@
 """Whole tensors out of a checkpoint folder: whatever the pieces, nothing but the model, one tensor at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
@@ -12,13 +14,20 @@ GEOMETRY = Geometry.from_model(ModelConfig(layers=3, hidden_size=8, ffn_hidden_s
 
 
 def test_layers_are_stacked_under_megatron_cores_names():
-    assert stored_key("decoder.layers.12.input_layernorm.weight") == ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", 12)
-    assert stored_key("decoder.layers.3.mlp.linear_fc2.weight") == ("decoder.layers.mlp.linear_fc2.weight", 3)
-    assert stored_key("decoder.final_layernorm.weight") == ("decoder.final_layernorm.weight", None)
+    assert stored_key("decoder.layers.12.input_layernorm.weight") == ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (12,))
+    assert stored_key("decoder.layers.3.mlp.linear_fc2.weight") == ("decoder.layers.mlp.linear_fc2.weight", (3,))
+    assert stored_key("decoder.final_layernorm.weight") == ("decoder.final_layernorm.weight", ())
 
 
-def test_written_tensors_are_read_back_and_asked_for_once(tmp_path):
-    table = entries(GEOMETRY)
+def test_experts_are_stacked_behind_layers_and_their_norm_keeps_its_name():
+    assert stored_key("decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.weight") == ("decoder.layers.mlp.experts.experts.linear_fc1.weight", (3, 7))
+    assert stored_key("decoder.layers.3.pre_mlp_layernorm.weight") == ("decoder.layers.mlp.linear_fc1.layer_norm_weight", (3,))
+    assert stored_key("decoder.layers.3.pre_mlp_layernorm.weight", mixture=True) == ("decoder.layers.pre_mlp_layernorm.weight", (3,))
+
+
+@pytest.mark.parametrize("geometry", [GEOMETRY, replace(GEOMETRY, experts=3)], ids=["dense", "experts"])
+def test_written_tensors_are_read_back_and_asked_for_once(tmp_path, geometry):
+    table = entries(geometry)
     state = {entry.ours: torch.randn(entry.shape) for entry in table}
     asked = []
 

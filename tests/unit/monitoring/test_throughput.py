@@ -1,5 +1,7 @@
 """FLOPs against counted matrix sizes, rates against a clock that the test turns."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_slm.config.schema import ModelConfig
@@ -19,6 +21,13 @@ def test_flops_of_tinyllama_counted_from_its_matrices():
     assert flops.forward == pytest.approx(weights + core, rel=1e-12)
     assert flops.training == 3 * flops.forward
     assert flops.training == pytest.approx(6 * 1.034e9, rel=0.1)   # the usual 6 x parameters, plus attention
+
+
+def test_flops_of_a_mixture_count_the_experts_a_token_is_sent_to():
+    dense = model_flops_per_token(TINYLLAMA, 2048, 32000)
+    mixture = model_flops_per_token(replace(TINYLLAMA, experts=8, experts_per_token=2), 2048, 32000)
+    assert mixture.feed_forward == 2 * dense.feed_forward + 22 * 2 * 2048 * 8
+    assert (mixture.attention_projections, mixture.attention_core, mixture.head) == (dense.attention_projections, dense.attention_core, dense.head)
 
 
 def test_peaks():

@@ -1,0 +1,205 @@
+"""Mixtures of experts in every layout against plain single-process torch: losses, selected set, gradient norm, auxiliary losses, weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_slm.config.check import check
+from megatron_slm.config.schema import Config
+from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
+from megatron_slm.testing.spawn import run_layouts_on_cpu
+
+STEPS, SEQUENCES, LENGTH, VOCABULARY = 3, 8, 16, 50
+MICRO_BATCH = 2      # the same in every layout: experts are balanced over micro-batches
+LAYOUTS = {
+    "single": dict(),
+    "dp2": dict(dp=2),
+    "ep2": dict(dp=2, ep=2),
+    "ep2_dp4": dict(dp=4, ep=2),
+    "ep2_distributed_optimizer": dict(dp=4, ep=2, distributed_optimizer=True, overlap=True),
+    "ep4": dict(dp=4, ep=4, distributed_optimizer=True),
+    "tp2": dict(tp=2, sequence_parallel=True),
+    "tp2_ep2": dict(tp=2, dp=2, ep=2, sequence_parallel=True),
+    "tp2_ep2_whole_experts": dict(tp=2, ep=2, etp=1, sequence_parallel=True),
+    "cp2_ep2": dict(cp=2, ep=2),
+    "pp2": dict(pp=2),
+    "ep2_pp2": dict(pp=2, dp=2, ep=2),
+    "ep2_recomputed": dict(dp=2, ep=2, recompute="full"),
+}
+# case -> scorer, scope, model settings
+CASES = {
+    "clm": ("none", "data_parallel", dict(load_balancing_coefficient=0.1)),
+    "slm": ("excess_loss", "data_parallel", dict(load_balancing_coefficient=0.1, router_z_loss_coefficient=0.01, load_balancing="sequence")),
+    "slm_sequence": ("excess_loss", "sequence", dict(load_balancing_coefficient=0.1, renormalize_experts=False)),
+    "slm_global": ("excess_loss", "global_batch", dict(load_balancing_coefficient=0.0)),
+}
+
+
+def make_config(case: str, layout: dict) -> Config:
+    config = Config()
+    scorer, scope, settings = CASES[case]
+    config.model = dataclasses.replace(config.model, layers=2, hidden_size=32, ffn_hidden_size=24, attention_heads=4, query_groups=2, experts=4,
+                                       pad_vocabulary_to_multiple_of=64, initialization_std=0.1, recompute=layout.get("recompute", "none"), **settings)
+    config.data = dataclasses.replace(config.data, sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=MICRO_BATCH, train=["corpus"], tokenizer="t")
+    config.selection.scorer, config.selection.scope, config.selection.keep_fraction = scorer, scope, 0.6
+    config.selection.reference.scores = ["synthetic"]
+    overlap = layout.get("overlap", False)
+    config.parallel = dataclasses.replace(config.parallel, tensor=layout.get("tp", 1), pipeline=layout.get("pp", 1), context=layout.get("cp", 1),
+                                          expert=layout.get("ep", 1), expert_tensor=layout.get("etp", 0), sequence=layout.get("sequence_parallel", False),
+                                          distributed_optimizer=layout.get("distributed_optimizer", False), overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+    config.schedule.train_steps = STEPS
+    config.optimizer.learning_rate = 3e-3
+    return config
+
+
+class SyntheticSamples:
+    """Random tokens, some masked labels, some tokens without a score."""
+
+    def __len__(self):
+        return STEPS * SEQUENCES
+
+    def __getitem__(self, index):
+        random = np.random.default_rng(index)
+        text = random.integers(0, VOCABULARY, LENGTH + 1)
+        reference = np.round(random.uniform(3, 5, LENGTH), 1).astype(np.float32)
+        reference[random.random(LENGTH) < 0.05] = np.nan
+        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32),
+                "position_ids": np.arange(LENGTH), "corpus_id": np.int64(0), "reference_loss": reference}
+
+
+def make_trainer(config, groups):
+    from megatron_slm.model.build import build_model
+    from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
+    from megatron_slm.parallel import seed_everything
+    from megatron_slm.training.choose import Chooser
+    from megatron_slm.training.step import Trainer
+    seed_everything(config.run.seed, groups)
+    models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
+    return Trainer(models, build_optimizer(models, config), Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1), groups)
+
+
+def make_loader(groups):
+    from megatron_slm.data.loader import TrainingLoader
+    return TrainingLoader(SyntheticSamples(), global_batch_size=SEQUENCES, micro_batch_size=MICRO_BATCH, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+
+
+def steps_of(trainer, loader, config):
+    """(report, divisor before backward, divisor after it) of every step."""
+    from megatron_slm.data.batch import slice_for_context_parallel
+    from megatron_slm.model import forward_backward
+    from megatron_slm.selection import Progress
+    from megatron_slm.training.learning_rate import learning_rate
+    from megatron_slm.training.step import train_step
+
+    groups, sums, over_ranks = trainer.groups, [], forward_backward._over_ranks
+    forward_backward._over_ranks = lambda part, groups: (sums.append(float(over_ranks(part, groups))), part)[1]
+    try:
+        for step in range(STEPS):
+            batches = [slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size) for batch in loader.next_step()]
+            sums.clear()
+            report = train_step(trainer, batches, Progress(step, step * SEQUENCES * LENGTH), learning_rate(config, step + 1))
+            yield report, sums[0], sums[-1]
+    finally:
+        forward_backward._over_ranks = over_ranks
+
+
+def next_layout(groups, layouts: list[dict]) -> dict:
+    """The layout of this call; `layouts` is this process's own copy, from which those too small for its rank are dropped too."""
+    while True:
+        layout = layouts.pop(0)
+        if groups.world_rank < layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * layout.get("dp", 1):
+            return layout
+
+
+def train_in_layout(groups, layouts, cases):
+    from megatron.core.utils import unwrap_model
+    from megatron_slm.model.router import summarise_routing
+    from megatron_slm.monitoring import Metrics
+    from megatron_slm.selection.diagnostics import summarise
+
+    layout = next_layout(groups, layouts)
+    results = {}
+    for case in cases:
+        config = make_config(case, layout)
+        check(config, groups.world_size)
+        trainer, loader = make_trainer(config, groups), make_loader(groups)
+        before = {name: p.detach().clone() for chunk in unwrap_model(trainer.models) for name, p in chunk.named_parameters()}
+        chosen, rows, metrics = [], [], Metrics(groups.device)
+        describe = trainer.chooser.describe
+        trainer.chooser.describe = lambda batch, outputs, selection, progress: (chosen.append(set(batch.token_id_BS[selection.mask].tolist())),
+                                                                               describe(batch, outputs, selection, progress))[1]
+        for report, ahead, divisor in steps_of(trainer, loader, config):
+            assert ahead == divisor
+            metrics.add_all(report.measured)
+            summary = metrics.reduce(groups.dp_cp, summarise=lambda reduced: {**summarise(reduced), **summarise_routing(reduced, 2, 4)})
+            rows.append((set().union(*chosen), summary, report.grad_norm))
+            chosen.clear()
+        loader.close()
+        after = {name: p.detach().clone() for chunk in unwrap_model(trainer.models) for name, p in chunk.named_parameters()}
+        results[case] = {"rows": rows, "before": before, "after": after, "last_stage": groups.is_last_stage}
+    return results
+
+
+def plain_rows(case, dp, state):
+    """The same steps in plain torch; populations depend on the data-parallel size under scope data_parallel."""
+    from megatron_slm.training.learning_rate import learning_rate
+    config = make_config(case, {})
+    trainer = PlainTrainer(PlainDecoder(config.model, VOCABULARY, state), config.optimizer)
+    everything, samples, rows = list(range(SEQUENCES)), SyntheticSamples(), []
+    width = {"data_parallel": dp * MICRO_BATCH, "sequence": 1, "global_batch": SEQUENCES}[CASES[case][1]]
+    populations = [everything[i:i + width] for i in range(0, SEQUENCES, width)]
+    micro_batches = [everything[i:i + MICRO_BATCH] for i in range(0, SEQUENCES, MICRO_BATCH)]
+    for step in range(STEPS):
+        picked = [samples[step * SEQUENCES + i] for i in everything]
+        batch = {name: torch.from_numpy(np.stack([sample[name] for sample in picked])) for name in picked[0]}
+        outcome = trainer.step(batch, populations, None if case == "clm" else 0.6, learning_rate(config, step + 1), micro_batches)
+        busiest = [chosen.flatten(0, 1).sum(0).max() / chosen.flatten(0, 1).sum(0).mean() for _, chosen in trainer.decoder.routed]
+        rows.append((*outcome, float(trainer.balance) / 2, float(trainer.z_loss) / 2, float(sum(busiest)) / 2))
+    return rows, {name: trainer.decoder.weight(name).detach() for name in trainer.decoder.names}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_layouts_on_cpu(train_in_layout, LAYOUTS, list(LAYOUTS.values()), CASES)
+
+
+@pytest.fixture(scope="module")
+def plain(results):
+    return {(case, dp): plain_rows(case, dp, results["single"][0][case]["before"]) for case in CASES for dp in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_plain_torch(name, case, results, plain):
+    ranks = [rank[case] for rank in results[name]]
+    last_stage = [rank for rank in ranks if rank["last_stage"]]
+    settings = CASES[case][2]
+    for step, (selected, loss_all, loss_selected, grad_norm, balance, z_loss, imbalance) in enumerate(plain[case, LAYOUTS[name].get("dp", 1)][0]):
+        assert set().union(*(rank["rows"][step][0] for rank in last_stage)) == selected, f"step {step}: another set of tokens"
+        for rank in ranks:
+            assert rank["rows"][step][2] == pytest.approx(grad_norm, rel=2e-4), f"step {step}: another gradient norm"
+        for summary in (rank["rows"][step][1] for rank in last_stage):
+            assert summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5)
+            assert summary["moe/load_imbalance"] == pytest.approx(imbalance, rel=1e-6)
+            assert ("moe/load_balancing_loss" in summary) == (settings["load_balancing_coefficient"] > 0)
+            if "moe/load_balancing_loss" in summary:
+                assert summary["moe/load_balancing_loss"] == pytest.approx(balance, rel=1e-5)
+            if "router_z_loss_coefficient" in settings:
+                assert summary["moe/router_z_loss"] == pytest.approx(z_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["single", "dp2", "ep2", "ep4", "ep2_distributed_optimizer", "cp2_ep2"])
+def test_weights_after_the_steps_equal_plain_torch(name, results, plain):
+    """Experts are compared under their global number: rank r of the expert group holds experts r * 4 / ep and on."""
+    size = LAYOUTS[name].get("ep", 1)
+    for number, rank in enumerate(results[name]):
+        first = number % size * (4 // size)
+        expected = plain["slm", LAYOUTS[name].get("dp", 1)][1]
+        for weight, value in rank["slm"]["after"].items():
+            if ".local_experts." in weight:
+                head, tail = weight.split(".local_experts.")
+                local, tail = tail.split(".", 1)
+                weight = f"{head}.local_experts.{first + int(local)}.{tail}"
+            torch.testing.assert_close(value, expected[weight], rtol=2e-3, atol=2e-4)
