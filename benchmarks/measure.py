@@ -50,6 +50,7 @@ def peak_extra_bytes(side: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)  # a freed tensor leaves at once: glibc would keep it, and count it into a later peak
+    side()  # memory mapped under the old rule is replaced, and first-call buffers are made
     libc.malloc_trim(0)  # freed heap that stayed resident would hide that much of the call's use
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
     before = _status_bytes("VmRSS")

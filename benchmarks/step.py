@@ -124,10 +124,7 @@ def _time(case: Case, times: dict[str, list[float]], clock: str) -> dict:
 
 def _memory(case: Case, sides: dict, device: torch.device) -> dict:
     """Peak above what is in use before the call: activations, logits, losses; weights count on neither side."""
-    extra = {}
-    for role, name in (("ours", case.ours), ("peer", case.peer)):
-        sides[name]()
-        extra[role] = peak_extra_bytes(sides[name], device)
+    extra = {role: peak_extra_bytes(sides[name], device) for role, name in (("ours", case.ours), ("peer", case.peer))}
     return {f"{role}_mib": round(value / 2**20, 1) for role, value in extra.items()} | {"ratio": round(extra["ours"] / extra["peer"], 4)}
 
 

@@ -33,6 +33,8 @@ class HeadGradients:
     target_logit_N: Tensor
     maximum_N: Tensor
     kept_NV: Tensor | None
+    widened_VH: Tensor | None
+    """Forward's fp32 copy of the weight, where it was kept."""
     needs_hidden: bool
     needs_weight: bool
     parameter: Tensor | None
@@ -60,7 +62,7 @@ def _gradients_of_kept_rows(
 ) -> tuple[Tensor | None, Tensor | None]:
     """This rank's (partial gradient of the kept rows, fp32 gradient of its weight rows: main_grad itself when accumulating)."""
     plan, columns = given.head.plan, given.head.shard.columns
-    weight_VH = operand(given.weight[:columns], plan)
+    weight_VH = given.widened_VH if given.widened_VH is not None else operand(given.weight[:columns], plan)
     partial_KH = given.rows.new_zeros((kept, given.weight.shape[1]), dtype=weight_VH.dtype) if given.needs_hidden else None
     total_VH, fresh = _weight_gradient_buffer(given)
     if not kept or not columns:

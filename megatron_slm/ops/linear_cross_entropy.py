@@ -118,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.head = head
         ctx.save_for_backward(rows, weight, target_N, saved.lse_N, saved.target_logit_N, saved.maximum_N)
         # Not saved by save_for_backward: backward works in these very bytes, so it takes them and a second backward must fail.
-        ctx.kept_NV = saved.kept_NV
+        ctx.kept_NV, ctx.widened_VH = saved.kept_NV, saved.widened_VH
         # Megatron keeps its accumulation buffer and its flag on the parameter object itself.
         ctx.parameter = weight if head.accumulate_into_main_grad else None
         ctx.mark_non_differentiable(*outputs[1:])
@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss_N: Tensor, *_):
         head: Head = ctx.head
-        kept_NV, ctx.kept_NV = ctx.kept_NV, None
+        kept_NV, widened_VH, ctx.kept_NV, ctx.widened_VH = ctx.kept_NV, ctx.widened_VH, None, None
         if head.plan.mode == "keep" and kept_NV is None:
             raise RuntimeError("linear_cross_entropy(mode='keep') allows one backward per forward; use mode='recompute' with retain_graph.")
         rows, weight, target_N, lse_N, target_logit_N, maximum_N = ctx.saved_tensors
@@ -142,6 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 target_logit_N=target_logit_N,
                 maximum_N=maximum_N,
                 kept_NV=kept_NV,
+                widened_VH=widened_VH,
                 needs_hidden=ctx.needs_input_grad[0],
                 needs_weight=ctx.needs_input_grad[1],
                 parameter=ctx.parameter,
@@ -158,6 +159,7 @@ class _Saved:
     target_logit_N: Tensor
     maximum_N: Tensor
     kept_NV: Tensor | None
+    widened_VH: Tensor | None
 
 
 def _forward(rows: Tensor, weight: Tensor, target_N: Tensor, head: Head) -> tuple[list[Tensor], _Saved]:
@@ -169,9 +171,13 @@ def _forward(rows: Tensor, weight: Tensor, target_N: Tensor, head: Head) -> tupl
     fields_FN[0].fill_(-torch.inf)
     maximum_N = torch.full_like(fields_FN[0], -torch.inf)
     kept_NV = logit_rows(rows, len(target_N), shard.columns, head.plan.kept_dtype) if head.plan.mode == "keep" else None
+    widened_VH = None
     if shard.columns and len(target_N):
+        weight_VH = operand(weight[: shard.columns], head.plan)
+        if kept_NV is not None and weight_VH.dtype != weight.dtype and weight_VH.nbytes <= head.plan.spare_bytes:
+            widened_VH = weight_VH  # copying it again in backward costs 2 to 3 % of the head at 1024 tokens
         with product_precision(head.plan):
-            _forward_chunks(rows_NH, weight, column_N, owned_N, head, fields_FN, maximum_N, kept_NV)
+            _forward_chunks(rows_NH, weight, weight_VH, column_N, owned_N, head, fields_FN, maximum_N, kept_NV)
     elif "target_rank" in head.extras:
         _true_target_logit(rows_NH, weight, column_N, owned_N, shard)
     ranks = shard.gather_fields(fields_FN)
@@ -184,14 +190,13 @@ def _forward(rows: Tensor, weight: Tensor, target_N: Tensor, head: Head) -> tupl
     loss_N = loss_N.masked_fill(~ignored_N & ((target_N < 0) | (target_N >= shard.vocabulary_size)), torch.nan).masked_fill(ignored_N, 0.0)
     extras = [_combine_extra(name, [fields[2 + i] for fields in ranks], [fields[0] for fields in ranks], lse_N) for i, name in enumerate(head.extras)]
     extras = [values_N.masked_fill(ignored_N, -1) if name == "target_rank" else values_N for name, values_N in zip(head.extras, extras)]
-    return [loss_N, *extras], _Saved(lse_N, target_logit_N, maximum_N, kept_NV)
+    return [loss_N, *extras], _Saved(lse_N, target_logit_N, maximum_N, kept_NV, widened_VH)
 
 
-def _forward_chunks(rows_NH, weight, column_N, owned_N, head: Head, fields_FN, maximum_N, kept_NV) -> None:
+def _forward_chunks(rows_NH, weight, weight_VH, column_N, owned_N, head: Head, fields_FN, maximum_N, kept_NV) -> None:
     """Fill this rank's log-sum-exp, target logit and extras, and kept_NV with exp(logits - row maximum) when it is wanted."""
     shard, plan = head.shard, head.plan
     passes = row_passes(plan)
-    weight_VH = operand(weight[: shard.columns], plan)
     direct = kept_NV is not None and kept_NV.dtype == torch.float32
     scratch_CV = None if direct else logit_rows(rows_NH, plan.chunk_tokens, shard.columns, torch.float32)
     rank_target_N = _true_target_logit(rows_NH, weight, column_N, owned_N, shard) if "target_rank" in head.extras else None

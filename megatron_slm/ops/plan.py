@@ -36,6 +36,8 @@ class HeadPlan:
     kept_dtype: torch.dtype
     kept_bytes: int
     """What keep mode would hold for all N rows, from forward to backward."""
+    spare_bytes: int = 0
+    """What the budget has left beside the kept logits: a widened copy of the weight stays for backward when it fits in."""
     engine: Engine = "torch"
     """Who computes backward: chunked torch products, or Liger's Hopper kernel (liger_engine.py)."""
 
@@ -82,8 +84,9 @@ def plan_head(
     if mode == "keep" and kept_dtype == (dtype if matmul == "fp32_output" else torch.float32):
         gradient_chunk = max(tokens, 1)  # the kept values become the gradient rows in their own memory
     return HeadPlan(
-        mode, matmul, _elementwise(elementwise, tokens * columns, device, matmul), chunk, gradient_chunk, kept_dtype, kept_bytes, engine
-    )
+        mode, matmul, _elementwise(elementwise, tokens * columns, device, matmul), chunk, gradient_chunk, kept_dtype, kept_bytes,
+        kept_budget_bytes - kept_bytes, engine,
+    )  # fmt: skip
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

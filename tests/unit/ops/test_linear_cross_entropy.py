@@ -117,6 +117,20 @@ def test_products_of_backward_see_kept_rows_only(monkeypatch):
     assert sum(rows_of_logits) == kept, "recompute mode computes the logits of kept rows again, keep mode none"
 
 
+@pytest.mark.parametrize("budget_bytes, copies", [(1 << 20, 0), (N * TRUE_V * 4 + TRUE_V * H * 4 - 1, 1)])
+def test_the_widened_weight_stays_for_backward_while_the_budget_has_room(budget_bytes, copies, monkeypatch):
+    import megatron_slm.ops.backward as backward
+
+    shapes, operand = [], backward.operand
+    monkeypatch.setattr(backward, "operand", lambda tensor, plan: (shapes.append(tuple(tensor.shape)), operand(tensor, plan))[1])
+    hidden, weight, target = problem(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, kept_budget_bytes=budget_bytes)
+    (loss * upstream("weighted")).sum().backward()
+    assert shapes.count((TRUE_V, H)) == copies
+    _, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
+    assert error(hidden.grad, d_hidden) < 4e-3 and error(weight.grad, d_weight) < 4e-3
+
+
 def test_extras_from_the_same_pass():
     hidden, weight, target = problem()
     names = ("target_rank", "entropy", "sum_squared_probability")
