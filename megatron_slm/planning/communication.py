@@ -23,7 +23,7 @@ LINK_FRACTION = 0.8
 class Traffic:
     """One kind of communication of one rank and step."""
 
-    role: Literal["tensor", "context", "pipeline", "data", "selection"]
+    role: Literal["tensor", "context", "experts", "pipeline", "data", "selection"]
     name: str
     link: str
     """NVLink, or network."""
@@ -36,7 +36,7 @@ class Traffic:
 
 def traffic(job: Job, stage: int) -> list[Traffic]:
     """All communication of a rank of pipeline stage `stage`; kinds that do not occur are left out."""
-    found = [*_tensor(job, stage), *_context(job), *_pipeline(job, stage), *_data(job, stage), *_selection(job, stage)]
+    found = [*_tensor(job, stage), *_context(job), *_experts(job), *_pipeline(job, stage), *_data(job, stage), *_selection(job, stage)]
     return [each for each in found if each.sent_bytes]
 
 
@@ -64,6 +64,8 @@ def _tensor(job: Job, stage: int):
     again = 1 if job.config.model.recompute == "full" else 0
     forwards = 1 + again + (1 if job.scores_before_backward else 0)
     halves = 4 * forwards + 4 + (2 if parallel.sequence else 0)         # an all-reduce is two halves
+    if job.config.model.experts:
+        halves //= 2                                                    # attention's alone; _experts has the rest
     total = message * job.stage_layers * halves
     if stage == 0:
         total += message * 2        # the embedding: an all-reduce, or a reduce-scatter and in backward an all-gather
@@ -72,7 +74,7 @@ def _tensor(job: Job, stage: int):
         total += 8 * job.rank_tokens * ranks + message * ((1 + 2 * kept) if parallel.sequence else 2 * kept)
     if job.online_reference:
         reference = job.reference_model
-        total += job.rank_tokens * reference.hidden_size * job.weight_bytes * reference.layers // parallel.pipeline * 4
+        total += job.rank_tokens * reference.hidden_size * job.weight_bytes * reference.layers // parallel.pipeline * (2 if reference.experts else 4)
     name = "all-gather, reduce-scatter of activations" if parallel.sequence else "all-reduce of activations"
     yield _one(job, "tensor", name, ranks, 1, total * (ranks - 1) / ranks * job.micro_batches)
 
@@ -88,6 +90,18 @@ def _context(job: Job):
     forwards = 1 + (model.recompute != "none") + job.scores_before_backward
     passes = forwards + (2 if job.transformer_engine else 1)
     yield _one(job, "context", "all-gather, reduce-scatter of keys and values", ranks, parallel.tensor, message * (ranks - 1) * job.stage_layers * passes * job.micro_batches)
+
+
+def _experts(job: Job):
+    """Each token's row to its experts and back, in forward and in backward. Experts that are split over tensor ranks gather and reduce rows too."""
+    parallel, model = job.config.parallel, job.config.model
+    if not model.experts:
+        return
+    rows = job.rank_tokens // job.sequence_split * model.experts_per_token * model.hidden_size * job.weight_bytes
+    passes = 2 * (2 + (model.recompute == "full") + job.scores_before_backward) * job.stage_layers * job.micro_batches
+    ranks, inside = parallel.expert, job.expert_tensor
+    yield _one(job, "experts", "all-to-all of tokens", ranks, inside, rows * (ranks - 1) / ranks * passes)
+    yield _one(job, "experts", "all-gather, reduce-scatter inside experts", inside, 1, rows * (inside - 1) * passes)
 
 
 def _pipeline(job: Job, stage: int):
@@ -109,13 +123,15 @@ def _data(job: Job, stage: int):
     """Gradients (fp32) once per step, and with the distributed optimizer the updated weights. Tied copies of the embedding add theirs."""
     parallel = job.config.parallel
     ranks = job.data_parallel * parallel.context
-    count = stage_parameters(job, stage).total
-    share = (ranks - 1) / ranks
-    if parallel.distributed_optimizer:
-        yield _one(job, "data", "reduce-scatter of gradients", ranks, parallel.tensor, 4 * count * share, parallel.overlap_grad_reduce)
-        yield _one(job, "data", "all-gather of weights", ranks, parallel.tensor, job.weight_bytes * count * share, parallel.overlap_param_gather)
-    else:
-        yield _one(job, "data", "all-reduce of gradients", ranks, parallel.tensor, 8 * count * share, parallel.overlap_grad_reduce)
+    held = stage_parameters(job, stage)
+    parts = [("", ranks, parallel.tensor, held.dense), (" of experts", job.expert_data_parallel, job.expert_tensor * parallel.expert, held.experts)]
+    for suffix, owners, stride, count in parts:
+        sent = count * (owners - 1) / owners
+        if parallel.distributed_optimizer:
+            yield _one(job, "data", "reduce-scatter of gradients" + suffix, owners, stride, 4 * sent, parallel.overlap_grad_reduce)
+            yield _one(job, "data", "all-gather of weights" + suffix, owners, stride, job.weight_bytes * sent, parallel.overlap_param_gather)
+        else:
+            yield _one(job, "data", "all-reduce of gradients" + suffix, owners, stride, 8 * sent, parallel.overlap_grad_reduce)
     if job.config.model.tied_embeddings and parallel.pipeline > 1 and stage in (0, parallel.pipeline - 1):
         rows = stage_parameters(job, 0).embedding
         yield _one(job, "data", "all-reduce of the tied embedding's gradients", 2, parallel.tensor * ranks * (parallel.pipeline - 1), 4 * rows)

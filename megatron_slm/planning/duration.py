@@ -74,6 +74,7 @@ def stage_seconds(job: Job, per_token: Work, stage: int) -> float:
     """Computing one micro-batch, forward and backward, on one rank of a stage."""
     parallel = job.config.parallel
     stages = parallel.pipeline
+    # With experts this takes an even load: a micro-batch lasts as long as the busiest expert's rank.
     flops = (per_token.layers + per_token.recomputed) / stages
     flops += _forward_share(job, forward_flops(job, job.config.model), stage) if job.scores_before_backward else 0
     flops += _forward_share(job, forward_flops(job, job.reference_model), stage) if job.online_reference else 0
@@ -89,14 +90,14 @@ def _forward_share(job: Job, forward: FlopsPerToken, stage: int) -> float:
 
 def optimizer_seconds(job: Job, stage: int) -> float:
     """AdamW moves bytes and computes little."""
-    count = stage_parameters(job, stage).total
-    if job.config.parallel.distributed_optimizer:
-        count /= job.data_parallel * job.config.parallel.context
+    held = stage_parameters(job, stage)
+    spread = job.config.parallel.distributed_optimizer
+    count = held.dense / (job.data_parallel * job.config.parallel.context if spread else 1) + held.experts / (job.expert_data_parallel if spread else 1)
     return count * OPTIMIZER_BYTES / job.gpu.memory_bytes_per_second
 
 
 def _in_line(each: Traffic) -> bool:
-    return each.role in ("tensor", "context", "pipeline") and not each.hidden_by_compute
+    return each.role in ("tensor", "context", "experts", "pipeline") and not each.hidden_by_compute
 
 
 def _exposed(found: list[Traffic], micro_batch_seconds: float) -> float:

@@ -61,6 +61,16 @@ class Job:
         return min(self.vocabulary_size, padded_vocabulary_size(self.config, self.vocabulary_size) // self.config.parallel.tensor)
 
     @property
+    def expert_tensor(self) -> int:
+        """Tensor ranks inside an expert."""
+        return self.config.parallel.expert_tensor or self.config.parallel.tensor
+
+    @property
+    def expert_data_parallel(self) -> int:
+        """Ranks that hold the same experts: their gradients are summed, their optimizer state is shared out."""
+        return self.ranks // (self.expert_tensor * self.config.parallel.expert * self.config.parallel.pipeline)
+
+    @property
     def stage_layers(self) -> int:
         return self.config.model.layers // self.config.parallel.pipeline
 

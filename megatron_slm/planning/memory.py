@@ -64,13 +64,15 @@ def state_bytes(job: Job, stage: int) -> tuple[int, int, int]:
     """(weights, gradients, optimizer).
 
     bf16: 2 bytes a weight, 4 of its gradient, 12 of optimizer: fp32 weight and two moments. fp32: 4, 4 and 8. The distributed
-    optimizer spreads the optimizer's part over data x context ranks; megatron-core pads its buffers by less than 1 % more.
+    optimizer spreads the optimizer's part over data x context ranks, that of experts over the ranks that hold the same ones; megatron-core pads its buffers by less than 1 % more.
     """
-    count = stage_parameters(job, stage).total
-    optimizer = count * (8 if job.config.device.precision == "fp32" else 12)
+    held = stage_parameters(job, stage)
+    each = 8 if job.config.device.precision == "fp32" else 12
+    dense, experts = held.dense * each, held.experts * each
     if job.config.parallel.distributed_optimizer:
-        optimizer = -(-optimizer // (job.data_parallel * job.config.parallel.context))
-    return count * job.weight_bytes, count * 4, optimizer
+        dense = -(-dense // (job.data_parallel * job.config.parallel.context))
+        experts = -(-experts // job.expert_data_parallel)
+    return held.total * job.weight_bytes, held.total * 4, dense + experts
 
 
 def chunks_in_flight(job: Job, stage: int) -> int:
@@ -102,10 +104,23 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     recompute = recompute or model.recompute
     if recompute == "full":
         return tokens * model.hidden_size * width / job.sequence_split
-    per_tensor_rank = attention_bytes_per_token(job, recompute) + (3 if job.fused else 5) * model.ffn_hidden_size * width
+    feed_forward = 0 if model.experts else (3 if job.fused else 5) * model.ffn_hidden_size * width
+    per_tensor_rank = attention_bytes_per_token(job, recompute) + feed_forward
     norms = 2 * model.hidden_size * (norm_input_bytes(job) + width)
     dropped = 2 * model.hidden_size if model.dropout else 0      # one byte of mask per value, twice a layer
-    return tokens * ((norms + dropped) / job.sequence_split + per_tensor_rank / job.config.parallel.tensor)
+    experts = expert_bytes_per_token(job) if model.experts else 0
+    return tokens * ((norms + dropped + experts) / job.sequence_split + per_tensor_rank / job.config.parallel.tensor)
+
+
+def expert_bytes_per_token(job: Job) -> float:
+    """What the mixture of experts saves for one token, with the load spread evenly (a busier expert's rank holds more).
+
+    For each of its k experts: the row that is sent there (on every rank the expert is split over), 3F as in a dense layer (on a CPU 6F: the
+    router's weight multiplies one more result), 36 bytes of places and weights. For the router 9 bytes per expert: probabilities twice, a mask.
+    """
+    model, width = job.config.model, job.weight_bytes
+    row = model.hidden_size * width * job.expert_tensor
+    return model.experts_per_token * (row + (3 if job.fused else 6) * model.ffn_hidden_size * width + 36) + 9 * model.experts
 
 
 def attention_bytes_per_token(job: Job, recompute: str) -> float:
@@ -139,7 +154,8 @@ def final_norm_bytes(job: Job) -> int:
 def working_bytes(job: Job) -> int:
     """Backward through one layer: gradients of gate and up and of the residual stream, twice each; the recomputed layer when full."""
     model: ModelConfig = job.config.model
-    gradients = 2 * job.rank_tokens * job.weight_bytes * (2 * model.ffn_hidden_size // job.config.parallel.tensor + model.hidden_size)
+    wide = 2 * model.ffn_hidden_size * (model.experts_per_token if model.experts else 1) // job.config.parallel.tensor
+    gradients = 2 * job.rank_tokens * job.weight_bytes * (wide + model.hidden_size)
     again = layer_bytes(job, "none") if model.recompute == "full" else 0
     return int(gradients + again)
 

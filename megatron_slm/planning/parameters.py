@@ -17,22 +17,42 @@ class Parameters:
     head: int
     """0 where the output weight is the embedding itself; with tied embeddings and pipeline stages the last stage has a copy."""
 
+    experts: int = 0
+    """Experts of all layers; on a rank its own, in the whole model all of them. Not in `layers`."""
+
     @property
     def total(self) -> int:
-        return self.embedding + self.layers + self.final_norm + self.head
+        return self.embedding + self.layers + self.final_norm + self.head + self.experts
+
+    @property
+    def dense(self) -> int:
+        """Those whose gradients are summed over data x context ranks."""
+        return self.total - self.experts
 
 
 def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
     """One layer on one of `tensor` ranks. H hidden, a query heads, g key/value heads, d head size, F feed-forward:
 
     queries, keys, values (a + 2g)d·H / t, output a·d·H / t, gate and up 2F·H / t, down F·H / t; two norms of H on every rank;
-    optional bias (a + 2g)d / t and norms 2d of queries and keys.
+    optional bias (a + 2g)d / t and norms 2d of queries and keys. With E experts the router's E·H in the place of the feed-forward layer;
+    the experts are expert_parameters'.
     """
     hidden, size, groups = model.hidden_size, head_size(model), query_groups(model)
     projected = (model.attention_heads + 2 * groups) * size
-    split = projected * hidden + model.attention_heads * size * hidden + 3 * model.ffn_hidden_size * hidden
+    split = projected * hidden + model.attention_heads * size * hidden + (0 if model.experts else 3 * model.ffn_hidden_size * hidden)
     split += projected if model.qkv_bias else 0
-    return split // tensor + 2 * hidden + (2 * size if model.qk_norm else 0)
+    return split // tensor + 2 * hidden + (2 * size if model.qk_norm else 0) + model.experts * hidden
+
+
+def expert_parameters(model: ModelConfig, ranks: int = 1) -> int:
+    """All experts of one layer, spread over expert x expert-tensor ranks: E·3F·H."""
+    return model.experts * 3 * model.ffn_hidden_size * model.hidden_size // ranks
+
+
+def active_parameters(job: Job) -> int:
+    """Parameters that one token meets: of the experts, those it is sent to."""
+    model, whole = job.config.model, model_parameters(job)
+    return whole.dense + (whole.experts * model.experts_per_token // model.experts if model.experts else 0)
 
 
 def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> Parameters:
@@ -46,6 +66,7 @@ def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> 
         layers=model.layers // parallel.pipeline * layer_parameters(model, parallel.tensor),
         final_norm=model.hidden_size if last else 0,
         head=rows if last and not (model.tied_embeddings and first) else 0,
+        experts=model.layers // parallel.pipeline * expert_parameters(model, parallel.expert * job.expert_tensor),
     )
 
 
@@ -54,4 +75,4 @@ def model_parameters(job: Job, model: ModelConfig | None = None) -> Parameters:
     model = model or job.config.model
     rows = padded_vocabulary_size(job.config, job.vocabulary_size) * model.hidden_size
     return Parameters(embedding=rows, layers=model.layers * layer_parameters(model), final_norm=model.hidden_size,
-                      head=0 if model.tied_embeddings else rows)
+                      head=0 if model.tied_embeddings else rows, experts=model.layers * expert_parameters(model))

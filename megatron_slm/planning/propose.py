@@ -31,8 +31,9 @@ class Proposal:
     def overrides(self) -> str:
         """The layout as options of train."""
         parallel, config = self.job.config.parallel, self.job.config
+        experts = f"--parallel.expert {parallel.expert} " if config.model.experts else ""
         return (f"--parallel.tensor {parallel.tensor} --parallel.sequence {str(parallel.sequence).lower()} --parallel.pipeline {parallel.pipeline} "
-                f"--parallel.virtual_pipeline {parallel.virtual_pipeline} --parallel.context {parallel.context} "
+                f"--parallel.virtual_pipeline {parallel.virtual_pipeline} --parallel.context {parallel.context} {experts}"
                 f"--parallel.distributed_optimizer {str(parallel.distributed_optimizer).lower()} --model.recompute {config.model.recompute} "
                 f"--data.micro_batch_size {config.data.micro_batch_size}")
 
@@ -42,19 +43,19 @@ def fits(job: Job) -> bool:
 
 
 def propose(job: Job, count: int) -> list[Proposal]:
-    """The `count` fastest layouts that fit, the best recomputation, chunks and micro-batch of each (tensor, pipeline, context) only.
+    """The `count` fastest layouts that fit, the best recomputation, chunks and micro-batch of each (tensor, pipeline, context, expert) only.
 
     The global batch, the sequence length and the overlap settings stay. The micro-batch times the data-parallel size decides which tokens
     compete under the data_parallel scope: a proposal may change that.
     """
-    best: dict[tuple[int, int, int], Proposal] = {}
+    best: dict[tuple[int, ...], Proposal] = {}
     rank = partial(_rank, configured_micro_batch=job.config.data.micro_batch_size)
     for candidate in candidates(job):
         memory = fullest_stage(candidate)[1]
         if memory.total > usable_bytes(candidate):
             continue
         parallel = candidate.config.parallel
-        key = (parallel.tensor, parallel.pipeline, parallel.context)
+        key = (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert)
         proposal = Proposal(candidate, memory, duration(candidate))
         if key not in best or rank(proposal) < rank(best[key]):
             best[key] = proposal
@@ -62,19 +63,20 @@ def propose(job: Job, count: int) -> list[Proposal]:
 
 
 def candidates(job: Job) -> Iterator[Job]:
-    """Every layout of the job's GPUs that train would accept. Tensor groups stay inside a node, where the links are fast."""
+    """Every layout of the job's GPUs that train would accept. Tensor and expert groups stay inside a node, where the links are fast."""
     config = job.config
     for tensor, pipeline, context in product(_powers(job.gpus_per_node), range(1, config.model.layers + 1), _powers(min(16, job.ranks))):
         if config.model.layers % pipeline or job.ranks % (tensor * pipeline * context):
             continue
         replicas = job.ranks // (tensor * pipeline * context)
         virtual = [each for each in CHUNKS if config.model.layers % (pipeline * each) == 0] if pipeline > 1 else [1]
+        experts = [each for each in _powers(job.gpus_per_node) if config.model.experts % each == 0] if config.model.experts else [1]
         sizes = {*MICRO_BATCHES, config.data.micro_batch_size}
-        for chunks, micro_batch, recompute in product(virtual, sorted(sizes), RECOMPUTE):
+        for chunks, micro_batch, recompute, expert in product(virtual, sorted(sizes), RECOMPUTE, experts):
             if config.data.global_batch_size % (replicas * micro_batch):
                 continue
             parallel = replace(config.parallel, tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, context=context,
-                               sequence=tensor > 1, distributed_optimizer=True)
+                               expert=expert, sequence=tensor > 1, distributed_optimizer=True)
             candidate = replace(job, config=replace(config, parallel=parallel, model=replace(config.model, recompute=recompute),
                                                     data=replace(config.data, micro_batch_size=micro_batch)))
             if _accepted(candidate):

@@ -8,7 +8,7 @@ from megatron_slm.planning.duration import Duration, bubble_fraction, duration
 from megatron_slm.planning.head import HeadMemory, head_memory
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.memory import RankMemory, fullest_stage, rank_memory, usable_bytes
-from megatron_slm.planning.parameters import Parameters, model_parameters, stage_parameters
+from megatron_slm.planning.parameters import Parameters, active_parameters, model_parameters, stage_parameters
 from megatron_slm.planning.propose import Proposal, propose
 from megatron_slm.planning.work import Scoring, Work, scoring, work
 
@@ -90,7 +90,7 @@ def as_json(plan: Plan) -> dict:
         "trained_fraction": job.trained_fraction, "vocabulary_size": job.vocabulary_size}
     values |= {"fits": plan.fits, "usable_bytes": plan.usable_bytes}
     values["memory"] = [asdict(memory) | {"total": memory.total} for memory in plan.memory]
-    values["parameters"]["total"] = plan.parameters.total
+    values["parameters"] |= {"total": plan.parameters.total, "active": active_parameters(job)}
     values["duration"]["step_seconds"] = plan.duration.step_seconds
     values["work"]["executed"] = plan.work.executed
     values["proposals"] = [{"overrides": each.overrides, "bytes": each.memory.total, "tokens_per_second": each.duration.tokens_per_second,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.memory import USABLE_FRACTION
+from megatron_slm.planning.parameters import active_parameters
 from megatron_slm.planning.propose import Proposal
 from megatron_slm.planning.result import Plan, checkpoints_on_disk
 
@@ -38,9 +39,11 @@ def job_table(plan: Plan) -> Table:
     parallel, data = job.config.parallel, job.config.data
     parameters = plan.parameters
     return Table("The job", ("", ""), [
-        ("parameters", f"{parameters.total:,} (embedding {_count(parameters.embedding)}, layers {_count(parameters.layers)}, head {_count(parameters.head)})"),
+        ("parameters", f"{parameters.total:,} (embedding {_count(parameters.embedding)}, layers {_count(parameters.layers)}, "
+                       + (f"experts {_count(parameters.experts)}, " if parameters.experts else "") + f"head {_count(parameters.head)})"),
         ("GPUs", f"{job.ranks} {job.gpu.name}: {job.nodes} nodes of {job.gpus_per_node}"),
         ("layout", f"{layout_words(job)}, data {job.data_parallel}"),
+        *([("a token meets", f"{active_parameters(job):,} parameters: {job.config.model.experts_per_token} of {job.config.model.experts} experts")] if parameters.experts else []),
         ("recomputation", job.config.model.recompute),
         ("step", f"{data.global_batch_size} sequences of {data.sequence_length} = {job.step_tokens:,} tokens; "
                  f"{job.micro_batches} micro-batches of {data.micro_batch_size} per data-parallel rank"),
@@ -80,7 +83,7 @@ def traffic_table(plan: Plan) -> Table:
 
 def time_table(plan: Plan) -> Table:
     time, job = plan.duration, plan.job
-    seconds = [("computing", time.compute_seconds), ("tensor, context, pipeline communication", time.communication_seconds),
+    seconds = [("computing", time.compute_seconds), ("tensor, context, expert, pipeline communication", time.communication_seconds),
                (f"pipeline bubble ((pp - 1) / (v m) = {plan.bubble_fraction:.3f})", time.bubble_seconds), ("data-parallel communication, not hidden", time.data_parallel_seconds),
                ("selection", time.selection_seconds), ("optimizer", time.optimizer_seconds), ("step", time.step_seconds)]
     rows = [(name, f"{value:,.3f} s" if value >= 0.01 or not value else f"{value * 1e3:.2f} ms") for name, value in seconds]
@@ -103,15 +106,15 @@ def storage_table(plan: Plan) -> Table:
 
 def proposal_table(proposals: list[Proposal], job: Job) -> Table:
     """Layouts that fit, the fastest first."""
-    selects = job.config.selection.scorer != "none"
+    selects, mixture = job.config.selection.scorer != "none", bool(job.config.model.experts)
     rows = []
     for each in proposals:
         own, parallel = each.job.config, each.job.config.parallel
         chunks = f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
-        rows.append((str(parallel.tensor), f"{parallel.pipeline}{chunks}", str(parallel.context), str(each.job.data_parallel), own.model.recompute,
+        rows.append((str(parallel.tensor), f"{parallel.pipeline}{chunks}", str(parallel.context), *((str(parallel.expert),) if mixture else ()), str(each.job.data_parallel), own.model.recompute,
                      str(own.data.micro_batch_size), _gib(each.memory.total), _count(each.duration.tokens_per_second),
                      f"{each.duration.model_flops_utilization:.1%}", *((_count(_competing(each.job)),) if selects else ())))
-    headings = ("tp", "pp", "cp", "dp", "recompute", "batch", "GiB", "tokens/s", "MFU", *(("compete",) if selects else ()))
+    headings = ("tp", "pp", "cp", *(("ep",) if mixture else ()), "dp", "recompute", "batch", "GiB", "tokens/s", "MFU", *(("compete",) if selects else ()))
     return Table("Layouts that fit, the fastest first (sequence parallelism where tp > 1, distributed optimizer)", headings, rows)
 
 
@@ -123,6 +126,8 @@ def layout_words(job: Job) -> str:
         words[1] += f" x {parallel.virtual_pipeline} chunks"
     if parallel.context > 1:
         words.append(f"context {parallel.context}")
+    if job.config.model.experts:
+        words.append(f"expert {parallel.expert} (each over {job.expert_tensor})")
     return ", ".join(words)
 
 

@@ -18,8 +18,8 @@ from megatron_slm.planning.communication import traffic
 from megatron_slm.planning.duration import bubble_fraction, duration
 from megatron_slm.planning.hardware import GPUS, find_gpu
 from megatron_slm.planning.job import Job
-from megatron_slm.planning.memory import chunks_in_flight, rank_memory, usable_bytes
-from megatron_slm.planning.parameters import model_parameters
+from megatron_slm.planning.memory import chunks_in_flight, rank_memory, state_bytes, usable_bytes
+from megatron_slm.planning.parameters import active_parameters, model_parameters, stage_parameters
 from megatron_slm.planning.propose import fits, propose
 from megatron_slm.planning.result import checkpoints_on_disk
 from megatron_slm.planning.work import score_store_bytes, work
@@ -103,6 +103,26 @@ def test_what_costs_more():
     assert work(again).recomputed * 3 == work(again).layers
     assert rank_memory(again, 0).activations < rank_memory(base, 0).activations / 10
     assert duration(online).tokens_per_second < duration(base).tokens_per_second > duration(again).tokens_per_second
+
+
+def mixtral(*overrides: str) -> Job:
+    """Mixtral-8x7B on 64 GPUs: 46.7 B parameters, 12.9 B of which a token meets."""
+    return job("llama3_8b_slm", 8, "--model.vocabulary_size", "32000", "--model.experts", "8", "--parallel.expert", "8", "--parallel.expert_tensor", "1", *overrides)
+
+
+def test_experts_by_hand():
+    planned = mixtral()
+    whole, held = model_parameters(planned), stage_parameters(planned, 0)
+    assert (whole.total, active_parameters(planned)) == (46_702_792_704, 12_879_925_248)
+    assert held.experts == 32 * 3 * 14336 * 4096            # one expert of each layer
+    weights, gradients, optimizer = state_bytes(planned, 0)
+    assert (weights, gradients) == (2 * held.total, 4 * held.total)
+    assert optimizer == -(-12 * held.dense // 32) + 12 * held.experts // 8      # 64 / 2 dense replicas; 64 / 8 ranks hold an expert
+    found = sent(planned)
+    rows = 8192 // 2 * 2 * 4096 * 2                          # a rank's half sequence, 2 experts a token
+    assert found["all-to-all of tokens"] == rows * 7 / 8 * 4 * 32 * planned.micro_batches
+    assert found["reduce-scatter of gradients of experts"] == 4 * held.experts * 7 / 8
+    assert "all-gather, reduce-scatter inside experts" not in found and sent(mixtral("--parallel.expert_tensor", "2"))["all-gather, reduce-scatter inside experts"] > 0
 
 
 def test_efficiency_is_what_a_run_without_waiting_shows():
