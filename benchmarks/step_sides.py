@@ -198,7 +198,7 @@ def differences(bench: Bench) -> dict[str, float]:
 
     trainer, stock = bench.trainer(bench.config), Stock(bench, fused_loss=False)
     loss_BS, stock_loss_BS = forward_losses(trainer.models, [bench.batch], bench.groups)[0]["loss"], stock.forward().float()
-    selection, _ = trainer.chooser.choose(bench.own_batch(), {"loss": loss_BS}, PROGRESS)
+    (selection,) = trainer.chooser.choose_step([bench.own_batch()], [{"loss": loss_BS}], PROGRESS)
     chosen_BS = plainly_chosen(stock_loss_BS, bench)
     for model in trainer.models:
         model.zero_grad_buffer()
