@@ -19,6 +19,8 @@ from functools import wraps
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_slm.config.schema import DeviceConfig
+
 # Functions that make a tensor on the device they are told. Wrapping only these costs a Python call per new tensor;
 # a TorchFunctionMode would cost one per operation.
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint", "randperm",
@@ -222,22 +224,49 @@ def apex_state() -> str:
     return "nvidia" if importlib.util.find_spec("amp_C") is not None else "nvidia_python"
 
 
-def describe_acceleration(device: Device, layers: str) -> list[tuple[str, str, str]]:
+def fp8_problem(layers: str, recipe: str) -> str:
+    """Why fp8 products cannot be had here; "" when they can."""
+    if layers != "transformer_engine":
+        return "the layers are torch-native (fp8 needs Transformer Engine on a GPU)"
+    capability, needed = torch.cuda.get_device_capability(), (10, 0) if recipe == "mxfp8" else (8, 9)
+    if capability < needed:
+        return f"this GPU has compute capability {'.'.join(map(str, capability))}, and {recipe} fp8 needs {'.'.join(map(str, needed))}"
+    return ""
+
+
+def apex_rms_norm():
+    """apex's fused RMSNorm as function(input, weight, normalized_shape, epsilon), or None where its CUDA extension is not built."""
+    if torch.cuda.is_available() and apex_state() == "nvidia" and _has_module("fused_layer_norm_cuda"):
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+        return fused_rms_norm_affine
+    return None
+
+
+def describe_acceleration(device: Device, layers: str, asked: DeviceConfig, isolated_documents: bool = False) -> list[tuple[str, str, str]]:
     """Rows (feature, state, why) of the start table: which accelerations are on, and why the others are not."""
     on_gpu = device.kind == "cuda"
     engine, apex = has_transformer_engine(), apex_state()
+    apex_words = {"absent": "not installed", "nvidia": "NVIDIA apex with CUDA extensions", "nvidia_python": "NVIDIA apex WITHOUT its CUDA extensions: rebuild it as the Dockerfile does",
+                  "foreign": f"the 'apex' installed here ({_version('apex')}) is an unrelated PyPI project: pip uninstall apex, and build NVIDIA's as the Dockerfile does"}
     rows = [("device", device.kind, f"{device.backend} collectives")]
     if layers == "transformer_engine":
         rows.append(("layers", "Transformer Engine", ""))
     else:
-        why = "device is the CPU" if not on_gpu else "not installed" if not engine else "device.layers asks for torch"
+        why = ("device is the CPU" if not on_gpu else "not installed" if not engine else
+               "its attention takes no mask of isolated documents" if isolated_documents else "device.layers asks for torch")
         rows.append(("layers", "torch-native", f"Transformer Engine: {why}"))
+    if layers == "transformer_engine":
+        rows.append(("fused norm", "Transformer Engine", ""))
+    elif on_gpu and apex == "nvidia" and _has_module("fused_layer_norm_cuda"):
+        rows.append(("fused norm", "apex", ""))
+    else:
+        rows.append(("fused norm", "off", "no CUDA" if not on_gpu else "apex: " + (apex_words[apex] if apex != "nvidia" else "built without --cuda_ext layer norms")))
     fused = "Transformer Engine" if engine and on_gpu else "apex" if apex == "nvidia" and on_gpu else ""
     rows.append(("optimizer", f"AdamW, {fused or 'torch'}", "" if fused else "no CUDA" if not on_gpu else "neither Transformer Engine nor NVIDIA apex is installed"))
-    apex_words = {"absent": "not installed", "nvidia": "NVIDIA apex with CUDA extensions", "nvidia_python": "NVIDIA apex WITHOUT its CUDA extensions: rebuild it as the Dockerfile does",
-                  "foreign": f"the 'apex' installed here ({_version('apex')}) is an unrelated PyPI project: pip uninstall apex, and build NVIDIA's as the Dockerfile does"}
     fusion = on_gpu and _has_module("fused_weight_gradient_mlp_cuda")
     rows.append(("gradient-accumulation fusion", "on" if fusion else "off", "" if fusion else "no CUDA" if not on_gpu else "apex: " + apex_words[apex]))
+    rows.append(("fp8", f"{asked.fp8}, {asked.fp8_recipe} scaling", "") if asked.fp8 != "none" else
+                ("fp8", "off", "no CUDA" if not on_gpu else "it needs Transformer Engine layers" if layers == "torch" else "device.fp8 is none"))
     rows.append(("apex", apex.replace("_", " "), apex_words[apex]))
     return rows
 

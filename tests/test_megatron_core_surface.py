@@ -147,6 +147,9 @@ METHODS = [
     ("optimizer.optimizer:Float16OptimizerWithFloat16Params", "step", 0, ()),
     ("optimizer.optimizer:FP32Optimizer", "step", 0, ()),
     ("optimizer.optimizer:ChainedOptimizer", "step", 0, ()),
+    ("optimizer.optimizer:ChainedOptimizer", "scale_loss", 1, ()),
+    ("optimizer.grad_scaler:DynamicGradScaler", "state_dict", 0, ()),
+    ("optimizer.grad_scaler:DynamicGradScaler", "load_state_dict", 1, ()),
     ("optimizer.optimizer:ChainedOptimizer", "reload_model_params", 0, ()),
     ("dist_checkpointing.strategies.async_utils:AsyncCallsQueue", "schedule_async_request", 1, ()),
     ("dist_checkpointing.strategies.async_utils:AsyncCallsQueue", "maybe_finalize_async_calls", 0, ("blocking",)),
@@ -250,6 +253,7 @@ def test_random_state_stand_ins_have_the_signature_they_replace(name):
 ATTRIBUTES = [
     ("optimizer.distrib_optimizer:DistributedOptimizer", ("buffers", "model_param_gbuf_map", "gbuf_ranges", "model_param_group_index_map", "data_parallel_group", "optimizer", "is_stub_optimizer")),
     ("optimizer.optimizer:Float16OptimizerWithFloat16Params", ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups", "optimizer", "is_stub_optimizer")),
+    ("optimizer.optimizer:MixedPrecisionOptimizer", ("grad_scaler",)),
     ("optimizer.optimizer:FP32Optimizer", ("optimizer", "is_stub_optimizer")),
     ("optimizer.optimizer:ChainedOptimizer", ("chained_optimizers",)),
     ("distributed.param_and_grad_buffer:_ParamAndGradBuffer", ("param_index_map",)),
@@ -280,6 +284,12 @@ def test_dataclasses_have_the_fields_we_read():
                 "transformer.attention:SelfAttentionSubmodules": {"core_attention", "q_layernorm", "k_layernorm"}}
     for name, fields in expected.items():
         assert fields <= {field.name for field in dataclasses.fields(core(name))}, name
+
+
+def test_the_loss_scale_enters_backward_where_we_hang_it():
+    assert "output_tensor[0] = config.grad_scale_func(output_tensor[0])" in inspect.getsource(core("pipeline_parallel.schedules:backward_step"))
+    saved = inspect.getsource(core("optimizer.grad_scaler:DynamicGradScaler.state_dict"))
+    assert set(re.findall(r"state_dict\['(\w+)'\]", saved)) == {"scale", "growth_tracker", "hysteresis_tracker"}
 
 
 def test_the_distributed_optimizer_maps_parameters_as_we_read_them():

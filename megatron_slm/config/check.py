@@ -8,7 +8,7 @@ from megatron_slm.config.schema import Config, ModelConfig
 
 def check(config: Config, world_size: int, *, training: bool = True) -> None:
     """Raise ConfigError listing every broken rule; `world_size` is the number of processes of the job."""
-    problems = [*_model(config), *_parallel(config, world_size)]
+    problems = [*_model(config), *_parallel(config, world_size), *_fp8(config)]
     if training:
         problems += [*_data(config, world_size), *_selection(config), *_schedule(config), *_numbers(config)]
     if problems:
@@ -154,6 +154,24 @@ def _parallel(config: Config, world_size: int):
         yield "parallel.overlap_param_gather: got true; it needs distributed_optimizer: true and overlap_grad_reduce: true"
 
 
+def _fp8(config: Config):
+    device, model, parallel = config.device, config.model, config.parallel
+    if device.fp8 == "none":
+        return
+    if device.precision != "bf16":
+        yield f"device.fp8: got {device.fp8} with device.precision {device.precision}; fp8 products stand in a bf16 model: set device.precision to bf16"
+    if device.layers == "torch":
+        yield f"device.fp8: got {device.fp8} with device.layers torch; only Transformer Engine's layers have fp8 products: set device.layers to auto"
+    if config.data.document_policy == "isolated":
+        yield f"device.fp8: got {device.fp8} with data.document_policy isolated, which needs the torch-native layers; fp8 needs Transformer Engine's: choose one"
+    tokens = config.data.micro_batch_size * config.data.sequence_length // max(1, parallel.context * (parallel.tensor if parallel.sequence else 1))
+    sizes = {"model.hidden_size": model.hidden_size, "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // max(1, parallel.tensor),
+             "tokens of a micro-batch on one process": tokens}
+    for name, size in sizes.items():
+        if size % 16:
+            yield f"device.fp8: got {device.fp8}; {name} is {size}, and fp8 products need multiples of 16"
+
+
 def _data(config: Config, world_size: int):
     data, parallel = config.data, config.parallel
     if not data.train:
@@ -164,6 +182,9 @@ def _data(config: Config, world_size: int):
         yield f"data.weights: got {len(data.weights)} for {len(data.train)} corpora; give one per corpus, or none"
     if any(weight <= 0 for weight in data.weights):
         yield f"data.weights: got {data.weights}; every weight must be positive (leave a corpus out of data.train instead)"
+    if data.document_policy == "isolated" and config.device.layers == "transformer_engine":
+        yield ("data.document_policy: got isolated with device.layers transformer_engine; its attention takes no mask of documents here: "
+               "set device.layers to auto or torch")
     names = [corpus.name for corpus in data.validation]
     if len(set(names)) != len(names):
         yield f"data.validation: names {names} repeat; each corpus is reported under its own name"
@@ -224,5 +245,11 @@ def _numbers(config: Config):
                           ("checkpoint", "keep_every_steps"), ("monitoring", "validation_interval_steps"), ("monitoring", "validation_batches")):
         if getattr(getattr(config, section), name) < 0:
             yield f"{section}.{name}: got {getattr(getattr(config, section), name)}; expected 0 or more"
+    if not 0 < optimizer.min_loss_scale <= optimizer.initial_loss_scale:
+        yield (f"optimizer.min_loss_scale: got {optimizer.min_loss_scale} with initial_loss_scale {optimizer.initial_loss_scale}; expected above 0 and at most "
+               "the initial one")
+    for name in ("loss_scale_window_steps", "loss_scale_hysteresis_steps"):
+        if getattr(optimizer, name) < 1:
+            yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected at least 1"
     if config.monitoring.log_interval_steps < 1:
         yield f"monitoring.log_interval_steps: got {config.monitoring.log_interval_steps}; expected at least 1"

@@ -26,8 +26,12 @@ class DeviceConfig:
 
     kind: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA with NCCL where there is a GPU, otherwise CPU processes with gloo."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of weights and activations; bf16 keeps fp32 main weights and accumulates gradients in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of weights and activations; bf16 and fp16 keep fp32 main weights and accumulate gradients in fp32; fp16 scales the loss."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """fp8 matrix products of Transformer Engine's layers: hybrid = e4m3 forward, e5m2 for gradients. Needs bf16, and compute capability 8.9."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How fp8 scales are found: tensorwise keeps no history, so a resumed run is the same run; delayed does; mxfp8 needs Blackwell."""
     layers: Literal["auto", "torch", "transformer_engine"] = "auto"
     """Layer implementation; auto = Transformer Engine when it is installed and the device is CUDA, else torch-native."""
     head_engine: Literal["torch", "liger"] = "torch"
@@ -148,6 +152,8 @@ class DataConfig:
     """Validation corpora, each {name, corpus}; each is reported apart, always by plain loss."""
     sequence_length: int = 256
     """Tokens per training sequence."""
+    document_policy: Literal["packed", "isolated"] = "packed"
+    """packed = attention runs across the documents of a sequence; isolated = no token sees another document, positions restart with each."""
     micro_batch_size: int = 4
     """Sequences per forward pass of one data-parallel rank."""
     global_batch_size: int = 8
@@ -204,6 +210,14 @@ class OptimizerConfig:
     """Adam's epsilon."""
     clip_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 = never."""
+    initial_loss_scale: float = 4096.0
+    """fp16 only: what losses are multiplied with before backward, at first. A token's gradient is not yet divided by the tokens of a step, so this is small."""
+    min_loss_scale: float = 1.0
+    """fp16 only: the scale is never halved below this; gradients that overflow even there end the run as diverged."""
+    loss_scale_window_steps: int = 1000
+    """fp16 only: steps without overflow after which the scale doubles."""
+    loss_scale_hysteresis_steps: int = 2
+    """fp16 only: overflowing steps it takes until each further one halves the scale; counted anew when the scale doubles."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "corpus_id", "offsets")
+SAMPLE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "corpus_id", "offsets", "document_start")
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Batch:
     loss_mask_BS: Tensor
     """fp32, 1 = counts; 0 where the label is the first token of a document and at padding."""
     position_ids_BS: Tensor
-    """int64"""
+    """int64: place in the sequence; where documents are isolated, place in this sequence's part of the document."""
     token_id_BS: Tensor
     """int64: (index of the sample in the global batch) x S + position. The same in every parallel layout; breaks ties."""
     corpus_id_B: Tensor
     """int64: index in data.train."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     """fp32 [B, S] per stored column; NaN = no score."""
-    attention_mask: Tensor | None = None
-    """None = causal."""
+    document_start_BS: Tensor | None = None
+    """int64: where in the whole sequence the document of each input token begins; None = documents are packed, attention is causal."""
     offsets_BS: Tensor | None = None
     """int64: absolute token offset of each label in its corpus, -1 at padding; only when the dataset was asked for it."""
 
@@ -44,8 +44,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
-        mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
-        return replace(moved, corpus_id_B=self.corpus_id_B.to(device, non_blocking=True), attention_mask=mask)
+        return replace(moved, corpus_id_B=self.corpus_id_B.to(device, non_blocking=True))
 
 
 def collate(samples: Sequence[dict[str, np.ndarray]], indices_in_global_batch: Sequence[int]) -> Batch:
@@ -55,7 +54,8 @@ def collate(samples: Sequence[dict[str, np.ndarray]], indices_in_global_batch: S
     token_id_BS = torch.tensor(indices_in_global_batch, dtype=torch.int64)[:, None] * length + torch.arange(length)
     return Batch(tokens_BS=stacked["tokens"], labels_BS=stacked["labels"], loss_mask_BS=stacked["loss_mask"],
                  position_ids_BS=stacked["position_ids"], token_id_BS=token_id_BS, corpus_id_B=stacked["corpus_id"],
-                 columns={name: value for name, value in stacked.items() if name not in SAMPLE_KEYS}, offsets_BS=stacked.get("offsets"))
+                 columns={name: value for name, value in stacked.items() if name not in SAMPLE_KEYS},
+                 document_start_BS=stacked.get("document_start"), offsets_BS=stacked.get("offsets"))
 
 
 def masked_sample(like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -76,8 +76,20 @@ def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batc
     if length % (2 * cp_size):
         raise ValueError(f"data.sequence_length is {length}; with parallel.context {cp_size} it must be a multiple of {2 * cp_size}.")
 
-    def own(tensor_BS: Tensor) -> Tensor:
-        chunks = tensor_BS.chunk(2 * cp_size, dim=1)
-        return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
+    return batch.map(lambda tensor_BS: _head_and_tail(tensor_BS, cp_rank, cp_size))
 
-    return batch.map(own)
+
+def _head_and_tail(tensor_BS: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+    chunks = tensor_BS.chunk(2 * cp_size, dim=1)
+    return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
+
+
+def hidden_from(document_start_BS: Tensor, cp_rank: int = 0, cp_size: int = 1) -> Tensor:
+    """The attention mask of isolated documents, bool [B, 1, S, S * cp_size], True = hidden: what is later, or of an earlier document.
+
+    Rows are this rank's tokens (of which document_start_BS is this rank's part), columns the whole sequence in order. Costs one byte per
+    pair of tokens, once per micro-batch and pipeline stage.
+    """
+    key = torch.arange(document_start_BS.shape[1] * cp_size, device=document_start_BS.device)
+    query_BS = key[None] if cp_size == 1 else _head_and_tail(key[None], cp_rank, cp_size)
+    return ((key > query_BS[..., None]) | (key < document_start_BS[..., None]))[:, None]

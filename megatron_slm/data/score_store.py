@@ -173,16 +173,18 @@ class ScoreStore:
             raise ValueError(f"The scores in {self.folder} are of another corpus or tokenizer. " + "; ".join(dict.fromkeys(problems))
                              + ". Score this corpus again: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S")
 
-    def context_warnings(self, sequence_length: int) -> list[str]:
+    def context_warnings(self, sequence_length: int, document_policy: str = "packed") -> list[str]:
         """Ways in which the context that priced a token differs from the context it is trained in (METHOD 4.13)."""
         warnings = []
         if self.manifest.window_tokens != sequence_length:
             warnings.append(f"{self.folder}: tokens were scored in windows of {self.manifest.window_tokens} tokens and are trained in "
                             f"sequences of {sequence_length}: the excess loss compares different contexts. Score again with "
                             f"--window-tokens {sequence_length} to remove the difference.")
-        if self.manifest.document_policy == "isolated":
-            warnings.append(f"{self.folder}: documents were scored in isolation, but training packs them into one sequence, where a "
-                            "token also sees the document before its own. Score again with --document-policy packed to compare like with like.")
+        if self.manifest.document_policy != document_policy:
+            scored, trained = ({"packed": "packed, where a token also sees the document before its own", "isolated": "isolated, where it sees its own only"}[policy]
+                               for policy in (self.manifest.document_policy, document_policy))
+            warnings.append(f"{self.folder}: documents were scored {scored}, and are trained {trained}: the excess loss compares different contexts. Score again "
+                            f"with --document-policy {document_policy}, or train with --data.document_policy {self.manifest.document_policy}, to compare like with like.")
         return warnings
 
     def missing_ranges(self) -> list[tuple[int, int]]:

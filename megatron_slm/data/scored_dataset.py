@@ -68,11 +68,13 @@ class ScoredDataset(GPTDataset):
     Returns numpy arrays, fresh for every call (GPTDataset hands out its cached loss mask once and then edits it):
     tokens, labels, position_ids int64 [S]; loss_mask fp32 [S], 0 where the label is the first token of a document and at
     padding; corpus_id int64; one fp32 [S] per stored column under the name scorers know, NaN = no score; with
-    `with_offsets`, the absolute token offset of every label, int64 [S], -1 at padding. A document is a sequence of the .idx.
+    `with_offsets`, the absolute token offset of every label, int64 [S], -1 at padding; with `isolate_documents`, document_start
+    int64 [S], where in the sample the document of each input begins, and position_ids that restart there. A document is a sequence of the .idx.
     """
 
     def __init__(self, corpus: Corpus, *, sequence_length: int, seed: int = 0, corpus_id: int = 0, shuffle: bool = True,
-                 index_cache: str | Path | None = None, with_offsets: bool = False):
+                 index_cache: str | Path | None = None, with_offsets: bool = False, isolate_documents: bool = False):
+        self.isolate_documents = isolate_documents
         self.scores, self.corpus_id, self.shuffle, self.with_offsets = corpus.scores, corpus_id, shuffle, with_offsets
         self.sequence_length, self.seed = sequence_length, seed
         # Keyed by content: megatron-core keys its cache by path alone and reuses the index of a corpus that was made again.
@@ -142,11 +144,15 @@ class ScoredDataset(GPTDataset):
         sample = {"loss_mask": np.ones(wanted, np.float32), "position_ids": np.arange(wanted), "corpus_id": np.int64(self.corpus_id)}
         sample["tokens"], sample["labels"] = _padded(inputs, missing, 0), _padded(labels, missing, 0)
         sample["loss_mask"][len(labels):] = 0.0
-        reached = 0
+        reached, document_start = 0, np.zeros(wanted, np.int64)
         for start, end in pieces:
+            document_start[reached:] = reached
             if 0 < reached < len(whole) and end > start:
                 sample["loss_mask"][reached - 1] = 0.0  # this label opens a document: nothing before it explains it
             reached += end - start
+        if self.isolate_documents:
+            sample["document_start"] = document_start
+            sample["position_ids"] = sample["position_ids"] - document_start
         if self.scores is not None:
             for column in self.scores.columns:
                 sample[presented_name(column)] = _padded(self.scores.read_pieces(column, pieces)[1:], missing, np.nan)
@@ -192,7 +198,8 @@ def blend(weights: Sequence[float], size: int) -> BlendIndex:
 
 
 def training_dataset(corpora: Sequence[Corpus], *, sequence_length: int, seed: int, samples: int, weights: Sequence[float] = (),
-                     index_cache: str | Path | None = None, with_offsets: bool = False) -> ScoredDataset | BlendedScoredDataset:
+                     index_cache: str | Path | None = None, with_offsets: bool = False,
+                     isolate_documents: bool = False) -> ScoredDataset | BlendedScoredDataset:
     """The training data: one corpus, or a blend by `weights` (any positive scale; none = by size in tokens).
 
     samples: how many the run may read; a blend is planned for that many, and a larger number keeps the order of the first.
@@ -201,16 +208,18 @@ def training_dataset(corpora: Sequence[Corpus], *, sequence_length: int, seed: i
         raise ValueError(f"{len(weights)} blend weights were given for {len(corpora)} corpora.")
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"Blend weights must be positive, got {list(weights)}; leave a corpus out of data.train instead of giving it 0.")
-    datasets = [ScoredDataset(corpus, sequence_length=sequence_length, seed=seed, corpus_id=number, index_cache=index_cache, with_offsets=with_offsets)
-                for number, corpus in enumerate(corpora)]
+    datasets = [ScoredDataset(corpus, sequence_length=sequence_length, seed=seed, corpus_id=number, index_cache=index_cache, with_offsets=with_offsets,
+                              isolate_documents=isolate_documents) for number, corpus in enumerate(corpora)]
     if len(datasets) == 1:
         return datasets[0]
     return BlendedScoredDataset(datasets, weights or [corpus.manifest.tokens for corpus in corpora], samples, index_cache)
 
 
-def validation_dataset(corpus: Corpus, *, sequence_length: int, index_cache: str | Path | None = None, with_offsets: bool = False) -> ScoredDataset:
+def validation_dataset(corpus: Corpus, *, sequence_length: int, index_cache: str | Path | None = None, with_offsets: bool = False,
+                       isolate_documents: bool = False) -> ScoredDataset:
     """A whole corpus, every token once, in an order that no seed changes; its last sample is padded and masked."""
-    return ScoredDataset(corpus, sequence_length=sequence_length, shuffle=False, index_cache=index_cache, with_offsets=with_offsets)
+    return ScoredDataset(corpus, sequence_length=sequence_length, shuffle=False, index_cache=index_cache, with_offsets=with_offsets,
+                         isolate_documents=isolate_documents)
 
 
 def _padded(values: np.ndarray, missing: int, fill) -> np.ndarray:

@@ -23,6 +23,8 @@ from megatron_slm.ops import linear_cross_entropy
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.parallel import Groups
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Decoder(GPTModel):
     """megatron-core's GPTModel whose labels-path is the selective head: per-token fp32 losses, no logits kept.
@@ -54,7 +56,7 @@ class Decoder(GPTModel):
 def transformer_config(config: Config, *, on_gpu: bool, grouped_experts: bool = False) -> TransformerConfig:
     """megatron-core's TransformerConfig for our settings. `grouped_experts`: one grouped matrix product over a rank's experts (Transformer Engine)."""
     model, parallel = config.model, config.parallel
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.device.precision]
+    dtype = DTYPES[config.device.precision]
     interleaved = parallel.virtual_pipeline > 1
     recompute = {"none": {}, "selective": {"recompute_granularity": "selective"},
                  "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}[model.recompute]
@@ -73,7 +75,7 @@ def transformer_config(config: Config, *, on_gpu: bool, grouped_experts: bool = 
         normalization="RMSNorm", layernorm_epsilon=model.norm_epsilon, qk_layernorm=model.qk_norm,
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=model.qkv_bias,
         hidden_dropout=model.dropout, attention_dropout=model.dropout, init_method_std=model.initialization_std,
-        bf16=dtype is torch.bfloat16, params_dtype=dtype, pipeline_dtype=dtype, attention_backend=AttnBackend.auto,
+        bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16, params_dtype=dtype, pipeline_dtype=dtype, attention_backend=AttnBackend.auto,
         tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context, sequence_parallel=parallel.sequence,
@@ -83,6 +85,7 @@ def transformer_config(config: Config, *, on_gpu: bool, grouped_experts: bool = 
         # The loss stays a sum; gradients are divided once, by the global selected count (METHOD 4.1).
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fused_weight_gradient,
+        fp8=None if config.device.fp8 == "none" else config.device.fp8, fp8_recipe=config.device.fp8_recipe,
         perform_initialization=False, use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu, bias_dropout_fusion=on_gpu, masked_softmax_fusion=False, **recompute, **experts,
     )
@@ -92,7 +95,7 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
     """This rank's model chunks (one, or one per virtual pipeline stage), initialised from run.seed.
 
     `trainable=False` freezes the weights and puts the model in eval mode: a reference (METHOD 4.18).
-    bf16 models come wrapped in megatron-core's Float16Module. ValueError: an engine that was asked for cannot run here.
+    bf16 and fp16 models come wrapped in megatron-core's Float16Module. ValueError: an engine that was asked for cannot run here.
     """
     from megatron.core.transformer.module import Float16Module
     on_gpu = groups.device.type == "cuda"
@@ -114,7 +117,7 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
         _mark_tensor_parallel(chunk)
         chunks.append(chunk.to(groups.device))
     initialize_weights(chunks, config.run.seed, config.model.initialization_std, config.model.layers)
-    if config.device.precision == "bf16":
+    if config.device.precision != "fp32":
         chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
     if not trainable:
         for chunk in chunks:
@@ -135,13 +138,16 @@ def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
 
 
 def resolve_layers(config: Config, on_gpu: bool) -> str:
-    """"torch" or "transformer_engine"; ValueError when Transformer Engine is asked for and cannot be had."""
-    asked = config.device.layers
+    """"torch" or "transformer_engine"; ValueError when Transformer Engine, or fp8, is asked for and cannot be had."""
+    asked = "torch" if config.data.document_policy == "isolated" else config.device.layers      # check.py refuses the two together
     usable = on_gpu and device_room.has_transformer_engine()
     if asked == "transformer_engine" and not usable:
         why = "the device is the CPU" if not on_gpu else "it is not installed (see the Dockerfile)"
         raise ValueError(f"device.layers is transformer_engine, but {why}; use auto or torch")
-    return "transformer_engine" if usable and asked != "torch" else "torch"
+    layers = "transformer_engine" if usable and asked != "torch" else "torch"
+    if config.device.fp8 != "none" and (problem := device_room.fp8_problem(layers, config.device.fp8_recipe)):
+        raise ValueError(f"device.fp8 is {config.device.fp8}, but {problem}; set device.fp8 to none")
+    return layers
 
 
 def initialize_weights(chunks: list[torch.nn.Module], seed: int, std: float, layers: int) -> None:

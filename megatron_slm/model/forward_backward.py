@@ -11,7 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from megatron_slm.data.batch import Batch
+from megatron_slm.data.batch import Batch, hidden_from
 from megatron_slm.model.router import scale_auxiliary_losses
 from megatron_slm.parallel import Groups
 
@@ -109,7 +109,8 @@ def split_outputs(output: torch.Tensor, extras: tuple[str, ...]) -> dict[str, to
 def _run(models: list, batches: Sequence[Batch], loss_function, groups: Groups, *, forward_only: bool) -> list:
     def step(iterator, model):
         index, batch = next(iterator)
-        output = model(batch.tokens_BS, batch.position_ids_BS, batch.attention_mask, labels=batch.labels_BS)
+        mask = None if batch.document_start_BS is None else hidden_from(batch.document_start_BS, groups.cp_rank, groups.cp_size)
+        output = model(batch.tokens_BS, batch.position_ids_BS, mask, labels=batch.labels_BS)
 
         def loss(output, non_loss_data=False):
             return loss_function(index, batch, output)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_slm.device import apex_rms_norm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -20,7 +21,7 @@ from megatron_slm.model.router import Router
 
 
 class RMSNorm(torch.nn.Module):
-    """torch.nn.functional.rms_norm in fp32, with a weight; marks its weight for sequence parallelism.
+    """torch.nn.functional.rms_norm in fp32, with a weight, by apex's fused kernel where it is built; marks its weight for sequence parallelism.
 
     Under sequence parallelism each tensor rank sees other positions, so the weight's gradient must be summed over the
     tensor group; megatron-core does that for weights with `sequence_parallel` set (finalize_model_grads.py:318).
@@ -31,8 +32,11 @@ class RMSNorm(torch.nn.Module):
         self.epsilon = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
         self.weight.sequence_parallel = config.sequence_parallel
+        self.fused = apex_rms_norm()      # sums in fp32 too, reads and writes the hidden state once
 
     def forward(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
+        if self.fused is not None:
+            return self.fused(hidden_sbh, self.weight, (hidden_sbh.shape[-1],), self.epsilon)
         normed = torch.nn.functional.rms_norm(hidden_sbh.float(), (hidden_sbh.shape[-1],), self.weight.float(), self.epsilon)
         return normed.to(hidden_sbh.dtype)
 
@@ -43,7 +47,8 @@ class CausalAttention(torch.nn.Module):
     Equals softmax(QK^T / sqrt(d) + causal mask) V. With context parallelism a rank holds chunks r and 2c-1-r of the
     2c equal chunks of the sequence (megatron-core's head-tail slicing, which balances causal work). Keys and values are
     all-gathered over the context group (their gradient is reduce-scattered), put in order, and each of the two query
-    chunks attends to its prefix.
+    chunks attends to its prefix. A mask (bool, True = hidden) has a row per query here and a column per token of the whole
+    sequence; it must hide the future itself.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str,
@@ -60,7 +65,7 @@ class CausalAttention(torch.nn.Module):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd))      # [b, n, s, d]
         if self.context_group is not None:
             key, value = self._whole_sequence(key_sbgd), self._whole_sequence(value_sbgd)
-            context = self._attend_chunks(query, key, value)
+            context = self._attend_chunks(query, key, value, attention_mask)
         elif attention_mask is not None:     # bool, True = hidden, megatron-core's sense
             context = self._attend(query, key, value, attn_mask=~attention_mask)
         else:
@@ -79,13 +84,14 @@ class CausalAttention(torch.nn.Module):
         order = [2 * r if r < size else 2 * (2 * size - 1 - r) + 1 for r in range(2 * size)]
         return torch.cat([chunks[i] for i in order]).permute(1, 2, 0, 3)
 
-    def _attend_chunks(self, query, key, value):
+    def _attend_chunks(self, query, key, value, hidden):
         size, rank = self.context_group.size(), self.context_group.rank()
         length = query.shape[2] // 2
         outputs = []
-        for part, chunk in zip(query.split(length, dim=2), (rank, 2 * size - 1 - rank)):
-            seen = (chunk + 1) * length
-            outputs.append(self._attend(part, key[:, :, :seen], value[:, :, :seen], attn_mask=causal_lower_right(length, seen)))
+        for place, chunk in enumerate((rank, 2 * size - 1 - rank)):
+            rows, seen = slice(place * length, (place + 1) * length), (chunk + 1) * length
+            mask = causal_lower_right(length, seen) if hidden is None else ~hidden[:, :, rows, :seen]
+            outputs.append(self._attend(query[:, :, rows], key[:, :, :seen], value[:, :, :seen], attn_mask=mask))
         return torch.cat(outputs, dim=2)
 
 

@@ -1,13 +1,15 @@
 """megatron-core's DistributedDataParallel and mixed-precision AdamW around our model chunks."""
 
-import torch
+import math
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.utils import get_model_config
 
 from megatron_slm.config.schema import Config
+from megatron_slm.model.build import DTYPES
 
 
 def wrap_data_parallel(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
@@ -22,22 +24,65 @@ def wrap_data_parallel(chunks: list[torch.nn.Module], config: Config) -> list[Di
 def build_optimizer(models: list[DistributedDataParallel], config: Config):
     """AdamW with decoupled weight decay (none on biases and norm weights), global-norm clipping, fp32 main weights.
 
-    Transformer Engine's or apex's fused Adam where installed, else torch's (megatron-core chooses).
-    `step()` returns (updated, grad_norm, zero_count).
+    Transformer Engine's or apex's fused Adam where installed, else torch's (megatron-core chooses). Under fp16 the models' losses are
+    multiplied by a scale that follows overflows; use `update_weights` to step.
     """
-    settings = config.optimizer
-    bf16 = config.device.precision == "bf16"
+    settings, precision = config.optimizer, config.device.precision
     optimizer = get_megatron_optimizer(CoreOptimizerConfig(
         optimizer="adam", lr=settings.learning_rate, min_lr=settings.min_learning_rate, weight_decay=settings.weight_decay,
         adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.epsilon, clip_grad=settings.clip_grad_norm,
-        bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=precision == "bf16", fp16=precision == "fp16", params_dtype=DTYPES[precision],
+        initial_loss_scale=settings.initial_loss_scale, min_loss_scale=settings.min_loss_scale,
+        loss_scale_window=settings.loss_scale_window_steps, hysteresis=settings.loss_scale_hysteresis_steps,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     ), models)
     for group in optimizer.param_groups:
         # megatron-core leaves this product to its own scheduler; without it norm weights would be decayed too.
         group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+    if precision == "fp16":
+        for model in models:
+            get_model_config(model).grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def update_weights(optimizer, learning_rate: float) -> tuple[bool, float]:
+    """One AdamW update with this learning rate: (updated, gradient norm before clipping).
+
+    (False, nan) when fp16 gradients overflowed: weights and moments stay, and the loss scale goes down (after the hysteresis).
+    """
+    set_learning_rate(optimizer, learning_rate)
+    updated, grad_norm, _ = optimizer.step()
+    scalers = _loss_scalers(optimizer)
+    if len(scalers) > 1:      # dense and expert weights each have one, and each hears of its own overflows only; the loss has one scale
+        lowest = min(scalers, key=lambda scaler: float(scaler.scale)).state_dict()
+        for scaler in scalers:
+            scaler.load_state_dict({name: value.clone() if hasattr(value, "clone") else value for name, value in lowest.items()})
+    return updated, float(grad_norm) if updated else math.nan
+
+
+def loss_scale(optimizer) -> float | None:
+    """What the next step's losses are multiplied with; None without fp16."""
+    scalers = _loss_scalers(optimizer)
+    return float(scalers[0].scale) if scalers else None
+
+
+def loss_scaler_state(optimizer) -> dict:
+    """The scale and its counters, JSON-able; {} without fp16."""
+    scalers = _loss_scalers(optimizer)
+    return {name: float(value) for name, value in scalers[0].state_dict().items()} if scalers else {}
+
+
+def load_loss_scaler_state(optimizer, state: dict) -> None:
+    """Restore; a run that newly uses fp16 starts at its configured scale."""
+    for scaler in _loss_scalers(optimizer) if state else []:
+        scaler.load_state_dict({"scale": torch.tensor([state["scale"]]), "growth_tracker": int(state["growth_tracker"]),
+                                "hysteresis_tracker": int(state["hysteresis_tracker"])})
+
+
+def _loss_scalers(optimizer) -> list:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None) is not None]
 
 
 def set_learning_rate(optimizer, learning_rate: float) -> None:

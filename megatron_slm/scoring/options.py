@@ -23,7 +23,7 @@ EXTRA_COLUMNS = ("entropy",)
 class ScoreDevice(DeviceConfig):
     """What the reference computes on."""
 
-    precision: Literal["checkpoint", "fp32", "bf16"] = "checkpoint"
+    precision: Literal["checkpoint", "fp32", "bf16", "fp16"] = "checkpoint"
     """Precision of the reference's weights; checkpoint = as it was trained. Losses come from fp32-accumulated logits either way."""
 
 
@@ -158,6 +158,8 @@ def _own_problems(options: ScoreOptions) -> list[str]:
         problems.append(f"micro_batch_size: got {options.micro_batch_size}; expected at least 1")
     unused = [name for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather") if getattr(options.parallel, name)]
     problems += [f"parallel.{name}: got true; scoring has no gradients, leave it out" for name in unused]
+    if options.device.fp8 != "none":
+        problems.append(f"device.fp8: got {options.device.fp8}; fp8 losses move the selection, leave it at none")
     if options.parallel.virtual_pipeline > 1:
         problems.append(f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs forward only and gains nothing by it, leave it at 1")
     return problems

@@ -36,9 +36,15 @@ class PlainDecoder(torch.nn.Module):
         head = self.weight("embedding.word_embeddings.weight") if head is None else head
         return hidden_BSH @ head[: self.vocabulary_size].T
 
-    def loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """-log P(label | tokens up to it), fp32 [B, S]."""
-        return F.cross_entropy(self.logits(tokens_BS).transpose(1, 2), labels_BS, reduction="none")
+    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+        """-log P(label | tokens up to it), fp32 [B, S]; given where documents start, each is run by itself, from position 0."""
+        if document_start_BS is None:
+            return F.cross_entropy(self.logits(tokens_BS).transpose(1, 2), labels_BS, reduction="none")
+        rows = []
+        for tokens, labels, starts in zip(tokens_BS, labels_BS, document_start_BS):
+            sizes = starts.unique(return_counts=True)[1].tolist()
+            rows.append(torch.cat([self.loss(t[None], l[None])[0] for t, l in zip(tokens.split(sizes), labels.split(sizes))]))
+        return torch.stack(rows)
 
     def _layer(self, hidden_BSH: Tensor, prefix: str) -> Tensor:
         hidden_BSH = hidden_BSH + self._attention(self._norm(hidden_BSH, prefix + "input_layernorm.weight"), prefix + "self_attention.")
@@ -149,7 +155,7 @@ class PlainTrainer:
 
         Returns (ids of selected tokens, mean loss of all eligible tokens, mean loss of selected tokens, gradient norm before clipping).
         """
-        loss_GS = self.decoder.loss(batch["tokens"], batch["labels"])
+        loss_GS = self.decoder.loss(batch["tokens"], batch["labels"], batch.get("document_start"))
         eligible_GS = batch["loss_mask"] > 0
         ids_GS = torch.arange(loss_GS.numel()).view(loss_GS.shape)
         selected: set[int] = set()

@@ -1,5 +1,6 @@
 """Run a function on CPU processes with real megatron-core groups: the bench for distributed tests and examples."""
 
+import multiprocessing as python_multiprocessing
 import tempfile
 import traceback
 from pathlib import Path
@@ -25,12 +26,14 @@ def run_on_cpu(function: Callable, *args, tp: int = 1, pp: int = 1, vpp: int = 1
 def run_layouts_on_cpu(function: Callable, layouts: dict[str, dict], *args, seed: int = 1234) -> dict[str, list[Any]]:
     """`run_on_cpu` for several layouts in one set of processes: `function(groups, *args)` per layout, results by name.
 
-    Each process pays megatron-core's import (about 5 s) once, not once per layout. A layout that needs fewer processes
-    leaves the others idle. A layout is a dict with tp, pp, vpp, cp, dp, ep (default 1), etp (0 = tp) and sequence_parallel.
+    Processes are forked from a server that has imported megatron-core (about 5 s, once per program that calls this), so they
+    have the environment variables of the first call. A layout that needs fewer processes leaves the others idle. A layout is
+    a dict with tp, pp, vpp, cp, dp, ep (default 1), etp (0 = tp) and sequence_parallel.
     """
+    python_multiprocessing.get_context("forkserver").set_forkserver_preload(["megatron_slm.testing.cpu_process"])
     worlds = {name: layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * layout.get("dp", 1) for name, layout in layouts.items()}
     with tempfile.TemporaryDirectory(prefix="slm_spawn_") as folder:
-        multiprocessing.spawn(_worker, (folder, layouts, worlds, seed, function, args), nprocs=max(worlds.values()), join=True)
+        multiprocessing.start_processes(_worker, (folder, layouts, worlds, seed, function, args), nprocs=max(worlds.values()), start_method="forkserver")
         return {name: [torch.load(Path(folder, f"{name}_{rank}.pt"), weights_only=False) for rank in range(world)] for name, world in worlds.items()}
 
 

@@ -17,7 +17,7 @@ from megatron_slm.config.load import load_yaml, to_mapping, to_yaml
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batch import slice_for_context_parallel
 from megatron_slm.model.build import build_model
-from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
+from megatron_slm.model.optimizer import build_optimizer, load_loss_scaler_state, loss_scale, loss_scaler_state, wrap_data_parallel
 from megatron_slm.model.router import summarise_routing
 from megatron_slm.monitoring import Metrics, Throughput, model_flops_per_token, wandb_run_id
 from megatron_slm.parallel import Groups
@@ -31,7 +31,7 @@ from megatron_slm.training.probe import Probe
 from megatron_slm.training.reference import load_reference
 from megatron_slm.training.report import Reporter
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
-from megatron_slm.training.step import Trainer, train_step
+from megatron_slm.training.step import StepReport, Trainer, train_step
 
 
 class NonFiniteLoss(RuntimeError):
@@ -54,6 +54,7 @@ class Run:
         self.probe = Probe(config, materials, self.trainer)
         self.metrics = Metrics(groups.device)
         self.tokens_selected = 0      # up to the last log line; known on last-stage ranks
+        self.skipped_steps = 0        # fp16 overflows
         self.wandb_id = ""
 
     def start(self) -> None:
@@ -93,18 +94,20 @@ class Run:
             with throughput.waiting_for_data():
                 batches = [slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(self.groups.device) for batch in self.loader.next_step()]
             rate = learning_rate(self.config, self.step + 1)
+            scale = loss_scale(self.trainer.optimizer)
             report = train_step(self.trainer, batches, self._progress(), rate)
             self.step += 1
+            self.skipped_steps += not report.updated
             self.metrics.add_all(report.measured)
             if report.measured:
                 self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
             throughput.step_done(self.step_tokens)
-            if not math.isfinite(report.grad_norm):
+            if not math.isfinite(report.grad_norm) and (report.updated or scale <= self.config.optimizer.min_loss_scale):
                 raise NonFiniteLoss(f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
                                     "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step")
             stopping = stop.agreed()
             if self.step % self.config.monitoring.log_interval_steps == 0 or self.step == self.steps:
-                self._log(report.grad_norm, rate, throughput)
+                self._log(report, rate, throughput)
             with throughput.paused():
                 self._after_step(stopping)
         self.store.close()
@@ -129,11 +132,14 @@ class Run:
             self._save()
         self.store.finish_pending()
 
-    def _log(self, grad_norm: float, rate: float, throughput: Throughput) -> None:
+    def _log(self, report: StepReport, rate: float, throughput: Throughput) -> None:
         summary = self.metrics.reduce(self.groups.dp_cp, summarise=self._summarise)
         self.tokens_selected += int(summary.pop("tokens/selected", 0))
+        scale = loss_scale(self.trainer.optimizer)
+        fp16 = {} if scale is None else {"optimizer/loss_scale": scale, "optimizer/skipped_steps": self.skipped_steps}
+        norm = {"optimizer/grad_norm": report.grad_norm} if report.updated else {}
         self.reporter.log({"kind": "train", "tokens/processed": self.step * self.step_tokens, "tokens/selected": self.tokens_selected, **summary,
-                           "optimizer/grad_norm": grad_norm, "optimizer/learning_rate": rate, **throughput.interval(self.step * self.step_tokens)}, self.step)
+                           **norm, "optimizer/learning_rate": rate, **fp16, **throughput.interval(self.step * self.step_tokens)}, self.step)
         self.reporter.think(summary, self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens), self.trainer.chooser.scorer)
 
     def _summarise(self, reduced: dict) -> dict:
@@ -155,12 +161,15 @@ class Run:
         told = [{"metrics": self.metrics.state_dict(self.groups.dp_cp), "tokens_selected": self.tokens_selected, "selection": self.trainer.chooser.state_dict(),
                  "probe": self.probe.state_dict()}]
         dist.broadcast_object_list(told, src=self.groups.world_size - 1)
-        state = trainer_state(optimizer, self.groups, step=self.step, loader=self.loader.state_dict(), wandb_id=self.wandb_id, **told[0])
+        scaling = {"loss_scaler": loss_scaler_state(self.trainer.optimizer), "skipped_steps": self.skipped_steps}
+        state = trainer_state(optimizer, self.groups, **scaling, step=self.step, loader=self.loader.state_dict(), wandb_id=self.wandb_id, **told[0])
         self.store.save(self.trainer.models, optimizer, info, state)
 
     def _restore(self, state: dict) -> None:
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
+        load_loss_scaler_state(self.trainer.optimizer, state.get("loss_scaler", {}))     # absent before fp16 was supported
+        self.skipped_steps = state.get("skipped_steps", 0)
         self.trainer.chooser.load_state_dict(state["selection"])
         if self.groups.is_last_stage:
             self.metrics.load_state_dict(state["metrics"])

@@ -28,7 +28,8 @@ class Probe:
         if self.usable:
             data = config.data
             dataset = ScoredDataset(materials.corpora[0], sequence_length=data.sequence_length, seed=config.run.seed,
-                                    index_cache=data.index_cache or Path(config.run.folder, "index_cache"))
+                                    index_cache=data.index_cache or Path(config.run.folder, "index_cache"),
+                                    isolate_documents=data.document_policy == "isolated")
             rows = list(range(data.micro_batch_size))
             self.batch = collate([dataset[i] for i in rows], rows).to(trainer.groups.device)
 

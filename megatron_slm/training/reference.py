@@ -10,7 +10,7 @@ from megatron_slm.parallel import Groups
 
 
 def load_reference(config: Config, materials, groups: Groups) -> list | None:
-    """The online reference's model chunks, in eval mode without gradients; None when the config names none.
+    """The online reference's model chunks, in eval mode without gradients and never in fp8, which would move the choice; None when the config names none.
 
     ValueError when its vocabulary or tokenizer is another one: its losses would price other tokens.
     """
@@ -21,6 +21,6 @@ def load_reference(config: Config, materials, groups: Groups) -> list | None:
     if info.tokenizer["fingerprint"] != materials.tokenizer.fingerprint:
         raise ValueError(f"selection.reference.checkpoint {checkpoint} was trained with another tokenizer ({info.tokenizer['path']}); its losses price other "
                          "tokens: train a reference with this run's tokenizer")
-    reference = build_model(dataclasses.replace(config, model=info.reference_model()), info.model["vocabulary_size"], groups, trainable=False)
+    reference = build_model(dataclasses.replace(config, model=info.reference_model(), device=dataclasses.replace(config.device, fp8="none")), info.model["vocabulary_size"], groups, trainable=False)
     load_weights(reference, checkpoint, groups)
     return reference

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_slm import device as device_room
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
@@ -15,6 +14,7 @@ from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
 from megatron_slm.selection.alarms import smallest_population, warnings_of
 from megatron_slm.training.choose import make_scorer
+from megatron_slm.training.start_table import start_table
 
 
 class Reporter:
@@ -39,7 +39,7 @@ class Reporter:
             self.message(f"resumed after step {resume_step}", "info")
         for corpus in materials.corpora:
             if corpus.scores is not None and config.selection.scorer != "none":
-                for sentence in corpus.scores.context_warnings(config.data.sequence_length):
+                for sentence in corpus.scores.context_warnings(config.data.sequence_length, config.data.document_policy):
                     self.message(sentence, "warning")
         if make_scorer(config.selection).uses_keep_fraction:
             self._warn_of_small_population()
@@ -89,21 +89,4 @@ class Reporter:
                 "distributed_optimizer": self.config.parallel.distributed_optimizer}
 
     def _start_table(self) -> dict[str, str]:
-        config, layout = self.config, self._layout()
-        rows = {"run folder": str(self.folder),
-                "layout": ", ".join(f"{name} {size}" for name, size in layout.items() if size not in (1, False)) or "1 process",
-                "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {tokens_per_step(config)} tokens per step, {train_steps(config)} steps",
-                "selection": _selection_words(config), "precision": config.device.precision}
-        device = device_room.Device(self.groups.device.type, self.groups.device, torch.distributed.get_backend())
-        for feature, state, why in device_room.describe_acceleration(device, resolve_layers(config, self.groups.device.type == "cuda")):
-            rows[feature] = f"{state} ({why})" if why else state
-        return rows
-
-
-def _selection_words(config: Config) -> str:
-    selection = config.selection
-    if selection.scorer == "none":
-        return "none: plain CLM"
-    reference = selection.reference
-    source = f", reference {reference.checkpoint} (online)" if reference.checkpoint else f", stored scores {', '.join(reference.scores)}" if reference.scores else ""
-    return f"{selection.scorer}, keep {selection.keep_fraction}, scope {selection.scope}{source}"
+        return start_table(self.config, self.groups, resolve_layers(self.config, self.groups.device.type == "cuda"))

@@ -81,7 +81,8 @@ def training_loader(config: Config, materials: Materials, groups: Groups) -> Tra
     """This rank's micro-batches of every step, in an order that a longer run only extends."""
     data = config.data
     dataset = training_dataset(materials.corpora, sequence_length=data.sequence_length, seed=config.run.seed, samples=train_steps(config) * data.global_batch_size,
-                               weights=data.weights, index_cache=data.index_cache or Path(config.run.folder, "index_cache"))
+                               weights=data.weights, index_cache=data.index_cache or Path(config.run.folder, "index_cache"),
+                               isolate_documents=data.document_policy == "isolated")
     return TrainingLoader(dataset, global_batch_size=data.global_batch_size, micro_batch_size=data.micro_batch_size,
                           dp_rank=groups.dp_rank, dp_size=groups.dp_size)
 
@@ -90,7 +91,8 @@ def validation_loaders(config: Config, materials: Materials, groups: Groups) -> 
     """One loader per validation corpus: the same global batches at every validation."""
     data = config.data
     cache = data.index_cache or Path(config.run.folder, "index_cache")
-    return {name: ValidationLoader(validation_dataset(corpus, sequence_length=data.sequence_length, index_cache=cache),
+    return {name: ValidationLoader(validation_dataset(corpus, sequence_length=data.sequence_length, index_cache=cache,
+                                                      isolate_documents=data.document_policy == "isolated"),
                                    global_batch_size=data.global_batch_size, micro_batch_size=data.micro_batch_size,
                                    dp_rank=groups.dp_rank, dp_size=groups.dp_size, global_batches=config.monitoring.validation_batches)
             for name, corpus in materials.validation.items()}

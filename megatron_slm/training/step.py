@@ -10,7 +10,7 @@ import torch
 
 from megatron_slm.data.batch import Batch
 from megatron_slm.model.forward_backward import ask_for, forward_backward, forward_losses, split_outputs
-from megatron_slm.model.optimizer import set_learning_rate
+from megatron_slm.model.optimizer import update_weights
 from megatron_slm.model.router import has_auxiliary_losses, take_measured
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Progress, Selection
@@ -41,7 +41,7 @@ class Trainer:
 
 @dataclass
 class StepReport:
-    """What a step did. `measured`: this rank's sums and counts (last pipeline stage only)."""
+    """What a step did. `measured`: this rank's sums and counts (last pipeline stage only). Not updated: fp16 overflow, norm nan."""
 
     updated: bool
     grad_norm: float
@@ -63,12 +63,11 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, l
     reports = forward_backward(trainer.models, batches, selected_loss(trainer.chooser, known, progress), trainer.groups,
                                divisor_ahead=weight_ahead(trainer, batches, known, progress))
 
-    set_learning_rate(trainer.optimizer, learning_rate)
-    updated, grad_norm, _ = trainer.optimizer.step()
+    updated, grad_norm = update_weights(trainer.optimizer, learning_rate)
     measured: Measured = {**trainer.chooser.finish_step(progress), **take_measured(trainer.models, trainer.groups)}
     for report in reports:
         measured = add(measured, report)
-    return StepReport(updated, float(grad_norm), measured)
+    return StepReport(updated, grad_norm, measured)
 
 
 def selected_loss(chooser: Chooser, known: list[Selection] | None, progress: Progress):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.device import Device, apex_state, choose, describe_acceleration
+from megatron_slm.config.schema import DeviceConfig
+from megatron_slm.device import Device, apex_state, choose, describe_acceleration, fp8_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,9 +136,30 @@ def test_apex_is_absent(monkeypatch):
 def test_the_start_table_says_why_an_acceleration_is_off(package):
     import torch
     package("apex")
-    rows = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cpu", torch.device("cpu"), "gloo"), "torch")}
+    rows = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cpu", torch.device("cpu"), "gloo"), "torch", DeviceConfig())}
     assert rows["device"] == ("cpu", "gloo collectives") and rows["optimizer"] == ("AdamW, torch", "no CUDA")
     assert "the CPU" in rows["layers"][1]
+    assert rows["fused norm"] == rows["fp8"] == ("off", "no CUDA")
     assert rows["apex"][0] == "foreign" and "unrelated PyPI project" in rows["apex"][1] and "Dockerfile" in rows["apex"][1]
-    on_gpu = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cuda", torch.device("cuda"), "nccl"), "torch")}
+    on_gpu = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cuda", torch.device("cuda"), "nccl"), "torch", DeviceConfig())}
+    assert on_gpu["fused norm"][0] == "off" and "pip uninstall apex" in on_gpu["fused norm"][1]
+    assert on_gpu["fp8"] == ("off", "it needs Transformer Engine layers")
     assert on_gpu["gradient-accumulation fusion"][0] == "off" and "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]
+
+
+def test_the_start_table_says_what_is_on(package):
+    import torch
+    package("apex", "apex.optimizers", "amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
+    cuda = Device("cuda", torch.device("cuda"), "nccl")
+    native = {feature: state for feature, state, _ in describe_acceleration(cuda, "torch", DeviceConfig(), isolated_documents=True)}
+    assert (native["fused norm"], native["optimizer"], native["gradient-accumulation fusion"]) == ("apex", "AdamW, apex", "on")
+    engine = {feature: state for feature, state, _ in describe_acceleration(cuda, "transformer_engine", DeviceConfig(fp8="hybrid"))}
+    assert (engine["fused norm"], engine["layers"], engine["fp8"]) == ("Transformer Engine", "Transformer Engine", "hybrid, tensorwise scaling")
+
+
+@pytest.mark.parametrize("capability, recipe, problem", [((8, 0), "tensorwise", "capability 8.0"), ((8, 9), "delayed", ""), ((9, 0), "mxfp8", "needs 10.0")])
+def test_fp8_is_refused_where_the_hardware_has_none(monkeypatch, capability, recipe, problem):
+    import torch
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert fp8_problem("transformer_engine", recipe) == "" if not problem else problem in fp8_problem("transformer_engine", recipe)
+    assert "torch-native" in fp8_problem("torch", recipe)

@@ -115,6 +115,16 @@ RULES = [
     ("checkpoint.keep_last", dict(checkpoint__keep_last=-1), "got -1", "0 or more"),
     ("monitoring.validation_batches", dict(monitoring__validation_batches=-1), "got -1", "0 or more"),
     ("monitoring.log_interval_steps", dict(monitoring__log_interval_steps=0), "got 0", "at least 1"),
+    ("optimizer.min_loss_scale", dict(optimizer__min_loss_scale=8192.0), "got 8192.0", "at most the initial one"),
+    ("optimizer.min_loss_scale", dict(optimizer__min_loss_scale=0.0), "got 0.0", "above 0"),
+    ("optimizer.loss_scale_window_steps", dict(optimizer__loss_scale_window_steps=0), "got 0", "at least 1"),
+    ("optimizer.loss_scale_hysteresis_steps", dict(optimizer__loss_scale_hysteresis_steps=0), "got 0", "at least 1"),
+    # documents, fp8
+    ("data.document_policy", dict(data__document_policy="isolated", device__layers="transformer_engine"), "got isolated", "set device.layers to auto or torch"),
+    ("device.fp8", dict(device__fp8="hybrid"), "precision fp32", "set device.precision to bf16"),
+    ("device.fp8", dict(device__fp8="hybrid", device__precision="bf16", device__layers="torch"), "layers torch", "set device.layers to auto"),
+    ("device.fp8", dict(device__fp8="e4m3", device__precision="bf16", data__document_policy="isolated"), "isolated", "choose one"),
+    ("device.fp8", dict(device__fp8="hybrid", device__precision="bf16", model__ffn_hidden_size=700), "is 700", "multiples of 16"),
 ]
 
 

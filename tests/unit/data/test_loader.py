@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from megatron_slm.data.batch import collate, slice_for_context_parallel
+from megatron_slm.data.batch import collate, hidden_from, slice_for_context_parallel
 from megatron_slm.data.loader import TrainingLoader, ValidationLoader
 from megatron_slm.data.scored_dataset import open_corpora, training_dataset, validation_dataset
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
@@ -169,4 +169,20 @@ def test_batch_dtypes_and_move(dataset):
         assert getattr(batch, name).dtype == torch.int64
     assert batch.loss_mask_BS.dtype == torch.float32
     assert {name: column.dtype for name, column in batch.columns.items()} == {"reference_loss": torch.float32, "mine": torch.float32}
-    assert batch.token_id_BS[2].tolist() == [5 * S + position for position in range(S)] and batch.attention_mask is None
+    assert batch.token_id_BS[2].tolist() == [5 * S + position for position in range(S)] and batch.document_start_BS is None
+
+
+def test_the_mask_of_isolated_documents_is_causal_within_each_and_sliced_like_everything(corpus):
+    dataset = training_dataset(corpus, sequence_length=S, seed=1, samples=100, isolate_documents=True)
+    batch = collate([dataset[0], dataset[1]], [0, 1])
+    whole = hidden_from(batch.document_start_BS)
+    for row, starts in enumerate(batch.document_start_BS.tolist()):
+        for query, start in enumerate(starts):
+            assert [key for key in range(S) if not whole[row, 0, query, key]] == list(range(start, query + 1))
+            assert batch.position_ids_BS[row, query] == query - start
+    assert len(batch.document_start_BS.unique()) > 1, "samples of one document test nothing"
+    for size in (2, 4):
+        for rank in range(size):
+            part = slice_for_context_parallel(batch, rank, size)
+            rows = part.token_id_BS[0]
+            assert torch.equal(hidden_from(part.document_start_BS, rank, size), whole[:, :, rows])

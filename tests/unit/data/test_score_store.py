@@ -191,9 +191,11 @@ def test_another_training_context_is_said(tmp_path, corpus):
     """METHOD 4.13: window and document policy are recorded; training with another window is warned about."""
     store = write_scores(tmp_path / "s", tmp_path / "corpus", window_tokens=16, document_policy="isolated")
     assert "windows of 16 tokens and are trained in sequences of 32" in " ".join(store.context_warnings(32))
-    assert "scored in isolation" in " ".join(store.context_warnings(16))
+    assert "scored isolated" in " ".join(store.context_warnings(16)) and "train with --data.document_policy isolated" in " ".join(store.context_warnings(16))
+    assert store.context_warnings(16, "isolated") == []
     packed = write_scores(tmp_path / "p", tmp_path / "corpus", window_tokens=16)
     assert packed.context_warnings(16) == []
+    assert "scored packed" in " ".join(packed.context_warnings(16, "isolated"))
 
 
 @pytest.mark.parametrize("settings, sentence", [

@@ -64,6 +64,22 @@ def test_score_and_label_are_the_same_slice(data):
     np.testing.assert_array_equal(flat_of_scores[sample["reference_loss"][scored].astype(int)], sample["labels"][scored])
 
 
+def test_isolated_documents_begin_where_the_first_tokens_are(data):
+    """Positions restart at each document, whose first token is the one that is masked as a label; padding belongs to the last document."""
+    folder, _ = data
+    settings_ = dict(sequence_length=47, with_offsets=True)
+    packed, isolated = (validation_dataset(opened(folder)[0], **settings_, isolate_documents=isolate) for isolate in (False, True))
+    for index in range(len(packed)):
+        sample, plain = isolated[index], packed[index]
+        assert plain.keys() == sample.keys() - {"document_start"}
+        for name in plain.keys() - {"position_ids"}:
+            np.testing.assert_array_equal(sample[name], plain[name])
+        first = np.flatnonzero((plain["loss_mask"] == 0) & (plain["offsets"] >= 0)) + 1      # of inputs: the label before them was masked
+        begins = np.array([0, *first[first < 47]])
+        np.testing.assert_array_equal(sample["document_start"], begins[np.searchsorted(begins, np.arange(47), side="right") - 1])
+        np.testing.assert_array_equal(sample["position_ids"], np.arange(47) - sample["document_start"])
+
+
 def test_first_token_of_a_document_is_not_eligible(data):
     """METHOD 4.14: masked as a label, while it stays an input; the same rule with and without scores."""
     folder, documents = data

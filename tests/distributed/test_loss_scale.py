@@ -1,0 +1,131 @@
+"""fp16: an overflow skips the step and halves the loss scale; the scale survives a resume; the numbers beside fp32 stand in test_layouts.py."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_slm.config.schema import Config
+from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, random_documents, write_corpus
+from megatron_slm.testing.spawn import run_layouts_on_cpu
+
+STEPS = 8
+LAYOUTS = {"single": {}, "dp2": dict(dp=2)}      # dp2 with the distributed optimizer, which has its own state
+
+
+def make_config(folder: Path, layout: str, **optimizer) -> Config:
+    config = Config()
+    config.run.folder, config.device.precision = str(folder), "fp16"
+    config.model = dataclasses.replace(config.model, layers=1, hidden_size=16, ffn_hidden_size=16, attention_heads=2)
+    config.data = dataclasses.replace(config.data, tokenizer="none", train=[str(folder.parent / "corpus")], sequence_length=16, micro_batch_size=2, global_batch_size=4)
+    config.optimizer = dataclasses.replace(config.optimizer, loss_scale_hysteresis_steps=1, **optimizer)
+    config.parallel.distributed_optimizer = layout == "dp2"
+    config.selection.scorer = "own_loss"
+    config.schedule = dataclasses.replace(config.schedule, train_steps=STEPS, warmup_fraction=0.0)
+    config.checkpoint.interval_steps = 4
+    config.monitoring.log_interval_steps = 1
+    config.monitoring.wandb.mode = "disabled"
+    return config
+
+
+def start(config: Config, groups):
+    from types import SimpleNamespace
+
+    from megatron_slm.data.scored_dataset import open_corpora
+    from megatron_slm.training.loop import Run
+    from megatron_slm.training.setup import Materials
+    Path(config.run.folder).mkdir(exist_ok=True)
+    run = Run(config, groups, Materials(SimpleNamespace(piece=str), open_corpora(config.data.train), {}, 64))
+    run.start()
+    return run
+
+
+def weights(run) -> list:
+    from megatron.core.utils import unwrap_model
+    return [parameter.detach().float().clone() for chunk in unwrap_model(run.trainer.models) for parameter in chunk.parameters()]
+
+
+def two_scalers() -> list[float]:
+    """The scales of two optimizers under one, after a step in which only the second overflowed: megatron-core halves that one's alone."""
+    from types import SimpleNamespace
+
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    from megatron_slm.model.optimizer import update_weights
+    scalers = [DynamicGradScaler(64.0, 1.0, 2.0, 0.5, 10, 1) for _ in range(2)]
+
+    def step():
+        for scaler, overflow in zip(scalers, (False, True)):
+            scaler.update(overflow)
+        return False, None, None
+    updated, norm = update_weights(SimpleNamespace(param_groups=[], step=step, chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers]), 1e-3)
+    assert not updated and math.isnan(norm)
+    return [float(scaler.scale) for scaler in scalers]
+
+
+def train(groups, folder: str) -> dict:
+    """Three runs: one whose first steps overflow, stopped and resumed in the middle; one that never fits; one that overflows at its last scale."""
+    from megatron_slm.model.optimizer import loss_scaler_state
+    from megatron_slm.training.loop import NonFiniteLoss
+    layout = "dp2" if groups.dp_size == 2 else "single"
+    here = Path(folder, layout)
+    result = {}
+    config = make_config(here / "whole", layout, initial_loss_scale=2.0**40)
+    run = start(config, groups)
+    before = weights(run)
+    run.steps = 4
+    run.run()
+    result["unmoved"] = all(bool((a == b).all()) for a, b in zip(before, weights(run)))
+    result["scale_at_4"] = loss_scaler_state(run.trainer.optimizer)
+    again = start(config, groups)
+    result["scale_resumed"] = loss_scaler_state(again.trainer.optimizer)
+    again.run()
+    config = make_config(here / "diverged", layout, initial_loss_scale=2.0**40, min_loss_scale=2.0**39)
+    run = start(config, groups)
+    with pytest.raises(NonFiniteLoss) as caught:
+        run.run()
+    return {**result, "diverged": str(caught.value), "diverged_step": run.step, "two_scalers": two_scalers()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp16")
+    for layout in LAYOUTS:
+        write_corpus(folder / layout / "corpus", random_documents(40, 30, vocabulary_size=64), vocabulary_size=64, tokenizer_fingerprint=TOKENIZER_FINGERPRINT)
+    results = run_layouts_on_cpu(train, LAYOUTS, str(folder))
+    metrics = {layout: [json.loads(line) for line in (folder / layout / "whole" / "metrics.jsonl").read_text().splitlines()] for layout in LAYOUTS}
+    return results, {layout: [record for record in lines if record.get("kind") == "train"] for layout, lines in metrics.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_overflow_skips_the_step_and_halves_the_scale(layout, runs):
+    results, metrics = runs
+    assert all(rank["unmoved"] for rank in results[layout]), "weights moved in a step that overflowed"
+    assert [record["optimizer/loss_scale"] for record in metrics[layout][:4]] == [2.0**39, 2.0**38, 2.0**37, 2.0**36]
+    assert [record["optimizer/skipped_steps"] for record in metrics[layout][:4]] == [1, 2, 3, 4]
+    assert not any("optimizer/grad_norm" in record for record in metrics[layout][:4])
+    assert all(math.isfinite(record["loss/all"]) for record in metrics[layout])
+    rates = np.array([record["optimizer/learning_rate"] for record in metrics[layout]])
+    assert (np.diff(rates) < 0).all(), "the schedule goes on with the data, skipped or not"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_scale_and_the_count_survive_a_resume(layout, runs):
+    results, metrics = runs
+    for rank in results[layout]:
+        assert rank["scale_resumed"] == rank["scale_at_4"] == {"scale": 2.0**36, "growth_tracker": 0, "hysteresis_tracker": rank["scale_at_4"]["hysteresis_tracker"]}
+    assert metrics[layout][4]["optimizer/loss_scale"] == 2.0**35 and metrics[layout][4]["optimizer/skipped_steps"] == 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_overflow_at_the_smallest_scale_is_divergence(layout, runs):
+    for rank in runs[0][layout]:
+        assert rank["diverged_step"] == 2 and "diverged" in rank["diverged"]
+
+
+def test_dense_and_expert_weights_keep_one_scale(runs):
+    """A loss is multiplied by the first optimizer's scale, so the second must divide its gradients by the same."""
+    assert runs[0]["single"][0]["two_scalers"] == [32.0, 32.0]
