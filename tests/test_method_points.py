@@ -28,7 +28,7 @@ STORE, HERE = "unit/data/test_score_store.py", "test_method_points.py"
 
 POINTS = {
     # Normalisation
-    1: [(LAYOUTS, "test_layout_equals_plain_torch"), (LAYOUTS, "test_weights_after_ten_steps_equal_plain_torch")],
+    1: [(LAYOUTS, "test_layout_equals_plain_torch")],
     2: [(SCORERS, "test_method_04_02_soft_weights_have_their_own_float_divisor"), (TRAINING, "test_every_scorer_and_scope_in_every_layout")],
     3: [(SELECT, "test_method_04_03_nothing_to_select_is_legal"), (MODEL, "test_method_04_03_a_rank_or_step_with_nothing_selected_is_legal")],
     4: [("unit/selection/test_diagnostics.py", "test_method_04_04_ratios_are_formed_after_the_sums_are_added"), (LAYOUTS, "test_layout_equals_plain_torch")],
