@@ -12,7 +12,8 @@ Peers: `megatron`         megatron-core's head: weight product, vocab_parallel_c
        `megatron-fused`   the same with fused_vocab_parallel_cross_entropy;
        `megatron-widened` the same on fp32 copies of bf16 operands, made inside the timed region: the stronger peer on a CPU without
                           bf16 units, where torch's bf16 products are many times slower than widening;
-       `torch-lce`        torch.nn.functional.linear_cross_entropy(reduction="none").
+       `torch-lce`        torch.nn.functional.linear_cross_entropy(reduction="none");
+       `liger`            Liger-Kernel's fused per-token cross entropy: its Hopper kernels where there is one, else its chunked torch.
 
 CPU time of one thread by default (`--clock cpu`), which other work on the machine disturbs least; `--clock wall --threads N` on an idle one.
 On CUDA the clock is CUDA events.
@@ -43,7 +44,7 @@ class Case:
     vocabulary: int = 32000
     dtype: str = "bf16"
     keep_fraction: float = 0.6
-    ours: str = "auto"  # auto | keep | recompute | known
+    ours: str = "auto"  # auto | keep | recompute | known | liger
     peer: str = "megatron"
     measure: str = "time"  # time | memory
     chunk_tokens: int | None = None
@@ -63,6 +64,9 @@ CASES = {
         Case("C7", peer="torch-lce", gate=0.13),
         Case("G1", tokens=8192, hidden=4096, vocabulary=131072, ours="recompute", gate=0.75, rounds=50),
         Case("G1-keep", tokens=8192, hidden=4096, vocabulary=131072, ours="keep", gate=0.62, rounds=50),
+        Case("G1-liger", tokens=8192, hidden=4096, vocabulary=131072, ours="recompute", peer="liger", gate=0.72, rounds=50),
+        Case("G1-keep-liger", tokens=8192, hidden=4096, vocabulary=131072, ours="keep", peer="liger", gate=0.58, rounds=50),
+        Case("G1-engine", tokens=8192, hidden=4096, vocabulary=131072, ours="liger", peer="liger", gate=0.72, rounds=50),
         Case("G2", tokens=16384, hidden=2048, ours="recompute", gate=0.65, rounds=50),
         Case("G2-fused", tokens=16384, hidden=2048, ours="recompute", peer="megatron-fused", gate=0.80, rounds=50),
         Case("G3", tokens=8192, hidden=4096, vocabulary=128256, ours="recompute", gate=0.76, rounds=50),
@@ -160,9 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab", type=int, help="vocabulary size")
     parser.add_argument("--dtype", choices=["fp32", "bf16"])
     parser.add_argument("--k", type=float, help="kept fraction of the tokens")
-    parser.add_argument("--mode", choices=["auto", "keep", "recompute"], help="how ours computes")
+    parser.add_argument("--mode", choices=["auto", "keep", "recompute", "liger"], help="how ours computes; liger: with Liger's kernels")
     parser.add_argument("--selection", choices=["late", "known"], default="late", help="known: the kept rows are given before the head")
-    parser.add_argument("--peer", choices=["megatron", "megatron-fused", "megatron-widened", "torch-lce"])
+    parser.add_argument("--peer", choices=["megatron", "megatron-fused", "megatron-widened", "torch-lce", "liger"])
     parser.add_argument("--memory", action="store_true", help="compare peak memory above inputs and weight gradient instead of time")
     parser.add_argument("--chunk", type=int, help="chunk_tokens of ours")
     parser.add_argument("--elementwise", default="auto", choices=["auto", "eager", "compiled", "triton"])

@@ -61,9 +61,10 @@ def contenders(problem: Problem, ours: str, peer: str, chunk_tokens: int | None 
 
 def _ours(problem: Problem, mode: str, chunk_tokens: int | None, elementwise: str) -> Side:
     options = dict(chunk_tokens=chunk_tokens, elementwise=elementwise)
+    how = dict(engine="liger") if mode == "liger" else dict(mode=mode)
 
     def late():
-        loss_N = linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, mode=mode, **options)
+        loss_N = linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, **how, **options)
         return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
 
     def known():
@@ -83,6 +84,17 @@ def _peer(problem: Problem, name: str) -> Side:
             return problem.differentiate((loss_N.float() * problem.mask_N).sum(), loss_N)
 
         return torch_head
+    if name == "liger":
+        try:
+            from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as liger
+        except ImportError:
+            raise SystemExit("peer liger needs pip install 'liger-kernel[cutedsl]>=0.8.5'; choose another --peer.") from None
+
+        def liger_head():
+            loss_N = liger.apply(problem.hidden_NH, problem.weight_VH, problem.target_N)
+            return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
+
+        return liger_head
     fused = name == "megatron-fused"
     cross_entropy = _megatron_cross_entropy(fused)
 
