@@ -152,7 +152,7 @@ class Stock:
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
         batch = self.bench.batch
-        return self.models[0](batch.tokens_BS, batch.position_ids_BS, batch.attention_mask, labels=batch.labels_BS)
+        return self.models[0](batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
 
 
 def stock_model(config: Config, vocabulary: int, groups: Groups, *, fused_loss: bool) -> torch.nn.Module:
@@ -172,7 +172,7 @@ def stock_model(config: Config, vocabulary: int, groups: Groups, *, fused_loss: 
         share_embeddings_and_output_weights=config.model.tied_embeddings,
     ).to(groups.device)  # fmt: skip
     initialize_weights([model], config.run.seed, config.model.initialization_std, config.model.layers)
-    return Float16Module(core_config, model) if config.device.precision == "bf16" else model
+    return model if config.device.precision == "fp32" else Float16Module(core_config, model)
 
 
 def random_batch(shape: Shape, device: torch.device) -> Batch:

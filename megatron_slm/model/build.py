@@ -101,7 +101,7 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
     on_gpu = groups.device.type == "cuda"
     layers = resolve_layers(config, on_gpu)
     if config.device.head_engine == "liger":
-        check_liger(torch.bfloat16 if config.device.precision == "bf16" else torch.float32, groups.device, config.model.hidden_size)
+        check_liger(DTYPES[config.device.precision], groups.device, config.model.hidden_size)
     chunks = []
     for stage in range(groups.virtual_chunks):
         vp_stage = stage if groups.virtual_chunks > 1 else None

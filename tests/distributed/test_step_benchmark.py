@@ -1,0 +1,28 @@
+"""The trainer's first step equals that of an unmodified megatron-core GPTModel with a materialised head, and every CPU side of the step benchmark runs."""
+
+import math
+
+from benchmarks.step import CASES, LIMITS
+from benchmarks.step_sides import Bench, Shape, differences
+from megatron_slm.testing.spawn import run_on_cpu
+
+SHAPE = Shape(layers=2, hidden=64, feed_forward=128, heads=4, query_groups=2, vocabulary=512, sequence_tokens=32, sequences=2, precision="fp32")
+
+
+def run_every_side(groups) -> tuple[dict[str, float], dict[str, float]]:
+    bench = Bench(SHAPE, groups)
+    found = differences(bench)
+    reports = {}
+    for name in dict.fromkeys(name for case in CASES.values() if case.name.startswith("C") for name in (case.ours, case.peer)):
+        result = bench.side(name)()
+        if hasattr(result, "measured"):
+            reports[name] = float(result.measured["selection/kept_fraction"][0])
+    return found, reports
+
+
+def test_the_first_step_equals_megatron_cores_and_every_side_runs():
+    ((found, kept),) = run_on_cpu(run_every_side)
+    for name, limit in LIMITS["fp32"].items():
+        assert found[name] <= limit, found
+    assert {"precomputed", "online"} <= kept.keys()
+    assert set(kept.values()) == {math.ceil(SHAPE.keep_fraction * SHAPE.tokens)}
