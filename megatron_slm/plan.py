@@ -5,15 +5,20 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError, load_yaml, parse
+from megatron_slm.data.manifest import CorpusManifest, manifest_path
 from megatron_slm.planning.hardware import GPUS, find_gpu
 from megatron_slm.planning.job import Job
+from megatron_slm.planning.result import as_json, make_plan
+from megatron_slm.planning.terminal import print_plan
+from megatron_slm.tokenization import load_tokenizer
 
 DESCRIPTION = """Compute from a recipe what a run will need: parameters, memory of one GPU by part, FLOPs, traffic per link, the
 pipeline bubble, predicted tokens per second, GPU-hours, the sizes of checkpoints and scores, and other layouts that fit.
 
-Nothing is started, no corpus and no GPU is needed. All numbers are formulas (docs/scale.md has them, with what is left out):
+Nothing is started; no corpus and no GPU is needed. All numbers are formulas (docs/scale.md has them, with what is left out):
 sizes and memory of weights, gradients and optimizer are exact, activations are held against measurements, times are a prediction at
 --efficiency of the data sheet's peak. Compare a real run's throughput/mfu_fraction with it, and plan again with the efficiency it shows."""
 EPILOG = """Settings of the run follow as for train, dotted: --parallel.tensor 4 --model.recompute full (all: python -m megatron_slm.train --help).
@@ -35,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs in each, joined by NVLink (default: %(default)s)")
     parser.add_argument("--efficiency", type=float, default=0.5,
                         help="share of the peak while a GPU computes, 0..1 (default: %(default)s; waiting and bubbles come on top)")
-    parser.add_argument("--reference-config", metavar="FILE", help="recipe of the reference model, where it is another model than the trained one")
-    parser.add_argument("--corpus-tokens", type=int, default=0, help="tokens to score before the run (default: as many as the run processes)")
+    parser.add_argument("--reference-config", metavar="FILE", help="recipe of the reference, where it is another model (default: the online reference's checkpoint, else this recipe)")
+    parser.add_argument("--corpus-tokens", type=int, default=0, help="tokens to score before the run (default: of data.train if it is here, else as many as the run)")
     parser.add_argument("--proposals", type=int, default=5, help="layouts to propose, 0 = none (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object, for programs")
     return parser
@@ -47,16 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_options(options)
         config = parse([*(["--config", options.config] if options.config else []), *settings], "slm-plan", DESCRIPTION)
-        reference = load_yaml(options.reference_config).model if options.reference_config else None
-        job = Job(config, _vocabulary_size(config), _gpu(options.gpu), options.nodes, options.gpus_per_node, options.efficiency,
-                  reference=reference, corpus_tokens=options.corpus_tokens)
+        job = Job(config, _vocabulary_size(config), find_gpu(options.gpu), options.nodes, options.gpus_per_node, options.efficiency,
+                  reference=_reference_model(options.reference_config, config), corpus_tokens=options.corpus_tokens or _corpus_tokens(config))
         check(config, job.ranks)
-    except ConfigError as error:
+    except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
-    from megatron_slm.planning.result import as_json, make_plan
     plan = make_plan(job, options.proposals)
-    print(json.dumps(as_json(plan), indent=1)) if options.json else _print(plan)
+    print(json.dumps(as_json(plan), indent=1)) if options.json else print_plan(plan)
     return 0 if plan.fits else 1
 
 
@@ -65,14 +68,10 @@ def _check_options(options) -> None:
                 for name, least in (("nodes", 1), ("gpus_per_node", 1), ("corpus_tokens", 0), ("proposals", 0)) if getattr(options, name) < least]
     if not 0 < options.efficiency <= 1:
         problems.append(f"--efficiency: got {options.efficiency}; expected above 0 and at most 1 (0.5 is 50 % of the peak)")
+    if find_gpu(options.gpu) is None:
+        problems.append(f"--gpu: got {options.gpu!r}; expected one of {', '.join(gpu.name for gpu in GPUS)}")
     if problems:
         raise ConfigError(problems)
-
-
-def _gpu(name: str):
-    if (gpu := find_gpu(name)) is None:
-        raise ConfigError([f"--gpu: got {name!r}; expected one of {', '.join(gpu.name for gpu in GPUS)}"])
-    return gpu
 
 
 def _vocabulary_size(config) -> int:
@@ -80,13 +79,21 @@ def _vocabulary_size(config) -> int:
         return config.model.vocabulary_size
     if not Path(config.data.tokenizer).is_file():
         raise ConfigError([f"model.vocabulary_size: 0, which means the tokenizer's, and there is no file {config.data.tokenizer!r}; give the size"])
-    from megatron_slm.tokenization import load_tokenizer
     return load_tokenizer(config.data.tokenizer).vocabulary_size
 
 
-def _print(plan) -> None:
-    from megatron_slm.planning.terminal import print_plan
-    print_plan(plan)
+def _reference_model(recipe: str | None, config):
+    """The reference's shape where it is known: from its recipe, or from an online reference's checkpoint."""
+    checkpoint = config.selection.reference.checkpoint
+    if recipe:
+        return load_yaml(recipe).model
+    return read_checkpoint_info(checkpoint).reference_model() if checkpoint and Path(checkpoint).exists() else None
+
+
+def _corpus_tokens(config) -> int:
+    """Tokens of the training corpora if all of them are here, else 0."""
+    here = config.data.train and all(manifest_path(prefix).is_file() for prefix in config.data.train)
+    return sum(CorpusManifest.read(prefix).tokens for prefix in config.data.train) if here else 0
 
 
 if __name__ == "__main__":

@@ -189,6 +189,27 @@ def test_json_holds_everything(capsys):
     assert found["duration"]["tokens_per_second"] > 0 and found["proposals"][0]["overrides"] and found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
 
 
+def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
+    """The corpus's tokens from its manifest; the shape of an online reference from its checkpoint, of another one from its recipe."""
+    step = tmp_path / "reference" / "checkpoints" / "step_00000001"
+    step.mkdir(parents=True)
+    (step / "model.json").write_text(json.dumps({"model": {"layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "attention_heads": 4, "vocabulary_size": 32000},
+                                                 "sequence_length": 2048, "tokenizer": {}, "step": 1, "tokens_processed": 1}))
+    (step / "checksums.json").write_text("{}")
+    online = ("--selection.reference.scores", "[]", "--selection.reference.checkpoint", str(tmp_path / "reference"))
+    assert run("--nodes", "4", "--json", "--proposals", "0", *online) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory"][0]["reference"] == 2 * (2 * 32000 * 256 + 2 * (4 * 256 * 256 + 3 * 512 * 256 + 2 * 256) + 256)
+    manifest = {"format_version": 1, "documents": 1, "tokens": 5_000_000, "token_dtype": "uint16", "bin_bytes": 0, "idx_bytes": 0, "bin_sha256": "", "idx_sha256": "",
+                "tokenizer": dict.fromkeys(("eod_id", "fingerprint", "kind", "path", "vocabulary_size"), 0), "append_eod": True, "sources": [], "created_by": {}, "rejected": {}}
+    (tmp_path / "corpus.manifest.json").write_text(json.dumps(manifest))
+    small = ("--reference-config", str(RECIPES / "quickstart.yaml"))
+    assert run("--nodes", "4", "--json", "--proposals", "0", "--data.train", f"[{tmp_path / 'corpus'}]", *small) == 0
+    scoring = json.loads(capsys.readouterr().out)["scoring"]
+    assert scoring["tokens"] == 5_000_000 and scoring["store_bytes"] == 10_000_000
+    assert scoring["flops_per_token"] < 4 * 128 * 32000
+
+
 @pytest.mark.parametrize("words, expected", [
     (["--gpu", "TPU"], "--gpu: got 'TPU'; expected one of B200"),
     (["--nodes", "3"], "data.global_batch_size: got 512"),
