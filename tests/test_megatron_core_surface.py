@@ -138,6 +138,7 @@ def test_direct_calls_fit_the_signatures():
 METHODS = [
     ("distributed:DistributedDataParallel", "scale_gradients", 1, ()),
     ("distributed:DistributedDataParallel", "zero_grad_buffer", 0, ()),
+    ("distributed:DistributedDataParallel", "start_param_sync", 0, ("force_sync",)),
     ("models.gpt:GPTModel", "sharded_state_dict", 0, ()),
     ("models.gpt:GPTModel", "forward", 3, ("labels",)),
     ("models.gpt:GPTModel", "shared_embedding_or_output_weight", 0, ()),
@@ -259,6 +260,7 @@ ATTRIBUTES = [
     ("distributed.param_and_grad_buffer:_ParamAndGradBuffer", ("param_index_map",)),
     ("transformer.moe.router:TopKRouter", ("config", "tp_cp_group", "layer_number")),
     ("models.gpt:GPTModel", ("rotary_pos_emb",)),
+    ("distributed:DistributedDataParallel", ("ddp_config",)),
     ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding", ("inv_freq",)),
     ("models.gpt:GPTModel", ("post_process", "share_embeddings_and_output_weights", "output_layer", "pg_collection", "config")),
     ("datasets.gpt_dataset:GPTDataset", ("dataset", "config")),

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy, get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper, FullyParallelSaveStrategyWrapper
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
@@ -108,6 +109,8 @@ class CheckpointStore:
         return trainer
 
     def _state(self, models, optimizer, *, for_loading: bool, with_random: bool = True):
+        if not for_loading:
+            _finish_overlapped_gather(models)
         chunks = unwrap_model(models)
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
         placements = []
@@ -194,6 +197,13 @@ def load_weights(models: list, checkpoint: str | Path, groups: Groups) -> Checkp
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(found)), groups.dp_cp)
     _take_weights(models, dist_checkpointing.load(state, str(found), strategy))
     return folders.read_checkpoint_info(found)
+
+
+def _finish_overlapped_gather(models: list) -> None:
+    """Bring every rank's weights up to date: with overlap_param_gather those that other ranks updated arrive only in the next forward pass."""
+    for model in models:
+        if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
 
 
 def _take_weights(models: list, loaded: dict) -> None:

@@ -1,4 +1,5 @@
-"""Mixtures of experts in every layout against plain single-process torch: losses, selected set, gradient norm, auxiliary losses, weights."""
+"""Mixtures of experts in every layout against plain single-process torch: losses, selected set, gradient norm, auxiliary losses, weights;
+checkpoints of one layout continued in another."""
 
 import dataclasses
 
@@ -11,7 +12,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 
-STEPS, SEQUENCES, LENGTH, VOCABULARY = 3, 8, 16, 50
+STEPS, MORE_STEPS, SEQUENCES, LENGTH, VOCABULARY = 3, 2, 8, 16, 50
 MICRO_BATCH = 2      # the same in every layout: experts are balanced over micro-batches
 LAYOUTS = {
     "single": dict(),
@@ -28,6 +29,9 @@ LAYOUTS = {
     "ep2_pp2": dict(pp=2, dp=2, ep=2),
     "ep2_recomputed": dict(dp=2, ep=2, recompute="full"),
 }
+# Continued in the first layout from a checkpoint of the second, optimizer state included.
+CONTINUED = {"ep2": "tp2", "tp2_ep2_whole_experts": "ep2_distributed_optimizer", "ep2_distributed_optimizer": "pp2", "ep2_pp2": "cp2_ep2", "single": "ep4", "ep4": "tp2_ep2"}
+CONTINUED_CASE = "slm_sequence"      # the one whose choice and balance depend on no layout
 # case -> scorer, scope, model settings
 CASES = {
     "clm": ("none", "data_parallel", dict(load_balancing_coefficient=0.1)),
@@ -58,7 +62,7 @@ class SyntheticSamples:
     """Random tokens, some masked labels, some tokens without a score."""
 
     def __len__(self):
-        return STEPS * SEQUENCES
+        return (STEPS + MORE_STEPS) * SEQUENCES
 
     def __getitem__(self, index):
         random = np.random.default_rng(index)
@@ -80,13 +84,9 @@ def make_trainer(config, groups):
     return Trainer(models, build_optimizer(models, config), Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1), groups)
 
 
-def make_loader(groups):
-    from megatron_slm.data.loader import TrainingLoader
-    return TrainingLoader(SyntheticSamples(), global_batch_size=SEQUENCES, micro_batch_size=MICRO_BATCH, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-
-
-def steps_of(trainer, loader, config):
+def steps_of(trainer, config, first: int, count: int):
     """(report, divisor before backward, divisor after it) of every step."""
+    from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.data.batch import slice_for_context_parallel
     from megatron_slm.model import forward_backward
     from megatron_slm.selection import Progress
@@ -95,14 +95,17 @@ def steps_of(trainer, loader, config):
 
     groups, sums, over_ranks = trainer.groups, [], forward_backward._over_ranks
     forward_backward._over_ranks = lambda part, groups: (sums.append(float(over_ranks(part, groups))), part)[1]
+    loader = TrainingLoader(SyntheticSamples(), global_batch_size=SEQUENCES, micro_batch_size=MICRO_BATCH, dp_rank=groups.dp_rank, dp_size=groups.dp_size,
+                            start_sample=first * SEQUENCES)
     try:
-        for step in range(STEPS):
+        for step in range(first, first + count):
             batches = [slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size) for batch in loader.next_step()]
             sums.clear()
             report = train_step(trainer, batches, Progress(step, step * SEQUENCES * LENGTH), learning_rate(config, step + 1))
             yield report, sums[0], sums[-1]
     finally:
         forward_backward._over_ranks = over_ranks
+        loader.close()
 
 
 def next_layout(groups, layouts: list[dict]) -> dict:
@@ -113,33 +116,56 @@ def next_layout(groups, layouts: list[dict]) -> dict:
             return layout
 
 
-def train_in_layout(groups, layouts, cases):
+def train_in_layout(groups, layouts, cases, folder):
+    """All cases from the start, the continued one saved at the end; or, in a layout with a "source", that one continued from the source's checkpoint."""
+    layout = next_layout(groups, layouts)
+    if "source" in layout:
+        trainer = make_trainer(config := make_config(CONTINUED_CASE, layout), groups)
+        store(groups, folder / layout["source"]).load_latest(trainer.models, trainer.optimizer)
+        return observe(trainer, config, STEPS, MORE_STEPS)
+    return {case: train_case(groups, case, layout, folder) for case in cases}
+
+
+def train_case(groups, case, layout, folder):
+    from megatron_slm.checkpoint.folder import CheckpointInfo
+    from megatron_slm.checkpoint.store import trainer_state
+    config = make_config(case, layout)
+    check(config, groups.world_size)
+    trainer = make_trainer(config, groups)
+    results = {"before": weights_of(trainer), **observe(trainer, config, 0, STEPS), "after": weights_of(trainer)}
+    if case == CONTINUED_CASE and layout["name"] in CONTINUED.values():
+        info = CheckpointInfo(dataclasses.asdict(config.model), LENGTH, {}, STEPS, 0)
+        store(groups, folder / layout["name"]).save(trainer.models, trainer.optimizer, info, trainer_state(trainer.optimizer, groups))
+        results["rows"] += observe(trainer, config, STEPS, MORE_STEPS)["rows"]      # saving leaves no trace
+    return results
+
+
+def store(groups, folder):
+    from megatron_slm.checkpoint.store import CheckpointStore
+    return CheckpointStore(folder, groups)
+
+
+def weights_of(trainer):
     from megatron.core.utils import unwrap_model
+    return {name: p.detach().clone() for chunk in unwrap_model(trainer.models) for name, p in chunk.named_parameters()}
+
+
+def observe(trainer, config, first: int, count: int):
+    """Per step: selected ids of this rank, metrics, gradient norm."""
     from megatron_slm.model.router import summarise_routing
     from megatron_slm.monitoring import Metrics
     from megatron_slm.selection.diagnostics import summarise
-
-    layout = next_layout(groups, layouts)
-    results = {}
-    for case in cases:
-        config = make_config(case, layout)
-        check(config, groups.world_size)
-        trainer, loader = make_trainer(config, groups), make_loader(groups)
-        before = {name: p.detach().clone() for chunk in unwrap_model(trainer.models) for name, p in chunk.named_parameters()}
-        chosen, rows, metrics = [], [], Metrics(groups.device)
-        describe = trainer.chooser.describe
-        trainer.chooser.describe = lambda batch, outputs, selection, progress: (chosen.append(set(batch.token_id_BS[selection.mask].tolist())),
-                                                                               describe(batch, outputs, selection, progress))[1]
-        for report, ahead, divisor in steps_of(trainer, loader, config):
-            assert ahead == divisor
-            metrics.add_all(report.measured)
-            summary = metrics.reduce(groups.dp_cp, summarise=lambda reduced: {**summarise(reduced), **summarise_routing(reduced, 2, 4)})
-            rows.append((set().union(*chosen), summary, report.grad_norm))
-            chosen.clear()
-        loader.close()
-        after = {name: p.detach().clone() for chunk in unwrap_model(trainer.models) for name, p in chunk.named_parameters()}
-        results[case] = {"rows": rows, "before": before, "after": after, "last_stage": groups.is_last_stage}
-    return results
+    chosen, rows, metrics = [], [], Metrics(trainer.groups.device)
+    describe = trainer.chooser.describe
+    trainer.chooser.describe = lambda batch, outputs, selection, progress: (chosen.append(set(batch.token_id_BS[selection.mask].tolist())),
+                                                                           describe(batch, outputs, selection, progress))[1]
+    for report, ahead, divisor in steps_of(trainer, config, first, count):
+        assert ahead == divisor
+        metrics.add_all(report.measured)
+        summary = metrics.reduce(trainer.groups.dp_cp, summarise=lambda reduced: {**summarise(reduced), **summarise_routing(reduced, 2, 4)})
+        rows.append((set().union(*chosen), summary, report.grad_norm))
+        chosen.clear()
+    return {"rows": rows, "last_stage": trainer.groups.is_last_stage}
 
 
 def plain_rows(case, dp, state):
@@ -151,18 +177,22 @@ def plain_rows(case, dp, state):
     width = {"data_parallel": dp * MICRO_BATCH, "sequence": 1, "global_batch": SEQUENCES}[CASES[case][1]]
     populations = [everything[i:i + width] for i in range(0, SEQUENCES, width)]
     micro_batches = [everything[i:i + MICRO_BATCH] for i in range(0, SEQUENCES, MICRO_BATCH)]
-    for step in range(STEPS):
+    for step in range(STEPS + MORE_STEPS):
         picked = [samples[step * SEQUENCES + i] for i in everything]
         batch = {name: torch.from_numpy(np.stack([sample[name] for sample in picked])) for name in picked[0]}
         outcome = trainer.step(batch, populations, None if case == "clm" else 0.6, learning_rate(config, step + 1), micro_batches)
         busiest = [chosen.flatten(0, 1).sum(0).max() / chosen.flatten(0, 1).sum(0).mean() for _, chosen in trainer.decoder.routed]
         rows.append((*outcome, float(trainer.balance) / 2, float(trainer.z_loss) / 2, float(sum(busiest)) / 2))
-    return rows, {name: trainer.decoder.weight(name).detach() for name in trainer.decoder.names}
+        if step + 1 == STEPS:
+            after = {name: trainer.decoder.weight(name).detach().clone() for name in trainer.decoder.names}
+    return rows, after
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run_layouts_on_cpu(train_in_layout, LAYOUTS, list(LAYOUTS.values()), CASES)
+def results(tmp_path_factory):
+    fresh = {name: {**layout, "name": name} for name, layout in LAYOUTS.items()}
+    continued = {f"{name} from {source}": {**LAYOUTS[name], "source": source} for name, source in CONTINUED.items()}
+    return run_layouts_on_cpu(train_in_layout, fresh | continued, list((fresh | continued).values()), CASES, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +204,18 @@ def plain(results):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_plain_torch(name, case, results, plain):
     ranks = [rank[case] for rank in results[name]]
+    compare(ranks, plain[case, LAYOUTS[name].get("dp", 1)][0][:len(ranks[0]["rows"])], CASES[case][2])
+
+
+@pytest.mark.parametrize("name, source", CONTINUED.items())
+def test_a_checkpoint_continues_in_another_layout(name, source, results, plain):
+    """The first step would show a wrong weight, the second a wrong moment or update count."""
+    compare(results[f"{name} from {source}"], plain[CONTINUED_CASE, 1][0][STEPS:], CASES[CONTINUED_CASE][2])
+
+
+def compare(ranks, expected, settings):
     last_stage = [rank for rank in ranks if rank["last_stage"]]
-    settings = CASES[case][2]
-    for step, (selected, loss_all, loss_selected, grad_norm, balance, z_loss, imbalance) in enumerate(plain[case, LAYOUTS[name].get("dp", 1)][0]):
+    for step, (selected, loss_all, loss_selected, grad_norm, balance, z_loss, imbalance) in enumerate(expected):
         assert set().union(*(rank["rows"][step][0] for rank in last_stage)) == selected, f"step {step}: another set of tokens"
         for rank in ranks:
             assert rank["rows"][step][2] == pytest.approx(grad_norm, rel=2e-4), f"step {step}: another gradient norm"
