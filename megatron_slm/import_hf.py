@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: str = "") -> Path:
     """Write the model in `source` as the step-0 checkpoint in `checkpoints`; returns its folder. ValueError says what cannot be read."""
-    from megatron_slm.convert.huggingface import DTYPES, SafetensorsFolder, model_config, read_json
+    from megatron_slm.convert.hf_config import model_config
+    from megatron_slm.convert.huggingface import DTYPES, SafetensorsFolder, read_json
     from megatron_slm.convert.names import FromHuggingface, Geometry
     from megatron_slm.convert.stored_state import write_full_state
 

@@ -2,6 +2,7 @@
 
 names.py         the one table of names and transforms, read in both directions
 stored_state.py  full tensors out of, and into, a checkpoint folder of any parallel layout; one process, no GPU
-huggingface.py   config.json and safetensors: export and import of a whole folder
+huggingface.py   safetensors, and a whole folder written or read
+hf_config.py     config.json: which architecture, and every setting both ways
 hf_tokenizer.py  a SentencePiece model as a tokenizer.json that gives the same ids
 """

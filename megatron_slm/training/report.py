@@ -85,7 +85,7 @@ class Reporter:
     def _layout(self) -> dict:
         groups = self.groups
         return {"processes": groups.world_size, "tensor": groups.tp_size, "pipeline": groups.pp_size, "virtual_pipeline": groups.virtual_chunks,
-                "context": groups.cp_size, "data": groups.dp_size, "sequence_parallel": self.config.parallel.sequence,
+                "context": groups.cp_size, "data": groups.dp_size, "expert": groups.ep_size, "sequence_parallel": self.config.parallel.sequence,
                 "distributed_optimizer": self.config.parallel.distributed_optimizer}
 
     def _start_table(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.huggingface import huggingface_config, model_config
+from megatron_slm.convert.hf_config import huggingface_config, model_config
 from megatron_slm.convert.names import FromHuggingface, Geometry, entries, to_huggingface
 
 SIZES = dict(layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, head_size=16, vocabulary_size=101, pad_vocabulary_to_multiple_of=64)
