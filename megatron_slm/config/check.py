@@ -162,6 +162,8 @@ def _fp8(config: Config):
         yield f"device.fp8: got {device.fp8} with device.precision {device.precision}; fp8 products stand in a bf16 model: set device.precision to bf16"
     if device.layers == "torch":
         yield f"device.fp8: got {device.fp8} with device.layers torch; only Transformer Engine's layers have fp8 products: set device.layers to auto"
+    if config.model.experts:
+        yield f"device.fp8: got {device.fp8} with model.experts {config.model.experts}; fp8 products need multiples of 16 tokens, and experts get any number: set it to none"
     if config.data.document_policy == "isolated":
         yield f"device.fp8: got {device.fp8} with data.document_policy isolated, which needs the torch-native layers; fp8 needs Transformer Engine's: choose one"
     tokens = config.data.micro_batch_size * config.data.sequence_length // max(1, parallel.context * (parallel.tensor if parallel.sequence else 1))

@@ -125,6 +125,7 @@ RULES = [
     ("device.fp8", dict(device__fp8="hybrid", device__precision="bf16", device__layers="torch"), "layers torch", "set device.layers to auto"),
     ("device.fp8", dict(device__fp8="e4m3", device__precision="bf16", data__document_policy="isolated"), "isolated", "choose one"),
     ("device.fp8", dict(device__fp8="hybrid", device__precision="bf16", model__ffn_hidden_size=700), "is 700", "multiples of 16"),
+    ("device.fp8", dict(device__fp8="hybrid", device__precision="bf16", model__experts=4), "model.experts 4", "set it to none"),
 ]
 
 
