@@ -46,7 +46,7 @@ LAYOUTS = {
     "pp2_virtual2_dp2": dict(pp=2, vpp=2, dp=2, distributed_optimizer=True, overlap=True, cases=FEW),
     "tp2_pp2_recompute_full": dict(tp=2, pp=2, sequence_parallel=True, recompute="full", cases=FEW),
     "tp2_pp2_dp2": dict(tp=2, pp=2, dp=2, cases=FEW),
-    "tp2_cp2_dp2": dict(tp=2, cp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, cases=ISOLATED),
+    "tp2_cp2_dp2": dict(tp=2, cp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, cases=("isolated",)),
 }
 ROUNDED = [name for name, layout in LAYOUTS.items() if "precision" in layout]
 EXACT = [name for name in LAYOUTS if name not in ROUNDED]
