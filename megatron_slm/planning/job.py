@@ -76,7 +76,12 @@ class Job:
 
     @property
     def transformer_engine(self) -> bool:
-        return self.fused and self.config.device.layers != "torch"
+        return self.fused and self.config.device.layers != "torch" and not self.isolated_documents
+
+    @property
+    def isolated_documents(self) -> bool:
+        """Attention takes a mask of documents, which the torch-native layers alone do."""
+        return self.config.data.document_policy == "isolated"
 
     @property
     def trained_fraction(self) -> float:

@@ -109,7 +109,9 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     norms = 2 * model.hidden_size * (norm_input_bytes(job) + width)
     dropped = 2 * model.hidden_size if model.dropout else 0      # one byte of mask per value, twice a layer
     experts = expert_bytes_per_token(job) if model.experts else 0
-    return tokens * ((norms + dropped + experts) / job.sequence_split + per_tensor_rank / job.config.parallel.tensor)
+    # torch's attention keeps a mask of documents as a bias per query and key, whole on every tensor rank; recomputed, it keeps none.
+    mask = job.config.data.sequence_length * width if job.isolated_documents and recompute == "none" else 0
+    return tokens * (mask + (norms + dropped + experts) / job.sequence_split + per_tensor_rank / job.config.parallel.tensor)
 
 
 def expert_bytes_per_token(job: Job) -> float:

@@ -12,8 +12,7 @@ from megatron_slm.planning.duration import Duration, duration
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.memory import RankMemory, fullest_stage, usable_bytes
 
-RECOMPUTE = ("none", "full")
-"""`selective` saves next to nothing with attention that keeps no [s, s] matrix, and is left out."""
+RECOMPUTE = ("none", "selective", "full")
 CHUNKS = (1, 2, 4, 5)
 """Of a pipeline rank. More would shorten the bubble further, by messages whose start is not in the prediction."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)

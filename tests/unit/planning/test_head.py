@@ -19,7 +19,7 @@ def job(precision: str, tokens: int, columns: int) -> Job:
     return Job(config, columns, find_gpu("H100"), gpus_per_node=1)
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 @pytest.mark.parametrize("tokens", [64, 2048, 8192, 65536])
 @pytest.mark.parametrize("columns", [512, 32000, 64128, 128256])
 def test_the_choices_are_those_of_the_head(precision, dtype, tokens, columns):

@@ -125,6 +125,14 @@ def test_experts_by_hand():
     assert "all-gather, reduce-scatter inside experts" not in found and sent(mixtral("--parallel.expert_tensor", "2"))["all-gather, reduce-scatter inside experts"] > 0
 
 
+def test_isolated_documents_keep_a_mask():
+    """A bias of 2 bytes per query and key and layer, beside what the torch-native norms keep; recomputed attention keeps none."""
+    torch_native, isolated = (rank_memory(tinyllama(*words), 0).activations for words in (("--device.layers", "torch"), ("--data.document_policy", "isolated")))
+    assert isolated - torch_native == 22 * 8 * 2048 * 2048 * 2
+    recomputed = rank_memory(tinyllama("--data.document_policy", "isolated", "--model.recompute", "selective"), 0).activations
+    assert recomputed < torch_native
+
+
 def test_efficiency_is_what_a_run_without_waiting_shows():
     planned = replace(tinyllama("--selection.keep_fraction", "1.0"), efficiency=0.4)
     assert duration(planned).model_flops_utilization == pytest.approx(0.4, rel=2e-3)
