@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m megatron_slm.train --config RECIPE.yaml --parallel.tensor 2 --selection.keep_fraction 0.6
 
 A run folder that holds a checkpoint is resumed. Exit codes: 0 done, 2 bad configuration, 3 bad data, 4 training
-diverged, 85 stopped on request with a checkpoint (start the same command again).
+diverged or its last checkpoint could not be saved, 85 stopped on request with a checkpoint (start the same command again).
 """
 
 import os
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         run = loop.Run(config, groups, materials or setup.open_materials(config))
         run.start()
         return run.run()
-    except loop.NonFiniteLoss as error:
+    except (loop.NonFiniteLoss, loop.NotSaved) as error:
         print(f"slm-train: {error}", file=sys.stderr)
         return 4
     except ValueError as error:

@@ -152,9 +152,10 @@ METHODS = [
     ("optimizer.grad_scaler:DynamicGradScaler", "state_dict", 0, ()),
     ("optimizer.grad_scaler:DynamicGradScaler", "load_state_dict", 1, ()),
     ("optimizer.optimizer:ChainedOptimizer", "reload_model_params", 0, ()),
-    ("dist_checkpointing.strategies.async_utils:AsyncCallsQueue", "schedule_async_request", 1, ()),
-    ("dist_checkpointing.strategies.async_utils:AsyncCallsQueue", "maybe_finalize_async_calls", 0, ("blocking",)),
-    ("dist_checkpointing.strategies.async_utils:AsyncRequest", "add_finalize_fn", 1, ()),
+    ("dist_checkpointing.strategies.fully_parallel:FullyParallelSaveStrategyWrapper", "async_save", 2, ()),
+    ("dist_checkpointing.strategies.common:TorchCommonSaveStrategy", "save_common", 2, ()),
+    ("dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync", "preload_tensors", 1, ()),
+    ("dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync", "finish", 2, ()),
     ("tensor_parallel.random:CudaRNGStatesTracker", "get_states", 0, ()),
     ("tensor_parallel.random:CudaRNGStatesTracker", "set_states", 1, ()),
 ]
@@ -214,6 +215,7 @@ CALLBACKS = [
      ("model/router.py", "Router", "attach_and_log_load_balancing_loss"), True),
     ("transformer.moe.router:TopKRouter._apply_seq_aux_loss", "self.attach_and_log_load_balancing_loss",
      ("model/router.py", "Router", "attach_and_log_load_balancing_loss"), True),
+    ("dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.async_save", "self._get_save_and_finalize_callbacks", ("checkpoint/writing.py", "_Planning", "_get_save_and_finalize_callbacks"), True),
     ("tensor_parallel.random:CudaRNGStatesTracker.fork", "_get_cuda_rng_state", None, False),
     ("tensor_parallel.random:CudaRNGStatesTracker.fork", "_set_cuda_rng_state", None, False),
 ]
@@ -263,6 +265,7 @@ ATTRIBUTES = [
     ("distributed:DistributedDataParallel", ("ddp_config",)),
     ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding", ("inv_freq",)),
     ("models.gpt:GPTModel", ("post_process", "share_embeddings_and_output_weights", "output_layer", "pg_collection", "config")),
+    ("dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync", ("write_buckets",)),
     ("datasets.gpt_dataset:GPTDataset", ("dataset", "config")),
     ("datasets.indexed_dataset:_IndexReader", ("sequence_lengths", "sequence_pointers", "dtype_size")),
     ("datasets.blended_dataset:BlendedDataset", ("weights", "size")),
@@ -300,6 +303,13 @@ def test_the_distributed_optimizer_maps_parameters_as_we_read_them():
     assert "param_gbuf_map[param] = (gbuf_index, dtype, bucket_index)" in source
     assert 'param_range_map[param] = {' in source and '"param": sub_param_range' in source
     assert "model_param_group_index_map" in source and "(group_index, len(" in source
+
+
+def test_a_planned_save_hands_over_what_we_read():
+    """The plan's results are (writer, metadata of the whole, ...); a bucket is (path, name, data); no queue of results is made when there is one."""
+    assert "(storage_writer, global_metadata, dist_wrapper)," in inspect.getsource(core("dist_checkpointing.strategies.state_dict_saver:save_state_dict_async_plan"))
+    assert "file_name, storage_key, (bytes_data, tensor_data) = write_bucket" in inspect.getsource(core("dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data"))
+    assert "if _results_queue is None:" in inspect.getsource(core("dist_checkpointing.strategies.filesystem_async:_get_write_results_queue"))
 
 
 def test_the_loss_divisor_may_be_an_integer_zero():

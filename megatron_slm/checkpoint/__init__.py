@@ -1,1 +1,1 @@
-"""Checkpoints: folder.py names and checks folders (no torch), optimizer_state.py, store.py saves and loads."""
+"""Checkpoints: folder.py names and checks folders, retention.py keeps and removes them (no torch); optimizer_state.py, writing.py, store.py save and load."""

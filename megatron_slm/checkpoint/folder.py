@@ -5,7 +5,9 @@
         trainer.json                    where training was (data position, schedule, W&B run)
         checksums.json                  sha256 of every other file
     <run>/checkpoints/.writing_step_... one being written; a rename makes it a checkpoint
+    <run>/checkpoints/step_...damaged   one whose files were found damaged; never read again
     <run>/checkpoints/latest            name of the newest, for people and scripts; the folders themselves are the truth
+    <run>/checkpoints/best              name of the one with the lowest validation loss, where retention asks for it
 """
 
 import hashlib
@@ -35,6 +37,8 @@ class CheckpointInfo:
     precision: str = "fp32"
     fingerprint: str = ""
     """"sha256:..." of the weights' files; empty until the checkpoint is complete."""
+    validation_loss: dict[str, float] = field(default_factory=dict)
+    """Plain loss in nats of each validation corpus at this very step; empty where it was not measured."""
     extra: dict = field(default_factory=dict)
 
     def reference_model(self) -> ModelConfig:
@@ -61,12 +65,37 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def restore_replaced(checkpoints: Path) -> None:
-    """Undo a replacement that a kill cut in two: a set-aside checkpoint whose successor never arrived gets its name back."""
-    for aside in checkpoints.glob(".replaced_step_*") if checkpoints.is_dir() else ():
+def tidy(checkpoints: Path) -> None:
+    """Clear up after kills: an unfinished save goes, a replacement that was cut in two gets its old name back or goes."""
+    if not checkpoints.is_dir():
+        return
+    for aside in checkpoints.glob(".replaced_step_*"):
         final = checkpoints / aside.name.removeprefix(".replaced_")
         if not final.exists():
             aside.rename(final)
+    for pattern in (".writing_step_*", ".replaced_step_*", ".removing_step_*"):
+        for unfinished in checkpoints.glob(pattern):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def settle_on(good: Path, damaged: list[Path]) -> None:
+    """Go on from `good`: give damaged newer checkpoints a name that nothing reads, and let the latest pointer name `good`."""
+    for path in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    point_to(good)
+
+
+def point_to(checkpoint: Path, name: str = "latest") -> None:
+    """Make the pointer `name` name this checkpoint: written aside, on disk, then renamed, so that it always names a whole one."""
+    aside, pointer = checkpoint.with_name(f".{name}.new"), checkpoint.with_name(name)
+    with open(aside, "w") as file:
+        file.write(checkpoint.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(pointer)
+    sync_path(checkpoint.parent)
 
 
 def step_of(folder: Path) -> int:
@@ -75,11 +104,13 @@ def step_of(folder: Path) -> int:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by `path`: a step folder, a checkpoints folder or a run folder (then its newest).
+    """The checkpoint meant by `path`: a step folder, a pointer (latest, best), a checkpoints folder or a run folder (then its newest).
 
     Raises ValueError when there is none.
     """
     path = Path(path)
+    if path.name in ("latest", "best") and path.is_file():
+        path = path.with_name(path.read_text().strip())
     if (path / "model.json").is_file():
         return path
     for folder in (path / "checkpoints", path):
@@ -97,7 +128,7 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     try:
         info = json.loads((folder / "model.json").read_text())
         checksums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:      # a flipped byte may be no JSON, or no UTF-8
         raise ValueError(f"{folder}: damaged checkpoint, {error}; use an older step_* folder") from error
     return CheckpointInfo(**{**info, "fingerprint": _fingerprint(checksums)})
 
@@ -131,7 +162,7 @@ def complete(checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, 
     for name in ("model.json", "trainer.json"):
         checksums[name] = file_sha256(writing / name)
     write_json(writing / "checksums.json", checksums)
-    sync_folder(writing)
+    sync_path(writing)
     if final.exists():        # the same step saved again (a resumed run that re-reached it): keep the complete one until replaced
         trash = checkpoints / f".replaced_{final.name}"
         shutil.rmtree(trash, ignore_errors=True)
@@ -140,16 +171,14 @@ def complete(checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, 
         shutil.rmtree(trash, ignore_errors=True)
     else:
         writing.rename(final)
-    sync_folder(checkpoints)
-    pointer = checkpoints / ".latest.new"
-    pointer.write_text(final.name + "\n")
-    pointer.replace(checkpoints / "latest")
+    sync_path(checkpoints)      # the rename is on disk before the pointer can name it
+    point_to(final)
     return final
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that names written in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """fsync a file, or a folder, so that names written in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -159,21 +188,14 @@ def sync_folder(folder: Path) -> None:
 def damaged_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Names of files whose content is not what checksums.json says; `share` = (rank, size) checks every size-th file."""
     try:
-        checksums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        checksums = dict(json.loads((folder / "checksums.json").read_text()))
+    except (OSError, ValueError, TypeError):
         return ["checksums.json"]
-    names = sorted(checksums)[share[0]::share[1]]
-    return [name for name in names if not (folder / name).is_file() or file_sha256(folder / name) != checksums[name]]
+    return [name for name in sorted(checksums)[share[0]::share[1]] if not _is_whole(folder / name, checksums[name])]
 
 
-def remove_old(checkpoints: Path, keep_last: int, keep_every_steps: int, keep_best: set[int] = frozenset()) -> list[Path]:
-    """Remove checkpoints beyond the newest `keep_last` (0 = keep all), sparing multiples of keep_every_steps and `keep_best`."""
-    if not keep_last:
-        return []
-    old = complete_checkpoints(checkpoints)[:-keep_last]
-    old = [path for path in old if not (keep_every_steps and step_of(path) % keep_every_steps == 0) and step_of(path) not in keep_best]
-    for path in old:
-        hidden = path.with_name(f".removing_{path.name}")    # never a half-removed folder under a checkpoint's name
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-    return old
+def _is_whole(path: Path, digest: str) -> bool:
+    try:
+        return file_sha256(path) == digest
+    except OSError:      # missing, or the disk cannot read it
+        return False

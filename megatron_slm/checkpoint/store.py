@@ -5,6 +5,8 @@ is removed before something newer is complete. Every rank of the job calls save 
 """
 
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -12,9 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy, get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper, FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
@@ -22,7 +23,19 @@ from megatron.core.utils import unwrap_model
 from megatron_slm.checkpoint import folder as folders
 from megatron_slm.checkpoint.folder import CheckpointInfo
 from megatron_slm.checkpoint.optimizer_state import adam_steps, sharded_optimizer_state, take_loaded_state
+from megatron_slm.checkpoint.retention import Retention
+from megatron_slm.checkpoint.writing import Share, plan_save, words
 from megatron_slm.parallel import Groups
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    share: Share
+    info: CheckpointInfo
+    trainer: dict
+    begun: float
 
 
 class CheckpointStore:
@@ -31,48 +44,58 @@ class CheckpointStore:
     `report(text, level)` is told when a checkpoint is complete, damaged or skipped; level "info", "warning" or "error".
     """
 
-    def __init__(self, run_folder: str | Path, groups: Groups, *, keep_last: int = 3, keep_every_steps: int = 0,
-                 asynchronous: bool = False, report: Callable[[str, str], None] = lambda text, level: None):
+    def __init__(self, run_folder: str | Path, groups: Groups, *, retention: Retention = Retention(), asynchronous: bool = False,
+                 report: Callable[[str, str], None] = lambda text, level: None):
         self.checkpoints = Path(run_folder) / "checkpoints"
-        self.groups, self.keep_last, self.keep_every_steps, self.report = groups, keep_last, keep_every_steps, report
-        self.queue = AsyncCallsQueue() if asynchronous else None
+        self.groups, self.retention, self.asynchronous, self.report = groups, retention, asynchronous, report
+        self.pending: _Pending | None = None
+        self.saved_step: int | None = None      # of the newest checkpoint that this job loaded or completed
 
     def save(self, models: list, optimizer, info: CheckpointInfo, trainer: dict) -> None:
         """Write the checkpoint of `info.step`; `optimizer=None` saves weights only. Asynchronous saves only begin here.
 
-        A failed save (a full disk, say) is reported and removed; training goes on with the older checkpoints intact.
+        A save that fails on any rank (a full disk, say) is reported and removed on all; training goes on with the older
+        checkpoints intact. What fails inside a collective cannot be agreed on: it is raised, and the job ends.
         """
         self.finish_pending(wait=True)
+        begun = time.monotonic()
         writing = folders.writing_folder(self.checkpoints, info.step)
-        problem = self._prepare(writing)
-        if not problem:
-            try:
-                state = self._state(models, optimizer, for_loading=False)[0]
-                strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.groups.dp_cp)
-                request = dist_checkpointing.save(state, str(writing), strategy, validate_access_integrity=True,
-                                                  async_sharded_save=self.queue is not None)
-                if self.queue is not None:
-                    request.add_finalize_fn(lambda: self._complete(info, trainer))
-                    self.queue.schedule_async_request(request)
-                    self.report(f"checkpoint of step {info.step}: writing in the background", "info")
-                    return
-            except Exception as error:      # whatever storage raises; every rank learns of it in _agree
-                problem = f"{type(error).__name__}: {error}"
-        problem = self._agree(problem)
+        problem = self._agree(self._prepare(writing))
         if problem:
             self._give_up(writing, info.step, problem)
+            return
+        share = plan_save(self._state(models, optimizer, for_loading=False)[0], writing, self.groups.dp_cp)
+        problem = self._agree(share.start())
+        if problem:
+            share.abandon()
+            dist.barrier()      # nobody writes any more
+            self._give_up(writing, info.step, problem)
+            return
+        self.pending = _Pending(share, info, trainer, begun)
+        if self.asynchronous:
+            self.report(f"checkpoint of step {info.step}: writing in the background", "info")
         else:
-            self._complete(info, trainer)
+            self.finish_pending(wait=True)
 
     def finish_pending(self, *, wait: bool = False) -> None:
-        """Complete background saves that are done (all of them when `wait`); call it every step, on every rank."""
-        if self.queue is None:
+        """Complete a background save that is written on every rank (or `wait` for it); call it every step, on every rank."""
+        if self.pending is None or not (wait or self._everywhere(self.pending.share.is_written())):
             return
-        try:
-            self.queue.maybe_finalize_async_calls(blocking=wait)
-        except Exception as error:
-            self.report(f"a background checkpoint failed ({type(error).__name__}: {error}); older checkpoints are intact", "error")
-            self.queue = AsyncCallsQueue()
+        pending, self.pending = self.pending, None
+        written, problem = pending.share.collect()
+        problem = self._agree(problem)
+        if not problem:
+            everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(written, everyone, dst=0)
+            problem = self._agree(self._complete(pending, everyone) if everyone else "")
+        if problem:
+            self._give_up(folders.writing_folder(self.checkpoints, pending.info.step), pending.info.step, problem)
+            return
+        self.saved_step = pending.info.step
+        seconds, size = time.monotonic() - pending.begun, self._sum(written.size_bytes)
+        self.report(f"checkpoint of step {pending.info.step} is complete: {folders.step_folder(self.checkpoints, pending.info.step)} "
+                    f"({size / 1e6:.1f} MB in {seconds:.1f} s{' in the background' if self.asynchronous else ''})", "info")
+        self._on_rank_0(lambda: self.retention.apply(self.checkpoints))
 
     def close(self) -> None:
         """Wait for background saves."""
@@ -81,17 +104,33 @@ class CheckpointStore:
     def load_latest(self, models: list, optimizer) -> dict | None:
         """Load the newest undamaged checkpoint into models and optimizer; returns its trainer state, None when there is none.
 
-        A damaged one is named, with the damaged file, and the one before it is taken.
+        A damaged one is named, with the damaged file, and the one before it is taken; the damaged one is then set aside
+        under another name, so that nothing else takes it for the newest. The latest pointer is put right.
         """
-        if dist.get_rank() == 0:
-            folders.restore_replaced(self.checkpoints)
-        dist.barrier()
+        self._on_rank_0(lambda: folders.tidy(self.checkpoints))
+        damaged = []
         for candidate in reversed(folders.complete_checkpoints(self.checkpoints)):
-            damaged = self._damaged(candidate)
-            if not damaged:
-                return self.load(candidate, models, optimizer)
-            self.report(f"checkpoint {candidate} is damaged ({', '.join(damaged)}: content differs from its checksum); trying the one before it", "error")
+            files = self._damaged(candidate)
+            if not files:
+                trainer = self.load(candidate, models, optimizer)
+                self.saved_step = folders.step_of(candidate)
+                self._on_rank_0(lambda: folders.settle_on(candidate, damaged))
+                return trainer
+            damaged.append(candidate)
+            self.report(f"checkpoint {candidate} is damaged ({', '.join(files)}: content differs from its checksum); trying the one before it", "error")
         return None
+
+    def _on_rank_0(self, action: Callable[[], None]) -> None:
+        """Do something to the folder on rank 0 while the others wait; a failure is reported and stops nothing."""
+        problem = ""
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                problem = words(error)
+        problem = self._agree(problem)
+        if problem:
+            self.report(f"{self.checkpoints} could not be tidied ({problem})", "warning")
 
     def load(self, checkpoint: Path, models: list, optimizer) -> dict:
         """Load one checkpoint, saved under any layout, into models (and optimizer); returns its trainer state."""
@@ -122,45 +161,39 @@ class CheckpointStore:
         return state, placements
 
     def _prepare(self, writing: Path) -> str:
-        problem = ""
-        if dist.get_rank() == 0:
-            try:
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir(parents=True)
-            except OSError as error:
-                problem = f"{type(error).__name__}: {error}"
-        return self._agree(problem)
+        """An empty folder to write in (rank 0 makes it); what went wrong."""
+        if dist.get_rank() != 0:
+            return ""
+        try:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        except OSError as error:
+            return words(error)
+        return ""
+
+    def _complete(self, pending: "_Pending", everyone: list) -> str:
+        """Describe, checksum and rename what all ranks wrote (rank 0 alone); what went wrong."""
+        try:
+            checksums = pending.share.finish(folders.writing_folder(self.checkpoints, pending.info.step), everyone)
+            folders.complete(self.checkpoints, pending.info.step, pending.info, pending.trainer, checksums)
+        except Exception as error:      # whatever storage raises: the other ranks wait to hear of it
+            return words(error)
+        return ""
 
     def _agree(self, problem: str) -> str:
         """The first problem any rank had, on all ranks."""
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-        return next((text for text in problems if text), "")
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), "")
 
-    def _complete(self, info: CheckpointInfo, trainer: dict) -> None:
-        """Checksum (each rank its own files), describe, rename, retire old checkpoints."""
-        writing = folders.writing_folder(self.checkpoints, info.step)
-        problem, own = "", {}
-        try:
-            files = sorted(path.name for path in writing.iterdir())
-            own = {name: folders.file_sha256(writing / name) for name in files[dist.get_rank()::dist.get_world_size()]}
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-        problem = self._agree(problem)
-        if not problem and dist.get_rank() == 0:
-            try:
-                checksums = {name: digest for part in gathered for name, digest in part.items()}
-                folders.complete(self.checkpoints, info.step, info, trainer, checksums)
-                folders.remove_old(self.checkpoints, self.keep_last, self.keep_every_steps)
-            except OSError as error:
-                problem = f"{type(error).__name__}: {error}"
-        problem = self._agree(problem)
-        if problem:
-            self._give_up(writing, info.step, problem)
-        else:
-            self.report(f"checkpoint of step {info.step} is complete: {folders.step_folder(self.checkpoints, info.step)}", "info")
+    def _everywhere(self, here: bool) -> bool:
+        """Whether it is so on every rank; one 8-byte all-reduce over the world."""
+        return self._sum(int(not here)) == 0
+
+    def _sum(self, number: int) -> int:
+        total = torch.tensor(number, dtype=torch.int64, device=self.groups.device)
+        dist.all_reduce(total)
+        return int(total.item())
 
     def _give_up(self, writing: Path, step: int, problem: str) -> None:
         if dist.get_rank() == 0:

@@ -244,7 +244,7 @@ def _numbers(config: Config):
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected 0 up to (not including) 1"
     for section, name in (("optimizer", "clip_grad_norm"), ("optimizer", "weight_decay"), ("checkpoint", "interval_steps"), ("checkpoint", "keep_last"),
-                          ("checkpoint", "keep_every_steps"), ("monitoring", "validation_interval_steps"), ("monitoring", "validation_batches")):
+                          ("checkpoint", "keep_every_steps"), ("checkpoint", "keep_best"), ("monitoring", "validation_interval_steps"), ("monitoring", "validation_batches")):
         if getattr(getattr(config, section), name) < 0:
             yield f"{section}.{name}: got {getattr(getattr(config, section), name)}; expected 0 or more"
     if not 0 < optimizer.min_loss_scale <= optimizer.initial_loss_scale:
@@ -253,5 +253,12 @@ def _numbers(config: Config):
     for name in ("loss_scale_window_steps", "loss_scale_hysteresis_steps"):
         if getattr(optimizer, name) < 1:
             yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected at least 1"
+    checkpoint, names = config.checkpoint, [corpus.name for corpus in config.data.validation]
+    if checkpoint.keep_best and not names:
+        yield f"checkpoint.keep_best: got {checkpoint.keep_best} without a validation corpus; give one in data.validation, or set it to 0"
+    if checkpoint.best_validation and checkpoint.best_validation not in names:
+        yield f"checkpoint.best_validation: got {checkpoint.best_validation}; expected one of data.validation ({', '.join(names) or 'empty'})"
+    if checkpoint.best_validation and not checkpoint.keep_best:
+        yield f"checkpoint.best_validation: got {checkpoint.best_validation} with keep_best 0, which keeps none for it; set checkpoint.keep_best, or leave it empty"
     if config.monitoring.log_interval_steps < 1:
         yield f"monitoring.log_interval_steps: got {config.monitoring.log_interval_steps}; expected at least 1"

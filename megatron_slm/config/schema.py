@@ -246,6 +246,10 @@ class CheckpointConfig:
     """Checkpoints kept; older ones are removed after a newer one is complete. 0 = keep all."""
     keep_every_steps: int = 0
     """Checkpoints at multiples of this are kept for good; 0 = none."""
+    keep_best: int = 0
+    """Checkpoints kept for their low validation loss, beside the newest; 0 = none. Every scheduled checkpoint is then validated; the file checkpoints/best names the best."""
+    best_validation: str = ""
+    """Name of the validation corpus whose loss decides what is best; empty = the first of data.validation."""
     initialize_from: str = ""
     """Checkpoint whose weights (only) start this run, as for continual pretraining; ignored when the run folder has its own checkpoint."""
     save_optimizer: bool = True

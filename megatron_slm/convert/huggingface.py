@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_slm.checkpoint.folder import CheckpointInfo, sync_folder
+from megatron_slm.checkpoint.folder import CheckpointInfo, sync_path
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
@@ -75,13 +75,13 @@ def _replace(writing: Path, output: Path) -> None:
     for path in writing.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    sync_folder(writing)
+    sync_path(writing)
     old = output.with_name(f".replaced_{output.name}")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         output.rename(old)
     writing.rename(output)
-    sync_folder(output.parent)
+    sync_path(output.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, complete_checkpoints
+from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.load import load_yaml, to_mapping, to_yaml
@@ -38,6 +39,10 @@ class NonFiniteLoss(RuntimeError):
     """Training diverged; the last checkpoint is the last good state."""
 
 
+class NotSaved(RuntimeError):
+    """The run reached its end, and its last checkpoint could not be written."""
+
+
 class Run:
     """One run folder being trained."""
 
@@ -53,6 +58,7 @@ class Run:
         self.validation = {name: _OnThisRank(loader, groups) for name, loader in setup.validation_loaders(config, materials, groups).items()}
         self.probe = Probe(config, materials, self.trainer)
         self.metrics = Metrics(groups.device)
+        self.validated: tuple[int, dict[str, float]] = (0, {})      # step and loss of each corpus; known on last-stage ranks
         self.tokens_selected = 0      # up to the last log line; known on last-stage ranks
         self.skipped_steps = 0        # fp16 overflows
         self.wandb_id = ""
@@ -60,8 +66,10 @@ class Run:
     def start(self) -> None:
         """Resume from the newest good checkpoint, or take initial weights; then open the sinks."""
         messages: list[tuple[str, str]] = []
-        self.store = CheckpointStore(self.folder, self.groups, keep_last=self.config.checkpoint.keep_last, keep_every_steps=self.config.checkpoint.keep_every_steps,
-                                     asynchronous=self.config.checkpoint.asynchronous, report=lambda text, level: messages.append((text, level)))
+        kept = self.config.checkpoint
+        retention = Retention(kept.keep_last, kept.keep_every_steps, kept.keep_best, kept.best_validation or next(iter(self.validation), ""))
+        self.store = CheckpointStore(self.folder, self.groups, retention=retention, asynchronous=kept.asynchronous,
+                                     report=lambda text, level: messages.append((text, level)))
         state = self.store.load_latest(self.trainer.models, self.trainer.optimizer)
         if state is not None:
             self._restore(state)
@@ -103,6 +111,7 @@ class Run:
                 self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
             throughput.step_done(self.step_tokens)
             if not math.isfinite(report.grad_norm) and (report.updated or scale <= self.config.optimizer.min_loss_scale):
+                self.store.close()      # what is being written in the background is the last good state
                 raise NonFiniteLoss(f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
                                     "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step")
             stopping = stop.agreed()
@@ -118,17 +127,20 @@ class Run:
         else:
             self.reporter.write_token_view(self.probe.view(self._progress()))
         self.reporter.close()
+        if self.step == self.steps != self.store.saved_step:
+            raise NotSaved(f"the run reached its last step {self.steps}, but its checkpoint could not be saved (see the errors above); free space or fix "
+                           f"{self.store.checkpoints}, then start the same command again: it goes on from step {self.store.saved_step or 0}")
         return EXIT_RESUME if self.step < self.steps else 0
 
     def _progress(self) -> Progress:
         return Progress(self.step, self.step * self.step_tokens)
 
     def _after_step(self, stopping: bool) -> None:
-        interval, done = self.config.monitoring.validation_interval_steps, self.step == self.steps
-        if done or (interval and self.step % interval == 0):
+        done, kept = self.step == self.steps, self.config.checkpoint
+        scheduled = done or _due(self.step, kept.interval_steps)
+        if done or _due(self.step, self.config.monitoring.validation_interval_steps) or (scheduled and kept.keep_best):
             self._validate()
-        every = self.config.checkpoint.interval_steps
-        if done or stopping or (every and self.step % every == 0):
+        if scheduled or stopping:       # a stop has no time to validate: its checkpoint is nobody's best
             self._save()
         self.store.finish_pending()
 
@@ -149,18 +161,19 @@ class Run:
         if not self.validation:
             return
         record = {**validate(self.trainer.models, self.validation, self.groups), **self.probe.compare(self._progress())}
+        self.validated = (self.step, {name: record[f"validation/{name}/loss"] for name in self.validation})
         self.reporter.log({"kind": "validation", "tokens/processed": self.step * self.step_tokens, **record}, self.step)
 
     def _save(self) -> None:
         model = {**asdict(self.config.model), "vocabulary_size": self.materials.vocabulary_size}
         tokenizer = self.materials.corpora[0].manifest.tokenizer
-        info = CheckpointInfo(model, self.config.data.sequence_length, {**tokenizer, "path": str(Path(self.config.data.tokenizer).resolve())},
-                              self.step, self.step * self.step_tokens, precision=self.config.device.precision)
         optimizer = self.trainer.optimizer if self.config.checkpoint.save_optimizer else None
-        # The sums exist on the last pipeline stage; rank 0 writes trainer.json, so it must hear of them.
+        # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.
         told = [{"metrics": self.metrics.state_dict(self.groups.dp_cp), "tokens_selected": self.tokens_selected, "selection": self.trainer.chooser.state_dict(),
-                 "probe": self.probe.state_dict()}]
+                 "probe": self.probe.state_dict()}, self.validated[1] if self.validated[0] == self.step else {}]
         dist.broadcast_object_list(told, src=self.groups.world_size - 1)
+        info = CheckpointInfo(model, self.config.data.sequence_length, {**tokenizer, "path": str(Path(self.config.data.tokenizer).resolve())},
+                              self.step, self.step * self.step_tokens, precision=self.config.device.precision, validation_loss=told[1])
         scaling = {"loss_scaler": loss_scaler_state(self.trainer.optimizer), "skipped_steps": self.skipped_steps}
         state = trainer_state(optimizer, self.groups, **scaling, step=self.step, loader=self.loader.state_dict(), wandb_id=self.wandb_id, **told[0])
         self.store.save(self.trainer.models, optimizer, info, state)
@@ -193,6 +206,10 @@ class _OnThisRank:
     def __iter__(self):
         for batches in self.loader:
             yield [slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(self.groups.device) for batch in batches]
+
+
+def _due(step: int, interval_steps: int) -> bool:
+    return bool(interval_steps) and step % interval_steps == 0
 
 
 def _changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:

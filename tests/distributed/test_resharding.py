@@ -4,7 +4,7 @@ After loading, two more steps are taken. Their losses and gradient norms must be
 never stopped: the first step would show a wrong weight, the second a wrong moment, a wrong update count or a wrong main
 weight. Under bf16, where layouts round differently, what B loaded is saved again and must be A's checkpoint bit for bit.
 
-By default each of the twelve loads from three of the twelve; SLM_RESHARDING=all runs all 144 pairs (about four minutes).
+By default each of the twelve loads from two of the twelve; SLM_RESHARDING=all runs all 144 pairs (about four minutes).
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ LAYOUTS = {
 OPTIMIZERS = {"plain": False, "distributed": True}
 KINDS = {f"{layout}, {optimizer}": (layout, distributed) for layout in LAYOUTS for optimizer, distributed in OPTIMIZERS.items()}
 NAMES = list(KINDS)
-# Offsets 1 and 7 change the optimizer, 4 and 7 the layout, 1 every other time the layout.
-OFFSETS = range(len(NAMES)) if os.environ.get("SLM_RESHARDING") == "all" else (1, 4, 7)
+# Offset 4 changes the layout, 7 the layout and the optimizer.
+OFFSETS = range(len(NAMES)) if os.environ.get("SLM_RESHARDING") == "all" else (4, 7)
 PAIRS = [(NAMES[(index + offset) % len(NAMES)], target) for index, target in enumerate(NAMES) for offset in OFFSETS]
 HALF_PRECISION = [("dp2, distributed", "tp2, plain"), ("tp2, plain", "dp2, distributed"), ("dp2, distributed", "cp2, distributed"), ("pp2_virtual2, plain", "dp2, distributed"),
                   ("tp2_pp2, distributed", "pp2_virtual2, distributed")]

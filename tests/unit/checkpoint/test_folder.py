@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from megatron_slm.checkpoint import folder as folders
-from megatron_slm.checkpoint.folder import (CheckpointInfo, complete, complete_checkpoints, damaged_files, read_checkpoint_info, remove_old,
+from megatron_slm.checkpoint.folder import (CheckpointInfo, complete, complete_checkpoints, damaged_files, read_checkpoint_info,
                                             resolve_checkpoint, step_folder, step_of, writing_folder)
 
 WEIGHTS = b"weights" * 1000
@@ -107,9 +107,9 @@ def test_a_kill_between_any_two_writes_leaves_the_older_checkpoint(checkpoints, 
         shutil.rmtree(writing_folder(checkpoints, 200), ignore_errors=True)
         checksums = write(checkpoints, 200)
         with monkeypatch.context() as patch:
-            for name in ("write_json", "sync_folder", "file_sha256"):
+            for name in ("write_json", "sync_path", "point_to", "file_sha256"):
                 patch.setattr(folders, name, counted(getattr(folders, name)))
-            for name in ("rename", "replace", "write_text"):
+            for name in ("rename", "replace"):
                 patch.setattr(type(checkpoints), name, counted(getattr(type(checkpoints), name)))
             try:
                 complete(checkpoints, 200, info(200), {"step": 200}, checksums)
@@ -175,17 +175,42 @@ def test_ranks_share_the_checking(checkpoints):
     assert all(len(share) <= 2 for share in shares)
 
 
-@pytest.mark.parametrize("keep_last, keep_every, best, left", [
-    (0, 0, set(), [10, 20, 30, 40, 50]),
-    (2, 0, set(), [40, 50]),
-    (1, 20, set(), [20, 40, 50]),
-    (2, 30, {10}, [10, 30, 40, 50]),
-    (9, 0, set(), [10, 20, 30, 40, 50]),
-])
-def test_remove_old(checkpoints, keep_last, keep_every, best, left):
-    for step in (10, 20, 30, 40, 50):
+def test_kills_leave_nothing_behind_that_tidy_does_not_clear(checkpoints):
+    """An unfinished save goes; a checkpoint that was being replaced gets its name back, unless its successor arrived."""
+    save(checkpoints, 100), save(checkpoints, 200)
+    write(checkpoints, 300)
+    step_folder(checkpoints, 100).rename(checkpoints / ".replaced_step_00000100")
+    shutil.copytree(step_folder(checkpoints, 200), checkpoints / ".replaced_step_00000200")
+    shutil.copytree(step_folder(checkpoints, 200), checkpoints / ".removing_step_00000050")
+    folders.tidy(checkpoints)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000100", "step_00000200"]
+    assert damaged_files(step_folder(checkpoints, 100)) == []
+    folders.tidy(checkpoints / "nowhere")
+
+
+def test_going_on_from_an_older_one_sets_the_damaged_aside(checkpoints):
+    for step in (100, 200, 300):
         save(checkpoints, step)
-    removed = remove_old(checkpoints, keep_last, keep_every, best)
-    assert [step_of(path) for path in complete_checkpoints(checkpoints)] == left
-    assert sorted(left + [step_of(path) for path in removed]) == [10, 20, 30, 40, 50]
-    assert not list(checkpoints.glob(".removing_*"))
+    for _ in range(2):       # also when one of that name lies there already
+        folders.settle_on(step_folder(checkpoints, 100), [step_folder(checkpoints, 300), step_folder(checkpoints, 200)])
+        assert [step_of(path) for path in complete_checkpoints(checkpoints)] == [100]
+        assert resolve_checkpoint(checkpoints / "latest") == resolve_checkpoint(checkpoints) == step_folder(checkpoints, 100)
+        assert sorted(path.name for path in checkpoints.glob("*.damaged")) == ["step_00000200.damaged", "step_00000300.damaged"]
+        save(checkpoints, 200), save(checkpoints, 300)
+    assert resolve_checkpoint(checkpoints / "latest") == step_folder(checkpoints, 300)
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b"[1]", b"3"])
+def test_a_flipped_byte_in_checksums_is_damage_and_no_crash(checkpoints, content):
+    checkpoint = save(checkpoints, 100)
+    (checkpoint / "checksums.json").write_bytes(content)
+    assert damaged_files(checkpoint) == ["checksums.json"]
+
+
+def test_a_file_that_cannot_be_read_is_damage(checkpoints, monkeypatch):
+    checkpoint = save(checkpoints, 100)
+
+    def unreadable(path):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(folders, "file_sha256", unreadable)
+    assert damaged_files(checkpoint) == ["__0_0.distcp", "common.pt", "model.json", "trainer.json"]

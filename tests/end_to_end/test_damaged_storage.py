@@ -1,0 +1,72 @@
+"""A flipped byte and a full disk, through the trainer: the older checkpoint serves, training goes on, and every sink is told."""
+
+import shutil
+import subprocess
+
+import pytest
+from tests.end_to_end.small_run import STEPS, command, compared, lines, make_corpus, run_to_end
+
+from megatron_slm.checkpoint.folder import complete_checkpoints, damaged_files, step_of
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """An uninterrupted run that keeps all its checkpoints."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    run_to_end(command(corpus, run, "--checkpoint.keep_last", "0", processes=1))
+    return run
+
+
+def told_everywhere(run, output: str, *words: str) -> bool:
+    """Whether console, warnings.jsonl and the offline W&B run all have a line with these words."""
+    in_warnings = any(all(word in line["text"] for word in words) and line["level"] == "error" for line in lines(run, "warnings.jsonl"))
+    in_console = any(all(word in line for word in words) for line in output.splitlines())
+    in_wandb = any(all(word.encode() in path.read_bytes() for word in words) for path in (run / "wandb").rglob("*.wandb"))
+    return in_warnings and in_console and in_wandb
+
+
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_is_used(corpus, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    newest, before = (run / "checkpoints" / name for name in ("step_00000014", "step_00000012"))
+    damaged = sorted(newest.glob("*.distcp"))[0]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged.write_bytes(content)
+    output = run_to_end(command(corpus, run, "--monitoring.wandb.mode", "offline", processes=1))
+    assert told_everywhere(run, output, damaged.name, "is damaged", newest.name)
+    assert "resumed after step 12" in output
+    assert compared(run) == compared(whole)
+    assert damaged_files(newest) == [] and damaged_files(before) == []
+    assert newest.with_name("step_00000014.damaged").is_dir()
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000014\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path, whole):
+    """A file system with room for one checkpoint and a half, mounted where a run writes its checkpoints; and the run."""
+    size = sum(path.stat().st_size for path in (whole / "checkpoints" / "step_00000003").iterdir())
+    run = tmp_path / "run"
+    checkpoints = run / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(checkpoints)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system; test_save_failures injects the same failure without one")
+    yield run
+    subprocess.run(["umount", str(checkpoints)], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(asynchronous, corpus, whole, small_disk):
+    output = run_to_end(command(corpus, small_disk, "--checkpoint.asynchronous", asynchronous, "--monitoring.wandb.mode", "offline", processes=1), exit_code=4)
+    assert "start the same command again: it goes on from step 3" in output
+    assert told_everywhere(small_disk, output, "could not be saved", "No space left on device", "older checkpoints are intact")
+    assert compared(small_disk) == compared(whole), "the same losses to the last step"
+    kept = complete_checkpoints(small_disk / "checkpoints")
+    assert [step_of(path) for path in kept] == [3] and damaged_files(kept[0]) == []
+    assert (small_disk / "checkpoints" / "latest").read_text() == "step_00000003\n"
+    assert max(line["step"] for line in lines(small_disk) if line["kind"] == "train") == STEPS
