@@ -3,6 +3,7 @@
     python benchmarks/preprocess.py --corpus corpus.jsonl --tokenizer vocab.model --megatron-lm ../Megatron-LM
     python benchmarks/preprocess.py --make-corpus corpus.jsonl --bytes 120000000      real text from installed packages
     python benchmarks/preprocess.py --corpus corpus.jsonl --tokenizer vocab.model --memory
+    python benchmarks/preprocess.py --write --tokens 35e6                              writing alone, beside megatron-core's builder (C15)
 
 The programs run one after another, in turn, `--rounds` times, each with the same workers on the same input. The figure is MB of
 text per CPU second of all processes (a shared machine changes wall time, hardly CPU time), wall time beside it. The outputs are
@@ -206,6 +207,52 @@ def memory(arguments: argparse.Namespace, copies: int = 20) -> None:
     print(f"peak RSS of the largest process: {small.peak_rss_mb:.0f} MB on one copy, {large.peak_rss_mb:.0f} MB on {copies}")
 
 
+def write(tokens: int, rounds: int, document_tokens: int = 500, batch_documents: int = 500) -> None:
+    """C15: encoded documents to .bin and .idx. Ours gets them as bytes, in batches, as workers hand them over, and makes its checksums and
+    its fsyncs; megatron-core's builder gets each as the list of ids that Megatron-LM's tool gives it."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from data_tools.writer import CorpusWriter
+    from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest
+    documents = tokens // document_tokens // batch_documents * batch_documents
+    ids = np.random.RandomState(0).randint(0, 32000, (documents, document_tokens)).astype(np.uint16)
+    lists = [row.tolist() for row in ids[:batch_documents]] * (documents // batch_documents)    # the builder takes as long for the same list again
+
+    def builder(folder: Path) -> None:
+        made = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
+        for row in lists:
+            made.add_document(row, [document_tokens])
+        made.finalize(str(folder / "megatron.idx"))
+
+    def ours(folder: Path) -> None:
+        lengths = np.full(batch_documents, document_tokens, np.int32)
+        with CorpusWriter(str(folder / "ours"), np.dtype(np.uint16), {}) as made:
+            for start in range(0, documents, batch_documents):
+                made.append(repeated)
+                made.add_documents(lengths)
+            made.finish(lambda **sizes: CorpusManifest(format_version=FORMAT_VERSION, **sizes, tokenizer={"vocabulary_size": 32000}, append_eod=True,
+                                                       sources=[], created_by={}, rejected={}), {})
+    repeated = ids[:batch_documents].tobytes()
+    seconds: dict[str, list[float]] = {"megatron-core's IndexedDatasetBuilder": [], "ours": []}
+    for _ in range(rounds):
+        for name, way in zip(seconds, (builder, ours)):
+            with tempfile.TemporaryDirectory(prefix="slm-benchmark-") as folder:
+                began = time.process_time()
+                way(Path(folder))
+                seconds[name].append(time.process_time() - began)
+                found = {suffix: _digest(f"{folder}/{'ours' if way is ours else 'megatron'}{suffix}") for suffix in (".bin", ".idx")}
+            expected = found if way is builder else expected
+            if found != expected:
+                raise SystemExit("the two wrote different files")
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    print("| writer | CPU s | million tokens per CPU s |\n|---|---|---|")
+    for name, time_seconds in median.items():
+        print(f"| {name} | {time_seconds:.2f} | {documents * document_tokens / time_seconds / 1e6:.0f} |")
+    first, second = median.values()
+    print(f"C15: {first / second:.1f}x (at least 10x), the same files byte for byte, {documents} documents of {document_tokens} tokens")
+
+
 def make_corpus(path: str, wanted_bytes: int) -> None:
     """jsonl of sources and documentation of what is installed here: every file once, in an order that mixes packages."""
     found = [Path(folder, name) for root in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc",
@@ -242,11 +289,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer-json", metavar="F", help="the same vocabulary as tokenizer.json, for datatrove")
     parser.add_argument("--eos", default="</s>", help="for datatrove")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
+    parser.add_argument("--write", action="store_true", help="measure the writer alone")
+    parser.add_argument("--tokens", type=lambda text: int(float(text)), default=35_000_000, help="of --write")
     parser.add_argument("--make-corpus", metavar="F.jsonl", help="write a corpus from installed packages, and stop")
     parser.add_argument("--bytes", type=int, default=120_000_000, help="of --make-corpus")
     arguments = parser.parse_args(argv)
     if arguments.make_corpus:
         make_corpus(arguments.make_corpus, arguments.bytes)
+    elif arguments.write:
+        write(arguments.tokens, arguments.rounds)
     elif not (arguments.corpus and arguments.tokenizer):
         parser.error("--corpus and --tokenizer are needed")
     elif arguments.memory:

@@ -78,20 +78,22 @@ def print_numbers(prefix: str, manifest: CorpusManifest, statistics: dict[str, A
 
 
 def draw(path: str, statistics: dict[str, Any]) -> None:
-    """The share of documents over their length in tokens, one line per source."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """The share of documents over their length in tokens, one line per source; lengths are counted in powers of two."""
+    from megatron_slm.analysis.style import colour, dash, house_style, new_figure, short_count
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for row in statistics["sources"] or [{"source": "all", **statistics["total"]}]:
-        bins = np.array(row["document_tokens"]["histogram_log2"], float)
-        if bins.sum():
-            axes.stairs(bins / bins.sum(), 2.0 ** np.arange(len(bins) + 1), label=row["source"][-50:])
-    axes.set(xscale="log", xlabel="document length (tokens)", ylabel="share of documents")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    counted = [(row["source"], np.array(row["document_tokens"]["histogram_log2"], float)) for row in statistics["sources"] or [{"source": "all", **statistics["total"]}]]
+    counted = [(source, bins) for source, bins in counted if bins.sum()]
+    with house_style():
+        figure, (axes,) = new_figure()
+        for number, (source, bins) in enumerate(counted):
+            axes.stairs(100 * bins / bins.sum(), 2.0 ** np.arange(len(bins) + 1), label=f"{source[-50:]} ({short_count(bins.sum())} documents)", color=colour(number),
+                        linestyle=dash(number), linewidth=1.8, fill=len(counted) == 1, alpha=0.6 if len(counted) == 1 else None)
+        first = min((int(np.flatnonzero(bins)[0]) for _, bins in counted), default=0)
+        axes.set_xscale("log", base=2)
+        axes.set(title="How long documents are", xlabel="tokens of a document", ylabel="documents (%)", xlim=(2.0**first, None), ylim=(0, None))
+        axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        axes.legend()
+        figure.savefig(path, dpi=150)
 
 
 def show_document(number: int, tokens: np.ndarray, index: CorpusIndex, tokenizer: Tokenizer, by_token: bool, max_tokens: int,

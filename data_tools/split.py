@@ -4,6 +4,10 @@
 
 writes data/split_train and data/split_held_out. The same document always falls on the same side, in whatever corpus, order or
 shard it appears, and so do all its copies: no text is in both. Another `--seed` makes another choice.
+
+    python -m data_tools.split data/corpus --held-out-fraction 0.01 --output-prefix data/split --scores data/corpus_scores
+
+also takes the scores of every document along: data/split_train.corpus_scores and data/split_held_out.corpus_scores.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_tools.corpus_files import CorpusCopy
+from data_tools.split_scores import carry_scores, open_scores
 from megatron_slm import __version__
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
@@ -33,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out-fraction", type=float, required=True, metavar="X", help="share of documents, 0 < X < 1")
     parser.add_argument("--output-prefix", required=True, metavar="D", help="writes D_train and D_held_out")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--scores", nargs="+", default=[], metavar="S", help="score stores of the corpus, split along with it")
     parser.add_argument("--overwrite", action="store_true", help="replace corpora under the output prefixes")
     return parser
 
@@ -45,39 +51,50 @@ def is_held_out(tokens: bytes, seed: int, fraction: float) -> bool:
 
 
 def split(prefix: str, output_prefix: str, fraction: float, seed: int = 0, *,
-          overwrite: bool = False) -> tuple[CorpusManifest, CorpusManifest]:
-    """Write both parts; returns their manifests (train, held out). Raises ValueError with a sentence."""
+          overwrite: bool = False, scores: list[str] | None = None) -> tuple[CorpusManifest, CorpusManifest]:
+    """Write both parts, and those of every score store in `scores`; returns the manifests (train, held out). ValueError with a sentence."""
     if not 0 < fraction < 1:
         raise ValueError(f"--held-out-fraction {fraction}: a share between 0 and 1, such as 0.01")
     manifest = check_corpus(prefix)
+    prefixes = [f"{output_prefix}_{name}" for name in ("train", "held_out")]
+    stores = open_scores(scores or [], manifest, prefixes)
+    runs: tuple[list, list] = ([], [])
     index = read_index(f"{prefix}.idx")
     tokens = open_tokens(prefix, index)
     starts_tokens = index.document_starts_tokens()
     with ExitStack() as stack:
-        sides = [stack.enter_context(CorpusCopy(f"{output_prefix}_{name}", index.dtype, overwrite=overwrite))
-                 for name in ("train", "held_out")]
+        sides = [stack.enter_context(CorpusCopy(part, index.dtype, overwrite=overwrite)) for part in prefixes]
         progress = stack.enter_context(Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()))
         for first in progress.track(range(0, index.documents, _STEP_DOCUMENTS), description="splitting"):
             bounds = starts_tokens[first:first + _STEP_DOCUMENTS + 1]
             held_out = np.array([is_held_out(tokens[start:end].tobytes(), seed, fraction)
                                  for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist())], bool)
-            _append(sides, tokens, bounds, held_out)
+            for start, end in _runs(held_out):
+                _append(sides[int(held_out[start])], tokens, bounds[start:end + 1])
+                runs[int(held_out[start])].append((int(bounds[start]), int(bounds[end])))
         if not all(side.documents for side in sides):
             raise ValueError(f"{prefix}: with {index.documents} documents a share of {fraction} leaves one side empty")
         history = {"sources": [{"input": str(prefix), "fingerprint": manifest.fingerprint}],
                    "rejected": {"records": 0, "reasons": {}},
                    "created_by": {"program": "data_tools.split", "version": __version__, "held_out_fraction": fraction,
                                   "seed": seed}}
-        return sides[0].finish(manifest, **history), sides[1].finish(manifest, **history)
+        parts = sides[0].finish(manifest, **history), sides[1].finish(manifest, **history)
+    for store in stores:
+        for part_prefix, part, ranges in zip(prefixes, parts, runs):
+            carry_scores(store, part_prefix, part, np.array(ranges, np.int64))
+    return parts
 
 
-def _append(sides: list[CorpusCopy], tokens: np.ndarray, bounds: np.ndarray, held_out: np.ndarray) -> None:
-    """Give each run of documents of one side to that side in one piece."""
+def _runs(held_out: np.ndarray) -> list[tuple[int, int]]:
+    """[start, end) of documents in a row that go to one side."""
     changes = np.flatnonzero(np.diff(held_out)) + 1
-    for start, end in zip([0, *changes.tolist()], [*changes.tolist(), len(held_out)]):
-        side = sides[int(held_out[start])]
-        side.add_bytes(memoryview(tokens[bounds[start]:bounds[end]]).cast("B"))
-        side.add_lengths(np.diff(bounds[start:end + 1]))
+    return list(zip([0, *changes.tolist()], [*changes.tolist(), len(held_out)]))
+
+
+def _append(side: CorpusCopy, tokens: np.ndarray, bounds: np.ndarray) -> None:
+    """Give documents in a row to a side in one piece."""
+    side.add_bytes(memoryview(tokens[bounds[0]:bounds[-1]]).cast("B"))
+    side.add_lengths(np.diff(bounds))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         Path(arguments.output_prefix).parent.mkdir(parents=True, exist_ok=True)
         train, held_out = split(arguments.prefix, arguments.output_prefix, arguments.held_out_fraction, arguments.seed,
-                                overwrite=arguments.overwrite)
+                                overwrite=arguments.overwrite, scores=arguments.scores)
     except ValueError as error:
         print(f"split: {error}", file=sys.stderr)
         return 3

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         columns = _columns(options)
+        _refuse_unused(options)
         share = parse_share(options.shard)
     except ValueError as error:
         print(f"import_scores: {error}", file=sys.stderr)
@@ -82,6 +83,14 @@ def _columns(options: argparse.Namespace) -> tuple[str, ...]:
     if "loss" not in columns or set(columns) - {"loss", "entropy"}:
         raise ValueError(f"--columns {options.columns}: expected loss, or loss,entropy")
     return columns
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """ValueError when an option is given that the chosen source does not read."""
+    belongs = {"key": "jsonl", **dict.fromkeys(("columns", "precision", "device", "micro_batch_size", "shard"), "huggingface")}
+    unused = [name for name, source in belongs.items() if not getattr(options, source) and getattr(options, name) != build_parser().get_default(name)]
+    if unused:
+        raise ValueError("; ".join(f"--{name.replace('_', '-')} goes with --{belongs[name]} only, leave it out" for name in unused))
 
 
 def _manifest(options: argparse.Namespace, argv: list[str], corpus: CorpusManifest, columns: tuple[str, ...]) -> ScoreManifest:

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_slm import parallel
         from megatron_slm.training import loop, setup
         # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once.
-        materials = setup.open_materials(config) if rank == 0 else None
+        materials = setup.open_materials(config, world_size) if rank == 0 else None
     except ValueError as error:
         if rank == 0:
             print(f"slm-train: {error}", file=sys.stderr)
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     device_room.set_threads(config.device.threads_per_process)
     groups = parallel.start(config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes)
     try:
-        run = loop.Run(config, groups, materials or setup.open_materials(config))
+        run = loop.Run(config, groups, materials or setup.open_materials(config, world_size))
         run.start()
         return run.run()
     except (loop.NonFiniteLoss, loop.NotSaved) as error:

@@ -123,23 +123,24 @@ def print_table(fits: dict[str, dict[str, Fit]], console: Console) -> None:
 
 
 def draw(path: str, fits: dict[str, dict[str, Fit]]) -> None:
-    """Bytes per token, bars grouped by source."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Two panels, bars grouped by source: bytes per token (longer tokens are shorter sequences), and the share of tokens that spell bytes."""
+    from megatron_slm.analysis.style import colour, house_style, new_figure
 
     names = list(next(iter(fits.values())))
-    figure, axes = pyplot.subplots(figsize=(2 + 2 * len(fits), 4), layout="constrained")
+    panels = (("bytes_per_token", "bytes per token", "%.2f", 1), ("byte_token_fraction", "tokens that spell single bytes (%)", "%.1f", 100))
     places = np.arange(len(fits))
-    for number, name in enumerate(names):
-        heights = [of_source[name].to_json()["bytes_per_token"] for of_source in fits.values()]
-        bars = axes.bar(places + number * 0.8 / len(names), heights, 0.8 / len(names), align="edge", label=name[-50:])
-        axes.bar_label(bars, fmt="%.2f")
-    axes.set_xticks(places + 0.4, [source[-30:] for source in fits])
-    axes.set_ylabel("bytes per token")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with house_style():
+        figure, both = new_figure(len(panels))
+        for axes, (key, title, form, factor) in zip(both, panels):
+            for number, name in enumerate(names):
+                heights = [factor * of_source[name].to_json()[key] for of_source in fits.values()]
+                bars = axes.bar(places + number * 0.8 / len(names), heights, 0.76 / len(names), align="edge", label=name[-50:], color=colour(number))
+                axes.bar_label(bars, fmt=form, padding=2)
+            axes.set(title=title, xticks=places + 0.4, xticklabels=[source[-30:] for source in fits])
+            axes.grid(axis="x", visible=False)
+            axes.margins(y=0.12)
+        figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower left", ncols=min(len(names), 3))
+        figure.savefig(path, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,11 +7,12 @@ import dataclasses
 import difflib
 import sys
 import typing
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from megatron_slm.config.schema import Config
 from megatron_slm.config.values import UNREADABLE, convert
@@ -24,6 +25,10 @@ class ConfigError(ValueError):
         self.problems = problems
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the examples of a program's description on their own lines."""
 
 
 class _ExactDumper(yaml.SafeDumper):
@@ -39,7 +44,8 @@ _ExactDumper.add_representer(str, _ExactDumper.represent_str)
 def build_parser(prog: str, description: str) -> ArgumentParser:
     """A parser with --config and one documented option per field of Config; programs add their own options to it."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, usage="%(prog)s [--config FILE] [--section.field VALUE ...]")
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, formatter_class=HelpFormatter,
+                            usage="%(prog)s [--config FILE] [--section.field VALUE ...]")
     parser.add_argument("--config", type=str, default=None, help="YAML file with any of the settings below (see launch/recipes/).")
     parser.add_argument("--print_config", action="store_true", help="Print the resulting configuration as YAML and stop.")
     parser.add_class_arguments(Config, None, fail_untyped=False)

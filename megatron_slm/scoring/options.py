@@ -2,14 +2,13 @@
 
 import dataclasses
 import shlex
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_slm.config.check import check
-from megatron_slm.config.load import ConfigError
+from megatron_slm.config.load import ConfigError, HelpFormatter
 from megatron_slm.config.schema import Config, DeviceConfig, ParallelConfig
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
@@ -61,14 +60,10 @@ class ScoreOptions:
     """What it computes on."""
 
 
-class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the example of the description on its own line."""
-
-
 def parse(argv: list[str], description: str) -> ScoreOptions:
     """The settings on the command line and in --config; prints help or a problem and exits like argparse (code 2)."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="score", description=description, formatter_class=_Formatter, allow_abbrev=False,
+    parser = ArgumentParser(prog="score", description=description, formatter_class=HelpFormatter, allow_abbrev=False,
                             usage="%(prog)s --checkpoint RUN --corpus PREFIX --output STORE [options]")
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     parser.add_class_arguments(ScoreOptions, None)

@@ -53,7 +53,7 @@ class Run:
         self.step = 0
         models = wrap_data_parallel(build_model(config, materials.vocabulary_size, groups), config)
         chooser = Chooser(config.selection, groups, sequence_length=config.data.sequence_length, corpora=len(materials.corpora))
-        self.trainer = Trainer(models, build_optimizer(models, config), chooser, groups, load_reference(config, materials, groups))
+        self.trainer = Trainer(models, build_optimizer(models, config), chooser, groups, load_reference(config, groups))
         self.loader = setup.training_loader(config, materials, groups)
         self.validation = {name: _OnThisRank(loader, groups) for name, loader in setup.validation_loaders(config, materials, groups).items()}
         self.probe = Probe(config, materials, self.trainer)

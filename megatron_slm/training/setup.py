@@ -1,17 +1,22 @@
 """Everything a run reads, opened and checked before any process group starts."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.config.check import train_steps
+from megatron_slm.checkpoint.folder import complete_checkpoints, read_checkpoint_info
+from megatron_slm.config.check import check, train_steps
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
 from megatron_slm.data.loader import TrainingLoader, ValidationLoader
+from megatron_slm.data.score_manifest import presented_name
 from megatron_slm.data.scored_dataset import Corpus, open_corpora, training_dataset, validation_dataset
 from megatron_slm.parallel import Groups
+from megatron_slm.selection import Scorer
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
-from megatron_slm.training.choose import make_scorer
+from megatron_slm.training.choose import BATCH_COLUMNS, MODEL_COLUMNS, make_scorer
+from megatron_slm.training.reference import reference_config
 
 
 class DataError(ConfigError):
@@ -28,42 +33,71 @@ class Materials:
     vocabulary_size: int
 
 
-def open_materials(config: Config) -> Materials:
-    """Open scorer, tokenizer, corpora and score stores; ConfigError or DataError lists every problem in one go."""
+def open_materials(config: Config, world_size: int = 1) -> Materials:
+    """Open scorer, tokenizer, corpora, score stores and what the run starts from. ConfigError (a bad selection among them) or DataError
+    lists every problem in one go; `world_size` is that of the job, for the layout of an online reference."""
+    scorer, bad_settings = None, []
     try:
-        make_scorer(config.selection)
+        scorer = make_scorer(config.selection)
     except ValueError as error:
-        raise ConfigError([str(error)]) from None
+        bad_settings.append(str(error))
     problems: list[str] = []
+    tokenizer = None
     try:
         tokenizer = load_tokenizer(config.data.tokenizer)
     except (ValueError, OSError) as error:
-        raise DataError([f"data.tokenizer: {error}"]) from None
+        problems.append(f"data.tokenizer: {error}")
+    fingerprint = tokenizer.fingerprint if tokenizer else None
     corpora, validation = [], {}
     try:
-        corpora = open_corpora(config.data.train, config.selection.reference.scores, tokenizer_fingerprint=tokenizer.fingerprint,
+        corpora = open_corpora(config.data.train, config.selection.reference.scores, tokenizer_fingerprint=fingerprint,
                                allow_missing_scores=config.selection.reference.allow_missing_scores)
     except ValueError as error:
         problems += [f"data.train: {line}" for line in str(error).splitlines()]
     for entry in config.data.validation:
         try:
-            validation[entry.name] = open_corpora([entry.corpus], tokenizer_fingerprint=tokenizer.fingerprint)[0]
+            validation[entry.name] = open_corpora([entry.corpus], tokenizer_fingerprint=fingerprint)[0]
         except ValueError as error:
             problems += [f"data.validation {entry.name}: {line}" for line in str(error).splitlines()]
-    size = config.model.vocabulary_size or tokenizer.vocabulary_size
-    if size < tokenizer.vocabulary_size:
-        problems.append(f"model.vocabulary_size: got {size}, below the tokenizer's {tokenizer.vocabulary_size}; raise it, or set it to 0")
-    problems += _missing_columns(config, corpora)
+    smallest = tokenizer.vocabulary_size if tokenizer else 0
+    size = config.model.vocabulary_size or smallest
+    if size < smallest:
+        problems.append(f"model.vocabulary_size: got {size}, below the tokenizer's {smallest}; raise it, or set it to 0")
+    if scorer is not None:
+        problems += _missing_columns(config, scorer, corpora)
+    problems += _checkpoints(config, world_size, fingerprint)
+    if bad_settings:
+        raise ConfigError(bad_settings + problems)
     if problems:
         raise DataError(problems)
     return Materials(tokenizer, corpora, validation, size)
 
 
-def _missing_columns(config: Config, corpora: list[Corpus]) -> list[str]:
+def _checkpoints(config: Config, world_size: int, tokenizer_fingerprint: str | None) -> list[str]:
+    """What is wrong with the checkpoints that the configuration names, seen before any process waits for another."""
+    problems = []
+    if (start := config.checkpoint.initialize_from) and not complete_checkpoints(Path(config.run.folder, "checkpoints")):
+        try:
+            read_checkpoint_info(start)
+        except ValueError as error:
+            problems.append(f"checkpoint.initialize_from: {error}")
+    if reference := config.selection.reference.checkpoint:
+        try:
+            info = read_checkpoint_info(reference)
+            if tokenizer_fingerprint not in (None, info.tokenizer["fingerprint"]):
+                problems.append(f"selection.reference.checkpoint {reference} was trained with another tokenizer ({info.tokenizer['path']}); its losses price "
+                                "other tokens: train a reference with this run's tokenizer")
+            check(reference_config(config, info), world_size, training=False)
+        except ConfigError as error:
+            problems += [f"selection.reference.checkpoint {reference} cannot be run in this layout: {problem}" for problem in error.problems]
+        except ValueError as error:
+            problems.append(f"selection.reference.checkpoint: {error}")
+    return problems
+
+
+def _missing_columns(config: Config, scorer: Scorer, corpora: list[Corpus]) -> list[str]:
     """Stored columns the scorer reads and the score stores do not have."""
-    from megatron_slm.data.score_manifest import presented_name
-    from megatron_slm.training.choose import BATCH_COLUMNS, MODEL_COLUMNS
-    wanted = make_scorer(config.selection).needs - MODEL_COLUMNS - BATCH_COLUMNS
+    wanted = scorer.needs - MODEL_COLUMNS - BATCH_COLUMNS
     if config.selection.reference.checkpoint:
         return []
     missing = []

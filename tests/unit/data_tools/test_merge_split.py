@@ -14,6 +14,8 @@ from data_tools.preprocess import main
 from data_tools.run import shard_prefix
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
+from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.testing.corpora import write_scores
 
 
 def documents(prefix):
@@ -112,3 +114,35 @@ def test_split_that_makes_no_sense(tmp_path, corpus, fraction, capsys):
     whole, _ = corpus
     assert split_program.main([str(whole), "--held-out-fraction", fraction, "--output-prefix", str(tmp_path / "s")]) == 3
     assert not list(tmp_path.glob("s_*"))
+
+
+@pytest.mark.parametrize("shard_tokens", [1500, 10**6])
+def test_scores_follow_their_documents(tmp_path, corpus, shard_tokens, monkeypatch):
+    """Token by token: the score of a token in a part is the score of that token in the whole corpus."""
+    whole, _ = corpus
+    store = write_scores(tmp_path / "scores", whole, columns=("loss", "entropy"))
+    monkeypatch.setattr("data_tools.split_scores.default_shard_tokens", lambda tokens: shard_tokens)
+    run = ["--held-out-fraction", "0.2", "--output-prefix", str(tmp_path / "s"), "--scores", str(tmp_path / "scores")]
+    assert split_program.main([str(whole), *run]) == 0
+    texts, values = documents(whole), store.read("loss", 0, store.manifest.corpus_tokens)
+    starts = read_index(f"{whole}.idx").document_starts_tokens()
+    for part in ("train", "held_out"):
+        carried = ScoreStore.open(f"{tmp_path}/s_{part}.scores")
+        carried.check_against(check_corpus(f"{tmp_path}/s_{part}"))
+        assert carried.manifest.complete and carried.columns == ("loss", "entropy") and "scored in the whole corpus" in carried.manifest.reference_description
+        kept = set(documents(tmp_path / f"s_{part}"))
+        expected = np.concatenate([values[start:end] for text, start, end in zip(texts, starts[:-1], starts[1:]) if text in kept])
+        np.testing.assert_array_equal(carried.read("loss", 0, carried.manifest.corpus_tokens), expected)
+        np.testing.assert_array_equal(carried.read("entropy", 0, carried.manifest.corpus_tokens), expected + 1)
+
+
+def test_scores_of_another_corpus_or_a_folder_in_the_way_stop_a_split(tmp_path, corpus, capsys):
+    whole, arguments = corpus
+    assert main([*arguments, "--no-append-eod", "--output-prefix", str(tmp_path / "other")]) == 0
+    write_scores(tmp_path / "others", tmp_path / "other")
+    write_scores(tmp_path / "scores", whole)
+    run = [str(whole), "--held-out-fraction", "0.2", "--output-prefix", str(tmp_path / "s"), "--scores"]
+    assert split_program.main([*run, str(tmp_path / "others")]) == 3 and "of another corpus" in capsys.readouterr().err
+    (tmp_path / "s_held_out.scores").mkdir()
+    assert split_program.main([*run, str(tmp_path / "scores")]) == 3 and "exists already" in capsys.readouterr().err
+    assert not list(tmp_path.glob("s_*.bin"))

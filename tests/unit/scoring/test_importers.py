@@ -158,7 +158,9 @@ def test_the_program_joins_columns_of_two_stores(data, capsys):
 
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "exactly one source"), (["--jsonl", "a", "--column", "b=c"], "exactly one source"), (["--column", "b"], "NAME=FILE"),
-    (["--huggingface", "x", "--columns", "margin"], "loss,entropy"), (["--jsonl", "a", "--shard", "2/2"], "i from 0 to n - 1")])
+    (["--huggingface", "x", "--columns", "margin"], "loss,entropy"), (["--huggingface", "a", "--shard", "2/2"], "i from 0 to n - 1"),
+    (["--jsonl", "a", "--shard", "0/2", "--precision", "bf16"], "--precision goes with --huggingface only, leave it out; --shard goes with"),
+    (["--column", "loss=a", "--key", "lp"], "--key goes with --jsonl only")])
 def test_bad_usage_is_a_sentence(tmp_path, capsys, arguments, sentence):
     from megatron_slm import import_scores
     assert import_scores.main(["--corpus", "c", "--output", str(tmp_path / "s"), "--window-tokens", "8", *arguments]) == 2
