@@ -1,12 +1,15 @@
 """Every scorer and scope inside real training steps: the same tokens, loss and gradient norm in every layout that promises it."""
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_slm.config.schema import Config
+from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 2, 8, 16, 50
@@ -89,12 +92,31 @@ def train(groups, trainer, steps):
     return rows
 
 
-def every_case(groups):
+def every_case(groups, folder):
     results = {}
     for name, case in CASES.items():
         config = make_config(groups, *case)
         results[name] = train(groups, make_trainer(groups, config), local_steps(groups, config, SyntheticColumns()))
-    return {"rows": results, "last_stage": groups.is_last_stage, "reference": online_and_stored(groups)}
+    return {"rows": results, "last_stage": groups.is_last_stage, "reference": online_and_stored(groups),
+            "probe": probed(groups, folder)}
+
+
+def probed(groups, folder):
+    """What the probe sees at two evaluations with two training steps between them, and what it says of the change."""
+    from megatron_slm.data.scored_dataset import open_corpora
+    from megatron_slm.selection import Progress
+    from megatron_slm.training.probe import Probe
+    config = make_config(groups, "excess_loss", {}, "data_parallel")
+    config.data.micro_batch_size = 2
+    config.run.folder = str(folder)
+    trainer = make_trainer(groups, config)
+    materials = SimpleNamespace(corpora=open_corpora([f"{folder}/c"], [f"{folder}/s"]), tokenizer=SimpleNamespace(piece=str))
+    probe, start, later = Probe(config, materials, trainer), Progress(0, 0), Progress(STEPS, STEPS * SEQUENCES * LENGTH)
+    first = probe.compare(start), probe.view(start)
+    train(groups, trainer, local_steps(groups, config, SyntheticColumns()))
+    resumed = Probe(config, materials, trainer)
+    resumed.load_state_dict(probe.state_dict())
+    return first, (probe.compare(later), probe.view(later)), resumed.compare(later)
 
 
 def online_and_stored(groups):
@@ -115,8 +137,11 @@ def online_and_stored(groups):
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run_layouts_on_cpu(every_case, LAYOUTS)
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    write_corpus(folder / "c", random_documents(12, 20, vocabulary_size=VOCABULARY), vocabulary_size=VOCABULARY)
+    write_scores(folder / "s", folder / "c", lambda offsets: 3.0 + np.sin(offsets))
+    return run_layouts_on_cpu(every_case, LAYOUTS, folder)
 
 
 def merged(ranks, read):
@@ -151,3 +176,26 @@ def test_global_batch_is_one_set_whatever_the_layout(results):
     for case in ("scope_global_batch", "scope_global_batch_static"):
         sets = [tuple(map(frozenset, (ids for ids, _, _ in merged(results[name], lambda rank: rank["rows"][case])))) for name in LAYOUTS]
         assert len(set(sets)) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_probe_sees_whole_sequences_and_the_same_choice_in_every_layout(layout, results):
+    """The top keep_fraction by excess loss of its two sequences, and the tokens chosen at both evaluations over those chosen at either."""
+    single = results["single"][0]["probe"]
+    for rank in results[layout]:
+        (before, seen), (after, again), resumed = rank["probe"]
+        if not rank["last_stage"]:
+            assert (before, seen, after, again) == ({}, [], {}, [])
+            continue
+        sets = []
+        for lines, expected in ((seen, single[0][1]), (again, single[1][1])):
+            assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+            excess = {(row, i): loss - reference for row, line in enumerate(lines) for i, (loss, reference) in
+                      enumerate(zip(line["loss"], line["reference_loss"], strict=True)) if reference is not None}
+            kept = math.ceil(0.6 * len(excess))
+            chosen = {(row, i) for row, line in enumerate(lines) for i, selected in enumerate(line["selected"]) if selected}
+            assert chosen == set(sorted(excess, key=lambda place: -excess[place])[:kept])
+            assert chosen == {(row, i) for row, line in enumerate(expected) for i, selected in enumerate(line["selected"]) if selected}
+            sets.append(chosen)
+        assert before == {} and after == resumed == {"selection/probe_overlap_fraction": pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))}
+        assert 0.5 < after["selection/probe_overlap_fraction"] < 1.0
