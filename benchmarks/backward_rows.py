@@ -1,11 +1,12 @@
 """Backward that follows the selection, on a real megatron-core decoder: its time, and how far its gradient is from the exact one.
 
-    python -m benchmarks.backward_rows time                # forward + backward seconds: exact, last layer only, every layer
-    python -m benchmarks.backward_rows quality             # cosine to the exact gradient per layer, and held-out loss of both
+    python -m benchmarks.backward_rows time                # forward + backward seconds with each selection.backward_rows
+    python -m benchmarks.backward_rows quality             # cosine to the exact gradient per layer; held-out loss at equal steps and at equal compute
 
-`last_layer` is exact; `every_layer` drops the gradient of unselected tokens at each layer's entry, which is an approximation: the
-second command is its quality check. Text: the Python standard library's source, one byte per token. Selection: the k tokens
-of highest loss of each micro-batch. CPU time of one thread, interleaved rounds; one JSON line per result.
+The models are built from the configuration, selection.backward_rows. `last_layer` is exact; `every_layer_approximate` drops the gradient of
+unselected tokens at each layer's entry: the second command is its quality check. Equal compute: the approximate arm goes on until it has done
+the floating-point operations (counted, forward and backward) of the exact arm. Text: the Python standard library's source, one byte per token.
+Selection: the k tokens of highest loss of each micro-batch. CPU time of one thread, interleaved rounds; one JSON line per result.
 """
 
 import argparse
@@ -13,19 +14,21 @@ import json
 import statistics
 import sys
 import sysconfig
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.measure import seconds_per_call
 from megatron_slm import device as device_room
 from megatron_slm import parallel
 from megatron_slm.config.schema import Config, ParallelConfig
-from megatron_slm.ops.row_skipping import drop_unselected_rows, skip_zero_gradient_rows
 
 BYTES = 256
+EXACT, LAST_LAYER, APPROXIMATE = "all", "last_layer", "every_layer_approximate"     # values of selection.backward_rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,19 +53,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def decoder(options: argparse.Namespace, groups, kind: str) -> torch.nn.Module:
-    """A fresh model, the same weights every time. kind: exact, last_layer or every_layer."""
+def decoder(options: argparse.Namespace, groups, backward_rows: str) -> torch.nn.Module:
+    """A fresh model, the same weights every time."""
     from megatron_slm.model.build import build_model  # imports megatron-core, which the device room must prepare for CPU first
 
     config = Config()
     config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size = options.layers, options.hidden, options.hidden * 8 // 3
     config.data.sequence_length = options.seq
+    config.selection.backward_rows = backward_rows
     (model,) = build_model(config, BYTES, groups)
-    if kind == "last_layer":
-        skip_zero_gradient_rows(model.decoder.layers[-1])
-    if kind == "every_layer":
-        drop_unselected_rows(model.decoder.layers)
-        skip_zero_gradient_rows(model.decoder)
     return model
 
 
@@ -96,7 +95,7 @@ class Batches:
 
 def times(options: argparse.Namespace, groups) -> list[dict]:
     batch = Batches(options).take(0)
-    kinds = ("exact", "last_layer", "every_layer")
+    kinds = (EXACT, LAST_LAYER, APPROXIMATE)
     models = {kind: decoder(options, groups, kind) for kind in kinds}
     rows = []
     for k in options.k:
@@ -104,37 +103,63 @@ def times(options: argparse.Namespace, groups) -> list[dict]:
         median = {kind: statistics.median(values) for kind, values in seconds.items()}
         row = {"benchmark": "backward_rows time", "k": k, "layers": options.layers, "hidden": options.hidden, "tokens": options.mbs * options.seq}
         row |= {f"{kind}_median_seconds": round(value, 3) for kind, value in median.items()}
-        rows.append(row | {f"{kind}_ratio": round(median[kind] / median["exact"], 3) for kind in kinds[1:]})
+        for kind in kinds[1:]:
+            row[f"{kind}_ratio"] = round(median[kind] / median[EXACT], 3)
+            row[f"{kind}_ratio_of_minima"] = round(min(seconds[kind]) / min(seconds[EXACT]), 3)
+            row[f"{kind}_flops_ratio"] = round(step_flops(models[kind], batch, k) / step_flops(models[EXACT], batch, k), 3)
+        rows.append(row)
     return rows
+
+
+def step_flops(model: torch.nn.Module, batch: torch.Tensor, keep_fraction: float) -> int:
+    """Floating-point operations of the products of one forward and backward, attention among them, counted while they run."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {flash: _flash_flops, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        backward(model, batch, keep_fraction)
+    return counter.get_total_flops()
+
+
+def _flash_flops(query, key, value, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _flash_backward_flops(grad, query, key, value, *_, out_shape=None, **__) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
 
 
 def quality(options: argparse.Namespace, groups) -> list[dict]:
     batches, rows = Batches(options), []
-    start = decoder(options, groups, "exact")
-    train(start, batches, options.steps, 0, keep_fraction=1.0)
+    quarters = [options.steps * quarter // 4 for quarter in range(1, 5)]
+    start = decoder(options, groups, EXACT)
+    train(start, batches, quarters[-1:], 0, keep_fraction=1.0)
     for k in options.k:
-        gradients = {}
-        for kind in ("exact", "every_layer"):
+        gradients, flops = {}, {}
+        for kind in (EXACT, APPROXIMATE):
             model = decoder(options, groups, kind)
             model.load_state_dict(start.state_dict())
-            backward(model, batches.take(10_000), k)
+            flops[kind] = step_flops(model, batches.take(10_000), k)
             gradients[kind] = {name: p.grad.clone() for name, p in model.named_parameters()}
-            held_out = train(model, batches, options.steps, 1, keep_fraction=k)
-            rows.append({"benchmark": "backward_rows loss", "k": k, "backward": kind, "held_out_nats_by_step": held_out})
-        rows.append({"benchmark": "backward_rows cosine", "k": k, "cosine_by_layer": cosines(gradients["exact"], gradients["every_layer"], options.layers)})
+            equal_compute = [point * flops[EXACT] // flops[kind] for point in quarters]
+            before = time.process_time()
+            held_out = train(model, batches, sorted({*quarters, *equal_compute}), 1, keep_fraction=k)
+            rows.append({"benchmark": "backward_rows loss", "k": k, "backward": kind, "at_equal_steps": [held_out[step] for step in quarters],
+                         "at_equal_compute": [held_out[step] for step in equal_compute], "equal_compute_steps": equal_compute,
+                         "cpu_seconds": round(time.process_time() - before, 1), "flops_ratio": round(flops[kind] / flops[EXACT], 4)})
+        rows.append({"benchmark": "backward_rows cosine", "k": k, "cosine_by_layer": cosines(gradients[EXACT], gradients[APPROXIMATE], options.layers)})
     return rows
 
 
-def train(model: torch.nn.Module, batches: Batches, steps: int, phase: int, *, keep_fraction: float) -> dict[int, float]:
-    """Adam; returns held-out plain loss at four points."""
+def train(model: torch.nn.Module, batches: Batches, points: list[int], phase: int, *, keep_fraction: float) -> dict[int, float]:
+    """Adam up to the last of `points` (steps); returns the held-out plain loss at each of them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     held_out = {}
-    for step in range(1, steps + 1):
+    for step in range(1, points[-1] + 1):
         optimizer.zero_grad()
         backward(model, batches.take(phase * 1_000_000 + step), keep_fraction)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % max(steps // 4, 1) == 0:
+        if step in points:
             held_out[step] = round(evaluate(model, batches), 4)
     return held_out
 

@@ -140,7 +140,7 @@ METHODS = [
     ("distributed:DistributedDataParallel", "zero_grad_buffer", 0, ()),
     ("distributed:DistributedDataParallel", "start_param_sync", 0, ("force_sync",)),
     ("models.gpt:GPTModel", "sharded_state_dict", 0, ()),
-    ("models.gpt:GPTModel", "forward", 3, ("labels",)),
+    ("models.gpt:GPTModel", "forward", 3, ("labels", "loss_mask")),
     ("models.gpt:GPTModel", "shared_embedding_or_output_weight", 0, ()),
     ("optimizer.distrib_optimizer:DistributedOptimizer", "step", 0, ()),
     ("optimizer.distrib_optimizer:DistributedOptimizer", "zero_grad", 0, ()),
@@ -197,6 +197,8 @@ def our_function(path: str, *names: str):
 
 # (function of megatron-core, the call in its source, our function it reaches, whether ours is a method)
 CALLBACKS = [
+    ("tensor_parallel.layers:ColumnParallelLinear.forward", "self._forward_impl", ("ops/row_skipping.py", "linear_skipping_zero_rows"), False),
+    ("tensor_parallel.layers:RowParallelLinear.forward", "self._forward_impl", ("ops/row_skipping.py", "linear_skipping_zero_rows"), False),
     ("models.gpt:GPTModel.forward", "self._postprocess", ("model/build.py", "Decoder", "_postprocess"), True),
     ("transformer.attention:Attention.__init__", "submodules.core_attention", ("model/layers.py", "CausalAttention", "__init__"), True),
     ("transformer.attention:Attention.forward", "apply_module(self.core_attention)", ("model/layers.py", "CausalAttention", "forward"), True),
@@ -262,6 +264,8 @@ ATTRIBUTES = [
     ("distributed.param_and_grad_buffer:_ParamAndGradBuffer", ("param_index_map",)),
     ("transformer.moe.router:TopKRouter", ("config", "tp_cp_group", "layer_number")),
     ("models.gpt:GPTModel", ("rotary_pos_emb",)),
+    ("transformer.attention:Attention", ("num_query_groups_per_partition", "num_attention_heads_per_partition", "hidden_size_per_attention_head")),
+    ("transformer.attention:SelfAttention", ("linear_qkv",)),
     ("distributed:DistributedDataParallel", ("ddp_config",)),
     ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding", ("inv_freq",)),
     ("models.gpt:GPTModel", ("post_process", "share_embeddings_and_output_weights", "output_layer", "pg_collection", "config")),

@@ -220,6 +220,15 @@ def _selection(config: Config):
         yield "selection.reference: both scores and checkpoint are given; stored scores and an online reference exclude each other: remove one"
     if reference.scores and len(reference.scores) != len(config.data.train):
         yield f"selection.reference.scores: got {len(reference.scores)} score folders for {len(config.data.train)} corpora; give one per corpus, in the same order"
+    if config.device.head_engine != "torch" and (selection.head_rows == "selected" or selection.head_rows == "auto" and selection.scope == "global_batch"):
+        yield (f"selection.head_rows: got {selection.head_rows} with scope {selection.scope} and device.head_engine {config.device.head_engine}, which has no head on "
+               "selected rows; set head_rows to all, or head_engine to torch")
+    if selection.backward_rows != "all" and config.device.layers == "transformer_engine":
+        yield (f"selection.backward_rows: got {selection.backward_rows} with device.layers transformer_engine, whose products cannot leave rows out; "
+               "set device.layers to torch, or backward_rows to all")
+    if selection.backward_rows == "every_layer_approximate" and config.model.recompute == "full":
+        yield ("selection.backward_rows: got every_layer_approximate with model.recompute full, which runs layers again inside backward, where dropped rows cannot "
+               "be told; set model.recompute to selective or none, or backward_rows to last_layer")
     if config.model.dropout and selection.scorer not in ("none", "random"):
         yield f"model.dropout: got {config.model.dropout} with scorer {selection.scorer}; dropout noise raises the current loss and biases the choice: set it to 0"
 

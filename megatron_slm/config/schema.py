@@ -188,6 +188,12 @@ class SelectionConfig:
     """lambda of lambda * CLM + (1 - lambda) * SLM: weight of the plain loss beside the selective one, 0 = selective only."""
     scope: Literal["sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold"] = "data_parallel"
     """Which tokens compete: those of one sequence, of this rank's micro-batch, of all ranks' current micro-batch, of the whole step."""
+    head_rows: Literal["auto", "all", "selected"] = "auto"
+    """Tokens the loss head computes in the training pass. selected needs a choice known before the head (a static scorer, or scope global_batch), and
+    saves its products for the others; auto = selected where a forward pass has given every token's loss anyway, else all; see docs/head.md."""
+    backward_rows: Literal["all", "last_layer", "every_layer_approximate"] = "all"
+    """Tokens whose gradients the layers' backward products compute. last_layer: the last layer leaves out unselected tokens, the gradient stays exact;
+    every_layer_approximate: every layer drops their gradient, which CHANGES the gradient; see docs/head.md."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The reference losses."""
 

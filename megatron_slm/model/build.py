@@ -17,9 +17,10 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_slm import device as device_room
 from megatron_slm.config.check import padded_vocabulary_size
 from megatron_slm.config.schema import Config
+from megatron_slm.model.backward_rows import follow_selection_in_backward
 from megatron_slm.model.layers import layer_spec
 from megatron_slm.model.rope import scaled_frequencies
-from megatron_slm.ops import linear_cross_entropy
+from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.parallel import Groups
 
@@ -30,23 +31,27 @@ class Decoder(GPTModel):
     """megatron-core's GPTModel whose labels-path is the selective head: per-token fp32 losses, no logits kept.
 
     `forward(tokens, position_ids, attention_mask, labels=labels_BS)` gives loss_BS on the last stage, or [1+E, B, S] when
-    `extra_outputs` names E more per-token values ("entropy"). Without labels it gives logits, as GPTModel does.
+    `extra_outputs` names E more per-token values ("entropy"). With `loss_mask=weight_BS` too (0 = not selected) the head computes the selected
+    rows only and gives (sum of weight * loss, loss_BS with NaN elsewhere). Without labels it gives logits, as GPTModel does.
     """
 
     vocabulary_size: int
     extra_outputs: tuple[str, ...] = ()
     head_engine: str = "torch"
 
-    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
+    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, loss_mask=None, **kwargs):
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        result = linear_cross_entropy(
-            hidden_states, weight, labels.transpose(0, 1).contiguous(), vocabulary_size=self.vocabulary_size,
-            tp_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
-            sequence_parallel=self.config.sequence_parallel, accumulate_into_main_grad=self.config.gradient_accumulation_fusion,
-            extras=self.extra_outputs, engine=self.head_engine)
+        head = dict(
+            vocabulary_size=self.vocabulary_size, tp_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
+            sequence_parallel=self.config.sequence_parallel, accumulate_into_main_grad=self.config.gradient_accumulation_fusion)
+        labels_SB = labels.transpose(0, 1).contiguous()
+        if loss_mask is not None:
+            loss_sum, loss_SB = selected_linear_cross_entropy(hidden_states, weight, labels_SB, loss_mask.transpose(0, 1), **head)
+            return loss_sum, loss_SB.transpose(0, 1).contiguous()
+        result = linear_cross_entropy(hidden_states, weight, labels_SB, extras=self.extra_outputs, engine=self.head_engine, **head)
         if not self.extra_outputs:
             return result.transpose(0, 1).contiguous()
         loss_SB, extras = result
@@ -115,6 +120,8 @@ def build_model(config: Config, vocabulary_size: int, groups: Groups, *, trainab
         chunk.vocabulary_size, chunk.head_engine = vocabulary_size, config.device.head_engine
         chunk.rotary_pos_emb.inv_freq = scaled_frequencies(chunk.rotary_pos_emb.inv_freq, config.model)
         _mark_tensor_parallel(chunk)
+        if trainable:
+            follow_selection_in_backward(chunk, config.selection.backward_rows, layers)
         chunks.append(chunk.to(groups.device))
     initialize_weights(chunks, config.run.seed, config.model.initialization_std, config.model.layers)
     if config.device.precision != "fp32":

@@ -20,7 +20,7 @@ LossFunction = Callable[[int, Batch, torch.Tensor], tuple[torch.Tensor, torch.Te
 
 
 def forward_backward(models: list, batches: Sequence[Batch], loss_function: LossFunction, groups: Groups, *,
-                     divisor_ahead: torch.Tensor | None = None) -> list[dict]:
+                     divisor_ahead: torch.Tensor | None = None, head_weights: Sequence[torch.Tensor | None] | None = None) -> list[dict]:
     """Accumulate the gradient of (sum of losses over all micro-batches and ranks) / (sum of divisors), in main_grad.
 
     Equals, in one process: `(sum_m loss_sum_m / sum_m divisor_m).backward()`. The divisor is summed here in float64 and
@@ -29,6 +29,9 @@ def forward_backward(models: list, batches: Sequence[Batch], loss_function: Loss
 
     `divisor_ahead`: for models with experts, the divisors this rank's micro-batches will have (float64, 0-d; read on the last stage). With it the
     mean over micro-batches of the routers' auxiliary losses is added to what is differentiated (model/router.py).
+
+    head_weights, where the choice is known: fp32 weight_BS per micro-batch on the last stage (None elsewhere). The head then computes tokens of
+    non-zero weight only, and the model output given to loss_function is (sum of weight * loss, loss_BS with NaN for the others).
     """
     if divisor_ahead is not None:
         step_divisor = _over_ranks(divisor_ahead, groups)
@@ -46,7 +49,7 @@ def forward_backward(models: list, batches: Sequence[Batch], loss_function: Loss
 
     for model in models:
         get_model_config(model).finalize_model_grads_func = finalize
-    return _run(models, batches, counted_loss, groups, forward_only=False)
+    return _run(models, batches, counted_loss, groups, forward_only=False, head_weights=head_weights)
 
 
 def _divide_gradients(chunks: list, divisor: torch.Tensor, groups: Groups) -> None:
@@ -106,11 +109,11 @@ def split_outputs(output: torch.Tensor, extras: tuple[str, ...]) -> dict[str, to
     return dict(zip(("loss", *extras), output.unbind(0)))
 
 
-def _run(models: list, batches: Sequence[Batch], loss_function, groups: Groups, *, forward_only: bool) -> list:
+def _run(models: list, batches: Sequence[Batch], loss_function, groups: Groups, *, forward_only: bool, head_weights=None) -> list:
     def step(iterator, model):
         index, batch = next(iterator)
         mask = None if batch.document_start_BS is None else hidden_from(batch.document_start_BS, groups.cp_rank, groups.cp_size)
-        output = model(batch.tokens_BS, batch.position_ids_BS, mask, labels=batch.labels_BS)
+        output = model(batch.tokens_BS, batch.position_ids_BS, mask, labels=batch.labels_BS, loss_mask=None if head_weights is None else head_weights[index])
 
         def loss(output, non_loss_data=False):
             return loss_function(index, batch, output)

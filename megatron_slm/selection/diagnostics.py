@@ -36,23 +36,29 @@ def describe(
     *,
     sequence_length: int | None = None,
     corpora: int = 0,
+    loss_of_selected_only: bool = False,
 ) -> Measured:
     """This rank's sums of one choice: name -> (sum, count), float64, on the device, 0-d or histograms.
 
     columns          "loss"; "reference_loss" and "position", "corpus_id" when there are any (what is absent is not described).
     score_BS         what was ranked; None when the scorer ranks nothing.
     sequence_length  tokens of a whole sequence: cuts positions into 16 buckets.  corpora: number of corpora in the blend.
+    loss_of_selected_only   columns["loss"] means something for selected tokens only: what needs the others' is left out, not guessed.
     No host synchronisation, no collective: about 20 element-wise passes and one histogram.
     """
     loss_BS = columns["loss"].detach()
     eligible_BS, chosen_BS = eligible_BS.bool(), selection.choice
+    # NaN where it was not computed would read as a broken loss; 0 is finite, and nothing below takes its value.
+    loss_BS = torch.where(chosen_BS, loss_BS, 0.0) if loss_of_selected_only else loss_BS
     measured = _choice(score_BS, loss_BS, eligible_BS, selection)
-    measured |= _loss_by_fate("loss/{}", loss_BS, eligible_BS & loss_BS.isfinite(), chosen_BS)
+    by_fate = _loss_by_fate("loss/{}", loss_BS, eligible_BS & loss_BS.isfinite(), chosen_BS)
+    measured |= {"loss/selected": by_fate["loss/selected"]} if loss_of_selected_only else by_fate
     reference_BS = columns.get("reference_loss")
     if reference_BS is not None:
         scored_BS = eligible_BS & reference_BS.isfinite() & loss_BS.isfinite()
         measured |= _loss_by_fate("loss/reference_{}", reference_BS, scored_BS, chosen_BS)
         measured["loss/reference"] = measured.pop("loss/reference_all")
+    if reference_BS is not None and not loss_of_selected_only:
         excess_BS = torch.where(scored_BS, loss_BS - reference_BS, 0.0)
         scored = scored_BS.sum().double()
         measured["selection/positive_excess_fraction"] = ((excess_BS > 0).sum().double(), scored)

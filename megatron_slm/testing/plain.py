@@ -166,7 +166,12 @@ class PlainTrainer:
                 excess = loss_GS[rows].detach() - batch["reference_loss"][rows]
                 selected |= top_tokens(excess.flatten().tolist(), ids_GS[rows].flatten().tolist(), eligible_GS[rows].flatten().tolist(), keep_fraction)
         mask_GS = torch.isin(ids_GS, torch.tensor(sorted(selected)))
-        objective = loss_GS[mask_GS].sum() / mask_GS.sum()
+        objective, norm = self.update(loss_GS, mask_GS.float(), learning_rate)
+        return selected, float(loss_GS[eligible_GS].mean()), objective, norm
+
+    def update(self, loss_GS: Tensor, weight_GS: Tensor, learning_rate: float) -> tuple[float, float]:
+        """One update on the weighted mean loss; returns (that loss, gradient norm before clipping)."""
+        objective = (loss_GS * weight_GS).sum() / weight_GS.sum()
         self.adam.zero_grad()
         whole, model = objective, self.decoder.model
         if model.experts:
@@ -177,4 +182,4 @@ class PlainTrainer:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()
-        return selected, float(loss_GS[eligible_GS].mean()), float(objective), float(norm)
+        return float(objective), float(norm)

@@ -10,7 +10,7 @@ import torch
 from megatron_slm.config.schema import SelectionConfig
 from megatron_slm.data.batch import Batch
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import Population, Progress, RunningThreshold, Selection, build_schedule, build_scorer
+from megatron_slm.selection import Population, Progress, RunningThreshold, Scorer, Selection, build_schedule, build_scorer
 from megatron_slm.selection.diagnostics import Measured, describe
 
 MODEL_COLUMNS = frozenset({"loss", "entropy"})
@@ -27,6 +27,7 @@ class Chooser:
         self.sequence_length, self.corpora = sequence_length, corpora
         self.running = RunningThreshold() if settings.scope == "running_threshold" else None
         self.extras = tuple(sorted(self.scorer.needs & MODEL_COLUMNS - {"loss"}))
+        self.head_on_selected_rows = head_on_selected_rows(settings, self.scorer)
         self.weight_needed_ahead = False
         """Whether the divisor of a step must be known before its first backward: in a mixture of experts (model/router.py)."""
 
@@ -48,13 +49,17 @@ class Chooser:
         unknown = {name: torch.zeros(batch.tokens_BS.shape, device=batch.tokens_BS.device) for name in ("loss", *self.extras)}
         return self.choose_from(self._population(batch.token_id_BS), batch, unknown, progress).weights.sum(dtype=torch.float64)
 
-    def choose(self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> tuple[Selection, Measured]:
-        """The choice on one micro-batch and what describes it; every rank of the last stage's dp_cp group calls it.
+    @property
+    def loss_of_selected_only(self) -> bool:
+        """Whether nobody computes the loss of tokens that are not selected, so that nothing can be said of it."""
+        return self.head_on_selected_rows and self.scorer.is_static and self.scorer.name != "none"
 
-        `outputs` are the model's per-token values, "loss" among them; nothing here is differentiated.
+    def choose(self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> Selection:
+        """The choice on one micro-batch; every rank of the last stage's dp_cp group calls it.
+
+        `outputs` are the model's per-token values (none of which a static scorer needs); nothing here is differentiated.
         """
-        selection = self.choose_from(self._population(batch.token_id_BS), batch, outputs, progress)
-        return selection, self.describe(batch, outputs, selection, progress)
+        return self.choose_from(self._population(batch.token_id_BS), batch, outputs, progress)
 
     def choose_from(self, population: Population, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> Selection:
         """The choice on one micro-batch in a population of the caller's."""
@@ -63,7 +68,7 @@ class Chooser:
     def choose_step(self, batches: Sequence[Batch], outputs: Sequence[dict[str, torch.Tensor]], progress: Progress) -> list[Selection]:
         """The choice on all micro-batches of a step: at once under scope global_batch and cut back into micro-batches, else one by one."""
         if self.scope != "global_batch":
-            return [self.choose_from(self._population(batch.token_id_BS), batch, output, progress) for batch, output in zip(batches, outputs)]
+            return [self.choose(batch, output, progress) for batch, output in zip(batches, outputs)]
         all_columns = [self._columns(batch, output) for batch, output in zip(batches, outputs)]
         columns = {name: torch.cat([part[name] for part in all_columns]) for name in all_columns[0]}
         eligible = torch.cat([batch.loss_mask_BS > 0 for batch in batches])
@@ -78,7 +83,8 @@ class Chooser:
             score_BS = self.scorer(columns, progress) if self.scorer.uses_keep_fraction else None
         except NotImplementedError:      # a scorer that weighs tokens against each other has no score of each alone
             score_BS = None
-        return describe(columns, score_BS, eligible_BS, selection, sequence_length=self.sequence_length, corpora=self.corpora)
+        return describe(columns, score_BS, eligible_BS, selection, sequence_length=self.sequence_length, corpora=self.corpora,
+                        loss_of_selected_only=self.loss_of_selected_only)
 
     def finish_step(self, progress: Progress) -> Measured:
         """Move a running threshold on; returns its measured deviation from the exact choice."""
@@ -119,4 +125,15 @@ def make_scorer(settings: SelectionConfig):
                          "reference_loss and reference_entropy only: use stored scores")
     build_schedule(settings.keep_fraction)
     scorer.check_scope(settings.scope)
+    head_on_selected_rows(settings, scorer)
     return scorer
+
+
+def head_on_selected_rows(settings: SelectionConfig, scorer: Scorer) -> bool:
+    """Whether the training pass's head computes selected tokens only; ValueError where that is asked for and the choice comes after the head."""
+    known_before = scorer.is_static or settings.scope == "global_batch" and scorer.kind != "mask"
+    if settings.head_rows == "selected" and not known_before:
+        raise ValueError(f"selection.head_rows is selected, but scorer {settings.scorer} reads the model's own losses, which under scope {settings.scope} are "
+                         "known only after the head; use head_rows auto, a static scorer, or scope global_batch")
+    # auto never takes the losses of unselected tokens away from the metrics: only a forward pass before the step has given them already.
+    return settings.head_rows == "selected" or settings.head_rows == "auto" and known_before and not scorer.is_static

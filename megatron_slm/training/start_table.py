@@ -6,13 +6,14 @@ from megatron_slm import device as device_room
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.schema import Config
 from megatron_slm.parallel import Groups
+from megatron_slm.training.choose import head_on_selected_rows, make_scorer
 
 
 def start_table(config: Config, groups: Groups, layers: str) -> dict[str, str]:
     """Rows name -> state, with the reason in brackets; `layers` is "torch" or "transformer_engine"."""
     rows = {"run folder": config.run.folder, "processes": str(groups.world_size),
             "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {tokens_per_step(config)} tokens per step, {train_steps(config)} steps",
-            "selection": _selection_words(config), "documents": _document_words(config), "precision": _precision_words(config)}
+            "selection": _selection_words(config), "documents": _document_words(config), "precision": _precision_words(config), **_rows_words(config)}
     device = device_room.Device(groups.device.type, groups.device, torch.distributed.get_backend())
     accelerations = device_room.describe_acceleration(device, layers, config.device, isolated_documents=config.data.document_policy == "isolated")
     for feature, state, why in [*layout_rows(config, groups.dp_size), *accelerations]:
@@ -52,6 +53,15 @@ def _selection_words(config: Config) -> str:
     reference = selection.reference
     source = f", reference {reference.checkpoint} (online)" if reference.checkpoint else f", stored scores {', '.join(reference.scores)}" if reference.scores else ""
     return f"{selection.scorer}, keep {selection.keep_fraction}, scope {selection.scope}{source}"
+
+
+def _rows_words(config: Config) -> dict[str, str]:
+    """What the head and backward leave out, in so many words: an approximation is never silent."""
+    selection, scorer = config.selection, make_scorer(config.selection)
+    unseen = " (loss/all, loss/rejected and the excess are not logged: a static scorer never sees them)" if scorer.is_static and scorer.name != "none" else ""
+    return {"head": f"selected tokens only{unseen}" if head_on_selected_rows(selection, scorer) else "every token",
+            "backward": {"all": "every token in every layer", "last_layer": "the last layer leaves unselected tokens out (exact)",
+                         "every_layer_approximate": "APPROXIMATE: every layer drops the gradient of unselected tokens"}[selection.backward_rows]}
 
 
 def _document_words(config: Config) -> str:

@@ -4,7 +4,7 @@ B: sequences of this rank's micro-batch, S: tokens of a sequence on this context
 """
 
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 
@@ -39,6 +39,14 @@ class Trainer:
         return ("entropy",) if "reference_entropy" in self.chooser.scorer.needs else ()
 
 
+class Known(NamedTuple):
+    """The choice on one micro-batch that was made before the training pass."""
+
+    selection: Selection
+    outputs: dict[str, torch.Tensor]
+    """What a forward pass gave of every token, "loss" among it; empty for a static scorer, which needs none."""
+
+
 @dataclass
 class StepReport:
     """What a step did. `measured`: this rank's sums and counts (last pipeline stage only). Not updated: fp16 overflow, norm nan."""
@@ -61,7 +69,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, l
     score_with_reference(trainer, batches)
     known = choose_before_backward(trainer, batches, progress)
     reports = forward_backward(trainer.models, batches, selected_loss(trainer.chooser, known, progress), trainer.groups,
-                               divisor_ahead=weight_ahead(trainer, batches, known, progress))
+                               divisor_ahead=weight_ahead(trainer, batches, known, progress), head_weights=head_weights(trainer.chooser, known))
 
     updated, grad_norm = update_weights(trainer.optimizer, learning_rate)
     measured: Measured = {**trainer.chooser.finish_step(progress), **take_measured(trainer.models, trainer.groups)}
@@ -70,20 +78,28 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, l
     return StepReport(updated, grad_norm, measured)
 
 
-def selected_loss(chooser: Chooser, known: list[Selection] | None, progress: Progress):
+def selected_loss(chooser: Chooser, known: list[Known] | None, progress: Progress):
     """The loss function of one micro-batch: choose, then sum the chosen tokens' losses; the division comes at the end of the step."""
-    def loss_function(index: int, batch: Batch, output: torch.Tensor):
+    def loss_function(index: int, batch: Batch, output):
+        if chooser.head_on_selected_rows:
+            (loss_sum, loss_BS), (selection, outputs) = output, known[index]
+            return loss_sum, divisor(selection), chooser.describe(batch, outputs or {"loss": loss_BS}, selection, progress)
         outputs = split_outputs(output, chooser.extras)
-        loss_BS = outputs["loss"]
-        if known is None:
-            selection, measured = chooser.choose(batch, outputs, progress)
-        else:
-            selection = known[index]
-            measured = chooser.describe(batch, outputs, selection, progress)
+        selection = chooser.choose(batch, outputs, progress) if known is None else known[index].selection
         # where, not only times: a NaN outside the selection times 0 would still be NaN.
-        loss_sum = torch.where(selection.mask, loss_BS, 0.0).mul(selection.weights).sum()
-        return loss_sum, selection.weights.sum(dtype=torch.float64), measured
+        loss_sum = torch.where(selection.mask, outputs["loss"], 0.0).mul(selection.weights).sum()
+        return loss_sum, divisor(selection), chooser.describe(batch, outputs, selection, progress)
+
+    def divisor(selection: Selection) -> torch.Tensor:
+        return selection.weights.sum(dtype=torch.float64)
     return loss_function
+
+
+def head_weights(chooser: Chooser, known: list[Known] | None) -> list[torch.Tensor | None] | None:
+    """Per micro-batch, the weights of the tokens whose rows the head computes (last stage only); None = it computes every token."""
+    if not chooser.head_on_selected_rows:
+        return None
+    return [choice and choice.selection.weights for choice in known]
 
 
 def score_with_reference(trainer: Trainer, batches: Sequence[Batch]) -> None:
@@ -95,25 +111,25 @@ def score_with_reference(trainer: Trainer, batches: Sequence[Batch]) -> None:
         batch.columns.update({f"reference_{name}": value for name, value in output.items()})
 
 
-def choose_before_backward(trainer: Trainer, batches: Sequence[Batch], progress: Progress) -> list[Selection] | None:
-    """Scope global_batch: every loss of the step by a forward pass first, then one choice over all of them.
+def choose_before_backward(trainer: Trainer, batches: Sequence[Batch], progress: Progress) -> list[Known] | list[None] | None:
+    """What must or may be chosen before the training pass; None when each micro-batch chooses from its own losses, in that pass.
 
-    1F1B runs the backward of micro-batch i before the forward of j, so one pass cannot know the step's threshold (METHOD 4.7).
-    A static scorer reads stored columns only, so it needs no forward pass. Returns one Selection per micro-batch on the
-    last stage; None when each micro-batch chooses for itself.
+    Scope global_batch: every loss of the step by a forward pass first, then one choice over all of them. 1F1B runs the backward of
+    micro-batch i before the forward of j, so one pass cannot know the step's threshold (METHOD 4.7). A static scorer reads stored
+    columns only: no forward pass, whatever the scope. One Known per micro-batch on the last stage, where selection lives; None elsewhere.
     """
-    if not trainer.chooser.needs_whole_step:
+    chooser = trainer.chooser
+    if not (chooser.needs_whole_step or chooser.head_on_selected_rows):
         return None
-    if trainer.chooser.scorer.is_static:
-        outputs = [{} for _ in batches]
-    else:
-        outputs = forward_losses(trainer.models, batches, trainer.groups, extras=trainer.chooser.extras)
+    outputs = [{} for _ in batches]
+    if not chooser.scorer.is_static:
+        outputs = forward_losses(trainer.models, batches, trainer.groups, extras=chooser.extras)
     if not trainer.groups.is_last_stage:
         return [None] * len(batches)
-    return trainer.chooser.choose_step(batches, outputs, progress)
+    return [Known(*pair) for pair in zip(chooser.choose_step(batches, outputs, progress), outputs)]
 
 
-def weight_ahead(trainer: Trainer, batches: Sequence[Batch], known: list[Selection] | None, progress: Progress) -> torch.Tensor | None:
+def weight_ahead(trainer: Trainer, batches: Sequence[Batch], known: list[Known] | None, progress: Progress) -> torch.Tensor | None:
     """What this rank will add to the divisor (float64, 0-d; meant on the last stage): the auxiliary losses of experts are scaled by it before backward.
 
     None for a model without such losses.
@@ -123,5 +139,5 @@ def weight_ahead(trainer: Trainer, batches: Sequence[Batch], known: list[Selecti
     if not trainer.groups.is_last_stage:
         return torch.zeros((), dtype=torch.float64, device=trainer.groups.device)
     if known is not None:
-        return sum(selection.weights.sum(dtype=torch.float64) for selection in known)
+        return sum(choice.selection.weights.sum(dtype=torch.float64) for choice in known)
     return sum(trainer.chooser.weight_ahead(batch, progress) for batch in batches)

@@ -5,6 +5,7 @@ import torch
 
 from megatron_slm.ops.row_skipping import skip_zero_gradient_rows
 from megatron_slm.testing.spawn import run_on_cpu
+from tests.distributed.test_layouts import LENGTH, VOCABULARY, make_config
 
 S, B, H = 8, 2, 16
 
@@ -39,3 +40,33 @@ def compare(groups, sequence_parallel: bool) -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_parallel_linears(sequence_parallel):
     run_on_cpu(compare, sequence_parallel, tp=2, sequence_parallel=sequence_parallel)
+
+
+def gradients(groups) -> dict:
+    """Of a real decoder, for each selection.backward_rows: the gradient of the 60 % of tokens with the highest loss, by layer, on this tensor rank."""
+    from megatron_slm.model.build import build_model
+    config = make_config("data_parallel", dict(tp=2, sequence_parallel=True))
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=generator)
+    found = {}
+    for rows in ("all", "last_layer", "every_layer_approximate"):
+        config.selection.backward_rows = rows
+        (model,) = build_model(config, VOCABULARY, groups)
+        loss_BS = model(text[:, :-1], torch.arange(LENGTH).expand(4, -1), None, labels=text[:, 1:])
+        (loss_BS * (loss_BS >= loss_BS.detach().quantile(0.4))).sum().backward()
+        named = dict(model.named_parameters())
+        layers = {str(layer): [name for name in named if f"layers.{layer}." in name] for layer in range(config.model.layers)} | {
+            "embedding": [name for name in named if "embedding" in name], "head": [name for name in named if "output_layer" in name]}
+        found[rows] = {layer: torch.cat([named[name].grad.flatten() for name in names]) for layer, names in layers.items()}
+    return found
+
+
+def test_every_layer_approximate_points_the_same_way_and_last_layer_is_exact():
+    for found in run_on_cpu(gradients, tp=2, sequence_parallel=True):
+        for layer, exact in found["all"].items():
+            torch.testing.assert_close(found["last_layer"][layer], exact, rtol=1e-4, atol=1e-5)
+            cosine = torch.cosine_similarity(found["every_layer_approximate"][layer], exact, dim=0)
+            if layer in ("3", "head"):
+                torch.testing.assert_close(found["every_layer_approximate"][layer], exact, rtol=1e-4, atol=1e-5)     # nothing is lost above it
+            else:
+                assert 0.7 < cosine < 0.9999, f"layer {layer}: {cosine}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_slm.ops.row_skipping import drop_unselected_rows, linear_skipping_zero_rows, skip_zero_gradient_rows
 
@@ -74,13 +75,30 @@ def test_linear_is_exact_and_never_reads_zero_rows(rows):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_main_grad_takes_the_weight_gradient():
+def test_queries_leave_out_their_rows_and_keys_and_values_theirs():
+    """Two key/value groups of 2 query columns, a key and a value column each; 8 rows have a query gradient, 20 a key or value gradient."""
+    torch.manual_seed(0)
+    operands = [torch.randn(N, H).requires_grad_(), torch.randn(8, H).requires_grad_(), torch.randn(8).requires_grad_()]
+    upstream = torch.randn(N, 2, 4)
+    upstream[8:, :, :2], upstream[20:, :, 2:] = 0, 0
+    upstream = upstream.flatten(1)
+    expected = torch.autograd.grad(F.linear(*operands), operands, upstream)
+    output = linear_skipping_zero_rows(*operands, blocks=2, head_columns=2)
+    with FlopCounterMode(display=False) as counter:
+        got = torch.autograd.grad(output, operands, upstream)
+    for value, reference in zip(got, expected):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+    assert counter.get_total_flops() == 2 * 2 * H * (8 * 4 + 20 * 4), "two products of 4 columns each, over 8 and over 20 rows"
+
+
+@pytest.mark.parametrize("columns", [dict(), dict(blocks=2, head_columns=3)])
+def test_main_grad_takes_the_weight_gradient(columns):
     torch.manual_seed(0)
     input, weight = torch.randn(N, H), nn.Parameter(torch.randn(8, H))
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(8, H), False
     upstream = torch.randn(N, 8)
     upstream[::2] = 0
-    linear_skipping_zero_rows(input, weight, gradient_accumulation_fusion=True).backward(upstream)
+    linear_skipping_zero_rows(input, weight, gradient_accumulation_fusion=True, **columns).backward(upstream)
     torch.testing.assert_close(weight.main_grad, 1 + upstream.t() @ input)
     assert weight.grad_added_to_main_grad
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_slm.config.schema import ReferenceConfig, SelectionConfig
-from megatron_slm.training.choose import make_scorer
+from megatron_slm.training.choose import head_on_selected_rows, make_scorer
 
 
 def settings(scorer, *, scores=(), checkpoint=None, **rest) -> SelectionConfig:
@@ -45,3 +45,17 @@ def test_a_schedule_that_makes_no_sense():
 def test_plain_loss_is_mixed_in_when_asked():
     assert make_scorer(settings("excess_loss", scores=["s"])).name == "excess_loss"
     assert make_scorer(settings("excess_loss", scores=["s"], clm_weight=0.25)).name == "mixed_with_clm"
+
+
+@pytest.mark.parametrize("scorer, scope, head_rows, selected_rows", [
+    ("excess_loss", "data_parallel", "auto", False), ("excess_loss", "global_batch", "auto", True), ("excess_loss", "global_batch", "all", False),
+    ("reference_loss", "global_batch", "auto", False), ("reference_loss", "running_threshold", "selected", True), ("random", "sequence", "selected", True),
+    ("none", "data_parallel", "auto", False)])
+def test_the_head_leaves_rows_out_where_every_loss_is_known_anyway_or_when_asked(scorer, scope, head_rows, selected_rows):
+    given = settings(scorer, scores=["s"], scope=scope, head_rows=head_rows)
+    assert head_on_selected_rows(given, make_scorer(given)) is selected_rows
+
+
+def test_a_head_on_selected_rows_needs_a_choice_before_it():
+    with pytest.raises(ValueError, match="scope data_parallel are known only after the head; use head_rows auto"):
+        make_scorer(settings("excess_loss", scores=["s"], head_rows="selected"))
