@@ -1,0 +1,58 @@
+"""kill -9 at every bad moment of a run under torchrun: it continues from its last good checkpoint with the uninterrupted losses.
+
+Random moments: tests/distributed/test_random_kills.py.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.checkpoint.folder import complete_checkpoints, damaged_files, step_of
+from tests.end_to_end.small_run import ROOT, STEPS, command, compared, environment, make_corpus, run_to_end
+
+# Each start of the run dies at its place, the next goes on: (place, step, rank), asynchronous saves, the newest checkpoint afterwards.
+DEATHS = [(("step", 2, "1"), False, None), (("save", 3, "all"), False, None), (("pointer", 3, "0"), True, 3), (("rename", 6, "0"), False, 3),
+          (("save", 6, "1"), True, 3), (("step", 8, "all"), True, 6)]
+SETTINGS = ["--device.precision", "bf16"]       # with fp32 main weights to restore
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def newest(run: Path) -> int | None:
+    """Step of the newest checkpoint, which must be whole, as must be the one `latest` names."""
+    found = complete_checkpoints(run / "checkpoints")
+    if not found:
+        return None
+    named = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() if (run / "checkpoints" / "latest").exists() else found[-1]
+    assert damaged_files(found[-1]) == [] and named in found and damaged_files(named) == []
+    return step_of(found[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The run that nothing interrupts."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    run_to_end(command(corpus, run, *SETTINGS))
+    return run
+
+
+def asynchronous(value: bool) -> list[str]:
+    return ["--checkpoint.asynchronous", str(value).lower()]
+
+
+def test_a_killed_run_continues_with_the_uninterrupted_losses(corpus, whole, tmp_path):
+    run = tmp_path / "killed"
+    for death, mode, expected in DEATHS:
+        words = ":".join(map(str, death))
+        done = subprocess.run(command(corpus, run, *SETTINGS, *asynchronous(mode), module="tests.end_to_end.dying_train"), cwd=ROOT,
+                              env={**environment(), "SLM_TEST_DEATH": words}, capture_output=True, text=True, timeout=300)
+        assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr, f"{words}: did not die\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        assert newest(run) == expected, words
+    output = run_to_end(command(corpus, run, *SETTINGS))
+    assert f"resumed after step {DEATHS[-1][-1]}" in output
+    assert compared(run) == compared(whole)
+    assert newest(run) == STEPS and not list((run / "checkpoints").glob(".*"))
