@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.score_checks import show_scores
-from data_tools.statistics_report import length_summary
+from data_tools.statistics_report import length_summary, read_statistics
 from data_tools.verify import find_tokenizer
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest
@@ -44,12 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def statistics_of_corpus(prefix: str, manifest: CorpusManifest, index: CorpusIndex) -> dict[str, Any]:
-    """PREFIX.statistics.json where preprocess left one that fits, else what the index alone tells."""
-    path = Path(f"{prefix}.statistics.json")
-    if path.exists():
-        statistics = json.loads(path.read_text(encoding="utf-8"))
-        if statistics["total"]["tokens"] == manifest.tokens and statistics["total"]["documents"] == manifest.documents:
-            return statistics
+    """PREFIX.statistics.json where preprocess or merge left one that fits, else what the index alone tells."""
+    if (statistics := read_statistics(prefix, manifest)) is not None:
+        return statistics
     lengths_tokens = np.diff(index.document_starts_tokens())
     total = {"documents": manifest.documents, "tokens": manifest.tokens, "bytes_per_token": None,
              "document_tokens": length_summary(lengths_tokens)}

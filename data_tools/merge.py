@@ -4,7 +4,7 @@
 
 The tokens are copied as bytes; the result is what one run over the same input writes, to the byte. Shards of one run are put
 in their order, and a missing, foreign or damaged one is an error. Other corpora are joined in the order given, if they have the
-same tokenizer, token dtype and end-of-document policy.
+same tokenizer, token dtype and end-of-document policy. Statistics are joined too, where every part has them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_tools.corpus_files import CorpusCopy
+from data_tools.statistics_report import merged_statistics, read_statistics, write_statistics
 from megatron_slm import __version__
 from megatron_slm.data.indexed import check_bin_size, read_index
 from megatron_slm.data.manifest import CorpusManifest
@@ -106,7 +107,11 @@ def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -
             if copy.copy_file(f"{prefix}.bin") != corpora[prefix].bin_sha256:
                 raise ValueError(f"{prefix}.bin: the content has changed since the corpus was made. Make it again.")
             copy.add_lengths(indexes[prefix].sequence_lengths_tokens)
-        return copy.finish(corpora[prefixes[0]], **_history(prefixes, corpora))
+        manifest = copy.finish(corpora[prefixes[0]], **_history(prefixes, corpora))
+    parts = [(indexes[prefix].sequence_lengths_tokens, read_statistics(prefix, corpora[prefix])) for prefix in prefixes]
+    if all(statistics is not None for _, statistics in parts):
+        write_statistics(Path(f"{output_prefix}.statistics.json"), merged_statistics(parts, shards=bool(corpora[prefixes[0]].shard)))
+    return manifest
 
 
 def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
 
 from data_tools.run_state import RunState, SourceCounts
-from megatron_slm.data.manifest import write_json_atomically
+from megatron_slm.data.manifest import CorpusManifest, write_json_atomically
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -24,6 +26,34 @@ def statistics_of(lengths_tokens: np.ndarray, names: Sequence[str], state: RunSt
     total = SourceCounts(records=state.total("records"), documents=state.total("documents"), tokens=state.total("tokens"),
                          text_bytes=state.total("text_bytes"), rejected=dict(state.rejected()), filtered=dict(state.filtered()))
     return {"sources": sources, "total": _numbers(lengths_tokens, total)}
+
+
+def read_statistics(prefix: str, manifest: CorpusManifest) -> dict[str, Any] | None:
+    """PREFIX.statistics.json; None where there is none, or where it is of another corpus than the manifest."""
+    path = Path(f"{prefix}.statistics.json")
+    if not path.exists():
+        return None
+    statistics = json.loads(path.read_text(encoding="utf-8"))
+    total = statistics["total"]
+    return statistics if (total["tokens"], total["documents"]) == (manifest.tokens, manifest.documents) else None
+
+
+def merged_statistics(parts: Sequence[tuple[np.ndarray, dict[str, Any]]], *, shards: bool) -> dict[str, Any]:
+    """Numbers of corpora joined in this order, from each one's document lengths and statistics; rows of shards of one run are added up."""
+    rows: dict[Any, list[tuple[np.ndarray, dict[str, Any]]]] = {}
+    for part, (lengths_tokens, statistics) in enumerate(parts):
+        start = 0
+        for number, row in enumerate(statistics["sources"]):
+            rows.setdefault(number if shards else (part, number), []).append((lengths_tokens[start:start + row["documents"]], row))
+            start += row["documents"]
+    sources = [{"source": pieces[0][1]["source"], **_added(pieces)} for pieces in rows.values()]
+    return {"sources": sources, "total": _added([(lengths_tokens, statistics["total"]) for lengths_tokens, statistics in parts])}
+
+
+def _added(pieces: Sequence[tuple[np.ndarray, dict[str, Any]]]) -> dict[str, Any]:
+    counts = SourceCounts(**{name: sum(row[name] for _, row in pieces) for name in ("records", "documents", "tokens", "text_bytes")},
+                          **{name: dict(sum((Counter(row[name]) for _, row in pieces), Counter())) for name in ("rejected", "filtered")})
+    return _numbers(np.concatenate([lengths_tokens for lengths_tokens, _ in pieces]), counts)
 
 
 def _numbers(lengths_tokens: np.ndarray, counts: SourceCounts) -> dict[str, Any]:

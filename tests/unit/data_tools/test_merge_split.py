@@ -46,6 +46,7 @@ def test_shards_joined_are_the_whole(tmp_path, corpus, count):
     assert merge_program.main(["--input", f"{tmp_path}/c.shard-*-of-{count:05d}", "--output-prefix", str(tmp_path / "joined")]) == 0
     for suffix in (".bin", ".idx"):
         assert Path(f"{tmp_path}/joined{suffix}").read_bytes() == Path(f"{whole}{suffix}").read_bytes()
+    assert json.loads(Path(f"{tmp_path}/joined.statistics.json").read_text()) == json.loads(Path(f"{whole}.statistics.json").read_text())
     ours, theirs = check_corpus(tmp_path / "joined"), CorpusManifest.read(whole)
     for name in ("records", "documents", "tokens", "text_bytes"):
         assert [source[name] for source in ours.sources] == [source[name] for source in theirs.sources]
@@ -81,6 +82,9 @@ def test_whole_corpora_are_joined_in_the_order_given(tmp_path, corpus):
     assert main([*arguments[:1], *arguments[2:], "--output-prefix", str(tmp_path / "texts_only")]) == 0
     assert merge_program.main(["--input", str(tmp_path / "texts_only"), str(whole), "--output-prefix", str(tmp_path / "j")]) == 0
     assert documents(tmp_path / "j") == documents(tmp_path / "texts_only") + documents(whole)
+    first, second, joined = (json.loads(Path(f"{prefix}.statistics.json").read_text()) for prefix in (tmp_path / "texts_only", whole, tmp_path / "j"))
+    assert joined["sources"] == first["sources"] + second["sources"]
+    assert joined["total"]["document_tokens"]["quantiles"]["1"] == max(len(tokens) // 2 for tokens in documents(tmp_path / "j"))
 
 
 def test_split(tmp_path, corpus):
