@@ -58,13 +58,19 @@ CASES = {
     for case in (
         Case("C8", SMALL, "precomputed", gate=0.93),
         Case("C9", SMALL, "online", gate=1.28),
+        Case("C8-known", SMALL, "known"),
+        Case("C8-last-layer", SMALL, "last-layer", "torch-layers"),
+        Case("C8-every-layer", SMALL, "every-layer", "torch-layers"),
         Case("C18", SMALL, "score", "forward", gate=0.88),
         Case("C18-memory", SMALL, "score", "forward", "memory", gate=0.2),
         Case("G6", TINYLLAMA, "precomputed", gate=0.98),
         Case("G6-fused", TINYLLAMA, "precomputed", "clm-fused"),
+        Case("G6-known", TINYLLAMA, "known"),
         Case("G7", TINYLLAMA, "online", gate=1.31),
         Case("G8", TINYLLAMA, "precomputed", measure="mfu", floor=0.45),
         Case("G9", TINYLLAMA, "score", "forward", measure="forward_share", floor=0.60),
+        Case("G12", TINYLLAMA, "last-layer", "torch-layers", gate=0.99),
+        Case("G12-every-layer", TINYLLAMA, "every-layer", "torch-layers"),
     )
 }
 

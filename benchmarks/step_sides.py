@@ -75,6 +75,27 @@ class Bench:
         ours = self.side("precomputed").trainer if "precomputed" in self.sides else self.trainer(self.config)
         return self._step(replace(ours, reference=build_model(self.config, self.shape.vocabulary, self.groups, trainable=False)))
 
+    def _known(self) -> Side:
+        """A static scorer: the choice is made from stored columns, and the head computes the chosen rows only."""
+        config = self.shape.config()
+        config.selection.scorer, config.selection.head_rows = "reference_loss", "selected"
+        return self._step(self.trainer(config))
+
+    def _torch_layers(self) -> Side:
+        """As precomputed; never Transformer Engine's layers, whose products cannot leave rows out."""
+        return self._step(self.trainer(self._with_backward_rows("all")))
+
+    def _last_layer(self) -> Side:
+        return self._step(self.trainer(self._with_backward_rows("last_layer")))
+
+    def _every_layer(self) -> Side:
+        return self._step(self.trainer(self._with_backward_rows("every_layer_approximate")))
+
+    def _with_backward_rows(self, rows: str) -> Config:
+        config = self.shape.config()
+        config.device.layers, config.selection.backward_rows = "torch", rows
+        return config
+
     def _score(self) -> Side:
         from megatron_slm.model.build import build_model
         from megatron_slm.model.forward_backward import forward_losses

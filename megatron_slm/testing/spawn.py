@@ -2,6 +2,7 @@
 
 import multiprocessing as python_multiprocessing
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Callable
@@ -45,6 +46,7 @@ def _worker(rank: int, folder: str, layouts: dict[str, dict], worlds: dict[str, 
             continue
         parallel = ParallelConfig(tensor=layout.get("tp", 1), pipeline=layout.get("pp", 1), virtual_pipeline=layout.get("vpp", 1),
                                   context=layout.get("cp", 1), expert=layout.get("ep", 1), expert_tensor=layout.get("etp", 0), sequence=layout.get("sequence_parallel", False))
+        _wait_for_members(Path(folder), number, rank, worlds[name])
         store = torch.distributed.FileStore(str(Path(folder, f"store_{number}")), worlds[name])
         groups = parallel_room.start(parallel, device.choose("cpu"), seed, timeout_minutes=5, store=store, rank=rank, world_size=worlds[name])
         try:
@@ -54,3 +56,13 @@ def _worker(rank: int, folder: str, layouts: dict[str, dict], worlds: dict[str, 
             raise
         finally:
             parallel_room.stop()
+
+
+def _wait_for_members(folder: Path, number: int, rank: int, world: int) -> None:
+    """Join a layout only when all of its processes are free: earlier, smaller layouts may take longer than a collective is allowed to.
+
+    No limit of its own: when a process fails, the program that started them ends the others.
+    """
+    (folder / f"free_{number}_{rank}").touch()
+    while not all((folder / f"free_{number}_{member}").exists() for member in range(world)):
+        time.sleep(0.02)

@@ -68,14 +68,17 @@ class Cluster:
         (self.folder / "started").unlink(missing_ok=True)
         copy = shutil.copy(self.folder / "launch" / script, spool / "slurm_script") if script.endswith(".sbatch") else self.folder / "launch" / script
         return subprocess.Popen(["bash", copy, *arguments], env={**self.environment, "WORK": work, **environment}, cwd=spool,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_take_interrupts)
 
     def run(self, script: str, *arguments: str, work: str, send: int | None = None, **environment: str) -> tuple[int, str]:
         process = self.start(script, *arguments, work=work, **environment)
         if send is not None:
             self.wait_for("started", process)
             process.send_signal(send)
-        output, _ = process.communicate(timeout=30)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
         return process.returncode, output
 
     def wait_for(self, name: str, process: subprocess.Popen) -> None:
@@ -90,6 +93,11 @@ class Cluster:
 
     def requeued(self) -> list[str]:
         return [line for line in self.log("scontrol") if line.startswith("requeue")]
+
+
+def _take_interrupts() -> None:
+    """A test run in the background of a shell ignores SIGINT, and bash cannot trap what was ignored when it started."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
