@@ -75,7 +75,7 @@ class _LinearSkippingZeroRows(torch.autograd.Function):
         grad_bias = grad_NO.sum(0) if ctx.has_bias else None
         if pending is not None:
             pending.wait()
-        grad_input = grad_input.view(*grad_output.shape[:-1], -1)
+        grad_input = grad_input.view(*grad_output.shape[:-1], input.shape[-1])
         if ctx.sharded:
             grad_input = reduce_scatter_rows(grad_input, ctx.group)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None

@@ -144,3 +144,12 @@ def test_every_token_selected_changes_nothing(layers):
 def test_a_module_without_such_linears_is_an_error():
     with pytest.raises(ValueError, match="no trainable megatron-core linear"):
         skip_zero_gradient_rows(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("columns", [dict(), dict(blocks=2, head_columns=2)])
+def test_no_rows_at_all(columns):
+    """An expert that no token chose."""
+    rows, weight = torch.randn(0, H, requires_grad=True), torch.randn(12, H, requires_grad=True)
+    linear_skipping_zero_rows(rows, weight, **columns).sum().backward()
+    assert rows.grad.shape == (0, H)
+    assert torch.equal(weight.grad, torch.zeros(12, H))
