@@ -53,12 +53,18 @@ def update_weights(optimizer, learning_rate: float) -> tuple[bool, float]:
     """
     set_learning_rate(optimizer, learning_rate)
     updated, grad_norm, _ = optimizer.step()
-    scalers = _loss_scalers(optimizer)
-    if len(scalers) > 1:      # dense and expert weights each have one, and each hears of its own overflows only; the loss has one scale
-        lowest = min(scalers, key=lambda scaler: float(scaler.scale)).state_dict()
-        for scaler in scalers:
-            scaler.load_state_dict({name: value.clone() if hasattr(value, "clone") else value for name, value in lowest.items()})
+    _share_overflows(_loss_scalers(optimizer))
     return updated, float(grad_norm) if updated else math.nan
+
+
+def _share_overflows(scalers: list) -> None:
+    """Dense and expert weights each have a scaler that hears of its own overflows only; the loss has one scale, so both go on from the more careful one."""
+    if len(scalers) < 2:
+        return
+    # Of equal scales the one with less patience left: it is the one that has just overflowed.
+    careful = min((scaler.state_dict() for scaler in scalers), key=lambda state: (float(state["scale"]), state["hysteresis_tracker"], state["growth_tracker"]))
+    for scaler in scalers:
+        scaler.load_state_dict({**careful, "scale": careful["scale"].clone()})
 
 
 def loss_scale(optimizer) -> float | None:

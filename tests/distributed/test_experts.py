@@ -55,6 +55,7 @@ def make_config(case: str, layout: dict) -> Config:
     config.data = dataclasses.replace(config.data, sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=MICRO_BATCH, train=["corpus"], tokenizer="t")
     config.selection.scorer, config.selection.scope, config.selection.keep_fraction = scorer, scope, 0.6
     config.selection.reference.scores = ["synthetic"]
+    config.selection.backward_rows = "last_layer" if case == "slm_sequence" else "all"      # exact: nothing else may change
     overlap = layout.get("overlap", False)
     config.parallel = dataclasses.replace(config.parallel, tensor=layout.get("tp", 1), pipeline=layout.get("pp", 1), context=layout.get("cp", 1),
                                           expert=layout.get("ep", 1), expert_tensor=layout.get("etp", 0), sequence=layout.get("sequence_parallel", False),

@@ -48,22 +48,25 @@ def weights(run) -> list:
     return [parameter.detach().float().clone() for chunk in unwrap_model(run.trainer.models) for parameter in chunk.parameters()]
 
 
-def two_scalers() -> list[float]:
-    """The scales of two optimizers under one, after a step in which only the second overflowed: megatron-core halves that one's alone."""
+def two_scalers() -> list[list[float]]:
+    """The scales of two optimizers under one, after each step of two in which only the second overflowed: the second overflow halves the scale."""
     from types import SimpleNamespace
 
     from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
     from megatron_slm.model.optimizer import update_weights
-    scalers = [DynamicGradScaler(64.0, 1.0, 2.0, 0.5, 10, 1) for _ in range(2)]
+    scalers = [DynamicGradScaler(64.0, 1.0, 2.0, 0.5, 10, 2) for _ in range(2)]
 
     def step():
         for scaler, overflow in zip(scalers, (False, True)):
             scaler.update(overflow)
         return False, None, None
-    updated, norm = update_weights(SimpleNamespace(param_groups=[], step=step, chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers]), 1e-3)
-    assert not updated and math.isnan(norm)
-    return [float(scaler.scale) for scaler in scalers]
+    optimizer, scales = SimpleNamespace(param_groups=[], step=step, chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers]), []
+    for _ in range(2):
+        updated, norm = update_weights(optimizer, 1e-3)
+        assert not updated and math.isnan(norm)
+        scales.append([float(scaler.scale) for scaler in scalers])
+    return scales
 
 
 def train(groups, folder: str) -> dict:
@@ -127,5 +130,5 @@ def test_an_overflow_at_the_smallest_scale_is_divergence(layout, runs):
 
 
 def test_dense_and_expert_weights_keep_one_scale(runs):
-    """A loss is multiplied by the first optimizer's scale, so the second must divide its gradients by the same."""
-    assert runs[0]["single"][0]["two_scalers"] == [32.0, 32.0]
+    """A loss is multiplied by the first optimizer's scale, so the second must divide its gradients by the same; overflows of either count."""
+    assert runs[0]["single"][0]["two_scalers"] == [[64.0, 64.0], [32.0, 32.0]]
