@@ -49,8 +49,10 @@ class Decoder(GPTModel):
             sequence_parallel=self.config.sequence_parallel, accumulate_into_main_grad=self.config.gradient_accumulation_fusion)
         labels_SB = labels.transpose(0, 1).contiguous()
         if loss_mask is not None:
-            loss_sum, loss_SB = selected_linear_cross_entropy(hidden_states, weight, labels_SB, loss_mask.transpose(0, 1), **head)
-            return loss_sum, loss_SB.transpose(0, 1).contiguous()
+            # This head makes its gradients in forward and stores them in the model's precision: in fp16 the loss scale must be in them by then.
+            scale = 1.0 if self.config.grad_scale_func is None else self.config.grad_scale_func(loss_mask.new_ones(()))
+            loss_sum, loss_SB = selected_linear_cross_entropy(hidden_states, weight, labels_SB, loss_mask.transpose(0, 1) * scale, **head)
+            return (loss_sum / scale).squeeze(), loss_SB.transpose(0, 1).contiguous()
         result = linear_cross_entropy(hidden_states, weight, labels_SB, extras=self.extra_outputs, engine=self.head_engine, **head)
         if not self.extra_outputs:
             return result.transpose(0, 1).contiguous()

@@ -41,7 +41,8 @@ def selected_linear_cross_entropy(
                shape, NaN where nothing was computed (not selected, or target is `ignore_index`).
 
     All other arguments and errors: as linear_cross_entropy. Gradients are computed in forward and held until backward, which
-    scales them: the weight's takes V * H fp32 values meanwhile. One backward per forward. Collectives in forward: two fp32
+    scales them: the weight's takes V * H fp32 values meanwhile, and hidden's has hidden's dtype, so under fp16 a loss scale belongs into
+    `selected` (and the sum is divided by it again): backward's would come too late for small values. One backward per forward. Collectives in forward: two fp32
     vectors per chunk of kept rows, and one reduction of the kept rows of d(hidden); all run when nothing is selected.
     """
     shard = VocabularyShard.of(weight.shape[0], tp_group, vocabulary_size)

@@ -69,6 +69,25 @@ def two_scalers() -> list[list[float]]:
     return scales
 
 
+def gradients_by_head(groups, config: Config) -> dict[str, dict]:
+    """Scaled gradients of sum(1e-6 * loss) by the head of every row, and by the head of selected rows, which makes its own in forward."""
+    import torch
+    from megatron.core.utils import get_model_config, unwrap_model
+
+    from megatron_slm.model.build import build_model
+    generator, found = torch.Generator().manual_seed(1), {}
+    tokens_BS, labels_BS = torch.randint(0, 64, (2, 2, 16), generator=generator)
+    weight_BS, scale = torch.full((2, 16), 1e-6), 2.0**20
+    for rows in ("all", "selected"):
+        model, = build_model(config, 64, groups)
+        get_model_config(model).grad_scale_func = lambda loss: loss * scale
+        output = model(tokens_BS, torch.arange(16).expand(2, 16), None, labels=labels_BS, loss_mask=weight_BS if rows == "selected" else None)
+        loss_sum = output[0] if rows == "selected" else (output * weight_BS).sum()
+        (scale * loss_sum).backward()
+        found[rows] = {"loss": float(loss_sum), **{name: p.grad.float() for name, p in unwrap_model(model).named_parameters()}}
+    return found
+
+
 def train(groups, folder: str) -> dict:
     """Three runs: one whose first steps overflow, stopped and resumed in the middle; one that never fits; one that overflows at its last scale."""
     from megatron_slm.model.optimizer import loss_scaler_state
@@ -90,7 +109,8 @@ def train(groups, folder: str) -> dict:
     run = start(config, groups)
     with pytest.raises(NonFiniteLoss) as caught:
         run.run()
-    return {**result, "diverged": str(caught.value), "diverged_step": run.step, "two_scalers": two_scalers()}
+    return {**result, "diverged": str(caught.value), "diverged_step": run.step, "two_scalers": two_scalers(),
+            "by_head": gradients_by_head(groups, config)}
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +152,12 @@ def test_an_overflow_at_the_smallest_scale_is_divergence(layout, runs):
 def test_dense_and_expert_weights_keep_one_scale(runs):
     """A loss is multiplied by the first optimizer's scale, so the second must divide its gradients by the same; overflows of either count."""
     assert runs[0]["single"][0]["two_scalers"] == [[64.0, 64.0], [32.0, 32.0]]
+
+
+def test_small_gradients_survive_the_head_of_selected_rows(runs):
+    """They are below fp16's smallest number (6e-8) until the loss scale lifts them, which must happen before they are stored."""
+    by_head = runs[0]["single"][0]["by_head"]
+    assert by_head["selected"]["loss"] == pytest.approx(by_head["all"]["loss"], rel=1e-6)
+    for name, expected in by_head["all"].items():
+        if name != "loss":
+            assert (by_head["selected"][name] - expected).norm() <= 0.02 * expected.norm(), name
