@@ -72,12 +72,12 @@ def checkpoint_bytes(job: Job, *, with_optimizer: bool | None = None) -> int:
 
 
 def checkpoints_on_disk(config: Config, steps: int) -> int:
-    """Checkpoints that lie in the run folder at most: the kept ones, one for good every so often, and one being written."""
+    """Checkpoints that lie in the run folder at most: the newest, one for good every so often, the best, and one being written."""
     settings = config.checkpoint
     saved = -(-steps // settings.interval_steps) if settings.interval_steps else 1
     kept = saved if settings.keep_last == 0 else min(saved, settings.keep_last)
     for_good = steps // settings.keep_every_steps if settings.keep_every_steps else 0
-    return min(saved, kept + for_good) + (1 if saved > kept else 0)
+    return min(saved, kept + for_good + settings.keep_best) + (1 if saved > kept else 0)
 
 
 def as_json(plan: Plan) -> dict:

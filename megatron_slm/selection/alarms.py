@@ -54,7 +54,7 @@ def _coverage_hole(summary: Mapping) -> str | None:
         return None
     return (
         f"{unscored:.2%} of the tokens in training have no score and are never selected. "
-        "Finish the score run (the manifest lists the shards that are done), or score with a smaller stride."
+        "Finish the score run (its manifest.json holds the command), or score with a smaller stride."
     )
 
 

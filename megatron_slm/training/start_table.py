@@ -35,9 +35,10 @@ def layout_rows(config: Config, dp_size: int) -> list[tuple[str, str, str]]:
     copy = parallel.tensor * parallel.pipeline * parallel.context
     data = ("data parallel", str(dp_size), "") if dp_size > 1 else ("data parallel", "off", f"one copy of the model takes all processes, {copy}")
     alone = "nothing to reduce over: data parallel x context parallel is 1" if dp_size * parallel.context == 1 else ""
+    experts = [size("expert"), ("experts, tensor parallel", str(parallel.expert_tensor or parallel.tensor), "")] if config.model.experts else []
     micro_batches = config.data.global_batch_size // (config.data.micro_batch_size * dp_size)
     return [size("tensor"), switch("sequence parallel", "sequence", "parallel.tensor is 1" if parallel.tensor == 1 else ""), size("pipeline"),
-            size("virtual_pipeline") if parallel.pipeline > 1 else ("virtual pipeline parallel", "off", "parallel.pipeline is 1"), size("context"), data,
+            size("virtual_pipeline") if parallel.pipeline > 1 else ("virtual pipeline parallel", "off", "parallel.pipeline is 1"), size("context"), data, *experts,
             switch("distributed optimizer", "distributed_optimizer"),
             ("gradient reduction overlapped", "no effect", alone) if alone and parallel.overlap_grad_reduce else switch("gradient reduction overlapped", "overlap_grad_reduce"),
             switch("parameter gather overlapped", "overlap_param_gather"),

@@ -142,6 +142,7 @@ def test_checkpoints_on_disk():
     config = tinyllama().config
     assert checkpoints_on_disk(config, 14306) == 2 + 1      # two kept, one being written
     assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, keep_every_steps=5000)), 14306) == 2 + 2 + 1
+    assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, keep_best=3)), 14306) == 2 + 3 + 1
     assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, interval_steps=0)), 14306) == 1
 
 

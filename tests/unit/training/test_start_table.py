@@ -30,6 +30,13 @@ def test_a_full_layout_has_sizes():
     assert table["recomputation"] == ("full", "every layer")
 
 
+def test_experts_have_rows_of_their_own():
+    config = Config()
+    config.model.experts, config.parallel.expert, config.parallel.tensor = 8, 4, 2
+    table = {feature: state for feature, state, _ in layout_rows(config, 2)}
+    assert table["expert parallel"] == "4" and table["experts, tensor parallel"] == "2" and "expert parallel" not in rows(2)
+
+
 def test_what_is_asked_for_and_has_nothing_to_do_is_said():
     assert rows(1, overlap_grad_reduce=True)["gradient reduction overlapped"][0] == "no effect"
     assert rows(2)["sequence parallel"][1] == "parallel.tensor is 1" and rows(2, tensor=2)["sequence parallel"][1] == "parallel.sequence is false"
