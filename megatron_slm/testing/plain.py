@@ -166,11 +166,11 @@ class PlainTrainer:
                 excess = loss_GS[rows].detach() - batch["reference_loss"][rows]
                 selected |= top_tokens(excess.flatten().tolist(), ids_GS[rows].flatten().tolist(), eligible_GS[rows].flatten().tolist(), keep_fraction)
         mask_GS = torch.isin(ids_GS, torch.tensor(sorted(selected)))
-        objective, norm = self.update(loss_GS, mask_GS.float(), learning_rate)
+        objective, norm = self.update(loss_GS, mask_GS.float(), learning_rate, micro_batches)
         return selected, float(loss_GS[eligible_GS].mean()), objective, norm
 
-    def update(self, loss_GS: Tensor, weight_GS: Tensor, learning_rate: float) -> tuple[float, float]:
-        """One update on the weighted mean loss; returns (that loss, gradient norm before clipping)."""
+    def update(self, loss_GS: Tensor, weight_GS: Tensor, learning_rate: float, micro_batches: list[list[int]] | None = None) -> tuple[float, float]:
+        """One update on the weighted mean loss, and on the auxiliary losses of experts; returns (the weighted mean loss, gradient norm before clipping)."""
         objective = (loss_GS * weight_GS).sum() / weight_GS.sum()
         self.adam.zero_grad()
         whole, model = objective, self.decoder.model
