@@ -133,9 +133,12 @@ class CheckpointStore:
             self.report(f"{self.checkpoints} could not be tidied ({problem})", "warning")
 
     def load(self, checkpoint: Path, models: list, optimizer) -> dict:
-        """Load one checkpoint, saved under any layout, into models (and optimizer); returns its trainer state."""
+        """Load one checkpoint, saved under any layout, into models (and optimizer); returns its trainer state. ValueError: it has no optimizer state."""
         import json
         trainer = json.loads((checkpoint / "trainer.json").read_text())
+        if optimizer is not None and trainer.get("weights_only", False):
+            raise ValueError(f"{checkpoint} holds weights only (checkpoint.save_optimizer was false, or it was imported), so no run goes on from it; to train from "
+                             "its weights, give another run.folder and set checkpoint.initialize_from to it")
         same_layout = trainer["layout"] == layout_of(self.groups)
         state, placements = self._state(models, optimizer, for_loading=True, with_random=same_layout)
         strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(checkpoint)), self.groups.dp_cp)
@@ -213,8 +216,8 @@ def layout_of(groups: Groups) -> dict:
 
 
 def trainer_state(optimizer, groups: Groups, **state) -> dict:
-    """What trainer.json holds: the layout, Adam's update count, and the trainer's own fields."""
-    return {"layout": layout_of(groups), "adam_steps": adam_steps(optimizer) if optimizer is not None else 0, **state}
+    """What trainer.json holds: the layout, whether there is no optimizer state, Adam's update count, and the trainer's own fields."""
+    return {"layout": layout_of(groups), "weights_only": optimizer is None, "adam_steps": adam_steps(optimizer) if optimizer is not None else 0, **state}
 
 
 def load_weights(models: list, checkpoint: str | Path, groups: Groups) -> CheckpointInfo:

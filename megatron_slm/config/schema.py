@@ -259,7 +259,7 @@ class CheckpointConfig:
     initialize_from: str = ""
     """Checkpoint whose weights (only) start this run, as for continual pretraining; ignored when the run folder has its own checkpoint."""
     save_optimizer: bool = True
-    """Save optimizer state; without it the checkpoint cannot be resumed, only used as weights."""
+    """Save optimizer state; without it a checkpoint cannot be resumed, only used as weights. One made because the run is asked to stop always has it."""
     asynchronous: bool = False
     """Write checkpoints in the background while training goes on."""
 

@@ -155,6 +155,8 @@ def _own_problems(options: ScoreOptions) -> list[str]:
     problems += [f"parallel.{name}: got true; scoring has no gradients, leave it out" for name in unused]
     if options.device.fp8 != "none":
         problems.append(f"device.fp8: got {options.device.fp8}; fp8 losses move the selection, leave it at none")
+    if options.device.head_engine != "torch":
+        problems.append(f"device.head_engine: got {options.device.head_engine}; it computes the head's backward, and scoring has none: leave it at torch")
     if options.parallel.virtual_pipeline > 1:
         problems.append(f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs forward only and gains nothing by it, leave it at 1")
     return problems

@@ -140,8 +140,8 @@ class Run:
         scheduled = done or _due(self.step, kept.interval_steps)
         if done or _due(self.step, self.config.monitoring.validation_interval_steps) or (scheduled and kept.keep_best):
             self._validate()
-        if scheduled or stopping:       # a stop has no time to validate: its checkpoint is nobody's best
-            self._save()
+        if scheduled or stopping:       # a stop has no time to validate: its checkpoint is nobody's best; but it must be one to resume from
+            self._save(with_optimizer=kept.save_optimizer or (stopping and not done))
         self.store.finish_pending()
 
     def _log(self, report: StepReport, rate: float, throughput: Throughput) -> None:
@@ -164,10 +164,10 @@ class Run:
         self.validated = (self.step, {name: record[f"validation/{name}/loss"] for name in self.validation})
         self.reporter.log({"kind": "validation", "tokens/processed": self.step * self.step_tokens, **record}, self.step)
 
-    def _save(self) -> None:
+    def _save(self, with_optimizer: bool) -> None:
         model = {**asdict(self.config.model), "vocabulary_size": self.materials.vocabulary_size}
         tokenizer = self.materials.corpora[0].manifest.tokenizer
-        optimizer = self.trainer.optimizer if self.config.checkpoint.save_optimizer else None
+        optimizer = self.trainer.optimizer if with_optimizer else None
         # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.
         told = [{"metrics": self.metrics.state_dict(self.groups.dp_cp), "tokens_selected": self.tokens_selected, "selection": self.trainer.chooser.state_dict(),
                  "probe": self.probe.state_dict()}, self.validated[1] if self.validated[0] == self.step else {}]

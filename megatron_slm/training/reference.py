@@ -10,8 +10,10 @@ from megatron_slm.parallel import Groups
 
 
 def reference_config(config: Config, info: CheckpointInfo) -> Config:
-    """What the frozen reference is built from: its own model in the run's layout, never in fp8."""
-    return dataclasses.replace(config, model=info.reference_model(), device=dataclasses.replace(config.device, fp8="none"))
+    """What the frozen reference is built from: its own model in the run's layout, never in fp8, and without what only a backward or experts need."""
+    model = info.reference_model()
+    parallel = config.parallel if model.experts else dataclasses.replace(config.parallel, expert=1, expert_tensor=0)
+    return dataclasses.replace(config, model=model, parallel=parallel, device=dataclasses.replace(config.device, fp8="none", head_engine="torch"))
 
 
 def load_reference(config: Config, groups: Groups) -> list | None:

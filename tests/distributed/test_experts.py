@@ -137,7 +137,24 @@ def train_in_layout(groups, layouts, cases, folder):
         trainer = make_trainer(config, groups)
         assert trainer.chooser.needs_whole_step
         observe(trainer, config, 0, 2)      # which asserts that the divisor was known
+    if layout["name"] in ("single", "ep2"):
+        results["dense reference"] = dense_reference_losses(groups, layout)
     return results
+
+
+def dense_reference_losses(groups, layout) -> list:
+    """loss_BS of two sequences by a model without experts in this layout, as an online reference is built."""
+    from megatron_slm.checkpoint.folder import CheckpointInfo
+    from megatron_slm.data.batch import collate
+    from megatron_slm.model.build import build_model
+    from megatron_slm.model.forward_backward import forward_losses
+    from megatron_slm.training.reference import reference_config
+    config = make_config("slm", layout)
+    info = CheckpointInfo({**dataclasses.asdict(config.model), "experts": 0}, LENGTH, {}, 0, 0)
+    config = reference_config(config, info)
+    check(config, groups.world_size, training=False)
+    batch = collate([SyntheticSamples()[index] for index in (0, 1)], [0, 1])
+    return [output["loss"] for output in forward_losses(build_model(config, VOCABULARY, groups, trainable=False), [batch], groups)]
 
 
 def train_case(groups, case, layout, folder):
@@ -219,6 +236,12 @@ def plain(results):
 def test_layout_equals_plain_torch(name, case, results, plain):
     ranks = [rank[case] for rank in results[name]]
     compare(ranks, plain[case, LAYOUTS[name].get("dp", 1)][0][:len(ranks[0]["rows"])], CASES[case][2])
+
+
+def test_a_dense_reference_stands_beside_spread_experts(results):
+    expected, = results["single"][0]["dense reference"]
+    for rank in results["ep2"]:
+        torch.testing.assert_close(rank["dense reference"], [expected])
 
 
 @pytest.mark.parametrize("name, source", CONTINUED.items())

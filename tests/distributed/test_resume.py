@@ -44,17 +44,18 @@ def make_config(folder: Path, run: str, case: dict, dp_size: int) -> Config:
     return config
 
 
-def train(groups, folder: Path, run: str, case: dict) -> None:
-    """A whole start of a run: new, or resumed from what its folder holds."""
+def train(groups, folder: Path, run: str, case: dict, save_optimizer: bool = True) -> int:
+    """A whole start of a run, new, or resumed from what its folder holds; its exit code."""
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.parallel import seed_everything
     from megatron_slm.training.loop import Run
     from megatron_slm.training.setup import Materials
     config, corpora = make_config(folder, run, case, groups.dp_size), open_corpora([str(folder / "corpus")])
+    config.checkpoint.save_optimizer = save_optimizer
     seed_everything(config.run.seed, groups)
     one = Run(config, groups, Materials(Tokenizer(), corpora, {"target": corpora[0]}, VOCABULARY))
     one.start()
-    assert one.run() == 0
+    return one.run()
 
 
 def cut_back(folder: Path, whole: str, run: str) -> None:
@@ -72,12 +73,24 @@ def interrupt_and_compare(groups, folder: Path) -> None:
         if groups.dp_size == 1 and name != ANOTHER_LAYOUT:
             continue
         if groups.dp_size == 2:
-            train(groups, folder, f"{name}, whole", case)
+            assert train(groups, folder, f"{name}, whole", case) == 0
         run = f"{name}, resumed by {groups.dp_size}"
         if groups.world_rank == 0:
             cut_back(folder, f"{name}, whole", run)
         dist.barrier()
-        train(groups, folder, run, case)
+        assert train(groups, folder, run, case) == 0
+    if groups.dp_size == 1:
+        stop_and_end_with_weights_only(groups, folder / "weights only", CASES[ANOTHER_LAYOUT])
+
+
+def stop_and_end_with_weights_only(groups, run: Path, case: dict) -> None:
+    """Without optimizer state in its checkpoints: a run that is asked to stop goes on all the same, and one that ended says why it cannot."""
+    run.mkdir()
+    (run / "stop_requested").touch()
+    assert train(groups, run.parent, run.name, case, save_optimizer=False) == 85
+    assert train(groups, run.parent, run.name, case, save_optimizer=False) == 0
+    with pytest.raises(ValueError, match=r"step_00000008 holds weights only .* checkpoint.initialize_from"):
+        train(groups, run.parent, run.name, case, save_optimizer=False)
 
 
 @pytest.fixture(scope="module")

@@ -72,3 +72,10 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(config, tmp_path):
     assert "checkpoint.initialize_from: gone" in problems_of(config, DataError)
     checkpoint(tmp_path / "run", "any")
     open_materials(config)
+
+
+def test_a_dense_reference_stands_beside_experts_and_needs_no_backward(config, tmp_path):
+    config.selection.scorer, config.model.experts, config.parallel.expert = "excess_loss", 4, 2
+    config.device.head_engine, config.device.precision = "liger", "bf16"
+    config.selection.reference.checkpoint = checkpoint(tmp_path / "reference", load_tokenizer(config.data.tokenizer).fingerprint, hidden_size=96)
+    open_materials(config, world_size=2)
