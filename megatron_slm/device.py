@@ -236,7 +236,7 @@ def fp8_problem(layers: str, recipe: str) -> str:
 
 def apex_rms_norm():
     """apex's fused RMSNorm as function(input, weight, normalized_shape, epsilon), or None where its CUDA extension is not built."""
-    if torch.cuda.is_available() and apex_state() == "nvidia" and _has_module("fused_layer_norm_cuda"):
+    if torch.cuda.is_available() and apex_state() == "nvidia" and has_module("fused_layer_norm_cuda"):
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
         return fused_rms_norm_affine
     return None
@@ -257,13 +257,13 @@ def describe_acceleration(device: Device, layers: str, asked: DeviceConfig, isol
         rows.append(("layers", "torch-native", f"Transformer Engine: {why}"))
     if layers == "transformer_engine":
         rows.append(("fused norm", "Transformer Engine", ""))
-    elif on_gpu and apex == "nvidia" and _has_module("fused_layer_norm_cuda"):
+    elif on_gpu and apex == "nvidia" and has_module("fused_layer_norm_cuda"):
         rows.append(("fused norm", "apex", ""))
     else:
         rows.append(("fused norm", "off", "no CUDA" if not on_gpu else "apex: " + (apex_words[apex] if apex != "nvidia" else "built without --cuda_ext layer norms")))
     fused = "Transformer Engine" if engine and on_gpu else "apex" if apex == "nvidia" and on_gpu else ""
     rows.append(("optimizer", f"AdamW, {fused or 'torch'}", "" if fused else "no CUDA" if not on_gpu else "neither Transformer Engine nor NVIDIA apex is installed"))
-    fusion = on_gpu and _has_module("fused_weight_gradient_mlp_cuda")
+    fusion = on_gpu and has_module("fused_weight_gradient_mlp_cuda")
     rows.append(("gradient-accumulation fusion", "on" if fusion else "off", "" if fusion else "no CUDA" if not on_gpu else "apex: " + apex_words[apex]))
     rows.append(("fp8", f"{asked.fp8}, {asked.fp8_recipe} scaling", "") if asked.fp8 != "none" else
                 ("fp8", "off", "no CUDA" if not on_gpu else "it needs Transformer Engine layers" if layers == "torch" else "device.fp8 is none"))
@@ -271,7 +271,8 @@ def describe_acceleration(device: Device, layers: str, asked: DeviceConfig, isol
     return rows
 
 
-def _has_module(name: str) -> bool:
+def has_module(name: str) -> bool:
+    """Whether a module can be found, without importing it."""
     import importlib.util
     return importlib.util.find_spec(name) is not None
 

@@ -8,7 +8,7 @@ from megatron_slm.config.schema import Config, ModelConfig
 
 def check(config: Config, world_size: int, *, training: bool = True) -> None:
     """Raise ConfigError listing every broken rule; `world_size` is the number of processes of the job."""
-    problems = [*_model(config), *_parallel(config, world_size), *_fp8(config)]
+    problems = [*_model(config), *_parallel(config, world_size), *_head_engine(config), *_fp8(config)]
     if training:
         problems += [*_data(config, world_size), *_selection(config), *_schedule(config), *_numbers(config)]
     if problems:
@@ -63,12 +63,6 @@ def _model(config: Config):
         if size % parallel.tensor:
             yield f"parallel.tensor: got {parallel.tensor}; it must divide model.{name} ({size})"
     yield from _rope(model)
-    if config.device.head_engine == "liger":
-        if config.device.kind == "cpu" or config.device.precision != "bf16":
-            yield (f"device.head_engine: got liger with device.kind {config.device.kind} and precision {config.device.precision}; its kernels need a Hopper GPU "
-                   "and bf16: change those, or use torch")
-        if model.hidden_size % 64:
-            yield f"model.hidden_size: got {model.hidden_size}; device.head_engine liger needs a multiple of 64: change it, or use torch"
     yield from _experts(model)
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: got {model.dropout}; expected 0 up to (not including) 1"
@@ -152,6 +146,17 @@ def _parallel(config: Config, world_size: int):
         yield f"data.sequence_length: got {config.data.sequence_length}; this layout cuts a sequence into {pieces} equal pieces: use a multiple of {pieces}"
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         yield "parallel.overlap_param_gather: got true; it needs distributed_optimizer: true and overlap_grad_reduce: true"
+
+
+def _head_engine(config: Config):
+    device, hidden_size = config.device, config.model.hidden_size
+    if device.head_engine == "torch":
+        return
+    if device.kind == "cpu" or device.precision != "bf16":
+        yield (f"device.head_engine: got liger with device.kind {device.kind} and precision {device.precision}; its kernels need a Hopper GPU "
+               "and bf16: change those, or use torch")
+    if hidden_size % 64:
+        yield f"model.hidden_size: got {hidden_size}; device.head_engine liger needs a multiple of 64: change it, or use torch"
 
 
 def _fp8(config: Config):

@@ -74,7 +74,7 @@ def transformer_config(config: Config, *, on_gpu: bool, grouped_experts: bool = 
         moe_aux_loss_coeff=model.load_balancing_coefficient, moe_z_loss_coeff=model.router_z_loss_coefficient or None,
         moe_grouped_gemm=grouped_experts, expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor)
-    fused_weight_gradient = on_gpu and device_room._has_module("fused_weight_gradient_mlp_cuda")
+    fused_weight_gradient = on_gpu and device_room.has_module("fused_weight_gradient_mlp_cuda")
     return TransformerConfig(
         num_layers=model.layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.attention_heads, num_query_groups=model.query_groups or model.attention_heads,

@@ -15,7 +15,7 @@ from megatron_slm.data.batch import Batch, hidden_from
 from megatron_slm.model.router import scale_auxiliary_losses
 from megatron_slm.parallel import Groups
 
-LossFunction = Callable[[int, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]
+LossFunction = Callable[[int, Batch, torch.Tensor | tuple[torch.Tensor, torch.Tensor]], tuple[torch.Tensor, torch.Tensor, dict]]
 """(index of the micro-batch, batch, model output) -> (sum of weighted losses, divisor, report); divisor is a float64 0-d tensor."""
 
 

@@ -1,6 +1,6 @@
 """A plan as tables of text: the terminal and docs/scale.md print the same ones."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.memory import USABLE_FRACTION

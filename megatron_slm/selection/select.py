@@ -55,8 +55,8 @@ class Selection:
 
     @property
     def weight_sum(self) -> Tensor:
-        """Sum of this rank's weights: fp32, 0-d, on the device. The float divisor of soft weights (1 per token for a 0/1 choice)."""
-        return self.weights.sum()
+        """Sum of this rank's weights: float64, 0-d, on the device. Its part of what the step's summed losses are divided by (1 per token for a 0/1 choice)."""
+        return self.weights.sum(dtype=torch.float64)
 
     @property
     def weights(self) -> Tensor:

@@ -47,7 +47,7 @@ class Chooser:
     def weight_ahead(self, batch: Batch, progress: Progress) -> torch.Tensor:
         """The sum of the weights that `choose` will give this micro-batch (float64, 0-d), found with zeros for losses; needs knows_weight_ahead."""
         unknown = {name: torch.zeros(batch.tokens_BS.shape, device=batch.tokens_BS.device) for name in ("loss", *self.extras)}
-        return self.choose_from(self._population(batch.token_id_BS), batch, unknown, progress).weights.sum(dtype=torch.float64)
+        return self.choose_from(self._population(batch.token_id_BS), batch, unknown, progress).weight_sum
 
     @property
     def loss_of_selected_only(self) -> bool:

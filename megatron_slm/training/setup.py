@@ -1,6 +1,5 @@
 """Everything a run reads, opened and checked before any process group starts."""
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path

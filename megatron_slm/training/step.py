@@ -9,7 +9,7 @@ from typing import NamedTuple, Sequence
 import torch
 
 from megatron_slm.data.batch import Batch
-from megatron_slm.model.forward_backward import ask_for, forward_backward, forward_losses, split_outputs
+from megatron_slm.model.forward_backward import LossFunction, ask_for, forward_backward, forward_losses, split_outputs
 from megatron_slm.model.optimizer import update_weights
 from megatron_slm.model.router import has_auxiliary_losses, take_measured
 from megatron_slm.parallel import Groups
@@ -78,20 +78,18 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, l
     return StepReport(updated, grad_norm, measured)
 
 
-def selected_loss(chooser: Chooser, known: list[Known] | None, progress: Progress):
+def selected_loss(chooser: Chooser, known: list[Known] | None, progress: Progress) -> LossFunction:
     """The loss function of one micro-batch: choose, then sum the chosen tokens' losses; the division comes at the end of the step."""
     def loss_function(index: int, batch: Batch, output):
-        if chooser.head_on_selected_rows:
+        if chooser.head_on_selected_rows:       # the head has summed what it was told to
             (loss_sum, loss_BS), (selection, outputs) = output, known[index]
-            return loss_sum, divisor(selection), chooser.describe(batch, outputs or {"loss": loss_BS}, selection, progress)
-        outputs = split_outputs(output, chooser.extras)
-        selection = chooser.choose(batch, outputs, progress) if known is None else known[index].selection
-        # where, not only times: a NaN outside the selection times 0 would still be NaN.
-        loss_sum = torch.where(selection.mask, outputs["loss"], 0.0).mul(selection.weights).sum()
-        return loss_sum, divisor(selection), chooser.describe(batch, outputs, selection, progress)
-
-    def divisor(selection: Selection) -> torch.Tensor:
-        return selection.weights.sum(dtype=torch.float64)
+            outputs = outputs or {"loss": loss_BS}
+        else:
+            outputs = split_outputs(output, chooser.extras)
+            selection = chooser.choose(batch, outputs, progress) if known is None else known[index].selection
+            # where, not only times: a NaN outside the selection times 0 would still be NaN.
+            loss_sum = torch.where(selection.mask, outputs["loss"], 0.0).mul(selection.weights).sum()
+        return loss_sum, selection.weight_sum, chooser.describe(batch, outputs, selection, progress)
     return loss_function
 
 
@@ -139,5 +137,5 @@ def weight_ahead(trainer: Trainer, batches: Sequence[Batch], known: list[Known] 
     if not trainer.groups.is_last_stage:
         return torch.zeros((), dtype=torch.float64, device=trainer.groups.device)
     if known is not None:
-        return sum(choice.selection.weights.sum(dtype=torch.float64) for choice in known)
+        return sum(choice.selection.weight_sum for choice in known)
     return sum(trainer.chooser.weight_ahead(batch, progress) for batch in batches)
