@@ -6,19 +6,12 @@ import pytest
 import torch
 
 from megatron_slm import device as device_room
-from megatron_slm.config.schema import Config, ParallelConfig
+from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SEQUENCES, LENGTH, VOCABULARY = 2, 32, 500
-
-
-@pytest.fixture(scope="module")
-def groups():
-    from megatron_slm import parallel
-    yield parallel.start(ParallelConfig(), device_room.choose("cuda"), seed=1)
-    parallel.stop()
 
 
 def make_config(layers: str, precision: str) -> Config:

@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from megatron_slm import device as device_room
-from megatron_slm.config.schema import Config, ParallelConfig
+from megatron_slm.config.schema import Config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SEQUENCES, LENGTH, VOCABULARY = 2, 64, 500
-
-
-@pytest.fixture(scope="module")
-def groups():
-    from megatron_slm import parallel
-    yield parallel.start(ParallelConfig(), device_room.choose("cuda"), seed=1)
-    parallel.stop()
 
 
 def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False):

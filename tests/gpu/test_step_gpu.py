@@ -8,15 +8,6 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.fixture(scope="module")
-def groups():
-    from megatron_slm import device, parallel
-    from megatron_slm.config.schema import ParallelConfig
-
-    yield parallel.start(ParallelConfig(), device.choose("cuda"), seed=1)
-    parallel.stop()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_first_step_equals_megatron_cores(precision, groups):
     from benchmarks.step import LIMITS
