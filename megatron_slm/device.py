@@ -82,8 +82,9 @@ def use_cpu() -> None:
     torch.cuda.empty_cache = lambda: None
 
     # Streams: the dispatcher of a mixture of experts copies counts to the host on one (token_dispatcher.py:444). On the CPU work is done in order.
+    # A class, as CUDA's is: transformers writes `torch.cuda.Stream | None` into its signatures.
     only_stream = _CpuStream()
-    torch.cuda.Stream = lambda *args, **kwargs: only_stream
+    torch.cuda.Stream = _CpuStream
     torch.cuda.current_stream = lambda device=None: only_stream
     torch.cuda.stream = lambda stream: nullcontext()
 
@@ -138,8 +139,9 @@ def _answer_uneven_collectives() -> None:
 
 
 class _CpuStream:
-    """The one stream of a CPU process, which is also its own event: whatever was asked for is already done."""
+    """A stream of a CPU process, which is also its own event: whatever was asked for is already done."""
 
+    def __init__(self, *args, **kwargs): ...
     def wait_stream(self, stream) -> None: ...
     def record_event(self, event=None): return self
     def synchronize(self) -> None: ...

@@ -53,6 +53,7 @@ stream = torch.cuda.Stream()
 with torch.cuda.stream(stream):
     stream.wait_stream(torch.cuda.current_stream())
     stream.record_event().synchronize()
+assert isinstance(stream, torch.cuda.Stream) and (torch.cuda.Stream | None), "a class: transformers writes it into signatures"
 torch.cuda.synchronize(); torch.cuda.set_device(0); torch.cuda.empty_cache()
 assert torch.cuda.device_count() == 1
 
