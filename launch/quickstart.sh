@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole of Selective Language Modeling on this machine, from raw text to a report, with real megatron-core processes:
 #
-#   bash launch/quickstart.sh                 about 10 minutes on 2 CPU cores, after the downloads
-#   bash launch/quickstart.sh --quick         the same in about 3 minutes, on less text (too short to compare the arms)
+#   bash launch/quickstart.sh                 7 to 12 minutes on 2 CPU cores, after the downloads
+#   bash launch/quickstart.sh --quick         the same in 2 to 3 minutes, on less text (too short to compare the arms)
 #   bash launch/quickstart.sh --corpus my.jsonl --curated good.jsonl      your own text, one {"text": ...} per line
 #
 # --folder DIR          where everything goes (default runs/quickstart, runs/quickstart_quick with --quick)
