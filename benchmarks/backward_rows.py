@@ -28,11 +28,19 @@ from megatron_slm import parallel
 from megatron_slm.config.schema import Config, ParallelConfig
 
 BYTES = 256
-EXACT, LAST_LAYER, APPROXIMATE = "all", "last_layer", "every_layer_approximate"     # values of selection.backward_rows
+EXACT, LAST_LAYER, APPROXIMATE = (
+    "all",
+    "last_layer",
+    "every_layer_approximate",
+)  # values of selection.backward_rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.backward_rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.backward_rows",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=["time", "quality"])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
@@ -40,7 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mbs", type=int, default=4)
     parser.add_argument("--k", type=float, nargs="+", default=[0.6, 0.4], help="kept fractions")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="quality: plain steps first, then as many with each backward")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        help="quality: plain steps first, then as many with each backward",
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     groups = parallel.start(ParallelConfig(), device_room.choose("cpu"), seed=1)
@@ -55,10 +68,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def decoder(options: argparse.Namespace, groups, backward_rows: str) -> torch.nn.Module:
     """A fresh model, the same weights every time."""
-    from megatron_slm.model.build import build_model  # imports megatron-core, which the device room must prepare for CPU first
+    from megatron_slm.model.build import (
+        build_model,
+    )  # imports megatron-core, which the device room must prepare for CPU first
 
     config = Config()
-    config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size = options.layers, options.hidden, options.hidden * 8 // 3
+    config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size = (
+        options.layers,
+        options.hidden,
+        options.hidden * 8 // 3,
+    )
     config.data.sequence_length = options.seq
     config.selection.backward_rows = backward_rows
     (model,) = build_model(config, BYTES, groups)
@@ -71,7 +90,11 @@ def backward(model: torch.nn.Module, batch: torch.Tensor, keep_fraction: float) 
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
     loss_BS = model(tokens_BS, positions_BS, None, labels=labels_BS)
     kept = round(keep_fraction * loss_BS.numel())
-    weight_BS = torch.zeros(loss_BS.numel()).index_fill_(0, loss_BS.detach().flatten().topk(kept).indices, 1.0 / kept).view_as(loss_BS)
+    weight_BS = (
+        torch.zeros(loss_BS.numel())
+        .index_fill_(0, loss_BS.detach().flatten().topk(kept).indices, 1.0 / kept)
+        .view_as(loss_BS)
+    )
     (loss_BS * weight_BS).sum().backward()
     return loss_BS.detach().mean().item()
 
@@ -89,7 +112,9 @@ class Batches:
     def take(self, seed: int, data: torch.Tensor | None = None) -> torch.Tensor:
         data = self.train if data is None else data
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(0, len(data) - self.options.seq - 1, (self.options.mbs,), generator=generator)
+        starts = torch.randint(
+            0, len(data) - self.options.seq - 1, (self.options.mbs,), generator=generator
+        )
         return torch.stack([data[start : start + self.options.seq + 1] for start in starts])
 
 
@@ -99,14 +124,26 @@ def times(options: argparse.Namespace, groups) -> list[dict]:
     models = {kind: decoder(options, groups, kind) for kind in kinds}
     rows = []
     for k in options.k:
-        seconds = seconds_per_call({kind: partial(backward, models[kind], batch, k) for kind in kinds}, "cpu", options.rounds)
+        seconds = seconds_per_call(
+            {kind: partial(backward, models[kind], batch, k) for kind in kinds},
+            "cpu",
+            options.rounds,
+        )
         median = {kind: statistics.median(values) for kind, values in seconds.items()}
-        row = {"benchmark": "backward_rows time", "k": k, "layers": options.layers, "hidden": options.hidden, "tokens": options.mbs * options.seq}
+        row = {
+            "benchmark": "backward_rows time",
+            "k": k,
+            "layers": options.layers,
+            "hidden": options.hidden,
+            "tokens": options.mbs * options.seq,
+        }
         row |= {f"{kind}_median_seconds": round(value, 3) for kind, value in median.items()}
         for kind in kinds[1:]:
             row[f"{kind}_ratio"] = round(median[kind] / median[EXACT], 3)
             row[f"{kind}_ratio_of_minima"] = round(min(seconds[kind]) / min(seconds[EXACT]), 3)
-            row[f"{kind}_flops_ratio"] = round(step_flops(models[kind], batch, k) / step_flops(models[EXACT], batch, k), 3)
+            row[f"{kind}_flops_ratio"] = round(
+                step_flops(models[kind], batch, k) / step_flops(models[EXACT], batch, k), 3
+            )
         rows.append(row)
     return rows
 
@@ -114,7 +151,10 @@ def times(options: argparse.Namespace, groups) -> list[dict]:
 def step_flops(model: torch.nn.Module, batch: torch.Tensor, keep_fraction: float) -> int:
     """Floating-point operations of the products of one forward and backward, attention among them, counted while they run."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    formulas = {flash: _flash_flops, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_flops}
+    formulas = {
+        flash: _flash_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_flops,
+    }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         backward(model, batch, keep_fraction)
     return counter.get_total_flops()
@@ -142,15 +182,36 @@ def quality(options: argparse.Namespace, groups) -> list[dict]:
             gradients[kind] = {name: p.grad.clone() for name, p in model.named_parameters()}
             equal_compute = [point * flops[EXACT] // flops[kind] for point in quarters]
             before = time.process_time()
-            held_out = train(model, batches, sorted({*quarters, *equal_compute}), 1, keep_fraction=k)
-            rows.append({"benchmark": "backward_rows loss", "k": k, "backward": kind, "at_equal_steps": [held_out[step] for step in quarters],
-                         "at_equal_compute": [held_out[step] for step in equal_compute], "equal_compute_steps": equal_compute,
-                         "cpu_seconds": round(time.process_time() - before, 1), "flops_ratio": round(flops[kind] / flops[EXACT], 4)})
-        rows.append({"benchmark": "backward_rows cosine", "k": k, "cosine_by_layer": cosines(gradients[EXACT], gradients[APPROXIMATE], options.layers)})
+            held_out = train(
+                model, batches, sorted({*quarters, *equal_compute}), 1, keep_fraction=k
+            )
+            rows.append(
+                {
+                    "benchmark": "backward_rows loss",
+                    "k": k,
+                    "backward": kind,
+                    "at_equal_steps": [held_out[step] for step in quarters],
+                    "at_equal_compute": [held_out[step] for step in equal_compute],
+                    "equal_compute_steps": equal_compute,
+                    "cpu_seconds": round(time.process_time() - before, 1),
+                    "flops_ratio": round(flops[kind] / flops[EXACT], 4),
+                }
+            )
+        rows.append(
+            {
+                "benchmark": "backward_rows cosine",
+                "k": k,
+                "cosine_by_layer": cosines(
+                    gradients[EXACT], gradients[APPROXIMATE], options.layers
+                ),
+            }
+        )
     return rows
 
 
-def train(model: torch.nn.Module, batches: Batches, points: list[int], phase: int, *, keep_fraction: float) -> dict[int, float]:
+def train(
+    model: torch.nn.Module, batches: Batches, points: list[int], phase: int, *, keep_fraction: float
+) -> dict[int, float]:
     """Adam up to the last of `points` (steps); returns the held-out plain loss at each of them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     held_out = {}
@@ -174,11 +235,19 @@ def evaluate(model: torch.nn.Module, batches: Batches) -> float:
     return statistics.mean(losses)
 
 
-def cosines(exact: dict[str, torch.Tensor], other: dict[str, torch.Tensor], layers: int) -> dict[str, float]:
+def cosines(
+    exact: dict[str, torch.Tensor], other: dict[str, torch.Tensor], layers: int
+) -> dict[str, float]:
     """Cosine between the two gradients of each layer's parameters, taken together, and of everything."""
-    groups = {str(layer): [name for name in exact if f"layers.{layer}." in name] for layer in range(layers)}
+    groups = {
+        str(layer): [name for name in exact if f"layers.{layer}." in name]
+        for layer in range(layers)
+    }
     groups |= {"embedding": [name for name in exact if "embedding" in name], "all": list(exact)}
-    joined = {key: [torch.cat([side[name].flatten() for name in names]) for side in (exact, other)] for key, names in groups.items()}
+    joined = {
+        key: [torch.cat([side[name].flatten() for name in names]) for side in (exact, other)]
+        for key, names in groups.items()
+    }
     return {key: round(F.cosine_similarity(*pair, dim=0).item(), 4) for key, pair in joined.items()}
 
 

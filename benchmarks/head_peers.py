@@ -30,13 +30,32 @@ class Problem:
     mask_N: Tensor
 
     @classmethod
-    def make(cls, tokens: int, hidden: int, vocabulary: int, dtype: str, keep_fraction: float, device: torch.device) -> Self:
+    def make(
+        cls,
+        tokens: int,
+        hidden: int,
+        vocabulary: int,
+        dtype: str,
+        keep_fraction: float,
+        device: torch.device,
+    ) -> Self:
         generator = torch.Generator(device).manual_seed(0)
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        hidden_NH = torch.randn(tokens, hidden, generator=generator, device=device).to(kind).requires_grad_()
-        weight_VH = (torch.randn(vocabulary, hidden, generator=generator, device=device) * hidden**-0.5).to(kind).requires_grad_()
+        hidden_NH = (
+            torch.randn(tokens, hidden, generator=generator, device=device)
+            .to(kind)
+            .requires_grad_()
+        )
+        weight_VH = (
+            (torch.randn(vocabulary, hidden, generator=generator, device=device) * hidden**-0.5)
+            .to(kind)
+            .requires_grad_()
+        )
         target_N = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
-        mask_N = (torch.randperm(tokens, generator=generator, device=device) < round(keep_fraction * tokens)).float()
+        mask_N = (
+            torch.randperm(tokens, generator=generator, device=device)
+            < round(keep_fraction * tokens)
+        ).float()
         return cls(hidden_NH, weight_VH, target_N, mask_N)
 
     @property
@@ -46,7 +65,9 @@ class Problem:
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         """fp64; small problems only."""
-        operands = [tensor.detach().double().requires_grad_() for tensor in (self.hidden_NH, self.weight_VH)]
+        operands = [
+            tensor.detach().double().requires_grad_() for tensor in (self.hidden_NH, self.weight_VH)
+        ]
         loss_N = F.cross_entropy(operands[0] @ operands[1].t(), self.target_N, reduction="none")
         return loss_N.detach(), *torch.autograd.grad((loss_N * self.mask_N).sum(), operands)
 
@@ -54,7 +75,13 @@ class Problem:
         return loss_N.detach(), *torch.autograd.grad(total, (self.hidden_NH, self.weight_VH))
 
 
-def contenders(problem: Problem, ours: str, peer: str, chunk_tokens: int | None = None, elementwise: str = "auto") -> tuple[Side, Side]:
+def contenders(
+    problem: Problem,
+    ours: str,
+    peer: str,
+    chunk_tokens: int | None = None,
+    elementwise: str = "auto",
+) -> tuple[Side, Side]:
     """(ours, peer) as functions of no argument."""
     return _ours(problem, ours, chunk_tokens, elementwise), _peer(problem, peer)
 
@@ -64,11 +91,15 @@ def _ours(problem: Problem, mode: str, chunk_tokens: int | None, elementwise: st
     how = dict(engine="liger") if mode == "liger" else dict(mode=mode)
 
     def late():
-        loss_N = linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, **how, **options)
+        loss_N = linear_cross_entropy(
+            problem.hidden_NH, problem.weight_VH, problem.target_N, **how, **options
+        )
         return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
 
     def known():
-        total, loss_N = selected_linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, problem.mask_N, **options)
+        total, loss_N = selected_linear_cross_entropy(
+            problem.hidden_NH, problem.weight_VH, problem.target_N, problem.mask_N, **options
+        )
         return problem.differentiate(total, loss_N)
 
     return known if mode == "known" else late
@@ -77,18 +108,26 @@ def _ours(problem: Problem, mode: str, chunk_tokens: int | None, elementwise: st
 def _peer(problem: Problem, name: str) -> Side:
     if name == "torch-lce":
         if not hasattr(F, "linear_cross_entropy"):
-            raise SystemExit(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has); choose another --peer.")
+            raise SystemExit(
+                f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has); choose another --peer."
+            )
 
         def torch_head():
-            loss_N = F.linear_cross_entropy(problem.hidden_NH, problem.weight_VH, problem.target_N, reduction="none")
+            loss_N = F.linear_cross_entropy(
+                problem.hidden_NH, problem.weight_VH, problem.target_N, reduction="none"
+            )
             return problem.differentiate((loss_N.float() * problem.mask_N).sum(), loss_N)
 
         return torch_head
     if name == "liger":
         try:
-            from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as liger
+            from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+                LigerFusedLinearScaledCrossEntropyFunction as liger,
+            )
         except ImportError:
-            raise SystemExit("peer liger needs pip install 'liger-kernel[cutedsl]>=0.8.5'; choose another --peer.") from None
+            raise SystemExit(
+                "peer liger needs pip install 'liger-kernel[cutedsl]>=0.8.5'; choose another --peer."
+            ) from None
 
         def liger_head():
             loss_N = liger.apply(problem.hidden_NH, problem.weight_VH, problem.target_N)
@@ -117,7 +156,13 @@ def _megatron_cross_entropy(fused: bool) -> Callable[[Tensor, Tensor], Tensor]:
 
     if not dist.is_initialized():
         store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", store=store, rank=0, world_size=1
+        )
         parallel_state.initialize_model_parallel()
     group = parallel_state.get_tensor_model_parallel_group()
-    return (lambda logits, target: fused_vocab_parallel_cross_entropy(logits, target, group)) if fused else vocab_parallel_cross_entropy
+    return (
+        (lambda logits, target: fused_vocab_parallel_cross_entropy(logits, target, group))
+        if fused
+        else vocab_parallel_cross_entropy
+    )

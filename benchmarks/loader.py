@@ -50,9 +50,18 @@ class ScoredByIndexedDataset(GPTDataset):
         sample = super().__getitem__(index)
         row = self.shuffle_index[index]
         (first, begin), (last, end) = self.sample_index[row], self.sample_index[row + 1]
-        parts = [self.scores.get(self.document_index[i], offset=int(begin) if i == first else 0,
-                                 length=None if i < last else int(end) + 1 - (int(begin) if i == first else 0)) for i in range(first, last + 1)]
-        return {**sample, "reference_loss": np.concatenate(parts).view(np.float16)[1:].astype(np.float32)}
+        parts = [
+            self.scores.get(
+                self.document_index[i],
+                offset=int(begin) if i == first else 0,
+                length=None if i < last else int(end) + 1 - (int(begin) if i == first else 0),
+            )
+            for i in range(first, last + 1)
+        ]
+        return {
+            **sample,
+            "reference_loss": np.concatenate(parts).view(np.float16)[1:].astype(np.float32),
+        }
 
 
 def score_of(offsets: np.ndarray) -> np.ndarray:
@@ -62,22 +71,44 @@ def score_of(offsets: np.ndarray) -> np.ndarray:
 def make_files(folder: Path, tokens: int, dtype: str) -> None:
     random = np.random.RandomState(0)
     lengths = np.maximum(1, random.lognormal(6.5, 0.9, tokens // 500).astype(np.int64))
-    lengths = lengths[:np.searchsorted(np.cumsum(lengths), tokens)]
+    lengths = lengths[: np.searchsorted(np.cumsum(lengths), tokens)]
     block = random.randint(0, 32000, 1 << 22).astype(np.uint16)
     starts = random.randint(0, len(block) - lengths.max(), len(lengths))
-    write_corpus(folder / "corpus", [block[start:start + length] for start, length in zip(starts, lengths)], vocabulary_size=32000)
+    write_corpus(
+        folder / "corpus",
+        [block[start : start + length] for start, length in zip(starts, lengths)],
+        vocabulary_size=32000,
+    )
     write_scores(folder / "scores", folder / "corpus", score_of, dtype=dtype, shard_tokens=1 << 24)
-    if dtype == "fp16":  # the same column for the obvious way: fp16 bit patterns as a uint16 IndexedDataset sharing the index
+    if (
+        dtype == "fp16"
+    ):  # the same column for the obvious way: fp16 bit patterns as a uint16 IndexedDataset sharing the index
         shutil.copy(folder / "corpus.idx", folder / "column.idx")
         os.link(folder / "scores" / "loss.bin", folder / "column.bin")
 
 
 def stock(cls, corpus, sequence_length: int, folder: Path) -> GPTDataset:
     low_level = IndexedDataset(corpus.prefix)
-    config = GPTDatasetConfig(random_seed=1, sequence_length=sequence_length, blend=([corpus.prefix], None), split="1,0,0", path_to_cache=str(folder / "stock"),
-                              tokenizer=SimpleNamespace(vocab_size=None, eod=0, unique_identifiers={}), reset_position_ids=False, reset_attention_mask=False,
-                              eod_mask_loss=False, create_attention_mask=False)
-    return cls(low_level, corpus.prefix, np.arange(len(low_level), dtype=np.int32), None, Split.train, config)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=sequence_length,
+        blend=([corpus.prefix], None),
+        split="1,0,0",
+        path_to_cache=str(folder / "stock"),
+        tokenizer=SimpleNamespace(vocab_size=None, eod=0, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    return cls(
+        low_level,
+        corpus.prefix,
+        np.arange(len(low_level), dtype=np.int32),
+        None,
+        Split.train,
+        config,
+    )
 
 
 def bench_loader(folder: Path, tokens: int, sequence_length: int, dtype: str, rounds: int) -> dict:
@@ -90,10 +121,14 @@ def bench_loader(folder: Path, tokens: int, sequence_length: int, dtype: str, ro
     count = min(2000, len(scored) // 2)
     indices = np.random.RandomState(2).permutation(len(scored) - 1)[:count].tolist()
     loader = TrainingLoader(scored, global_batch_size=8, micro_batch_size=8, dp_rank=0, dp_size=1)
-    sides = {"GPTDataset, no scores": lambda: [core[i] for i in indices],
-             "ours, no scores": lambda: [unscored[i] for i in indices],
-             f"ours, {dtype} scores": lambda: [scored[i] for i in indices],
-             "ours, scores, collated by the loader": lambda: [loader.next_step() for _ in range(count // 8)]}
+    sides = {
+        "GPTDataset, no scores": lambda: [core[i] for i in indices],
+        "ours, no scores": lambda: [unscored[i] for i in indices],
+        f"ours, {dtype} scores": lambda: [scored[i] for i in indices],
+        "ours, scores, collated by the loader": lambda: [
+            loader.next_step() for _ in range(count // 8)
+        ],
+    }
     if dtype == "fp16":
         obvious = stock(ScoredByIndexedDataset, corpus, sequence_length, folder)
         obvious.scores = IndexedDataset(str(folder / "column"))
@@ -103,8 +138,13 @@ def bench_loader(folder: Path, tokens: int, sequence_length: int, dtype: str, ro
     loader.close()
     rate = {name: count / statistics.median(seconds) for name, seconds in times.items()}
     shares = [a / b for a, b in zip(times["GPTDataset, no scores"], times[f"ours, {dtype} scores"])]
-    return {"tokens": corpus.manifest.tokens, "documents": corpus.manifest.documents, "sequence_length": sequence_length, "samples_per_second": rate,
-            "scored_share_of_stock": statistics.median(shares)}
+    return {
+        "tokens": corpus.manifest.tokens,
+        "documents": corpus.manifest.documents,
+        "sequence_length": sequence_length,
+        "samples_per_second": rate,
+        "scored_share_of_stock": statistics.median(shares),
+    }
 
 
 def check_alignment(corpus, settings: dict, indices: list[int], dtype: str) -> None:
@@ -112,7 +152,9 @@ def check_alignment(corpus, settings: dict, indices: list[int], dtype: str) -> N
     for index in indices[:500]:
         sample = dataset[index]
         expected = score_of(sample["offsets"]).astype(DTYPES[dtype]).astype(np.float32)
-        if not np.array_equal(sample["reference_loss"][sample["loss_mask"] == 1], expected[sample["loss_mask"] == 1]):
+        if not np.array_equal(
+            sample["reference_loss"][sample["loss_mask"] == 1], expected[sample["loss_mask"] == 1]
+        ):
             raise AssertionError(f"sample {index}: a score is not that of its token")
 
 
@@ -121,20 +163,31 @@ def library_tokens(limit: int) -> np.ndarray:
     words: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" not in path.parts and len(words) < limit:
-            words += re.findall(r"\w+|\s+|[^\w\s]", path.read_text(encoding="utf-8", errors="ignore"))
-    _, ids, counts = np.unique(np.array(words[:limit], dtype=object).astype(str), return_inverse=True, return_counts=True)
+            words += re.findall(
+                r"\w+|\s+|[^\w\s]", path.read_text(encoding="utf-8", errors="ignore")
+            )
+    _, ids, counts = np.unique(
+        np.array(words[:limit], dtype=object).astype(str), return_inverse=True, return_counts=True
+    )
     rank = np.empty(len(counts), np.int64)
     rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
     return np.minimum(rank[ids], 31999)
 
 
-def ngram_losses(train: np.ndarray, test: np.ndarray, order: int, strength: float = 4.0) -> np.ndarray:
+def ngram_losses(
+    train: np.ndarray, test: np.ndarray, order: int, strength: float = 4.0
+) -> np.ndarray:
     """-log p of each test token under an n-gram model, each order smoothed towards the one below."""
     probability = (np.bincount(train, minlength=32000)[test] + 0.5) / (len(train) + 16000)
     for length in range(1, order):
         seen, contexts = (_hashes(tokens, length) for tokens in (train, test))
-        both_seen, both = (hashed * np.uint64(32003) + tokens.astype(np.uint64) for hashed, tokens in ((seen, train), (contexts, test)))
-        probability = (_counts(both_seen, both) + strength * probability) / (_counts(seen, contexts) + strength)
+        both_seen, both = (
+            hashed * np.uint64(32003) + tokens.astype(np.uint64)
+            for hashed, tokens in ((seen, train), (contexts, test))
+        )
+        probability = (_counts(both_seen, both) + strength * probability) / (
+            _counts(seen, contexts) + strength
+        )
     return -np.log(probability)
 
 
@@ -142,7 +195,11 @@ def _hashes(tokens: np.ndarray, length: int) -> np.ndarray:
     """A hash of the `length` tokens before each token."""
     hashed = np.zeros(len(tokens), np.uint64)
     for back in range(1, length + 1):
-        hashed = hashed * np.uint64(1000003) + np.concatenate([np.zeros(back, np.int64), tokens[:-back]]).astype(np.uint64) + np.uint64(1)
+        hashed = (
+            hashed * np.uint64(1000003)
+            + np.concatenate([np.zeros(back, np.int64), tokens[:-back]]).astype(np.uint64)
+            + np.uint64(1)
+        )
     return hashed
 
 
@@ -155,8 +212,12 @@ def _counts(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def stored_as(losses: np.ndarray) -> dict[str, np.ndarray]:
     bits = losses.astype(np.float32).view(np.uint32)
     bf16 = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-    return {"fp32": losses.astype(np.float32), "fp16": losses.astype(np.float16).astype(np.float32), "bf16": bf16,
-            "uint8": (np.round(np.minimum(losses, 20) / 20 * 255) / 255 * 20).astype(np.float32)}
+    return {
+        "fp32": losses.astype(np.float32),
+        "fp16": losses.astype(np.float16).astype(np.float32),
+        "bf16": bf16,
+        "uint8": (np.round(np.minimum(losses, 20) / 20 * 255) / 255 * 20).astype(np.float32),
+    }
 
 
 def bench_quantize(tokens: int) -> dict:
@@ -164,25 +225,50 @@ def bench_quantize(tokens: int) -> dict:
     a, b, test = np.array_split(text, 3)
     reference = ngram_losses(b, test, 4)
     random = np.random.RandomState(0)
-    students = {"n-gram pair": ngram_losses(a, test, 3),
-                **{f"close pair, s={s}": reference + 0.03 + s * np.sqrt(reference) * random.laplace(size=len(test)) for s in (0.3, 0.1)}}
+    students = {
+        "n-gram pair": ngram_losses(a, test, 3),
+        **{
+            f"close pair, s={s}": reference
+            + 0.03
+            + s * np.sqrt(reference) * random.laplace(size=len(test))
+            for s in (0.3, 0.1)
+        },
+    }
     result = {}
     for name, student in students.items():
-        kept = {dtype: select(student.astype(np.float32) - stored) for dtype, stored in stored_as(reference).items()}
-        result[name] = {dtype: 100 * (kept["fp32"] & ~chosen).sum() / kept["fp32"].sum() for dtype, chosen in kept.items() if dtype != "fp32"}
-    return {"tokens": len(test), "correlation": float(np.corrcoef(students["n-gram pair"], reference)[0, 1]), "changed_percent": result}
+        kept = {
+            dtype: select(student.astype(np.float32) - stored)
+            for dtype, stored in stored_as(reference).items()
+        }
+        result[name] = {
+            dtype: 100 * (kept["fp32"] & ~chosen).sum() / kept["fp32"].sum()
+            for dtype, chosen in kept.items()
+            if dtype != "fp32"
+        }
+    return {
+        "tokens": len(test),
+        "correlation": float(np.corrcoef(students["n-gram pair"], reference)[0, 1]),
+        "changed_percent": result,
+    }
 
 
 def select(excess: np.ndarray) -> np.ndarray:
     chosen = np.zeros(len(excess), bool)
-    chosen[np.argsort(-excess, kind="stable")[:int(np.ceil(KEEP * len(excess) - 1e-9))]] = True
+    chosen[np.argsort(-excess, kind="stable")[: int(np.ceil(KEEP * len(excess) - 1e-9))]] = True
     return chosen
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=("both", "loader", "quantize"), default="both")
-    parser.add_argument("--tokens", type=lambda text: int(ast.literal_eval(text)), default=100_000_000, help="corpus size; quantize uses at most 2 M")
+    parser.add_argument(
+        "--tokens",
+        type=lambda text: int(ast.literal_eval(text)),
+        default=100_000_000,
+        help="corpus size; quantize uses at most 2 M",
+    )
     parser.add_argument("--seq", type=int, default=2048, help="sequence length in tokens")
     parser.add_argument("--scores", choices=tuple(DTYPES), default="fp16")
     parser.add_argument("--rounds", type=int, default=7)
@@ -191,13 +277,17 @@ def main(argv: list[str] | None = None) -> int:
     missed = False
     if options.part != "quantize":
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            result = bench_loader(Path(folder), options.tokens, options.seq, options.scores, options.rounds)
+            result = bench_loader(
+                Path(folder), options.tokens, options.seq, options.scores, options.rounds
+            )
         print(json.dumps(result, indent=1))
         missed |= result["scored_share_of_stock"] < SCORED_SHARE_GATE
     if options.part != "loader":
         result = bench_quantize(min(options.tokens, 2_000_000))
         print(json.dumps(result, indent=1))
-        missed |= max(pair["fp16"] for pair in result["changed_percent"].values()) > CHANGED_PERCENT_GATE
+        missed |= (
+            max(pair["fp16"] for pair in result["changed_percent"].values()) > CHANGED_PERCENT_GATE
+        )
     return int(missed)
 
 

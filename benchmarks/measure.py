@@ -11,7 +11,9 @@ import torch
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
-def seconds_per_call(sides: dict[str, Callable[[], object]], clock: str, rounds: int) -> dict[str, list[float]]:
+def seconds_per_call(
+    sides: dict[str, Callable[[], object]], clock: str, rounds: int
+) -> dict[str, list[float]]:
     """Time every side once per round, in turn, after one untimed call each (20 on CUDA). clock: cpu, wall or cuda."""
     for side in sides.values():
         for _ in range(20 if clock == "cuda" else 1):
@@ -49,10 +51,14 @@ def peak_extra_bytes(side: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)  # a freed tensor leaves at once: glibc would keep it, and count it into a later peak
+    libc.mallopt(
+        _M_MMAP_THRESHOLD, 1 << 17
+    )  # a freed tensor leaves at once: glibc would keep it, and count it into a later peak
     side()  # memory mapped under the old rule is replaced, and first-call buffers are made
     libc.malloc_trim(0)  # freed heap that stayed resident would hide that much of the call's use
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # sets the high-water mark back to what is resident now
     before = _status_bytes("VmRSS")
     side()
     return _status_bytes("VmHWM") - before

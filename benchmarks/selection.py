@@ -29,7 +29,12 @@ from megatron_slm.selection import select_top
 from megatron_slm.selection.diagnostics import describe
 from megatron_slm.selection.radix import kth_largest_score
 from megatron_slm.selection.select import rankable
-from megatron_slm.selection.threshold import GATHER_MAX_TOKENS_ACCELERATOR, find_threshold, kept_tokens, quickselect
+from megatron_slm.selection.threshold import (
+    GATHER_MAX_TOKENS_ACCELERATOR,
+    find_threshold,
+    kept_tokens,
+    quickselect,
+)
 
 KEEP = 0.6
 TOLERANCE = 1.03  # a gate counts as missed beyond this
@@ -41,10 +46,24 @@ MEMORY_BYTES_PER_SECOND, KERNEL_SECONDS = 4.3e12, 5e-6
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["all", "one-process", "ranks", "describe", "diagnostics", "scaling"], default="all")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="processes of the part `ranks`")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 262_144, 1_048_576, 4_194_304], help="over all ranks")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--part",
+        choices=["all", "one-process", "ranks", "describe", "diagnostics", "scaling"],
+        default="all",
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2, 4, 8], help="processes of the part `ranks`"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[16_384, 65_536, 262_144, 1_048_576, 4_194_304],
+        help="over all ranks",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="append one line per case to this file")
     options = parser.parse_args(argv)
@@ -64,9 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         with options.json.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    missed = [line for line in lines if line.get("gate") and line["ratio"] > line["gate"] * TOLERANCE]
+    missed = [
+        line for line in lines if line.get("gate") and line["ratio"] > line["gate"] * TOLERANCE
+    ]
     for line in missed:
-        print(f"GATE MISSED: {line['case']}: {line['ratio']:.3f}, allowed {line['gate']:.3f}", file=sys.stderr)
+        print(
+            f"GATE MISSED: {line['case']}: {line['ratio']:.3f}, allowed {line['gate']:.3f}",
+            file=sys.stderr,
+        )
     return 1 if missed else 0
 
 
@@ -94,11 +118,15 @@ def one_process(tokens: int, rounds: int) -> list[dict]:
     seconds = _alternate(ways, rounds, time.process_time)
     peers = {"threshold": seconds["threshold: torch.kthvalue"], "mask": seconds["mask: torch.topk"]}
     lines = []
-    print(f"\n### One process, {tokens} tokens, keep fraction {KEEP}, CPU ms\n\n| what | CPU ms | of the peer | gate |\n|---|---|---|---|")
+    print(
+        f"\n### One process, {tokens} tokens, keep fraction {KEEP}, CPU ms\n\n| what | CPU ms | of the peer | gate |\n|---|---|---|---|"
+    )
     for name, value in seconds.items():
         ratio = value / peers[name.split(":")[0]]
         gate = 0.12 if name == "threshold: ours (quickselect)" else None
-        lines.append({"case": f"C10 {name}, {tokens}", "cpu_seconds": value, "ratio": ratio, "gate": gate})
+        lines.append(
+            {"case": f"C10 {name}, {tokens}", "cpu_seconds": value, "ratio": ratio, "gate": gate}
+        )
         print(f"| {name} | {value * 1e3:.1f} | {ratio:.3f} | {f'C10 {gate}' if gate else ''} |")
     return lines
 
@@ -127,34 +155,63 @@ def on_ranks(ranks: int, sizes: list[int], rounds: int) -> list[dict]:
         multiprocessing.spawn(_rank_main, (ranks, folder, sizes, rounds), nprocs=ranks)
         results = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(ranks)]
     lines = []
-    print(f"\n### {ranks} ranks over gloo, keep fraction {KEEP}: CPU ms of the slowest rank (wall ms), KB sent and received per rank\n")
-    print("| tokens | obvious: all-gather + topk | gather | radix | auto | auto, capacity known | KB: all-gather | KB: radix |\n|---|---|---|---|---|---|---|---|")
+    print(
+        f"\n### {ranks} ranks over gloo, keep fraction {KEEP}: CPU ms of the slowest rank (wall ms), KB sent and received per rank\n"
+    )
+    print(
+        "| tokens | obvious: all-gather + topk | gather | radix | auto | auto, capacity known | KB: all-gather | KB: radix |\n|---|---|---|---|---|---|---|---|"
+    )
     for tokens in sizes:
         cpu = {way: max(result[tokens][way][0] for result in results) for way in results[0][tokens]}
-        wall = {way: max(result[tokens][way][1] for result in results) for way in results[0][tokens]}
+        wall = {
+            way: max(result[tokens][way][1] for result in results) for way in results[0][tokens]
+        }
         for way in ("gather", "radix", "auto", "auto, capacity"):
             # without a capacity, auto also finds out how many tokens each rank has, which the obvious way takes for granted
-            gate = 0.18 if (way, ranks, tokens) == ("radix", 4, 4_194_304) else {"auto": 1.1, "auto, capacity": 1.0}.get(way)
+            gate = (
+                0.18
+                if (way, ranks, tokens) == ("radix", 4, 4_194_304)
+                else {"auto": 1.1, "auto, capacity": 1.0}.get(way)
+            )
             ratio = cpu[way] / cpu["obvious"]
             lines.append(
-                {"case": f"C11 {way}, {ranks} ranks, {tokens} tokens", "cpu_seconds": cpu[way], "wall_seconds": wall[way], "ratio": ratio, "gate": gate}
+                {
+                    "case": f"C11 {way}, {ranks} ranks, {tokens} tokens",
+                    "cpu_seconds": cpu[way],
+                    "wall_seconds": wall[way],
+                    "ratio": ratio,
+                    "gate": gate,
+                }
             )
-        cells = " | ".join(f"{cpu[way] * 1e3:.2f} ({wall[way] * 1e3:.1f}) {cpu[way] / cpu['obvious']:.2f}x" for way in cpu)
-        gathered, reduced = 2 * 4 * tokens * (ranks - 1) / ranks / 1e3, 3 * 2 * 2 * 8 * 2048 * (ranks - 1) / ranks / 1e3
+        cells = " | ".join(
+            f"{cpu[way] * 1e3:.2f} ({wall[way] * 1e3:.1f}) {cpu[way] / cpu['obvious']:.2f}x"
+            for way in cpu
+        )
+        gathered, reduced = (
+            2 * 4 * tokens * (ranks - 1) / ranks / 1e3,
+            3 * 2 * 2 * 8 * 2048 * (ranks - 1) / ranks / 1e3,
+        )
         print(f"| {tokens} | {cells} | {gathered:.0f} | {reduced:.0f} |")
     return lines
 
 
 def _rank_main(rank: int, ranks: int, folder: str, sizes: list[int], rounds: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks
+    )
     group, result = dist.group.WORLD, {}
     for tokens in sizes:
         score = torch.randn(tokens // ranks, generator=torch.Generator().manual_seed(rank))
         eligible = torch.ones_like(score, dtype=torch.bool)
         ways = {"obvious": lambda: _all_gather_topk(score, eligible, group)}
-        ways |= {way: lambda way=way: select_top(score, eligible, KEEP, group=group, backend=way).mask for way in ("gather", "radix", "auto")}
-        ways["auto, capacity"] = lambda: select_top(score, eligible, KEEP, group=group, capacity=score.numel()).mask
+        ways |= {
+            way: lambda way=way: select_top(score, eligible, KEEP, group=group, backend=way).mask
+            for way in ("gather", "radix", "auto")
+        }
+        ways["auto, capacity"] = lambda: select_top(
+            score, eligible, KEEP, group=group, capacity=score.numel()
+        ).mask
         masks = [way() for way in ways.values()]
         assert all(torch.equal(mask, masks[0]) for mask in masks), "the ways disagree"
         # the ways take turns call by call, so that what else happens on the machine happens to all of them
@@ -166,7 +223,10 @@ def _rank_main(rank: int, ranks: int, folder: str, sizes: list[int], rounds: int
                 cpu, wall = time.process_time(), time.perf_counter()
                 call()
                 taken[way].append((time.process_time() - cpu, time.perf_counter() - wall))
-        result[tokens] = {way: tuple(map(statistics.median, zip(*values, strict=True))) for way, values in taken.items()}
+        result[tokens] = {
+            way: tuple(map(statistics.median, zip(*values, strict=True)))
+            for way, values in taken.items()
+        }
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -188,24 +248,41 @@ def description_cost(rounds: int, sequences: int = 4, length: int = 2048) -> lis
     """describe() against the floating point work of a 1.1 B model's step on this core, measured as one fp32 matrix product."""
     generator = torch.Generator().manual_seed(0)
     loss = torch.rand(sequences, length, generator=generator) * 6
-    columns = {"loss": loss, "reference_loss": loss + torch.randn(loss.shape, generator=generator) * 0.5}
-    columns |= {"position": torch.arange(length).expand(sequences, length), "corpus_id": torch.arange(sequences) % 3}
+    columns = {
+        "loss": loss,
+        "reference_loss": loss + torch.randn(loss.shape, generator=generator) * 0.5,
+    }
+    columns |= {
+        "position": torch.arange(length).expand(sequences, length),
+        "corpus_id": torch.arange(sequences) % 3,
+    }
     score, eligible = loss - columns["reference_loss"], torch.ones_like(loss, dtype=torch.bool)
     selection = select_top(score, eligible, KEEP)
     matrix = torch.randn(1024, 1024)
     ways = {
-        "describe": lambda: describe(columns, score, eligible, selection, sequence_length=length, corpora=3),
+        "describe": lambda: describe(
+            columns, score, eligible, selection, sequence_length=length, corpora=3
+        ),
         "select_top": lambda: select_top(score, eligible, KEEP),
         "matrix product": lambda: matrix @ matrix,
     }
     seconds = _alternate(ways, rounds * 5, time.process_time)
     step = MODEL_FLOPS_PER_TOKEN * loss.numel() * seconds["matrix product"] / (2 * 1024**3)
-    print(f"\n### {loss.numel()} tokens on one core, share of a 1.1 B-parameter step on the same core ({step:.0f} s)\n\n| what | CPU ms | share |\n|---|---|---|")
+    print(
+        f"\n### {loss.numel()} tokens on one core, share of a 1.1 B-parameter step on the same core ({step:.0f} s)\n\n| what | CPU ms | share |\n|---|---|---|"
+    )
     lines = []
     for name in ("describe", "select_top"):
         share = seconds[name] / step
         print(f"| {name} | {seconds[name] * 1e3:.2f} | {share:.7f} |")
-        lines.append({"case": f"{name} as a share of the step", "cpu_seconds": seconds[name], "ratio": share, "gate": 0.005})
+        lines.append(
+            {
+                "case": f"{name} as a share of the step",
+                "cpu_seconds": seconds[name],
+                "ratio": share,
+                "gate": 0.005,
+            }
+        )
     return lines
 
 
@@ -218,13 +295,27 @@ def diagnostics_in_training(rounds: int, log_interval_steps: int = 10) -> list[d
 
     # A process of its own: on a CPU, stand-ins for torch.cuda are put in place before megatron-core is imported.
     with processes.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(_train_quickstart_model, (rounds * log_interval_steps, log_interval_steps))
-    step, parts = result["step"], {name: seconds for name, seconds in result.items() if name != "step"}
+        result = pool.apply(
+            _train_quickstart_model, (rounds * log_interval_steps, log_interval_steps)
+        )
+    step, parts = (
+        result["step"],
+        {name: seconds for name, seconds in result.items() if name != "step"},
+    )
     share = sum(parts.values()) / step
-    print(f"\n### Diagnostics in training: quickstart model, {result['step'] * 1e3:.0f} CPU ms a step on one core\n\n| what | CPU ms a step | share |\n|---|---|---|")
+    print(
+        f"\n### Diagnostics in training: quickstart model, {result['step'] * 1e3:.0f} CPU ms a step on one core\n\n| what | CPU ms a step | share |\n|---|---|---|"
+    )
     for name, seconds in [*parts.items(), ("all", sum(parts.values()))]:
         print(f"| {name} | {seconds * 1e3:.3f} | {seconds / step:.3%} |")
-    return [{"case": "diagnostics as a share of a step of the quickstart model", "cpu_seconds": sum(parts.values()), "ratio": share, "gate": 0.005}]
+    return [
+        {
+            "case": "diagnostics as a share of a step of the quickstart model",
+            "cpu_seconds": sum(parts.values()),
+            "ratio": share,
+            "gate": 0.005,
+        }
+    ]
 
 
 def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, float]:
@@ -233,7 +324,9 @@ def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, fl
     from megatron_slm import device, parallel
     from megatron_slm.config.load import load_yaml
 
-    config = load_yaml(Path(__file__).resolve().parents[1] / "launch" / "recipes" / "quickstart.yaml")
+    config = load_yaml(
+        Path(__file__).resolve().parents[1] / "launch" / "recipes" / "quickstart.yaml"
+    )
     config.parallel.distributed_optimizer = False
     config.selection.scorer, config.selection.reference.scores = "excess_loss", ["synthetic"]
     groups = parallel.start(config.parallel, device.choose("cpu"), 0)
@@ -250,7 +343,11 @@ def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, fl
     models = wrap_data_parallel(build_model(config, vocabulary_size, groups), config)
     chooser = Chooser(config.selection, groups, sequence_length=data.sequence_length, corpora=1)
     trainer = Trainer(models, build_optimizer(models, config), chooser, groups)
-    metrics, generator, taken = Metrics(groups.device), torch.Generator().manual_seed(0), {"describe": [], "add up": [], "reduce, per log line": [], "step": []}
+    metrics, generator, taken = (
+        Metrics(groups.device),
+        torch.Generator().manual_seed(0),
+        {"describe": [], "add up": [], "reduce, per log line": [], "step": []},
+    )
 
     def timed(name, function):
         def call(*args, **kwargs):
@@ -259,17 +356,28 @@ def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, fl
                 return function(*args, **kwargs)
             finally:
                 taken[name].append(time.process_time() - start)
+
         return call
 
     def batch(number: int) -> Batch:
         shape = (data.micro_batch_size, data.sequence_length)
         text = torch.randint(0, vocabulary_size, (shape[0], shape[1] + 1), generator=generator)
         position = torch.arange(shape[1]).expand(shape)
-        return Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.ones(shape), position, torch.arange(shape[0] * shape[1]).view(shape) + number * 10**6,
-                     torch.zeros(shape[0], dtype=torch.int64), {"reference_loss": torch.rand(shape, generator=generator) * 2 + 7})
+        return Batch(
+            text[:, :-1].contiguous(),
+            text[:, 1:].contiguous(),
+            torch.ones(shape),
+            position,
+            torch.arange(shape[0] * shape[1]).view(shape) + number * 10**6,
+            torch.zeros(shape[0], dtype=torch.int64),
+            {"reference_loss": torch.rand(shape, generator=generator) * 2 + 7},
+        )
 
     chooser.describe, add = timed("describe", chooser.describe), timed("add up", metrics.add_all)
-    reduce, step = timed("reduce, per log line", lambda: metrics.reduce(groups.dp_cp, summarise=summarise)), timed("step", train_step)
+    reduce, step = (
+        timed("reduce, per log line", lambda: metrics.reduce(groups.dp_cp, summarise=summarise)),
+        timed("step", train_step),
+    )
     for number in range(steps):
         batches = [batch(i) for i in range(data.global_batch_size // data.micro_batch_size)]
         add(step(trainer, batches, Progress(number, 0), 1e-4).measured)
@@ -295,10 +403,23 @@ def scaling(rounds: int) -> list[dict]:
     score = torch.randn(16_777_216, generator=torch.Generator().manual_seed(0))
     assert kth_largest_score(score, KEEP, None) == _as_tuple(find_threshold(score, KEEP, None))
     sample = score[:1_048_576]
-    cpu = _alternate({"radix": lambda: kth_largest_score(sample, KEEP, None), "topk": lambda: sample.topk(600_000, sorted=False)}, rounds, time.process_time)
-    print("\n### Computed: one selection over all tokens of a step, milliseconds (share of the step of a 1.1 B model)\n")
-    print(f"Measured on one CPU core: radix {cpu['radix'] / 2**20 * 1e9:.1f} ns per token, topk {cpu['topk'] / 2**20 * 1e9:.1f} ns per token.\n")
-    print("| ranks | tokens per step | step, ms | obvious, accelerator | auto, accelerator | | obvious, CPU ranks | radix, CPU ranks |\n|---|---|---|---|---|---|---|---|")
+    cpu = _alternate(
+        {
+            "radix": lambda: kth_largest_score(sample, KEEP, None),
+            "topk": lambda: sample.topk(600_000, sorted=False),
+        },
+        rounds,
+        time.process_time,
+    )
+    print(
+        "\n### Computed: one selection over all tokens of a step, milliseconds (share of the step of a 1.1 B model)\n"
+    )
+    print(
+        f"Measured on one CPU core: radix {cpu['radix'] / 2**20 * 1e9:.1f} ns per token, topk {cpu['topk'] / 2**20 * 1e9:.1f} ns per token.\n"
+    )
+    print(
+        "| ranks | tokens per step | step, ms | obvious, accelerator | auto, accelerator | | obvious, CPU ranks | radix, CPU ranks |\n|---|---|---|---|---|---|---|---|"
+    )
     lines = []
     for ranks in (8, 32, 128, 512):
         for tokens in (1_048_576, 4_194_304, 16_777_216):
@@ -308,11 +429,27 @@ def scaling(rounds: int) -> list[dict]:
             reduce = 3 * (2 * hops + 2 * 8 * 2048 * (ranks - 1) / ranks / LINK_BYTES_PER_SECOND)
             obvious = gather + _device_seconds(10, tokens, 25)
             way = "gather" if tokens <= GATHER_MAX_TOKENS_ACCELERATOR else "radix"
-            ours = gather + _device_seconds(12, tokens, 25) if way == "gather" else reduce + _device_seconds(12, tokens / ranks, 60)
-            cpu_ranks = gather + cpu["topk"] / 2**20 * tokens, reduce + cpu["radix"] / 2**20 * tokens / ranks
+            ours = (
+                gather + _device_seconds(12, tokens, 25)
+                if way == "gather"
+                else reduce + _device_seconds(12, tokens / ranks, 60)
+            )
+            cpu_ranks = (
+                gather + cpu["topk"] / 2**20 * tokens,
+                reduce + cpu["radix"] / 2**20 * tokens / ranks,
+            )
             cells = f"{obvious * 1e3:.2f} ({obvious / step:.2%}) | {ours * 1e3:.2f} ({ours / step:.2%}) | {way}"
-            print(f"| {ranks} | {tokens} | {step * 1e3:.0f} | {cells} | {cpu_ranks[0] * 1e3:.1f} | {cpu_ranks[1] * 1e3:.1f} |")
-            lines.append({"case": f"scaling, {ranks} ranks, {tokens} tokens", "seconds": ours, "ratio": ours / step, "gate": 0.01})
+            print(
+                f"| {ranks} | {tokens} | {step * 1e3:.0f} | {cells} | {cpu_ranks[0] * 1e3:.1f} | {cpu_ranks[1] * 1e3:.1f} |"
+            )
+            lines.append(
+                {
+                    "case": f"scaling, {ranks} ranks, {tokens} tokens",
+                    "seconds": ours,
+                    "ratio": ours / step,
+                    "gate": 0.01,
+                }
+            )
     return lines
 
 

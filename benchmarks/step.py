@@ -31,13 +31,34 @@ from megatron_slm.config.schema import ParallelConfig
 from megatron_slm.monitoring import model_flops_per_token, peak_flops_per_second
 
 GATE_SLACK = 1.03
-SMALL = Shape(layers=8, hidden=512, feed_forward=1408, heads=8, query_groups=8, vocabulary=32000, sequence_tokens=512, sequences=4, precision="fp32")
+SMALL = Shape(
+    layers=8,
+    hidden=512,
+    feed_forward=1408,
+    heads=8,
+    query_groups=8,
+    vocabulary=32000,
+    sequence_tokens=512,
+    sequences=4,
+    precision="fp32",
+)
 TINYLLAMA = Shape(
-    layers=22, hidden=2048, feed_forward=5632, heads=32, query_groups=4, vocabulary=32000, sequence_tokens=2048, sequences=8, precision="bf16"
+    layers=22,
+    hidden=2048,
+    feed_forward=5632,
+    heads=32,
+    query_groups=4,
+    vocabulary=32000,
+    sequence_tokens=2048,
+    sequences=8,
+    precision="bf16",
 )
 PRODUCT_FLOPS_PER_SECOND = 790e12
 """What a large bf16 product reaches on an H100 or H200: the ceiling of G9."""
-LIMITS = {"fp32": {"loss": 1e-5, "selected": 0, "gradient": 1e-4}, "bf16": {"loss": 1e-2, "selected": None, "gradient": 2e-2}}
+LIMITS = {
+    "fp32": {"loss": 1e-5, "selected": 0, "gradient": 1e-4},
+    "bf16": {"loss": 1e-2, "selected": None, "gradient": 2e-2},
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(ceilings()), flush=True)
         chosen = _cases(options, device.kind)
         for shape in dict.fromkeys(case.shape for case in chosen):
-            for row in run_cases([case for case in chosen if case.shape == shape], Bench(shape, groups), options):
+            for row in run_cases(
+                [case for case in chosen if case.shape == shape], Bench(shape, groups), options
+            ):
                 missed += row["missed"]
                 print(json.dumps(row), flush=True)
     finally:
@@ -98,18 +121,46 @@ def run_cases(cases: list[Case], bench: Bench, options: argparse.Namespace):
     """Measure cases of one shape over common rounds; yields what is printed."""
     device, shape = bench.groups.device, bench.shape
     found = differences(bench) if options.check else {}
-    correct = all(limit is None or found[name] <= limit for name, limit in LIMITS[shape.precision].items()) if found else True
-    common = {"layers": shape.layers, "hidden": shape.hidden, "vocabulary": shape.vocabulary, "tokens": shape.tokens, "precision": shape.precision}
-    common |= {"k": shape.keep_fraction, "device": _device_name(device), "torch": torch.__version__, "threads": options.threads}
+    correct = (
+        all(
+            limit is None or found[name] <= limit for name, limit in LIMITS[shape.precision].items()
+        )
+        if found
+        else True
+    )
+    common = {
+        "layers": shape.layers,
+        "hidden": shape.hidden,
+        "vocabulary": shape.vocabulary,
+        "tokens": shape.tokens,
+        "precision": shape.precision,
+    }
+    common |= {
+        "k": shape.keep_fraction,
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "threads": options.threads,
+    }
     common |= {"differences": {name: float(f"{value:.2e}") for name, value in found.items()}}
     names = dict.fromkeys(name for case in cases for name in (case.ours, case.peer))
     sides = {name: bench.side(name) for name in names}
     clock = "cuda" if device.type == "cuda" else options.clock
     timed = {name for case in cases if case.measure != "memory" for name in (case.ours, case.peer)}
-    times = seconds_per_call({name: sides[name] for name in names if name in timed}, clock, options.rounds or (50 if clock == "cuda" else 5))
+    times = seconds_per_call(
+        {name: sides[name] for name in names if name in timed},
+        clock,
+        options.rounds or (50 if clock == "cuda" else 5),
+    )
     for case in cases:
-        row = {"case": case.name, "ours": case.ours, "peer": case.peer, "measure": case.measure} | common
-        row |= _memory(case, sides, device) if case.measure == "memory" else _time(case, times, clock)
+        row = {
+            "case": case.name,
+            "ours": case.ours,
+            "peer": case.peer,
+            "measure": case.measure,
+        } | common
+        row |= (
+            _memory(case, sides, device) if case.measure == "memory" else _time(case, times, clock)
+        )
         if case.floor is not None:
             row |= _share_of_ceiling(case, times, device)
             met = row["share"] * GATE_SLACK >= case.floor
@@ -120,58 +171,115 @@ def run_cases(cases: list[Case], bench: Bench, options: argparse.Namespace):
 
 def _time(case: Case, times: dict[str, list[float]], clock: str) -> dict:
     ours, peer = times[case.ours], times[case.peer]
-    row = {"clock": clock, "rounds": len(ours), "ours_median_seconds": statistics.median(ours), "peer_median_seconds": statistics.median(peer)}
+    row = {
+        "clock": clock,
+        "rounds": len(ours),
+        "ours_median_seconds": statistics.median(ours),
+        "peer_median_seconds": statistics.median(peer),
+    }
     row |= {"ours_min_seconds": min(ours), "peer_min_seconds": min(peer)}
-    row |= {"ratio": row["ours_median_seconds"] / row["peer_median_seconds"], "ratio_of_minima": min(ours) / min(peer)}
+    row |= {
+        "ratio": row["ours_median_seconds"] / row["peer_median_seconds"],
+        "ratio_of_minima": min(ours) / min(peer),
+    }
     # Neighbouring rounds meet the same neighbours on a shared machine: their ratios move least.
     row["median_of_round_ratios"] = statistics.median(a / b for a, b in zip(ours, peer))
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+    return {
+        name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()
+    }
 
 
 def _memory(case: Case, sides: dict, device: torch.device) -> dict:
     """Peak above what is in use before the call: activations, logits, losses; weights count on neither side."""
-    extra = {role: peak_extra_bytes(sides[name], device) for role, name in (("ours", case.ours), ("peer", case.peer))}
-    return {f"{role}_mib": round(value / 2**20, 1) for role, value in extra.items()} | {"ratio": round(extra["ours"] / extra["peer"], 4)}
+    extra = {
+        role: peak_extra_bytes(sides[name], device)
+        for role, name in (("ours", case.ours), ("peer", case.peer))
+    }
+    return {f"{role}_mib": round(value / 2**20, 1) for role, value in extra.items()} | {
+        "ratio": round(extra["ours"] / extra["peer"], 4)
+    }
 
 
 def _share_of_ceiling(case: Case, times: dict[str, list[float]], device: torch.device) -> dict:
     """Model FLOPs per second (every token counted in full, selected or not) over the device's peak, or over what a product reaches."""
-    flops = model_flops_per_token(case.shape.config().model, case.shape.sequence_tokens, case.shape.vocabulary)
+    flops = model_flops_per_token(
+        case.shape.config().model, case.shape.sequence_tokens, case.shape.vocabulary
+    )
     tokens_per_second = case.shape.tokens / statistics.median(times[case.ours])
     per_token = flops.training if case.measure == "mfu" else flops.forward
     name = _device_name(device)
-    ceiling = PRODUCT_FLOPS_PER_SECOND if case.measure == "forward_share" else peak_flops_per_second(name, case.shape.precision)
+    ceiling = (
+        PRODUCT_FLOPS_PER_SECOND
+        if case.measure == "forward_share"
+        else peak_flops_per_second(name, case.shape.precision)
+    )
     if ceiling is None:
-        raise SystemExit(f"{case.name} needs the device's peak, and {name!r} has no known one; run it on an H100 or H200.")
-    return {"tokens_per_second": round(tokens_per_second), "share": round(tokens_per_second * per_token / ceiling, 4)}
+        raise SystemExit(
+            f"{case.name} needs the device's peak, and {name!r} has no known one; run it on an H100 or H200."
+        )
+    return {
+        "tokens_per_second": round(tokens_per_second),
+        "share": round(tokens_per_second * per_token / ceiling, 4),
+    }
 
 
 def ceilings() -> dict:
     """What this GPU reaches at best, measured in the same call as the cases."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source, target = (torch.empty(4 << 30, device="cuda", dtype=torch.uint8) for _ in range(2))
-    times = seconds_per_call({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, "cuda", rounds=20)
+    times = seconds_per_call(
+        {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, "cuda", rounds=20
+    )
     product, copy = (statistics.median(times[name]) for name in ("product", "copy"))
-    return {"ceilings": torch.cuda.get_device_name(), "product_tflops": round(2 * 8192**3 / product / 1e12, 1), "copy_tb_s": round(2 * (4 << 30) / copy / 1e12, 2)}
+    return {
+        "ceilings": torch.cuda.get_device_name(),
+        "product_tflops": round(2 * 8192**3 / product / 1e12, 1),
+        "copy_tb_s": round(2 * (4 << 30) / copy / 1e12, 2),
+    }
 
 
 def _cases(options: argparse.Namespace, device_kind: str) -> list[Case]:
-    names = [name for name in CASES if name.startswith("G" if device_kind == "cuda" else "C")] if options.case == "all" else options.case.split(",")
+    names = (
+        [name for name in CASES if name.startswith("G" if device_kind == "cuda" else "C")]
+        if options.case == "all"
+        else options.case.split(",")
+    )
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown case {unknown[0]}; choose from {', '.join(CASES)} or all")
-    changes = {"layers": options.layers, "hidden": options.hidden, "vocabulary": options.vocab, "sequence_tokens": options.seq}
-    changes |= {"sequences": options.mbs, "keep_fraction": options.k, "precision": options.precision}
+    changes = {
+        "layers": options.layers,
+        "hidden": options.hidden,
+        "vocabulary": options.vocab,
+        "sequence_tokens": options.seq,
+    }
+    changes |= {
+        "sequences": options.mbs,
+        "keep_fraction": options.k,
+        "precision": options.precision,
+    }
     changes = {name: value for name, value in changes.items() if value is not None}
     return [replace(CASES[name], shape=replace(CASES[name].shape, **changes)) for name in names]
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", required=True, help=f"{', '.join(CASES)}, several with commas, or all; the options below change the shape")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--case",
+        required=True,
+        help=f"{', '.join(CASES)}, several with commas, or all; the options below change the shape",
+    )
     parser.add_argument("--layers", type=int, help="transformer layers")
     parser.add_argument("--hidden", type=int, help="hidden size")
     parser.add_argument("--vocab", type=int, help="vocabulary size")
@@ -183,7 +291,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--no-check", dest="check", action="store_false", help="skip the comparison of the first step")
+    parser.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="skip the comparison of the first step",
+    )
     return parser
 
 

@@ -43,9 +43,17 @@ class Shape:
     def config(self) -> Config:
         config = Config()
         config.device.precision = self.precision
-        config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size = self.layers, self.hidden, self.feed_forward
+        config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size = (
+            self.layers,
+            self.hidden,
+            self.feed_forward,
+        )
         config.model.attention_heads, config.model.query_groups = self.heads, self.query_groups
-        config.data.sequence_length, config.data.micro_batch_size, config.data.global_batch_size = self.sequence_tokens, self.sequences, self.sequences
+        config.data.sequence_length, config.data.micro_batch_size, config.data.global_batch_size = (
+            self.sequence_tokens,
+            self.sequences,
+            self.sequences,
+        )
         config.selection.scorer, config.selection.keep_fraction = "excess_loss", self.keep_fraction
         config.selection.reference.scores = ["columns of the batch"]
         return config
@@ -72,8 +80,19 @@ class Bench:
     def _online(self) -> Side:
         from megatron_slm.model.build import build_model
 
-        ours = self.side("precomputed").trainer if "precomputed" in self.sides else self.trainer(self.config)
-        return self._step(replace(ours, reference=build_model(self.config, self.shape.vocabulary, self.groups, trainable=False)))
+        ours = (
+            self.side("precomputed").trainer
+            if "precomputed" in self.sides
+            else self.trainer(self.config)
+        )
+        return self._step(
+            replace(
+                ours,
+                reference=build_model(
+                    self.config, self.shape.vocabulary, self.groups, trainable=False
+                ),
+            )
+        )
 
     def _known(self) -> Side:
         """A static scorer: the choice is made from stored columns, and the head computes the chosen rows only."""
@@ -110,7 +129,9 @@ class Bench:
         from megatron_slm.training.step import Trainer
 
         models = wrap_data_parallel(build_model(config, self.shape.vocabulary, self.groups), config)
-        chooser = Chooser(config.selection, self.groups, sequence_length=self.shape.sequence_tokens, corpora=1)
+        chooser = Chooser(
+            config.selection, self.groups, sequence_length=self.shape.sequence_tokens, corpora=1
+        )
         return Trainer(models, build_optimizer(models, config), chooser, self.groups)
 
     def _step(self, trainer) -> Side:
@@ -145,7 +166,9 @@ class Stock:
         from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
 
         self.bench = bench
-        self.models = [stock_model(bench.config, bench.shape.vocabulary, bench.groups, fused_loss=fused_loss)]
+        self.models = [
+            stock_model(bench.config, bench.shape.vocabulary, bench.groups, fused_loss=fused_loss)
+        ]
         if trainable:
             self.models = wrap_data_parallel(self.models, bench.config)
             self.optimizer = build_optimizer(self.models, bench.config)
@@ -176,23 +199,36 @@ class Stock:
         return self.models[0](batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
 
 
-def stock_model(config: Config, vocabulary: int, groups: Groups, *, fused_loss: bool) -> torch.nn.Module:
+def stock_model(
+    config: Config, vocabulary: int, groups: Groups, *, fused_loss: bool
+) -> torch.nn.Module:
     """GPTModel exactly as model.build makes Decoder, with the same initial weights, but for the class."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_slm.model.build import initialize_weights, padded_vocabulary_size, resolve_layers, transformer_config
+    from megatron_slm.model.build import (
+        initialize_weights,
+        padded_vocabulary_size,
+        resolve_layers,
+        transformer_config,
+    )
     from megatron_slm.model.layers import layer_spec
 
     on_gpu = groups.device.type == "cuda"
     core_config = transformer_config(config, on_gpu=on_gpu)
     core_config.cross_entropy_loss_fusion = fused_loss
     model = GPTModel(
-        core_config, layer_spec(core_config, resolve_layers(config, on_gpu), None), padded_vocabulary_size(config, vocabulary),
-        config.data.sequence_length, position_embedding_type="rope", rotary_base=config.model.rope_base,
+        core_config,
+        layer_spec(core_config, resolve_layers(config, on_gpu), None),
+        padded_vocabulary_size(config, vocabulary),
+        config.data.sequence_length,
+        position_embedding_type="rope",
+        rotary_base=config.model.rope_base,
         share_embeddings_and_output_weights=config.model.tied_embeddings,
-    ).to(groups.device)  # fmt: skip
-    initialize_weights([model], config.run.seed, config.model.initialization_std, config.model.layers)
+    ).to(groups.device)
+    initialize_weights(
+        [model], config.run.seed, config.model.initialization_std, config.model.layers
+    )
     return model if config.device.precision == "fp32" else Float16Module(core_config, model)
 
 
@@ -202,10 +238,14 @@ def random_batch(shape: Shape, device: torch.device) -> Batch:
     size = (shape.sequences, shape.sequence_tokens)
     text_BS = torch.randint(0, shape.vocabulary, (size[0], size[1] + 1), generator=generator)
     return Batch(
-        tokens_BS=text_BS[:, :-1].contiguous(), labels_BS=text_BS[:, 1:].contiguous(), loss_mask_BS=torch.ones(size),
-        position_ids_BS=torch.arange(size[1]).expand(size).contiguous(), token_id_BS=torch.arange(shape.tokens).view(size),
-        corpus_id_B=torch.zeros(size[0], dtype=torch.int64), columns={"reference_loss": 10.0 + torch.randn(size, generator=generator)},
-    ).to(device)  # fmt: skip
+        tokens_BS=text_BS[:, :-1].contiguous(),
+        labels_BS=text_BS[:, 1:].contiguous(),
+        loss_mask_BS=torch.ones(size),
+        position_ids_BS=torch.arange(size[1]).expand(size).contiguous(),
+        token_id_BS=torch.arange(shape.tokens).view(size),
+        corpus_id_B=torch.zeros(size[0], dtype=torch.int64),
+        columns={"reference_loss": 10.0 + torch.randn(size, generator=generator)},
+    ).to(device)
 
 
 def differences(bench: Bench) -> dict[str, float]:
@@ -218,13 +258,23 @@ def differences(bench: Bench) -> dict[str, float]:
     from megatron_slm.training.step import selected_loss
 
     trainer, stock = bench.trainer(bench.config), Stock(bench, fused_loss=False)
-    loss_BS, stock_loss_BS = forward_losses(trainer.models, [bench.batch], bench.groups)[0]["loss"], stock.forward().float()
+    loss_BS, stock_loss_BS = (
+        forward_losses(trainer.models, [bench.batch], bench.groups)[0]["loss"],
+        stock.forward().float(),
+    )
     (selection,) = trainer.chooser.choose_step([bench.own_batch()], [{"loss": loss_BS}], PROGRESS)
     chosen_BS = plainly_chosen(stock_loss_BS, bench)
     for model in trainer.models:
         model.zero_grad_buffer()
-    forward_backward(trainer.models, [bench.own_batch()], selected_loss(trainer.chooser, None, PROGRESS), bench.groups)
-    stock.backward(selection.mask.float())  # of our choice: a bf16 peer's own differs by the noise of its losses
+    forward_backward(
+        trainer.models,
+        [bench.own_batch()],
+        selected_loss(trainer.chooser, None, PROGRESS),
+        bench.groups,
+    )
+    stock.backward(
+        selection.mask.float()
+    )  # of our choice: a bf16 peer's own differs by the noise of its losses
     ours, theirs = (dict(side.models[0].module.named_parameters()) for side in (trainer, stock))
     assert ours.keys() == theirs.keys(), "the two models do not have the same parameters"
     return {

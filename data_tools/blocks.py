@@ -12,8 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
 from data_tools.decompression import decompressed
-from data_tools.documents import (BLANK_LINE, DAMAGED_FILE, BadRecord, Reject, text_of_bytes, text_of_line,
-                                  text_of_record)
+from data_tools.documents import (
+    BLANK_LINE,
+    DAMAGED_FILE,
+    BadRecord,
+    Reject,
+    text_of_bytes,
+    text_of_line,
+    text_of_record,
+)
 from data_tools.giant import GIANT_BYTES, GiantText, giant_file, giant_line
 from data_tools.inputs import SourceFile, Unit
 
@@ -101,7 +108,9 @@ class BlockReader:
                     return giant_file(file.path, lambda: _file_pieces(file))
         except (OSError, EOFError, ValueError) as error:
             self.damaged_bytes += file.size_bytes
-            return Reject(file.path, 0, DAMAGED_FILE, getattr(error, "strerror", None) or str(error))
+            return Reject(
+                file.path, 0, DAMAGED_FILE, getattr(error, "strerror", None) or str(error)
+            )
         content = b"".join(kept)
         self.read_bytes += len(content)
         self._hash.update(len(content).to_bytes(8, "little") + content)
@@ -123,7 +132,9 @@ class BlockReader:
         if giant:
             yield self._read_giant_line(file.path, file, *giant)
 
-    def _read_giant_line(self, path: str, file: SourceFile, start: int, end: int) -> Reject | GiantText:
+    def _read_giant_line(
+        self, path: str, file: SourceFile, start: int, end: int
+    ) -> Reject | GiantText:
         self.lines += 1
         self.read_bytes += end - start
         try:
@@ -131,7 +142,9 @@ class BlockReader:
         except BadRecord as bad:
             return Reject(file.path, self.lines, bad.reason, bad.detail)
 
-    def _read_lines(self, file: SourceFile, data: bytes, *, at_start: bool) -> Iterator[Record | Reject]:
+    def _read_lines(
+        self, file: SourceFile, data: bytes, *, at_start: bool
+    ) -> Iterator[Record | Reject]:
         self.read_bytes += len(data)
         self._hash.update(data)
         if at_start:
@@ -159,13 +172,20 @@ class BlockReader:
             opened = pyarrow.parquet.ParquetFile(file.path)
             missing = [key for key in self._keys if key not in opened.schema_arrow.names]
             if missing:
-                raise BadRecord("missing key", f"no column {missing[0]!r}; the columns are {opened.schema_arrow.names}")
-            for batch in opened.iter_batches(_ROWS_PER_BATCH, row_groups=range(unit.start, unit.end)):
+                raise BadRecord(
+                    "missing key",
+                    f"no column {missing[0]!r}; the columns are {opened.schema_arrow.names}",
+                )
+            for batch in opened.iter_batches(
+                _ROWS_PER_BATCH, row_groups=range(unit.start, unit.end)
+            ):
                 yield from self._rows_of_batch(file, batch)
         except BadRecord as bad:
             self.damaged_bytes += unit.size_bytes
             yield Reject(file.path, 0, bad.reason, bad.detail)
-        except Exception as error:  # pyarrow raises OSError, ArrowInvalid, ... for one and the same damage
+        except (
+            Exception
+        ) as error:  # pyarrow raises OSError, ArrowInvalid, ... for one and the same damage
             self.damaged_bytes += unit.size_bytes
             yield Reject(file.path, 0, DAMAGED_FILE, f"{type(error).__name__}: {error}"[:200])
 

@@ -24,9 +24,15 @@ class CorpusCopy:
     """A new corpus in PREFIX.partial/, filled with `copy_from`, published by `finish`. Leaving early removes it."""
 
     def __init__(self, prefix: str, dtype: np.dtype, *, overwrite: bool) -> None:
-        existing = [path for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)) if path.exists()]
+        existing = [
+            path
+            for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix))
+            if path.exists()
+        ]
         if existing and not overwrite:
-            raise ValueError(f"{existing[0]} exists already. Give --overwrite to replace it, or another output prefix.")
+            raise ValueError(
+                f"{existing[0]} exists already. Give --overwrite to replace it, or another output prefix."
+            )
         self.prefix, self._dtype = prefix, np.dtype(dtype)
         self._folder = Path(f"{prefix}.partial")
         self.documents = 0
@@ -35,8 +41,10 @@ class CorpusCopy:
         try:
             self._folder.mkdir(parents=True)
         except FileExistsError:
-            raise ValueError(f"{self._folder} exists: another program is writing this corpus, or one was killed. If none runs, "
-                             "delete that folder.") from None
+            raise ValueError(
+                f"{self._folder} exists: another program is writing this corpus, or one was killed. If none runs, "
+                "delete that folder."
+            ) from None
         self._bin = open(self._folder / "tokens.bin", "wb")
         self._lengths = open(self._folder / "lengths.i32", "wb")
         self._sha256 = hashlib.sha256()
@@ -74,18 +82,33 @@ class CorpusCopy:
         for stream in (self._bin, self._lengths):
             stream.flush()
             os.fsync(stream.fileno())
-        lengths = (np.memmap(self._folder / "lengths.i32", mode="r", dtype="<i4") if self.documents else np.empty(0, "<i4"))
+        lengths = (
+            np.memmap(self._folder / "lengths.i32", mode="r", dtype="<i4")
+            if self.documents
+            else np.empty(0, "<i4")
+        )
         index_sha256 = hashlib.sha256()
         with open(self._folder / "corpus.idx", "wb", buffering=1 << 20) as stream:
             write_index(stream, self._dtype, lengths, index_sha256.update)
             stream.flush()
             os.fsync(stream.fileno())
         manifest = CorpusManifest(
-            format_version=FORMAT_VERSION, documents=self.documents, tokens=bin_bytes // self._dtype.itemsize,
-            token_dtype=self._dtype.name, bin_bytes=bin_bytes, idx_bytes=(self._folder / "corpus.idx").stat().st_size,
-            bin_sha256=self._sha256.hexdigest(), idx_sha256=index_sha256.hexdigest(), tokenizer=template.tokenizer,
-            append_eod=template.append_eod, prepend_bos=template.prepend_bos, **changes)
-        manifest_path(self.prefix).unlink(missing_ok=True)  # from here to the next write the prefix counts as unfinished
+            format_version=FORMAT_VERSION,
+            documents=self.documents,
+            tokens=bin_bytes // self._dtype.itemsize,
+            token_dtype=self._dtype.name,
+            bin_bytes=bin_bytes,
+            idx_bytes=(self._folder / "corpus.idx").stat().st_size,
+            bin_sha256=self._sha256.hexdigest(),
+            idx_sha256=index_sha256.hexdigest(),
+            tokenizer=template.tokenizer,
+            append_eod=template.append_eod,
+            prepend_bos=template.prepend_bos,
+            **changes,
+        )
+        manifest_path(self.prefix).unlink(
+            missing_ok=True
+        )  # from here to the next write the prefix counts as unfinished
         Path(f"{self.prefix}.verified.json").unlink(missing_ok=True)
         os.replace(self._folder / "tokens.bin", f"{self.prefix}.bin")
         os.replace(self._folder / "corpus.idx", f"{self.prefix}.idx")

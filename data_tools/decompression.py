@@ -44,7 +44,9 @@ def _unzstd(raw: BinaryIO) -> Iterator[bytes]:
 
     frame = None
     pending = b""
-    while pending or (pending := raw.read(_READ_BYTES >> 4)):  # small, since zstd gives all that comes of it at once
+    while pending or (
+        pending := raw.read(_READ_BYTES >> 4)
+    ):  # small, since zstd gives all that comes of it at once
         frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         try:
             piece = frame.decompress(pending)

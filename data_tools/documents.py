@@ -62,15 +62,22 @@ def text_of_line(line: bytes, keys: Sequence[str], separator: str) -> tuple[str,
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRecord("invalid UTF-8", f"byte {error.start} of the line: {line[error.start:error.start + 8]!r}") from None
+        raise BadRecord(
+            "invalid UTF-8",
+            f"byte {error.start} of the line: {line[error.start : error.start + 8]!r}",
+        ) from None
     except json.JSONDecodeError as error:
-        raise BadRecord("broken JSON", f"{error.msg} at character {error.pos + 1}; begins {_excerpt(line)}") from None
+        raise BadRecord(
+            "broken JSON", f"{error.msg} at character {error.pos + 1}; begins {_excerpt(line)}"
+        ) from None
     except RecursionError:
         raise BadRecord("broken JSON", "nested too deeply") from None
     except ValueError as error:  # a number with more digits than Python reads
         raise BadRecord("broken JSON", str(error)) from None
     if not isinstance(record, dict):
-        raise BadRecord("not a JSON object", f"the line is a {type(record).__name__}; begins {_excerpt(line)}")
+        raise BadRecord(
+            "not a JSON object", f"the line is a {type(record).__name__}; begins {_excerpt(line)}"
+        )
     return text_of_record(record, keys, separator), record
 
 
@@ -79,7 +86,9 @@ def text_of_record(record: dict[str, Any], keys: Sequence[str], separator: str) 
     parts = []
     for key in keys:
         if key not in record:
-            raise BadRecord("missing key", f"no {key!r}; the record has {_excerpt(sorted(map(str, record)))}")
+            raise BadRecord(
+                "missing key", f"no {key!r}; the record has {_excerpt(sorted(map(str, record)))}"
+            )
         value = record[key]
         if not isinstance(value, str):
             raise BadRecord("wrong type", f"{key!r} is {type(value).__name__}, expected a string")
@@ -98,7 +107,9 @@ def text_of_bytes(content: bytes) -> str:
     except UnicodeDecodeError as error:
         if b"\x00" in content:
             raise BadRecord("NUL bytes", "the file looks binary") from None
-        raise BadRecord("invalid UTF-8", f"byte {error.start}: {content[error.start:error.start + 8]!r}") from None
+        raise BadRecord(
+            "invalid UTF-8", f"byte {error.start}: {content[error.start : error.start + 8]!r}"
+        ) from None
     if not text or text.isspace():
         raise BadRecord(EMPTY_FILE, "only white space")
     check_text(text)
@@ -109,12 +120,17 @@ def check_text(text: str) -> None:
     if not text or text.isspace():
         raise BadRecord(EMPTY)
     if "\x00" in text:
-        raise BadRecord("NUL bytes", f"at character {text.index(chr(0)) + 1}; the text looks binary")
+        raise BadRecord(
+            "NUL bytes", f"at character {text.index(chr(0)) + 1}; the text looks binary"
+        )
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadRecord("lone surrogate", f"character {error.start + 1} is half of a pair and has no UTF-8 form") from None
+            raise BadRecord(
+                "lone surrogate",
+                f"character {error.start + 1} is half of a pair and has no UTF-8 form",
+            ) from None
 
 
 def text_bytes(text: str) -> int:

@@ -40,7 +40,12 @@ class Filters:
             try:
                 keep = self._keep_if(record.text, record.fields)
             except Exception as error:  # the user's code may raise anything
-                return Reject(record.path, record.line, "--keep-if failed", f"{type(error).__name__}: {error}"[:200])
+                return Reject(
+                    record.path,
+                    record.line,
+                    "--keep-if failed",
+                    f"{type(error).__name__}: {error}"[:200],
+                )
             if not keep:
                 return "refused by --keep-if"
         return None
@@ -50,7 +55,10 @@ class Filters:
         if reason := self._length_reason(characters):
             return reason
         if self._keep_if is not None:
-            raise BadRecord("too large for --keep-if", f"{characters} characters; bound them with --max-characters")
+            raise BadRecord(
+                "too large for --keep-if",
+                f"{characters} characters; bound them with --max-characters",
+            )
         return None
 
     def _length_reason(self, characters: int) -> str | None:
@@ -74,11 +82,15 @@ def load_predicate(argument: str) -> Callable[[str, dict[str, Any]], bool]:
     if specification is None or specification.loader is None:
         raise ValueError(f"--keep-if {argument}: {file_name} is not a Python file")
     module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses in the user's file look themselves up here
+    sys.modules[specification.name] = (
+        module  # dataclasses in the user's file look themselves up here
+    )
     try:
         specification.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"--keep-if {argument}: running {file_name} failed: {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"--keep-if {argument}: running {file_name} failed: {type(error).__name__}: {error}"
+        ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"--keep-if {argument}: {file_name} has no function {function_name!r}")

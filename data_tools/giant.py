@@ -23,7 +23,9 @@ _PIECE_BYTES = 1 << 20
 _PLACEHOLDER = "\0giant:"
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _WHOLE_ESCAPES = re.compile(
-    r"(?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*+", re.DOTALL)
+    r"(?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*+",
+    re.DOTALL,
+)
 _LONGEST_ESCAPE = 12
 
 
@@ -45,7 +47,9 @@ class Scan:
     must_stay_whole: bool
 
 
-def giant_line(path: str, name: str, line: int, start: int, end: int, keys: Sequence[str], separator: str) -> GiantText:
+def giant_line(
+    path: str, name: str, line: int, start: int, end: int, keys: Sequence[str], separator: str
+) -> GiantText:
     """The document of one long jsonl line at [start, end) of `path`. Raises BadRecord."""
     with open(path, "rb") as stream:
         skeleton, spans = _skeleton(stream, start, end)
@@ -54,12 +58,20 @@ def giant_line(path: str, name: str, line: int, start: int, end: int, keys: Sequ
     except UnicodeDecodeError:
         raise BadRecord("invalid UTF-8", f"in a line of {end - start} bytes") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecord("broken JSON", f"{error}, in a line of {end - start} bytes, long strings left out") from None
+        raise BadRecord(
+            "broken JSON", f"{error}, in a line of {end - start} bytes, long strings left out"
+        ) from None
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object", f"the line is a {type(record).__name__}")
     # The marks hold a NUL, so look for them before the ordinary check for text would refuse it.
-    marked = {key: record[key].startswith(_PLACEHOLDER) for key in keys if isinstance(record.get(key), str)}
-    text_of_record({**record, **{key: "x" for key, is_mark in marked.items() if is_mark}}, keys, separator)
+    marked = {
+        key: record[key].startswith(_PLACEHOLDER)
+        for key in keys
+        if isinstance(record.get(key), str)
+    }
+    text_of_record(
+        {**record, **{key: "x" for key, is_mark in marked.items() if is_mark}}, keys, separator
+    )
 
     def pieces() -> Iterator[str]:
         for number, key in enumerate(keys):
@@ -72,11 +84,14 @@ def giant_line(path: str, name: str, line: int, start: int, end: int, keys: Sequ
             with open(path, "rb") as stream:
                 yield from _unescaped(_pieces_of(stream, *span))
 
-    return GiantText(name, line, {key: value for key, value in record.items() if not marked.get(key)}, pieces)
+    return GiantText(
+        name, line, {key: value for key, value in record.items() if not marked.get(key)}, pieces
+    )
 
 
 def giant_file(path: str, open_pieces: Callable[[], Iterator[bytes]]) -> GiantText:
     """The document of one long text file whose bytes come from `open_pieces()`."""
+
     def pieces() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         for piece in open_pieces():
@@ -107,7 +122,9 @@ def scan(document: GiantText, forbidden: Sequence[str]) -> Scan:
     except UnicodeDecodeError as error:
         raise BadRecord("invalid UTF-8", f"after character {characters}: {error.reason}") from None
     except UnicodeEncodeError:
-        raise BadRecord("lone surrogate", f"after character {characters}: half of a pair has no UTF-8 form") from None
+        raise BadRecord(
+            "lone surrogate", f"after character {characters}: half of a pair has no UTF-8 form"
+        ) from None
     if blank:
         raise BadRecord(EMPTY)
     return Scan(characters, size_bytes, digest.digest(), whole)
@@ -165,7 +182,9 @@ def _skeleton(stream: BinaryIO, start: int, end: int) -> tuple[bytes, list[tuple
             at = stop
             if at == len(data):
                 break
-            if data[at:at + 1] == b"\\":  # a backslash at the very end: its partner is in the next piece
+            if (
+                data[at : at + 1] == b"\\"
+            ):  # a backslash at the very end: its partner is in the next piece
                 pending = data[at:]
                 break
             if position + at - string_start > _PIECE_BYTES:
@@ -178,7 +197,10 @@ def _skeleton(stream: BinaryIO, start: int, end: int) -> tuple[bytes, list[tuple
             at += 1
             inside = False
         if kept_bytes > GIANT_BYTES:
-            raise BadRecord("too long a record", f"the line has {end - start} bytes, and most of them are not one long text")
+            raise BadRecord(
+                "too long a record",
+                f"the line has {end - start} bytes, and most of them are not one long text",
+            )
         position += len(data)
     if inside:
         raise BadRecord("broken JSON", f"a string does not end, in a line of {end - start} bytes")
@@ -193,8 +215,12 @@ def _unescaped(pieces: Iterator[bytes]) -> Iterator[str]:
         carry += decoder.decode(piece)
         end = _WHOLE_ESCAPES.match(carry).end()
         if len(carry) - end >= _LONGEST_ESCAPE:
-            raise BadRecord("lone surrogate" if carry[end:end + 3].lower().startswith("\\ud") else "broken JSON",
-                            f"bad escape {carry[end:end + _LONGEST_ESCAPE]!r}")
+            raise BadRecord(
+                "lone surrogate"
+                if carry[end : end + 3].lower().startswith("\\ud")
+                else "broken JSON",
+                f"bad escape {carry[end : end + _LONGEST_ESCAPE]!r}",
+            )
         yield _loads(carry[:end])
         carry = carry[end:]
     decoder.decode(b"", final=True)

@@ -50,7 +50,9 @@ class Unit:
         return self.files[0].source
 
 
-def find_files(inputs: Sequence[str], form: str = "auto", include: Sequence[str] = ()) -> list[SourceFile]:
+def find_files(
+    inputs: Sequence[str], form: str = "auto", include: Sequence[str] = ()
+) -> list[SourceFile]:
     """Every file the arguments name: files, folders (all files below, hidden ones left out), globs, or - for standard input.
 
     Raises ValueError when an argument names nothing.
@@ -62,15 +64,21 @@ def find_files(inputs: Sequence[str], form: str = "auto", include: Sequence[str]
             continue
         paths = list(_paths_of(argument, include))
         if not paths:
-            raise ValueError(f"--input {argument}: no such file or folder, and no file matches it"
-                             + (f" and --include {' '.join(include)}" if include else ""))
+            raise ValueError(
+                f"--input {argument}: no such file or folder, and no file matches it"
+                + (f" and --include {' '.join(include)}" if include else "")
+            )
         files.extend(_describe(source, path, in_folder, form) for path, in_folder in paths)
     return files
 
 
 def _paths_of(argument: str, include: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """(path, whether it was found inside a folder) in order."""
-    matches = [argument] if os.path.lexists(argument) else sorted(glob.glob(argument, recursive=True), key=os.fsencode)
+    matches = (
+        [argument]
+        if os.path.lexists(argument)
+        else sorted(glob.glob(argument, recursive=True), key=os.fsencode)
+    )
     for path in matches:
         if not os.path.isdir(path):
             yield path, False
@@ -78,8 +86,12 @@ def _paths_of(argument: str, include: Sequence[str]) -> Iterator[tuple[str, bool
         found = []
         for folder, folders, names in os.walk(path):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [os.path.join(folder, name) for name in names if not name.startswith(".")
-                      and (not include or any(fnmatch.fnmatch(name, pattern) for pattern in include))]
+            found += [
+                os.path.join(folder, name)
+                for name in names
+                if not name.startswith(".")
+                and (not include or any(fnmatch.fnmatch(name, pattern) for pattern in include))
+            ]
         yield from ((each, True) for each in sorted(found, key=os.fsencode))
 
 
@@ -115,8 +127,14 @@ def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> l
             group.clear()
 
     for file in files:
-        if file.form != "text" or (group and (file.source != group[0].source or len(group) >= FILES_PER_BLOCK
-                                              or group_bytes + file.size_bytes > block_bytes)):
+        if file.form != "text" or (
+            group
+            and (
+                file.source != group[0].source
+                or len(group) >= FILES_PER_BLOCK
+                or group_bytes + file.size_bytes > block_bytes
+            )
+        ):
             close_group()
         if file.path == STDIN or (file.form == "lines" and file.compression):
             units.append(Unit("stream", (file,), 0, 0, file.size_bytes))
@@ -126,9 +144,16 @@ def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> l
         elif file.form == "parquet":
             units.extend(_row_groups(file))
         else:
-            units.extend(Unit("lines", (file,), start, min(start + block_bytes, file.size_bytes),
-                              min(start + block_bytes, file.size_bytes) - start)
-                         for start in range(0, max(file.size_bytes, 1), block_bytes))
+            units.extend(
+                Unit(
+                    "lines",
+                    (file,),
+                    start,
+                    min(start + block_bytes, file.size_bytes),
+                    min(start + block_bytes, file.size_bytes) - start,
+                )
+                for start in range(0, max(file.size_bytes, 1), block_bytes)
+            )
     close_group()
     return units
 
@@ -138,10 +163,14 @@ def _row_groups(file: SourceFile) -> list[Unit]:
 
     try:
         metadata = pyarrow.parquet.read_metadata(file.path)
-    except Exception:  # pyarrow has several error families; the worker that reads the unit reports the file
+    except (
+        Exception
+    ):  # pyarrow has several error families; the worker that reads the unit reports the file
         return [Unit("rows", (file,), 0, 0, file.size_bytes)]
-    return [Unit("rows", (file,), group, group + 1, metadata.row_group(group).total_byte_size)
-            for group in range(metadata.num_row_groups)]
+    return [
+        Unit("rows", (file,), group, group + 1, metadata.row_group(group).total_byte_size)
+        for group in range(metadata.num_row_groups)
+    ]
 
 
 def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
@@ -159,6 +188,9 @@ def plan_fingerprint(files: Sequence[SourceFile]) -> str:
     """Identity of the list of inputs: paths, sizes and modification times. Content is fingerprinted while it is read."""
     state = hashlib.sha256()
     for file in files:
-        state.update(f"{file.source}\0{file.path}\0{file.form}\0{file.size_bytes}\0{file.mtime_ns}\n".encode(
-            "utf-8", "surrogateescape"))
+        state.update(
+            f"{file.source}\0{file.path}\0{file.form}\0{file.size_bytes}\0{file.mtime_ns}\n".encode(
+                "utf-8", "surrogateescape"
+            )
+        )
     return "sha256:" + state.hexdigest()

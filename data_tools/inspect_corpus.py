@@ -1,11 +1,11 @@
 """Look into a corpus: its documents as text, its numbers, the lengths of its documents.
 
-    python -m data_tools.inspect_corpus data/corpus                        numbers and a length histogram
-    python -m data_tools.inspect_corpus data/corpus --document 0 17        these documents as text
-    python -m data_tools.inspect_corpus data/corpus --tokens --document 0  token by token
-    python -m data_tools.inspect_corpus data/corpus --scores data/scores --document 7     the text with its scores
-    python -m data_tools.inspect_corpus data/corpus --json                 the numbers for a program
-    python -m data_tools.inspect_corpus data/corpus --picture lengths.png  the histogram of every source as a picture
+python -m data_tools.inspect_corpus data/corpus                        numbers and a length histogram
+python -m data_tools.inspect_corpus data/corpus --document 0 17        these documents as text
+python -m data_tools.inspect_corpus data/corpus --tokens --document 0  token by token
+python -m data_tools.inspect_corpus data/corpus --scores data/scores --document 7     the text with its scores
+python -m data_tools.inspect_corpus data/corpus --json                 the numbers for a program
+python -m data_tools.inspect_corpus data/corpus --picture lengths.png  the histogram of every source as a picture
 """
 
 from __future__ import annotations
@@ -29,33 +29,70 @@ from megatron_slm.tokenization import Tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.inspect_corpus", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.inspect_corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("prefix", metavar="C", help="the corpus, without .bin")
-    parser.add_argument("--tokenizer", metavar="P.model", help="its tokenizer, when it is no longer where the manifest says")
-    parser.add_argument("--document", type=int, nargs="+", default=[], metavar="N", help="show these documents; -1 is the last")
-    parser.add_argument("--tokens", action="store_true", help="show documents token by token, with ids")
-    parser.add_argument("--scores", metavar="S", help="a score store of this corpus: documents are shown with their scores")
-    parser.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="of each document shown (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="P.model",
+        help="its tokenizer, when it is no longer where the manifest says",
+    )
+    parser.add_argument(
+        "--document",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="show these documents; -1 is the last",
+    )
+    parser.add_argument(
+        "--tokens", action="store_true", help="show documents token by token, with ids"
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="S",
+        help="a score store of this corpus: documents are shown with their scores",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="of each document shown (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--picture", metavar="F.png", help="draw the length histograms")
     return parser
 
 
-def statistics_of_corpus(prefix: str, manifest: CorpusManifest, index: CorpusIndex) -> dict[str, Any]:
+def statistics_of_corpus(
+    prefix: str, manifest: CorpusManifest, index: CorpusIndex
+) -> dict[str, Any]:
     """PREFIX.statistics.json where preprocess or merge left one that fits, else what the index alone tells."""
     if (statistics := read_statistics(prefix, manifest)) is not None:
         return statistics
     lengths_tokens = np.diff(index.document_starts_tokens())
-    total = {"documents": manifest.documents, "tokens": manifest.tokens, "bytes_per_token": None,
-             "document_tokens": length_summary(lengths_tokens)}
+    total = {
+        "documents": manifest.documents,
+        "tokens": manifest.tokens,
+        "bytes_per_token": None,
+        "document_tokens": length_summary(lengths_tokens),
+    }
     return {"sources": [], "total": total}
 
 
-def print_numbers(prefix: str, manifest: CorpusManifest, statistics: dict[str, Any], console: Console) -> None:
+def print_numbers(
+    prefix: str, manifest: CorpusManifest, statistics: dict[str, Any], console: Console
+) -> None:
     policy = "closed by the end-of-document token" if manifest.append_eod else "not closed"
-    console.print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype}), documents "
-                  f"{policy}; vocabulary {manifest.tokenizer['path']}", highlight=False)
+    console.print(
+        f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype}), documents "
+        f"{policy}; vocabulary {manifest.tokenizer['path']}",
+        highlight=False,
+    )
     table = Table()
     table.add_column("source", no_wrap=True, max_width=40)
     for name in ("documents", "tokens", "bytes per token", "median", "90 %", "99 %", "longest"):
@@ -63,49 +100,88 @@ def print_numbers(prefix: str, manifest: CorpusManifest, statistics: dict[str, A
     for row in statistics["sources"] + [{"source": "all", **statistics["total"]}]:
         quantiles = row["document_tokens"]["quantiles"]
         ratio = row["bytes_per_token"]
-        table.add_row(row["source"], f"{row['documents']:,}", f"{row['tokens']:,}", f"{ratio:.2f}" if ratio else "–",
-                      *(f"{quantiles.get(name, 0):,}" for name in ("0.5", "0.9", "0.99", "1")))
+        table.add_row(
+            row["source"],
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            f"{ratio:.2f}" if ratio else "–",
+            *(f"{quantiles.get(name, 0):,}" for name in ("0.5", "0.9", "0.99", "1")),
+        )
     console.print(table)
     bins = statistics["total"]["document_tokens"]["histogram_log2"]
     for power, count in enumerate(bins):
         if count:
-            console.print(f"{2**power:>10,} to {2**(power + 1) - 1:>10,} tokens {count:>12,} "
-                          f"{'█' * max(1, round(40 * count / max(bins)))}", highlight=False)
+            console.print(
+                f"{2**power:>10,} to {2 ** (power + 1) - 1:>10,} tokens {count:>12,} "
+                f"{'█' * max(1, round(40 * count / max(bins)))}",
+                highlight=False,
+            )
 
 
 def draw(path: str, statistics: dict[str, Any]) -> None:
     """The share of documents over their length in tokens, one line per source; lengths are counted in powers of two."""
     from megatron_slm.analysis.style import colour, dash, house_style, new_figure, short_count
 
-    counted = [(row["source"], np.array(row["document_tokens"]["histogram_log2"], float)) for row in statistics["sources"] or [{"source": "all", **statistics["total"]}]]
+    counted = [
+        (row["source"], np.array(row["document_tokens"]["histogram_log2"], float))
+        for row in statistics["sources"] or [{"source": "all", **statistics["total"]}]
+    ]
     counted = [(source, bins) for source, bins in counted if bins.sum()]
     with house_style():
         figure, (axes,) = new_figure()
         for number, (source, bins) in enumerate(counted):
-            axes.stairs(100 * bins / bins.sum(), 2.0 ** np.arange(len(bins) + 1), label=f"{source[-50:]} ({short_count(bins.sum())} documents)", color=colour(number),
-                        linestyle=dash(number), linewidth=1.8, fill=len(counted) == 1, alpha=0.6 if len(counted) == 1 else None)
+            axes.stairs(
+                100 * bins / bins.sum(),
+                2.0 ** np.arange(len(bins) + 1),
+                label=f"{source[-50:]} ({short_count(bins.sum())} documents)",
+                color=colour(number),
+                linestyle=dash(number),
+                linewidth=1.8,
+                fill=len(counted) == 1,
+                alpha=0.6 if len(counted) == 1 else None,
+            )
         first = min((int(np.flatnonzero(bins)[0]) for _, bins in counted), default=0)
         axes.set_xscale("log", base=2)
-        axes.set(title="How long documents are", xlabel="tokens of a document", ylabel="documents (%)", xlim=(2.0**first, None), ylim=(0, None))
+        axes.set(
+            title="How long documents are",
+            xlabel="tokens of a document",
+            ylabel="documents (%)",
+            xlim=(2.0**first, None),
+            ylim=(0, None),
+        )
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
         axes.legend()
         figure.savefig(path, dpi=150)
 
 
-def show_document(number: int, tokens: np.ndarray, index: CorpusIndex, tokenizer: Tokenizer, by_token: bool, max_tokens: int,
-                  console: Console, scores: ScoreStore | None = None) -> None:
+def show_document(
+    number: int,
+    tokens: np.ndarray,
+    index: CorpusIndex,
+    tokenizer: Tokenizer,
+    by_token: bool,
+    max_tokens: int,
+    console: Console,
+    scores: ScoreStore | None = None,
+) -> None:
     starts_tokens = index.document_starts_tokens()
     number = number + index.documents if number < 0 else number
     if not 0 <= number < index.documents:
-        raise ValueError(f"--document {number}: the corpus has documents 0 to {index.documents - 1}")
+        raise ValueError(
+            f"--document {number}: the corpus has documents 0 to {index.documents - 1}"
+        )
     start, end = int(starts_tokens[number]), int(starts_tokens[number + 1])
-    ids = tokens[start:min(end, start + max_tokens)]
+    ids = tokens[start : min(end, start + max_tokens)]
     console.rule(f"document {number}: tokens {start:,} to {end:,}", align="left")
     if scores is not None:
         show_scores(scores, start, ids, tokenizer, by_token, console)
     elif by_token:
         for offset, token_id in enumerate(ids.tolist()):
-            console.print(f"{start + offset:>12} {token_id:>7} {tokenizer.piece(token_id)!r}", markup=False, highlight=False)
+            console.print(
+                f"{start + offset:>12} {token_id:>7} {tokenizer.piece(token_id)!r}",
+                markup=False,
+                highlight=False,
+            )
     else:
         ids = ids[ids != tokenizer.eod_id]
         console.print(tokenizer.decode(ids), markup=False, highlight=False, soft_wrap=True)
@@ -134,9 +210,20 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.document:
         tokenizer = find_tokenizer(prefix, manifest, arguments.tokenizer)
         if tokenizer is None:
-            raise ValueError(f"{manifest.tokenizer['path']} is gone; give --tokenizer P.model to see text")
+            raise ValueError(
+                f"{manifest.tokenizer['path']} is gone; give --tokenizer P.model to see text"
+            )
         for number in arguments.document:
-            show_document(number, tokens, index, tokenizer, arguments.tokens, arguments.max_tokens, console, scores)
+            show_document(
+                number,
+                tokens,
+                index,
+                tokenizer,
+                arguments.tokens,
+                arguments.max_tokens,
+                console,
+                scores,
+            )
 
 
 def open_scores(arguments: argparse.Namespace, manifest: CorpusManifest) -> ScoreStore | None:

@@ -28,12 +28,22 @@ from megatron_slm.data.manifest import CorpusManifest
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.merge", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="C",
-                        help="prefixes of corpora (without .bin), or globs of prefixes in quotes")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.merge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="C",
+        help="prefixes of corpora (without .bin), or globs of prefixes in quotes",
+    )
     parser.add_argument("--output-prefix", required=True, metavar="C", help="the joined corpus")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus under the output prefix")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a corpus under the output prefix"
+    )
     return parser
 
 
@@ -47,7 +57,9 @@ def find_prefixes(arguments: list[str]) -> list[str]:
             continue
         found = sorted(glob.glob(f"{argument}.manifest.json"), key=os.fsencode)
         if not found:
-            raise ValueError(f"--input {argument}: no corpus matches (looked for {argument}.manifest.json)")
+            raise ValueError(
+                f"--input {argument}: no corpus matches (looked for {argument}.manifest.json)"
+            )
         prefixes += [path.removesuffix(".manifest.json") for path in found]
     if len(set(prefixes)) != len(prefixes):
         twice = next(prefix for prefix, count in Counter(prefixes).items() if count > 1)
@@ -63,15 +75,21 @@ def in_order(corpora: dict[str, CorpusManifest]) -> list[str]:
         return list(corpora)
     if len(shards) != len(corpora):
         whole = next(prefix for prefix in corpora if prefix not in shards)
-        raise ValueError(f"{whole} is a whole corpus, the others are shards of one; merge the shards first")
+        raise ValueError(
+            f"{whole} is a whole corpus, the others are shards of one; merge the shards first"
+        )
     first = next(iter(shards.values()))
     for prefix, shard in shards.items():
         if (shard["plan"], shard["count"]) != (first["plan"], first["count"]):
-            raise ValueError(f"{prefix} is a shard of another run: its inputs or the number of shards differ from those of "
-                             f"{next(iter(shards))}")
+            raise ValueError(
+                f"{prefix} is a shard of another run: its inputs or the number of shards differ from those of "
+                f"{next(iter(shards))}"
+            )
     missing = sorted(set(range(first["count"])) - {shard["index"] for shard in shards.values()})
     if missing or len(shards) != first["count"]:
-        raise ValueError(f"shards {missing} of {first['count']} are missing; run them first (--shard i/{first['count']})")
+        raise ValueError(
+            f"shards {missing} of {first['count']} are missing; run them first (--shard i/{first['count']})"
+        )
     return sorted(corpora, key=lambda prefix: shards[prefix]["index"])
 
 
@@ -80,11 +98,15 @@ def check_alike(corpora: dict[str, CorpusManifest]) -> None:
     first_prefix, first = next(iter(corpora.items()))
     for prefix, manifest in corpora.items():
         for name, ours, theirs in (
-                ("tokenizer", manifest.tokenizer["fingerprint"], first.tokenizer["fingerprint"]),
-                ("token dtype", manifest.token_dtype, first.token_dtype), ("append_eod", manifest.append_eod, first.append_eod),
-                ("prepend_bos", manifest.prepend_bos, first.prepend_bos)):
+            ("tokenizer", manifest.tokenizer["fingerprint"], first.tokenizer["fingerprint"]),
+            ("token dtype", manifest.token_dtype, first.token_dtype),
+            ("append_eod", manifest.append_eod, first.append_eod),
+            ("prepend_bos", manifest.prepend_bos, first.prepend_bos),
+        ):
             if ours != theirs:
-                raise ValueError(f"{prefix} and {first_prefix} cannot be joined: {name} {ours} and {theirs}")
+                raise ValueError(
+                    f"{prefix} and {first_prefix} cannot be joined: {name} {ours} and {theirs}"
+                )
 
 
 def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -> CorpusManifest:
@@ -101,42 +123,74 @@ def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -
         if indexes[prefix].documents != len(indexes[prefix].sequence_lengths_tokens):
             raise ValueError(f"{prefix}: documents of several sequences are not supported")
     dtype = indexes[prefixes[0]].dtype
-    with CorpusCopy(output_prefix, dtype, overwrite=overwrite) as copy, \
-            Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with (
+        CorpusCopy(output_prefix, dtype, overwrite=overwrite) as copy,
+        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
+    ):
         for prefix in progress.track(prefixes, description="copying"):
             if copy.copy_file(f"{prefix}.bin") != corpora[prefix].bin_sha256:
-                raise ValueError(f"{prefix}.bin: the content has changed since the corpus was made. Make it again.")
+                raise ValueError(
+                    f"{prefix}.bin: the content has changed since the corpus was made. Make it again."
+                )
             copy.add_lengths(indexes[prefix].sequence_lengths_tokens)
         manifest = copy.finish(corpora[prefixes[0]], **_history(prefixes, corpora))
-    parts = [(indexes[prefix].sequence_lengths_tokens, read_statistics(prefix, corpora[prefix])) for prefix in prefixes]
+    parts = [
+        (indexes[prefix].sequence_lengths_tokens, read_statistics(prefix, corpora[prefix]))
+        for prefix in prefixes
+    ]
     if all(statistics is not None for _, statistics in parts):
-        write_statistics(Path(f"{output_prefix}.statistics.json"), merged_statistics(parts, shards=bool(corpora[prefixes[0]].shard)))
+        write_statistics(
+            Path(f"{output_prefix}.statistics.json"),
+            merged_statistics(parts, shards=bool(corpora[prefixes[0]].shard)),
+        )
     return manifest
 
 
 def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[str, Any]:
     """What the manifests of the parts say, put together."""
     manifests = [corpora[prefix] for prefix in prefixes]
-    reasons = sum((Counter(manifest.rejected.get("reasons", {})) for manifest in manifests), Counter())
+    reasons = sum(
+        (Counter(manifest.rejected.get("reasons", {})) for manifest in manifests), Counter()
+    )
     filters = sum((Counter(manifest.filters) for manifest in manifests), Counter())
     if manifests[0].shard:
         sources = _sum_sources([manifest.sources for manifest in manifests])
     else:
         sources = [source for manifest in manifests for source in manifest.sources]
-    return {"sources": sources, "rejected": {"records": sum(reasons.values()), "reasons": dict(reasons)}, "filters": dict(filters),
-            "created_by": {"program": "data_tools.merge", "version": __version__,
-                           "parts": [{"name": Path(prefix).name, "fingerprint": corpora[prefix].fingerprint,
-                                      "documents": corpora[prefix].documents, "tokens": corpora[prefix].tokens}
-                                     for prefix in prefixes]}}
+    return {
+        "sources": sources,
+        "rejected": {"records": sum(reasons.values()), "reasons": dict(reasons)},
+        "filters": dict(filters),
+        "created_by": {
+            "program": "data_tools.merge",
+            "version": __version__,
+            "parts": [
+                {
+                    "name": Path(prefix).name,
+                    "fingerprint": corpora[prefix].fingerprint,
+                    "documents": corpora[prefix].documents,
+                    "tokens": corpora[prefix].tokens,
+                }
+                for prefix in prefixes
+            ],
+        },
+    }
 
 
 def _sum_sources(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Counts of the same --input arguments over all shards; a content checksum exists per shard only."""
     merged = []
     for entries in zip(*parts):
-        merged.append({"input": entries[0]["input"], **{name: sum(entry[name] for entry in entries) for name in
-                                                         ("records", "documents", "tokens", "text_bytes")},
-                       "content_sha256": [entry["content_sha256"] for entry in entries]})
+        merged.append(
+            {
+                "input": entries[0]["input"],
+                **{
+                    name: sum(entry[name] for entry in entries)
+                    for name in ("records", "documents", "tokens", "text_bytes")
+                },
+                "content_sha256": [entry["content_sha256"] for entry in entries],
+            }
+        )
     return merged
 
 
@@ -152,7 +206,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"merge: {error}. Nothing was published.", file=sys.stderr)
         return 4
-    print(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens from {len(prefixes)} corpora")
+    print(
+        f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens from {len(prefixes)} corpora"
+    )
     return 0
 
 

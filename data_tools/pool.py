@@ -16,8 +16,13 @@ class WorkerDied(Exception):
     """A worker process ended without an answer: killed (often for memory) or crashed in native code."""
 
 
-def ordered_map(make_function: Callable[..., Callable[[Any], Any]], arguments: tuple, work: Iterable[Any], workers: int,
-                window: int | None = None) -> Iterator[Any]:
+def ordered_map(
+    make_function: Callable[..., Callable[[Any], Any]],
+    arguments: tuple,
+    work: Iterable[Any],
+    workers: int,
+    window: int | None = None,
+) -> Iterator[Any]:
     """`map(make_function(*arguments), work)` in `workers` spawned processes, order kept. One worker runs in this process.
 
     Exceptions raised in a worker are raised here. `work` is consumed lazily.
@@ -32,7 +37,9 @@ def ordered_map(make_function: Callable[..., Callable[[Any], Any]], arguments: t
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, make_function, arguments), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, make_function, arguments), daemon=True
+            )
             process.start()
             theirs.close()
             connections.append(ours)
@@ -87,13 +94,17 @@ def _receive(connection: Connection) -> Any:
     try:
         succeeded, answer = connection.recv()
     except (EOFError, ConnectionResetError):
-        raise WorkerDied("a worker process ended unexpectedly (killed, perhaps for want of memory)") from None
+        raise WorkerDied(
+            "a worker process ended unexpectedly (killed, perhaps for want of memory)"
+        ) from None
     if not succeeded:
         raise answer
     return answer
 
 
-def _serve(connection: Connection, make_function: Callable[..., Callable[[Any], Any]], arguments: tuple) -> None:
+def _serve(
+    connection: Connection, make_function: Callable[..., Callable[[Any], Any]], arguments: tuple
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         function = make_function(*arguments)

@@ -23,47 +23,134 @@ from data_tools.worker import EncodeSettings
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m data_tools.preprocess",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 done, 2 wrong usage, 3 bad data (nothing was published), 4 the machine failed (disk full, worker "
-               "killed): run the same command again to continue.")
+        "killed): run the same command again to continue.",
+    )
     main = parser.add_argument_group("what goes in and comes out")
-    main.add_argument("--input", nargs="+", required=True, metavar="F",
-                      help="files, folders (every file below), globs in quotes, or - for jsonl on standard input; the order "
-                           "given is the order of the documents")
-    main.add_argument("--tokenizer", required=True, metavar="P.model",
-                      help="SentencePiece .model or Hugging Face tokenizer.json")
-    main.add_argument("--output-prefix", required=True, metavar="C", help="writes C.bin, C.idx, C.manifest.json, ...")
-    main.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="W", help="processes (default: %(default)s)")
-    main.add_argument("--format", choices=("auto", "jsonl", "parquet", "text"), default="auto",
-                      help="auto goes by the file name: .jsonl and .ndjson hold one record per line, .parquet one per row, any "
-                           "other file is one document")
-    main.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="of folders, only file names like *.py")
-    main.add_argument("--text-key", nargs="+", default=["text"], metavar="KEY",
-                      help="where a record keeps its text; several keys are joined (default: text)")
-    main.add_argument("--key-separator", default="\n\n", help="between several keys (default: a blank line)")
-    main.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
-                      help="close every document with the end-of-document token")
-    main.add_argument("--prepend-bos", action="store_true", help="begin every document with the begin-of-sequence token")
+    main.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="F",
+        help="files, folders (every file below), globs in quotes, or - for jsonl on standard input; the order "
+        "given is the order of the documents",
+    )
+    main.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="P.model",
+        help="SentencePiece .model or Hugging Face tokenizer.json",
+    )
+    main.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="C",
+        help="writes C.bin, C.idx, C.manifest.json, ...",
+    )
+    main.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="W",
+        help="processes (default: %(default)s)",
+    )
+    main.add_argument(
+        "--format",
+        choices=("auto", "jsonl", "parquet", "text"),
+        default="auto",
+        help="auto goes by the file name: .jsonl and .ndjson hold one record per line, .parquet one per row, any "
+        "other file is one document",
+    )
+    main.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="of folders, only file names like *.py",
+    )
+    main.add_argument(
+        "--text-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="where a record keeps its text; several keys are joined (default: text)",
+    )
+    main.add_argument(
+        "--key-separator", default="\n\n", help="between several keys (default: a blank line)"
+    )
+    main.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="close every document with the end-of-document token",
+    )
+    main.add_argument(
+        "--prepend-bos",
+        action="store_true",
+        help="begin every document with the begin-of-sequence token",
+    )
     bad = parser.add_argument_group("bad input and filters")
-    bad.add_argument("--max-bad-fraction", type=float, default=0.05, metavar="X",
-                     help="fail (exit code 3) when more of the records, or of the bytes, is broken; what was left out is listed "
-                          "in C.rejects.jsonl (default: %(default)s)")
-    bad.add_argument("--min-characters", type=int, default=0, metavar="N", help="leave out shorter documents")
-    bad.add_argument("--max-characters", type=int, default=0, metavar="N", help="leave out longer documents")
-    bad.add_argument("--drop-duplicates", action="store_true",
-                     help="keep the first of documents with the same text (about 100 bytes of memory per document)")
-    bad.add_argument("--keep-if", default="", metavar="FILE.py:FUNCTION", help="keep documents where FUNCTION(text, record) is "
-                                                                              "true")
+    bad.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="fail (exit code 3) when more of the records, or of the bytes, is broken; what was left out is listed "
+        "in C.rejects.jsonl (default: %(default)s)",
+    )
+    bad.add_argument(
+        "--min-characters", type=int, default=0, metavar="N", help="leave out shorter documents"
+    )
+    bad.add_argument(
+        "--max-characters", type=int, default=0, metavar="N", help="leave out longer documents"
+    )
+    bad.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="keep the first of documents with the same text (about 100 bytes of memory per document)",
+    )
+    bad.add_argument(
+        "--keep-if",
+        default="",
+        metavar="FILE.py:FUNCTION",
+        help="keep documents where FUNCTION(text, record) is true",
+    )
     scale = parser.add_argument_group("scale and restart")
-    scale.add_argument("--shard", type=parse_shard, metavar="i/n",
-                       help="do part i of n (from 0) into C.shard-i-of-n; data_tools.merge joins the parts")
-    scale.add_argument("--overwrite", action="store_true", help="replace a complete corpus under this prefix, at the end")
-    scale.add_argument("--skip-complete", action="store_true", help="succeed at once when the corpus is complete already")
-    scale.add_argument("--restart", action="store_true", help="throw away an unfinished run under this prefix")
-    scale.add_argument("--save-every-seconds", type=float, default=10.0, metavar="S",
-                       help="how much work a kill may cost (default: %(default)s)")
-    scale.add_argument("--encoder", choices=("auto", "plain"), default="auto",
-                       help="auto uses a word cache where it is proved to give the tokenizer's own ids")
+    scale.add_argument(
+        "--shard",
+        type=parse_shard,
+        metavar="i/n",
+        help="do part i of n (from 0) into C.shard-i-of-n; data_tools.merge joins the parts",
+    )
+    scale.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a complete corpus under this prefix, at the end",
+    )
+    scale.add_argument(
+        "--skip-complete",
+        action="store_true",
+        help="succeed at once when the corpus is complete already",
+    )
+    scale.add_argument(
+        "--restart", action="store_true", help="throw away an unfinished run under this prefix"
+    )
+    scale.add_argument(
+        "--save-every-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="how much work a kill may cost (default: %(default)s)",
+    )
+    scale.add_argument(
+        "--encoder",
+        choices=("auto", "plain"),
+        default="auto",
+        help="auto uses a word cache where it is proved to give the tokenizer's own ids",
+    )
     return parser
 
 
@@ -87,16 +174,24 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
     if arguments.min_characters < 0 or arguments.max_characters < 0:
         problems.append("--min-characters and --max-characters cannot be negative")
     if 0 < arguments.max_characters < arguments.min_characters:
-        problems.append(f"--max-characters {arguments.max_characters} is below --min-characters {arguments.min_characters}")
+        problems.append(
+            f"--max-characters {arguments.max_characters} is below --min-characters {arguments.min_characters}"
+        )
     if arguments.save_every_seconds < 0:
         problems.append(f"--save-every-seconds {arguments.save_every_seconds}: cannot be negative")
     if arguments.shard and "-" in arguments.input:
-        problems.append("--shard: standard input cannot be cut into shards; write it to a file first")
+        problems.append(
+            "--shard: standard input cannot be cut into shards; write it to a file first"
+        )
     if arguments.shard and arguments.drop_duplicates:
-        problems.append("--drop-duplicates with --shard would see only the duplicates inside one shard; drop them in one run")
+        problems.append(
+            "--drop-duplicates with --shard would see only the duplicates inside one shard; drop them in one run"
+        )
     if not Path(arguments.output_prefix).name or Path(arguments.output_prefix).is_dir():
-        problems.append(f"--output-prefix {arguments.output_prefix}: a folder; give a prefix such as "
-                        f"{Path(arguments.output_prefix) / 'corpus'}")
+        problems.append(
+            f"--output-prefix {arguments.output_prefix}: a folder; give a prefix such as "
+            f"{Path(arguments.output_prefix) / 'corpus'}"
+        )
     if arguments.keep_if:
         try:
             load_predicate(arguments.keep_if)
@@ -104,15 +199,35 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    filters = FilterSettings(arguments.min_characters, arguments.max_characters, arguments.keep_if, arguments.drop_duplicates)
-    encode = EncodeSettings(tuple(arguments.text_key), arguments.key_separator, arguments.append_eod, arguments.prepend_bos,
-                            filters)
+    filters = FilterSettings(
+        arguments.min_characters,
+        arguments.max_characters,
+        arguments.keep_if,
+        arguments.drop_duplicates,
+    )
+    encode = EncodeSettings(
+        tuple(arguments.text_key),
+        arguments.key_separator,
+        arguments.append_eod,
+        arguments.prepend_bos,
+        filters,
+    )
     return RunSettings(
-        inputs=tuple(arguments.input), tokenizer=arguments.tokenizer, output_prefix=arguments.output_prefix,
-        workers=arguments.workers, form=arguments.format, include=tuple(arguments.include), encode=encode,
-        max_bad_fraction=arguments.max_bad_fraction, shard=arguments.shard, overwrite=arguments.overwrite,
-        skip_complete=arguments.skip_complete, restart=arguments.restart, save_every_seconds=arguments.save_every_seconds,
-        encoder=arguments.encoder)
+        inputs=tuple(arguments.input),
+        tokenizer=arguments.tokenizer,
+        output_prefix=arguments.output_prefix,
+        workers=arguments.workers,
+        form=arguments.format,
+        include=tuple(arguments.include),
+        encode=encode,
+        max_bad_fraction=arguments.max_bad_fraction,
+        shard=arguments.shard,
+        overwrite=arguments.overwrite,
+        skip_complete=arguments.skip_complete,
+        restart=arguments.restart,
+        save_every_seconds=arguments.save_every_seconds,
+        encoder=arguments.encoder,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,11 +241,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"preprocess: {error}", file=sys.stderr)
         return 2
     except (OSError, WorkerDied, MemoryError) as error:
-        print(f"preprocess: {error or type(error).__name__}. What was saved stands; run the same command again to continue.",
-              file=sys.stderr)
+        print(
+            f"preprocess: {error or type(error).__name__}. What was saved stands; run the same command again to continue.",
+            file=sys.stderr,
+        )
         return 4
     except KeyboardInterrupt:
-        print("preprocess: interrupted. What was saved stands; run the same command again to continue.", file=sys.stderr)
+        print(
+            "preprocess: interrupted. What was saved stands; run the same command again to continue.",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

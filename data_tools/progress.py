@@ -23,10 +23,19 @@ class RunProgress:
 
     def __enter__(self) -> RunProgress:
         self._started_at = time.monotonic()
-        self._bar = Progress(SpinnerColumn(), TextColumn("{task.percentage:3.0f}%"), BarColumn(), TextColumn("{task.fields[rate]}"),
-                             TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal,
-                             refresh_per_second=2)
-        self._task = self._bar.add_task("", total=self._total_bytes or None, completed=self._done_bytes, rate="")
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            refresh_per_second=2,
+        )
+        self._task = self._bar.add_task(
+            "", total=self._total_bytes or None, completed=self._done_bytes, rate=""
+        )
         self._bar.start()
         return self
 
@@ -39,33 +48,52 @@ class RunProgress:
         if self._bar.disable:
             return
         seconds = max(time.monotonic() - self._started_at, 1e-3)
-        rate = (f"{(self._done_bytes - self._first_bytes) / seconds / 1e6:.1f} MB/s  "
-                f"{(tokens - self._first_tokens) / seconds / 1e6:.2f} M tokens/s  {documents:,} documents")
+        rate = (
+            f"{(self._done_bytes - self._first_bytes) / seconds / 1e6:.1f} MB/s  "
+            f"{(tokens - self._first_tokens) / seconds / 1e6:.2f} M tokens/s  {documents:,} documents"
+        )
         self._bar.update(self._task, completed=self._done_bytes, rate=rate)
 
 
-def print_summary(prefix: str, manifest: CorpusManifest, statistics: dict[str, Any], seconds: float) -> None:
+def print_summary(
+    prefix: str, manifest: CorpusManifest, statistics: dict[str, Any], seconds: float
+) -> None:
     """The final table, on standard output."""
-    table = Table(title=f"{prefix}.bin  {manifest.tokens:,} tokens ({manifest.token_dtype}) in {seconds:.1f} s", title_justify="left")
+    table = Table(
+        title=f"{prefix}.bin  {manifest.tokens:,} tokens ({manifest.token_dtype}) in {seconds:.1f} s",
+        title_justify="left",
+    )
     table.add_column("source", no_wrap=True, max_width=40)
     for name in ("documents", "tokens", "bytes per token", "median tokens", "longest", "left out"):
         table.add_column(name, justify="right")
-    rows = statistics["sources"] + ([{"source": "all", **statistics["total"]}] if len(statistics["sources"]) > 1 else [])
+    rows = statistics["sources"] + (
+        [{"source": "all", **statistics["total"]}] if len(statistics["sources"]) > 1 else []
+    )
     for row in rows:
         quantiles = row["document_tokens"]["quantiles"]
         left_out = sum(row["rejected"].values()) + sum(row["filtered"].values())
         ratio = row["bytes_per_token"]
-        table.add_row(_tail(row["source"], 40), f"{row['documents']:,}", f"{row['tokens']:,}", f"{ratio:.2f}" if ratio else "–",
-                      f"{quantiles.get('0.5', 0):,}", f"{quantiles.get('1', 0):,}", f"{left_out:,}")
+        table.add_row(
+            _tail(row["source"], 40),
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            f"{ratio:.2f}" if ratio else "–",
+            f"{quantiles.get('0.5', 0):,}",
+            f"{quantiles.get('1', 0):,}",
+            f"{left_out:,}",
+        )
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     console.print(table)
-    for reason, count in {**statistics["total"]["rejected"], **statistics["total"]["filtered"]}.items():
+    for reason, count in {
+        **statistics["total"]["rejected"],
+        **statistics["total"]["filtered"],
+    }.items():
         console.print(f"left out: {count:,} × {reason}", highlight=False)
     if manifest.rejected["records"]:
         console.print(f"examples: {prefix}.rejects.jsonl", highlight=False)
 
 
 def _tail(text: str, characters: int) -> str:
-    return text if len(text) <= characters else "…" + text[1 - characters:]
+    return text if len(text) <= characters else "…" + text[1 - characters :]

@@ -14,9 +14,17 @@ from data_tools.streams import blocks_of_units
 GIANT = "too large to hold in memory"
 
 
-def read_documents(inputs: Sequence[str], keys: Sequence[str] = ("text",), *, separator: str = "\n\n", form: str = "auto",
-                   include: Sequence[str] = (), rank: int = 0, world_size: int = 1,
-                   rejects: Counter | None = None) -> Iterator[Document]:
+def read_documents(
+    inputs: Sequence[str],
+    keys: Sequence[str] = ("text",),
+    *,
+    separator: str = "\n\n",
+    form: str = "auto",
+    include: Sequence[str] = (),
+    rank: int = 0,
+    world_size: int = 1,
+    rejects: Counter | None = None,
+) -> Iterator[Document]:
     """The usable documents of the inputs, in order; what is not usable is counted by reason in `rejects`.
 
     With `world_size` > 1 the part that belongs to `rank`; the parts of all ranks in order are the whole.
@@ -25,11 +33,17 @@ def read_documents(inputs: Sequence[str], keys: Sequence[str] = ("text",), *, se
     if world_size > 1:
         units = shard_of(units, rank, world_size)
     with tempfile.TemporaryDirectory(prefix="slm-read-") as spool_folder:
-        yield from _documents(blocks_of_units(units, spool_folder=spool_folder), BlockReader(keys, separator), inputs,
-                              Counter() if rejects is None else rejects)
+        yield from _documents(
+            blocks_of_units(units, spool_folder=spool_folder),
+            BlockReader(keys, separator),
+            inputs,
+            Counter() if rejects is None else rejects,
+        )
 
 
-def _documents(blocks: Iterator[Block], reader: BlockReader, inputs: Sequence[str], rejects: Counter) -> Iterator[Document]:
+def _documents(
+    blocks: Iterator[Block], reader: BlockReader, inputs: Sequence[str], rejects: Counter
+) -> Iterator[Document]:
     path, lines_before = "", 0
     for block in blocks:
         if block.work.files[0].path != path:
@@ -43,6 +57,11 @@ def _documents(blocks: Iterator[Block], reader: BlockReader, inputs: Sequence[st
         lines_before += reader.lines
 
 
-def total_input_bytes(inputs: Sequence[str], form: str = "auto", include: Sequence[str] = ()) -> int:
+def total_input_bytes(
+    inputs: Sequence[str], form: str = "auto", include: Sequence[str] = ()
+) -> int:
     """Size of the inputs, compressed files at four times their size (what text commonly gives)."""
-    return sum(file.size_bytes * (4 if file.compression else 1) for file in find_files(inputs, form, include))
+    return sum(
+        file.size_bytes * (4 if file.compression else 1)
+        for file in find_files(inputs, form, include)
+    )

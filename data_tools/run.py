@@ -66,7 +66,9 @@ def run(settings: RunSettings) -> CorpusManifest:
     if (found := existing_output(prefix)) and not settings.overwrite and not unfinished:
         if settings.skip_complete:
             return check_corpus(prefix)
-        raise ValueError(f"{found[0]} exists already. Give --overwrite to replace it, or another --output-prefix.")
+        raise ValueError(
+            f"{found[0]} exists already. Give --overwrite to replace it, or another --output-prefix."
+        )
     tokenizer = load_tokenizer(settings.tokenizer)
     files = find_files(settings.inputs, settings.form, settings.include)
     units = plan_units(files)
@@ -79,7 +81,9 @@ def run(settings: RunSettings) -> CorpusManifest:
         return writer.published
 
 
-def identity_of(settings: RunSettings, tokenizer: Tokenizer, files: list[SourceFile]) -> dict[str, Any]:
+def identity_of(
+    settings: RunSettings, tokenizer: Tokenizer, files: list[SourceFile]
+) -> dict[str, Any]:
     """Everything that decides the bytes of the corpus; a run continues only one with the same identity."""
     encode = asdict(settings.encode)
     filters = encode.pop("filters")
@@ -87,30 +91,58 @@ def identity_of(settings: RunSettings, tokenizer: Tokenizer, files: list[SourceF
     if filters["keep_if"]:
         file_name = filters["keep_if"].rpartition(":")[0]
         filters["keep_if_sha256"] = hashlib.sha256(Path(file_name).read_bytes()).hexdigest()
-    return {"inputs": list(settings.inputs), "files": plan_fingerprint(files), "format": settings.form,
-            "tokenizer": tokenizer.fingerprint, "shard": list(settings.shard) if settings.shard else None, **encode, **filters}
+    return {
+        "inputs": list(settings.inputs),
+        "files": plan_fingerprint(files),
+        "format": settings.form,
+        "tokenizer": tokenizer.fingerprint,
+        "shard": list(settings.shard) if settings.shard else None,
+        **encode,
+        **filters,
+    }
 
 
 class _Run:
-    def __init__(self, settings: RunSettings, tokenizer: Tokenizer, files: list[SourceFile], units: list[Unit],
-                 identity: dict[str, Any], writer: CorpusWriter) -> None:
-        self._settings, self._tokenizer, self._files, self._units = settings, tokenizer, files, units
+    def __init__(
+        self,
+        settings: RunSettings,
+        tokenizer: Tokenizer,
+        files: list[SourceFile],
+        units: list[Unit],
+        identity: dict[str, Any],
+        writer: CorpusWriter,
+    ) -> None:
+        self._settings, self._tokenizer, self._files, self._units = (
+            settings,
+            tokenizer,
+            files,
+            units,
+        )
         self._identity, self._writer = identity, writer
-        self._state = (RunState.from_json(writer.state) if writer.state
-                       else RunState([SourceCounts() for _ in settings.inputs]))
+        self._state = (
+            RunState.from_json(writer.state)
+            if writer.state
+            else RunState([SourceCounts() for _ in settings.inputs])
+        )
         self._input_bytes = sum(unit.size_bytes for unit in units)
         self._seen: set[bytes] = set()
         if settings.encode.filters.drop_duplicates:
             saved = writer.saved_hashes()
-            self._seen.update(saved[i:i + HASH_BYTES] for i in range(0, len(saved), HASH_BYTES))
+            self._seen.update(saved[i : i + HASH_BYTES] for i in range(0, len(saved), HASH_BYTES))
 
     def make(self) -> CorpusManifest:
         settings, state = self._settings, self._state
         waiting: dict[int, Block] = {}
-        done_bytes = sum(unit.size_bytes for unit in self._units[:state.units_done])
-        with RunProgress(self._input_bytes, done_bytes, self._writer.documents, self._writer.tokens) as progress:
-            results = ordered_map(BlockEncoder, (self._tokenizer, settings.encode, settings.encoder, str(self._writer.folder)),
-                                  self._blocks(waiting), settings.workers)
+        done_bytes = sum(unit.size_bytes for unit in self._units[: state.units_done])
+        with RunProgress(
+            self._input_bytes, done_bytes, self._writer.documents, self._writer.tokens
+        ) as progress:
+            results = ordered_map(
+                BlockEncoder,
+                (self._tokenizer, settings.encode, settings.encoder, str(self._writer.folder)),
+                self._blocks(waiting),
+                settings.workers,
+            )
             saved_at = time.monotonic()
             for result in results:
                 block = waiting.pop(result.number)
@@ -127,8 +159,12 @@ class _Run:
         return manifest
 
     def _blocks(self, waiting: dict[int, Block]) -> Iterator[Block]:
-        for block in blocks_of_units(self._units, self._state.units_done, self._state.unit_blocks_done,
-                                     spool_folder=str(self._writer.folder)):
+        for block in blocks_of_units(
+            self._units,
+            self._state.units_done,
+            self._state.unit_blocks_done,
+            spool_folder=str(self._writer.folder),
+        ):
             waiting[block.number] = dataclasses.replace(block, data=None)
             yield block
 
@@ -152,7 +188,9 @@ class _Run:
         itemsize = self._tokenizer.token_dtype.itemsize
         ends = (np.cumsum(result.lengths_tokens, dtype=np.int64) * itemsize).tolist()
         starts = [0, *ends[:-1]]
-        digests = [result.hashes[at:at + HASH_BYTES] for at in range(0, len(result.hashes), HASH_BYTES)]
+        digests = [
+            result.hashes[at : at + HASH_BYTES] for at in range(0, len(result.hashes), HASH_BYTES)
+        ]
         kept: list[int] = []
         parts: list[Part] = []
         first = 0
@@ -166,19 +204,26 @@ class _Run:
                 os.unlink(part.spill)
             elif fresh:
                 base = starts[first]
-                tokens = b"".join(part.tokens[starts[number] - base:ends[number] - base] for number in fresh)
+                tokens = b"".join(
+                    part.tokens[starts[number] - base : ends[number] - base] for number in fresh
+                )
                 parts.append(Part(len(fresh), tokens, part.spill))
             kept += fresh
             first += part.documents
         result.parts = parts
-        result.lengths_tokens, result.text_bytes = result.lengths_tokens[kept], result.text_bytes[kept]
+        result.lengths_tokens, result.text_bytes = (
+            result.lengths_tokens[kept],
+            result.text_bytes[kept],
+        )
         result.hashes = b"".join(digests[number] for number in kept)
         return len(digests) - len(kept)
 
     def _stop_if_hopeless(self) -> None:
         if not self._writer.documents and self._state.bad_records() >= _HOPELESS_RECORDS:
-            raise DataError(f"none of the first {self._state.bad_records()} records is usable: {self._rejected_words()}. "
-                            "Check --text-key and --format.")
+            raise DataError(
+                f"none of the first {self._state.bad_records()} records is usable: {self._rejected_words()}. "
+                "Check --text-key and --format."
+            )
 
     def _check_quality(self) -> None:
         state, limit = self._state, self._settings.max_bad_fraction
@@ -187,9 +232,12 @@ class _Run:
             raise DataError(
                 f"{state.bad_records()} of {state.total('records')} records are bad ({fraction:.2%} of records or bytes; the limit "
                 f"is {limit:.2%}): {self._rejected_words()}. They are listed in {self._writer.folder}/rejects.jsonl. Mend the "
-                "input, or run the same command with a higher --max-bad-fraction: it continues from here.")
+                "input, or run the same command with a higher --max-bad-fraction: it continues from here."
+            )
         if not self._writer.documents and self._settings.shard is None:
-            raise DataError(f"no document is left: {self._rejected_words() or 'the input has no records'}")
+            raise DataError(
+                f"no document is left: {self._rejected_words() or 'the input has no records'}"
+            )
 
     def _rejected_words(self) -> str:
         counts = self._state.rejected() + self._state.filtered()
@@ -199,27 +247,63 @@ class _Run:
     def _sources(self) -> list[dict[str, Any]]:
         entries = []
         for number, (name, counts) in enumerate(zip(self._settings.inputs, self._state.sources)):
-            files = {file.path: file.size_bytes for unit in self._units if unit.source == number for file in unit.files}
-            entries.append({"input": name, "files": len(files), "bytes": sum(files.values()), "records": counts.records,
-                            "documents": counts.documents, "tokens": counts.tokens, "text_bytes": counts.text_bytes,
-                            "content_sha256": counts.fingerprint})
+            files = {
+                file.path: file.size_bytes
+                for unit in self._units
+                if unit.source == number
+                for file in unit.files
+            }
+            entries.append(
+                {
+                    "input": name,
+                    "files": len(files),
+                    "bytes": sum(files.values()),
+                    "records": counts.records,
+                    "documents": counts.documents,
+                    "tokens": counts.tokens,
+                    "text_bytes": counts.text_bytes,
+                    "content_sha256": counts.fingerprint,
+                }
+            )
         return entries
 
     def _manifest(self, **sizes: Any) -> CorpusManifest:
         settings, tokenizer, state = self._settings, self._tokenizer, self._state
         library = "sentencepiece" if tokenizer.kind == "sentencepiece" else "tokenizers"
         return CorpusManifest(
-            format_version=FORMAT_VERSION, **sizes,
-            tokenizer={"path": str(tokenizer.path.resolve()), "kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
-                       "vocabulary_size": tokenizer.vocabulary_size, "eod_id": tokenizer.eod_id},
-            append_eod=settings.encode.append_eod, prepend_bos=settings.encode.prepend_bos, sources=self._sources,
-            created_by={"program": "data_tools.preprocess", "version": __version__, library: version(library),
-                        "options": self._identity},
+            format_version=FORMAT_VERSION,
+            **sizes,
+            tokenizer={
+                "path": str(tokenizer.path.resolve()),
+                "kind": tokenizer.kind,
+                "fingerprint": tokenizer.fingerprint,
+                "vocabulary_size": tokenizer.vocabulary_size,
+                "eod_id": tokenizer.eod_id,
+            },
+            append_eod=settings.encode.append_eod,
+            prepend_bos=settings.encode.prepend_bos,
+            sources=self._sources,
+            created_by={
+                "program": "data_tools.preprocess",
+                "version": __version__,
+                library: version(library),
+                "options": self._identity,
+            },
             rejected={"records": sum(state.rejected().values()), "reasons": dict(state.rejected())},
             filters=dict(state.filtered()),
-            shard=({"index": settings.shard[0], "count": settings.shard[1], "plan": self._identity["files"]}
-                   if settings.shard else None))
+            shard=(
+                {
+                    "index": settings.shard[0],
+                    "count": settings.shard[1],
+                    "plan": self._identity["files"],
+                }
+                if settings.shard
+                else None
+            ),
+        )
 
     def _write_statistics(self, path: Path) -> None:
-        self._statistics = statistics_of(self._writer.lengths_tokens(), self._settings.inputs, self._state)
+        self._statistics = statistics_of(
+            self._writer.lengths_tokens(), self._settings.inputs, self._state
+        )
         write_statistics(path, self._statistics)

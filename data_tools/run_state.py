@@ -90,8 +90,11 @@ class RunState:
         return listed
 
     def finish_block(self, block: Block, last_of_unit: bool) -> None:
-        self.units_done, self.unit_blocks_done = ((self.units_done + 1, 0) if last_of_unit
-                                                  else (self.units_done, self.unit_blocks_done + 1))
+        self.units_done, self.unit_blocks_done = (
+            (self.units_done + 1, 0)
+            if last_of_unit
+            else (self.units_done, self.unit_blocks_done + 1)
+        )
 
     def total(self, name: str) -> int:
         return sum(getattr(source, name) for source in self.sources)

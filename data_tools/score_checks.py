@@ -17,7 +17,9 @@ SHADES = ("", "on grey11", "on grey19", "on grey27", "on dark_red", "on red3")
 SHADE_NATS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def check_scores(folder: str, manifest: CorpusManifest, index: CorpusIndex, console: Console) -> list[str]:
+def check_scores(
+    folder: str, manifest: CorpusManifest, index: CorpusIndex, console: Console
+) -> list[str]:
     """Problems of the store at `folder` as scores of this corpus; reads and hashes all of it. ValueError when it cannot be read."""
     store = ScoreStore.open(folder, allow_missing_scores=True)
     store.check_against(manifest)
@@ -26,53 +28,94 @@ def check_scores(folder: str, manifest: CorpusManifest, index: CorpusIndex, cons
     without = store.verify(first_tokens)
     if store.missing:
         return [store.describe_missing()]
-    console.print(f"{folder}: sound. {', '.join(store.columns)} of {store.manifest.corpus_tokens:,} tokens in {store.manifest.dtype}, windows of "
-                  f"{store.manifest.window_tokens} by {store.manifest.stride_tokens} tokens, documents {store.manifest.document_policy}; reference "
-                  f"{store.manifest.reference_description}", highlight=False)
+    console.print(
+        f"{folder}: sound. {', '.join(store.columns)} of {store.manifest.corpus_tokens:,} tokens in {store.manifest.dtype}, windows of "
+        f"{store.manifest.window_tokens} by {store.manifest.stride_tokens} tokens, documents {store.manifest.document_policy}; reference "
+        f"{store.manifest.reference_description}",
+        highlight=False,
+    )
     for column, count in without.items():
         if count:
-            console.print(f"note: {count:,} tokens besides the first of each document have no {column}; they are never selected", highlight=False)
+            console.print(
+                f"note: {count:,} tokens besides the first of each document have no {column}; they are never selected",
+                highlight=False,
+            )
     return []
 
 
-def rescore_windows(prefix: str, folder: str, reference: str, count: int, tolerance_nats: float, console: Console) -> list[str]:
+def rescore_windows(
+    prefix: str, folder: str, reference: str, count: int, tolerance_nats: float, console: Console
+) -> list[str]:
     """Price `count` random windows with the reference (our checkpoint, or a Hugging Face folder) and compare with the store."""
     store = ScoreStore.open(folder)
-    rescore_with = _rescore_with_transformers if (Path(reference) / "config.json").is_file() else _rescore_with_checkpoint
+    rescore_with = (
+        _rescore_with_transformers
+        if (Path(reference) / "config.json").is_file()
+        else _rescore_with_checkpoint
+    )
     worst = rescore_with(store, prefix, reference, count)
     listed = ", ".join(f"{column} {difference:.2g} nats" for column, difference in worst.items())
     console.print(f"{count} windows priced again: largest difference {listed}", highlight=False)
-    return [f"{folder}: {column} differs by {difference:.3g} nats from what {reference} gives (allowed: {tolerance_nats}); the scores are of another model "
-            "or another context" for column, difference in worst.items() if difference > tolerance_nats]
+    return [
+        f"{folder}: {column} differs by {difference:.3g} nats from what {reference} gives (allowed: {tolerance_nats}); the scores are of another model "
+        "or another context"
+        for column, difference in worst.items()
+        if difference > tolerance_nats
+    ]
 
 
-def _rescore_with_transformers(store: ScoreStore, prefix: str, reference: str, count: int) -> dict[str, float]:
+def _rescore_with_transformers(
+    store: ScoreStore, prefix: str, reference: str, count: int
+) -> dict[str, float]:
     import torch
 
     from megatron_slm.scoring.corpus import TokenStream, rescore
     from megatron_slm.scoring.importers import huggingface_fingerprint, transformers_scorer
+
     _same_reference(store, huggingface_fingerprint(reference), reference)
     stream = TokenStream(prefix)
-    scorer = transformers_scorer(reference, stream, stream.plan(store.manifest), store.columns, device="cuda" if torch.cuda.is_available() else "cpu",
-                                 vocabulary_size=CorpusManifest.read(prefix).tokenizer["vocabulary_size"])
+    scorer = transformers_scorer(
+        reference,
+        stream,
+        stream.plan(store.manifest),
+        store.columns,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        vocabulary_size=CorpusManifest.read(prefix).tokenizer["vocabulary_size"],
+    )
     return rescore(scorer, store, count)
 
 
-def _rescore_with_checkpoint(store: ScoreStore, prefix: str, reference: str, count: int) -> dict[str, float]:
+def _rescore_with_checkpoint(
+    store: ScoreStore, prefix: str, reference: str, count: int
+) -> dict[str, float]:
     from megatron_slm import device as device_room
+
     device = device_room.choose("auto")  # before anything imports megatron.core
     from megatron_slm import parallel
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
     from megatron_slm.scoring.corpus import TokenStream, rescore
     from megatron_slm.scoring.model import megatron_scorer
     from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
+
     opened = open_reference(reference, CorpusManifest.read(prefix))
     _same_reference(store, opened.fingerprint, reference)
     stream = TokenStream(prefix)
-    config = reference_config(opened, store.manifest.window_tokens, ParallelConfig(), DeviceConfig(precision=opened.info.precision))
+    config = reference_config(
+        opened,
+        store.manifest.window_tokens,
+        ParallelConfig(),
+        DeviceConfig(precision=opened.info.precision),
+    )
     groups = parallel.start(config.parallel, device, config.run.seed)
     try:
-        scorer = megatron_scorer(load_reference(opened, config, groups), groups, stream, stream.plan(store.manifest), store.columns, micro_batch_size=4)
+        scorer = megatron_scorer(
+            load_reference(opened, config, groups),
+            groups,
+            stream,
+            stream.plan(store.manifest),
+            store.columns,
+            micro_batch_size=4,
+        )
         return rescore(scorer, store, count)
     finally:
         parallel.stop()
@@ -80,18 +123,34 @@ def _rescore_with_checkpoint(store: ScoreStore, prefix: str, reference: str, cou
 
 def _same_reference(store: ScoreStore, fingerprint: str, reference: str) -> None:
     if fingerprint != store.manifest.reference_fingerprint:
-        raise ValueError(f"{reference} is not the reference of {store.folder}: its fingerprint is {fingerprint[:19]}…, the scores were made by "
-                         f"{store.manifest.reference_description} ({store.manifest.reference_fingerprint[:19]}…)")
+        raise ValueError(
+            f"{reference} is not the reference of {store.folder}: its fingerprint is {fingerprint[:19]}…, the scores were made by "
+            f"{store.manifest.reference_description} ({store.manifest.reference_fingerprint[:19]}…)"
+        )
 
 
-def show_scores(store: ScoreStore, start: int, ids: np.ndarray, tokenizer: Tokenizer, by_token: bool, console: Console) -> None:
+def show_scores(
+    store: ScoreStore,
+    start: int,
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    by_token: bool,
+    console: Console,
+) -> None:
     """The tokens `ids` at offset `start` with their scores: a line per token, or running text, shaded (terminal) or with numbers (file)."""
     columns = {name: store.read(name, start, len(ids)) for name in store.columns}
     if by_token:
-        console.print(f"{'offset':>12} {'id':>7} " + " ".join(f"{name:>9}" for name in columns) + " token", highlight=False)
+        console.print(
+            f"{'offset':>12} {'id':>7} " + " ".join(f"{name:>9}" for name in columns) + " token",
+            highlight=False,
+        )
         for place, token_id in enumerate(ids.tolist()):
             numbers = " ".join(f"{_number(values[place]):>9}" for values in columns.values())
-            console.print(f"{start + place:>12} {token_id:>7} {numbers} {tokenizer.piece(token_id)!r}", markup=False, highlight=False)
+            console.print(
+                f"{start + place:>12} {token_id:>7} {numbers} {tokenizer.piece(token_id)!r}",
+                markup=False,
+                highlight=False,
+            )
         return
     name, losses = next(iter(columns.items()))
     text = Text()
@@ -103,8 +162,15 @@ def show_scores(store: ScoreStore, start: int, ids: np.ndarray, tokenizer: Token
         text.append(piece if console.is_terminal else f"{piece}[{_number(loss)}]", style=shade)
     console.print(text, soft_wrap=True)
     priced = losses[~np.isnan(losses)]
-    mean = f"mean {name} {priced.mean():.3f} nats over {len(priced)} tokens; " if len(priced) else ""
-    console.print(f"{mean}shades begin at {', '.join(map(str, SHADE_NATS))} nats" if console.is_terminal else mean.rstrip("; "), highlight=False)
+    mean = (
+        f"mean {name} {priced.mean():.3f} nats over {len(priced)} tokens; " if len(priced) else ""
+    )
+    console.print(
+        f"{mean}shades begin at {', '.join(map(str, SHADE_NATS))} nats"
+        if console.is_terminal
+        else mean.rstrip("; "),
+        highlight=False,
+    )
 
 
 def _number(value: float) -> str:

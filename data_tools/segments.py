@@ -29,8 +29,8 @@ def class_of_byte() -> np.ndarray:
     """uint8 of 256: the class of each UTF-8 byte."""
     classes = np.full(256, BEYOND_ASCII, np.uint8)
     classes[:128] = OTHER_ASCII
-    classes[ord("0"):ord("9") + 1] = DIGIT
-    classes[ord("A"):ord("Z") + 1] = classes[ord("a"):ord("z") + 1] = LETTER
+    classes[ord("0") : ord("9") + 1] = DIGIT
+    classes[ord("A") : ord("Z") + 1] = classes[ord("a") : ord("z") + 1] = LETTER
     classes[ord(" ")], classes[ord("\n")] = SPACE, NEWLINE
     return classes
 
@@ -60,9 +60,15 @@ def _sentencepiece_rules(model: bytes) -> CutRules | None:
     pieces, trainer, normalizer = _read_model(model)
     kinds = {kind for _, kind in pieces}
     byte_pieces = sum(kind == _BYTE for _, kind in pieces)
-    proved = (trainer.get(3, 1) == _BPE and not trainer.get(24, 0) and byte_pieces == 256
-              and kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}
-              and not normalizer.get(2, b"") and not normalizer.get(4, 1) and normalizer.get(5, 1))
+    proved = (
+        trainer.get(3, 1) == _BPE
+        and not trainer.get(24, 0)
+        and byte_pieces == 256
+        and kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}
+        and not normalizer.get(2, b"")
+        and not normalizer.get(4, 1)
+        and normalizer.get(5, 1)
+    )
     if not proved:
         return None
     classes = class_of_byte()
@@ -109,10 +115,10 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             value, at = _varint(message, at)
         elif wire == 2:
             size, at = _varint(message, at)
-            value, at = message[at:at + size], at + size
+            value, at = message[at : at + size], at + size
         else:
             size = 8 if wire == 1 else 4
-            value, at = message[at:at + size], at + size
+            value, at = message[at : at + size], at + size
         yield tag >> 3, value
 
 

@@ -32,26 +32,54 @@ _STEP_DOCUMENTS = 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.split", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.split",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("prefix", metavar="C", help="the corpus, without .bin")
-    parser.add_argument("--held-out-fraction", type=float, required=True, metavar="X", help="share of documents, 0 < X < 1")
-    parser.add_argument("--output-prefix", required=True, metavar="D", help="writes D_train and D_held_out")
+    parser.add_argument(
+        "--held-out-fraction",
+        type=float,
+        required=True,
+        metavar="X",
+        help="share of documents, 0 < X < 1",
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="D", help="writes D_train and D_held_out"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--scores", nargs="+", default=[], metavar="S", help="score stores of the corpus, split along with it")
-    parser.add_argument("--overwrite", action="store_true", help="replace corpora under the output prefixes")
+    parser.add_argument(
+        "--scores",
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="score stores of the corpus, split along with it",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace corpora under the output prefixes"
+    )
     return parser
 
 
 def is_held_out(tokens: bytes, seed: int, fraction: float) -> bool:
     """Whether the document with these tokens is held out: a function of content, seed and fraction alone. A document held out
     at a small fraction stays held out at a larger one."""
-    digest = hashlib.blake2b(tokens, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
+    digest = hashlib.blake2b(
+        tokens, digest_size=8, key=seed.to_bytes(8, "little", signed=True)
+    ).digest()
     return int.from_bytes(digest, "little") < int(fraction * 2**64)
 
 
-def split(prefix: str, output_prefix: str, fraction: float, seed: int = 0, *,
-          overwrite: bool = False, scores: list[str] | None = None) -> tuple[CorpusManifest, CorpusManifest]:
+def split(
+    prefix: str,
+    output_prefix: str,
+    fraction: float,
+    seed: int = 0,
+    *,
+    overwrite: bool = False,
+    scores: list[str] | None = None,
+) -> tuple[CorpusManifest, CorpusManifest]:
     """Write both parts, and those of every score store in `scores`; returns the manifests (train, held out). ValueError with a sentence."""
     if not 0 < fraction < 1:
         raise ValueError(f"--held-out-fraction {fraction}: a share between 0 and 1, such as 0.01")
@@ -63,21 +91,41 @@ def split(prefix: str, output_prefix: str, fraction: float, seed: int = 0, *,
     tokens = open_tokens(prefix, index)
     starts_tokens = index.document_starts_tokens()
     with ExitStack() as stack:
-        sides = [stack.enter_context(CorpusCopy(part, index.dtype, overwrite=overwrite)) for part in prefixes]
-        progress = stack.enter_context(Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()))
-        for first in progress.track(range(0, index.documents, _STEP_DOCUMENTS), description="splitting"):
-            bounds = starts_tokens[first:first + _STEP_DOCUMENTS + 1]
-            held_out = np.array([is_held_out(tokens[start:end].tobytes(), seed, fraction)
-                                 for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist())], bool)
+        sides = [
+            stack.enter_context(CorpusCopy(part, index.dtype, overwrite=overwrite))
+            for part in prefixes
+        ]
+        progress = stack.enter_context(
+            Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
+        )
+        for first in progress.track(
+            range(0, index.documents, _STEP_DOCUMENTS), description="splitting"
+        ):
+            bounds = starts_tokens[first : first + _STEP_DOCUMENTS + 1]
+            held_out = np.array(
+                [
+                    is_held_out(tokens[start:end].tobytes(), seed, fraction)
+                    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist())
+                ],
+                bool,
+            )
             for start, end in _runs(held_out):
-                _append(sides[int(held_out[start])], tokens, bounds[start:end + 1])
+                _append(sides[int(held_out[start])], tokens, bounds[start : end + 1])
                 runs[int(held_out[start])].append((int(bounds[start]), int(bounds[end])))
         if not all(side.documents for side in sides):
-            raise ValueError(f"{prefix}: with {index.documents} documents a share of {fraction} leaves one side empty")
-        history = {"sources": [{"input": str(prefix), "fingerprint": manifest.fingerprint}],
-                   "rejected": {"records": 0, "reasons": {}},
-                   "created_by": {"program": "data_tools.split", "version": __version__, "held_out_fraction": fraction,
-                                  "seed": seed}}
+            raise ValueError(
+                f"{prefix}: with {index.documents} documents a share of {fraction} leaves one side empty"
+            )
+        history = {
+            "sources": [{"input": str(prefix), "fingerprint": manifest.fingerprint}],
+            "rejected": {"records": 0, "reasons": {}},
+            "created_by": {
+                "program": "data_tools.split",
+                "version": __version__,
+                "held_out_fraction": fraction,
+                "seed": seed,
+            },
+        }
         parts = sides[0].finish(manifest, **history), sides[1].finish(manifest, **history)
     for store in stores:
         for part_prefix, part, ranges in zip(prefixes, parts, runs):
@@ -93,7 +141,7 @@ def _runs(held_out: np.ndarray) -> list[tuple[int, int]]:
 
 def _append(side: CorpusCopy, tokens: np.ndarray, bounds: np.ndarray) -> None:
     """Give documents in a row to a side in one piece."""
-    side.add_bytes(memoryview(tokens[bounds[0]:bounds[-1]]).cast("B"))
+    side.add_bytes(memoryview(tokens[bounds[0] : bounds[-1]]).cast("B"))
     side.add_lengths(np.diff(bounds))
 
 
@@ -101,16 +149,24 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         Path(arguments.output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        train, held_out = split(arguments.prefix, arguments.output_prefix, arguments.held_out_fraction, arguments.seed,
-                                overwrite=arguments.overwrite, scores=arguments.scores)
+        train, held_out = split(
+            arguments.prefix,
+            arguments.output_prefix,
+            arguments.held_out_fraction,
+            arguments.seed,
+            overwrite=arguments.overwrite,
+            scores=arguments.scores,
+        )
     except ValueError as error:
         print(f"split: {error}", file=sys.stderr)
         return 3
     except OSError as error:
         print(f"split: {error}. Nothing incomplete was published.", file=sys.stderr)
         return 4
-    print(f"{arguments.output_prefix}_train: {train.documents:,} documents, {train.tokens:,} tokens; "
-          f"{arguments.output_prefix}_held_out: {held_out.documents:,} documents, {held_out.tokens:,} tokens")
+    print(
+        f"{arguments.output_prefix}_train: {train.documents:,} documents, {train.tokens:,} tokens; "
+        f"{arguments.output_prefix}_held_out: {held_out.documents:,} documents, {held_out.tokens:,} tokens"
+    )
     return 0
 
 

@@ -12,16 +12,22 @@ from megatron_slm.data.score_manifest import default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
 
 
-def open_scores(folders: list[str], corpus: CorpusManifest, output_prefixes: list[str]) -> list[ScoreStore]:
+def open_scores(
+    folders: list[str], corpus: CorpusManifest, output_prefixes: list[str]
+) -> list[ScoreStore]:
     """The complete stores of this corpus. ValueError with a sentence, also when a folder to be written is there already."""
     stores = [ScoreStore.open(folder) for folder in folders]
     if len({store.folder.name for store in stores}) != len(stores):
-        raise ValueError("--scores: two folders of one name would be written to one place; rename one")
+        raise ValueError(
+            "--scores: two folders of one name would be written to one place; rename one"
+        )
     for store in stores:
         store.check_against(corpus)
         for prefix in output_prefixes:
             if (there := scores_of_part(prefix, store)).exists():
-                raise ValueError(f"{there} exists already. Delete it, or give another --output-prefix.")
+                raise ValueError(
+                    f"{there} exists already. Delete it, or give another --output-prefix."
+                )
     return stores
 
 
@@ -30,25 +36,39 @@ def scores_of_part(prefix: str, store: ScoreStore) -> Path:
     return Path(f"{prefix}.{store.folder.name}")
 
 
-def carry_scores(store: ScoreStore, prefix: str, part: CorpusManifest, runs: np.ndarray) -> ScoreStore:
+def carry_scores(
+    store: ScoreStore, prefix: str, part: CorpusManifest, runs: np.ndarray
+) -> ScoreStore:
     """A store of the corpus `part` with the scores of its documents.
 
     runs: int64 [R, 2], the token ranges [start, end) of the whole corpus that make up the part, in its order. The scores stay those of the
     context that the tokens had in the whole corpus, and the description says so: pricing the part again gives other values near the
     beginnings of documents.
     """
-    manifest = replace(store.manifest, corpus_fingerprint=part.fingerprint, corpus_tokens=part.tokens, corpus_documents=part.documents,
-                       shard_tokens=default_shard_tokens(part.tokens), resume_command="", complete=False,
-                       reference_description=f"{store.manifest.reference_description}; split from {store.folder}, scored in the whole corpus")
+    manifest = replace(
+        store.manifest,
+        corpus_fingerprint=part.fingerprint,
+        corpus_tokens=part.tokens,
+        corpus_documents=part.documents,
+        shard_tokens=default_shard_tokens(part.tokens),
+        resume_command="",
+        complete=False,
+        reference_description=f"{store.manifest.reference_description}; split from {store.folder}, scored in the whole corpus",
+    )
     made = ScoreStore.create(scores_of_part(prefix, store), manifest)
     ends = np.cumsum(runs[:, 1] - runs[:, 0])
     begins = ends - (runs[:, 1] - runs[:, 0])
     for shard in range(manifest.shard_count):
         low, high = manifest.shard_range(shard)
-        first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(begins, high, side="left")
+        first, last = (
+            np.searchsorted(ends, low, side="right"),
+            np.searchsorted(begins, high, side="left"),
+        )
         starts = runs[first:last, 0] + np.maximum(low - begins[first:last], 0)
         stops = runs[first:last, 1] - np.maximum(ends[first:last] - high, 0)
         pieces = list(zip(starts.tolist(), stops.tolist()))
-        made.write_shard(shard, {column: store.read_pieces(column, pieces) for column in store.columns})
+        made.write_shard(
+            shard, {column: store.read_pieces(column, pieces) for column in store.columns}
+        )
     made.finish()
     return made

@@ -15,7 +15,9 @@ from megatron_slm.data.manifest import CorpusManifest, write_json_atomically
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
-def statistics_of(lengths_tokens: np.ndarray, names: Sequence[str], state: RunState) -> dict[str, Any]:
+def statistics_of(
+    lengths_tokens: np.ndarray, names: Sequence[str], state: RunState
+) -> dict[str, Any]:
     """Numbers of each source and of the whole. Documents lie in the order of their sources, so lengths need no labels."""
     sources = []
     start = 0
@@ -23,8 +25,14 @@ def statistics_of(lengths_tokens: np.ndarray, names: Sequence[str], state: RunSt
         end = start + counts.documents
         sources.append({"source": name, **_numbers(lengths_tokens[start:end], counts)})
         start = end
-    total = SourceCounts(records=state.total("records"), documents=state.total("documents"), tokens=state.total("tokens"),
-                         text_bytes=state.total("text_bytes"), rejected=dict(state.rejected()), filtered=dict(state.filtered()))
+    total = SourceCounts(
+        records=state.total("records"),
+        documents=state.total("documents"),
+        tokens=state.total("tokens"),
+        text_bytes=state.total("text_bytes"),
+        rejected=dict(state.rejected()),
+        filtered=dict(state.filtered()),
+    )
     return {"sources": sources, "total": _numbers(lengths_tokens, total)}
 
 
@@ -35,43 +43,75 @@ def read_statistics(prefix: str, manifest: CorpusManifest) -> dict[str, Any] | N
         return None
     statistics = json.loads(path.read_text(encoding="utf-8"))
     total = statistics["total"]
-    return statistics if (total["tokens"], total["documents"]) == (manifest.tokens, manifest.documents) else None
+    return (
+        statistics
+        if (total["tokens"], total["documents"]) == (manifest.tokens, manifest.documents)
+        else None
+    )
 
 
-def merged_statistics(parts: Sequence[tuple[np.ndarray, dict[str, Any]]], *, shards: bool) -> dict[str, Any]:
+def merged_statistics(
+    parts: Sequence[tuple[np.ndarray, dict[str, Any]]], *, shards: bool
+) -> dict[str, Any]:
     """Numbers of corpora joined in this order, from each one's document lengths and statistics; rows of shards of one run are added up."""
     rows: dict[Any, list[tuple[np.ndarray, dict[str, Any]]]] = {}
     for part, (lengths_tokens, statistics) in enumerate(parts):
         start = 0
         for number, row in enumerate(statistics["sources"]):
-            rows.setdefault(number if shards else (part, number), []).append((lengths_tokens[start:start + row["documents"]], row))
+            rows.setdefault(number if shards else (part, number), []).append(
+                (lengths_tokens[start : start + row["documents"]], row)
+            )
             start += row["documents"]
     sources = [{"source": pieces[0][1]["source"], **_added(pieces)} for pieces in rows.values()]
-    return {"sources": sources, "total": _added([(lengths_tokens, statistics["total"]) for lengths_tokens, statistics in parts])}
+    return {
+        "sources": sources,
+        "total": _added(
+            [(lengths_tokens, statistics["total"]) for lengths_tokens, statistics in parts]
+        ),
+    }
 
 
 def _added(pieces: Sequence[tuple[np.ndarray, dict[str, Any]]]) -> dict[str, Any]:
-    counts = SourceCounts(**{name: sum(row[name] for _, row in pieces) for name in ("records", "documents", "tokens", "text_bytes")},
-                          **{name: dict(sum((Counter(row[name]) for _, row in pieces), Counter())) for name in ("rejected", "filtered")})
+    counts = SourceCounts(
+        **{
+            name: sum(row[name] for _, row in pieces)
+            for name in ("records", "documents", "tokens", "text_bytes")
+        },
+        **{
+            name: dict(sum((Counter(row[name]) for _, row in pieces), Counter()))
+            for name in ("rejected", "filtered")
+        },
+    )
     return _numbers(np.concatenate([lengths_tokens for lengths_tokens, _ in pieces]), counts)
 
 
 def _numbers(lengths_tokens: np.ndarray, counts: SourceCounts) -> dict[str, Any]:
-    return {"records": counts.records, "documents": counts.documents, "tokens": counts.tokens, "text_bytes": counts.text_bytes,
-            "bytes_per_token": counts.text_bytes / counts.tokens if counts.tokens else None,
-            "document_tokens": length_summary(lengths_tokens), "rejected": counts.rejected, "filtered": counts.filtered}
+    return {
+        "records": counts.records,
+        "documents": counts.documents,
+        "tokens": counts.tokens,
+        "text_bytes": counts.text_bytes,
+        "bytes_per_token": counts.text_bytes / counts.tokens if counts.tokens else None,
+        "document_tokens": length_summary(lengths_tokens),
+        "rejected": counts.rejected,
+        "filtered": counts.filtered,
+    }
 
 
 def length_summary(lengths_tokens: np.ndarray) -> dict[str, Any]:
     """Mean, quantiles and a histogram in powers of two (bin b counts lengths in [2**b, 2**(b+1)))."""
     if not len(lengths_tokens):
         return {"mean": None, "quantiles": {}, "histogram_log2": []}
-    ordered = np.sort(lengths_tokens)  # 4 bytes a document: the one thing here that grows with the corpus
+    ordered = np.sort(
+        lengths_tokens
+    )  # 4 bytes a document: the one thing here that grows with the corpus
     places = [min(len(ordered) - 1, int(q * len(ordered))) for q in QUANTILES]
     bits = np.bincount(np.log2(np.maximum(ordered, 1)).astype(np.int64))
-    return {"mean": float(ordered.mean(dtype=np.float64)),
-            "quantiles": {f"{q:g}": int(ordered[place]) for q, place in zip(QUANTILES, places)},
-            "histogram_log2": bits.tolist()}
+    return {
+        "mean": float(ordered.mean(dtype=np.float64)),
+        "quantiles": {f"{q:g}": int(ordered[place]) for q, place in zip(QUANTILES, places)},
+        "histogram_log2": bits.tolist(),
+    }
 
 
 def write_statistics(path: Path, statistics: dict[str, Any]) -> None:

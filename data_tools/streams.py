@@ -13,8 +13,14 @@ from data_tools.giant import GIANT_BYTES
 from data_tools.inputs import BLOCK_BYTES, STDIN, Unit
 
 
-def blocks_of_units(units: Sequence[Unit], units_done: int = 0, unit_blocks_done: int = 0, *, spool_folder: str,
-                    block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+def blocks_of_units(
+    units: Sequence[Unit],
+    units_done: int = 0,
+    unit_blocks_done: int = 0,
+    *,
+    spool_folder: str,
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[Block]:
     """All blocks in order, from the place where an interrupted run stood. Streams are read again and skipped up to it.
 
     A line of a stream that is too large to hold goes to a file `spill-...` in `spool_folder`, which the caller removes.
@@ -23,8 +29,11 @@ def blocks_of_units(units: Sequence[Unit], units_done: int = 0, unit_blocks_done
     for unit_number in range(units_done, len(units)):
         unit = units[unit_number]
         skip = unit_blocks_done if unit_number == units_done else 0
-        blocks = (_blocks_of_stream(unit, block_bytes, f"{spool_folder}/spill-line-{unit_number}") if unit.kind == "stream"
-                  else iter([Block(0, 0, 0, unit, source_bytes=unit.size_bytes)]))
+        blocks = (
+            _blocks_of_stream(unit, block_bytes, f"{spool_folder}/spill-line-{unit_number}")
+            if unit.kind == "stream"
+            else iter([Block(0, 0, 0, unit, source_bytes=unit.size_bytes)])
+        )
         for unit_block, block in enumerate(blocks):
             if unit_block < skip:
                 if block.spool:
@@ -40,18 +49,41 @@ def _blocks_of_stream(unit: Unit, block_bytes: int, spool: str) -> Iterator[Bloc
     try:
         raw = sys.stdin.buffer if file.path == STDIN else open(file.path, "rb")
     except OSError as error:
-        yield Block(0, 0, 0, unit, b"", file.size_bytes, damage=error.strerror or str(error), damaged_bytes=file.size_bytes)
+        yield Block(
+            0,
+            0,
+            0,
+            unit,
+            b"",
+            file.size_bytes,
+            damage=error.strerror or str(error),
+            damaged_bytes=file.size_bytes,
+        )
         return
     with raw:
         consumed_before = 0
-        for data, spooled, exhausted, damage in _whole_lines(decompressed(file.compression, raw), block_bytes, spool):
+        for data, spooled, exhausted, damage in _whole_lines(
+            decompressed(file.compression, raw), block_bytes, spool
+        ):
             consumed = raw.tell() if file.size_bytes else 0
-            yield Block(0, 0, 0, unit, data, consumed - consumed_before, exhausted, spooled, damage,
-                        max(file.size_bytes - consumed_before, 1) if damage else 0)
+            yield Block(
+                0,
+                0,
+                0,
+                unit,
+                data,
+                consumed - consumed_before,
+                exhausted,
+                spooled,
+                damage,
+                max(file.size_bytes - consumed_before, 1) if damage else 0,
+            )
             consumed_before = consumed
 
 
-def _whole_lines(pieces: Iterator[bytes], block_bytes: int, spool: str) -> Iterator[tuple[bytes, str, bool, str]]:
+def _whole_lines(
+    pieces: Iterator[bytes], block_bytes: int, spool: str
+) -> Iterator[tuple[bytes, str, bool, str]]:
     """(lines, file of one giant line, whether they are the last, damage). A line that damage cut short is not given."""
     kept: list[bytes] = []
     kept_bytes = spools = 0
@@ -83,7 +115,7 @@ def _whole_lines(pieces: Iterator[bytes], block_bytes: int, spool: str) -> Itera
             yield b"", path, False, ""
             kept, kept_bytes, has_newline = [rest], len(rest), b"\n" in rest
     data = b"".join(kept)
-    yield (data[:data.rfind(b"\n") + 1] if damage else data), "", True, damage
+    yield (data[: data.rfind(b"\n") + 1] if damage else data), "", True, damage
 
 
 def _spool_line(path: str, kept: list[bytes], pieces: Iterator[bytes]) -> tuple[bytes, str]:
@@ -98,4 +130,4 @@ def _spool_line(path: str, kept: list[bytes], pieces: Iterator[bytes]) -> tuple[
             end = piece.find(b"\n")
             stream.write(piece if end < 0 else piece[:end])
             if end >= 0 or not piece:
-                return piece[end + 1:] if end >= 0 else b"", ""
+                return piece[end + 1 :] if end >= 0 else b"", ""

@@ -29,7 +29,13 @@ from data_tools import score_checks
 from data_tools.documents import DataError
 from megatron_slm import __version__
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
-from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus, manifest_path, sha256_of_file
+from megatron_slm.data.manifest import (
+    FORMAT_VERSION,
+    CorpusManifest,
+    check_corpus,
+    manifest_path,
+    sha256_of_file,
+)
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
 _PIECE_TOKENS = 8 << 20
@@ -49,17 +55,49 @@ class Findings:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.verify", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="exit codes: 0 the corpus is sound, 2 wrong usage, 3 something is wrong with it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 the corpus is sound, 2 wrong usage, 3 something is wrong with it.",
+    )
     parser.add_argument("prefix", metavar="C", help="the corpus, without .bin")
-    parser.add_argument("--tokenizer", metavar="P.model", help="its tokenizer, when it is no longer where the manifest says")
-    parser.add_argument("--sample-documents", type=int, default=3, metavar="N", help="how many to decode (default: %(default)s)")
-    parser.add_argument("--write-manifest", action="store_true", help="make a manifest for a corpus that has none")
-    parser.add_argument("--scores", metavar="S", help="a score store of this corpus, checked as well")
-    parser.add_argument("--rescore", type=int, default=0, metavar="N", help="with --scores: price N random windows again and compare")
-    parser.add_argument("--reference", metavar="RUN", help="with --rescore: the reference's checkpoint or Hugging Face folder")
-    parser.add_argument("--rescore-tolerance-nats", type=float, default=0.05, help="largest difference allowed (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="P.model",
+        help="its tokenizer, when it is no longer where the manifest says",
+    )
+    parser.add_argument(
+        "--sample-documents",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how many to decode (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--write-manifest", action="store_true", help="make a manifest for a corpus that has none"
+    )
+    parser.add_argument(
+        "--scores", metavar="S", help="a score store of this corpus, checked as well"
+    )
+    parser.add_argument(
+        "--rescore",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --scores: price N random windows again and compare",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="RUN",
+        help="with --rescore: the reference's checkpoint or Hugging Face folder",
+    )
+    parser.add_argument(
+        "--rescore-tolerance-nats",
+        type=float,
+        default=0.05,
+        help="largest difference allowed (default: %(default)s)",
+    )
     return parser
 
 
@@ -69,7 +107,7 @@ def read_tokens(tokens: np.ndarray, index: CorpusIndex, eod_id: int) -> Findings
     pieces = range(0, len(tokens), _PIECE_TOKENS)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         for start in progress.track(pieces, description="reading tokens"):
-            piece = tokens[start:start + _PIECE_TOKENS]
+            piece = tokens[start : start + _PIECE_TOKENS]
             findings.largest_id = max(findings.largest_id, int(piece.max()))
             findings.smallest_id = min(findings.smallest_id, int(piece.min()))
             findings.closing_tokens += int(np.count_nonzero(piece == eod_id))
@@ -89,13 +127,17 @@ def problems_of(prefix: str, manifest: CorpusManifest, findings: Findings) -> li
     problems = []
     if findings.largest_id >= size or findings.smallest_id < 0:
         worst = findings.largest_id if findings.largest_id >= size else findings.smallest_id
-        problems.append(f"{prefix}.bin holds the id {worst}, but the vocabulary has ids 0 to {size - 1}: it was made with another "
-                        "tokenizer, or with another token dtype")
+        problems.append(
+            f"{prefix}.bin holds the id {worst}, but the vocabulary has ids 0 to {size - 1}: it was made with another "
+            "tokenizer, or with another token dtype"
+        )
     if findings.empty_documents:
         problems.append(f"{findings.empty_documents} documents have no tokens")
     if manifest.append_eod and findings.documents_not_closed:
-        problems.append(f"{findings.documents_not_closed} documents do not end with the end-of-document id {eod_id} (the first is "
-                        f"document {findings.first_not_closed}), though the manifest says append_eod")
+        problems.append(
+            f"{findings.documents_not_closed} documents do not end with the end-of-document id {eod_id} (the first is "
+            f"document {findings.first_not_closed}), though the manifest says append_eod"
+        )
     return problems
 
 
@@ -105,25 +147,43 @@ def find_tokenizer(prefix: str, manifest: CorpusManifest, path: str | None) -> T
         return None
     tokenizer = load_tokenizer(path or manifest.tokenizer["path"])
     if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
-        raise ValueError(f"{tokenizer.path} is not the tokenizer of {prefix}: its fingerprint is {tokenizer.fingerprint[:19]}…, the "
-                         f"manifest says {manifest.tokenizer['fingerprint'][:19]}…")
-    if (tokenizer.vocabulary_size, tokenizer.eod_id) != (manifest.tokenizer["vocabulary_size"], manifest.tokenizer["eod_id"]):
-        raise ValueError(f"{tokenizer.path} has {tokenizer.vocabulary_size} ids and end-of-document {tokenizer.eod_id}; the manifest "
-                         f"of {prefix} says {manifest.tokenizer['vocabulary_size']} and {manifest.tokenizer['eod_id']}")
+        raise ValueError(
+            f"{tokenizer.path} is not the tokenizer of {prefix}: its fingerprint is {tokenizer.fingerprint[:19]}…, the "
+            f"manifest says {manifest.tokenizer['fingerprint'][:19]}…"
+        )
+    if (tokenizer.vocabulary_size, tokenizer.eod_id) != (
+        manifest.tokenizer["vocabulary_size"],
+        manifest.tokenizer["eod_id"],
+    ):
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocabulary_size} ids and end-of-document {tokenizer.eod_id}; the manifest "
+            f"of {prefix} says {manifest.tokenizer['vocabulary_size']} and {manifest.tokenizer['eod_id']}"
+        )
     return tokenizer
 
 
-def decode_sample(tokens: np.ndarray, index: CorpusIndex, tokenizer: Tokenizer, count: int) -> list[tuple[int, str]]:
+def decode_sample(
+    tokens: np.ndarray, index: CorpusIndex, tokenizer: Tokenizer, count: int
+) -> list[tuple[int, str]]:
     """(document number, text) of `count` documents spread evenly. Raises DataError where decoding gives no text."""
     starts_tokens = index.document_starts_tokens()
-    numbers = np.unique(np.linspace(0, index.documents - 1, min(count, index.documents)).astype(np.int64)).tolist()
+    numbers = np.unique(
+        np.linspace(0, index.documents - 1, min(count, index.documents)).astype(np.int64)
+    ).tolist()
     sample = []
     for number in numbers:
-        ids = tokens[starts_tokens[number]:min(starts_tokens[number + 1], starts_tokens[number] + 2000)]
-        ids = ids[(ids != tokenizer.eod_id) & (ids != (tokenizer.bos_id if tokenizer.bos_id is not None else -1))]
+        ids = tokens[
+            starts_tokens[number] : min(starts_tokens[number + 1], starts_tokens[number] + 2000)
+        ]
+        ids = ids[
+            (ids != tokenizer.eod_id)
+            & (ids != (tokenizer.bos_id if tokenizer.bos_id is not None else -1))
+        ]
         text = tokenizer.decode(ids)
         if len(ids) and not text:
-            raise DataError(f"document {number} decodes to nothing: the tokens do not belong to this tokenizer")
+            raise DataError(
+                f"document {number} decodes to nothing: the tokens do not belong to this tokenizer"
+            )
         sample.append((number, text))
     return sample
 
@@ -134,13 +194,26 @@ def manifest_for_foreign(prefix: str, tokenizer: Tokenizer) -> CorpusManifest:
     tokens = open_tokens(prefix, index)
     findings = read_tokens(tokens, index, tokenizer.eod_id)
     return CorpusManifest(
-        format_version=FORMAT_VERSION, documents=index.documents, tokens=index.tokens, token_dtype=index.dtype.name,
-        bin_bytes=index.bin_bytes, idx_bytes=Path(f"{prefix}.idx").stat().st_size,
-        bin_sha256=sha256_of_file(f"{prefix}.bin"), idx_sha256=sha256_of_file(f"{prefix}.idx"),
-        tokenizer={"path": str(tokenizer.path.resolve()), "kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
-                   "vocabulary_size": tokenizer.vocabulary_size, "eod_id": tokenizer.eod_id},
-        append_eod=findings.documents_not_closed == 0 and index.documents > 0, sources=[{"input": "unknown"}],
-        created_by={"program": "data_tools.verify", "version": __version__}, rejected={"records": 0, "reasons": {}})
+        format_version=FORMAT_VERSION,
+        documents=index.documents,
+        tokens=index.tokens,
+        token_dtype=index.dtype.name,
+        bin_bytes=index.bin_bytes,
+        idx_bytes=Path(f"{prefix}.idx").stat().st_size,
+        bin_sha256=sha256_of_file(f"{prefix}.bin"),
+        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        tokenizer={
+            "path": str(tokenizer.path.resolve()),
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "eod_id": tokenizer.eod_id,
+        },
+        append_eod=findings.documents_not_closed == 0 and index.documents > 0,
+        sources=[{"input": "unknown"}],
+        created_by={"program": "data_tools.verify", "version": __version__},
+        rejected={"records": 0, "reasons": {}},
+    )
 
 
 def verify(arguments: argparse.Namespace) -> list[str]:
@@ -149,12 +222,18 @@ def verify(arguments: argparse.Namespace) -> list[str]:
     console = Console()
     if arguments.write_manifest:
         if manifest_path(prefix).exists():
-            raise ValueError(f"{manifest_path(prefix)} exists already; delete it if the corpus was really made anew")
+            raise ValueError(
+                f"{manifest_path(prefix)} exists already; delete it if the corpus was really made anew"
+            )
         if arguments.tokenizer is None:
-            raise ValueError("--write-manifest needs --tokenizer P.model: the manifest names the tokenizer")
+            raise ValueError(
+                "--write-manifest needs --tokenizer P.model: the manifest names the tokenizer"
+            )
         manifest = manifest_for_foreign(prefix, load_tokenizer(arguments.tokenizer))
     else:
-        Path(f"{prefix}.verified.json").unlink(missing_ok=True)  # a full check does not trust an earlier one
+        Path(f"{prefix}.verified.json").unlink(
+            missing_ok=True
+        )  # a full check does not trust an earlier one
         manifest = check_corpus(prefix)
     index = read_index(f"{prefix}.idx")
     tokens = open_tokens(prefix, index)
@@ -166,25 +245,46 @@ def verify(arguments: argparse.Namespace) -> list[str]:
     if arguments.write_manifest:
         manifest.write(prefix)
         console.print(f"wrote {manifest_path(prefix)}", highlight=False)
-    console.print(f"{prefix}: sound. {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype}), ids "
-                  f"0 to {findings.largest_id} of {manifest.tokenizer['vocabulary_size']}", highlight=False)
+    console.print(
+        f"{prefix}: sound. {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype}), ids "
+        f"0 to {findings.largest_id} of {manifest.tokenizer['vocabulary_size']}",
+        highlight=False,
+    )
     inside = findings.closing_tokens - (index.documents - findings.documents_not_closed)
     if inside > 0:
-        console.print(f"note: the end-of-document id also occurs {inside} times inside documents", highlight=False)
+        console.print(
+            f"note: the end-of-document id also occurs {inside} times inside documents",
+            highlight=False,
+        )
     if tokenizer is None:
-        console.print(f"note: {manifest.tokenizer['path']} is gone; give --tokenizer to see text", highlight=False)
+        console.print(
+            f"note: {manifest.tokenizer['path']} is gone; give --tokenizer to see text",
+            highlight=False,
+        )
     else:
         for number, text in decode_sample(tokens, index, tokenizer, arguments.sample_documents):
             console.print(f"document {number}: {text[:200]!r}", highlight=False, markup=False)
     return verify_scores(prefix, manifest, index, arguments, console) if arguments.scores else []
 
 
-def verify_scores(prefix: str, manifest: CorpusManifest, index: CorpusIndex, arguments: argparse.Namespace, console: Console) -> list[str]:
+def verify_scores(
+    prefix: str,
+    manifest: CorpusManifest,
+    index: CorpusIndex,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> list[str]:
     """Problems of the score store named by --scores, and of the windows priced again."""
     problems = score_checks.check_scores(arguments.scores, manifest, index, console)
     if not problems and arguments.rescore:
-        problems = score_checks.rescore_windows(prefix, arguments.scores, arguments.reference, arguments.rescore,
-                                                arguments.rescore_tolerance_nats, console)
+        problems = score_checks.rescore_windows(
+            prefix,
+            arguments.scores,
+            arguments.reference,
+            arguments.rescore,
+            arguments.rescore_tolerance_nats,
+            console,
+        )
     return problems
 
 
@@ -194,7 +294,10 @@ def main(argv: list[str] | None = None) -> int:
         print("verify: --sample-documents cannot be negative", file=sys.stderr)
         return 2
     if arguments.rescore and not (arguments.scores and arguments.reference):
-        print("verify: --rescore needs --scores S and --reference RUN, the model that made them", file=sys.stderr)
+        print(
+            "verify: --rescore needs --scores S and --reference RUN, the model that made them",
+            file=sys.stderr,
+        )
         return 2
     try:
         problems = verify(arguments)

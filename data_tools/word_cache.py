@@ -25,7 +25,9 @@ _LONGEST_KEPT_BYTES = 256
 _BATCH_BYTES = 1 << 18
 _COUNT_BITS = np.int64(8)
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)
-_MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
+_MULTIPLIERS = np.array(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64
+)
 
 
 class TokenStore:
@@ -39,8 +41,12 @@ class TokenStore:
         counts = np.fromiter(map(len, sequences), np.int64, len(sequences))
         total = int(counts.sum())
         if self._used + total > len(self.tokens):
-            self.tokens = np.concatenate([self.tokens, np.zeros(max(len(self.tokens), total), self.tokens.dtype)])
-        self.tokens[self._used:self._used + total] = np.fromiter(chain.from_iterable(sequences), self.tokens.dtype, total)
+            self.tokens = np.concatenate(
+                [self.tokens, np.zeros(max(len(self.tokens), total), self.tokens.dtype)]
+            )
+        self.tokens[self._used : self._used + total] = np.fromiter(
+            chain.from_iterable(sequences), self.tokens.dtype, total
+        )
         starts = self._used + np.cumsum(counts) - counts
         self._used += total
         return starts << _COUNT_BITS | counts
@@ -51,7 +57,9 @@ class SegmentTable:
 
     def __init__(self, columns: int) -> None:
         self._slots = 1 << _SLOT_BITS
-        self._keys = np.zeros((self._slots, columns), "<u8")  # an all-zero key is a free slot: texts hold no NUL
+        self._keys = np.zeros(
+            (self._slots, columns), "<u8"
+        )  # an all-zero key is a free slot: texts hold no NUL
         self._places = np.zeros(self._slots, np.int64)
         self.entries = 0
 
@@ -74,14 +82,18 @@ class SegmentTable:
         if found.shape[1] == 1:
             return found[:, 0] == keys[:, 0], found[:, 0] == 0
         differs = found ^ keys
-        return (differs[:, 0] | differs[:, 1] | differs[:, 2] | differs[:, 3]) == 0, found[:, 0] == 0
+        return (differs[:, 0] | differs[:, 1] | differs[:, 2] | differs[:, 3]) == 0, found[
+            :, 0
+        ] == 0
 
     def insert(self, keys: np.ndarray, places: np.ndarray) -> None:
         """Add distinct absent keys. The caller keeps room."""
         slots, todo = self._hash(keys), np.arange(len(keys))
         while len(todo):
             free = todo[self._keys[slots[todo], 0] == 0]
-            _, first = np.unique(slots[free], return_index=True)  # of several keys for one slot, the first gets it
+            _, first = np.unique(
+                slots[free], return_index=True
+            )  # of several keys for one slot, the first gets it
             winners = free[first]
             self._keys[slots[winners]] = keys[winners]
             self._places[slots[winners]] = places[winners]
@@ -151,7 +163,9 @@ class CachedEncoder:
     def _encode_whole(self, text: str) -> bytes:
         return np.asarray(self._tokenizer.encode(text)).astype(self._dtype).tobytes()
 
-    def _encode_into(self, results: list[list[bytes]], owners: list[int], parts: list[bytes]) -> None:
+    def _encode_into(
+        self, results: list[list[bytes]], owners: list[int], parts: list[bytes]
+    ) -> None:
         for owner, content in zip(owners, self._encode_parts(parts) if parts else ()):
             results[owner].append(content)
 
@@ -173,7 +187,7 @@ class CachedEncoder:
         while len(content) - start > window:
             end = content.rfind(b"\n", start + 1, start + window)
             if end < 0:
-                cuts = self._cuts(content[start:start + window])
+                cuts = self._cuts(content[start : start + window])
                 if not len(cuts):
                     window *= 2  # nothing to cut at so far
                     continue
@@ -191,7 +205,9 @@ class CachedEncoder:
         return np.flatnonzero(np.frombuffer(pairs.tobytes().translate(self._cut_table), bool)) + 1
 
     def _encode_parts(self, parts: list[bytes]) -> list[bytes]:
-        joined = b"\n".join(parts) + b"\n" + bytes(_KEY_BYTES)  # a newline between parts is a segment of its own
+        joined = (
+            b"\n".join(parts) + b"\n" + bytes(_KEY_BYTES)
+        )  # a newline between parts is a segment of its own
         size = len(joined) - _KEY_BYTES
         starts = np.concatenate([np.zeros(1, np.int64), self._cuts(joined[:size])])
         lengths = np.diff(starts, append=size)
@@ -205,26 +221,40 @@ class CachedEncoder:
         ends = np.cumsum(counts)
         sources = np.repeat(firsts - (ends - counts), counts)
         sources += np.arange(len(sources))
-        tokens = self._store.tokens.take(sources, mode="clip")  # where a long segment goes, the place means nothing
+        tokens = self._store.tokens.take(
+            sources, mode="clip"
+        )  # where a long segment goes, the place means nothing
         for segment, sequence in long:
-            tokens[ends[segment] - len(sequence):ends[segment]] = sequence
+            tokens[ends[segment] - len(sequence) : ends[segment]] = sequence
         content = tokens.tobytes()
         bounds = (ends[separators] * self._dtype.itemsize).tolist()
         return [content[start:end] for start, end in zip([0, *bounds[:-1]], bounds)]
 
     def _places(self, joined: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Where the tokens of every segment of at most 32 bytes lie, new ones encoded and remembered; 0 for longer ones."""
-        windows = np.ndarray((len(joined) - 7,), "<u8", buffer=joined, strides=(1,))  # the 8 bytes from every place
+        windows = np.ndarray(
+            (len(joined) - 7,), "<u8", buffer=joined, strides=(1,)
+        )  # the 8 bytes from every place
         places = np.zeros(len(starts), np.int64)
         is_short = lengths <= _SHORT_BYTES
-        for table, chosen in ((self._short, np.flatnonzero(is_short)),
-                              (self._medium, np.flatnonzero(~is_short & (lengths <= _KEY_BYTES)))):
-            keys = self._keys(windows, starts[chosen], lengths[chosen], 1 if table is self._short else 4)
+        for table, chosen in (
+            (self._short, np.flatnonzero(is_short)),
+            (self._medium, np.flatnonzero(~is_short & (lengths <= _KEY_BYTES))),
+        ):
+            keys = self._keys(
+                windows, starts[chosen], lengths[chosen], 1 if table is self._short else 4
+            )
             found = table.find(keys)
             missing = np.flatnonzero(found < 0)
             if len(missing):
-                new = {joined[start:start + length]: place for start, length, place in
-                       zip(starts[chosen[missing]].tolist(), lengths[chosen[missing]].tolist(), missing.tolist())}
+                new = {
+                    joined[start : start + length]: place
+                    for start, length, place in zip(
+                        starts[chosen[missing]].tolist(),
+                        lengths[chosen[missing]].tolist(),
+                        missing.tolist(),
+                    )
+                }
                 if table.entries + len(new) > _MOST_ENTRIES:
                     self._forget()
                     return self._places(joined, starts, lengths)
@@ -234,27 +264,41 @@ class CachedEncoder:
             places[chosen] = found
         return places
 
-    def _keys(self, windows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, columns: int) -> np.ndarray:
+    def _keys(
+        self, windows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, columns: int
+    ) -> np.ndarray:
         keys = np.zeros((len(starts), columns), "<u8")
         keys[:, 0] = windows[starts] & _MASKS[np.minimum(lengths, 8)]
         for column in range(1, columns):
             longer = np.flatnonzero(lengths > 8 * column)
-            keys[longer, column] = windows[starts[longer] + 8 * column] & _MASKS[np.minimum(lengths[longer] - 8 * column, 8)]
+            keys[longer, column] = (
+                windows[starts[longer] + 8 * column]
+                & _MASKS[np.minimum(lengths[longer] - 8 * column, 8)]
+            )
         return keys
 
-    def _long_segments(self, joined: bytes, starts: np.ndarray, lengths: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def _long_segments(
+        self, joined: bytes, starts: np.ndarray, lengths: np.ndarray
+    ) -> list[tuple[int, np.ndarray]]:
         places = np.flatnonzero(lengths > _KEY_BYTES).tolist()
-        segments = [joined[starts[place]:starts[place] + lengths[place]] for place in places]
+        segments = [joined[starts[place] : starts[place] + lengths[place]] for place in places]
         known = {segment: self._long[segment] for segment in segments if segment in self._long}
         new = [segment for segment in dict.fromkeys(segments) if segment not in known]
         if new:
-            known.update(zip(new, (np.array(ids, self._dtype) for ids in self._encode_segments(new))))
+            known.update(
+                zip(new, (np.array(ids, self._dtype) for ids in self._encode_segments(new)))
+            )
             if len(self._long) + len(new) > _MOST_LONG_ENTRIES:
                 self._long.clear()
-            self._long.update((segment, known[segment]) for segment in new[:_MOST_LONG_ENTRIES]
-                              if len(segment) <= _LONGEST_KEPT_BYTES)
+            self._long.update(
+                (segment, known[segment])
+                for segment in new[:_MOST_LONG_ENTRIES]
+                if len(segment) <= _LONGEST_KEPT_BYTES
+            )
         return [(place, known[segment]) for place, segment in zip(places, segments)]
 
     def _encode_segments(self, segments: list[bytes]) -> list[list[int]]:
         # One thread: the processes are the parallelism. One call for a list: each call with a list starts a thread anew.
-        return self._rules.inner.encode([segment.decode("utf-8") for segment in segments], num_threads=1)
+        return self._rules.inner.encode(
+            [segment.decode("utf-8") for segment in segments], num_threads=1
+        )

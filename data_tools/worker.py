@@ -65,7 +65,9 @@ class BlockResult:
 class BlockEncoder:
     """The state of one worker: reader, filters and encoder."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: EncodeSettings, encoder: str, spill_folder: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, settings: EncodeSettings, encoder: str, spill_folder: str
+    ) -> None:
         self._reader = BlockReader(settings.keys, settings.separator)
         self._encoder: Encoder = build_encoder(tokenizer, encoder)
         self._filters = Filters(settings.filters)
@@ -73,7 +75,9 @@ class BlockEncoder:
         dtype = tokenizer.token_dtype.newbyteorder("<")
         self._itemsize = dtype.itemsize
         if settings.prepend_bos and tokenizer.bos_id is None:
-            raise ValueError(f"{tokenizer.path}: --prepend-bos, but the vocabulary has no begin-of-sequence token")
+            raise ValueError(
+                f"{tokenizer.path}: --prepend-bos, but the vocabulary has no begin-of-sequence token"
+            )
         self._head = np.array([tokenizer.bos_id], dtype).tobytes() if settings.prepend_bos else b""
         self._tail = np.array([tokenizer.eod_id], dtype).tobytes() if settings.append_eod else b""
 
@@ -83,7 +87,11 @@ class BlockEncoder:
         batch_characters = 0
         for record in self._reader.read(block):
             work.result.records += 1
-            reason = None if isinstance(record, (Reject, GiantText)) else self._filters.reason_to_drop(record)
+            reason = (
+                None
+                if isinstance(record, (Reject, GiantText))
+                else self._filters.reason_to_drop(record)
+            )
             if isinstance(record, Reject) or isinstance(reason, Reject):
                 work.reject(record if isinstance(record, Reject) else reason)
             elif reason:
@@ -100,19 +108,33 @@ class BlockEncoder:
                     batch, batch_characters = [], 0
         self._encode(batch, work)
         reader = self._reader
-        return work.finish(lines=reader.lines, read_bytes=reader.read_bytes, damaged_bytes=reader.damaged_bytes,
-                           digest=reader.digest)
+        return work.finish(
+            lines=reader.lines,
+            read_bytes=reader.read_bytes,
+            damaged_bytes=reader.damaged_bytes,
+            digest=reader.digest,
+        )
 
     def _encode(self, batch: list[Record], work: _Work) -> None:
         for record, content in zip(batch, self._tokens_of(batch, work)):
             if content is None:
                 continue
             if not content:
-                work.reject(Reject(record.path, record.line, "no tokens", "the tokenizer makes nothing of the text"))
+                work.reject(
+                    Reject(
+                        record.path,
+                        record.line,
+                        "no tokens",
+                        "the tokenizer makes nothing of the text",
+                    )
+                )
                 continue
             work.pieces += (self._head, content, self._tail)
-            work.count((len(self._head) + len(content) + len(self._tail)) // self._itemsize, text_bytes(record.text),
-                       self._filters.hash_of(record.text) if self._filters.wants_hashes else b"")
+            work.count(
+                (len(self._head) + len(content) + len(self._tail)) // self._itemsize,
+                text_bytes(record.text),
+                self._filters.hash_of(record.text) if self._filters.wants_hashes else b"",
+            )
 
     def _tokens_of(self, batch: list[Record], work: _Work) -> list[bytes | None]:
         """Tokens of each record; None, and a reject, where the tokenizer itself fails on a text."""
@@ -125,7 +147,14 @@ class BlockEncoder:
         except Exception as error:  # tokenizer libraries raise bare Exceptions, for example without an unknown token
             if len(batch) > 1:
                 return [content for record in batch for content in self._tokens_of([record], work)]
-            work.reject(Reject(batch[0].path, batch[0].line, "the tokenizer failed", f"{type(error).__name__}: {error}"[:200]))
+            work.reject(
+                Reject(
+                    batch[0].path,
+                    batch[0].line,
+                    "the tokenizer failed",
+                    f"{type(error).__name__}: {error}"[:200],
+                )
+            )
             return [None]
 
     def _encode_giant(self, document: GiantText, work: _Work) -> None:
@@ -133,12 +162,18 @@ class BlockEncoder:
         spill = f"{self._spill_folder}/spill-{work.result.number}-{work.result.records}"
         try:
             if not isinstance(self._encoder, CachedEncoder):
-                raise BadRecord("too large for this vocabulary", "nothing proves where its texts may be cut, and the document is "
-                                "too large to encode in one piece")
+                raise BadRecord(
+                    "too large for this vocabulary",
+                    "nothing proves where its texts may be cut, and the document is "
+                    "too large to encode in one piece",
+                )
             found = scan(document, self._encoder.forbidden)
             self._reader.note(found.digest)
             if found.must_stay_whole:
-                raise BadRecord("too large for this vocabulary", "it holds a user-defined symbol, so it cannot be cut")
+                raise BadRecord(
+                    "too large for this vocabulary",
+                    "it holds a user-defined symbol, so it cannot be cut",
+                )
             if dropped := self._filters.reason_to_drop_giant(found.characters):
                 work.result.filtered[dropped] += 1
                 return
@@ -150,7 +185,9 @@ class BlockEncoder:
                 stream.write(self._tail)
             length = length_bytes // self._itemsize
             if length > MAX_SEQUENCE_TOKENS:
-                raise BadRecord("too long", f"{length} tokens; the format ends at {MAX_SEQUENCE_TOKENS}")
+                raise BadRecord(
+                    "too long", f"{length} tokens; the format ends at {MAX_SEQUENCE_TOKENS}"
+                )
         except (BadRecord, OSError, EOFError, ValueError) as error:
             if os.path.exists(spill):
                 os.unlink(spill)

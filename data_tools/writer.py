@@ -27,13 +27,19 @@ _HASH_BYTES = 8 << 20
 
 def existing_output(prefix: str) -> list[Path]:
     """The files of a corpus that already stand under this prefix."""
-    return [path for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)) if path.exists()]
+    return [
+        path
+        for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix))
+        if path.exists()
+    ]
 
 
 class CorpusWriter:
     """Append documents, save progress, finish. Use as a context manager; leaving it early keeps what was saved."""
 
-    def __init__(self, prefix: str, dtype: np.dtype, identity: dict[str, Any], *, restart: bool = False) -> None:
+    def __init__(
+        self, prefix: str, dtype: np.dtype, identity: dict[str, Any], *, restart: bool = False
+    ) -> None:
         self.prefix, self._dtype, self._identity = prefix, np.dtype(dtype), identity
         self.folder = Path(f"{prefix}.partial")
         self._restart = restart
@@ -50,7 +56,9 @@ class CorpusWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise ValueError(f"{self.prefix}: another run is writing this corpus now (it holds {self.folder}/lock)") from None
+            raise ValueError(
+                f"{self.prefix}: another run is writing this corpus now (it holds {self.folder}/lock)"
+            ) from None
         try:
             self._open()
         except BaseException:
@@ -78,14 +86,19 @@ class CorpusWriter:
             stream = open(self.folder / name, "ab")
             self._streams[name] = stream
             if stream.tell() < sizes[name]:
-                raise ValueError(f"{self.folder / name} is shorter than the saved progress says. Delete the folder, or give "
-                                 "--restart, to begin anew.")
+                raise ValueError(
+                    f"{self.folder / name} is shorter than the saved progress says. Delete the folder, or give "
+                    "--restart, to begin anew."
+                )
             stream.truncate(sizes[name])
             stream.seek(0, os.SEEK_END)
         self._sha256 = hashlib.sha256()
         if progress:
             self.state = progress["state"]
-            self.documents, self.tokens = progress["documents"], sizes["tokens.bin"] // self._dtype.itemsize
+            self.documents, self.tokens = (
+                progress["documents"],
+                sizes["tokens.bin"] // self._dtype.itemsize,
+            )
             with open(self.folder / "tokens.bin", "rb") as stream:
                 while piece := stream.read(_HASH_BYTES):
                     self._sha256.update(piece)
@@ -126,18 +139,30 @@ class CorpusWriter:
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-        write_json_atomically(self.folder / "progress.json", {
-            "identity": self._identity, "documents": self.documents,
-            "sizes": {name: stream.tell() for name, stream in self._streams.items()}, "state": state})
+        write_json_atomically(
+            self.folder / "progress.json",
+            {
+                "identity": self._identity,
+                "documents": self.documents,
+                "sizes": {name: stream.tell() for name, stream in self._streams.items()},
+                "state": state,
+            },
+        )
 
     def lengths_tokens(self) -> np.ndarray:
         """Lengths of all documents so far, mapped from disk."""
         self._streams["lengths.i32"].flush()
         if not self.documents:
             return np.empty(0, "<i4")
-        return np.memmap(self.folder / "lengths.i32", mode="r", dtype="<i4", shape=(self.documents,))
+        return np.memmap(
+            self.folder / "lengths.i32", mode="r", dtype="<i4", shape=(self.documents,)
+        )
 
-    def finish(self, make_manifest: Callable[..., CorpusManifest], side_files: dict[str, Callable[[Path], None]]) -> CorpusManifest:
+    def finish(
+        self,
+        make_manifest: Callable[..., CorpusManifest],
+        side_files: dict[str, Callable[[Path], None]],
+    ) -> CorpusManifest:
         """Write the index, move everything to its final name (the manifest last) and remove the partial folder.
 
         `make_manifest` gets documents, tokens, token_dtype, sizes and checksums. `side_files` maps a suffix to a function that
@@ -150,9 +175,14 @@ class CorpusWriter:
             stream.flush()
             os.fsync(stream.fileno())
         manifest = make_manifest(
-            documents=self.documents, tokens=self.tokens, token_dtype=self._dtype.name,
-            bin_bytes=self.tokens * self._dtype.itemsize, idx_bytes=index_path.stat().st_size,
-            bin_sha256=self._sha256.hexdigest(), idx_sha256=index_sha256.hexdigest())
+            documents=self.documents,
+            tokens=self.tokens,
+            token_dtype=self._dtype.name,
+            bin_bytes=self.tokens * self._dtype.itemsize,
+            idx_bytes=index_path.stat().st_size,
+            bin_sha256=self._sha256.hexdigest(),
+            idx_sha256=index_sha256.hexdigest(),
+        )
         moves = {"tokens.bin": ".bin", "corpus.idx": ".idx"}
         for suffix, write in side_files.items():
             write(self.folder / suffix.lstrip("."))
@@ -161,7 +191,9 @@ class CorpusWriter:
             moves["rejects.jsonl"] = ".rejects.jsonl"
         else:
             Path(f"{self.prefix}.rejects.jsonl").unlink(missing_ok=True)
-        write_json_atomically(self.folder / _FINISHED, {"moves": moves, "manifest": manifest.to_json()})
+        write_json_atomically(
+            self.folder / _FINISHED, {"moves": moves, "manifest": manifest.to_json()}
+        )
         return self._publish()
 
     def _publish(self) -> CorpusManifest:
@@ -176,14 +208,23 @@ class CorpusWriter:
                 os.replace(self.folder / name, f"{self.prefix}{suffix}")
         sync_folder(Path(self.prefix).parent)
         manifest.write(self.prefix)
-        for name in ("progress.json", _FINISHED):  # in this order: a kill here leaves a publication that can be repeated
+        for name in (
+            "progress.json",
+            _FINISHED,
+        ):  # in this order: a kill here leaves a publication that can be repeated
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder)
         return manifest
 
 
 def _differs(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> str:
-    lines = [f"  {name}: it has {saved.get(name)!r}, this run has {wanted.get(name)!r}"
-             for name in sorted({*saved, *wanted}) if saved.get(name) != wanted.get(name)]
-    return (f"{folder} holds an unfinished run with other inputs or options:\n" + "\n".join(lines)
-            + "\nGive the same inputs and options to continue it, or --restart to throw it away and begin anew.")
+    lines = [
+        f"  {name}: it has {saved.get(name)!r}, this run has {wanted.get(name)!r}"
+        for name in sorted({*saved, *wanted})
+        if saved.get(name) != wanted.get(name)
+    ]
+    return (
+        f"{folder} holds an unfinished run with other inputs or options:\n"
+        + "\n".join(lines)
+        + "\nGive the same inputs and options to continue it, or --restart to throw it away and begin anew."
+    )

@@ -45,7 +45,13 @@ def default_words(field: dataclasses.Field) -> str:
 
 def type_words(hint) -> str:
     """The type in the words of somebody who writes YAML."""
-    plain = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null"}
+    plain = {
+        int: "whole number",
+        float: "number",
+        bool: "true, false",
+        str: "text",
+        type(None): "null",
+    }
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return ", ".join(arguments)
@@ -53,18 +59,38 @@ def type_words(hint) -> str:
         return " or ".join(type_words(argument) for argument in arguments)
     if origin is list:
         return f"list of {type_words(arguments[0])}"
-    return "mapping" if origin is dict else plain.get(hint, "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}" if dataclasses.is_dataclass(hint) else str(hint))
+    return (
+        "mapping"
+        if origin is dict
+        else plain.get(
+            hint,
+            "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
+            if dataclasses.is_dataclass(hint)
+            else str(hint),
+        )
+    )
 
 
 def table(cls, prefix: str, texts: dict) -> list[str]:
     """One section: heading, what it is about, one row per field; sections inside it follow."""
     hints = typing.get_type_hints(cls)
-    nested = [field for field in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[field.name])]
-    lines = [f"## {prefix}", "", cls.__doc__.strip(), "", "| setting | default | values | |", "|---|---|---|---|"]
+    nested = [
+        field for field in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[field.name])
+    ]
+    lines = [
+        f"## {prefix}",
+        "",
+        cls.__doc__.strip(),
+        "",
+        "| setting | default | values | |",
+        "|---|---|---|---|",
+    ]
     for field in dataclasses.fields(cls):
         if field not in nested:
             text = texts[cls.__name__, field.name].replace("|", "\\|").replace("<name>", "`<name>`")
-            lines.append(f"| `{prefix}.{field.name}` | {default_words(field)} | {type_words(hints[field.name])} | {text} |")
+            lines.append(
+                f"| `{prefix}.{field.name}` | {default_words(field)} | {type_words(hints[field.name])} | {text} |"
+            )
     for field in nested:
         lines += ["", *table(hints[field.name], f"{prefix}.{field.name}", texts)]
     return lines

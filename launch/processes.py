@@ -28,9 +28,15 @@ def main(argv: list[str] | None = None) -> int:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         if code == STOPPED_WITH_A_CHECKPOINT:
-            print("stopped on request with a checkpoint; start the same command again to continue", file=sys.stderr)
+            print(
+                "stopped on request with a checkpoint; start the same command again to continue",
+                file=sys.stderr,
+            )
         else:
-            print(f"process {rank} failed first, with exit code {code}; its message is above", file=sys.stderr)
+            print(
+                f"process {rank} failed first, with exit code {code}; its message is above",
+                file=sys.stderr,
+            )
         return code
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -17,14 +17,29 @@ import sysconfig
 from pathlib import Path
 
 # Path parts that mark a file as not curated: tests, generated tables, bundled installers, legacy and demo packages.
-NOT_CURATED = ("test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data", "ensurepip", "distutils", "msilib", "__phello__")
+NOT_CURATED = (
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+    "distutils",
+    "msilib",
+    "__phello__",
+)
 OUTSIDE = ("site-packages", "dist-packages", "__pycache__")
 HELD_OUT_EVERY = 6
 
 
 def is_curated(path: Path) -> bool:
     """Whether a path relative to the standard library belongs to the curated part."""
-    return not any(part in NOT_CURATED for part in path.parts) and not path.name.startswith(("_sysconfigdata", "_pydecimal"))
+    return not any(part in NOT_CURATED for part in path.parts) and not path.name.startswith(
+        ("_sysconfigdata", "_pydecimal")
+    )
 
 
 def is_held_out(path: Path) -> bool:
@@ -35,8 +50,12 @@ def is_held_out(path: Path) -> bool:
 
 def write_corpora(library: Path, output: Path, max_bytes: int) -> dict[str, tuple[int, int]]:
     """Write corpus.jsonl, curated.jsonl, held_out.jsonl; returns documents and characters of each."""
-    paths = sorted(path.relative_to(library) for path in library.rglob("*.py") if not set(OUTSIDE) & set(path.relative_to(library).parts))
-    if max_bytes:       # a spread of the whole library, not its first letters
+    paths = sorted(
+        path.relative_to(library)
+        for path in library.rglob("*.py")
+        if not set(OUTSIDE) & set(path.relative_to(library).parts)
+    )
+    if max_bytes:  # a spread of the whole library, not its first letters
         paths.sort(key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
     output.mkdir(parents=True, exist_ok=True)
     counts = {name: [0, 0] for name in ("corpus", "curated", "held_out")}
@@ -47,7 +66,13 @@ def write_corpora(library: Path, output: Path, max_bytes: int) -> dict[str, tupl
         if not text.strip() or (max_bytes and total > max_bytes):
             continue
         total += len(text)
-        wanted = ["held_out"] if is_held_out(path) else ["corpus", "curated"] if is_curated(path) else ["corpus"]
+        wanted = (
+            ["held_out"]
+            if is_held_out(path)
+            else ["corpus", "curated"]
+            if is_curated(path)
+            else ["corpus"]
+        )
         for name in wanted:
             files[name].write(json.dumps({"text": text, "id": path.as_posix()}) + "\n")
             counts[name][0] += 1
@@ -59,15 +84,24 @@ def write_corpora(library: Path, output: Path, max_bytes: int) -> dict[str, tupl
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-folder", type=Path, required=True)
-    parser.add_argument("--max-bytes", type=int, default=0, help="stop after so much text (0 = all)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=0, help="stop after so much text (0 = all)"
+    )
     options = parser.parse_args(argv)
-    counts = write_corpora(Path(sysconfig.get_path("stdlib")), options.output_folder, options.max_bytes)
+    counts = write_corpora(
+        Path(sysconfig.get_path("stdlib")), options.output_folder, options.max_bytes
+    )
     for name, (documents, characters) in counts.items():
         print(f"{name:>9}: {documents:5} files, {characters / 1e6:6.2f} MB")
     if not counts["curated"][0] or not counts["held_out"][0]:
-        print("stdlib_corpus: found no curated library files; give your own text with --corpus and --curated", file=sys.stderr)
+        print(
+            "stdlib_corpus: found no curated library files; give your own text with --corpus and --curated",
+            file=sys.stderr,
+        )
         return 3
     return 0
 

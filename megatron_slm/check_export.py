@@ -11,26 +11,45 @@ EXAMPLE = """example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("check_export", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder, or one step_* folder, of any layout")
+    parser = argparse.ArgumentParser(
+        "check_export",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="run folder, checkpoints folder, or one step_* folder, of any layout",
+    )
     parser.add_argument("--export", required=True, help="folder that export_hf wrote")
     parser.add_argument("--corpus", required=True, help="prefix of a corpus to take text from")
     parser.add_argument("--sequences", type=int, default=4, help="sequences compared (default: 4)")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest allowed difference of a logit (default: 1e-3)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest allowed difference of a logit (default: 1e-3)",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     from megatron_slm import device as device_room
-    device = device_room.choose("cpu")      # fp32 on the CPU: what is compared is the conversion, not the kernels
+
+    device = device_room.choose(
+        "cpu"
+    )  # fp32 on the CPU: what is compared is the conversion, not the kernels
     try:
         difference, generated = compare(options, device)
     except (ValueError, OSError) as error:
         print(f"check_export: {error}", file=sys.stderr)
         return 3
     verdict = "agree" if difference < options.tolerance else "DIFFER"
-    print(f"logits {verdict}: largest difference {difference:.2e} (allowed {options.tolerance:g}); the export continues a text with: {generated!r}")
+    print(
+        f"logits {verdict}: largest difference {difference:.2e} (allowed {options.tolerance:g}); the export continues a text with: {generated!r}"
+    )
     return 0 if difference < options.tolerance else 1
 
 
@@ -46,19 +65,33 @@ def compare(options, device) -> tuple[float, str]:
     from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
 
     reference = open_reference(options.checkpoint, check_corpus(options.corpus))
-    config = reference_config(reference, reference.info.sequence_length, ParallelConfig(), DeviceConfig(kind="cpu"))
+    config = reference_config(
+        reference, reference.info.sequence_length, ParallelConfig(), DeviceConfig(kind="cpu")
+    )
     groups = parallel.start(ParallelConfig(), device, seed=0, rank=0, world_size=1)
     try:
         model = load_reference(reference, config, groups)[0].float()
-        dataset = validation_dataset(open_corpora([options.corpus])[0], sequence_length=reference.info.sequence_length)
-        tokens_BS = torch.stack([torch.from_numpy(dataset[i]["tokens"]) for i in range(min(options.sequences, len(dataset)))])
+        dataset = validation_dataset(
+            open_corpora([options.corpus])[0], sequence_length=reference.info.sequence_length
+        )
+        tokens_BS = torch.stack(
+            [
+                torch.from_numpy(dataset[i]["tokens"])
+                for i in range(min(options.sequences, len(dataset)))
+            ]
+        )
         position_ids_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
         exported = AutoModelForCausalLM.from_pretrained(options.export, dtype=torch.float32).eval()
         with torch.no_grad():
             ours = model(tokens_BS, position_ids_BS, None)[..., : exported.config.vocab_size]
             difference = float((ours - exported(tokens_BS).logits).abs().max())
             tokenizer = AutoTokenizer.from_pretrained(options.export)
-            continued = exported.generate(tokens_BS[:1, :32], max_new_tokens=12, do_sample=False, attention_mask=torch.ones(1, 32))
+            continued = exported.generate(
+                tokens_BS[:1, :32],
+                max_new_tokens=12,
+                do_sample=False,
+                attention_mask=torch.ones(1, 32),
+            )
         return difference, tokenizer.decode(continued[0, 32:])
     finally:
         parallel.stop()

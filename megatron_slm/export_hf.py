@@ -4,7 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_slm.checkpoint.folder import CheckpointInfo, damaged_files, read_checkpoint_info, resolve_checkpoint
+from megatron_slm.checkpoint.folder import (
+    CheckpointInfo,
+    damaged_files,
+    read_checkpoint_info,
+    resolve_checkpoint,
+)
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).
@@ -19,12 +24,36 @@ exit codes: 0 done, 2 bad usage, 3 bad checkpoint or tokenizer"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("export_hf", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), its checkpoints folder, or one step_* folder")
-    parser.add_argument("--output", required=True, help="folder to write; it must not hold anything, unless --overwrite is given")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the exported weights (default: fp32)")
-    parser.add_argument("--tokenizer", default="", help="tokenizer file, when it is no longer where the checkpoint says; none = export without one")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
+    parser = argparse.ArgumentParser(
+        "export_hf",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="run folder (its newest checkpoint), its checkpoints folder, or one step_* folder",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="folder to write; it must not hold anything, unless --overwrite is given",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of the exported weights (default: fp32)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="tokenizer file, when it is no longer where the checkpoint says; none = export without one",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export at --output"
+    )
     return parser
 
 
@@ -42,9 +71,20 @@ def main(argv: list[str] | None = None) -> int:
         folder = resolve_checkpoint(options.checkpoint)
         info = read_checkpoint_info(folder)
         if damaged := damaged_files(folder):
-            raise ValueError(f"{folder}: {', '.join(damaged)} differ from checksums.json; use another step_* folder, or copy it again")
-        tokenizer = None if options.tokenizer == "none" else find_tokenizer(options.tokenizer, info, folder)
-        output = export(read_full_state(folder), info, tokenizer, options.output, dtype=options.dtype, overwrite=options.overwrite)
+            raise ValueError(
+                f"{folder}: {', '.join(damaged)} differ from checksums.json; use another step_* folder, or copy it again"
+            )
+        tokenizer = (
+            None if options.tokenizer == "none" else find_tokenizer(options.tokenizer, info, folder)
+        )
+        output = export(
+            read_full_state(folder),
+            info,
+            tokenizer,
+            options.output,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+        )
     except ValueError as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return 3
@@ -58,10 +98,14 @@ def find_tokenizer(given: str, info: CheckpointInfo, folder: Path) -> Tokenizer:
     try:
         tokenizer = load_tokenizer(path)
     except ValueError as error:
-        raise ValueError(f"{error} (the checkpoint {folder} was trained with it; say where it is now with --tokenizer, or --tokenizer none)") from None
+        raise ValueError(
+            f"{error} (the checkpoint {folder} was trained with it; say where it is now with --tokenizer, or --tokenizer none)"
+        ) from None
     expected = info.tokenizer.get("fingerprint")
     if expected and tokenizer.fingerprint != expected:
-        raise ValueError(f"{path} is not the tokenizer this model was trained with: its fingerprint is {tokenizer.fingerprint}, the checkpoint says {expected}")
+        raise ValueError(
+            f"{path} is not the tokenizer this model was trained with: its fingerprint is {tokenizer.fingerprint}, the checkpoint says {expected}"
+        )
     return tokenizer
 
 

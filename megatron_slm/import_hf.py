@@ -22,11 +22,29 @@ exit codes: 0 done, 2 bad usage, 3 a model or tokenizer that cannot be read here
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("import_hf", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer")
-    parser.add_argument("--output", required=True, help="run folder to make; the weights become its checkpoint of step 0")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the stored weights (default: fp32)")
-    parser.add_argument("--tokenizer", default="", help="tokenizer file, when it is not in the input folder")
+    parser = argparse.ArgumentParser(
+        "import_hf",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input", required=True, help="Hugging Face folder: config.json, safetensors, tokenizer"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="run folder to make; the weights become its checkpoint of step 0",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of the stored weights (default: fp32)",
+    )
+    parser.add_argument(
+        "--tokenizer", default="", help="tokenizer file, when it is not in the input folder"
+    )
     return parser
 
 
@@ -34,14 +52,19 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     checkpoints = Path(options.output) / "checkpoints"
     if folders.complete_checkpoints(checkpoints):
-        print(f"import_hf: {checkpoints} already holds a checkpoint; give another --output", file=sys.stderr)
+        print(
+            f"import_hf: {checkpoints} already holds a checkpoint; give another --output",
+            file=sys.stderr,
+        )
         return 2
     try:
         folder = import_folder(Path(options.input), checkpoints, options.dtype, options.tokenizer)
     except ValueError as error:
         print(f"import_hf: {error}", file=sys.stderr)
         return 3
-    print(f"imported {options.input} to {folder}; start from it with --checkpoint.initialize_from {options.output}")
+    print(
+        f"imported {options.input} to {folder}; start from it with --checkpoint.initialize_from {options.output}"
+    )
     return 0
 
 
@@ -55,19 +78,41 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
     model, sequence_length = model_config(read_json(source / "config.json"))
     tokenizer = load_tokenizer(tokenizer_path or source)
     if tokenizer.vocabulary_size > model.vocabulary_size:
-        raise ValueError(f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only {model.vocabulary_size}; give its own --tokenizer")
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only {model.vocabulary_size}; give its own --tokenizer"
+        )
     geometry = Geometry.from_model(model)
     state = FromHuggingface(SafetensorsFolder(source), geometry)
-    described = {"path": str(tokenizer.path.resolve()), "kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
-                 "vocabulary_size": tokenizer.vocabulary_size, "eod_id": tokenizer.eod_id}
-    info = folders.CheckpointInfo(model=asdict(model), sequence_length=sequence_length, tokenizer=described, step=0, tokens_processed=0,
-                                  precision=dtype, extra={"imported_from": str(source)})
+    described = {
+        "path": str(tokenizer.path.resolve()),
+        "kind": tokenizer.kind,
+        "fingerprint": tokenizer.fingerprint,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "eod_id": tokenizer.eod_id,
+    }
+    info = folders.CheckpointInfo(
+        model=asdict(model),
+        sequence_length=sequence_length,
+        tokenizer=described,
+        step=0,
+        tokens_processed=0,
+        precision=dtype,
+        extra={"imported_from": str(source)},
+    )
     writing = folders.writing_folder(checkpoints, 0)
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    write_full_state(state, {name: entry.shape for name, entry in state.entries.items()}, geometry.layers, writing, DTYPES[dtype])
+    write_full_state(
+        state,
+        {name: entry.shape for name, entry in state.entries.items()},
+        geometry.layers,
+        writing,
+        DTYPES[dtype],
+    )
     checksums = {path.name: folders.file_sha256(path) for path in writing.iterdir()}
-    return folders.complete(checkpoints, 0, info, {"layout": {}, "adam_steps": 0, "weights_only": True}, checksums)
+    return folders.complete(
+        checkpoints, 0, info, {"layout": {}, "adam_steps": 0, "weights_only": True}, checksums
+    )
 
 
 if __name__ == "__main__":

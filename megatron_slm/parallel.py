@@ -49,8 +49,16 @@ class Groups:
     """The last rank of the world is always in the last pipeline stage, where the losses are (USERS_ASK 61)."""
 
 
-def start(parallel: ParallelConfig, device: Device, seed: int, *, timeout_minutes: int = 30, store: dist.Store | None = None,
-          rank: int | None = None, world_size: int | None = None) -> Groups:
+def start(
+    parallel: ParallelConfig,
+    device: Device,
+    seed: int,
+    *,
+    timeout_minutes: int = 30,
+    store: dist.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Groups:
     """Join the job (torchrun's or srun's environment, or an explicit store) and build megatron-core's groups.
 
     Order: torch.distributed, then megatron-core's groups, then seeds: megatron-core needs each before the next.
@@ -58,23 +66,35 @@ def start(parallel: ParallelConfig, device: Device, seed: int, *, timeout_minute
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if store is None and "MASTER_ADDR" not in os.environ:   # a single process started without torchrun
+    if (
+        store is None and "MASTER_ADDR" not in os.environ
+    ):  # a single process started without torchrun
         store = dist.HashStore()
     extra = {"device_id": device.torch_device} if device.kind == "cuda" else {}
-    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **extra)
+    dist.init_process_group(
+        device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **extra
+    )
 
     from megatron.core import parallel_state
+
     parallel_state.initialize_model_parallel(
-        parallel.tensor, parallel.pipeline,
+        parallel.tensor,
+        parallel.pipeline,
         parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context, expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor or None, distributed_timeout_minutes=timeout_minutes,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor or None,
+        distributed_timeout_minutes=timeout_minutes,
     )
     groups = Groups(
-        tp=parallel_state.get_tensor_model_parallel_group(), pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(), cp=parallel_state.get_context_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True), ep=parallel_state.get_expert_model_parallel_group(),
-        virtual_chunks=parallel.virtual_pipeline, device=device.torch_device,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        virtual_chunks=parallel.virtual_pipeline,
+        device=device.torch_device,
     )
     seed_everything(seed, groups)
     return groups
@@ -83,6 +103,7 @@ def start(parallel: ParallelConfig, device: Device, seed: int, *, timeout_minute
 def seed_everything(seed: int, groups: Groups) -> None:
     """Seed Python, numpy, torch and megatron-core's trackers; pipeline stages differ, data-parallel ranks agree."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
     stage_seed = seed + 100 * groups.pp_rank
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)
@@ -93,6 +114,7 @@ def seed_everything(seed: int, groups: Groups) -> None:
 def stop() -> None:
     """Leave the job: destroy megatron-core's groups and torch.distributed's."""
     from megatron.core import parallel_state
+
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

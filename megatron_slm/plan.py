@@ -32,18 +32,53 @@ exit codes: 0 it fits, 1 it does not fit (layouts that do are printed), 2 wrong 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("plan", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python -m megatron_slm.plan --config FILE [options] [--section.field VALUE ...]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "plan",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python -m megatron_slm.plan --config FILE [options] [--section.field VALUE ...]",
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="recipe, as for train (launch/recipes/)")
-    parser.add_argument("--gpu", default="H100", help=f"GPU type: {', '.join(gpu.name for gpu in GPUS)} (default: %(default)s)")
+    parser.add_argument(
+        "--gpu",
+        default="H100",
+        help=f"GPU type: {', '.join(gpu.name for gpu in GPUS)} (default: %(default)s)",
+    )
     parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs in each, joined by NVLink (default: %(default)s)")
-    parser.add_argument("--efficiency", type=float, default=0.5,
-                        help="share of the peak while a GPU computes, 0..1 (default: %(default)s; waiting and bubbles come on top)")
-    parser.add_argument("--reference-config", metavar="FILE", help="recipe of the reference, where it is another model (default: the online reference's checkpoint, else this recipe)")
-    parser.add_argument("--corpus-tokens", type=int, default=0, help="tokens to score before the run (default: of data.train if it is here, else as many as the run)")
-    parser.add_argument("--proposals", type=int, default=5, help="layouts to propose, 0 = none (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object, for programs")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=8,
+        help="GPUs in each, joined by NVLink (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.5,
+        help="share of the peak while a GPU computes, 0..1 (default: %(default)s; waiting and bubbles come on top)",
+    )
+    parser.add_argument(
+        "--reference-config",
+        metavar="FILE",
+        help="recipe of the reference, where it is another model (default: the online reference's checkpoint, else this recipe)",
+    )
+    parser.add_argument(
+        "--corpus-tokens",
+        type=int,
+        default=0,
+        help="tokens to score before the run (default: of data.train if it is here, else as many as the run)",
+    )
+    parser.add_argument(
+        "--proposals",
+        type=int,
+        default=5,
+        help="layouts to propose, 0 = none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print everything as one JSON object, for programs"
+    )
     return parser
 
 
@@ -51,9 +86,21 @@ def main(argv: list[str] | None = None) -> int:
     options, settings = build_parser().parse_known_args(argv)
     try:
         _check_options(options)
-        config = parse([*(["--config", options.config] if options.config else []), *settings], "slm-plan", DESCRIPTION)
-        job = Job(config, _vocabulary_size(config), find_gpu(options.gpu), options.nodes, options.gpus_per_node, options.efficiency,
-                  reference=_reference_model(options.reference_config, config), corpus_tokens=options.corpus_tokens or _corpus_tokens(config))
+        config = parse(
+            [*(["--config", options.config] if options.config else []), *settings],
+            "slm-plan",
+            DESCRIPTION,
+        )
+        job = Job(
+            config,
+            _vocabulary_size(config),
+            find_gpu(options.gpu),
+            options.nodes,
+            options.gpus_per_node,
+            options.efficiency,
+            reference=_reference_model(options.reference_config, config),
+            corpus_tokens=options.corpus_tokens or _corpus_tokens(config),
+        )
         check(config, job.ranks)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
@@ -64,12 +111,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_options(options) -> None:
-    problems = [f"--{name.replace('_', '-')}: got {getattr(options, name)}; expected at least {least}"
-                for name, least in (("nodes", 1), ("gpus_per_node", 1), ("corpus_tokens", 0), ("proposals", 0)) if getattr(options, name) < least]
+    problems = [
+        f"--{name.replace('_', '-')}: got {getattr(options, name)}; expected at least {least}"
+        for name, least in (
+            ("nodes", 1),
+            ("gpus_per_node", 1),
+            ("corpus_tokens", 0),
+            ("proposals", 0),
+        )
+        if getattr(options, name) < least
+    ]
     if not 0 < options.efficiency <= 1:
-        problems.append(f"--efficiency: got {options.efficiency}; expected above 0 and at most 1 (0.5 is 50 % of the peak)")
+        problems.append(
+            f"--efficiency: got {options.efficiency}; expected above 0 and at most 1 (0.5 is 50 % of the peak)"
+        )
     if find_gpu(options.gpu) is None:
-        problems.append(f"--gpu: got {options.gpu!r}; expected one of {', '.join(gpu.name for gpu in GPUS)}")
+        problems.append(
+            f"--gpu: got {options.gpu!r}; expected one of {', '.join(gpu.name for gpu in GPUS)}"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -78,7 +137,11 @@ def _vocabulary_size(config) -> int:
     if config.model.vocabulary_size:
         return config.model.vocabulary_size
     if not Path(config.data.tokenizer).is_file():
-        raise ConfigError([f"model.vocabulary_size: 0, which means the tokenizer's, and there is no file {config.data.tokenizer!r}; give the size"])
+        raise ConfigError(
+            [
+                f"model.vocabulary_size: 0, which means the tokenizer's, and there is no file {config.data.tokenizer!r}; give the size"
+            ]
+        )
     return load_tokenizer(config.data.tokenizer).vocabulary_size
 
 
@@ -87,12 +150,18 @@ def _reference_model(recipe: str | None, config):
     checkpoint = config.selection.reference.checkpoint
     if recipe:
         return load_yaml(recipe).model
-    return read_checkpoint_info(checkpoint).reference_model() if checkpoint and Path(checkpoint).exists() else None
+    return (
+        read_checkpoint_info(checkpoint).reference_model()
+        if checkpoint and Path(checkpoint).exists()
+        else None
+    )
 
 
 def _corpus_tokens(config) -> int:
     """Tokens of the training corpora if all of them are here, else 0."""
-    here = config.data.train and all(manifest_path(prefix).is_file() for prefix in config.data.train)
+    here = config.data.train and all(
+        manifest_path(prefix).is_file() for prefix in config.data.train
+    )
     return sum(CorpusManifest.read(prefix).tokens for prefix in config.data.train) if here else 0
 
 

@@ -17,11 +17,34 @@ exit codes: 0 done, 2 bad usage, 3 a run folder that cannot be read"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("report", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="FOLDER", help="run folders, in the order they are shown")
-    parser.add_argument("--output", default="", metavar="FILE", help="file to write (default: report.html in the first run folder)")
-    parser.add_argument("--corpus", default=None, metavar="NAME", help="validation corpus to compare on (default: the first that all runs share)")
-    parser.add_argument("--title", default="Selective Language Modeling: report", help="heading of the report")
+    parser = argparse.ArgumentParser(
+        "report",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="run folders, in the order they are shown",
+    )
+    parser.add_argument(
+        "--output",
+        default="",
+        metavar="FILE",
+        help="file to write (default: report.html in the first run folder)",
+    )
+    parser.add_argument(
+        "--corpus",
+        default=None,
+        metavar="NAME",
+        help="validation corpus to compare on (default: the first that all runs share)",
+    )
+    parser.add_argument(
+        "--title", default="Selective Language Modeling: report", help="heading of the report"
+    )
     return parser
 
 
@@ -42,7 +65,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return 2
     _print_table(runs, choose_corpus(runs, options.corpus))
-    output = write_report(runs, options.output or Path(options.runs[0], "report.html"), corpus=options.corpus, title=options.title)
+    output = write_report(
+        runs,
+        options.output or Path(options.runs[0], "report.html"),
+        corpus=options.corpus,
+        title=options.title,
+    )
     print(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''}: {output.resolve()}")
     return 0
 
@@ -55,14 +83,30 @@ def _print_table(runs, corpus: str | None) -> None:
     from megatron_slm.analysis.readings import outcomes
     from megatron_slm.analysis.style import short_count
 
-    table = Table(title=f"plain loss on {corpus}, nats per token" if corpus else None, title_justify="left")
-    for heading in ("run", "final loss", "tokens processed", "tokens selected", "tokens/s", "tokens to the plain run's final loss"):
+    table = Table(
+        title=f"plain loss on {corpus}, nats per token" if corpus else None, title_justify="left"
+    )
+    for heading in (
+        "run",
+        "final loss",
+        "tokens processed",
+        "tokens selected",
+        "tokens/s",
+        "tokens to the plain run's final loss",
+    ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
 
     def cell(value: float | None, form=short_count) -> str:
         return "-" if value is None else form(value)
+
     for line in outcomes(runs, corpus):
-        table.add_row(line.run.name, cell(line.final_loss, "{:.4f}".format), *map(cell, (line.processed, line.selected, line.tokens_per_second, line.tokens_to_plain)))
+        table.add_row(
+            line.run.name,
+            cell(line.final_loss, "{:.4f}".format),
+            *map(
+                cell, (line.processed, line.selected, line.tokens_per_second, line.tokens_to_plain)
+            ),
+        )
     Console(soft_wrap=True).print(table)
 
 

@@ -25,21 +25,48 @@ def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
     from megatron_slm.scoring.corpus import TokenStream, score_corpus
     from megatron_slm.scoring.model import megatron_scorer
     from megatron_slm.scoring.reference import load_reference
-    groups = parallel.start(job.config.parallel, device, job.config.run.seed, timeout_minutes=job.config.device.timeout_minutes)
+
+    groups = parallel.start(
+        job.config.parallel,
+        device,
+        job.config.run.seed,
+        timeout_minutes=job.config.device.timeout_minutes,
+    )
     try:
         stream = TokenStream(job.options.corpus)
         models = load_reference(job.reference, job.config, groups)
-        scorer = megatron_scorer(models, groups, stream, stream.plan(store.manifest), store.columns, job.options.micro_batch_size)
-        report = score_corpus(scorer, store, dp_rank=groups.dp_rank, dp_size=groups.dp_size, job=job.share, show_progress=groups.is_logger)
+        scorer = megatron_scorer(
+            models,
+            groups,
+            stream,
+            stream.plan(store.manifest),
+            store.columns,
+            job.options.micro_batch_size,
+        )
+        report = score_corpus(
+            scorer,
+            store,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            job=job.share,
+            show_progress=groups.is_logger,
+        )
     finally:
         parallel.stop()
     if rank == 0:
         # Reads every byte once more, so outside the process groups and their time limit.
-        state = "complete" if store.finish() else f"{len(store.missing)} of {store.manifest.shard_count} shards are still missing"
+        state = (
+            "complete"
+            if store.finish()
+            else f"{len(store.missing)} of {store.manifest.shard_count} shards are still missing"
+        )
         print(f"{job.options.output}: {report.shards_written} shards written, {state}")
         for column, count in report.without_score.items():
             if count:
-                print(f"score: warning: the reference gave no finite {column} for {count:,} tokens; they will never be selected", file=sys.stderr)
+                print(
+                    f"score: warning: the reference gave no finite {column} for {count:,} tokens; they will never be selected",
+                    file=sys.stderr,
+                )
     return 0
 
 
@@ -55,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         job = prepare(options, world_size, argv)
         from megatron_slm import device as device_room
+
         device = device_room.choose(job.config.device.kind)  # before anything imports megatron.core
         store = ScoreStore.create(job.options.output, job.manifest)
     except ConfigError as error:

@@ -48,8 +48,15 @@ class Tokenizer:
     eod_id: int
     fingerprint: str
 
-    def __init__(self, path: Path, kind: str, backend: Any, special_ids: dict[str, int | None], vocabulary_size: int,
-                 content: bytes) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        backend: Any,
+        special_ids: dict[str, int | None],
+        vocabulary_size: int,
+        content: bytes,
+    ) -> None:
         self.path, self.kind, self._backend = path, kind, backend
         self.bos_id, self.eos_id = special_ids["bos_token"], special_ids["eos_token"]
         self.pad_id, self.unk_id = special_ids["pad_token"], special_ids["unk_token"]
@@ -59,7 +66,8 @@ class Tokenizer:
         if eod_id is None:
             raise ValueError(
                 f"{path}: the vocabulary has neither an end-of-sequence nor a begin-of-sequence token, so documents cannot be "
-                "closed. Train it with such a token, or name one as eos_token in a tokenizer_config.json beside it.")
+                "closed. Train it with such a token, or name one as eos_token in a tokenizer_config.json beside it."
+            )
         self.eod_id = eod_id
 
     def __reduce__(self):
@@ -88,13 +96,17 @@ class Tokenizer:
         if self.kind == "sentencepiece":
             pieces = [self._backend.encode_as_numpy(text) for text in texts]
         else:
-            pieces = [encoding.ids for encoding in
-                      self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            pieces = [
+                encoding.ids
+                for encoding in self._backend.encode_batch_fast(
+                    list(texts), add_special_tokens=False
+                )
+            ]
         lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
         flat = np.empty(int(lengths.sum()), dtype=self.token_dtype)
         start = 0
         for piece, length in zip(pieces, lengths.tolist()):
-            flat[start:start + length] = piece
+            flat[start : start + length] = piece
             start += length
         return flat, lengths
 
@@ -108,7 +120,9 @@ class Tokenizer:
         """What one token looks like to a reader; single bytes that are not ASCII show as <0xNN>."""
         token_id = int(token_id)
         if not 0 <= token_id < self.vocabulary_size:
-            raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocabulary_size} ids in {self.path}")
+            raise ValueError(
+                f"token id {token_id} is outside the vocabulary of {self.vocabulary_size} ids in {self.path}"
+            )
         if self.kind == "sentencepiece":
             piece = self._backend.id_to_piece(token_id)
             if self._backend.is_byte(token_id):
@@ -137,9 +151,13 @@ def _resolve(path: Path) -> Path:
         for candidate in found:
             if candidate.is_file():
                 return candidate
-        raise ValueError(f"{path}: the folder holds neither a tokenizer.json nor a SentencePiece .model file")
+        raise ValueError(
+            f"{path}: the folder holds neither a tokenizer.json nor a SentencePiece .model file"
+        )
     if not path.is_file():
-        raise ValueError(f"{path}: no such tokenizer file. Give a SentencePiece .model or a Hugging Face tokenizer.json.")
+        raise ValueError(
+            f"{path}: no such tokenizer file. Give a SentencePiece .model or a Hugging Face tokenizer.json."
+        )
     return path
 
 
@@ -150,13 +168,26 @@ def _load_sentencepiece(path: Path, content: bytes) -> Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         size = processor.vocab_size()
     except Exception as error:  # sentencepiece raises RuntimeError, ValueError or TypeError, depending on what is wrong
-        raise ValueError(f"{path}: not a SentencePiece model ({error}). Expected the P.model that tokenizer.train writes, "
-                         "or a Hugging Face tokenizer.json.") from None
+        raise ValueError(
+            f"{path}: not a SentencePiece model ({error}). Expected the P.model that tokenizer.train writes, "
+            "or a Hugging Face tokenizer.json."
+        ) from None
     if size == 0:
         raise ValueError(f"{path}: not a SentencePiece model (it holds no pieces)")
-    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(),
-           "pad_token": processor.pad_id(), "unk_token": processor.unk_id()}
-    return Tokenizer(path, "sentencepiece", processor, {name: i if i >= 0 else None for name, i in ids.items()}, size, content)
+    ids = {
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "pad_token": processor.pad_id(),
+        "unk_token": processor.unk_id(),
+    }
+    return Tokenizer(
+        path,
+        "sentencepiece",
+        processor,
+        {name: i if i >= 0 else None for name, i in ids.items()},
+        size,
+        content,
+    )
 
 
 def _load_huggingface(path: Path, content: bytes) -> Tokenizer:
@@ -173,7 +204,9 @@ def _load_huggingface(path: Path, content: bytes) -> Tokenizer:
     if not vocabulary:
         raise ValueError(f"{path}: the vocabulary is empty")
     special_ids = _special_ids(path, vocabulary)
-    return Tokenizer(path, "huggingface", backend, special_ids, max(vocabulary.values()) + 1, content)
+    return Tokenizer(
+        path, "huggingface", backend, special_ids, max(vocabulary.values()) + 1, content
+    )
 
 
 def _special_ids(path: Path, vocabulary: dict[str, int]) -> dict[str, int | None]:
@@ -186,16 +219,22 @@ def _special_ids(path: Path, vocabulary: dict[str, int]) -> dict[str, int | None
         try:
             settings = json.loads(beside.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{beside}: not valid JSON ({error}); it names the special tokens of {path.name}") from None
+            raise ValueError(
+                f"{beside}: not valid JSON ({error}); it names the special tokens of {path.name}"
+            ) from None
         for name in _WELL_KNOWN:
             value = settings.get(name)
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
                 if value not in vocabulary:
-                    raise ValueError(f"{beside}: {name} is {value!r}, which {path.name} does not hold")
+                    raise ValueError(
+                        f"{beside}: {name} is {value!r}, which {path.name} does not hold"
+                    )
                 named[name] = value
     special_ids: dict[str, int | None] = {}
     for name, candidates in _WELL_KNOWN.items():
         candidates = (named[name],) if name in named else candidates
-        special_ids[name] = next((vocabulary[text] for text in candidates if text in vocabulary), None)
+        special_ids[name] = next(
+            (vocabulary[text] for text in candidates if text in vocabulary), None
+        )
     return special_ids

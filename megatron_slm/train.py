@@ -21,9 +21,11 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv, "slm-train", __doc__)
         check(config, world_size)
         from megatron_slm import device as device_room
-        device = device_room.choose(config.device.kind)      # before anything imports megatron.core
+
+        device = device_room.choose(config.device.kind)  # before anything imports megatron.core
         from megatron_slm import parallel
         from megatron_slm.training import loop, setup
+
         # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once.
         materials = setup.open_materials(config, world_size) if rank == 0 else None
     except ValueError as error:
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"slm-train: {error}", file=sys.stderr)
         return 3 if type(error).__name__ == "DataError" else 2
     device_room.set_threads(config.device.threads_per_process)
-    groups = parallel.start(config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes)
+    groups = parallel.start(
+        config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes
+    )
     try:
         run = loop.Run(config, groups, materials or setup.open_materials(config, world_size))
         run.start()

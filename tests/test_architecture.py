@@ -14,17 +14,71 @@ from setuptools import find_packages
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_slm"
 # A room may import rooms before it. `model` reads the batches that `data` makes, so data comes first.
-ROOMS = ("config", "planning", "selection", "ops", "device", "parallel", "monitoring", "tokenization", "data", "model", "checkpoint", "scoring",
-         "training", "convert", "analysis", "testing")
-PROGRAMS = ("train", "score", "import_scores", "export_hf", "import_hf", "check_export", "report", "plan")
+ROOMS = (
+    "config",
+    "planning",
+    "selection",
+    "ops",
+    "device",
+    "parallel",
+    "monitoring",
+    "tokenization",
+    "data",
+    "model",
+    "checkpoint",
+    "scoring",
+    "training",
+    "convert",
+    "analysis",
+    "testing",
+)
+PROGRAMS = (
+    "train",
+    "score",
+    "import_scores",
+    "export_hf",
+    "import_hf",
+    "check_export",
+    "report",
+    "plan",
+)
 MAY_IMPORT_MEGATRON = {"device", "parallel", "data", "model", "checkpoint", "testing"}
-WITHOUT_TORCH = ("config/", "planning/", "data/manifest.py", "tokenization.py", "checkpoint/folder.py")
+WITHOUT_TORCH = (
+    "config/",
+    "planning/",
+    "data/manifest.py",
+    "tokenization.py",
+    "checkpoint/folder.py",
+)
 REGISTRIES = {"selection/scorers.py": {"SCORERS"}}
 """Module-level containers that code may add to: everything else at module level is a constant."""
 BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch", "benchmarks", "tests")
 LINES_AT_MOST = 400
-MUTABLE_CALLS = {"dict", "list", "set", "defaultdict", "Counter", "OrderedDict", "deque", "bytearray"}
-CHANGING_METHODS = {"append", "extend", "insert", "pop", "popitem", "remove", "clear", "update", "setdefault", "add", "discard", "sort", "reverse"}
+MUTABLE_CALLS = {
+    "dict",
+    "list",
+    "set",
+    "defaultdict",
+    "Counter",
+    "OrderedDict",
+    "deque",
+    "bytearray",
+}
+CHANGING_METHODS = {
+    "append",
+    "extend",
+    "insert",
+    "pop",
+    "popitem",
+    "remove",
+    "clear",
+    "update",
+    "setdefault",
+    "add",
+    "discard",
+    "sort",
+    "reverse",
+}
 
 
 @functools.cache
@@ -70,18 +124,27 @@ def top_level(names: set[str]) -> set[str]:
 
 def project_files(*suffixes: str) -> list[Path]:
     folders = [ROOT / name for name in ("megatron_slm", *BESIDE_THE_LIBRARY, "docs", ".ci")]
-    found = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts]
-    return sorted(found + [path for path in ROOT.iterdir() if path.is_file() and path.suffix in suffixes])
+    found = [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts
+    ]
+    return sorted(
+        found + [path for path in ROOT.iterdir() if path.is_file() and path.suffix in suffixes]
+    )
 
 
 def test_every_room_is_known_to_this_test():
     there = {room_of(path) for path in library_files()} - {"__init__"}
-    assert there == {*ROOMS, *PROGRAMS}, "a new room belongs into ROOMS (in the order of imports), a new program into PROGRAMS, and both into the README's tree"
+    assert there == {*ROOMS, *PROGRAMS}, (
+        "a new room belongs into ROOMS (in the order of imports), a new program into PROGRAMS, and both into the README's tree"
+    )
 
 
 @pytest.mark.parametrize("room", (*ROOMS, *PROGRAMS))
 def test_imports_flow_one_way(room):
-    allowed = set(ROOMS[:ROOMS.index(room)]) if room in ROOMS else set(ROOMS)
+    allowed = set(ROOMS[: ROOMS.index(room)]) if room in ROOMS else set(ROOMS)
     wrong = []
     for path in library_files():
         if room_of(path) != room:
@@ -93,18 +156,32 @@ def test_imports_flow_one_way(room):
 
 
 def test_scoring_and_training_meet_only_on_disk():
-    wrong = [inside(path) for path in library_files() for mine, other in (("scoring", "training"), ("training", "scoring"))
-             if room_of(path) == mine and any(name.startswith(f"megatron_slm.{other}") for name in imported_modules(path))]
+    wrong = [
+        inside(path)
+        for path in library_files()
+        for mine, other in (("scoring", "training"), ("training", "scoring"))
+        if room_of(path) == mine
+        and any(name.startswith(f"megatron_slm.{other}") for name in imported_modules(path))
+    ]
     assert not wrong
 
 
 def test_the_library_never_imports_what_stands_beside_it():
-    wrong = [f"{inside(path)} imports {name}" for path in library_files() for name in top_level(imported_modules(path)) & {*BESIDE_THE_LIBRARY}]
+    wrong = [
+        f"{inside(path)} imports {name}"
+        for path in library_files()
+        for name in top_level(imported_modules(path)) & {*BESIDE_THE_LIBRARY}
+    ]
     assert not wrong
 
 
 def test_megatron_core_is_touched_in_few_rooms():
-    wrong = [inside(path) for path in library_files() if "megatron" in top_level(imported_modules(path)) and room_of(path) not in MAY_IMPORT_MEGATRON]
+    wrong = [
+        inside(path)
+        for path in library_files()
+        if "megatron" in top_level(imported_modules(path))
+        and room_of(path) not in MAY_IMPORT_MEGATRON
+    ]
     assert not wrong, f"{wrong}: only {sorted(MAY_IMPORT_MEGATRON)} may import megatron.*"
 
 
@@ -119,7 +196,9 @@ def test_the_algorithm_needs_torch_alone(room):
         own = {name for name in imported_modules(path) if name.startswith("megatron_slm.")}
         assert {name.split(".")[1] for name in own} <= {"selection", "ops"}, inside(path)
         at_import = imported_modules(path, lazily=False)
-        assert "triton" in path.stem or not [name for name in at_import if "triton" in name], f"{inside(path)}: import Triton inside the function that needs it"
+        assert "triton" in path.stem or not [name for name in at_import if "triton" in name], (
+            f"{inside(path)}: import Triton inside the function that needs it"
+        )
 
 
 @pytest.mark.parametrize("where", WITHOUT_TORCH)
@@ -131,19 +210,27 @@ def test_light_files_name_no_torch(where):
 
 def test_light_files_load_no_torch():
     """Really import them, in a fresh interpreter: what they import must not load torch either."""
-    modules = ["megatron_slm"] + [f"megatron_slm.{inside(path).removesuffix('.py').replace('/', '.')}" for path in library_files()
-                                  for where in WITHOUT_TORCH if inside(path).startswith(where) and path.stem != "__init__"]
-    code = ("import importlib, sys\n"
-            f"for name in {modules!r}:\n"
-            "    importlib.import_module(name)\n"
-            "    heavy = [other for other in ('torch', 'megatron', 'transformers') if other in sys.modules]\n"
-            "    assert not heavy, f'importing {name} loads {heavy}'\n")
+    modules = ["megatron_slm"] + [
+        f"megatron_slm.{inside(path).removesuffix('.py').replace('/', '.')}"
+        for path in library_files()
+        for where in WITHOUT_TORCH
+        if inside(path).startswith(where) and path.stem != "__init__"
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = [other for other in ('torch', 'megatron', 'transformers') if other in sys.modules]\n"
+        "    assert not heavy, f'importing {name} loads {heavy}'\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_root_of_the_package_holds_the_version_only():
-    assigned = [node for node in tree(PACKAGE / "__init__.py").body if not isinstance(node, ast.Expr)]
+    assigned = [
+        node for node in tree(PACKAGE / "__init__.py").body if not isinstance(node, ast.Expr)
+    ]
     assert [ast.unparse(node.targets[0]) for node in assigned] == ["__version__"]
 
 
@@ -152,8 +239,13 @@ def test_only_the_library_is_packaged():
     include = settings["tool"]["setuptools"]["packages"]["find"]["include"]
     found = find_packages(str(ROOT), include=include)
     assert "megatron_slm" in found and {name.split(".")[0] for name in found} == {"megatron_slm"}
-    assert {f"megatron_slm.{path.parent.relative_to(PACKAGE).as_posix().replace('/', '.')}" for path in library_files() if path.parent != PACKAGE} \
-        == set(found) - {"megatron_slm"}, "every folder of the library needs an __init__.py to be packaged"
+    assert {
+        f"megatron_slm.{path.parent.relative_to(PACKAGE).as_posix().replace('/', '.')}"
+        for path in library_files()
+        if path.parent != PACKAGE
+    } == set(found) - {"megatron_slm"}, (
+        "every folder of the library needs an __init__.py to be packaged"
+    )
 
 
 def test_console_commands_exist():
@@ -162,23 +254,42 @@ def test_console_commands_exist():
         module, function = target.split(":")
         path = ROOT / (module.replace(".", "/") + ".py")
         assert command.startswith("slm-") and path.is_file(), f"{command} = {target}"
-        assert function in {node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)}, f"{command} = {target}"
+        assert function in {
+            node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)
+        }, f"{command} = {target}"
 
 
 def test_programs_can_be_imported_and_run():
     for name in PROGRAMS:
         source = (PACKAGE / f"{name}.py").read_text()
-        main = next(node for node in tree(PACKAGE / f"{name}.py").body if isinstance(node, ast.FunctionDef) and node.name == "main")
-        assert [argument.arg for argument in main.args.args] == ["argv"] and len(main.args.defaults) == 1, f"{name}.main(argv=None)"
+        main = next(
+            node
+            for node in tree(PACKAGE / f"{name}.py").body
+            if isinstance(node, ast.FunctionDef) and node.name == "main"
+        )
+        assert [argument.arg for argument in main.args.args] == ["argv"] and len(
+            main.args.defaults
+        ) == 1, f"{name}.main(argv=None)"
         # megatron-core's saving spawns a process that imports the program again; unguarded it would train twice.
         assert 'if __name__ == "__main__":' in source, name
 
 
 def _dependency_names() -> set[str]:
     """What requirements.txt lists, and what our code imports (the two can differ: PyYAML is imported as yaml)."""
-    requirements = (ROOT / "requirements.txt").read_text() if (ROOT / "requirements.txt").is_file() else ""
-    named = {match[1].lower().replace("-", "_") for line in requirements.splitlines() if (match := re.match(r"([A-Za-z][\w.-]*)", line))}
-    imported = {name for path in project_files(".py") if "tests" not in path.parts for name in top_level(imported_modules(path))}
+    requirements = (
+        (ROOT / "requirements.txt").read_text() if (ROOT / "requirements.txt").is_file() else ""
+    )
+    named = {
+        match[1].lower().replace("-", "_")
+        for line in requirements.splitlines()
+        if (match := re.match(r"([A-Za-z][\w.-]*)", line))
+    }
+    imported = {
+        name
+        for path in project_files(".py")
+        if "tests" not in path.parts
+        for name in top_level(imported_modules(path))
+    }
     return (named | imported) - {"megatron_slm", *BESIDE_THE_LIBRARY}
 
 
@@ -190,13 +301,20 @@ def test_no_file_hides_a_library(folder):
 
 
 def test_no_bag_of_leftovers():
-    names = [path.relative_to(ROOT).as_posix() for path in project_files(".py") if path.stem in ("utils", "util", "helpers", "common", "misc")]
+    names = [
+        path.relative_to(ROOT).as_posix()
+        for path in project_files(".py")
+        if path.stem in ("utils", "util", "helpers", "common", "misc")
+    ]
     assert not names, f"{names}: name the file after what it holds"
 
 
 def test_files_fit_in_a_head():
-    long = {path.relative_to(ROOT).as_posix(): count for path in project_files(".py", ".sh", ".sbatch")
-            if (count := len(path.read_text(encoding="utf-8").splitlines())) > LINES_AT_MOST}
+    long = {
+        path.relative_to(ROOT).as_posix(): count
+        for path in project_files(".py", ".sh", ".sbatch")
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > LINES_AT_MOST
+    }
     assert not long, f"over {LINES_AT_MOST} lines: {long}"
 
 
@@ -211,7 +329,13 @@ def _module_containers(path: Path) -> set[str]:
     for node in _outside_functions(tree(path)):
         if isinstance(node, ast.ClassDef):
             continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
         if targets and node in tree(path).body and _is_mutable(node.value):
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
@@ -221,9 +345,24 @@ def _changed_names(path: Path) -> set[str]:
     """Names whose content a file changes: NAME[...] = x, del NAME[...], NAME.append(x)."""
     changed = set()
     for node in ast.walk(tree(path)):
-        targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else [node.target] if isinstance(node, ast.AugAssign) else []
-        changed |= {target.value.id for target in targets if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name)}
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING_METHODS and isinstance(node.func.value, ast.Name):
+        targets = (
+            node.targets
+            if isinstance(node, (ast.Assign, ast.Delete))
+            else [node.target]
+            if isinstance(node, ast.AugAssign)
+            else []
+        )
+        changed |= {
+            target.value.id
+            for target in targets
+            if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name)
+        }
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in CHANGING_METHODS
+            and isinstance(node.func.value, ast.Name)
+        ):
             changed.add(node.func.value.id)
     return changed
 
@@ -232,39 +371,76 @@ def test_no_state_at_module_level():
     wrong = []
     for path in library_files():
         containers = {name for name in _module_containers(path) if not name.startswith("__")}
-        wrong += [f"{inside(path)}: {name} is a container in lower case" for name in containers if not name.isupper()]
-        wrong += [f"{inside(path)}: {name} is changed by code" for name in containers & _changed_names(path) - REGISTRIES.get(inside(path), set())]
-        wrong += [f"{inside(path)}:{node.lineno}: global {', '.join(node.names)}" for node in ast.walk(tree(path)) if isinstance(node, ast.Global)]
+        wrong += [
+            f"{inside(path)}: {name} is a container in lower case"
+            for name in containers
+            if not name.isupper()
+        ]
+        wrong += [
+            f"{inside(path)}: {name} is changed by code"
+            for name in containers & _changed_names(path) - REGISTRIES.get(inside(path), set())
+        ]
+        wrong += [
+            f"{inside(path)}:{node.lineno}: global {', '.join(node.names)}"
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Global)
+        ]
     assert not wrong
 
 
 def test_every_setting_is_read():
     """Nothing configured is ignored: each field's name is read somewhere in the library outside the schema and the loader."""
-    sections = [node for node in tree(PACKAGE / "config" / "schema.py").body if isinstance(node, ast.ClassDef)]
-    fields = {node.target.id: section.name for section in sections for node in section.body if isinstance(node, ast.AnnAssign)}
-    readers = [path for path in library_files() if inside(path) not in ("config/schema.py", "config/load.py")]
+    sections = [
+        node
+        for node in tree(PACKAGE / "config" / "schema.py").body
+        if isinstance(node, ast.ClassDef)
+    ]
+    fields = {
+        node.target.id: section.name
+        for section in sections
+        for node in section.body
+        if isinstance(node, ast.AnnAssign)
+    }
+    readers = [
+        path
+        for path in library_files()
+        if inside(path) not in ("config/schema.py", "config/load.py")
+    ]
     # check.py asks with getattr(section, name) for many; only a plain attribute counts as reading here.
-    read = {node.attr for path in readers for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    read = {
+        node.attr
+        for path in readers
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+    }
     assert not {f"{section}.{name}" for name, section in fields.items() if name not in read}
 
 
 # The README and the guides
 
+
 def readme_tree() -> str:
-    found = re.search(r"```\n(megatron_slm/.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(
+        r"```\n(megatron_slm/.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert found, "README.md has no tree (a ``` block that starts with megatron_slm/)"
     return found[1]
 
 
 def test_the_readme_tree_names_every_room():
     words = set(re.findall(r"[\w.]+(?:/[\w.]*)*", readme_tree()))
-    rooms = [f"{room}/" if (PACKAGE / room).is_dir() else f"{room}.py" for room in (*ROOMS, *PROGRAMS)]
+    rooms = [
+        f"{room}/" if (PACKAGE / room).is_dir() else f"{room}.py" for room in (*ROOMS, *PROGRAMS)
+    ]
     folders = [f"{name}/" for name in (*BESIDE_THE_LIBRARY, "docs") if (ROOT / name).is_dir()]
     assert not [name for name in rooms + folders if name not in words]
 
 
 def test_the_readme_tree_names_nothing_that_is_gone():
-    files = {path.name for path in project_files(".py", ".sh", ".sbatch", ".md", ".yaml", ".txt", ".toml", ".html")} | {"Dockerfile"}
+    files = {
+        path.name
+        for path in project_files(".py", ".sh", ".sbatch", ".md", ".yaml", ".txt", ".toml", ".html")
+    } | {"Dockerfile"}
     named = set(re.findall(r"[\w]+\.(?:py|sh|sbatch|md|yaml|txt|toml|html)\b", readme_tree()))
     assert not named - files
 
@@ -276,21 +452,47 @@ def test_the_readme_prints_the_order_of_imports():
 
 def _links(page: Path) -> list[str]:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"""(?:src|href)=["']([^"']+)["']""", text)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(
+        r"""(?:src|href)=["']([^"']+)["']""", text
+    )
 
 
-@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in project_files(".md") if path.parent.name in (ROOT.name, "docs", "benchmarks")])
+@pytest.mark.parametrize(
+    "page",
+    [
+        path.relative_to(ROOT).as_posix()
+        for path in project_files(".md")
+        if path.parent.name in (ROOT.name, "docs", "benchmarks")
+    ],
+)
 def test_links_lead_somewhere(page):
-    broken = [link for link in _links(ROOT / page) if "://" not in link and not link.startswith(("#", "mailto:"))
-              and not ((ROOT / page).parent / link.split("#")[0]).exists()]
+    broken = [
+        link
+        for link in _links(ROOT / page)
+        if "://" not in link
+        and not link.startswith(("#", "mailto:"))
+        and not ((ROOT / page).parent / link.split("#")[0]).exists()
+    ]
     assert not broken, f"{page}: {broken}"
 
 
-@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in project_files(".md") if path.parent in (ROOT, ROOT / "docs")])
+@pytest.mark.parametrize(
+    "page",
+    [
+        path.relative_to(ROOT).as_posix()
+        for path in project_files(".md")
+        if path.parent in (ROOT, ROOT / "docs")
+    ],
+)
 def test_files_and_programs_that_pages_name_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     places = "|".join(("megatron_slm", *BESIDE_THE_LIBRARY, "docs"))
-    named = {name.rstrip(".") for name in re.findall(rf"(?<![\w/.])((?:{places})/[\w./]+\.(?:py|sh|sbatch|md|yaml|svg|png))\b", text)}
+    named = {
+        name.rstrip(".")
+        for name in re.findall(
+            rf"(?<![\w/.])((?:{places})/[\w./]+\.(?:py|sh|sbatch|md|yaml|svg|png))\b", text
+        )
+    }
     gone = [name for name in named if not (ROOT / name).exists()]
     for module in set(re.findall(rf"-m ((?:{places})\.[\w.]+)", text)):
         if not (ROOT / (module.rstrip(".").replace(".", "/") + ".py")).exists():

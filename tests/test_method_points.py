@@ -19,51 +19,135 @@ from megatron_slm.ops import linear_cross_entropy
 from megatron_slm.scoring.options import ScoreOptions
 from megatron_slm.scoring.reference import open_reference, reference_config
 from megatron_slm.selection import select_top
-from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus, write_scores
+from megatron_slm.testing.corpora import (
+    random_documents,
+    score_manifest,
+    write_corpus,
+    write_scores,
+)
 
 TESTS = Path(__file__).parent
-SELECT, SCORERS, LAYOUTS = "unit/selection/test_select.py", "unit/selection/test_scorers.py", "distributed/test_layouts.py"
-TRAINING, MODEL, DATA = "distributed/test_scorers_in_training.py", "distributed/test_method_points.py", "unit/data/test_scored_dataset.py"
+SELECT, SCORERS, LAYOUTS = (
+    "unit/selection/test_select.py",
+    "unit/selection/test_scorers.py",
+    "distributed/test_layouts.py",
+)
+TRAINING, MODEL, DATA = (
+    "distributed/test_scorers_in_training.py",
+    "distributed/test_method_points.py",
+    "unit/data/test_scored_dataset.py",
+)
 STORE, HERE = "unit/data/test_score_store.py", "test_method_points.py"
 
 POINTS = {
     # Normalisation
     1: [(LAYOUTS, "test_layout_equals_plain_torch")],
-    2: [(SCORERS, "test_method_04_02_soft_weights_have_their_own_float_divisor"), (TRAINING, "test_every_scorer_and_scope_in_every_layout")],
-    3: [(SELECT, "test_method_04_03_nothing_to_select_is_legal"), (MODEL, "test_method_04_03_a_rank_or_step_with_nothing_selected_is_legal")],
-    4: [("unit/selection/test_diagnostics.py", "test_method_04_04_ratios_are_formed_after_the_sums_are_added"), (LAYOUTS, "test_layout_equals_plain_torch")],
+    2: [
+        (SCORERS, "test_method_04_02_soft_weights_have_their_own_float_divisor"),
+        (TRAINING, "test_every_scorer_and_scope_in_every_layout"),
+    ],
+    3: [
+        (SELECT, "test_method_04_03_nothing_to_select_is_legal"),
+        (MODEL, "test_method_04_03_a_rank_or_step_with_nothing_selected_is_legal"),
+    ],
+    4: [
+        (
+            "unit/selection/test_diagnostics.py",
+            "test_method_04_04_ratios_are_formed_after_the_sums_are_added",
+        ),
+        (LAYOUTS, "test_layout_equals_plain_torch"),
+    ],
     # Selection
-    5: [(SELECT, "test_method_04_05_exact_k_is_the_brute_force_choice"), (SELECT, "test_method_04_05_exact_k_rounds_as_stated"),
+    5: [
+        (SELECT, "test_method_04_05_exact_k_is_the_brute_force_choice"),
+        (SELECT, "test_method_04_05_exact_k_rounds_as_stated"),
         (SELECT, "test_method_04_05_ties_are_broken_by_token_id_not_by_place"),
         ("distributed/test_selection.py", "test_method_04_05_exact_k_over_ranks_ragged_and_empty"),
-        ("distributed/test_selection_properties.py", "test_method_04_05_every_scope_is_the_brute_force_choice_in_every_layout"),
-        ("unit/data/test_loader.py", "test_the_global_batch_does_not_depend_on_the_layout")],
-    6: [(SELECT, "test_method_04_06_ineligible_tokens_are_outside_the_mask_and_the_count"), (SELECT, "test_method_04_06_non_finite_scores_do_not_compete")],
-    7: [(TRAINING, "test_global_batch_is_one_set_whatever_the_layout"), (LAYOUTS, "test_layout_equals_plain_torch")],
-    8: [("distributed/test_selection.py", "test_method_04_08_and_09_scopes_and_scorers_do_not_depend_on_the_layout"),
-        (TRAINING, "test_global_batch_is_one_set_whatever_the_layout")],
-    9: [("distributed/test_selection.py", "test_method_04_08_and_09_scopes_and_scorers_do_not_depend_on_the_layout"),
-        (LAYOUTS, "test_tensor_ranks_choose_identical_tokens")],
-    10: [(SCORERS, "test_method_04_10_random_depends_on_step_and_token_id_only"), (TRAINING, "test_every_scorer_and_scope_in_every_layout")],
+        (
+            "distributed/test_selection_properties.py",
+            "test_method_04_05_every_scope_is_the_brute_force_choice_in_every_layout",
+        ),
+        ("unit/data/test_loader.py", "test_the_global_batch_does_not_depend_on_the_layout"),
+    ],
+    6: [
+        (SELECT, "test_method_04_06_ineligible_tokens_are_outside_the_mask_and_the_count"),
+        (SELECT, "test_method_04_06_non_finite_scores_do_not_compete"),
+    ],
+    7: [
+        (TRAINING, "test_global_batch_is_one_set_whatever_the_layout"),
+        (LAYOUTS, "test_layout_equals_plain_torch"),
+    ],
+    8: [
+        (
+            "distributed/test_selection.py",
+            "test_method_04_08_and_09_scopes_and_scorers_do_not_depend_on_the_layout",
+        ),
+        (TRAINING, "test_global_batch_is_one_set_whatever_the_layout"),
+    ],
+    9: [
+        (
+            "distributed/test_selection.py",
+            "test_method_04_08_and_09_scopes_and_scorers_do_not_depend_on_the_layout",
+        ),
+        (LAYOUTS, "test_tensor_ranks_choose_identical_tokens"),
+    ],
+    10: [
+        (SCORERS, "test_method_04_10_random_depends_on_step_and_token_id_only"),
+        (TRAINING, "test_every_scorer_and_scope_in_every_layout"),
+    ],
     # Alignment
-    11: [(DATA, "test_score_and_label_are_the_same_slice"), ("distributed/test_scoring.py", "test_scores_equal_plain_torch_in_every_layout")],
-    12: [(DATA, "test_scores_belong_to_their_tokens_whatever_the_length_seed_and_blend"), (DATA, "test_changed_corpus_or_tokenizer_is_refused"),
-         (STORE, "test_scores_of_another_corpus_or_tokenizer_are_refused"), (STORE, "test_a_changed_byte_is_found_at_opening")],
-    13: [(STORE, "test_another_training_context_is_said"), (HERE, "test_method_04_13_a_run_begins_with_a_warning_of_another_context")],
-    14: [(DATA, "test_first_token_of_a_document_is_not_eligible"), ("unit/scoring/test_windows.py", "test_first_tokens_of_a_range")],
-    15: [("unit/data/test_loader.py", "test_context_parallel_slices_apply_to_every_tensor_alike"), ("unit/data/test_loader.py", "test_slices_are_megatron_cores"),
-         (LAYOUTS, "test_layout_equals_plain_torch")],
+    11: [
+        (DATA, "test_score_and_label_are_the_same_slice"),
+        ("distributed/test_scoring.py", "test_scores_equal_plain_torch_in_every_layout"),
+    ],
+    12: [
+        (DATA, "test_scores_belong_to_their_tokens_whatever_the_length_seed_and_blend"),
+        (DATA, "test_changed_corpus_or_tokenizer_is_refused"),
+        (STORE, "test_scores_of_another_corpus_or_tokenizer_are_refused"),
+        (STORE, "test_a_changed_byte_is_found_at_opening"),
+    ],
+    13: [
+        (STORE, "test_another_training_context_is_said"),
+        (HERE, "test_method_04_13_a_run_begins_with_a_warning_of_another_context"),
+    ],
+    14: [
+        (DATA, "test_first_token_of_a_document_is_not_eligible"),
+        ("unit/scoring/test_windows.py", "test_first_tokens_of_a_range"),
+    ],
+    15: [
+        ("unit/data/test_loader.py", "test_context_parallel_slices_apply_to_every_tensor_alike"),
+        ("unit/data/test_loader.py", "test_slices_are_megatron_cores"),
+        (LAYOUTS, "test_layout_equals_plain_torch"),
+    ],
     # Numerics
-    16: [(HERE, "test_method_04_16_a_bf16_head_selects_what_exact_logits_select"), (HERE, "test_method_04_16_scores_are_stored_as_fp16_and_never_coarser"),
-         (MODEL, "test_method_04_16_losses_are_fp32_from_fp32_logits_in_a_bf16_model")],
-    17: [(HERE, "test_method_04_17_padding_has_no_share_in_loss_and_entropy"), (MODEL, "test_method_04_17_padded_vocabulary_columns_are_minus_infinity_in_both_models")],
-    18: [(HERE, "test_method_04_18_no_dropout_by_default_and_none_in_a_reference"), (MODEL, "test_method_04_18_forward_only_passes_are_without_dropout")],
-    19: [("unit/selection/test_alarms.py", "test_method_04_19_reference_equal_to_the_model_is_noticed_through_fp16_storage")],
+    16: [
+        (HERE, "test_method_04_16_a_bf16_head_selects_what_exact_logits_select"),
+        (HERE, "test_method_04_16_scores_are_stored_as_fp16_and_never_coarser"),
+        (MODEL, "test_method_04_16_losses_are_fp32_from_fp32_logits_in_a_bf16_model"),
+    ],
+    17: [
+        (HERE, "test_method_04_17_padding_has_no_share_in_loss_and_entropy"),
+        (MODEL, "test_method_04_17_padded_vocabulary_columns_are_minus_infinity_in_both_models"),
+    ],
+    18: [
+        (HERE, "test_method_04_18_no_dropout_by_default_and_none_in_a_reference"),
+        (MODEL, "test_method_04_18_forward_only_passes_are_without_dropout"),
+    ],
+    19: [
+        (
+            "unit/selection/test_alarms.py",
+            "test_method_04_19_reference_equal_to_the_model_is_noticed_through_fp16_storage",
+        )
+    ],
 }
 
 
 def names_in(path: Path) -> set[str]:
-    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    return {
+        node.name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
 
 def test_every_point_names_tests_that_exist():
@@ -79,7 +163,9 @@ def test_numbered_tests_stand_under_their_numbers():
         for name in names_in(path):
             if numbers := re.match(r"test_method_04_(\d\d(?:_and_\d\d)*)", name):
                 for number in map(int, numbers[1].split("_and_")):
-                    assert (str(path.relative_to(TESTS)), name) in POINTS[number], f"{name} is missing under point {number}"
+                    assert (str(path.relative_to(TESTS)), name) in POINTS[number], (
+                        f"{name} is missing under point {number}"
+                    )
 
 
 # ---- 13: scores made in another context ----
@@ -88,11 +174,16 @@ def test_numbered_tests_stand_under_their_numbers():
 def started_reporter(monkeypatch, config, corpora, **sizes):
     """What a run says before its first step: the sentences that reach the sinks."""
     from megatron_slm.training import report
+
     said = []
     monkeypatch.setattr(report.Reporter, "_start_table", lambda self: {})
     monkeypatch.setattr(report.Reporter, "message", lambda self, text, level: said.append(text))
-    groups = SimpleNamespace(is_logger=True, device=torch.device("cpu"), dp_size=sizes.get("dp_size", 1))
-    report.Reporter(config, groups, SimpleNamespace(corpora=corpora), resume_step=None, wandb_id="").close()
+    groups = SimpleNamespace(
+        is_logger=True, device=torch.device("cpu"), dp_size=sizes.get("dp_size", 1)
+    )
+    report.Reporter(
+        config, groups, SimpleNamespace(corpora=corpora), resume_step=None, wandb_id=""
+    ).close()
     return " ".join(said)
 
 
@@ -116,20 +207,35 @@ def test_method_04_13_a_run_begins_with_a_warning_of_another_context(tmp_path, m
     said = started_reporter(monkeypatch, config, [SimpleNamespace(scores=store)])
     assert "windows of 16 tokens" in said and "sequences of 64" in said
     config.data.sequence_length = 16
-    assert "windows of" not in started_reporter(monkeypatch, config, [SimpleNamespace(scores=store)])
+    assert "windows of" not in started_reporter(
+        monkeypatch, config, [SimpleNamespace(scores=store)]
+    )
 
 
-def test_a_run_begins_with_a_warning_of_a_keep_fraction_that_can_never_be_met(tmp_path, monkeypatch):
+def test_a_run_begins_with_a_warning_of_a_keep_fraction_that_can_never_be_met(
+    tmp_path, monkeypatch
+):
     config = config_of_a_run(tmp_path, scope="sequence", keep_fraction=0.05)
     config.selection.reference.scores = ["scores"]
-    config.data.sequence_length, config.data.micro_batch_size, config.data.global_batch_size = 16, 4, 64
+    config.data.sequence_length, config.data.micro_batch_size, config.data.global_batch_size = (
+        16,
+        4,
+        64,
+    )
     assert "cannot be met" in started_reporter(monkeypatch, config, [])
     config.selection.scope = "global_batch"
     assert "cannot be met" not in started_reporter(monkeypatch, config, [])
-    config.selection.scope, config.selection.keep_fraction = "sequence", {"style": "warmup", "end": 0.05, "tokens": 100}
-    assert "cannot be met" in started_reporter(monkeypatch, config, []), "a schedule ends at a fraction, too"
+    config.selection.scope, config.selection.keep_fraction = (
+        "sequence",
+        {"style": "warmup", "end": 0.05, "tokens": 100},
+    )
+    assert "cannot be met" in started_reporter(monkeypatch, config, []), (
+        "a schedule ends at a fraction, too"
+    )
     config.selection.scorer, config.selection.scorer_options = "stored_mask", {"column": "quality"}
-    assert "cannot be met" not in started_reporter(monkeypatch, config, []), "a mask has no use for keep_fraction"
+    assert "cannot be met" not in started_reporter(monkeypatch, config, []), (
+        "a mask has no use for keep_fraction"
+    )
 
 
 # ---- 16: precision ----
@@ -147,10 +253,21 @@ def test_method_04_16_a_bf16_head_selects_what_exact_logits_select():
     """Against fp64 logits of the same bf16 numbers; logits rounded to bf16 select other tokens."""
     hidden_NH, weight_VH, target_N = head_problem()
     exact_NV = hidden_NH.double() @ weight_VH.double().T
-    exact_N, rounded_N = (torch.nn.functional.cross_entropy(logits, target_N, reduction="none") for logits in (exact_NV, exact_NV.bfloat16().double()))
+    exact_N, rounded_N = (
+        torch.nn.functional.cross_entropy(logits, target_N, reduction="none")
+        for logits in (exact_NV, exact_NV.bfloat16().double())
+    )
     loss_N = linear_cross_entropy(hidden_NH, weight_VH, target_N)
-    reference_N = exact_N.float() + torch.randn(exact_N.shape, generator=torch.Generator().manual_seed(1)) * 0.2
-    masks = [select_top(value_N.float() - reference_N, torch.ones_like(target_N, dtype=torch.bool), 0.6).mask for value_N in (exact_N, loss_N, rounded_N)]
+    reference_N = (
+        exact_N.float()
+        + torch.randn(exact_N.shape, generator=torch.Generator().manual_seed(1)) * 0.2
+    )
+    masks = [
+        select_top(
+            value_N.float() - reference_N, torch.ones_like(target_N, dtype=torch.bool), 0.6
+        ).mask
+        for value_N in (exact_N, loss_N, rounded_N)
+    ]
     assert loss_N.dtype == torch.float32
     torch.testing.assert_close(loss_N.double(), exact_N, rtol=1e-5, atol=1e-5)
     assert int((masks[0] ^ masks[1]).sum()) == 0 < int((masks[0] ^ masks[2]).sum())
@@ -169,12 +286,26 @@ def test_method_04_16_scores_are_stored_as_fp16_and_never_coarser(tmp_path):
 
 def test_method_04_17_padding_has_no_share_in_loss_and_entropy():
     hidden_NH, weight_VH, target_N = head_problem(columns=500)
-    padded_VH = torch.cat([weight_VH, torch.full((12, weight_VH.shape[1]), 50.0, dtype=weight_VH.dtype)])
-    loss_N, extras = linear_cross_entropy(hidden_NH, padded_VH, target_N, vocabulary_size=500, extras=("entropy",))
+    padded_VH = torch.cat(
+        [weight_VH, torch.full((12, weight_VH.shape[1]), 50.0, dtype=weight_VH.dtype)]
+    )
+    loss_N, extras = linear_cross_entropy(
+        hidden_NH, padded_VH, target_N, vocabulary_size=500, extras=("entropy",)
+    )
     logits_NV = hidden_NH.double() @ weight_VH.double().T
     probability_NV = logits_NV.softmax(1)
-    torch.testing.assert_close(loss_N.double(), torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none"), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(extras["entropy"].double(), -(probability_NV * logits_NV.log_softmax(1)).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        loss_N.double(),
+        torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none"),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(
+        extras["entropy"].double(),
+        -(probability_NV * logits_NV.log_softmax(1)).sum(1),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 # ---- 18: dropout ----
@@ -182,11 +313,19 @@ def test_method_04_17_padding_has_no_share_in_loss_and_entropy():
 
 def test_method_04_18_no_dropout_by_default_and_none_in_a_reference(tmp_path, monkeypatch):
     from megatron_slm.scoring import reference as room
+
     assert ModelConfig().dropout == 0.0
     corpus = write_corpus(tmp_path / "corpus", random_documents(3, 9))
-    info = CheckpointInfo(model={**ModelConfig(dropout=0.3, recompute="full").__dict__}, sequence_length=16, tokenizer=corpus.tokenizer, step=1, tokens_processed=1)
+    info = CheckpointInfo(
+        model={**ModelConfig(dropout=0.3, recompute="full").__dict__},
+        sequence_length=16,
+        tokenizer=corpus.tokenizer,
+        step=1,
+        tokens_processed=1,
+    )
     monkeypatch.setattr(room, "resolve_checkpoint", lambda path: path)
     monkeypatch.setattr(room, "read_checkpoint_info", lambda path: info)
     opened = open_reference("somewhere", CorpusManifest.read(tmp_path / "corpus"))
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
+
     assert reference_config(opened, 16, ParallelConfig(), DeviceConfig()).model.dropout == 0.0

@@ -42,24 +42,61 @@ class Fit:
     used: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def to_json(self) -> dict[str, Any]:
-        return {"documents": self.documents, "text_bytes": self.text_bytes, "words": self.words, "tokens": self.tokens,
-                "bytes_per_token": self.text_bytes / max(self.tokens, 1), "tokens_per_word": self.tokens / max(self.words, 1),
-                "unknown_fraction": self.unknown / max(self.tokens, 1),
-                "byte_token_fraction": self.byte_tokens / max(self.tokens, 1),
-                "vocabulary_used_fraction": float(self.used.mean()), "round_trip_failures": self.round_trip_failures}
+        return {
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+            "words": self.words,
+            "tokens": self.tokens,
+            "bytes_per_token": self.text_bytes / max(self.tokens, 1),
+            "tokens_per_word": self.tokens / max(self.words, 1),
+            "unknown_fraction": self.unknown / max(self.tokens, 1),
+            "byte_token_fraction": self.byte_tokens / max(self.tokens, 1),
+            "vocabulary_used_fraction": float(self.used.mean()),
+            "round_trip_failures": self.round_trip_failures,
+        }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tokenizer.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, metavar="P.model", help="SentencePiece .model or tokenizer.json")
-    parser.add_argument("--against", nargs="+", default=[], metavar="P.model", help="further vocabularies to compare with")
-    parser.add_argument("--input", nargs="+", required=True, metavar="F", help="each argument is one source")
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenizer.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="P.model",
+        help="SentencePiece .model or tokenizer.json",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="P.model",
+        help="further vocabularies to compare with",
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="F", help="each argument is one source"
+    )
     parser.add_argument("--text-key", nargs="+", default=["text"], metavar="KEY")
-    parser.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="of folders, only file names like *.py")
-    parser.add_argument("--max-bytes", type=int, default=20_000_000, metavar="N", help="of each source (default: %(default)s)")
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="of folders, only file names like *.py",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=20_000_000,
+        metavar="N",
+        help="of each source (default: %(default)s)",
+    )
     parser.add_argument("--json", metavar="F.json", help="write the numbers here")
-    parser.add_argument("--picture", metavar="F.png", help="draw bytes per token by source and vocabulary")
+    parser.add_argument(
+        "--picture", metavar="F.png", help="draw bytes per token by source and vocabulary"
+    )
     return parser
 
 
@@ -69,20 +106,33 @@ def byte_ids(tokenizer: Tokenizer) -> np.ndarray:
     SentencePiece marks its fallback bytes; a byte-level vocabulary spells what is beyond ASCII in half characters.
     """
     if tokenizer.kind == "sentencepiece":
-        return np.array([tokenizer.backend.is_byte(number) for number in range(tokenizer.vocabulary_size)])
-    return np.array(["\ufffd" in tokenizer.backend.decode([number], skip_special_tokens=False)
-                     for number in range(tokenizer.vocabulary_size)])
+        return np.array(
+            [tokenizer.backend.is_byte(number) for number in range(tokenizer.vocabulary_size)]
+        )
+    return np.array(
+        [
+            "\ufffd" in tokenizer.backend.decode([number], skip_special_tokens=False)
+            for number in range(tokenizer.vocabulary_size)
+        ]
+    )
 
 
-def measure(tokenizers: dict[str, Tokenizer], arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Fit]], Counter]:
+def measure(
+    tokenizers: dict[str, Tokenizer], arguments: argparse.Namespace
+) -> tuple[dict[str, dict[str, Fit]], Counter]:
     """Fit of each tokenizer on each source, and the records left out."""
     is_byte = {name: byte_ids(tokenizer) for name, tokenizer in tokenizers.items()}
     fits: dict[str, dict[str, Fit]] = {}
     rejects: Counter = Counter()
     for source in arguments.input:
-        fits[source] = {name: Fit(used=np.zeros(tokenizer.vocabulary_size, bool)) for name, tokenizer in tokenizers.items()}
+        fits[source] = {
+            name: Fit(used=np.zeros(tokenizer.vocabulary_size, bool))
+            for name, tokenizer in tokenizers.items()
+        }
         seen_bytes = 0
-        for document in read_documents([source], arguments.text_key, include=arguments.include, rejects=rejects):
+        for document in read_documents(
+            [source], arguments.text_key, include=arguments.include, rejects=rejects
+        ):
             size_bytes, words = text_bytes(document.text), len(_WORD.findall(document.text))
             for name, tokenizer in tokenizers.items():
                 _add(fits[source][name], tokenizer, is_byte[name], document.text, size_bytes, words)
@@ -94,13 +144,17 @@ def measure(tokenizers: dict[str, Tokenizer], arguments: argparse.Namespace) -> 
     return fits, rejects
 
 
-def _add(fit: Fit, tokenizer: Tokenizer, is_byte: np.ndarray, text: str, size_bytes: int, words: int) -> None:
+def _add(
+    fit: Fit, tokenizer: Tokenizer, is_byte: np.ndarray, text: str, size_bytes: int, words: int
+) -> None:
     ids = np.asarray(tokenizer.encode(text), np.int64)
     fit.documents += 1
     fit.text_bytes += size_bytes
     fit.words += words
     fit.tokens += len(ids)
-    fit.unknown += int(np.count_nonzero(ids == tokenizer.unk_id)) if tokenizer.unk_id is not None else 0
+    fit.unknown += (
+        int(np.count_nonzero(ids == tokenizer.unk_id)) if tokenizer.unk_id is not None else 0
+    )
     fit.byte_tokens += int(np.count_nonzero(is_byte[ids]))
     fit.round_trip_failures += len(round_trip_failures(tokenizer, [text]))
     fit.used[ids] = True
@@ -110,15 +164,30 @@ def print_table(fits: dict[str, dict[str, Fit]], console: Console) -> None:
     table = Table()
     table.add_column("source", no_wrap=True)
     table.add_column("vocabulary", no_wrap=True)
-    for name in ("documents", "bytes per token", "tokens per word", "unknown", "byte tokens", "vocabulary used", "not exact"):
+    for name in (
+        "documents",
+        "bytes per token",
+        "tokens per word",
+        "unknown",
+        "byte tokens",
+        "vocabulary used",
+        "not exact",
+    ):
         table.add_column(name, justify="right")
     for source, of_source in fits.items():
         for name, fit in of_source.items():
             numbers = fit.to_json()
-            table.add_row(source[-40:], name[-40:], f"{fit.documents:,}", f"{numbers['bytes_per_token']:.3f}",
-                          f"{numbers['tokens_per_word']:.3f}", f"{numbers['unknown_fraction']:.3%}",
-                          f"{numbers['byte_token_fraction']:.3%}", f"{numbers['vocabulary_used_fraction']:.1%}",
-                          f"{fit.round_trip_failures:,}")
+            table.add_row(
+                source[-40:],
+                name[-40:],
+                f"{fit.documents:,}",
+                f"{numbers['bytes_per_token']:.3f}",
+                f"{numbers['tokens_per_word']:.3f}",
+                f"{numbers['unknown_fraction']:.3%}",
+                f"{numbers['byte_token_fraction']:.3%}",
+                f"{numbers['vocabulary_used_fraction']:.1%}",
+                f"{fit.round_trip_failures:,}",
+            )
     console.print(table)
 
 
@@ -127,19 +196,33 @@ def draw(path: str, fits: dict[str, dict[str, Fit]]) -> None:
     from megatron_slm.analysis.style import colour, house_style, new_figure
 
     names = list(next(iter(fits.values())))
-    panels = (("bytes_per_token", "bytes per token", "%.2f", 1), ("byte_token_fraction", "tokens that spell single bytes (%)", "%.1f", 100))
+    panels = (
+        ("bytes_per_token", "bytes per token", "%.2f", 1),
+        ("byte_token_fraction", "tokens that spell single bytes (%)", "%.1f", 100),
+    )
     places = np.arange(len(fits))
     with house_style():
         figure, both = new_figure(len(panels))
         for axes, (key, title, form, factor) in zip(both, panels):
             for number, name in enumerate(names):
                 heights = [factor * of_source[name].to_json()[key] for of_source in fits.values()]
-                bars = axes.bar(places + number * 0.8 / len(names), heights, 0.76 / len(names), align="edge", label=name[-50:], color=colour(number))
+                bars = axes.bar(
+                    places + number * 0.8 / len(names),
+                    heights,
+                    0.76 / len(names),
+                    align="edge",
+                    label=name[-50:],
+                    color=colour(number),
+                )
                 axes.bar_label(bars, fmt=form, padding=2)
-            axes.set(title=title, xticks=places + 0.4, xticklabels=[source[-30:] for source in fits])
+            axes.set(
+                title=title, xticks=places + 0.4, xticklabels=[source[-30:] for source in fits]
+            )
             axes.grid(axis="x", visible=False)
             axes.margins(y=0.12)
-        figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower left", ncols=min(len(names), 3))
+        figure.legend(
+            *both[0].get_legend_handles_labels(), loc="outside lower left", ncols=min(len(names), 3)
+        )
         figure.savefig(path, dpi=150)
 
 
@@ -148,12 +231,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.max_bytes < 1:
             raise ValueError(f"--max-bytes {arguments.max_bytes}: at least 1")
-        tokenizers = {path: load_tokenizer(path) for path in [arguments.tokenizer, *arguments.against]}
+        tokenizers = {
+            path: load_tokenizer(path) for path in [arguments.tokenizer, *arguments.against]
+        }
         fits, rejects = measure(tokenizers, arguments)
         if arguments.json:
-            write_json_atomically(arguments.json, {
-                "sources": {source: {name: fit.to_json() for name, fit in of_source.items()} for source, of_source in fits.items()},
-                "fingerprints": {name: tokenizer.fingerprint for name, tokenizer in tokenizers.items()}, "rejected": dict(rejects)})
+            write_json_atomically(
+                arguments.json,
+                {
+                    "sources": {
+                        source: {name: fit.to_json() for name, fit in of_source.items()}
+                        for source, of_source in fits.items()
+                    },
+                    "fingerprints": {
+                        name: tokenizer.fingerprint for name, tokenizer in tokenizers.items()
+                    },
+                    "rejected": dict(rejects),
+                },
+            )
         if arguments.picture:
             draw(arguments.picture, fits)
     except DataError as error:

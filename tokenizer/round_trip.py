@@ -31,6 +31,8 @@ def round_trip_failures(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]
     failures = []
     for text in texts:
         back = tokenizer.decode(tokenizer.encode(text))
-        if back != text and not (tokenizer.kind == "sentencepiece" and back == text.replace("\u2581", " ")):
+        if back != text and not (
+            tokenizer.kind == "sentencepiece" and back == text.replace("\u2581", " ")
+        ):
             failures.append(text)
     return failures

@@ -31,32 +31,100 @@ _SENTENCE_BYTES = 4000
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tokenizer.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="F",
-                        help="jsonl (also .gz, .zst), parquet, text files, folders of text, or globs in quotes")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.model, P.vocab, P.manifest.json")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N",
-                        help="all ids, the 256 bytes and the special ones included")
-    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: %(default)s")
-    parser.add_argument("--text-key", nargs="+", default=["text"], metavar="KEY", help="where a record keeps its text")
-    parser.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="of folders, only file names like *.py")
-    parser.add_argument("--sample-bytes", type=int, default=200_000_000, metavar="N",
-                        help="train on a random sample of documents of about this size; 0 = on everything (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenizer.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="F",
+        help="jsonl (also .gz, .zst), parquet, text files, folders of text, or globs in quotes",
+    )
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P.model, P.vocab, P.manifest.json",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="all ids, the 256 bytes and the special ones included",
+    )
+    parser.add_argument(
+        "--model-type", choices=("bpe", "unigram"), default="bpe", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--text-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="where a record keeps its text",
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="of folders, only file names like *.py",
+    )
+    parser.add_argument(
+        "--sample-bytes",
+        type=int,
+        default=200_000_000,
+        metavar="N",
+        help="train on a random sample of documents of about this size; 0 = on everything (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=4,
-                        help="of the trainer; part of the result's identity, so not the machine's core count (default: %(default)s)")
-    parser.add_argument("--normalization", choices=("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"), default="identity",
-                        help="identity keeps text as it is; the others change it for good (default: %(default)s)")
-    parser.add_argument("--byte-fallback", action=argparse.BooleanOptionalAction, default=True,
-                        help="spell what the vocabulary lacks in bytes; without it such text becomes <unk> and is lost")
-    parser.add_argument("--split-digits", action=argparse.BooleanOptionalAction, default=True, help="one token per digit")
-    parser.add_argument("--dummy-prefix", action=argparse.BooleanOptionalAction, default=True,
-                        help="treat the first word of a text like any other word")
-    parser.add_argument("--character-coverage", type=float, default=0.9995, metavar="X",
-                        help="share of all characters that get a token of their own (default: %(default)s)")
-    parser.add_argument("--special-token", nargs="+", default=[], metavar="T",
-                        help="further control tokens such as '<|im_start|>'; like <s> they never come out of text")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=4,
+        help="of the trainer; part of the result's identity, so not the machine's core count (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"),
+        default="identity",
+        help="identity keeps text as it is; the others change it for good (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--byte-fallback",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="spell what the vocabulary lacks in bytes; without it such text becomes <unk> and is lost",
+    )
+    parser.add_argument(
+        "--split-digits",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one token per digit",
+    )
+    parser.add_argument(
+        "--dummy-prefix",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="treat the first word of a text like any other word",
+    )
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="X",
+        help="share of all characters that get a token of their own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--special-token",
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="further control tokens such as '<|im_start|>'; like <s> they never come out of text",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace P.model")
     return parser
 
@@ -66,20 +134,28 @@ def check(arguments: argparse.Namespace) -> None:
     problems = []
     fixed = 4 + len(arguments.special_token) + (256 if arguments.byte_fallback else 0)
     if arguments.vocab_size <= fixed:
-        problems.append(f"--vocab-size {arguments.vocab_size}: {fixed} ids are special tokens and bytes; ask for more")
+        problems.append(
+            f"--vocab-size {arguments.vocab_size}: {fixed} ids are special tokens and bytes; ask for more"
+        )
     if arguments.sample_bytes < 0:
         problems.append(f"--sample-bytes {arguments.sample_bytes}: cannot be negative")
     if arguments.threads < 1:
         problems.append(f"--threads {arguments.threads}: at least 1")
     if not 0.9 <= arguments.character_coverage <= 1:
-        problems.append(f"--character-coverage {arguments.character_coverage}: a share from 0.9 to 1")
+        problems.append(
+            f"--character-coverage {arguments.character_coverage}: a share from 0.9 to 1"
+        )
     if len(set(arguments.special_token)) != len(arguments.special_token):
         problems.append("--special-token: the same token twice")
-    if problems_of_characters := [token for token in arguments.special_token if not token or " " in token or "," in token]:
+    if problems_of_characters := [
+        token for token in arguments.special_token if not token or " " in token or "," in token
+    ]:
         problems.append(f"--special-token {problems_of_characters}: no spaces or commas")
     if Path(f"{arguments.output_prefix}.model").exists() and not arguments.overwrite:
-        problems.append(f"{arguments.output_prefix}.model exists already. Give --overwrite to replace it, or another "
-                        "--output-prefix")
+        problems.append(
+            f"{arguments.output_prefix}.model exists already. Give --overwrite to replace it, or another "
+            "--output-prefix"
+        )
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -93,7 +169,11 @@ class Sample:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         total_bytes = total_input_bytes(arguments.input, include=arguments.include)
-        self._share = min(1.0, arguments.sample_bytes / total_bytes) if arguments.sample_bytes and total_bytes else 1.0
+        self._share = (
+            min(1.0, arguments.sample_bytes / total_bytes)
+            if arguments.sample_bytes and total_bytes
+            else 1.0
+        )
         self.documents = self.documents_seen = self.bytes = 0
         self.rejects: Counter = Counter()
         self.sha256 = hashlib.sha256()
@@ -101,7 +181,9 @@ class Sample:
     def __iter__(self) -> Iterator[str]:
         arguments = self._arguments
         threshold = int(self._share * 2**64)
-        for document in read_documents(arguments.input, arguments.text_key, include=arguments.include, rejects=self.rejects):
+        for document in read_documents(
+            arguments.input, arguments.text_key, include=arguments.include, rejects=self.rejects
+        ):
             number = self.documents_seen
             self.documents_seen += 1
             ticket = hashlib.blake2b(f"{arguments.seed}:{number}".encode(), digest_size=8).digest()
@@ -134,8 +216,10 @@ def train(arguments: argparse.Namespace) -> tuple[bytes, Sample]:
     lines = iter(sample)
     first = next(lines, None)
     if first is None:
-        raise DataError(f"no usable text in {arguments.input}: {dict(sample.rejects) or 'the inputs are empty'}. "
-                        f"Records are looked up under the key {arguments.text_key}.")
+        raise DataError(
+            f"no usable text in {arguments.input}: {dict(sample.rejects) or 'the inputs are empty'}. "
+            f"Records are looked up under the key {arguments.text_key}."
+        )
 
     def all_lines() -> Iterator[str]:
         yield first
@@ -143,17 +227,34 @@ def train(arguments: argparse.Namespace) -> tuple[bytes, Sample]:
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=all_lines(), model_writer=model, vocab_size=arguments.vocab_size, model_type=arguments.model_type,
-            byte_fallback=arguments.byte_fallback, split_digits=arguments.split_digits,
-            normalization_rule_name=arguments.normalization, add_dummy_prefix=arguments.dummy_prefix,
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, max_sentence_length=2 * _SENTENCE_BYTES,
-            character_coverage=arguments.character_coverage, control_symbols=arguments.special_token,
-            num_threads=arguments.threads, unk_id=0, bos_id=1, eos_id=2, pad_id=3, input_sentence_size=0,
-            train_extremely_large_corpus=arguments.sample_bytes == 0 or arguments.sample_bytes > 1_000_000_000,
-            minloglevel=2)
+            sentence_iterator=all_lines(),
+            model_writer=model,
+            vocab_size=arguments.vocab_size,
+            model_type=arguments.model_type,
+            byte_fallback=arguments.byte_fallback,
+            split_digits=arguments.split_digits,
+            normalization_rule_name=arguments.normalization,
+            add_dummy_prefix=arguments.dummy_prefix,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=2 * _SENTENCE_BYTES,
+            character_coverage=arguments.character_coverage,
+            control_symbols=arguments.special_token,
+            num_threads=arguments.threads,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            input_sentence_size=0,
+            train_extremely_large_corpus=arguments.sample_bytes == 0
+            or arguments.sample_bytes > 1_000_000_000,
+            minloglevel=2,
+        )
     except (RuntimeError, OSError) as error:
-        raise DataError(f"SentencePiece could not train {arguments.vocab_size} pieces on {sample.bytes:,} bytes of text: "
-                        f"{_last_sentence(error)}") from None
+        raise DataError(
+            f"SentencePiece could not train {arguments.vocab_size} pieces on {sample.bytes:,} bytes of text: "
+            f"{_last_sentence(error)}"
+        ) from None
     return model.getvalue(), sample
 
 
@@ -175,14 +276,18 @@ def publish(arguments: argparse.Namespace, model: bytes, sample: Sample) -> Toke
         failures = round_trip_failures(tokenizer, AWKWARD_TEXTS)
         lossless = arguments.byte_fallback and arguments.normalization == "identity"
         if failures and lossless:
-            raise DataError(f"the vocabulary does not give these texts back: {failures}; it was not written")
+            raise DataError(
+                f"the vocabulary does not give these texts back: {failures}; it was not written"
+            )
         Path(f"{prefix}.manifest.json").unlink(missing_ok=True)
         _write_vocabulary(Path(f"{prefix}.vocab"), tokenizer)
         os.replace(aside, f"{prefix}.model")
     finally:
         aside.unlink(missing_ok=True)
     tokenizer = load_tokenizer(f"{prefix}.model")
-    write_json_atomically(f"{prefix}.manifest.json", manifest_of(arguments, tokenizer, sample, failures))
+    write_json_atomically(
+        f"{prefix}.manifest.json", manifest_of(arguments, tokenizer, sample, failures)
+    )
     return tokenizer
 
 
@@ -193,16 +298,39 @@ def _write_vocabulary(path: Path, tokenizer: Tokenizer) -> None:
             stream.write(f"{processor.id_to_piece(token_id)}\t{processor.get_score(token_id):g}\n")
 
 
-def manifest_of(arguments: argparse.Namespace, tokenizer: Tokenizer, sample: Sample, failures: list[str]) -> dict[str, Any]:
-    options = {name: value for name, value in vars(arguments).items() if name not in ("overwrite", "output_prefix")}
-    return {"format_version": 1, "fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind,
-            "vocabulary_size": tokenizer.vocabulary_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id, "unk_id": tokenizer.unk_id,
-            "sample": {"documents": sample.documents, "documents_seen": sample.documents_seen, "bytes": sample.bytes,
-                       "sha256": sample.sha256.hexdigest(), "rejected": dict(sample.rejects)},
-            "options": options, "vocab_sha256": sha256_of_file(f"{arguments.output_prefix}.vocab"),
-            "round_trip_failures": failures,
-            "created_by": {"program": "tokenizer.train", "version": __version__, "sentencepiece": version("sentencepiece")}}
+def manifest_of(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, sample: Sample, failures: list[str]
+) -> dict[str, Any]:
+    options = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("overwrite", "output_prefix")
+    }
+    return {
+        "format_version": 1,
+        "fingerprint": tokenizer.fingerprint,
+        "kind": tokenizer.kind,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "unk_id": tokenizer.unk_id,
+        "sample": {
+            "documents": sample.documents,
+            "documents_seen": sample.documents_seen,
+            "bytes": sample.bytes,
+            "sha256": sample.sha256.hexdigest(),
+            "rejected": dict(sample.rejects),
+        },
+        "options": options,
+        "vocab_sha256": sha256_of_file(f"{arguments.output_prefix}.vocab"),
+        "round_trip_failures": failures,
+        "created_by": {
+            "program": "tokenizer.train",
+            "version": __version__,
+            "sentencepiece": version("sentencepiece"),
+        },
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,9 +346,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tokenizer.train: {error}", file=sys.stderr)
         return 2
     left_out = f", {sum(sample.rejects.values())} records left out" if sample.rejects else ""
-    print(f"{arguments.output_prefix}.model: {tokenizer.vocabulary_size} pieces from {sample.documents:,} of "
-          f"{sample.documents_seen:,} documents ({sample.bytes / 1e6:.1f} MB{left_out}); round trip "
-          f"{'not exact, as asked' if round_trip_failures(tokenizer, AWKWARD_TEXTS) else 'exact'}")
+    print(
+        f"{arguments.output_prefix}.model: {tokenizer.vocabulary_size} pieces from {sample.documents:,} of "
+        f"{sample.documents_seen:,} documents ({sample.bytes / 1e6:.1f} MB{left_out}); round trip "
+        f"{'not exact, as asked' if round_trip_failures(tokenizer, AWKWARD_TEXTS) else 'exact'}"
+    )
     return 0
 
 

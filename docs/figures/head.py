@@ -22,7 +22,9 @@ SELECTED, WASTED, NOTHING = "#1f6f8b", "#e2b07a", "#f4f4f4"
 
 
 def main(output: Path) -> None:
-    plt.rcParams.update({"font.family": "DejaVu Sans", "svg.hashsalt": "head", "svg.fonttype": "none"})
+    plt.rcParams.update(
+        {"font.family": "DejaVu Sans", "svg.hashsalt": "head", "svg.fonttype": "none"}
+    )
     figure, axes = plt.subplots(1, len(HEADS), figsize=(12.5, 4.1))
     for axis, (title, stages) in zip(axes, HEADS.items()):
         draw(axis, title, stages)
@@ -42,8 +44,22 @@ def draw(axis, title: str, stages: list[str | None]) -> None:
         for y, kept in enumerate(KEPT):
             computed = rows == "all" or (rows == "kept" and kept)
             color = (SELECTED if kept else WASTED) if computed else NOTHING
-            axis.add_patch(Rectangle((x, len(KEPT) - 1 - y), 0.92, 0.86, facecolor=color, edgecolor="#bbbbbb", linewidth=0.4))
-    axis.set(xlim=(-0.1, len(stages)), ylim=(-0.1, len(KEPT)), yticks=[], xticks=[x + 0.46 for x in range(len(stages))])
+            axis.add_patch(
+                Rectangle(
+                    (x, len(KEPT) - 1 - y),
+                    0.92,
+                    0.86,
+                    facecolor=color,
+                    edgecolor="#bbbbbb",
+                    linewidth=0.4,
+                )
+            )
+    axis.set(
+        xlim=(-0.1, len(stages)),
+        ylim=(-0.1, len(KEPT)),
+        yticks=[],
+        xticks=[x + 0.46 for x in range(len(stages))],
+    )
     axis.set_xticklabels(STAGES, fontsize=6.5)
     axis.tick_params(length=0)
     axis.set_title(title, fontsize=9)

@@ -19,7 +19,12 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from megatron_slm.selection import Population, Progress, RunningThreshold, build_scorer  # noqa: E402
 
-plt.rcParams |= {"svg.hashsalt": "selection", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+plt.rcParams |= {
+    "svg.hashsalt": "selection",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 KEEP = 0.6
 
 
@@ -45,8 +50,13 @@ def draw_scopes() -> None:
         for place, where in enumerate(sequences):
             colour = plt.cm.tab10(seen.setdefault(population(*where), len(seen)))
             hatch = "////" if scope == "running_threshold" else None
-            axis.barh(place, 1, height=0.85, color=colour, alpha=0.65, hatch=hatch, edgecolor="white")
-        axis.set_title(scope if scope != "running_threshold" else "running_threshold\n(with recent steps)", fontsize=9)
+            axis.barh(
+                place, 1, height=0.85, color=colour, alpha=0.65, hatch=hatch, edgecolor="white"
+            )
+        axis.set_title(
+            scope if scope != "running_threshold" else "running_threshold\n(with recent steps)",
+            fontsize=9,
+        )
         axis.axhline(3.5, color="black", linewidth=0.8)
         axis.set_xticks([])
     labels = [f"micro-batch {micro}, rank {rank}, row {row}" for rank, micro, row in sequences]
@@ -57,7 +67,10 @@ def draw_scopes() -> None:
 
 def draw_scorers() -> None:
     columns = _tokens(2500)
-    eligible, population = torch.ones(1, 2500, dtype=torch.bool), Population("micro_batch", columns["token_id"])
+    eligible, population = (
+        torch.ones(1, 2500, dtype=torch.bool),
+        Population("micro_batch", columns["token_id"]),
+    )
     chosen = [
         ("none", {}, "none: plain CLM"),
         ("excess_loss", {}, "excess_loss"),
@@ -68,18 +81,32 @@ def draw_scorers() -> None:
         ("reference_entropy", {}, "reference_entropy"),
         ("intersection", {}, "intersection\nreference_loss, reference_entropy"),
         ("union", {}, "union\nreference_loss, reference_entropy"),
-        ("band", {"of": "excess_loss", "skip_fraction": 0.15}, "band: excess_loss\nskip_fraction 0.15"),
-        ("weighted_sum", {"of": {"excess_loss": 1.0, "own_loss": 0.7}}, "weighted_sum\n1.0 excess_loss + 0.7 own_loss"),
+        (
+            "band",
+            {"of": "excess_loss", "skip_fraction": 0.15},
+            "band: excess_loss\nskip_fraction 0.15",
+        ),
+        (
+            "weighted_sum",
+            {"of": {"excess_loss": 1.0, "own_loss": 0.7}},
+            "weighted_sum\n1.0 excess_loss + 0.7 own_loss",
+        ),
         ("entropy_weight", {"gamma": 1.0}, "entropy_weight (shade = weight)"),
     ]
     figure, axes = plt.subplots(3, 4, figsize=(11, 7.6), sharex=True, sharey=True)
     for axis, (name, options, title) in zip(axes.flat, chosen, strict=True):
-        selection = build_scorer(name, **options).choose(columns, eligible, KEEP, population, Progress())
-        axis.scatter(columns["reference_loss"], columns["loss"], s=1.5, c="lightgrey", rasterized=True)
+        selection = build_scorer(name, **options).choose(
+            columns, eligible, KEEP, population, Progress()
+        )
+        axis.scatter(
+            columns["reference_loss"], columns["loss"], s=1.5, c="lightgrey", rasterized=True
+        )
         mask = selection.mask
         shade = selection.weights[mask] if selection.weight is not None else None
         colour = {"c": shade, "cmap": "viridis"} if shade is not None else {"c": "tab:blue"}
-        axis.scatter(columns["reference_loss"][mask], columns["loss"][mask], s=1.5, rasterized=True, **colour)
+        axis.scatter(
+            columns["reference_loss"][mask], columns["loss"][mask], s=1.5, rasterized=True, **colour
+        )
         axis.plot([0, 7], [0, 7], color="black", linewidth=0.6)
         axis.set_title(f"{title}\n{selection.kept / selection.eligible:.0%} kept", fontsize=8)
         axis.set(xlim=(0, 7), ylim=(0, 7))
@@ -93,7 +120,12 @@ def _tokens(count: int) -> dict[str, torch.Tensor]:
     reference = torch.rand(1, count, generator=generator).pow(1.7) * 6
     loss = (reference + torch.randn(1, count, generator=generator) * 0.9 + 0.2).clamp(min=0.0)
     entropy = (0.7 * reference + torch.rand(1, count, generator=generator) * 1.6).clamp(min=0.0)
-    names = {"loss": loss, "reference_loss": reference, "entropy": entropy, "reference_entropy": entropy}
+    names = {
+        "loss": loss,
+        "reference_loss": reference,
+        "entropy": entropy,
+        "reference_entropy": entropy,
+    }
     return names | {"token_id": torch.arange(count).view(1, -1)}
 
 
@@ -105,14 +137,20 @@ def draw_running() -> None:
         running, wrong = RunningThreshold(smoothing), []
         for step in range(120):
             drift = 0.8 * 0.97**step
-            score = drift + torch.randn(64, 1, generator=generator) * 0.3 + torch.randn(64, 256, generator=generator) * 0.5
+            score = (
+                drift
+                + torch.randn(64, 1, generator=generator) * 0.3
+                + torch.randn(64, 256, generator=generator) * 0.5
+            )
             running.choose(score, torch.ones_like(score, dtype=torch.bool), KEEP)
             measured = running.finish_step(KEEP)
             missed, extra = (float(total / count) for total, count in measured.values())
             wrong.append(missed + extra)
         late = sum(wrong[60:]) / 60
         axis.plot(wrong[1:], label=f"smoothing {smoothing}: {late:.1%} later", linewidth=1)
-        print(f"smoothing {smoothing}: missed + extra {sum(wrong[1:30]) / 29:.4f} in steps 1-29, {late:.4f} in steps 60-119")
+        print(
+            f"smoothing {smoothing}: missed + extra {sum(wrong[1:30]) / 29:.4f} in steps 1-29, {late:.4f} in steps 60-119"
+        )
     axis.set(xlabel="step", ylabel="(missed + extra) / exact set", ylim=(0, 0.3))
     axis.legend(frameon=False, fontsize=8)
     _save(figure, "running.svg")

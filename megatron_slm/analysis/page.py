@@ -37,13 +37,20 @@ a { color: var(--mark-line); } @media print { body { background: #fff; } details
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
     """A whole document. sections: (heading, HTML); empty ones are left out. Titles are escaped, sections are HTML already."""
     sections = [(heading, body) for heading, body in sections if body]
-    links = "".join(f'<a href="#s{i}">{escape(heading)}</a>' for i, (heading, _) in enumerate(sections))
-    bodies = "".join(f'<section id="s{i}"><h2>{escape(heading)}</h2>\n{body}</section>\n' for i, (heading, body) in enumerate(sections))
+    links = "".join(
+        f'<a href="#s{i}">{escape(heading)}</a>' for i, (heading, _) in enumerate(sections)
+    )
+    bodies = "".join(
+        f'<section id="s{i}"><h2>{escape(heading)}</h2>\n{body}</section>\n'
+        for i, (heading, body) in enumerate(sections)
+    )
     # The policy makes "nothing is fetched, nothing is executed" something the browser enforces.
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\n'
-            f'<title>{escape(title)}</title><style>{_STYLE}{token_viewer.STYLE}</style></head>\n<body><main>\n'
-            f'<h1>{escape(title)}</h1><p class="note">{escape(subtitle)}</p><nav>{links}</nav>\n{bodies}</main></body></html>\n')
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{token_viewer.STYLE}</style></head>\n<body><main>\n"
+        f'<h1>{escape(title)}</h1><p class="note">{escape(subtitle)}</p><nav>{links}</nav>\n{bodies}</main></body></html>\n'
+    )
 
 
 def picture(figure: Figure | None, reading: str) -> str:
@@ -51,7 +58,7 @@ def picture(figure: Figure | None, reading: str) -> str:
     if figure is None:
         return ""
     buffer = io.BytesIO()
-    with house_style():   # the ids in an SVG depend on it: the same runs give the same file
+    with house_style():  # the ids in an SVG depend on it: the same runs give the same file
         figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     # As an image rather than inline: ids of several inline SVGs would collide.
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -61,6 +68,13 @@ def picture(figure: Figure | None, reading: str) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
     """A table of ready HTML cells; a cell that starts with '*' is marked as the best of its column. The header is escaped."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f'<td class="best">{cell[1:]}</td>' if cell.startswith("*") else f"<td>{cell}</td>" for cell in row) + "</tr>\n"
-                   for row in rows)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="best">{cell[1:]}</td>' if cell.startswith("*") else f"<td>{cell}</td>"
+            for cell in row
+        )
+        + "</tr>\n"
+        for row in rows
+    )
     return f'<div class="wide"><table{" class=text" if text else ""}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'

@@ -34,8 +34,17 @@ def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
     name = f"validation/{corpus}/loss"
     plain = plain_run(runs)
     goal = plain.last(name) if plain else None
-    return [Outcome(run, run.last(name), _reached(run, PROCESSED), _reached(run, "tokens/selected"), _median(run, "throughput/tokens_per_second"),
-                    tokens_to_reach(run, name, goal)) for run in runs]
+    return [
+        Outcome(
+            run,
+            run.last(name),
+            _reached(run, PROCESSED),
+            _reached(run, "tokens/selected"),
+            _median(run, "throughput/tokens_per_second"),
+            tokens_to_reach(run, name, goal),
+        )
+        for run in runs
+    ]
 
 
 def tokens_to_reach(run: Run, name: str, goal: float | None) -> float | None:
@@ -55,15 +64,25 @@ def validation(runs: Sequence[Run], corpus: str) -> str:
     curves = [(run, *run.series(f"validation/{corpus}/loss")) for run in runs]
     curves = [curve for curve in curves if len(curve[1])]
     common = min(x[-1] for _, x, _ in curves)
-    losses = sorted(((float(np.interp(common, x, y)), run.name) for run, x, y in curves), key=lambda pair: pair[0])
+    losses = sorted(
+        ((float(np.interp(common, x, y)), run.name) for run, x, y in curves),
+        key=lambda pair: pair[0],
+    )
     best, name = losses[0]
     where = f"After {short_count(common)} processed tokens"
     if len(losses) == 1:
         return f"{where} the loss of {name} on {corpus} is {best:.3f} nats per token."
     level = [other for loss, other in losses[1:] if loss - best < EQUAL_NATS]
-    behind = [f"{other} is {loss - best:.3f} higher" for loss, other in losses[1:] if loss - best >= EQUAL_NATS]
-    first = f"{name} has the lowest loss on {corpus}, {best:.3f} nats per token" if not level else \
-        f"{_list([name, *level])} are level on {corpus} at {best:.3f} nats per token (less than {EQUAL_NATS} apart)"
+    behind = [
+        f"{other} is {loss - best:.3f} higher"
+        for loss, other in losses[1:]
+        if loss - best >= EQUAL_NATS
+    ]
+    first = (
+        f"{name} has the lowest loss on {corpus}, {best:.3f} nats per token"
+        if not level
+        else f"{_list([name, *level])} are level on {corpus} at {best:.3f} nats per token (less than {EQUAL_NATS} apart)"
+    )
     return f"{where} {'; '.join([first, *behind])}. One run each: how much chance moves these numbers is not measured here."
 
 
@@ -77,11 +96,19 @@ def training(runs: Sequence[Run]) -> str:
         rejected = run.series("loss/rejected")[1]
         if len(rejected) > 1:
             start, end = _end_means(rejected)
-            parts.append(f"the loss of rejected tokens went from {start:.2f} to {end:.2f} nats"
-                         + (" (a rise is expected under selective training; an unbounded one is not)" if end > start + EQUAL_NATS else ""))
+            parts.append(
+                f"the loss of rejected tokens went from {start:.2f} to {end:.2f} nats"
+                + (
+                    " (a rise is expected under selective training; an unbounded one is not)"
+                    if end > start + EQUAL_NATS
+                    else ""
+                )
+            )
         if parts:
             sentences.append(f"{run.name}: {'; '.join(parts)}")
-    return ". ".join(sentences) + ("." if sentences else "All tokens are trained on in every run shown.")
+    return ". ".join(sentences) + (
+        "." if sentences else "All tokens are trained on in every run shown."
+    )
 
 
 def _reference_gap(run: Run) -> list[str]:
@@ -91,15 +118,22 @@ def _reference_gap(run: Run) -> list[str]:
         return []
     start, end = _end_means(all_[first] - reference[second])
     if end <= 0:
-        return [f"the model has overtaken its reference ({-end:.2f} nats below it at the end), so excess loss "
-                "no longer tells what is worth learning; a better reference would"]
-    return [f"the reference is {end:.2f} nats ahead of the model at the end, {start:.2f} at the start"]
+        return [
+            f"the model has overtaken its reference ({-end:.2f} nats below it at the end), so excess loss "
+            "no longer tells what is worth learning; a better reference would"
+        ]
+    return [
+        f"the reference is {end:.2f} nats ahead of the model at the end, {start:.2f} at the start"
+    ]
 
 
 def threshold(runs: Sequence[Run]) -> str:
     sentences = []
     for run in runs:
-        values, kept = run.series("selection/threshold_nats")[1], run.series("selection/kept_fraction")[1]
+        values, kept = (
+            run.series("selection/threshold_nats")[1],
+            run.series("selection/kept_fraction")[1],
+        )
         if run.is_plain or not len(kept) and not len(values):
             continue
         parts = []
@@ -121,10 +155,14 @@ def by_reference_loss(runs: Sequence[Run]) -> str:
             continue
         low, high = int(np.nanargmin(rate_Q)), int(np.nanargmax(rate_Q))
         if rate_Q[high] - rate_Q[low] < 0.05:
-            sentences.append(f"{run.name} selects all classes of reference loss alike ({rate_Q[low]:.0%} to {rate_Q[high]:.0%})")
+            sentences.append(
+                f"{run.name} selects all classes of reference loss alike ({rate_Q[low]:.0%} to {rate_Q[high]:.0%})"
+            )
         else:
-            sentences.append(f"{run.name} selects {rate_Q[high]:.0%} of class {high + 1}, its most, and {rate_Q[low]:.0%} of class {low + 1}, its least, "
-                             f"of {len(rate_Q)} classes of reference loss (1 = the easiest tokens for the reference)")
+            sentences.append(
+                f"{run.name} selects {rate_Q[high]:.0%} of class {high + 1}, its most, and {rate_Q[low]:.0%} of class {low + 1}, its least, "
+                f"of {len(rate_Q)} classes of reference loss (1 = the easiest tokens for the reference)"
+            )
     return ". ".join(sentences) + "."
 
 
@@ -133,17 +171,28 @@ def by_position(runs: Sequence[Run]) -> str:
     for _, run in selecting(runs, BY_POSITION):
         rates = run.vectors(BY_POSITION)[1][-1]
         if np.isfinite(rates).any():
-            sentences.append(f"{run.name} selects between {np.nanmin(rates):.0%} and {np.nanmax(rates):.0%} at the {len(rates)} places of a sequence")
+            sentences.append(
+                f"{run.name} selects between {np.nanmin(rates):.0%} and {np.nanmax(rates):.0%} at the {len(rates)} places of a sequence"
+            )
     return ". ".join(sentences) + "."
 
 
 def optimization(runs: Sequence[Run]) -> str:
     sentences = []
     for run in runs:
-        norm, limit = run.series("optimizer/grad_norm")[1], run.setting("optimizer.clip_grad_norm", 0)
+        norm, limit = (
+            run.series("optimizer/grad_norm")[1],
+            run.setting("optimizer.clip_grad_norm", 0),
+        )
         if len(norm):
-            clipped = f"; {np.mean(norm > limit):.0%} of the recorded steps were clipped at {limit:g}" if limit else ""
-            sentences.append(f"{run.name}: median gradient norm {np.median(norm):.3g}, largest {norm.max():.3g}{clipped}")
+            clipped = (
+                f"; {np.mean(norm > limit):.0%} of the recorded steps were clipped at {limit:g}"
+                if limit
+                else ""
+            )
+            sentences.append(
+                f"{run.name}: median gradient norm {np.median(norm):.3g}, largest {norm.max():.3g}{clipped}"
+            )
     return ". ".join(sentences) + "."
 
 
@@ -153,9 +202,16 @@ def throughput(runs: Sequence[Run]) -> str:
     sentences = []
     for run, speed in speeds:
         if speed:
-            beside = f" ({speed / plain - 1:+.0%} beside the plain run)" if plain and not run.is_plain else ""
+            beside = (
+                f" ({speed / plain - 1:+.0%} beside the plain run)"
+                if plain and not run.is_plain
+                else ""
+            )
             mfu = run.series("throughput/mfu_fraction")[1]
-            sentences.append(f"{run.name} {short_count(speed)} tokens per second{beside}" + (f", MFU {np.median(mfu):.1%}" if len(mfu) else ""))
+            sentences.append(
+                f"{run.name} {short_count(speed)} tokens per second{beside}"
+                + (f", MFU {np.median(mfu):.1%}" if len(mfu) else "")
+            )
     return "Median speed: " + "; ".join(sentences) + "."
 
 
@@ -175,7 +231,11 @@ def _median(run: Run, name: str) -> float | None:
 
 
 def _reached(run: Run, name: str) -> float | None:
-    values = [record[name] for record in run.training + run.validation if isinstance(record.get(name), (int, float))]
+    values = [
+        record[name]
+        for record in run.training + run.validation
+        if isinstance(record.get(name), (int, float))
+    ]
     if not values and name == "tokens/selected" and run.is_plain:
         return _reached(run, PROCESSED)
     return float(max(values)) if values else None

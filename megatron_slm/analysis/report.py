@@ -16,7 +16,13 @@ SHOWN_DOCUMENTS = 3
 SHOWN_TOKENS = 400
 
 
-def write_report(runs: Sequence[Run], output: str | Path, *, corpus: str | None = None, title: str = "Selective Language Modeling: report") -> Path:
+def write_report(
+    runs: Sequence[Run],
+    output: str | Path,
+    *,
+    corpus: str | None = None,
+    title: str = "Selective Language Modeling: report",
+) -> Path:
     """Write the report of `runs` to `output` (aside, then renamed).
 
     corpus: validation corpus the runs are compared on; None = the first one all runs share. ValueError when no run has it.
@@ -37,7 +43,9 @@ def choose_corpus(runs: Sequence[Run], corpus: str | None) -> str | None:
     names = [run.validation_names() for run in runs]
     known = list(dict.fromkeys(name for run_names in names for name in run_names))
     if corpus is not None and corpus not in known:
-        raise ValueError(f"no run was validated on {corpus!r}; the validation corpora of these runs: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"no run was validated on {corpus!r}; the validation corpora of these runs: {', '.join(known) or 'none'}"
+        )
     shared = [name for name in known if all(name in run_names for run_names in names)]
     return corpus or (shared or known or [None])[0]
 
@@ -45,38 +53,81 @@ def choose_corpus(runs: Sequence[Run], corpus: str | None) -> str | None:
 def build_report(runs: Sequence[Run], corpus: str | None, title: str) -> str:
     """The report as HTML."""
     names = ", ".join(run.name for run in runs)
-    return page(title, f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {names}", [
-        ("Summary", _summary(runs, corpus)),
-        ("Validation loss", _validation(runs, corpus)),
-        ("Training loss", picture(figures.training_loss(runs), readings.training(runs))),
-        ("What was selected", _selection(runs)),
-        ("Selected tokens in their text", _text(runs)),
-        ("Optimization and speed", picture(figures.learning_rate_and_grad_norm(runs), readings.optimization(runs))
-         + picture(figures.throughput(runs), readings.throughput(runs))),
-        ("Warnings", _warnings(runs)),
-        ("How the runs differ", _differences(runs)),
-        ("Versions and commands", _provenance(runs)),
-    ])
+    return page(
+        title,
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {names}",
+        [
+            ("Summary", _summary(runs, corpus)),
+            ("Validation loss", _validation(runs, corpus)),
+            ("Training loss", picture(figures.training_loss(runs), readings.training(runs))),
+            ("What was selected", _selection(runs)),
+            ("Selected tokens in their text", _text(runs)),
+            (
+                "Optimization and speed",
+                picture(figures.learning_rate_and_grad_norm(runs), readings.optimization(runs))
+                + picture(figures.throughput(runs), readings.throughput(runs)),
+            ),
+            ("Warnings", _warnings(runs)),
+            ("How the runs differ", _differences(runs)),
+            ("Versions and commands", _provenance(runs)),
+        ],
+    )
 
 
 def _summary(runs: Sequence[Run], corpus: str | None) -> str:
     lines = readings.outcomes(runs, corpus)
     losses = [line.final_loss for line in lines if line.final_loss is not None]
     best = min(losses) if len(losses) > 1 else None
-    goal = next((line for line in lines if line.run is readings.plain_run(runs) and line.final_loss is not None), None)
-    header = ["run", f"final loss on {corpus} (nats per token)" if corpus else "final validation loss", "tokens processed", "tokens selected",
-              "tokens per second"] + ([f"tokens to reach {goal.final_loss:.3f}, the final loss of {goal.run.name}"] if goal and len(runs) > 1 else [])
+    goal = next(
+        (
+            line
+            for line in lines
+            if line.run is readings.plain_run(runs) and line.final_loss is not None
+        ),
+        None,
+    )
+    header = [
+        "run",
+        f"final loss on {corpus} (nats per token)" if corpus else "final validation loss",
+        "tokens processed",
+        "tokens selected",
+        "tokens per second",
+    ] + (
+        [f"tokens to reach {goal.final_loss:.3f}, the final loss of {goal.run.name}"]
+        if goal and len(runs) > 1
+        else []
+    )
     rows = []
     for index, line in enumerate(lines):
-        cells = [f'<span class="swatch" style="background:{colour(index)}"></span>{escape(line.run.name)}', _cell(line.final_loss, "{:.3f}".format),
-                 _cell(line.processed, short_count), _cell(line.selected, short_count), _cell(line.tokens_per_second, short_count)]
-        if line.final_loss is not None and best is not None and line.final_loss - best < readings.EQUAL_NATS:
+        cells = [
+            f'<span class="swatch" style="background:{colour(index)}"></span>{escape(line.run.name)}',
+            _cell(line.final_loss, "{:.3f}".format),
+            _cell(line.processed, short_count),
+            _cell(line.selected, short_count),
+            _cell(line.tokens_per_second, short_count),
+        ]
+        if (
+            line.final_loss is not None
+            and best is not None
+            and line.final_loss - best < readings.EQUAL_NATS
+        ):
             cells[1] = "*" + cells[1]
         rows.append(cells + ([_to_goal(line, goal)] if goal and len(runs) > 1 else []))
-    reading = f'<p class="lead">{escape(readings.validation(runs, corpus))}</p>' if corpus else \
-        '<p class="note">No run was validated; set data.validation to compare them.</p>'
-    return reading + table(header, rows) + ('<p class="note">Validation is always the plain loss of all tokens. Marked: the lowest, and those less than '
-                                            f'{readings.EQUAL_NATS} nats above it. Tokens per second: median over log intervals.</p>' if corpus else "")
+    reading = (
+        f'<p class="lead">{escape(readings.validation(runs, corpus))}</p>'
+        if corpus
+        else '<p class="note">No run was validated; set data.validation to compare them.</p>'
+    )
+    return (
+        reading
+        + table(header, rows)
+        + (
+            '<p class="note">Validation is always the plain loss of all tokens. Marked: the lowest, and those less than '
+            f"{readings.EQUAL_NATS} nats above it. Tokens per second: median over log intervals.</p>"
+            if corpus
+            else ""
+        )
+    )
 
 
 def _to_goal(line: Outcome, goal: Outcome) -> str:
@@ -90,17 +141,28 @@ def _to_goal(line: Outcome, goal: Outcome) -> str:
 def _validation(runs: Sequence[Run], corpus: str | None) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.validation_names()))
     names.sort(key=lambda name: name != corpus)
-    return "".join((f"<h3>{escape(name)}</h3>" if len(names) > 1 else "") + picture(figures.validation_loss(runs, name), readings.validation(runs, name))
-                   for name in names)
+    return "".join(
+        (f"<h3>{escape(name)}</h3>" if len(names) > 1 else "")
+        + picture(figures.validation_loss(runs, name), readings.validation(runs, name))
+        for name in names
+    )
 
 
 def _selection(runs: Sequence[Run]) -> str:
-    return (picture(figures.threshold_and_kept_fraction(runs), readings.threshold(runs))
-            + picture(selection_figures.rate_over_time(runs), "Share of tokens selected over training, by how hard the reference finds them "
-                      "(0 = the easiest percent of tokens, 100 = the hardest).")
-            + picture(selection_figures.final_rate(runs), readings.by_reference_loss(runs))
-            + picture(selection_figures.rate_by_position(runs), readings.by_position(runs))
-            + picture(selection_figures.rate_by_corpus(runs), "Share of tokens selected in each training corpus, last record."))
+    return (
+        picture(figures.threshold_and_kept_fraction(runs), readings.threshold(runs))
+        + picture(
+            selection_figures.rate_over_time(runs),
+            "Share of tokens selected over training, by how hard the reference finds them "
+            "(0 = the easiest percent of tokens, 100 = the hardest).",
+        )
+        + picture(selection_figures.final_rate(runs), readings.by_reference_loss(runs))
+        + picture(selection_figures.rate_by_position(runs), readings.by_position(runs))
+        + picture(
+            selection_figures.rate_by_corpus(runs),
+            "Share of tokens selected in each training corpus, last record.",
+        )
+    )
 
 
 def _text(runs: Sequence[Run]) -> str:
@@ -110,34 +172,60 @@ def _text(runs: Sequence[Run]) -> str:
     parts = []
     for place, run in enumerate(shown):
         views = token_viewer.select_example(run.token_views, SHOWN_DOCUMENTS, SHOWN_TOKENS)
-        parts.append(f"<details{' open' if place == 0 else ''}><summary>{escape(run.name)}</summary>{''.join(map(token_viewer.render, views))}</details>")
+        parts.append(
+            f"<details{' open' if place == 0 else ''}><summary>{escape(run.name)}</summary>{''.join(map(token_viewer.render, views))}</details>"
+        )
     return token_viewer.legend() + "".join(parts) if parts else ""
 
 
 def _warnings(runs: Sequence[Run]) -> str:
-    items = [f"<li><b>{escape(run.name)}</b>: {escape(text)}</li>" for run in runs for text in run.warnings]
-    items += [f"<li><b>{escape(run.name)}</b>: {run.unreadable_lines} unreadable line{'s' if run.unreadable_lines > 1 else ''} in metrics.jsonl left out</li>"
-              for run in runs if run.unreadable_lines]
-    return f'<ul class="warnings">{"".join(items)}</ul>' if items else '<p class="note">None of the runs gave a warning.</p>'
+    items = [
+        f"<li><b>{escape(run.name)}</b>: {escape(text)}</li>"
+        for run in runs
+        for text in run.warnings
+    ]
+    items += [
+        f"<li><b>{escape(run.name)}</b>: {run.unreadable_lines} unreadable line{'s' if run.unreadable_lines > 1 else ''} in metrics.jsonl left out</li>"
+        for run in runs
+        if run.unreadable_lines
+    ]
+    return (
+        f'<ul class="warnings">{"".join(items)}</ul>'
+        if items
+        else '<p class="note">None of the runs gave a warning.</p>'
+    )
 
 
 def _differences(runs: Sequence[Run]) -> str:
     flat = [flatten(run.config) for run in runs]
     keys = sorted({key for settings in flat for key in settings} - {"run.folder", "run.name"})
-    rows = [[f"<code>{escape(key)}</code>", *(escape(_value(settings.get(key))) for settings in flat)] for key in keys
-            if len({_value(settings.get(key)) for settings in flat}) > 1]
+    rows = [
+        [f"<code>{escape(key)}</code>", *(escape(_value(settings.get(key))) for settings in flat)]
+        for key in keys
+        if len({_value(settings.get(key)) for settings in flat}) > 1
+    ]
     if len(runs) == 1:
         return ""
-    return table(["setting", *(run.name for run in runs)], rows, text=True) if rows else '<p class="note">The runs have the same settings.</p>'
+    return (
+        table(["setting", *(run.name for run in runs)], rows, text=True)
+        if rows
+        else '<p class="note">The runs have the same settings.</p>'
+    )
 
 
 def _provenance(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
         command = f"python -m megatron_slm.train --config {run.folder}/config.yaml"
-        versions = f"<pre>{escape(run.versions)}</pre>" if run.versions else '<p class="note">no versions.txt</p>'
-        parts.append(f"<details><summary>{escape(run.name)}</summary><p>Started again, under torchrun or srun with the same number of processes, with</p>"
-                     f"<pre>{escape(command)}</pre>{versions}</details>")
+        versions = (
+            f"<pre>{escape(run.versions)}</pre>"
+            if run.versions
+            else '<p class="note">no versions.txt</p>'
+        )
+        parts.append(
+            f"<details><summary>{escape(run.name)}</summary><p>Started again, under torchrun or srun with the same number of processes, with</p>"
+            f"<pre>{escape(command)}</pre>{versions}</details>"
+        )
     return "".join(parts)
 
 
@@ -145,7 +233,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 

@@ -55,28 +55,47 @@ class Run:
     def series(self, name: str, x: str = PROCESSED) -> tuple[np.ndarray, np.ndarray]:
         """(x, values) of a scalar metric, from training or validation records by its name; records without it are left out."""
         records = self.validation if name.startswith("validation/") else self.training
-        pairs = [(self._x(record, x), record[name]) for record in records if _is_number(record.get(name))]
+        pairs = [
+            (self._x(record, x), record[name]) for record in records if _is_number(record.get(name))
+        ]
         pairs = [pair for pair in pairs if pair[0] is not None]
-        return np.array([pair[0] for pair in pairs], float), np.array([pair[1] for pair in pairs], float)
+        return np.array([pair[0] for pair in pairs], float), np.array(
+            [pair[1] for pair in pairs], float
+        )
 
     def vectors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(processed tokens [R], values [R, n]) of a metric that is a list of n numbers; null becomes NaN."""
-        rows = [(record[PROCESSED], record[name]) for record in self.training
-                if isinstance(record.get(name), list) and record[name] and _is_number(record.get(PROCESSED))]
+        rows = [
+            (record[PROCESSED], record[name])
+            for record in self.training
+            if isinstance(record.get(name), list)
+            and record[name]
+            and _is_number(record.get(PROCESSED))
+        ]
         if not rows:
             return np.zeros(0), np.zeros((0, 0))
         length = len(rows[-1][1])
         rows = [row for row in rows if len(row[1]) == length]
-        return (np.array([row[0] for row in rows], float),
-                np.array([[np.nan if value is None else value for value in row[1]] for row in rows], float))
+        return (
+            np.array([row[0] for row in rows], float),
+            np.array(
+                [[np.nan if value is None else value for value in row[1]] for row in rows], float
+            ),
+        )
 
     def validation_names(self) -> list[str]:
         """Names of the validation corpora that have a loss, in the config's order."""
-        found = {key.removeprefix("validation/").removesuffix("/loss") for record in self.validation for key in record
-                 if key.startswith("validation/") and key.endswith("/loss")}
+        found = {
+            key.removeprefix("validation/").removesuffix("/loss")
+            for record in self.validation
+            for key in record
+            if key.startswith("validation/") and key.endswith("/loss")
+        }
         configured = self.setting("data.validation") or []
         order = [corpus.get("name") for corpus in configured if isinstance(corpus, Mapping)]
-        return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+        return sorted(
+            found, key=lambda name: (order.index(name) if name in order else len(order), name)
+        )
 
     def last(self, name: str) -> float | None:
         """The latest value of a scalar metric, None when there is none."""
@@ -90,8 +109,11 @@ class Run:
             return None
         if self.is_plain:
             return record[PROCESSED]
-        known = [(0, 0)] + [(line[PROCESSED], line[SELECTED]) for line in self.training
-                            if _is_number(line.get(PROCESSED)) and _is_number(line.get(SELECTED))]
+        known = [(0, 0)] + [
+            (line[PROCESSED], line[SELECTED])
+            for line in self.training
+            if _is_number(line.get(PROCESSED)) and _is_number(line.get(SELECTED))
+        ]
         if len(known) == 1:
             return None
         return float(np.interp(record[PROCESSED], *np.array(known, float).T))
@@ -104,21 +126,32 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the run.folder of a training run")
     if not metrics.is_file():
-        raise ValueError(f"{folder}: holds no metrics.jsonl, so it is not a run folder of megatron_slm.train (or the run never started)")
+        raise ValueError(
+            f"{folder}: holds no metrics.jsonl, so it is not a run folder of megatron_slm.train (or the run never started)"
+        )
     records, unreadable = read_jsonl(metrics)
     records = [record for record in records if _is_number(record.get("step"))]
     training, validation = (_by_step(records, kind) for kind in ("train", "validation"))
     if not training and not validation:
-        raise ValueError(f"{metrics}: holds no metrics yet; the run was stopped before its first log interval "
-                         "(monitoring.log_interval_steps), or is still starting")
+        raise ValueError(
+            f"{metrics}: holds no metrics yet; the run was stopped before its first log interval "
+            "(monitoring.log_interval_steps), or is still starting"
+        )
     config = _read_config(folder / "config.yaml")
     name = (config.get("run") or {}).get("name") or folder.resolve().name
     warnings, _ = read_jsonl(folder / "warnings.jsonl")
     versions = folder / "versions.txt"
     return Run(
-        name=str(name), folder=folder, config=config, training=training, validation=validation, unreadable_lines=unreadable,
+        name=str(name),
+        folder=folder,
+        config=config,
+        training=training,
+        validation=validation,
+        unreadable_lines=unreadable,
         versions=versions.read_text(errors="replace").strip() if versions.is_file() else "",
-        warnings=list(dict.fromkeys(str(line["text"]) for line in warnings if line.get("text"))),   # a resume repeats some
+        warnings=list(
+            dict.fromkeys(str(line["text"]) for line in warnings if line.get("text"))
+        ),  # a resume repeats some
         token_views=read_token_views(folder / "token_view.jsonl"),
     )
 
@@ -134,7 +167,9 @@ def read_runs(folders: list[str | Path]) -> list[Run]:
     if problems:
         raise ValueError("\n".join(problems))
     names = [run.name for run in runs]
-    return [run if names.count(run.name) == 1 else replace(run, name=str(run.folder)) for run in runs]
+    return [
+        run if names.count(run.name) == 1 else replace(run, name=str(run.folder)) for run in runs
+    ]
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -14,12 +14,31 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", "-.", ":")
 INK, MUTED, LINE = "#1f2933", "#5b6570", "#d9dde3"
 _SETTINGS = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.labelsize": 9, "axes.labelcolor": MUTED, "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#eceff2", "grid.linewidth": 0.8, "axes.axisbelow": True, "text.color": INK,
-    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round", "legend.frameon": False, "figure.facecolor": "white", "svg.fonttype": "path",
-    "svg.hashsalt": "megatron-slm",   # the same figure is the same file
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#eceff2",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "megatron-slm",  # the same figure is the same file
 }
 _SMOOTH_FROM = 40
 _LABEL_POINTS = 11
@@ -32,7 +51,9 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def new_figure(panels: int = 1, *, height: float = 3.2, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    panels: int = 1, *, height: float = 3.2, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side, at most three in a row of `height` inches; every figure is equally wide, so that text is.
 
     Made without pyplot: no global state and no display are involved.
@@ -74,15 +95,33 @@ def smooth(values: np.ndarray) -> np.ndarray:
     if len(values) < _SMOOTH_FROM:
         return values
     half = max(len(values) // 50, 1)
-    return np.array([np.nanmean(values[max(i - half, 0):i + half + 1]) for i in range(len(values))])
+    return np.array(
+        [np.nanmean(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+    )
 
 
-def draw(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, *, dashes: str = "-", marker: str = "", noisy: bool = True) -> None:
+def draw(
+    axes: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    color: str,
+    *,
+    dashes: str = "-",
+    marker: str = "",
+    noisy: bool = True,
+) -> None:
     """A line; noisy ones, with many points, as a pale raw line under a moving average."""
     smoothed = smooth(y) if noisy else y
     if smoothed is not y:
         axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(x, smoothed, color=color, linestyle=dashes, marker=marker or ("o" if len(x) == 1 else ""), markersize=4)
+    axes.plot(
+        x,
+        smoothed,
+        color=color,
+        linestyle=dashes,
+        marker=marker or ("o" if len(x) == 1 else ""),
+        markersize=4,
+    )
 
 
 def label_lines(axes: Axes, labels: Sequence[tuple[str, str, float, float]]) -> None:
@@ -92,11 +131,24 @@ def label_lines(axes: Axes, labels: Sequence[tuple[str, str, float, float]]) -> 
     low, high = axes.get_ylim()
     scale = axes.get_yaxis().get_transform()
     low, high, *ends = scale.transform(np.array([low, high, *(y for _, _, _, y in labels)], float))
-    heights = _apart((np.array(ends) - low) / (high - low), gap=_LABEL_POINTS / (72 * axes.get_window_extent().height / axes.figure.dpi))
+    heights = _apart(
+        (np.array(ends) - low) / (high - low),
+        gap=_LABEL_POINTS / (72 * axes.get_window_extent().height / axes.figure.dpi),
+    )
     for (name, color, x, _), height in zip(labels, heights):
-        axes.annotate(name, xy=(x, height), xycoords=("data", "axes fraction"), xytext=(6, 0), textcoords="offset points",
-                      va="center", ha="left", color=color, fontsize=8.5, annotation_clip=False,
-                      bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.6})
+        axes.annotate(
+            name,
+            xy=(x, height),
+            xycoords=("data", "axes fraction"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left",
+            color=color,
+            fontsize=8.5,
+            annotation_clip=False,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.6},
+        )
 
 
 def _apart(heights: np.ndarray, gap: float) -> np.ndarray:

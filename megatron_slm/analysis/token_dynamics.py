@@ -25,7 +25,10 @@ class TokenDynamics:
         """Fraction of the defined tokens in each category (NaN when there are none)."""
         defined = self.category_T[self.category_T != UNDEFINED]
         counts = np.bincount(defined, minlength=len(CATEGORIES))
-        return {name: float(count / defined.size) if defined.size else float("nan") for name, count in zip(CATEGORIES, counts)}
+        return {
+            name: float(count / defined.size) if defined.size else float("nan")
+            for name, count in zip(CATEGORIES, counts)
+        }
 
 
 def classify(loss_TC: np.ndarray, change_nats: float = CHANGE_NATS) -> TokenDynamics:
@@ -37,15 +40,22 @@ def classify(loss_TC: np.ndarray, change_nats: float = CHANGE_NATS) -> TokenDyna
     """
     loss_TC = np.asarray(loss_TC, dtype=np.float64)
     if loss_TC.ndim != 2 or loss_TC.shape[1] < 2:
-        raise ValueError(f"token losses have shape {loss_TC.shape}; expected [tokens, checkpoints] with at least 2 checkpoints")
+        raise ValueError(
+            f"token losses have shape {loss_TC.shape}; expected [tokens, checkpoints] with at least 2 checkpoints"
+        )
     defined_T = np.isfinite(loss_TC).all(axis=1)
     n = loss_TC.shape[1] - 1
     offset_C = np.arange(n + 1) - n / 2
-    with np.errstate(invalid="ignore"):   # inf - inf in undefined tokens
-        slope_T = loss_TC @ offset_C / (offset_C @ offset_C)   # least squares: the offsets sum to 0, so the mean drops out
+    with np.errstate(invalid="ignore"):  # inf - inf in undefined tokens
+        slope_T = (
+            loss_TC @ offset_C / (offset_C @ offset_C)
+        )  # least squares: the offsets sum to 0, so the mean drops out
     change_T = np.where(defined_T, slope_T * n, np.nan)
     last_T = loss_TC[:, -1]
     mean_last = float(last_T[defined_T].mean()) if defined_T.any() else float("nan")
-    category_T = np.select([~defined_T, change_T < -change_nats, change_T > change_nats, last_T <= mean_last],
-                           [UNDEFINED, 0, 1, 2], default=3).astype(np.int8)
+    category_T = np.select(
+        [~defined_T, change_T < -change_nats, change_T > change_nats, last_T <= mean_last],
+        [UNDEFINED, 0, 1, 2],
+        default=3,
+    ).astype(np.int8)
     return TokenDynamics(category_T, change_T, mean_last)

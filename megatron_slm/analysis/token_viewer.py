@@ -41,14 +41,21 @@ class TokenView:
     selected: list[bool]
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("tokens", "loss", "reference_loss", "selected")}
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("tokens", "loss", "reference_loss", "selected")
+        }
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"token view of {self.corpus} document {self.document}: the lists differ in length: {lengths}")
+            raise ValueError(
+                f"token view of {self.corpus} document {self.document}: the lists differ in length: {lengths}"
+            )
 
     @property
     def excess(self) -> list[float | None]:
-        return [loss - reference if loss is not None and reference is not None else None
-                for loss, reference in zip(self.loss, self.reference_loss)]
+        return [
+            loss - reference if loss is not None and reference is not None else None
+            for loss, reference in zip(self.loss, self.reference_loss)
+        ]
 
     @property
     def kept_fraction(self) -> float:
@@ -56,8 +63,14 @@ class TokenView:
 
     def cut(self, maximum_tokens: int) -> "TokenView":
         """Its first tokens."""
-        return TokenView(self.corpus, self.document, *(getattr(self, name)[:maximum_tokens]
-                                                       for name in ("tokens", "loss", "reference_loss", "selected")))
+        return TokenView(
+            self.corpus,
+            self.document,
+            *(
+                getattr(self, name)[:maximum_tokens]
+                for name in ("tokens", "loss", "reference_loss", "selected")
+            ),
+        )
 
 
 def write_token_views(path: str | Path, views: Iterable[TokenView]) -> None:
@@ -66,8 +79,13 @@ def write_token_views(path: str | Path, views: Iterable[TokenView]) -> None:
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w") as file:
         for view in views:
-            record = asdict(view) | {name: [None if value is None or not math.isfinite(value) else round(float(value), 4)
-                                            for value in getattr(view, name)] for name in ("loss", "reference_loss")}
+            record = asdict(view) | {
+                name: [
+                    None if value is None or not math.isfinite(value) else round(float(value), 4)
+                    for value in getattr(view, name)
+                ]
+                for name in ("loss", "reference_loss")
+            }
             record["selected"] = [bool(value) for value in view.selected]
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     aside.replace(path)
@@ -80,13 +98,17 @@ def read_token_views(path: str | Path) -> list[TokenView]:
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
-            views.append(TokenView(**{name: record[name] for name in TokenView.__dataclass_fields__}))
+            views.append(
+                TokenView(**{name: record[name] for name in TokenView.__dataclass_fields__})
+            )
         except (ValueError, KeyError, TypeError):
             continue
     return views
 
 
-def select_example(views: Sequence[TokenView], count: int = 3, maximum_tokens: int = 400) -> list[TokenView]:
+def select_example(
+    views: Sequence[TokenView], count: int = 3, maximum_tokens: int = 400
+) -> list[TokenView]:
     """The documents that show a choice best, cut to `maximum_tokens`: long enough, with both fates, and most different in
     excess loss between selected and rejected tokens. Deterministic; ties go to the earlier document.
     """
@@ -97,8 +119,14 @@ def select_example(views: Sequence[TokenView], count: int = 3, maximum_tokens: i
 
 def _shows(view: TokenView) -> float:
     excess = view.excess
-    chosen = [value for value, selected in zip(excess, view.selected) if selected and value is not None]
-    rejected = [value for value, selected in zip(excess, view.selected) if not selected and value is not None]
+    chosen = [
+        value for value, selected in zip(excess, view.selected) if selected and value is not None
+    ]
+    rejected = [
+        value
+        for value, selected in zip(excess, view.selected)
+        if not selected and value is not None
+    ]
     if not chosen or not rejected:
         return -1.0
     contrast = sum(chosen) / len(chosen) - sum(rejected) / len(rejected)
@@ -108,22 +136,36 @@ def _shows(view: TokenView) -> float:
 def render(view: TokenView) -> str:
     """One document as an HTML fragment (needs STYLE on the page): a heading line and its text, whitespace kept."""
     spans = "".join(map(_span, view.tokens, view.loss, view.reference_loss, view.selected))
-    return (f'<p class="note"><b>{escape(view.corpus)}</b>, document {view.document}: {sum(view.selected)} of {len(view.tokens)} tokens '
-            f'selected ({view.kept_fraction:.0%})</p>\n<div class="tokens">{spans}</div>\n')
+    return (
+        f'<p class="note"><b>{escape(view.corpus)}</b>, document {view.document}: {sum(view.selected)} of {len(view.tokens)} tokens '
+        f'selected ({view.kept_fraction:.0%})</p>\n<div class="tokens">{spans}</div>\n'
+    )
 
 
 def legend() -> str:
     """A sentence that explains the marks."""
-    return ('<p class="note legend"><span class="s">marked</span> = selected, trained on; plain = read as context, not trained on; '
-            '<span class="n">dotted</span> = no reference score. Hover a token for its losses in nats.</p>')
+    return (
+        '<p class="note legend"><span class="s">marked</span> = selected, trained on; plain = read as context, not trained on; '
+        '<span class="n">dotted</span> = no reference score. Hover a token for its losses in nats.</p>'
+    )
 
 
 def _span(token: str, loss: float | None, reference: float | None, selected: bool) -> str:
-    classes = [name for name, holds in (("s", selected), ("n", reference is None), ("b", "\n" in token and not token.strip())) if holds]
+    classes = [
+        name
+        for name, holds in (
+            ("s", selected),
+            ("n", reference is None),
+            ("b", "\n" in token and not token.strip()),
+        )
+        if holds
+    ]
     excess = loss - reference if loss is not None and reference is not None else None
-    values = (f"loss {_nats(loss)}  reference {_nats(reference)}  excess {_nats(excess, sign=True)}  "
-              f"{'selected' if selected else 'not selected'}")
-    return f'<span{_attribute("class", " ".join(classes))}{_attribute("data-v", values)}>{escape(token)}</span>'
+    values = (
+        f"loss {_nats(loss)}  reference {_nats(reference)}  excess {_nats(excess, sign=True)}  "
+        f"{'selected' if selected else 'not selected'}"
+    )
+    return f"<span{_attribute('class', ' '.join(classes))}{_attribute('data-v', values)}>{escape(token)}</span>"
 
 
 def _attribute(name: str, value: str) -> str:

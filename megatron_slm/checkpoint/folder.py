@@ -1,13 +1,13 @@
 """What a checkpoint looks like on disk, and which one is the newest good one. No torch.
 
-    <run>/checkpoints/step_00000100/    one checkpoint: megatron-core's torch_dist files, and
-        model.json                      what the weights are (sizes, tokenizer, step)
-        trainer.json                    where training was (data position, schedule, W&B run)
-        checksums.json                  sha256 of every other file
-    <run>/checkpoints/.writing_step_... one being written; a rename makes it a checkpoint
-    <run>/checkpoints/step_...damaged   one whose files were found damaged; never read again
-    <run>/checkpoints/latest            name of the newest, for people and scripts; the folders themselves are the truth
-    <run>/checkpoints/best              name of the one with the lowest validation loss, where retention asks for it
+<run>/checkpoints/step_00000100/    one checkpoint: megatron-core's torch_dist files, and
+    model.json                      what the weights are (sizes, tokenizer, step)
+    trainer.json                    where training was (data position, schedule, W&B run)
+    checksums.json                  sha256 of every other file
+<run>/checkpoints/.writing_step_... one being written; a rename makes it a checkpoint
+<run>/checkpoints/step_...damaged   one whose files were found damaged; never read again
+<run>/checkpoints/latest            name of the newest, for people and scripts; the folders themselves are the truth
+<run>/checkpoints/best              name of the one with the lowest validation loss, where retention asks for it
 """
 
 import hashlib
@@ -44,7 +44,11 @@ class CheckpointInfo:
     def reference_model(self) -> ModelConfig:
         """The model as a frozen reference: no dropout, nothing recomputed (METHOD 4.18)."""
         known = {each.name for each in fields(ModelConfig)}
-        return replace(ModelConfig(**{name: value for name, value in self.model.items() if name in known}), dropout=0.0, recompute="none")
+        return replace(
+            ModelConfig(**{name: value for name, value in self.model.items() if name in known}),
+            dropout=0.0,
+            recompute="none",
+        )
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -61,7 +65,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Checkpoint folders that were completely written, oldest first (the rename is the completion)."""
     if not checkpoints.is_dir():
         return []
-    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _NAME.match(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), path)
+        for path in checkpoints.iterdir()
+        if (match := _NAME.match(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -118,8 +126,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
         if found:
             return found[-1]
     if not path.exists():
-        raise ValueError(f"{path}: no such checkpoint; give a run folder, its checkpoints folder, or one step_* folder")
-    raise ValueError(f"{path}: holds no complete checkpoint (no step_*/model.json); give a run folder whose training saved one")
+        raise ValueError(
+            f"{path}: no such checkpoint; give a run folder, its checkpoints folder, or one step_* folder"
+        )
+    raise ValueError(
+        f"{path}: holds no complete checkpoint (no step_*/model.json); give a run folder whose training saved one"
+    )
 
 
 def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
@@ -128,13 +140,17 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     try:
         info = json.loads((folder / "model.json").read_text())
         checksums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:      # a flipped byte may be no JSON, or no UTF-8
-        raise ValueError(f"{folder}: damaged checkpoint, {error}; use an older step_* folder") from error
+    except (OSError, ValueError) as error:  # a flipped byte may be no JSON, or no UTF-8
+        raise ValueError(
+            f"{folder}: damaged checkpoint, {error}; use an older step_* folder"
+        ) from error
     return CheckpointInfo(**{**info, "fingerprint": _fingerprint(checksums)})
 
 
 def _fingerprint(checksums: dict[str, str]) -> str:
-    weights = sorted(f"{name}:{digest}" for name, digest in checksums.items() if name.endswith(".distcp"))
+    weights = sorted(
+        f"{name}:{digest}" for name, digest in checksums.items() if name.endswith(".distcp")
+    )
     return "sha256:" + hashlib.sha256("\n".join(weights).encode()).hexdigest()
 
 
@@ -152,7 +168,9 @@ def write_json(path: Path, content: dict) -> None:
         os.fsync(file.fileno())
 
 
-def complete(checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, checksums: dict[str, str]) -> Path:
+def complete(
+    checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, checksums: dict[str, str]
+) -> Path:
     """Turn a written folder into a checkpoint: descriptions, checksums, fsync, rename, then the latest pointer."""
     writing, final = writing_folder(checkpoints, step), step_folder(checkpoints, step)
     described = asdict(info)
@@ -163,7 +181,7 @@ def complete(checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, 
         checksums[name] = file_sha256(writing / name)
     write_json(writing / "checksums.json", checksums)
     sync_path(writing)
-    if final.exists():        # the same step saved again (a resumed run that re-reached it): keep the complete one until replaced
+    if final.exists():  # the same step saved again (a resumed run that re-reached it): keep the complete one until replaced
         trash = checkpoints / f".replaced_{final.name}"
         shutil.rmtree(trash, ignore_errors=True)
         final.rename(trash)
@@ -171,7 +189,7 @@ def complete(checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, 
         shutil.rmtree(trash, ignore_errors=True)
     else:
         writing.rename(final)
-    sync_path(checkpoints)      # the rename is on disk before the pointer can name it
+    sync_path(checkpoints)  # the rename is on disk before the pointer can name it
     point_to(final)
     return final
 
@@ -191,11 +209,15 @@ def damaged_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
         checksums = dict(json.loads((folder / "checksums.json").read_text()))
     except (OSError, ValueError, TypeError):
         return ["checksums.json"]
-    return [name for name in sorted(checksums)[share[0]::share[1]] if not _is_whole(folder / name, checksums[name])]
+    return [
+        name
+        for name in sorted(checksums)[share[0] :: share[1]]
+        if not _is_whole(folder / name, checksums[name])
+    ]
 
 
 def _is_whole(path: Path, digest: str) -> bool:
     try:
         return file_sha256(path) == digest
-    except OSError:      # missing, or the disk cannot read it
+    except OSError:  # missing, or the disk cannot read it
         return False

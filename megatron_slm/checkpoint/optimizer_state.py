@@ -27,7 +27,7 @@ class _Slot:
     """One model parameter and the optimizer tensors of the part of it this rank updates (`start` = its first element)."""
 
     parameter: torch.nn.Parameter
-    main: torch.Tensor | None         # None: this data-parallel rank owns no element of the parameter
+    main: torch.Tensor | None  # None: this data-parallel rank owns no element of the parameter
     inner: torch.optim.Optimizer
     start: int
     data_parallel_group: object | None
@@ -42,7 +42,10 @@ def _slots(optimizer) -> Iterator[_Slot]:
                 for parameter in buffer.param_index_map:
                     yield _distributed_slot(part, parameter)
         elif hasattr(part, "fp32_from_float16_groups"):
-            for models, mains in zip(part.float16_groups + part.fp32_from_fp32_groups, part.fp32_from_float16_groups + part.fp32_from_fp32_groups):
+            for models, mains in zip(
+                part.float16_groups + part.fp32_from_fp32_groups,
+                part.fp32_from_float16_groups + part.fp32_from_fp32_groups,
+            ):
                 for parameter, main in zip(models, mains):
                     yield _Slot(parameter, main, part.optimizer, 0, None)
         else:
@@ -53,11 +56,20 @@ def _slots(optimizer) -> Iterator[_Slot]:
 
 def _distributed_slot(part: DistributedOptimizer, parameter) -> _Slot:
     gbuf_index, dtype, bucket_index = part.model_param_gbuf_map.get(parameter, (None, None, None))
-    if gbuf_index is None or parameter not in part.gbuf_ranges[gbuf_index][dtype][bucket_index]["param_map"]:
+    if (
+        gbuf_index is None
+        or parameter not in part.gbuf_ranges[gbuf_index][dtype][bucket_index]["param_map"]
+    ):
         return _Slot(parameter, None, part.optimizer, 0, part.data_parallel_group)
     group, order = part.model_param_group_index_map[parameter]
     start = part.gbuf_ranges[gbuf_index][dtype][bucket_index]["param_map"][parameter]["param"].start
-    return _Slot(parameter, part.optimizer.param_groups[group]["params"][order], part.optimizer, start, part.data_parallel_group)
+    return _Slot(
+        parameter,
+        part.optimizer.param_groups[group]["params"][order],
+        part.optimizer,
+        start,
+        part.data_parallel_group,
+    )
 
 
 def _ensure_state(slot: _Slot) -> dict:
@@ -81,7 +93,9 @@ def adam_steps(optimizer) -> int:
     return 0
 
 
-def sharded_optimizer_state(optimizer, model_state: dict, *, for_loading: bool) -> tuple[dict, list]:
+def sharded_optimizer_state(
+    optimizer, model_state: dict, *, for_loading: bool
+) -> tuple[dict, list]:
     """(sharded state dict, placements): full tensors of every parameter of this rank's model shard, by global name.
 
     `for_loading` allocates without gathering. Give the placements and the loaded dict to `take_loaded_state`.
@@ -92,10 +106,16 @@ def sharded_optimizer_state(optimizer, model_state: dict, *, for_loading: bool) 
     for index, slot in enumerate(_slots(optimizer)):
         sharded = described.get(id(slot.parameter))
         if sharded is None:
-            raise RuntimeError("a parameter of the optimizer is not in the model's state dict; take it from the unwrapped model with keep_vars")
+            raise RuntimeError(
+                "a parameter of the optimizer is not in the model's state dict; take it from the unwrapped model with keep_vars"
+            )
         main = slot.parameter.dtype != torch.float32
         for name in (*MOMENTS, *(("param",) if main else ())):
-            full = torch.zeros(slot.parameter.shape, dtype=torch.float32, device="cpu" if slot.data_parallel_group is None else slot.parameter.device)
+            full = torch.zeros(
+                slot.parameter.shape,
+                dtype=torch.float32,
+                device="cpu" if slot.data_parallel_group is None else slot.parameter.device,
+            )
             if not for_loading:
                 full = _assembled(slot, name, full)
             key = f"{index}.{name}"
@@ -108,7 +128,7 @@ def _assembled(slot: _Slot, name: str, full: torch.Tensor) -> torch.Tensor:
     """The whole parameter's tensor: this rank's slice, and the other data-parallel ranks' by one sum over zeros."""
     if slot.main is not None:
         part = slot.main if name == "param" else _ensure_state(slot)[name]
-        full.view(-1)[slot.start:slot.start + part.numel()].copy_(part.detach().view(-1))
+        full.view(-1)[slot.start : slot.start + part.numel()].copy_(part.detach().view(-1))
     if slot.data_parallel_group is not None:
         dist.all_reduce(full, group=slot.data_parallel_group)
     return full.cpu()
@@ -126,9 +146,13 @@ def take_loaded_state(optimizer, placements: list, loaded: dict, steps: int) -> 
         if slot.main is None:
             continue
         target = slot.main if name == "param" else _ensure_state(slot)[name]
-        part = loaded[key].reshape(-1)[slot.start:slot.start + target.numel()]
+        part = loaded[key].reshape(-1)[slot.start : slot.start + target.numel()]
         target.data.copy_(part.view(target.shape))
-    fused = {id(slot.inner): slot.inner for _, slot, _ in placements if not isinstance(slot.inner, (torch.optim.AdamW, torch.optim.Adam))}
+    fused = {
+        id(slot.inner): slot.inner
+        for _, slot, _ in placements
+        if not isinstance(slot.inner, (torch.optim.AdamW, torch.optim.Adam))
+    }
     for inner in fused.values():
         for group in inner.param_groups:
             group["step"] = steps

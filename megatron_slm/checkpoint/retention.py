@@ -24,12 +24,14 @@ class Retention:
 
     def apply(self, checkpoints: Path) -> list[Path]:
         """Let `best` name the best checkpoint, then remove those that no rule keeps; returns them. OSError when storage fails."""
-        best = by_validation_loss(checkpoints, self.validation)[:self.keep_best]
+        best = by_validation_loss(checkpoints, self.validation)[: self.keep_best]
         if best:
             point_to(best[0], "best")
         else:
             (checkpoints / "best").unlink(missing_ok=True)
-        return remove_old(checkpoints, self.keep_last, self.keep_every_steps, {step_of(path) for path in best})
+        return remove_old(
+            checkpoints, self.keep_last, self.keep_every_steps, {step_of(path) for path in best}
+        )
 
 
 def by_validation_loss(checkpoints: Path, validation: str) -> list[Path]:
@@ -37,22 +39,38 @@ def by_validation_loss(checkpoints: Path, validation: str) -> list[Path]:
     found = []
     for path in complete_checkpoints(checkpoints):
         try:
-            loss = json.loads((path / "model.json").read_text()).get("validation_loss", {}).get(validation, math.nan)
-        except (OSError, ValueError):      # damaged: found by its checksum when it is loaded, and not the best of anything
+            loss = (
+                json.loads((path / "model.json").read_text())
+                .get("validation_loss", {})
+                .get(validation, math.nan)
+            )
+        except (
+            OSError,
+            ValueError,
+        ):  # damaged: found by its checksum when it is loaded, and not the best of anything
             continue
         if math.isfinite(loss):
             found.append((loss, step_of(path), path))
     return [path for _, _, path in sorted(found)]
 
 
-def remove_old(checkpoints: Path, keep_last: int, keep_every_steps: int, keep_best: set[int] = frozenset()) -> list[Path]:
+def remove_old(
+    checkpoints: Path, keep_last: int, keep_every_steps: int, keep_best: set[int] = frozenset()
+) -> list[Path]:
     """Remove checkpoints beyond the newest `keep_last` (0 = keep all), sparing multiples of keep_every_steps and `keep_best`."""
     if not keep_last:
         return []
     old = complete_checkpoints(checkpoints)[:-keep_last]
-    old = [path for path in old if not (keep_every_steps and step_of(path) % keep_every_steps == 0) and step_of(path) not in keep_best]
+    old = [
+        path
+        for path in old
+        if not (keep_every_steps and step_of(path) % keep_every_steps == 0)
+        and step_of(path) not in keep_best
+    ]
     for path in old:
-        hidden = path.with_name(f".removing_{path.name}")    # never a half-removed folder under a checkpoint's name
+        hidden = path.with_name(
+            f".removing_{path.name}"
+        )  # never a half-removed folder under a checkpoint's name
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
     return old

@@ -15,14 +15,20 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
 from megatron_slm.checkpoint import folder as folders
 from megatron_slm.checkpoint.folder import CheckpointInfo
-from megatron_slm.checkpoint.optimizer_state import adam_steps, sharded_optimizer_state, take_loaded_state
+from megatron_slm.checkpoint.optimizer_state import (
+    adam_steps,
+    sharded_optimizer_state,
+    take_loaded_state,
+)
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.writing import Share, plan_save, words
 from megatron_slm.parallel import Groups
@@ -44,12 +50,26 @@ class CheckpointStore:
     `report(text, level)` is told when a checkpoint is complete, damaged or skipped; level "info", "warning" or "error".
     """
 
-    def __init__(self, run_folder: str | Path, groups: Groups, *, retention: Retention = Retention(), asynchronous: bool = False,
-                 report: Callable[[str, str], None] = lambda text, level: None):
+    def __init__(
+        self,
+        run_folder: str | Path,
+        groups: Groups,
+        *,
+        retention: Retention = Retention(),
+        asynchronous: bool = False,
+        report: Callable[[str, str], None] = lambda text, level: None,
+    ):
         self.checkpoints = Path(run_folder) / "checkpoints"
-        self.groups, self.retention, self.asynchronous, self.report = groups, retention, asynchronous, report
+        self.groups, self.retention, self.asynchronous, self.report = (
+            groups,
+            retention,
+            asynchronous,
+            report,
+        )
         self.pending: _Pending | None = None
-        self.saved_step: int | None = None      # of the newest checkpoint that this job loaded or completed
+        self.saved_step: int | None = (
+            None  # of the newest checkpoint that this job loaded or completed
+        )
 
     def save(self, models: list, optimizer, info: CheckpointInfo, trainer: dict) -> None:
         """Write the checkpoint of `info.step`; `optimizer=None` saves weights only. Asynchronous saves only begin here.
@@ -64,11 +84,13 @@ class CheckpointStore:
         if problem:
             self._give_up(writing, info.step, problem)
             return
-        share = plan_save(self._state(models, optimizer, for_loading=False)[0], writing, self.groups.dp_cp)
+        share = plan_save(
+            self._state(models, optimizer, for_loading=False)[0], writing, self.groups.dp_cp
+        )
         problem = self._agree(share.start())
         if problem:
             share.abandon()
-            dist.barrier()      # nobody writes any more
+            dist.barrier()  # nobody writes any more
             self._give_up(writing, info.step, problem)
             return
         self.pending = _Pending(share, info, trainer, begun)
@@ -89,12 +111,19 @@ class CheckpointStore:
             dist.gather_object(written, everyone, dst=0)
             problem = self._agree(self._complete(pending, everyone) if everyone else "")
         if problem:
-            self._give_up(folders.writing_folder(self.checkpoints, pending.info.step), pending.info.step, problem)
+            self._give_up(
+                folders.writing_folder(self.checkpoints, pending.info.step),
+                pending.info.step,
+                problem,
+            )
             return
         self.saved_step = pending.info.step
         seconds, size = time.monotonic() - pending.begun, self._sum(written.size_bytes)
-        self.report(f"checkpoint of step {pending.info.step} is complete: {folders.step_folder(self.checkpoints, pending.info.step)} "
-                    f"({size / 1e6:.1f} MB in {seconds:.1f} s{' in the background' if self.asynchronous else ''})", "info")
+        self.report(
+            f"checkpoint of step {pending.info.step} is complete: {folders.step_folder(self.checkpoints, pending.info.step)} "
+            f"({size / 1e6:.1f} MB in {seconds:.1f} s{' in the background' if self.asynchronous else ''})",
+            "info",
+        )
         self._on_rank_0(lambda: self.retention.apply(self.checkpoints))
 
     def close(self) -> None:
@@ -117,7 +146,10 @@ class CheckpointStore:
                 self._on_rank_0(lambda: folders.settle_on(candidate, damaged))
                 return trainer
             damaged.append(candidate)
-            self.report(f"checkpoint {candidate} is damaged ({', '.join(files)}: content differs from its checksum); trying the one before it", "error")
+            self.report(
+                f"checkpoint {candidate} is damaged ({', '.join(files)}: content differs from its checksum); trying the one before it",
+                "error",
+            )
         return None
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
@@ -135,13 +167,20 @@ class CheckpointStore:
     def load(self, checkpoint: Path, models: list, optimizer) -> dict:
         """Load one checkpoint, saved under any layout, into models (and optimizer); returns its trainer state. ValueError: it has no optimizer state."""
         import json
+
         trainer = json.loads((checkpoint / "trainer.json").read_text())
         if optimizer is not None and trainer.get("weights_only", False):
-            raise ValueError(f"{checkpoint} holds weights only (checkpoint.save_optimizer was false, or it was imported), so no run goes on from it; to train from "
-                             "its weights, give another run.folder and set checkpoint.initialize_from to it")
+            raise ValueError(
+                f"{checkpoint} holds weights only (checkpoint.save_optimizer was false, or it was imported), so no run goes on from it; to train from "
+                "its weights, give another run.folder and set checkpoint.initialize_from to it"
+            )
         same_layout = trainer["layout"] == layout_of(self.groups)
-        state, placements = self._state(models, optimizer, for_loading=True, with_random=same_layout)
-        strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(checkpoint)), self.groups.dp_cp)
+        state, placements = self._state(
+            models, optimizer, for_loading=True, with_random=same_layout
+        )
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(checkpoint)), self.groups.dp_cp
+        )
         loaded = dist_checkpointing.load(state, str(checkpoint), strategy)
         _take_weights(models, loaded)
         if optimizer is not None:
@@ -158,7 +197,9 @@ class CheckpointStore:
         placements = []
         if optimizer is not None:
             with_parameters = {key: part for key, part in state.items()}
-            state["optimizer"], placements = sharded_optimizer_state(optimizer, with_parameters, for_loading=for_loading)
+            state["optimizer"], placements = sharded_optimizer_state(
+                optimizer, with_parameters, for_loading=for_loading
+            )
         if with_random:
             state["random"] = _random_state(self.groups)
         return state, placements
@@ -177,9 +218,13 @@ class CheckpointStore:
     def _complete(self, pending: "_Pending", everyone: list) -> str:
         """Describe, checksum and rename what all ranks wrote (rank 0 alone); what went wrong."""
         try:
-            checksums = pending.share.finish(folders.writing_folder(self.checkpoints, pending.info.step), everyone)
-            folders.complete(self.checkpoints, pending.info.step, pending.info, pending.trainer, checksums)
-        except Exception as error:      # whatever storage raises: the other ranks wait to hear of it
+            checksums = pending.share.finish(
+                folders.writing_folder(self.checkpoints, pending.info.step), everyone
+            )
+            folders.complete(
+                self.checkpoints, pending.info.step, pending.info, pending.trainer, checksums
+            )
+        except Exception as error:  # whatever storage raises: the other ranks wait to hear of it
             return words(error)
         return ""
 
@@ -201,23 +246,38 @@ class CheckpointStore:
     def _give_up(self, writing: Path, step: int, problem: str) -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(writing, ignore_errors=True)
-        self.report(f"checkpoint of step {step} could not be saved ({problem}); training goes on, older checkpoints are intact: free space or fix the folder", "error")
+        self.report(
+            f"checkpoint of step {step} could not be saved ({problem}); training goes on, older checkpoints are intact: free space or fix the folder",
+            "error",
+        )
 
     def _damaged(self, checkpoint: Path) -> list[str]:
         found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, folders.damaged_files(checkpoint, (dist.get_rank(), dist.get_world_size())))
+        dist.all_gather_object(
+            found, folders.damaged_files(checkpoint, (dist.get_rank(), dist.get_world_size()))
+        )
         return sorted({name for part in found for name in part})
 
 
 def layout_of(groups: Groups) -> dict:
     """The parallel sizes as plain numbers."""
-    return {"tensor": groups.tp_size, "pipeline": groups.pp_size, "virtual_pipeline": groups.virtual_chunks,
-            "context": groups.cp_size, "data": groups.dp_size}
+    return {
+        "tensor": groups.tp_size,
+        "pipeline": groups.pp_size,
+        "virtual_pipeline": groups.virtual_chunks,
+        "context": groups.cp_size,
+        "data": groups.dp_size,
+    }
 
 
 def trainer_state(optimizer, groups: Groups, **state) -> dict:
     """What trainer.json holds: the layout, whether there is no optimizer state, Adam's update count, and the trainer's own fields."""
-    return {"layout": layout_of(groups), "weights_only": optimizer is None, "adam_steps": adam_steps(optimizer) if optimizer is not None else 0, **state}
+    return {
+        "layout": layout_of(groups),
+        "weights_only": optimizer is None,
+        "adam_steps": adam_steps(optimizer) if optimizer is not None else 0,
+        **state,
+    }
 
 
 def load_weights(models: list, checkpoint: str | Path, groups: Groups) -> CheckpointInfo:
@@ -228,9 +288,15 @@ def load_weights(models: list, checkpoint: str | Path, groups: Groups) -> Checkp
     dist.all_gather_object(gathered, damaged)
     damaged = sorted({name for part in gathered for name in part})
     if damaged:
-        raise ValueError(f"{found}: damaged ({', '.join(damaged)}: content differs from checksums.json); use another checkpoint or copy it again")
-    state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(unwrap_model(models))}
-    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(found)), groups.dp_cp)
+        raise ValueError(
+            f"{found}: damaged ({', '.join(damaged)}: content differs from checksums.json); use another checkpoint or copy it again"
+        )
+    state = {
+        f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(unwrap_model(models))
+    }
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(found)), groups.dp_cp
+    )
     _take_weights(models, dist_checkpointing.load(state, str(found), strategy))
     return folders.read_checkpoint_info(found)
 
@@ -251,15 +317,27 @@ def _random_state(groups: Groups) -> ShardedObject:
     """This rank's random states: only dropout draws from them during training, and the same layout restores them exactly."""
     import random
     import numpy as np
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-             "cuda": torch.cuda.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    return ShardedObject("random", state, (groups.pp_size, groups.tp_size, groups.dp_cp.size()),
-                         (groups.pp_rank, groups.tp_rank, groups.dp_cp.rank()), replica_id=0)
+
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "random",
+        state,
+        (groups.pp_size, groups.tp_size, groups.dp_cp.size()),
+        (groups.pp_rank, groups.tp_rank, groups.dp_cp.rank()),
+        replica_id=0,
+    )
 
 
 def _take_random(state: dict) -> None:
     import random
     import numpy as np
+
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -19,12 +19,16 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_comm
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_slm.checkpoint.folder import file_sha256, sync_path
 
-_FORK = multiprocessing.get_context("fork")     # a snapshot of memory: training goes on while it is written
+_FORK = multiprocessing.get_context(
+    "fork"
+)  # a snapshot of memory: training goes on while it is written
 _PR_SET_PDEATHSIG = 1
 
 
@@ -49,7 +53,9 @@ def plan_save(state: dict, folder: Path, group) -> "Share":
     # megatron-core would start a manager process per rank, importing the program anew, for a queue that is not used here.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
     sharded, common = save_preprocess(state)
-    share = FullyParallelSaveStrategyWrapper(_Planning("torch_dist", 1), group).async_save(sharded, str(folder))
+    share = FullyParallelSaveStrategyWrapper(_Planning("torch_dist", 1), group).async_save(
+        sharded, str(folder)
+    )
     share.common = common
     return share
 
@@ -59,7 +65,7 @@ class Share:
     """This rank's share of one checkpoint: its files are written by forked processes, one per file."""
 
     writer: FileSystemWriterAsync
-    metadata: object | None                     # of the whole checkpoint; rank 0 holds it
+    metadata: object | None  # of the whole checkpoint; rank 0 holds it
     common: dict = field(default_factory=dict)
     processes: list = field(default_factory=list)
 
@@ -68,14 +74,18 @@ class Share:
         try:
             for bucket in self.writer.preload_tensors(self.writer.write_buckets):
                 receiver, sender = _FORK.Pipe(duplex=False)
-                process = _FORK.Process(target=_write_file, args=(bucket, [self.writer.transforms], sender, os.getpid()), daemon=True)
+                process = _FORK.Process(
+                    target=_write_file,
+                    args=(bucket, [self.writer.transforms], sender, os.getpid()),
+                    daemon=True,
+                )
                 process.start()
-                sender.close()      # else the end of the process would not end the pipe
+                sender.close()  # else the end of the process would not end the pipe
                 self.processes.append((process, receiver))
-        except Exception as error:      # no memory to copy or fork: this rank's alone, so it must be told and not raised
+        except Exception as error:  # no memory to copy or fork: this rank's alone, so it must be told and not raised
             return words(error)
         finally:
-            self.writer.write_buckets = []      # the processes have it all; a second copy of the model is not kept
+            self.writer.write_buckets = []  # the processes have it all; a second copy of the model is not kept
         return ""
 
     def is_written(self) -> bool:
@@ -90,7 +100,9 @@ class Share:
                 records, name, digest, size, failure = receiver.recv()
             except EOFError:
                 process.join()
-                failure = f"the process that wrote a file of it ended with exit code {process.exitcode}"
+                failure = (
+                    f"the process that wrote a file of it ended with exit code {process.exitcode}"
+                )
             process.join()
             if failure:
                 problem = problem or failure
@@ -111,10 +123,14 @@ class Share:
         get_default_save_common_strategy().save_common(self.common, str(folder))
         self.writer.finish(self.metadata, [written.records for written in everyone])
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        checksums = {name: digest for written in everyone for name, digest in written.checksums.items()}
+        checksums = {
+            name: digest for written in everyone for name, digest in written.checksums.items()
+        }
         there = {path.name for path in folder.iterdir()}
         if checksums.keys() - there:
-            raise OSError(f"{', '.join(sorted(checksums.keys() - there))} written by other ranks cannot be seen in {folder} by rank 0: put the run folder on a shared file system")
+            raise OSError(
+                f"{', '.join(sorted(checksums.keys() - there))} written by other ranks cannot be seen in {folder} by rank 0: put the run folder on a shared file system"
+            )
         for name in there - checksums.keys():
             sync_path(folder / name)
             checksums[name] = file_sha256(folder / name)
@@ -130,12 +146,14 @@ def _write_file(bucket, transforms: list, sender, trainer_process: int) -> None:
     path, name = Path(bucket[0]), bucket[1]
     outcomes, started = queue.SimpleQueue(), queue.Queue()
     started.put(0)
-    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, outcomes, started, use_fsync=True)
+    FileSystemWriterAsync.write_preloaded_data(
+        transforms, 0, bucket, outcomes, started, use_fsync=True
+    )
     records, digest, size, problem = outcomes.get()[1], "", 0, ""
     try:
         if isinstance(records, Exception):
             raise records
-        sync_path(path)      # megatron-core syncs before it has flushed its last block
+        sync_path(path)  # megatron-core syncs before it has flushed its last block
         digest, size = file_sha256(path), path.stat().st_size
     except Exception as error:
         records, problem = [], f"{path.name}: {words(error)}"

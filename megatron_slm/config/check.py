@@ -8,16 +8,28 @@ from megatron_slm.config.schema import Config, ModelConfig
 
 def check(config: Config, world_size: int, *, training: bool = True) -> None:
     """Raise ConfigError listing every broken rule; `world_size` is the number of processes of the job."""
-    problems = [*_model(config), *_parallel(config, world_size), *_head_engine(config), *_fp8(config)]
+    problems = [
+        *_model(config),
+        *_parallel(config, world_size),
+        *_head_engine(config),
+        *_fp8(config),
+    ]
     if training:
-        problems += [*_data(config, world_size), *_selection(config), *_schedule(config), *_numbers(config)]
+        problems += [
+            *_data(config, world_size),
+            *_selection(config),
+            *_schedule(config),
+            *_numbers(config),
+        ]
     if problems:
         raise ConfigError(problems)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Processes left for data parallelism: world size / (tensor * pipeline * context)."""
-    return world_size // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+    return world_size // (
+        config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    )
 
 
 def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
@@ -32,7 +44,9 @@ def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
 
 def train_steps(config: Config) -> int:
     """Optimizer steps of the run, from train_steps or from train_tokens rounded up to whole steps."""
-    return config.schedule.train_steps or -(-config.schedule.train_tokens // tokens_per_step(config))
+    return config.schedule.train_steps or -(
+        -config.schedule.train_tokens // tokens_per_step(config)
+    )
 
 
 def tokens_per_step(config: Config) -> int:
@@ -43,14 +57,22 @@ def tokens_per_step(config: Config) -> int:
 def _model(config: Config):
     model, parallel = config.model, config.parallel
     if parallel.tensor < 1:
-        return      # _parallel says so; nothing below can be computed
-    for name in ("layers", "hidden_size", "ffn_hidden_size", "attention_heads", "pad_vocabulary_to_multiple_of"):
+        return  # _parallel says so; nothing below can be computed
+    for name in (
+        "layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "attention_heads",
+        "pad_vocabulary_to_multiple_of",
+    ):
         if getattr(model, name) < 1:
             yield f"model.{name}: got {getattr(model, name)}; expected at least 1"
             return
     if not model.head_size and model.hidden_size % model.attention_heads:
-        yield (f"model.hidden_size: got {model.hidden_size}, which {model.attention_heads} attention heads do not divide; "
-               "change model.attention_heads, or set model.head_size")
+        yield (
+            f"model.hidden_size: got {model.hidden_size}, which {model.attention_heads} attention heads do not divide; "
+            "change model.attention_heads, or set model.head_size"
+        )
     if (model.head_size or model.hidden_size // model.attention_heads) % 2:
         yield f"model.head_size: got {model.head_size or model.hidden_size // model.attention_heads}; rotary embeddings need an even head size"
     groups = model.query_groups or model.attention_heads
@@ -77,8 +99,10 @@ def _rope(model: ModelConfig):
         if model.rope_original_sequence_length < 1:
             yield f"model.rope_original_sequence_length: got {model.rope_original_sequence_length}; expected at least 1 token"
         if not 0 < model.rope_low_frequency_factor < model.rope_high_frequency_factor:
-            yield (f"model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; expected above 0 and below model.rope_high_frequency_factor "
-                   f"({model.rope_high_frequency_factor})")
+            yield (
+                f"model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; expected above 0 and below model.rope_high_frequency_factor "
+                f"({model.rope_high_frequency_factor})"
+            )
 
 
 def _experts(model: ModelConfig):
@@ -89,8 +113,10 @@ def _experts(model: ModelConfig):
     if not 1 <= model.experts_per_token <= model.experts:
         yield f"model.experts_per_token: got {model.experts_per_token}; expected 1 up to model.experts ({model.experts})"
     if model.experts_per_token == 1 and model.renormalize_experts:
-        yield ("model.renormalize_experts: got true with experts_per_token 1; the one expert's weight would always be 1 and the router would learn nothing: "
-               "set it to false")
+        yield (
+            "model.renormalize_experts: got true with experts_per_token 1; the one expert's weight would always be 1 and the router would learn nothing: "
+            "set it to false"
+        )
     for name in ("load_balancing_coefficient", "router_z_loss_coefficient"):
         if getattr(model, name) < 0:
             yield f"model.{name}: got {getattr(model, name)}; expected 0 or more"
@@ -101,8 +127,10 @@ def _expert_parallel(config: Config, world_size: int):
     inside = parallel.expert_tensor or parallel.tensor
     if not model.experts:
         if parallel.expert > 1 or parallel.expert_tensor:
-            yield (f"parallel.expert: got expert {parallel.expert}, expert_tensor {parallel.expert_tensor} for a model without experts; set model.experts, or "
-                   "expert to 1 and expert_tensor to 0")
+            yield (
+                f"parallel.expert: got expert {parallel.expert}, expert_tensor {parallel.expert_tensor} for a model without experts; set model.experts, or "
+                "expert to 1 and expert_tensor to 0"
+            )
         return
     if model.experts % parallel.expert:
         yield f"parallel.expert: got {parallel.expert}; it must divide model.experts ({model.experts})"
@@ -112,10 +140,14 @@ def _expert_parallel(config: Config, world_size: int):
         # megatron-core reduces expert gradients apart only when expert > 1; here they would miss the tensor ranks' tokens, in silence.
         yield f"parallel.expert_tensor: got {inside} with tensor {parallel.tensor} and expert 1; set parallel.expert above 1, or expert_tensor to 0"
     if world_size % (inside * parallel.expert * parallel.pipeline):
-        yield (f"parallel.expert: expert_tensor {inside} x expert {parallel.expert} x pipeline {parallel.pipeline} = {inside * parallel.expert * parallel.pipeline} "
-               f"processes hold one copy of the experts, and {world_size} processes are not a multiple of that; lower parallel.expert, or start more processes")
+        yield (
+            f"parallel.expert: expert_tensor {inside} x expert {parallel.expert} x pipeline {parallel.pipeline} = {inside * parallel.expert * parallel.pipeline} "
+            f"processes hold one copy of the experts, and {world_size} processes are not a multiple of that; lower parallel.expert, or start more processes"
+        )
     if parallel.tensor > 1 and not parallel.sequence:
-        yield (f"parallel.sequence: got false with tensor {parallel.tensor} and experts; every tensor rank would send the same tokens to the experts: set it to true")
+        yield (
+            f"parallel.sequence: got false with tensor {parallel.tensor} and experts; every tensor rank would send the same tokens to the experts: set it to true"
+        )
 
 
 def _parallel(config: Config, world_size: int):
@@ -130,12 +162,16 @@ def _parallel(config: Config, world_size: int):
     yield from _expert_parallel(config, world_size)
     cell = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % cell:
-        yield (f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {cell} processes hold one copy of the "
-               f"model, and {world_size} processes are not a multiple of that; start a multiple of {cell}, or change the layout")
+        yield (
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {cell} processes hold one copy of the "
+            f"model, and {world_size} processes are not a multiple of that; start a multiple of {cell}, or change the layout"
+        )
     stages = parallel.pipeline * parallel.virtual_pipeline
     if model.layers % stages:
-        yield (f"model.layers: got {model.layers}; pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} = {stages} stages "
-               "must divide it")
+        yield (
+            f"model.layers: got {model.layers}; pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} = {stages} stages "
+            "must divide it"
+        )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield f"parallel.virtual_pipeline: got {parallel.virtual_pipeline} with pipeline 1; set parallel.pipeline above 1, or virtual_pipeline to 1"
     if parallel.sequence and parallel.tensor == 1:
@@ -144,7 +180,9 @@ def _parallel(config: Config, world_size: int):
     pieces *= 2 * parallel.context if parallel.context > 1 else 1
     if config.data.sequence_length % pieces:
         yield f"data.sequence_length: got {config.data.sequence_length}; this layout cuts a sequence into {pieces} equal pieces: use a multiple of {pieces}"
-    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+    if parallel.overlap_param_gather and not (
+        parallel.distributed_optimizer and parallel.overlap_grad_reduce
+    ):
         yield "parallel.overlap_param_gather: got true; it needs distributed_optimizer: true and overlap_grad_reduce: true"
 
 
@@ -153,8 +191,10 @@ def _head_engine(config: Config):
     if device.head_engine == "torch":
         return
     if device.kind == "cpu" or device.precision != "bf16":
-        yield (f"device.head_engine: got liger with device.kind {device.kind} and precision {device.precision}; its kernels need a Hopper GPU "
-               "and bf16: change those, or use torch")
+        yield (
+            f"device.head_engine: got liger with device.kind {device.kind} and precision {device.precision}; its kernels need a Hopper GPU "
+            "and bf16: change those, or use torch"
+        )
     if hidden_size % 64:
         yield f"model.hidden_size: got {hidden_size}; device.head_engine liger needs a multiple of 64: change it, or use torch"
 
@@ -171,9 +211,16 @@ def _fp8(config: Config):
         yield f"device.fp8: got {device.fp8} with model.experts {config.model.experts}; fp8 products need multiples of 16 tokens, and experts get any number: set it to none"
     if config.data.document_policy == "isolated":
         yield f"device.fp8: got {device.fp8} with data.document_policy isolated, which needs the torch-native layers; fp8 needs Transformer Engine's: choose one"
-    tokens = config.data.micro_batch_size * config.data.sequence_length // max(1, parallel.context * (parallel.tensor if parallel.sequence else 1))
-    sizes = {"model.hidden_size": model.hidden_size, "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // max(1, parallel.tensor),
-             "tokens of a micro-batch on one process": tokens}
+    tokens = (
+        config.data.micro_batch_size
+        * config.data.sequence_length
+        // max(1, parallel.context * (parallel.tensor if parallel.sequence else 1))
+    )
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // max(1, parallel.tensor),
+        "tokens of a micro-batch on one process": tokens,
+    }
     for name, size in sizes.items():
         if size % 16:
             yield f"device.fp8: got {device.fp8}; {name} is {size}, and fp8 products need multiples of 16"
@@ -190,8 +237,10 @@ def _data(config: Config, world_size: int):
     if any(weight <= 0 for weight in data.weights):
         yield f"data.weights: got {data.weights}; every weight must be positive (leave a corpus out of data.train instead)"
     if data.document_policy == "isolated" and config.device.layers == "transformer_engine":
-        yield ("data.document_policy: got isolated with device.layers transformer_engine; its attention takes no mask of documents here: "
-               "set device.layers to auto or torch")
+        yield (
+            "data.document_policy: got isolated with device.layers transformer_engine; its attention takes no mask of documents here: "
+            "set device.layers to auto or torch"
+        )
     names = [corpus.name for corpus in data.validation]
     if len(set(names)) != len(names):
         yield f"data.validation: names {names} repeat; each corpus is reported under its own name"
@@ -208,11 +257,15 @@ def _data(config: Config, world_size: int):
     replicas = data_parallel_size(config, world_size)
     per_pass = data.micro_batch_size * replicas
     if data.global_batch_size % per_pass:
-        yield (f"data.global_batch_size: got {data.global_batch_size}; {replicas} data-parallel ranks x micro_batch_size {data.micro_batch_size} = "
-               f"{per_pass} sequences per pass must divide it")
+        yield (
+            f"data.global_batch_size: got {data.global_batch_size}; {replicas} data-parallel ranks x micro_batch_size {data.micro_batch_size} = "
+            f"{per_pass} sequences per pass must divide it"
+        )
     elif parallel.virtual_pipeline > 1 and (data.global_batch_size // per_pass) % parallel.pipeline:
-        yield (f"data.global_batch_size: got {data.global_batch_size}, which is {data.global_batch_size // per_pass} micro-batches per step; the interleaved "
-               f"schedule needs a multiple of parallel.pipeline ({parallel.pipeline})")
+        yield (
+            f"data.global_batch_size: got {data.global_batch_size}, which is {data.global_batch_size // per_pass} micro-batches per step; the interleaved "
+            f"schedule needs a multiple of parallel.pipeline ({parallel.pipeline})"
+        )
 
 
 def _selection(config: Config):
@@ -225,15 +278,25 @@ def _selection(config: Config):
         yield "selection.reference: both scores and checkpoint are given; stored scores and an online reference exclude each other: remove one"
     if reference.scores and len(reference.scores) != len(config.data.train):
         yield f"selection.reference.scores: got {len(reference.scores)} score folders for {len(config.data.train)} corpora; give one per corpus, in the same order"
-    if config.device.head_engine != "torch" and (selection.head_rows == "selected" or selection.head_rows == "auto" and selection.scope == "global_batch"):
-        yield (f"selection.head_rows: got {selection.head_rows} with scope {selection.scope} and device.head_engine {config.device.head_engine}, which has no head on "
-               "selected rows; set head_rows to all, or head_engine to torch")
+    if config.device.head_engine != "torch" and (
+        selection.head_rows == "selected"
+        or selection.head_rows == "auto"
+        and selection.scope == "global_batch"
+    ):
+        yield (
+            f"selection.head_rows: got {selection.head_rows} with scope {selection.scope} and device.head_engine {config.device.head_engine}, which has no head on "
+            "selected rows; set head_rows to all, or head_engine to torch"
+        )
     if selection.backward_rows != "all" and config.device.layers == "transformer_engine":
-        yield (f"selection.backward_rows: got {selection.backward_rows} with device.layers transformer_engine, whose products cannot leave rows out; "
-               "set device.layers to torch, or backward_rows to all")
+        yield (
+            f"selection.backward_rows: got {selection.backward_rows} with device.layers transformer_engine, whose products cannot leave rows out; "
+            "set device.layers to torch, or backward_rows to all"
+        )
     if selection.backward_rows == "every_layer_approximate" and config.model.recompute == "full":
-        yield ("selection.backward_rows: got every_layer_approximate with model.recompute full, which runs layers again inside backward, where dropped rows cannot "
-               "be told; set model.recompute to selective or none, or backward_rows to last_layer")
+        yield (
+            "selection.backward_rows: got every_layer_approximate with model.recompute full, which runs layers again inside backward, where dropped rows cannot "
+            "be told; set model.recompute to selective or none, or backward_rows to last_layer"
+        )
     if config.model.dropout and selection.scorer not in ("none", "random"):
         yield f"model.dropout: got {config.model.dropout} with scorer {selection.scorer}; dropout noise raises the current loss and biases the choice: set it to 0"
 
@@ -241,7 +304,9 @@ def _selection(config: Config):
 def _schedule(config: Config):
     schedule = config.schedule
     if (schedule.train_steps > 0) == (schedule.train_tokens > 0):
-        yield (f"schedule: got train_steps {schedule.train_steps} and train_tokens {schedule.train_tokens}; give exactly one of them, above 0")
+        yield (
+            f"schedule: got train_steps {schedule.train_steps} and train_tokens {schedule.train_tokens}; give exactly one of them, above 0"
+        )
         return
     for name in ("warmup_fraction", "decay_fraction"):
         if not 0 <= getattr(schedule, name) <= 1:
@@ -257,13 +322,23 @@ def _numbers(config: Config):
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected 0 up to (not including) 1"
-    for section, name in (("optimizer", "clip_grad_norm"), ("optimizer", "weight_decay"), ("checkpoint", "interval_steps"), ("checkpoint", "keep_last"),
-                          ("checkpoint", "keep_every_steps"), ("checkpoint", "keep_best"), ("monitoring", "validation_interval_steps"), ("monitoring", "validation_batches")):
+    for section, name in (
+        ("optimizer", "clip_grad_norm"),
+        ("optimizer", "weight_decay"),
+        ("checkpoint", "interval_steps"),
+        ("checkpoint", "keep_last"),
+        ("checkpoint", "keep_every_steps"),
+        ("checkpoint", "keep_best"),
+        ("monitoring", "validation_interval_steps"),
+        ("monitoring", "validation_batches"),
+    ):
         if getattr(getattr(config, section), name) < 0:
             yield f"{section}.{name}: got {getattr(getattr(config, section), name)}; expected 0 or more"
     if not 0 < optimizer.min_loss_scale <= optimizer.initial_loss_scale:
-        yield (f"optimizer.min_loss_scale: got {optimizer.min_loss_scale} with initial_loss_scale {optimizer.initial_loss_scale}; expected above 0 and at most "
-               "the initial one")
+        yield (
+            f"optimizer.min_loss_scale: got {optimizer.min_loss_scale} with initial_loss_scale {optimizer.initial_loss_scale}; expected above 0 and at most "
+            "the initial one"
+        )
     for name in ("loss_scale_window_steps", "loss_scale_hysteresis_steps"):
         if getattr(optimizer, name) < 1:
             yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected at least 1"

@@ -24,7 +24,9 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str]):
         self.problems = problems
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        super().__init__(
+            f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -35,7 +37,9 @@ class _ExactDumper(yaml.SafeDumper):
     """Text with control characters or foreign line breaks in double quotes: PyYAML's own choice reads U+0085 back as a space."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+        )
 
 
 _ExactDumper.add_representer(str, _ExactDumper.represent_str)
@@ -44,10 +48,24 @@ _ExactDumper.add_representer(str, _ExactDumper.represent_str)
 def build_parser(prog: str, description: str) -> ArgumentParser:
     """A parser with --config and one documented option per field of Config; programs add their own options to it."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, formatter_class=HelpFormatter,
-                            usage="%(prog)s [--config FILE] [--section.field VALUE ...]")
-    parser.add_argument("--config", type=str, default=None, help="YAML file with any of the settings below (see launch/recipes/).")
-    parser.add_argument("--print_config", action="store_true", help="Print the resulting configuration as YAML and stop.")
+    parser = ArgumentParser(
+        prog=prog,
+        description=description,
+        exit_on_error=False,
+        formatter_class=HelpFormatter,
+        usage="%(prog)s [--config FILE] [--section.field VALUE ...]",
+    )
+    parser.add_argument(
+        "--config",
+        type=str,
+        default=None,
+        help="YAML file with any of the settings below (see launch/recipes/).",
+    )
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        help="Print the resulting configuration as YAML and stop.",
+    )
     parser.add_class_arguments(Config, None, fail_untyped=False)
     return parser
 
@@ -70,9 +88,15 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Config:
         problems += _merge_file(values, path)
     for key, text in given.items():
         try:
-            _set(values, key.split("."), text if _is_text(Config, key.split(".")) else yaml.safe_load(text))
+            _set(
+                values,
+                key.split("."),
+                text if _is_text(Config, key.split(".")) else yaml.safe_load(text),
+            )
         except yaml.YAMLError as error:
-            problems.append(f"--{key}: got {text!r}, which is not readable as YAML: {' '.join(str(error).split())}")
+            problems.append(
+                f"--{key}: got {text!r}, which is not readable as YAML: {' '.join(str(error).split())}"
+            )
     config, more = from_mapping(values)
     if problems or more:
         raise ConfigError(problems + more)
@@ -105,7 +129,9 @@ def to_mapping(config) -> dict:
 
 def to_yaml(config) -> str:
     """The resolved configuration as YAML, in the order of the schema."""
-    return yaml.dump(to_mapping(config), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(
+        to_mapping(config), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -117,11 +143,15 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         word = argv[position]
         position += 1
         if not word.startswith("--"):
-            problems.append(f"got {word!r} where an option was expected; options look like --section.field VALUE")
+            problems.append(
+                f"got {word!r} where an option was expected; options look like --section.field VALUE"
+            )
             continue
         name, equals, value = word[2:].partition("=")
         if not equals:
-            takes_value = position < len(argv) and not (argv[position].startswith("--") and len(argv[position]) > 2)
+            takes_value = position < len(argv) and not (
+                argv[position].startswith("--") and len(argv[position]) > 2
+            )
             value = argv[position] if takes_value and name != "print_config" else "true"
             position += takes_value and name != "print_config"
         given[name] = value
@@ -174,8 +204,12 @@ def _build(cls, values, where: str, problems: list[str]):
             continue
         if dataclasses.is_dataclass(hints[name]):
             made[name] = _build(hints[name], values[name] or {}, f"{where}{name}.", problems)
-        elif typing.get_origin(hints[name]) is list and dataclasses.is_dataclass(typing.get_args(hints[name])[0]):
-            made[name] = _build_list(typing.get_args(hints[name])[0], values[name], f"{where}{name}", problems)
+        elif typing.get_origin(hints[name]) is list and dataclasses.is_dataclass(
+            typing.get_args(hints[name])[0]
+        ):
+            made[name] = _build_list(
+                typing.get_args(hints[name])[0], values[name], f"{where}{name}", problems
+            )
         else:
             made[name] = convert(values[name], hints[name], f"{where}{name}", problems)
     return cls(**{name: value for name, value in made.items() if value is not UNREADABLE})
@@ -183,6 +217,8 @@ def _build(cls, values, where: str, problems: list[str]):
 
 def _build_list(cls, values, where: str, problems: list[str]):
     if not isinstance(values, list):
-        problems.append(f"{where}: got {values!r}; expected a list of entries with {', '.join(field.name for field in dataclasses.fields(cls))}")
+        problems.append(
+            f"{where}: got {values!r}; expected a list of entries with {', '.join(field.name for field in dataclasses.fields(cls))}"
+        )
         return UNREADABLE
     return [_build(cls, item, f"{where}[{i}].", problems) for i, item in enumerate(values)]

@@ -186,7 +186,9 @@ class SelectionConfig:
     """Share of the competing tokens that is kept (0..1], or a schedule such as {style: linear, start: 1.0, end: 0.6, tokens: 1000000}."""
     clm_weight: Union[float, dict[str, Any]] = 0.0
     """lambda of lambda * CLM + (1 - lambda) * SLM: weight of the plain loss beside the selective one, 0 = selective only."""
-    scope: Literal["sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold"] = "data_parallel"
+    scope: Literal[
+        "sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold"
+    ] = "data_parallel"
     """Which tokens compete: those of one sequence, of this rank's micro-batch, of all ranks' current micro-batch, of the whole step."""
     head_rows: Literal["auto", "all", "selected"] = "auto"
     """Tokens the loss head computes in the training pass. selected needs a choice known before the head (a static scorer, or scope global_batch), and

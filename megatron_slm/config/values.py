@@ -13,7 +13,9 @@ def convert(value, hint, where: str, problems: list[str]):
     if origin is typing.Literal:
         if value in arguments:
             return value
-        if isinstance(value, bool) or value is None:      # YAML reads off/no/none-like words as booleans or null
+        if (
+            isinstance(value, bool) or value is None
+        ):  # YAML reads off/no/none-like words as booleans or null
             value = {True: "true", False: "false", None: "none"}[value]
             if value in arguments:
                 return value
@@ -42,16 +44,30 @@ def _as_plain(value, hint):
             value = value.replace("_", "")
         try:
             number = float(value)
-            return int(value) if isinstance(value, int) else int(number) if number.is_integer() else UNREADABLE
+            return (
+                int(value)
+                if isinstance(value, int)
+                else int(number)
+                if number.is_integer()
+                else UNREADABLE
+            )
         except (TypeError, ValueError, OverflowError):
             return UNREADABLE
-    if hint is float:      # YAML 1.1 reads 3e-4 as text
+    if hint is float:  # YAML 1.1 reads 3e-4 as text
         try:
             return UNREADABLE if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             return UNREADABLE
     if hint is str:
-        return value if isinstance(value, str) else "" if value is None else str(value) if isinstance(value, (int, float)) else UNREADABLE
+        return (
+            value
+            if isinstance(value, str)
+            else ""
+            if value is None
+            else str(value)
+            if isinstance(value, (int, float))
+            else UNREADABLE
+        )
     if origin is list:
         if isinstance(value, str):
             value = [value]
@@ -65,7 +81,13 @@ def _as_plain(value, hint):
 
 
 def _words(hint) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     several = {int: "whole numbers", float: "numbers", str: "texts"}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Union:

@@ -15,10 +15,33 @@ SPACE = "\u2581"  # SentencePiece writes a space so
 # What conversions get wrong: spaces in runs and at the ends, tabs and line ends, scripts without spaces, combining marks, characters
 # outside the vocabulary (byte fallback), SentencePiece's own space mark, ligatures and full-width forms (normalisation), repeats.
 AWKWARD_TEXTS = (
-    "", " ", "a", " a", "a ", "  two  spaces  ", "\n", "\n\n  x", "line\r\nend\t\ttab", "def f(x):\n        return x\n    \n", "naïve café",
-    "e\u0301 combining", "日本語のテキスト", "Привет, мир!", "مرحبا", "🙂👩‍👩‍👧", "\u2581already\u2581marked", "ﬁnancial ＡＢＣ ①", "aaaaaaaaaaaaaaaaaaaaaaa",
-    "                     ", "0123456789 3.14159e-10", "$\\frac{1}{2}\\sum_{i=0}^{n} x_i^2$", "https://example.org/a?b=c&d=%20", "\x00\x01\x7f",
-    "\u00a0\u2003\u200b\ufeff", "<|not a control|> <unknown>", "x" * 300 + " " * 40 + "y",
+    "",
+    " ",
+    "a",
+    " a",
+    "a ",
+    "  two  spaces  ",
+    "\n",
+    "\n\n  x",
+    "line\r\nend\t\ttab",
+    "def f(x):\n        return x\n    \n",
+    "naïve café",
+    "e\u0301 combining",
+    "日本語のテキスト",
+    "Привет, мир!",
+    "مرحبا",
+    "🙂👩‍👩‍👧",
+    "\u2581already\u2581marked",
+    "ﬁnancial ＡＢＣ ①",
+    "aaaaaaaaaaaaaaaaaaaaaaa",
+    "                     ",
+    "0123456789 3.14159e-10",
+    "$\\frac{1}{2}\\sum_{i=0}^{n} x_i^2$",
+    "https://example.org/a?b=c&d=%20",
+    "\x00\x01\x7f",
+    "\u00a0\u2003\u200b\ufeff",
+    "<|not a control|> <unknown>",
+    "x" * 300 + " " * 40 + "y",
 )
 
 
@@ -36,10 +59,16 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, sequence_length: int) ->
         rewritten.save(str(folder / "tokenizer.json"))
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
         names = _special_names(tokenizer)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": sequence_length, "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": sequence_length,
+        "clean_up_tokenization_spaces": False,
+    }
     if tokenizer.kind == "sentencepiece":
         settings |= {"add_bos_token": False, "add_eos_token": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _copied_config(tokenizer: Tokenizer) -> dict:
@@ -50,8 +79,17 @@ def _copied_config(tokenizer: Tokenizer) -> dict:
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id, "unk_token": tokenizer.unk_id}
-    name_of = tokenizer.backend.id_to_piece if tokenizer.kind == "sentencepiece" else tokenizer.backend.id_to_token
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "pad_token": tokenizer.pad_id,
+        "unk_token": tokenizer.unk_id,
+    }
+    name_of = (
+        tokenizer.backend.id_to_piece
+        if tokenizer.kind == "sentencepiece"
+        else tokenizer.backend.id_to_token
+    )
     return {name: name_of(token_id) for name, token_id in ids.items() if token_id is not None}
 
 
@@ -64,9 +102,15 @@ def from_sentencepiece(tokenizer: Tokenizer):
     fast = FastTokenizer(_pieces_model(proto))
     fast.normalizer = _normalizer(proto.normalizer_spec)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    fast.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * proto.normalizer_spec.add_dummy_prefix)
+    fast.decoder = decoders.Sequence(
+        steps + [decoders.Strip(" ", 1, 0)] * proto.normalizer_spec.add_dummy_prefix
+    )
     kinds = proto.SentencePiece
-    special = [AddedToken(p.piece, special=True, normalized=False) for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    special = [
+        AddedToken(p.piece, special=True, normalized=False)
+        for p in proto.pieces
+        if p.type in (kinds.CONTROL, kinds.UNKNOWN)
+    ]
     fast.add_special_tokens(special)
     # SentencePiece writes spaces as SPACE before it looks for user-defined symbols, so one that holds a plain space never matches.
     symbols = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED and " " not in p.piece]
@@ -79,12 +123,24 @@ def _pieces_model(proto):
 
     trainer = proto.trainer_spec
     if trainer.model_type == trainer.UNIGRAM:
-        return models.Unigram([(p.piece, p.score) for p in proto.pieces], unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        return models.Unigram(
+            [(p.piece, p.score) for p in proto.pieces],
+            unk_id=trainer.unk_id,
+            byte_fallback=trainer.byte_fallback,
+        )
     if trainer.model_type != trainer.BPE:
-        raise ValueError("only BPE and unigram SentencePiece models can be written as a tokenizer.json; this one is of words or characters")
+        raise ValueError(
+            "only BPE and unigram SentencePiece models can be written as a tokenizer.json; this one is of words or characters"
+        )
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     unknown = proto.pieces[trainer.unk_id].piece
-    return models.BPE(ids, _merges(proto, ids), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+    return models.BPE(
+        ids,
+        _merges(proto, ids),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
 
 
 def _merges(proto, ids: dict[str, int]) -> list[tuple[str, str]]:
@@ -94,16 +150,25 @@ def _merges(proto, ids: dict[str, int]) -> list[tuple[str, str]]:
     for piece in proto.pieces:
         if piece.type == piece.NORMAL:
             cuts = ((piece.piece[:at], piece.piece[at:]) for at in range(1, len(piece.piece)))
-            ranked += [(-piece.score, ids[left], ids[right], left, right) for left, right in cuts if left in normal and right in normal]
+            ranked += [
+                (-piece.score, ids[left], ids[right], left, right)
+                for left, right in cuts
+                if left in normal and right in normal
+            ]
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
 def _normalizer(spec):
     from tokenizers import Regex, normalizers
 
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps = (
+        [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    )
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     steps += [normalizers.Prepend(SPACE)] * spec.add_dummy_prefix
     steps += [normalizers.Replace(" ", SPACE)] * spec.escape_whitespaces
     return normalizers.Sequence(steps)

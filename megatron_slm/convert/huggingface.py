@@ -51,9 +51,15 @@ def export(
     writing.mkdir(parents=True)
     if tokenizer is not None:
         write_tokenizer(tokenizer, writing, info.sequence_length)
-    tensors = ((name, tensor.to(DTYPES[dtype])) for name, tensor in to_huggingface(state, Geometry.from_model(model)))
+    tensors = (
+        (name, tensor.to(DTYPES[dtype]))
+        for name, tensor in to_huggingface(state, Geometry.from_model(model))
+    )
     write_safetensors(tensors, writing, largest_shard_bytes)
-    write_json(writing / "generation_config.json", special_ids(tokenizer) | {"do_sample": False, "_from_model_config": True})
+    write_json(
+        writing / "generation_config.json",
+        special_ids(tokenizer) | {"do_sample": False, "_from_model_config": True},
+    )
     write_json(writing / LAST_FILE, config)
     _replace(writing, output)
     return output
@@ -65,9 +71,13 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     content = [path.name for path in output.iterdir()] if output.is_dir() else [output.name]
     if content and not overwrite:
-        raise ValueError(f"{output} already holds {', '.join(sorted(content)[:3])}; give another --output, or --overwrite to replace an earlier export")
+        raise ValueError(
+            f"{output} already holds {', '.join(sorted(content)[:3])}; give another --output, or --overwrite to replace an earlier export"
+        )
     if content and LAST_FILE not in content:
-        raise ValueError(f"{output} is not a model folder (no {LAST_FILE} in it), so --overwrite will not remove it; give another --output")
+        raise ValueError(
+            f"{output} is not a model folder (no {LAST_FILE} in it), so --overwrite will not remove it; give another --output"
+        )
 
 
 def _replace(writing: Path, output: Path) -> None:
@@ -85,7 +95,11 @@ def _replace(writing: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_safetensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, largest_shard_bytes: int = LARGEST_SHARD_BYTES) -> None:
+def write_safetensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    largest_shard_bytes: int = LARGEST_SHARD_BYTES,
+) -> None:
     """model.safetensors, or numbered shards with model.safetensors.index.json; holds one shard in memory."""
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -105,7 +119,10 @@ def write_safetensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, large
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / _part(number)).rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
+    )
 
 
 def _part(number: int) -> str:
@@ -130,7 +147,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable ({error}); expected the config.json of a Hugging Face model") from None
+        raise ValueError(
+            f"{path}: not readable ({error}); expected the config.json of a Hugging Face model"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -142,10 +161,16 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         index = folder / "model.safetensors.index.json"
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        files = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.is_file()
+            else ["model.safetensors"]
+        )
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"{folder}: {', '.join(missing)} not found; expected model.safetensors, or its shards with {index.name}")
+            raise ValueError(
+                f"{folder}: {', '.join(missing)} not found; expected model.safetensors, or its shards with {index.name}"
+            )
         opened = [safe_open(folder / name, framework="pt") for name in files]
         self._places = {name: file for file in opened for name in file.keys()}
 

@@ -38,10 +38,14 @@ class Geometry:
     def from_model(cls, model: ModelConfig) -> "Geometry":
         """ValueError when the vocabulary size is not known or the query heads do not fall into equal groups."""
         if model.vocabulary_size <= 0:
-            raise ValueError("model.vocabulary_size is 0; a conversion needs the true vocabulary size of the tokenizer")
+            raise ValueError(
+                "model.vocabulary_size is 0; a conversion needs the true vocabulary size of the tokenizer"
+            )
         groups = model.query_groups or model.attention_heads
         if model.attention_heads % groups:
-            raise ValueError(f"model.query_groups {groups} must divide model.attention_heads {model.attention_heads}")
+            raise ValueError(
+                f"model.query_groups {groups} must divide model.attention_heads {model.attention_heads}"
+            )
         multiple = max(1, model.pad_vocabulary_to_multiple_of)
         return cls(
             layers=model.layers,
@@ -69,7 +73,9 @@ class Transform:
 
 def _cut_padding(weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
     if weight.shape[0] < geometry.vocabulary_size:
-        raise ValueError(f"the embedding has {weight.shape[0]} rows, fewer than the vocabulary of {geometry.vocabulary_size} tokens")
+        raise ValueError(
+            f"the embedding has {weight.shape[0]} rows, fewer than the vocabulary of {geometry.vocabulary_size} tokens"
+        )
     return (weight[: geometry.vocabulary_size],)
 
 
@@ -87,7 +93,9 @@ def _split_qkv(fused: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
 
 
 def _join_qkv(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    grouped = [part.view(geometry.groups, -1, geometry.head_size, *part.shape[1:]) for part in parts]
+    grouped = [
+        part.view(geometry.groups, -1, geometry.head_size, *part.shape[1:]) for part in parts
+    ]
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
@@ -130,13 +138,37 @@ def _qwen3_moe(geometry: Geometry) -> bool:
     return geometry.experts > 0 and geometry.qk_norm
 
 
-def _expert_rules(present: Callable[[Geometry], bool], router: str, expert: str, gate_up: tuple[str, str], down: str) -> tuple[Rule, ...]:
+def _expert_rules(
+    present: Callable[[Geometry], bool],
+    router: str,
+    expert: str,
+    gate_up: tuple[str, str],
+    down: str,
+) -> tuple[Rule, ...]:
     """A mixture of experts under the names of one family: the router, and each expert as a feed-forward layer of its own."""
     own, theirs = _OURS + "mlp.experts.local_experts.{expert}.", _THEIRS + expert
     return (
-        Rule(_OURS + "mlp.router.weight", (_THEIRS + router,), SAME, lambda g: (g.experts, g.hidden_size), present),
-        Rule(own + "linear_fc1.weight", tuple(theirs + name for name in gate_up), GATE_UP, lambda g: (2 * g.ffn_hidden_size, g.hidden_size), present),
-        Rule(own + "linear_fc2.weight", (theirs + down,), SAME, lambda g: (g.hidden_size, g.ffn_hidden_size), present),
+        Rule(
+            _OURS + "mlp.router.weight",
+            (_THEIRS + router,),
+            SAME,
+            lambda g: (g.experts, g.hidden_size),
+            present,
+        ),
+        Rule(
+            own + "linear_fc1.weight",
+            tuple(theirs + name for name in gate_up),
+            GATE_UP,
+            lambda g: (2 * g.ffn_hidden_size, g.hidden_size),
+            present,
+        ),
+        Rule(
+            own + "linear_fc2.weight",
+            (theirs + down,),
+            SAME,
+            lambda g: (g.hidden_size, g.ffn_hidden_size),
+            present,
+        ),
     )
 
 
@@ -145,14 +177,57 @@ def _attention(suffix: str, parts: str = "qkv") -> tuple[str, ...]:
 
 
 TABLE: tuple[Rule, ...] = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCABULARY, lambda g: (g.padded_vocabulary_size, g.hidden_size)),
-    Rule(_OURS + "input_layernorm.weight", (_THEIRS + "input_layernorm.weight",), SAME, lambda g: (g.hidden_size,)),
-    Rule(_OURS + "self_attention.linear_qkv.weight", _attention("proj.weight"), QKV, lambda g: (_qkv_rows(g), g.hidden_size)),
-    Rule(_OURS + "self_attention.linear_qkv.bias", _attention("proj.bias"), QKV, lambda g: (_qkv_rows(g),), lambda g: g.qkv_bias),
-    Rule(_OURS + "self_attention.q_layernorm.weight", _attention("norm.weight", "q"), SAME, lambda g: (g.head_size,), lambda g: g.qk_norm),
-    Rule(_OURS + "self_attention.k_layernorm.weight", _attention("norm.weight", "k"), SAME, lambda g: (g.head_size,), lambda g: g.qk_norm),
-    Rule(_OURS + "self_attention.linear_proj.weight", _attention("proj.weight", "o"), SAME, lambda g: (g.hidden_size, g.heads * g.head_size)),
-    Rule(_OURS + "pre_mlp_layernorm.weight", (_THEIRS + "post_attention_layernorm.weight",), SAME, lambda g: (g.hidden_size,)),
+    Rule(
+        "embedding.word_embeddings.weight",
+        ("model.embed_tokens.weight",),
+        VOCABULARY,
+        lambda g: (g.padded_vocabulary_size, g.hidden_size),
+    ),
+    Rule(
+        _OURS + "input_layernorm.weight",
+        (_THEIRS + "input_layernorm.weight",),
+        SAME,
+        lambda g: (g.hidden_size,),
+    ),
+    Rule(
+        _OURS + "self_attention.linear_qkv.weight",
+        _attention("proj.weight"),
+        QKV,
+        lambda g: (_qkv_rows(g), g.hidden_size),
+    ),
+    Rule(
+        _OURS + "self_attention.linear_qkv.bias",
+        _attention("proj.bias"),
+        QKV,
+        lambda g: (_qkv_rows(g),),
+        lambda g: g.qkv_bias,
+    ),
+    Rule(
+        _OURS + "self_attention.q_layernorm.weight",
+        _attention("norm.weight", "q"),
+        SAME,
+        lambda g: (g.head_size,),
+        lambda g: g.qk_norm,
+    ),
+    Rule(
+        _OURS + "self_attention.k_layernorm.weight",
+        _attention("norm.weight", "k"),
+        SAME,
+        lambda g: (g.head_size,),
+        lambda g: g.qk_norm,
+    ),
+    Rule(
+        _OURS + "self_attention.linear_proj.weight",
+        _attention("proj.weight", "o"),
+        SAME,
+        lambda g: (g.hidden_size, g.heads * g.head_size),
+    ),
+    Rule(
+        _OURS + "pre_mlp_layernorm.weight",
+        (_THEIRS + "post_attention_layernorm.weight",),
+        SAME,
+        lambda g: (g.hidden_size,),
+    ),
     Rule(
         _OURS + "mlp.linear_fc1.weight",
         (_THEIRS + "mlp.gate_proj.weight", _THEIRS + "mlp.up_proj.weight"),
@@ -160,11 +235,37 @@ TABLE: tuple[Rule, ...] = (
         lambda g: (2 * g.ffn_hidden_size, g.hidden_size),
         _dense,
     ),
-    Rule(_OURS + "mlp.linear_fc2.weight", (_THEIRS + "mlp.down_proj.weight",), SAME, lambda g: (g.hidden_size, g.ffn_hidden_size), _dense),
-    *_expert_rules(_mixtral, "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{expert}.", ("w1.weight", "w3.weight"), "w2.weight"),
-    *_expert_rules(_qwen3_moe, "mlp.gate.weight", "mlp.experts.{expert}.", ("gate_proj.weight", "up_proj.weight"), "down_proj.weight"),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), SAME, lambda g: (g.hidden_size,)),
-    Rule("output_layer.weight", ("lm_head.weight",), VOCABULARY, lambda g: (g.padded_vocabulary_size, g.hidden_size), lambda g: not g.tied),
+    Rule(
+        _OURS + "mlp.linear_fc2.weight",
+        (_THEIRS + "mlp.down_proj.weight",),
+        SAME,
+        lambda g: (g.hidden_size, g.ffn_hidden_size),
+        _dense,
+    ),
+    *_expert_rules(
+        _mixtral,
+        "block_sparse_moe.gate.weight",
+        "block_sparse_moe.experts.{expert}.",
+        ("w1.weight", "w3.weight"),
+        "w2.weight",
+    ),
+    *_expert_rules(
+        _qwen3_moe,
+        "mlp.gate.weight",
+        "mlp.experts.{expert}.",
+        ("gate_proj.weight", "up_proj.weight"),
+        "down_proj.weight",
+    ),
+    Rule(
+        "decoder.final_layernorm.weight", ("model.norm.weight",), SAME, lambda g: (g.hidden_size,)
+    ),
+    Rule(
+        "output_layer.weight",
+        ("lm_head.weight",),
+        VOCABULARY,
+        lambda g: (g.padded_vocabulary_size, g.hidden_size),
+        lambda g: not g.tied,
+    ),
 )
 
 
@@ -188,10 +289,24 @@ def entries(geometry: Geometry) -> list[Entry]:
     def fill(rule: Rule, layer: int = 0) -> Iterator[Entry]:
         for expert in range(geometry.experts if "{expert}" in rule.ours else 1):
             theirs = tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
-            yield Entry(rule.ours.format(layer=layer, expert=expert), theirs, rule.transform, rule.shape(geometry))
+            yield Entry(
+                rule.ours.format(layer=layer, expert=expert),
+                theirs,
+                rule.transform,
+                rule.shape(geometry),
+            )
 
-    layers = [entry for layer in range(geometry.layers) for rule in per_layer for entry in fill(rule, layer)]
-    return [entry for rule in before for entry in fill(rule)] + layers + [entry for rule in after for entry in fill(rule)]
+    layers = [
+        entry
+        for layer in range(geometry.layers)
+        for rule in per_layer
+        for entry in fill(rule, layer)
+    ]
+    return (
+        [entry for rule in before for entry in fill(rule)]
+        + layers
+        + [entry for rule in after for entry in fill(rule)]
+    )
 
 
 def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:
@@ -205,7 +320,9 @@ def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[
         tensor = state[entry.ours]
         same_rows = entry.transform is VOCABULARY or tensor.shape[0] == entry.shape[0]
         if not same_rows or tuple(tensor.shape[1:]) != entry.shape[1:]:
-            raise ValueError(f"{entry.ours} has shape {tuple(tensor.shape)}, its model.json says {entry.shape}")
+            raise ValueError(
+                f"{entry.ours} has shape {tuple(tensor.shape)}, its model.json says {entry.shape}"
+            )
         yield from zip(entry.theirs, entry.transform.split(tensor, geometry), strict=True)
 
 
@@ -219,15 +336,23 @@ class FromHuggingface(Mapping[str, Tensor]):
     def __init__(self, theirs: Mapping[str, Tensor], geometry: Geometry):
         self.entries = {entry.ours: entry for entry in entries(geometry)}
         self._theirs, self._geometry = theirs, geometry
-        derived = re.compile(r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if geometry.tied else ""))
+        derived = re.compile(
+            r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if geometry.tied else "")
+        )
         got = {name for name in theirs if not derived.fullmatch(name)}
-        check_names(got, {name for entry in self.entries.values() for name in entry.theirs}, "the Hugging Face folder")
+        check_names(
+            got,
+            {name for entry in self.entries.values() for name in entry.theirs},
+            "the Hugging Face folder",
+        )
 
     def __getitem__(self, ours: str) -> Tensor:
         entry = self.entries[ours]
         tensor = entry.transform.join([self._theirs[name] for name in entry.theirs], self._geometry)
         if tuple(tensor.shape) != entry.shape:
-            raise ValueError(f"{', '.join(entry.theirs)} make {ours} of shape {tuple(tensor.shape)}; config.json says {entry.shape}")
+            raise ValueError(
+                f"{', '.join(entry.theirs)} make {ours} of shape {tuple(tensor.shape)}; config.json says {entry.shape}"
+            )
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -240,7 +365,11 @@ class FromHuggingface(Mapping[str, Tensor]):
 def check_names(got: set[str], expected: set[str], where: str) -> None:
     """ValueError naming what is missing and what is not known."""
     problems = [f"lacks {_some(expected - got)}"] if expected - got else []
-    problems += [f"has {_some(got - expected)}, which this model has no place for"] if got - expected else []
+    problems += (
+        [f"has {_some(got - expected)}, which this model has no place for"]
+        if got - expected
+        else []
+    )
     if problems:
         raise ValueError(f"{where} does not fit the model's settings: it {'; it '.join(problems)}")
 

@@ -22,8 +22,16 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import planner as planning
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import (
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 LAYERS = "decoder.layers."
@@ -57,9 +65,13 @@ class FullState(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        missing = [name for name in (".metadata", "metadata.json") if not (self.folder / name).is_file()]
+        missing = [
+            name for name in (".metadata", "metadata.json") if not (self.folder / name).is_file()
+        ]
         if missing:
-            raise ValueError(f"{self.folder} is not a complete checkpoint: {' and '.join(missing)} not found in it")
+            raise ValueError(
+                f"{self.folder} is not a complete checkpoint: {' and '.join(missing)} not found in it"
+            )
         self._metadata = dcp.FileSystemReader(self.folder).read_metadata()
         self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key, stored in self._metadata.state_dict_metadata.items():
@@ -76,19 +88,23 @@ class FullState(Mapping[str, Tensor]):
         for layer in range(stored.size[0]):
             if suffix.startswith(STORED_EXPERTS):
                 for expert in range(stored.size[1]):
-                    self._places[f"{LAYERS}{layer}.{OUR_EXPERTS}{expert}.{suffix.removeprefix(STORED_EXPERTS)}"] = (key, (layer, expert))
+                    self._places[
+                        f"{LAYERS}{layer}.{OUR_EXPERTS}{expert}.{suffix.removeprefix(STORED_EXPERTS)}"
+                    ] = (key, (layer, expert))
             else:
                 self._places[f"{LAYERS}{layer}.{OUR_NAMES.get(suffix, suffix)}"] = (key, (layer,))
 
     def __getitem__(self, name: str) -> Tensor:
         key, place = self._places[name]
         stored = self._metadata.state_dict_metadata[key]
-        own_size = stored.size[len(place):]
+        own_size = stored.size[len(place) :]
         size, offsets = torch.Size([1] * len(place) + [*own_size]), [*place, *[0] * len(own_size)]
         tensor = torch.empty(size, dtype=stored.properties.dtype)
         reader = dcp.FileSystemReader(self.folder)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(torch.Size(offsets), size)])
+        items = create_read_items_for_chunk_list(
+            key, stored, [ChunkStorageMetadata(torch.Size(offsets), size)]
+        )
         if sum(math.prod(item.lengths) for item in items) != tensor.numel():
             raise ValueError(f"{self.folder}: {name} is only partly stored; use another checkpoint")
         reader.read_data(planning.LoadPlan(items), _OneTensor(tensor)).wait()
@@ -114,7 +130,9 @@ class _OneTensor(planning.LoadPlanner):
 
     def resolve_tensor(self, read_item: planning.ReadItem) -> Tensor:
         view = self.destination
-        for dimension, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+        for dimension, (offset, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
             view = view.narrow(dimension, offset, length)
         return view
 
@@ -126,25 +144,50 @@ class _OneTensor(planning.LoadPlanner):
     def finish_plan(self, central_plan): ...
 
 
-def write_full_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], layers: int, folder: Path, dtype: torch.dtype) -> None:
+def write_full_state(
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: int,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
     """Write whole tensors as a checkpoint that megatron-core's dist_checkpointing.load reads into any parallel layout.
 
     `shapes` names every tensor of the model; `state` is asked for each of them once, when it is written. The folder must exist and
     be empty; the caller renames it into place. metadata.json, megatron-core's mark of a complete checkpoint, is written last.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-        dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_OneByOne(state, shapes, layers, dtype), no_dist=True)
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # one process is the intent
+        dcp.save(
+            {},
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=_OneByOne(state, shapes, layers, dtype),
+            no_dist=True,
+        )
     torch.save({}, folder / "common.pt")
-    formats = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    formats = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
     (folder / "metadata.json").write_text(json.dumps(formats))
 
 
 def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:
     """Keys of the (empty) extra state that the linear layers of megatron-core expect, one object per layer, or per layer and expert."""
     layers = counts[0]
-    per_layer = ["self_attention.linear_qkv", "self_attention.linear_proj"] + ["mlp.linear_fc1", "mlp.linear_fc2"] * (len(counts) == 1)
-    yield from (f"{LAYERS}{kind}._extra_state/shard_{layer}_{layers}" for kind in per_layer for layer in range(layers))
+    per_layer = ["self_attention.linear_qkv", "self_attention.linear_proj"] + [
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    ] * (len(counts) == 1)
+    yield from (
+        f"{LAYERS}{kind}._extra_state/shard_{layer}_{layers}"
+        for kind in per_layer
+        for layer in range(layers)
+    )
     for layer, expert in itertools.product(*map(range, counts)) if len(counts) == 2 else ():
         for kind in ("linear_fc1", "linear_fc2"):
             yield f"{LAYERS}{STORED_EXPERTS}{kind}._extra_state/shard_{layer}.{expert}_{layers}.{counts[1]}"
@@ -153,18 +196,36 @@ def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:
 class _OneByOne(DefaultSavePlanner):
     """Plans one piece per layer (and expert) and tensor, and asks for its content only when the writer has reached it."""
 
-    def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], layers: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        layers: int,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self._state, self._dtype, self._names = state, dtype, {}
-        numbers = [place[1] for place in (stored_key(name)[1] for name in shapes) if len(place) == 2]
+        numbers = [
+            place[1] for place in (stored_key(name)[1] for name in shapes) if len(place) == 2
+        ]
         counts = (layers, max(numbers) + 1) if numbers else (layers,)
         self._items = [self._tensor_item(name, shape, counts) for name, shape in shapes.items()]
         for key in _extra_states(counts):
-            self._items.append(planning.WriteItem(MetadataIndex(key), planning.WriteItemType.BYTE_IO, planning.BytesIOWriteData(0)))
+            self._items.append(
+                planning.WriteItem(
+                    MetadataIndex(key), planning.WriteItemType.BYTE_IO, planning.BytesIOWriteData(0)
+                )
+            )
 
-    def _tensor_item(self, name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> planning.WriteItem:
+    def _tensor_item(
+        self, name: str, shape: tuple[int, ...], counts: tuple[int, ...]
+    ) -> planning.WriteItem:
         key, place = stored_key(name, mixture=len(counts) == 2)
-        piece, whole, offsets = (*[1] * len(place), *shape), (*counts[:len(place)], *shape), (*place, *[0] * len(shape))
+        piece, whole, offsets = (
+            (*[1] * len(place), *shape),
+            (*counts[: len(place)], *shape),
+            (*place, *[0] * len(shape)),
+        )
         index = MetadataIndex(key, torch.Size(offsets))
         self._names[key, index.offset] = name
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(piece))
@@ -185,4 +246,9 @@ class _OneByOne(DefaultSavePlanner):
             torch.save([None], nothing)  # megatron-core stores the objects of one key as a list
             return nothing
         name = self._names[write_item.index.fqn, write_item.index.offset]
-        return self._state[name].to(self._dtype).reshape(write_item.tensor_data.chunk.sizes).contiguous()
+        return (
+            self._state[name]
+            .to(self._dtype)
+            .reshape(write_item.tensor_data.chunk.sizes)
+            .contiguous()
+        )

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "corpus_id", "offsets", "document_start")
+SAMPLE_KEYS = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "corpus_id",
+    "offsets",
+    "document_start",
+)
 
 
 @dataclass(frozen=True)
@@ -38,30 +46,58 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply `function` to every [B, S] tensor."""
-        changed = {f.name: function(getattr(self, f.name)) for f in fields(self)
-                   if f.name.endswith("_BS") and getattr(self, f.name) is not None}
-        return replace(self, **changed, columns={name: function(column) for name, column in self.columns.items()})
+        changed = {
+            f.name: function(getattr(self, f.name))
+            for f in fields(self)
+            if f.name.endswith("_BS") and getattr(self, f.name) is not None
+        }
+        return replace(
+            self,
+            **changed,
+            columns={name: function(column) for name, column in self.columns.items()},
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, corpus_id_B=self.corpus_id_B.to(device, non_blocking=True))
 
 
-def collate(samples: Sequence[dict[str, np.ndarray]], indices_in_global_batch: Sequence[int]) -> Batch:
+def collate(
+    samples: Sequence[dict[str, np.ndarray]], indices_in_global_batch: Sequence[int]
+) -> Batch:
     """Stack samples of a ScoredDataset; indices_in_global_batch gives each its place in the step's global batch."""
-    stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+    stacked = {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
+        for name in samples[0]
+    }
     length = stacked["tokens"].shape[1]
-    token_id_BS = torch.tensor(indices_in_global_batch, dtype=torch.int64)[:, None] * length + torch.arange(length)
-    return Batch(tokens_BS=stacked["tokens"], labels_BS=stacked["labels"], loss_mask_BS=stacked["loss_mask"],
-                 position_ids_BS=stacked["position_ids"], token_id_BS=token_id_BS, corpus_id_B=stacked["corpus_id"],
-                 columns={name: value for name, value in stacked.items() if name not in SAMPLE_KEYS},
-                 document_start_BS=stacked.get("document_start"), offsets_BS=stacked.get("offsets"))
+    token_id_BS = torch.tensor(indices_in_global_batch, dtype=torch.int64)[
+        :, None
+    ] * length + torch.arange(length)
+    return Batch(
+        tokens_BS=stacked["tokens"],
+        labels_BS=stacked["labels"],
+        loss_mask_BS=stacked["loss_mask"],
+        position_ids_BS=stacked["position_ids"],
+        token_id_BS=token_id_BS,
+        corpus_id_B=stacked["corpus_id"],
+        columns={name: value for name, value in stacked.items() if name not in SAMPLE_KEYS},
+        document_start_BS=stacked.get("document_start"),
+        offsets_BS=stacked.get("offsets"),
+    )
 
 
 def masked_sample(like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A sample of the same shape in which nothing counts: fills the last global batch of a whole-corpus validation."""
-    sample = {name: np.full_like(value, np.nan) if name not in SAMPLE_KEYS else np.zeros_like(value) for name, value in like.items()}
-    return {**sample, "position_ids": like["position_ids"], **({"offsets": np.full_like(like["offsets"], -1)} if "offsets" in like else {})}
+    sample = {
+        name: np.full_like(value, np.nan) if name not in SAMPLE_KEYS else np.zeros_like(value)
+        for name, value in like.items()
+    }
+    return {
+        **sample,
+        "position_ids": like["position_ids"],
+        **({"offsets": np.full_like(like["offsets"], -1)} if "offsets" in like else {}),
+    }
 
 
 def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
@@ -74,7 +110,9 @@ def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batc
         return batch
     length = batch.tokens_BS.shape[1]
     if length % (2 * cp_size):
-        raise ValueError(f"data.sequence_length is {length}; with parallel.context {cp_size} it must be a multiple of {2 * cp_size}.")
+        raise ValueError(
+            f"data.sequence_length is {length}; with parallel.context {cp_size} it must be a multiple of {2 * cp_size}."
+        )
 
     return batch.map(lambda tensor_BS: _head_and_tail(tensor_BS, cp_rank, cp_size))
 

@@ -38,13 +38,17 @@ def samples_per_epoch(tokens: int, sequence_length: int) -> int:
     return max(0, tokens - 1) // sequence_length
 
 
-def shuffled_epoch(lengths: np.ndarray, tokens: int, sequence_length: int, seed: int, epoch: int) -> EpochIndex:
+def shuffled_epoch(
+    lengths: np.ndarray, tokens: int, sequence_length: int, seed: int, epoch: int
+) -> EpochIndex:
     """Epoch `epoch` of a corpus whose documents have `lengths` (int32, tokens): depends on nothing else."""
     # RandomState, not Generator: numpy promises never to change its streams, and a resumed run may meet a newer numpy.
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
     document_index = np.arange(len(lengths), dtype=np.int32)
     random.shuffle(document_index)
-    sample_index = helpers.build_sample_idx(np.array(lengths), document_index, sequence_length, 1, tokens, True, True)
+    sample_index = helpers.build_sample_idx(
+        np.array(lengths), document_index, sequence_length, 1, tokens, True, True
+    )
     shuffle_index = _sample_order(len(sample_index) - 1)
     random.shuffle(shuffle_index)
     return EpochIndex(document_index, sample_index, shuffle_index)
@@ -56,9 +60,15 @@ def whole_corpus(lengths: np.ndarray, tokens: int, sequence_length: int) -> Epoc
     The order makes the first n samples a fair picture of a corpus that is sorted by source.
     """
     document_index = np.arange(len(lengths), dtype=np.int32)
-    sample_index = helpers.build_sample_idx(np.array(lengths), document_index, sequence_length, 1, tokens, True, True)
+    sample_index = helpers.build_sample_idx(
+        np.array(lengths), document_index, sequence_length, 1, tokens, True, True
+    )
     if (tokens - 1) % sequence_length:
-        sample_index = np.append(sample_index, np.array([[len(lengths) - 1, lengths[-1] - 1]], sample_index.dtype), axis=0)
+        sample_index = np.append(
+            sample_index,
+            np.array([[len(lengths) - 1, lengths[-1] - 1]], sample_index.dtype),
+            axis=0,
+        )
     shuffle_index = _sample_order(len(sample_index) - 1)
     np.random.RandomState(0).shuffle(shuffle_index)
     return EpochIndex(document_index, sample_index, shuffle_index)
@@ -95,7 +105,9 @@ def _lock_of(folder: Path) -> Iterator[bool]:
         yield False
         return
     with stream:
-        with contextlib.suppress(OSError):  # file systems without locks: processes build the same thing twice, harmlessly
+        with contextlib.suppress(
+            OSError
+        ):  # file systems without locks: processes build the same thing twice, harmlessly
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield True
 

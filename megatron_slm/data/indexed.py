@@ -43,7 +43,10 @@ class CorpusIndex:
         """Size the .bin must have."""
         if not len(self.sequence_lengths_tokens):
             return 0
-        return int(self.sequence_offsets_bytes[-1]) + int(self.sequence_lengths_tokens[-1]) * self.dtype.itemsize
+        return (
+            int(self.sequence_offsets_bytes[-1])
+            + int(self.sequence_lengths_tokens[-1]) * self.dtype.itemsize
+        )
 
     @property
     def tokens(self) -> int:
@@ -69,7 +72,9 @@ def read_index(path: str | Path) -> CorpusIndex:
     except OSError as error:
         raise ValueError(f"{path}: cannot read the index ({error.strerror})") from None
     if len(header) < HEADER_BYTES or header[:9] != MAGIC:
-        raise ValueError(f"{path}: not a megatron-core index (it has {size_bytes} bytes and begins {header[:9]!r})")
+        raise ValueError(
+            f"{path}: not a megatron-core index (it has {size_bytes} bytes and begins {header[:9]!r})"
+        )
     version, code, sequences, bounds = struct.unpack("<QBQQ", header[9:])
     if version != 1:
         raise ValueError(f"{path}: index version {version}, expected 1")
@@ -78,8 +83,10 @@ def read_index(path: str | Path) -> CorpusIndex:
     expected_bytes = HEADER_BYTES + 12 * sequences + 8 * bounds
     if size_bytes != expected_bytes:
         word = "truncated" if size_bytes < expected_bytes else "too long"
-        raise ValueError(f"{path}: the index is {word}: {size_bytes} bytes, but {sequences} sequences and {bounds} document "
-                         f"bounds need {expected_bytes}")
+        raise ValueError(
+            f"{path}: the index is {word}: {size_bytes} bytes, but {sequences} sequences and {bounds} document "
+            f"bounds need {expected_bytes}"
+        )
     index = _map_index(path, DTYPE_OF_CODE[code], sequences, bounds)
     _check_index(path, index)
     return index
@@ -90,27 +97,39 @@ def _map_index(path: Path, dtype: np.dtype, sequences: int, bounds: int) -> Corp
     return CorpusIndex(
         dtype=dtype,
         sequence_lengths_tokens=np.frombuffer(mapped, "<i4", sequences, HEADER_BYTES),
-        sequence_offsets_bytes=np.frombuffer(mapped, "<i8", sequences, HEADER_BYTES + 4 * sequences),
+        sequence_offsets_bytes=np.frombuffer(
+            mapped, "<i8", sequences, HEADER_BYTES + 4 * sequences
+        ),
         document_indices=np.frombuffer(mapped, "<i8", bounds, HEADER_BYTES + 12 * sequences),
     )
 
 
 def _check_index(path: Path, index: CorpusIndex) -> None:
-    lengths, offsets, bounds = index.sequence_lengths_tokens, index.sequence_offsets_bytes, index.document_indices
+    lengths, offsets, bounds = (
+        index.sequence_lengths_tokens,
+        index.sequence_offsets_bytes,
+        index.document_indices,
+    )
     if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(lengths):
         raise ValueError(f"{path}: document bounds must run from 0 to {len(lengths)} sequences")
     expected_bytes = 0
     for start in range(0, len(lengths), _PIECE):  # in pieces: an index of 1e9 documents is 20 GB
-        part = lengths[start:start + _PIECE].astype(np.int64)
+        part = lengths[start : start + _PIECE].astype(np.int64)
         if part.min() < 0:
-            raise ValueError(f"{path}: sequence {start + int(part.argmin())} has a negative length ({part.min()})")
+            raise ValueError(
+                f"{path}: sequence {start + int(part.argmin())} has a negative length ({part.min()})"
+            )
         ends = expected_bytes + np.cumsum(part) * index.dtype.itemsize
-        wrong = np.flatnonzero(offsets[start:start + _PIECE] != ends - part * index.dtype.itemsize)
+        wrong = np.flatnonzero(
+            offsets[start : start + _PIECE] != ends - part * index.dtype.itemsize
+        )
         if len(wrong):
-            raise ValueError(f"{path}: sequence {start + int(wrong[0])} does not start where the one before it ends")
+            raise ValueError(
+                f"{path}: sequence {start + int(wrong[0])} does not start where the one before it ends"
+            )
         expected_bytes = int(ends[-1])
     for start in range(0, len(bounds) - 1, _PIECE):
-        if np.any(np.diff(bounds[start:start + _PIECE + 1]) < 0):
+        if np.any(np.diff(bounds[start : start + _PIECE + 1]) < 0):
             raise ValueError(f"{path}: document bounds go backwards near document {start}")
 
 
@@ -123,7 +142,9 @@ def check_bin_size(prefix: str | Path, index: CorpusIndex) -> None:
         raise ValueError(f"{path}: cannot read the tokens ({error.strerror})") from None
     if size_bytes != index.bin_bytes:
         word = "truncated" if size_bytes < index.bin_bytes else "too long"
-        raise ValueError(f"{path}: the token file is {word}: {size_bytes} bytes, but its index asks for {index.bin_bytes}")
+        raise ValueError(
+            f"{path}: the token file is {word}: {size_bytes} bytes, but its index asks for {index.bin_bytes}"
+        )
 
 
 def open_tokens(prefix: str | Path, index: CorpusIndex) -> np.ndarray:
@@ -134,13 +155,18 @@ def open_tokens(prefix: str | Path, index: CorpusIndex) -> np.ndarray:
     return np.memmap(f"{prefix}.bin", mode="r", dtype=index.dtype)
 
 
-def write_index(stream: BinaryIO, dtype: np.dtype, lengths_tokens: np.ndarray,
-                update: Callable[[bytes], object] = lambda piece: None) -> None:
+def write_index(
+    stream: BinaryIO,
+    dtype: np.dtype,
+    lengths_tokens: np.ndarray,
+    update: Callable[[bytes], object] = lambda piece: None,
+) -> None:
     """Write an .idx of documents that are one sequence each, the way megatron-core's builder does.
 
     `lengths_tokens` (int32, may be a mapped file) is passed over in pieces, so memory does not grow with the corpus.
     `update` sees every written piece; give a hash's update method to have the checksum without a second pass.
     """
+
     def put(piece: bytes) -> None:
         stream.write(piece)
         update(piece)
@@ -148,10 +174,12 @@ def write_index(stream: BinaryIO, dtype: np.dtype, lengths_tokens: np.ndarray,
     documents = len(lengths_tokens)
     put(MAGIC + struct.pack("<QBQQ", 1, CODE_OF_DTYPE[np.dtype(dtype)], documents, documents + 1))
     for start in range(0, documents, _PIECE):
-        put(lengths_tokens[start:start + _PIECE].astype("<i4").tobytes())
+        put(lengths_tokens[start : start + _PIECE].astype("<i4").tobytes())
     offset_bytes = 0
     for start in range(0, documents, _PIECE):
-        part_bytes = lengths_tokens[start:start + _PIECE].astype(np.int64) * np.dtype(dtype).itemsize
+        part_bytes = (
+            lengths_tokens[start : start + _PIECE].astype(np.int64) * np.dtype(dtype).itemsize
+        )
         ends = offset_bytes + np.cumsum(part_bytes)
         put((ends - part_bytes).astype("<i8").tobytes())
         offset_bytes = int(ends[-1])

@@ -24,13 +24,21 @@ class SampleSource(Protocol):
 
 def check_layout(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
     """Micro-batches per step and rank; ValueError when the sizes do not divide."""
-    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
-        raise ValueError(f"data.global_batch_size is {global_batch_size}; it must be a positive multiple of micro_batch_size x data-parallel size "
-                         f"= {micro_batch_size} x {dp_size} = {micro_batch_size * dp_size}.")
+    if (
+        micro_batch_size < 1
+        or global_batch_size < 1
+        or global_batch_size % (micro_batch_size * dp_size)
+    ):
+        raise ValueError(
+            f"data.global_batch_size is {global_batch_size}; it must be a positive multiple of micro_batch_size x data-parallel size "
+            f"= {micro_batch_size} x {dp_size} = {micro_batch_size * dp_size}."
+        )
     return global_batch_size // (micro_batch_size * dp_size)
 
 
-def rank_indices(microbatches: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
+def rank_indices(
+    microbatches: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[list[int]]:
     """Indices in the global batch of each of this rank's micro-batches."""
     starts = [(m * dp_size + dp_rank) * micro_batch_size for m in range(microbatches)]
     return [list(range(start, start + micro_batch_size)) for start in starts]
@@ -42,9 +50,22 @@ class TrainingLoader:
     Reading ahead does not show in the state: `state_dict` counts only steps handed out.
     """
 
-    def __init__(self, dataset: SampleSource, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int,
-                 start_sample: int = 0, prefetch_steps: int = 2):
-        self.dataset, self.global_batch_size, self.prefetch_steps = dataset, global_batch_size, prefetch_steps
+    def __init__(
+        self,
+        dataset: SampleSource,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        start_sample: int = 0,
+        prefetch_steps: int = 2,
+    ):
+        self.dataset, self.global_batch_size, self.prefetch_steps = (
+            dataset,
+            global_batch_size,
+            prefetch_steps,
+        )
         microbatches = check_layout(global_batch_size, micro_batch_size, dp_size)
         self.indices = rank_indices(microbatches, micro_batch_size, dp_rank, dp_size)
         self.consumed_samples = start_sample
@@ -52,7 +73,9 @@ class TrainingLoader:
 
     def next_step(self) -> Step:
         if self._reader is None:
-            self._reader = _Reader(self._read_step, self.consumed_samples, self.global_batch_size, self.prefetch_steps)
+            self._reader = _Reader(
+                self._read_step, self.consumed_samples, self.global_batch_size, self.prefetch_steps
+            )
         step = self._reader.get()
         self.consumed_samples += self.global_batch_size
         return step
@@ -72,7 +95,9 @@ class TrainingLoader:
             self._reader = None
 
     def _read_step(self, first_sample: int) -> Step:
-        return [collate([self.dataset[first_sample + g] for g in rows], rows) for rows in self.indices]
+        return [
+            collate([self.dataset[first_sample + g] for g in rows], rows) for rows in self.indices
+        ]
 
 
 class ValidationLoader:
@@ -82,10 +107,23 @@ class ValidationLoader:
     every rank runs the same number of micro-batches. A corpus smaller than the batches asked for is read once.
     """
 
-    def __init__(self, dataset: SampleSource, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int,
-                 global_batches: int = 0):
+    def __init__(
+        self,
+        dataset: SampleSource,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        global_batches: int = 0,
+    ):
         self.dataset, self.global_batch_size = dataset, global_batch_size
-        self.indices = rank_indices(check_layout(global_batch_size, micro_batch_size, dp_size), micro_batch_size, dp_rank, dp_size)
+        self.indices = rank_indices(
+            check_layout(global_batch_size, micro_batch_size, dp_size),
+            micro_batch_size,
+            dp_rank,
+            dp_size,
+        )
         whole = -(-len(dataset) // global_batch_size)
         self.global_batches = min(global_batches, whole) if global_batches else whole
 
@@ -95,8 +133,16 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[Step]:
         filler = masked_sample(self.dataset[0])
         for first in range(0, self.global_batches * self.global_batch_size, self.global_batch_size):
-            yield [collate([self.dataset[first + g] if first + g < len(self.dataset) else filler for g in rows], rows)
-                   for rows in self.indices]
+            yield [
+                collate(
+                    [
+                        self.dataset[first + g] if first + g < len(self.dataset) else filler
+                        for g in rows
+                    ],
+                    rows,
+                )
+                for rows in self.indices
+            ]
 
 
 class _Reader:
@@ -105,7 +151,9 @@ class _Reader:
     def __init__(self, read, start: int, stride: int, depth: int):
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(read, start, stride), name="read-ahead", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(read, start, stride), name="read-ahead", daemon=True
+        )
         self._thread.start()
 
     def get(self) -> Step:

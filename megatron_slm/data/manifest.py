@@ -46,7 +46,9 @@ class CorpusManifest:
     @property
     def fingerprint(self) -> str:
         """The identity of the content: equal for equal .bin and .idx, wherever they lie."""
-        return "sha256:" + hashlib.sha256(f"{self.bin_sha256}\n{self.idx_sha256}".encode()).hexdigest()
+        return (
+            "sha256:" + hashlib.sha256(f"{self.bin_sha256}\n{self.idx_sha256}".encode()).hexdigest()
+        )
 
     @classmethod
     def read(cls, prefix: str | Path) -> CorpusManifest:
@@ -58,15 +60,35 @@ class CorpusManifest:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot read the manifest ({error})") from None
         if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-            got = content.get("format_version") if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path}: manifest format {got}, expected {FORMAT_VERSION}. Make it again with this version: "
-                             f"python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model")
+            got = (
+                content.get("format_version")
+                if isinstance(content, dict)
+                else type(content).__name__
+            )
+            raise ValueError(
+                f"{path}: manifest format {got}, expected {FORMAT_VERSION}. Make it again with this version: "
+                f"python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model"
+            )
         names = {each.name for each in fields(cls)}
-        missing = {"documents", "tokens", "token_dtype", "bin_bytes", "idx_bytes", "bin_sha256", "idx_sha256", "tokenizer",
-                   "append_eod", "sources", "created_by", "rejected"} - content.keys()
+        missing = {
+            "documents",
+            "tokens",
+            "token_dtype",
+            "bin_bytes",
+            "idx_bytes",
+            "bin_sha256",
+            "idx_sha256",
+            "tokenizer",
+            "append_eod",
+            "sources",
+            "created_by",
+            "rejected",
+        } - content.keys()
         unknown = content.keys() - names - {"fingerprint"}
         if missing or unknown:
-            raise ValueError(f"{path}: the manifest lacks {sorted(missing)} and has unknown fields {sorted(unknown)}")
+            raise ValueError(
+                f"{path}: the manifest lacks {sorted(missing)} and has unknown fields {sorted(unknown)}"
+            )
         manifest = cls.from_json(content)
         manifest._check_types(path)
         return manifest
@@ -76,14 +98,33 @@ class CorpusManifest:
         return cls(**{name: value for name, value in content.items() if name != "fingerprint"})
 
     def _check_types(self, path: Path) -> None:
-        wanted = {"documents": int, "tokens": int, "token_dtype": str, "bin_bytes": int, "idx_bytes": int, "bin_sha256": str,
-                  "idx_sha256": str, "tokenizer": dict, "append_eod": bool, "sources": list, "created_by": dict,
-                  "rejected": dict, "prepend_bos": bool, "filters": dict}
+        wanted = {
+            "documents": int,
+            "tokens": int,
+            "token_dtype": str,
+            "bin_bytes": int,
+            "idx_bytes": int,
+            "bin_sha256": str,
+            "idx_sha256": str,
+            "tokenizer": dict,
+            "append_eod": bool,
+            "sources": list,
+            "created_by": dict,
+            "rejected": dict,
+            "prepend_bos": bool,
+            "filters": dict,
+        }
         for name, kind in wanted.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise ValueError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
-        missing = {"path", "kind", "fingerprint", "vocabulary_size", "eod_id"} - self.tokenizer.keys()
+        missing = {
+            "path",
+            "kind",
+            "fingerprint",
+            "vocabulary_size",
+            "eod_id",
+        } - self.tokenizer.keys()
         if missing:
             raise ValueError(f"{path}: tokenizer lacks {sorted(missing)}")
 
@@ -108,18 +149,28 @@ def check_corpus(prefix: str | Path, *, tokenizer_fingerprint: str | None = None
     no manifest, or another tokenizer than `tokenizer_fingerprint`.
     """
     manifest = CorpusManifest.read(prefix)
-    if tokenizer_fingerprint is not None and manifest.tokenizer["fingerprint"] != tokenizer_fingerprint:
+    if (
+        tokenizer_fingerprint is not None
+        and manifest.tokenizer["fingerprint"] != tokenizer_fingerprint
+    ):
         raise ValueError(
             f"{prefix}: the corpus was made with the tokenizer {manifest.tokenizer['path']} "
             f"({_short(manifest.tokenizer['fingerprint'])}), not with this one ({_short(tokenizer_fingerprint)}). "
-            "Use the corpus's own tokenizer, or preprocess the text again with this one.")
+            "Use the corpus's own tokenizer, or preprocess the text again with this one."
+        )
     for suffix, expected_bytes in ((".idx", manifest.idx_bytes), (".bin", manifest.bin_bytes)):
         _check_size(Path(f"{prefix}{suffix}"), expected_bytes)
     index = read_index(f"{prefix}.idx")
     check_bin_size(prefix, index)
-    for name, found in (("documents", index.documents), ("tokens", index.tokens), ("token_dtype", index.dtype.name)):
+    for name, found in (
+        ("documents", index.documents),
+        ("tokens", index.tokens),
+        ("token_dtype", index.dtype.name),
+    ):
         if getattr(manifest, name) != found:
-            raise ValueError(f"{prefix}.idx holds {name} = {found}, its manifest says {getattr(manifest, name)}")
+            raise ValueError(
+                f"{prefix}.idx holds {name} = {found}, its manifest says {getattr(manifest, name)}"
+            )
     _check_content(prefix, {".bin": manifest.bin_sha256, ".idx": manifest.idx_sha256})
     return manifest
 
@@ -128,11 +179,15 @@ def _check_size(path: Path, expected_bytes: int) -> None:
     try:
         size_bytes = path.stat().st_size
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); its manifest says it has {expected_bytes} bytes") from None
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); its manifest says it has {expected_bytes} bytes"
+        ) from None
     if size_bytes != expected_bytes:
         word = "truncated" if size_bytes < expected_bytes else "too long"
-        raise ValueError(f"{path}: the file is {word}: {size_bytes} bytes, its manifest says {expected_bytes}. "
-                         "Copy it again, or make the corpus again.")
+        raise ValueError(
+            f"{path}: the file is {word}: {size_bytes} bytes, its manifest says {expected_bytes}. "
+            "Copy it again, or make the corpus again."
+        )
 
 
 def _check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
@@ -152,8 +207,10 @@ def _check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
             continue
         found = sha256_of_file(path)
         if found != sha256 or _stamp(path) != before:
-            raise ValueError(f"{path}: the content has changed since the corpus was made (sha256 {found[:16]}…, its manifest "
-                             f"says {sha256[:16]}…). Copy it again, or make the corpus again.")
+            raise ValueError(
+                f"{path}: the content has changed since the corpus was made (sha256 {found[:16]}…, its manifest "
+                f"says {sha256[:16]}…). Copy it again, or make the corpus again."
+            )
     if verified != remembered:
         try:
             write_json_atomically(cache_path, verified)
@@ -194,7 +251,11 @@ def _short(fingerprint: str) -> str:
 
 def _no_manifest(prefix: str | Path) -> str:
     if not Path(f"{prefix}.bin").exists():
-        return (f"{prefix}: no such corpus (neither {prefix}.bin nor its manifest). Give the prefix without suffix, as "
-                "data_tools.preprocess --output-prefix had it.")
-    return (f"{manifest_path(prefix)}: the corpus has no manifest. If data_tools.preprocess was interrupted, run it again; for "
-            f"a corpus made by another tool: python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model")
+        return (
+            f"{prefix}: no such corpus (neither {prefix}.bin nor its manifest). Give the prefix without suffix, as "
+            "data_tools.preprocess --output-prefix had it."
+        )
+    return (
+        f"{manifest_path(prefix)}: the corpus has no manifest. If data_tools.preprocess was interrupted, run it again; for "
+        f"a corpus made by another tool: python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model"
+    )

@@ -16,7 +16,9 @@ import numpy as np
 FORMAT_VERSION = 1
 DTYPES = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
 POLICIES = ("packed", "isolated")
-RESERVED_COLUMNS = frozenset({"reference_loss", "reference_entropy", "token_id", "position", "corpus_id"})
+RESERVED_COLUMNS = frozenset(
+    {"reference_loss", "reference_entropy", "token_id", "position", "corpus_id"}
+)
 MAXIMUM_SHARDS = 4096
 
 
@@ -56,17 +58,25 @@ class ScoreManifest:
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens is {self.shard_tokens}; it must be at least 1")
         if self.dtype not in DTYPES:
-            problems.append(f"dtype is {self.dtype!r}; a store keeps {' or '.join(DTYPES)} "
-                            "(anything coarser moves up to 10 % of the selection)")
+            problems.append(
+                f"dtype is {self.dtype!r}; a store keeps {' or '.join(DTYPES)} "
+                "(anything coarser moves up to 10 % of the selection)"
+            )
         if self.document_policy not in POLICIES:
-            problems.append(f"document_policy is {self.document_policy!r}; it must be {' or '.join(POLICIES)}")
+            problems.append(
+                f"document_policy is {self.document_policy!r}; it must be {' or '.join(POLICIES)}"
+            )
         if not 1 <= self.stride_tokens <= self.window_tokens:
-            problems.append(f"stride_tokens is {self.stride_tokens}; it must be between 1 and window_tokens ({self.window_tokens})")
+            problems.append(
+                f"stride_tokens is {self.stride_tokens}; it must be between 1 and window_tokens ({self.window_tokens})"
+            )
         if not self.columns or len(set(self.columns)) != len(self.columns):
             problems.append(f"columns are {list(self.columns)}; give one or more different names")
         for name in self.columns:
             if name in RESERVED_COLUMNS or not name.isidentifier():
-                problems.append(f"{name!r} cannot name a column: use letters, digits and _, and none of {sorted(RESERVED_COLUMNS)}")
+                problems.append(
+                    f"{name!r} cannot name a column: use letters, digits and _, and none of {sorted(RESERVED_COLUMNS)}"
+                )
         if problems:
             raise ValueError("Bad score manifest: " + "; ".join(problems) + ".")
 
@@ -81,40 +91,63 @@ class ScoreManifest:
     def shard_range(self, shard: int) -> tuple[int, int]:
         """Absolute token offsets [start, end) of a shard: the same whatever the number of processes that score."""
         if not 0 <= shard < self.shard_count:
-            raise ValueError(f"Shard {shard} does not exist: this store has shards 0 to {self.shard_count - 1}.")
+            raise ValueError(
+                f"Shard {shard} does not exist: this store has shards 0 to {self.shard_count - 1}."
+            )
         start = shard * self.shard_tokens
         return start, min(start + self.shard_tokens, self.corpus_tokens)
 
     def differences(self, other: "ScoreManifest") -> list[str]:
         """One phrase per setting in which two stores differ; progress and commands do not count."""
-        return [f"{f.name} is {getattr(self, f.name)} there and {getattr(other, f.name)} here"
-                for f in fields(self) if f.compare and getattr(self, f.name) != getattr(other, f.name)]
+        return [
+            f"{f.name} is {getattr(self, f.name)} there and {getattr(other, f.name)} here"
+            for f in fields(self)
+            if f.compare and getattr(self, f.name) != getattr(other, f.name)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         flat = asdict(self)
         corpus = {key: flat.pop(f"corpus_{key}") for key in ("fingerprint", "tokens", "documents")}
         tokenizer = {"fingerprint": flat.pop("tokenizer_fingerprint")}
         reference = {key: flat.pop(f"reference_{key}") for key in ("fingerprint", "description")}
-        return {"format_version": FORMAT_VERSION, "corpus": corpus, "tokenizer": tokenizer, "reference": reference,
-                **flat, "columns": list(self.columns)}
+        return {
+            "format_version": FORMAT_VERSION,
+            "corpus": corpus,
+            "tokenizer": tokenizer,
+            "reference": reference,
+            **flat,
+            "columns": list(self.columns),
+        }
 
     @classmethod
     def from_json(cls, path: Path) -> "ScoreManifest":
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
             if stored["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"{path} has format version {stored['format_version']}; this version of megatron-slm reads "
-                                 f"{FORMAT_VERSION}. Score the corpus again, or use the version that wrote it.")
-            sections = {f"{name}_{key}": value for name in ("corpus", "tokenizer", "reference")
-                        for key, value in stored[name].items()}
-            rest = {key: value for key, value in stored.items()
-                    if key not in ("format_version", "corpus", "tokenizer", "reference")}
+                raise ValueError(
+                    f"{path} has format version {stored['format_version']}; this version of megatron-slm reads "
+                    f"{FORMAT_VERSION}. Score the corpus again, or use the version that wrote it."
+                )
+            sections = {
+                f"{name}_{key}": value
+                for name in ("corpus", "tokenizer", "reference")
+                for key, value in stored[name].items()
+            }
+            rest = {
+                key: value
+                for key, value in stored.items()
+                if key not in ("format_version", "corpus", "tokenizer", "reference")
+            }
             return cls(**sections, **{**rest, "columns": tuple(rest["columns"])})
         except FileNotFoundError:
-            raise ValueError(f"{Path(path).parent} is no score store: it has no manifest.json. "
-                             "Make one with: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S") from None
+            raise ValueError(
+                f"{Path(path).parent} is no score store: it has no manifest.json. "
+                "Make one with: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S"
+            ) from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not the manifest of a score store ({error!r}). Score the corpus again.") from None
+            raise ValueError(
+                f"{path} is not the manifest of a score store ({error!r}). Score the corpus again."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -133,9 +166,16 @@ class ShardMarker:
         return folder / "shards" / f"shard_{shard:06d}.json"
 
     @classmethod
-    def describe(cls, shard: int, start: int, end: int, values: dict[str, np.ndarray]) -> "ShardMarker":
-        return cls(shard, start, end, {name: sha256_of(array) for name, array in values.items()},
-                   {name: int(np.isnan(array).sum()) for name, array in values.items()})
+    def describe(
+        cls, shard: int, start: int, end: int, values: dict[str, np.ndarray]
+    ) -> "ShardMarker":
+        return cls(
+            shard,
+            start,
+            end,
+            {name: sha256_of(array) for name, array in values.items()},
+            {name: int(np.isnan(array).sum()) for name, array in values.items()},
+        )
 
     @classmethod
     def read(cls, folder: Path, shard: int) -> "ShardMarker":
@@ -143,7 +183,9 @@ class ShardMarker:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a shard marker ({error!r}). Delete it and score again: only that shard is redone.") from None
+            raise ValueError(
+                f"{path} is not a shard marker ({error!r}). Delete it and score again: only that shard is redone."
+            ) from None
 
 
 def sha256_of(array: np.ndarray) -> str:
@@ -153,4 +195,6 @@ def sha256_of(array: np.ndarray) -> str:
 def finished_shards(folder: Path) -> set[int]:
     """Numbers of the shards that have a marker; one directory listing, no file is opened."""
     names = (entry.name for entry in os.scandir(folder / "shards"))
-    return {int(name[6:12]) for name in names if name.startswith("shard_") and name.endswith(".json")}
+    return {
+        int(name[6:12]) for name in names if name.startswith("shard_") and name.endswith(".json")
+    }

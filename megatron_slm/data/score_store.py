@@ -24,7 +24,13 @@ from typing import Mapping
 import numpy as np
 
 from megatron_slm.data.manifest import CorpusManifest, sync_folder, write_json_atomically
-from megatron_slm.data.score_manifest import ScoreManifest, ShardMarker, finished_shards, presented_name, sha256_of
+from megatron_slm.data.score_manifest import (
+    ScoreManifest,
+    ShardMarker,
+    finished_shards,
+    presented_name,
+    sha256_of,
+)
 
 
 class ScoreStore:
@@ -54,12 +60,19 @@ class ScoreStore:
         if not (folder / "manifest.json").exists():
             if not (folder.exists() and any(folder.iterdir())):
                 _lay_out(folder, manifest)
-            elif not (folder / "manifest.json").exists():      # asked again: another process may have laid the store out in between
-                raise ValueError(f"{folder} exists, is not empty and is no score store; give another --output.")
+            elif not (
+                folder / "manifest.json"
+            ).exists():  # asked again: another process may have laid the store out in between
+                raise ValueError(
+                    f"{folder} exists, is not empty and is no score store; give another --output."
+                )
         there = ScoreManifest.from_json(folder / "manifest.json")
         if differences := there.differences(manifest):
-            raise ValueError(f"{folder} already holds scores made in another way: " + "; ".join(differences)
-                             + ". Write to another folder, or delete this one.")
+            raise ValueError(
+                f"{folder} already holds scores made in another way: "
+                + "; ".join(differences)
+                + ". Write to another folder, or delete this one."
+            )
         return cls(folder, there, _missing_shards(folder, there))
 
     @classmethod
@@ -97,8 +110,12 @@ class ScoreStore:
         """
         start, end = self.manifest.shard_range(shard)
         if set(values) != set(self.columns):
-            raise ValueError(f"Shard {shard} came with the columns {sorted(values)}; this store has {sorted(self.columns)}.")
-        stored = {name: self._stored(name, np.asarray(values[name]), end - start) for name in self.columns}
+            raise ValueError(
+                f"Shard {shard} came with the columns {sorted(values)}; this store has {sorted(self.columns)}."
+            )
+        stored = {
+            name: self._stored(name, np.asarray(values[name]), end - start) for name in self.columns
+        }
         for name, array in stored.items():
             self._write_durably(name, start, array)
         marker = ShardMarker.describe(shard, start, end, stored)
@@ -124,15 +141,21 @@ class ScoreStore:
     def read(self, column: str, start: int, count: int) -> np.ndarray:
         """fp32 copies of `count` values from absolute token offset `start`."""
         if start < 0 or count < 0 or start + count > self.manifest.corpus_tokens:
-            raise ValueError(f"Tokens {start} to {start + count} are not in this store: it has {self.manifest.corpus_tokens}.")
+            raise ValueError(
+                f"Tokens {start} to {start + count} are not in this store: it has {self.manifest.corpus_tokens}."
+            )
         return self.read_pieces(column, [(start, start + count)])
 
     def read_pieces(self, column: str, pieces: list[tuple[int, int]]) -> np.ndarray:
         """fp32 values of the token ranges [start, end) back to back: the pieces of documents that make up one sample."""
         values = self._map(column)
-        read = np.concatenate([values[start:end] for start, end in pieces]).astype(np.float32, copy=False)
+        read = np.concatenate([values[start:end] for start, end in pieces]).astype(
+            np.float32, copy=False
+        )
         if self.missing:
-            shards = np.concatenate([np.arange(start, end) // self.manifest.shard_tokens for start, end in pieces])
+            shards = np.concatenate(
+                [np.arange(start, end) // self.manifest.shard_tokens for start, end in pieces]
+            )
             read[np.isin(shards, list(self.missing))] = np.nan
         return read
 
@@ -145,13 +168,20 @@ class ScoreStore:
         without = dict.fromkeys(self.columns, 0)
         for shard in sorted(set(range(self.manifest.shard_count)) - self.missing):
             marker = ShardMarker.read(self.folder, shard)
-            if (marker.shard, marker.start, marker.end) != (shard, *self.manifest.shard_range(shard)) or set(marker.sha256) != set(self.columns):
-                raise ValueError(f"{ShardMarker.path(self.folder, shard)} does not describe shard {shard} of this store. {self._redo(shard)}")
+            if (marker.shard, marker.start, marker.end) != (
+                shard,
+                *self.manifest.shard_range(shard),
+            ) or set(marker.sha256) != set(self.columns):
+                raise ValueError(
+                    f"{ShardMarker.path(self.folder, shard)} does not describe shard {shard} of this store. {self._redo(shard)}"
+                )
             for name in self.columns:
-                values = np.array(self._map(name)[marker.start:marker.end])
+                values = np.array(self._map(name)[marker.start : marker.end])
                 if sha256_of(values) != marker.sha256[name]:
-                    raise ValueError(f"{self.column_path(name)}: the scores of tokens {marker.start:,} to {marker.end:,} (shard {shard}) "
-                                     f"are not the bytes that were written. {self._redo(shard)}")
+                    raise ValueError(
+                        f"{self.column_path(name)}: the scores of tokens {marker.start:,} to {marker.end:,} (shard {shard}) "
+                        f"are not the bytes that were written. {self._redo(shard)}"
+                    )
                 unpriced = np.isnan(values)
                 if first_tokens is not None:
                     low, high = np.searchsorted(first_tokens, (marker.start, marker.end))
@@ -159,32 +189,52 @@ class ScoreStore:
                 without[name] += int(unpriced.sum())
         return without
 
-    def check_against(self, corpus: CorpusManifest, tokenizer_fingerprint: str | None = None) -> None:
+    def check_against(
+        self, corpus: CorpusManifest, tokenizer_fingerprint: str | None = None
+    ) -> None:
         """ValueError unless these scores are of exactly this corpus and this tokenizer."""
         problems = []
-        for what, got, wanted in (("tokens", self.manifest.corpus_tokens, corpus.tokens),
-                                  ("documents", self.manifest.corpus_documents, corpus.documents),
-                                  ("corpus fingerprint", self.manifest.corpus_fingerprint, corpus.fingerprint),
-                                  ("tokenizer fingerprint", self.manifest.tokenizer_fingerprint, corpus.tokenizer["fingerprint"]),
-                                  ("tokenizer fingerprint", self.manifest.tokenizer_fingerprint, tokenizer_fingerprint)):
+        for what, got, wanted in (
+            ("tokens", self.manifest.corpus_tokens, corpus.tokens),
+            ("documents", self.manifest.corpus_documents, corpus.documents),
+            ("corpus fingerprint", self.manifest.corpus_fingerprint, corpus.fingerprint),
+            (
+                "tokenizer fingerprint",
+                self.manifest.tokenizer_fingerprint,
+                corpus.tokenizer["fingerprint"],
+            ),
+            ("tokenizer fingerprint", self.manifest.tokenizer_fingerprint, tokenizer_fingerprint),
+        ):
             if wanted is not None and got != wanted:
                 problems.append(f"{what}: the scores have {got}, the training data {wanted}")
         if problems:
-            raise ValueError(f"The scores in {self.folder} are of another corpus or tokenizer. " + "; ".join(dict.fromkeys(problems))
-                             + ". Score this corpus again: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S")
+            raise ValueError(
+                f"The scores in {self.folder} are of another corpus or tokenizer. "
+                + "; ".join(dict.fromkeys(problems))
+                + ". Score this corpus again: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S"
+            )
 
     def context_warnings(self, sequence_length: int, document_policy: str = "packed") -> list[str]:
         """Ways in which the context that priced a token differs from the context it is trained in (METHOD 4.13)."""
         warnings = []
         if self.manifest.window_tokens != sequence_length:
-            warnings.append(f"{self.folder}: tokens were scored in windows of {self.manifest.window_tokens} tokens and are trained in "
-                            f"sequences of {sequence_length}: the excess loss compares different contexts. Score again with "
-                            f"--window-tokens {sequence_length} to remove the difference.")
+            warnings.append(
+                f"{self.folder}: tokens were scored in windows of {self.manifest.window_tokens} tokens and are trained in "
+                f"sequences of {sequence_length}: the excess loss compares different contexts. Score again with "
+                f"--window-tokens {sequence_length} to remove the difference."
+            )
         if self.manifest.document_policy != document_policy:
-            scored, trained = ({"packed": "packed, where a token also sees the document before its own", "isolated": "isolated, where it sees its own only"}[policy]
-                               for policy in (self.manifest.document_policy, document_policy))
-            warnings.append(f"{self.folder}: documents were scored {scored}, and are trained {trained}: the excess loss compares different contexts. Score again "
-                            f"with --document-policy {document_policy}, or train with --data.document_policy {self.manifest.document_policy}, to compare like with like.")
+            scored, trained = (
+                {
+                    "packed": "packed, where a token also sees the document before its own",
+                    "isolated": "isolated, where it sees its own only",
+                }[policy]
+                for policy in (self.manifest.document_policy, document_policy)
+            )
+            warnings.append(
+                f"{self.folder}: documents were scored {scored}, and are trained {trained}: the excess loss compares different contexts. Score again "
+                f"with --document-policy {document_policy}, or train with --data.document_policy {self.manifest.document_policy}, to compare like with like."
+            )
         return warnings
 
     def missing_ranges(self) -> list[tuple[int, int]]:
@@ -199,31 +249,45 @@ class ScoreStore:
 
     def describe_missing(self) -> str:
         ranges = [f"{start:,} to {end:,}" for start, end in self.missing_ranges()]
-        listed = ", ".join(ranges[:5]) + (f" and {len(ranges) - 5} more ranges" if len(ranges) > 5 else "")
-        return (f"The scores in {self.folder} are incomplete: {len(self.missing)} of {self.manifest.shard_count} shards are missing, tokens "
-                f"{listed}. Complete them with: {self.manifest.resume_command or 'the command that made them'} (finished shards are kept); "
-                "or set selection.reference.allow_missing_scores to train without selecting those tokens.")
+        listed = ", ".join(ranges[:5]) + (
+            f" and {len(ranges) - 5} more ranges" if len(ranges) > 5 else ""
+        )
+        return (
+            f"The scores in {self.folder} are incomplete: {len(self.missing)} of {self.manifest.shard_count} shards are missing, tokens "
+            f"{listed}. Complete them with: {self.manifest.resume_command or 'the command that made them'} (finished shards are kept); "
+            "or set selection.reference.allow_missing_scores to train without selecting those tokens."
+        )
 
     def column_path(self, column: str) -> Path:
         return self.folder / f"{column}.bin"
 
     def _map(self, column: str) -> np.memmap:
         if column not in self.columns:
-            raise ValueError(f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}.")
+            raise ValueError(
+                f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}."
+            )
         if column not in self._maps:
-            self._maps[column] = np.memmap(self.column_path(column), self.manifest.numpy_dtype, mode="r")
+            self._maps[column] = np.memmap(
+                self.column_path(column), self.manifest.numpy_dtype, mode="r"
+            )
         return self._maps[column]
 
     def _stored(self, name: str, values: np.ndarray, count: int) -> np.ndarray:
         if values.shape != (count,):
-            raise ValueError(f"Column {name!r} came with shape {values.shape}; this shard has {count} tokens.")
+            raise ValueError(
+                f"Column {name!r} came with shape {values.shape}; this shard has {count} tokens."
+            )
         values = np.where(np.isfinite(values), values, np.nan)
         with np.errstate(over="ignore"):
             stored = values.astype(self.manifest.numpy_dtype)
         if np.isinf(stored).any():
-            raise ValueError(f"Column {name!r} has a value of {np.nanmax(np.abs(values))}, too large for {self.manifest.dtype}; "
-                             "make the store with --dtype fp32.")
-        stored[np.isnan(stored)] = np.nan  # one bit pattern for NaN, so that equal scores are equal bytes
+            raise ValueError(
+                f"Column {name!r} has a value of {np.nanmax(np.abs(values))}, too large for {self.manifest.dtype}; "
+                "make the store with --dtype fp32."
+            )
+        stored[np.isnan(stored)] = (
+            np.nan
+        )  # one bit pattern for NaN, so that equal scores are equal bytes
         return stored
 
     def _write_durably(self, name: str, start: int, array: np.ndarray) -> None:
@@ -243,16 +307,22 @@ class ScoreStore:
             path = self.column_path(name)
             size = path.stat().st_size if path.exists() else None
             if size != expected:
-                raise ValueError(f"{path}: {'the file is missing' if size is None else f'{size} bytes'}, expected {expected} bytes "
-                                 f"({self.manifest.corpus_tokens} tokens in {self.manifest.dtype}). Copy the store again, or score again.")
+                raise ValueError(
+                    f"{path}: {'the file is missing' if size is None else f'{size} bytes'}, expected {expected} bytes "
+                    f"({self.manifest.corpus_tokens} tokens in {self.manifest.dtype}). Copy the store again, or score again."
+                )
 
     def _redo(self, shard: int) -> str:
-        return (f"Copy the store again, or delete {ShardMarker.path(self.folder, shard)} and run "
-                f"{self.manifest.resume_command or 'the scoring command'} again: only that shard is redone.")
+        return (
+            f"Copy the store again, or delete {ShardMarker.path(self.folder, shard)} and run "
+            f"{self.manifest.resume_command or 'the scoring command'} again: only that shard is redone."
+        )
 
     def _stamps(self) -> dict:
         status = {name: self.column_path(name).stat() for name in self.columns}
-        stamps = {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in status.items()}
+        stamps = {
+            name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in status.items()
+        }
         return {"columns": stamps, "missing": sorted(self.missing)}
 
     def _remembered_stamps(self) -> dict | None:
@@ -290,4 +360,3 @@ def _lay_out(folder: Path, manifest: ScoreManifest) -> None:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-

@@ -21,7 +21,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_slm.data.epoch_index import EpochIndex, build_once, samples_per_epoch, shuffled_epoch, whole_corpus
+from megatron_slm.data.epoch_index import (
+    EpochIndex,
+    build_once,
+    samples_per_epoch,
+    shuffled_epoch,
+    whole_corpus,
+)
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.data.score_manifest import presented_name
@@ -38,12 +44,19 @@ class Corpus:
     scores: ScoreStore | None = None
 
 
-def open_corpora(prefixes: Sequence[str], scores: Sequence[str] = (), *, tokenizer_fingerprint: str | None = None,
-                 allow_missing_scores: bool = False) -> list[Corpus]:
+def open_corpora(
+    prefixes: Sequence[str],
+    scores: Sequence[str] = (),
+    *,
+    tokenizer_fingerprint: str | None = None,
+    allow_missing_scores: bool = False,
+) -> list[Corpus]:
     """Open corpora and their score stores (one per corpus, same order, or none). ValueError lists every problem found."""
     problems, corpora = [], []
     if scores and len(scores) != len(prefixes):
-        raise ValueError(f"{len(scores)} score stores were given for {len(prefixes)} training corpora; give one per corpus, in the same order.")
+        raise ValueError(
+            f"{len(scores)} score stores were given for {len(prefixes)} training corpora; give one per corpus, in the same order."
+        )
     for prefix, folder in zip(prefixes, list(scores) or [None] * len(prefixes)):
         try:
             manifest = check_corpus(prefix, tokenizer_fingerprint=tokenizer_fingerprint)
@@ -56,7 +69,9 @@ def open_corpora(prefixes: Sequence[str], scores: Sequence[str] = (), *, tokeniz
             problems.append(str(error))
     sets = {corpus.scores.columns for corpus in corpora if corpus.scores}
     if len(sets) > 1:
-        problems.append(f"The score stores have different columns: {sorted(sets)}; every corpus of a blend needs the same.")
+        problems.append(
+            f"The score stores have different columns: {sorted(sets)}; every corpus of a blend needs the same."
+        )
     if problems:
         raise ValueError("\n".join(problems))
     return corpora
@@ -72,26 +87,61 @@ class ScoredDataset(GPTDataset):
     int64 [S], where in the sample the document of each input begins, and position_ids that restart there. A document is a sequence of the .idx.
     """
 
-    def __init__(self, corpus: Corpus, *, sequence_length: int, seed: int = 0, corpus_id: int = 0, shuffle: bool = True,
-                 index_cache: str | Path | None = None, with_offsets: bool = False, isolate_documents: bool = False):
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        sequence_length: int,
+        seed: int = 0,
+        corpus_id: int = 0,
+        shuffle: bool = True,
+        index_cache: str | Path | None = None,
+        with_offsets: bool = False,
+        isolate_documents: bool = False,
+    ):
         self.isolate_documents = isolate_documents
-        self.scores, self.corpus_id, self.shuffle, self.with_offsets = corpus.scores, corpus_id, shuffle, with_offsets
+        self.scores, self.corpus_id, self.shuffle, self.with_offsets = (
+            corpus.scores,
+            corpus_id,
+            shuffle,
+            with_offsets,
+        )
         self.sequence_length, self.seed = sequence_length, seed
         # Keyed by content: megatron-core keys its cache by path alone and reuses the index of a corpus that was made again.
-        self.cache = Path(index_cache) / corpus.manifest.fingerprint.removeprefix("sha256:")[:16] if index_cache else None
+        self.cache = (
+            Path(index_cache) / corpus.manifest.fingerprint.removeprefix("sha256:")[:16]
+            if index_cache
+            else None
+        )
         self.epochs: dict[int, EpochIndex] = {}
         self.tokens_total = corpus.manifest.tokens
         self.samples_per_epoch = samples_per_epoch(self.tokens_total, sequence_length)
         if shuffle and not self.samples_per_epoch:
-            raise ValueError(f"{corpus.prefix} has {self.tokens_total} tokens, too few for one sample of sequence_length + 1 = "
-                             f"{sequence_length + 1}. Use a larger corpus or a shorter data.sequence_length.")
-        self.token_map = np.memmap(f"{corpus.prefix}.bin", np.dtype(corpus.manifest.token_dtype), mode="r")
+            raise ValueError(
+                f"{corpus.prefix} has {self.tokens_total} tokens, too few for one sample of sequence_length + 1 = "
+                f"{sequence_length + 1}. Use a larger corpus or a shorter data.sequence_length."
+            )
+        self.token_map = np.memmap(
+            f"{corpus.prefix}.bin", np.dtype(corpus.manifest.token_dtype), mode="r"
+        )
         low_level = IndexedDataset(corpus.prefix)
         everything = np.arange(len(low_level), dtype=np.int32)
         # The tokenizer shim has no pad id: a pad id that also occurs in text must not mask that text.
-        tokenizer = SimpleNamespace(vocab_size=None, unique_identifiers={"fingerprint": corpus.manifest.tokenizer["fingerprint"]})
-        config = GPTDatasetConfig(random_seed=seed, sequence_length=sequence_length, blend=([corpus.prefix], None), split="1,0,0", tokenizer=tokenizer,
-                                  reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False)
+        tokenizer = SimpleNamespace(
+            vocab_size=None,
+            unique_identifiers={"fingerprint": corpus.manifest.tokenizer["fingerprint"]},
+        )
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=sequence_length,
+            blend=([corpus.prefix], None),
+            split="1,0,0",
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
         super().__init__(low_level, corpus.prefix, everything, None, Split.train, config)
         self.itemsize = low_level.index.dtype_size
 
@@ -107,12 +157,23 @@ class ScoredDataset(GPTDataset):
             lengths = self.dataset.sequence_lengths
             if self.shuffle:
                 name = f"sequence_{self.sequence_length}-seed_{self.seed}-epoch_{number:05d}"
-                build = partial(shuffled_epoch, lengths, self.tokens_total, self.sequence_length, self.seed, number)
+                build = partial(
+                    shuffled_epoch,
+                    lengths,
+                    self.tokens_total,
+                    self.sequence_length,
+                    self.seed,
+                    number,
+                )
             else:
                 name = f"sequence_{self.sequence_length}-whole"
                 build = partial(whole_corpus, lengths, self.tokens_total, self.sequence_length)
-            self.epochs = {n: index for n, index in self.epochs.items() if n == number - 1}  # samples come in order: older ones are done
-            self.epochs[number] = build_once(self.cache / name if self.cache else None, EpochIndex, build)
+            self.epochs = {
+                n: index for n, index in self.epochs.items() if n == number - 1
+            }  # samples come in order: older ones are done
+            self.epochs[number] = build_once(
+                self.cache / name if self.cache else None, EpochIndex, build
+            )
         return self.epochs[number]
 
     def __len__(self) -> int:
@@ -127,8 +188,8 @@ class ScoredDataset(GPTDataset):
         number, within = divmod(index, self.samples_per_epoch)
         epoch = self.epoch(number)
         row = int(epoch.shuffle_index[within])
-        (first, first_offset), (last, last_offset) = epoch.sample_index[row:row + 2].tolist()
-        documents = epoch.document_index[first:last + 1]
+        (first, first_offset), (last, last_offset) = epoch.sample_index[row : row + 2].tolist()
+        documents = epoch.document_index[first : last + 1]
         starts = self.dataset.index.sequence_pointers[documents] // self.itemsize
         ends = starts + self.dataset.index.sequence_lengths[documents]
         ends[-1] = starts[-1] + last_offset + 1
@@ -141,23 +202,36 @@ class ScoredDataset(GPTDataset):
         wanted = self.sequence_length
         missing = wanted + 1 - len(whole)
         inputs, labels = whole[:-1].astype(np.int64), whole[1:].astype(np.int64)
-        sample = {"loss_mask": np.ones(wanted, np.float32), "position_ids": np.arange(wanted), "corpus_id": np.int64(self.corpus_id)}
-        sample["tokens"], sample["labels"] = _padded(inputs, missing, 0), _padded(labels, missing, 0)
-        sample["loss_mask"][len(labels):] = 0.0
+        sample = {
+            "loss_mask": np.ones(wanted, np.float32),
+            "position_ids": np.arange(wanted),
+            "corpus_id": np.int64(self.corpus_id),
+        }
+        sample["tokens"], sample["labels"] = (
+            _padded(inputs, missing, 0),
+            _padded(labels, missing, 0),
+        )
+        sample["loss_mask"][len(labels) :] = 0.0
         reached, document_start = 0, np.zeros(wanted, np.int64)
         for start, end in pieces:
             document_start[reached:] = reached
             if 0 < reached < len(whole) and end > start:
-                sample["loss_mask"][reached - 1] = 0.0  # this label opens a document: nothing before it explains it
+                sample["loss_mask"][reached - 1] = (
+                    0.0  # this label opens a document: nothing before it explains it
+                )
             reached += end - start
         if self.isolate_documents:
             sample["document_start"] = document_start
             sample["position_ids"] = sample["position_ids"] - document_start
         if self.scores is not None:
             for column in self.scores.columns:
-                sample[presented_name(column)] = _padded(self.scores.read_pieces(column, pieces)[1:], missing, np.nan)
+                sample[presented_name(column)] = _padded(
+                    self.scores.read_pieces(column, pieces)[1:], missing, np.nan
+                )
         if self.with_offsets:
-            sample["offsets"] = _padded(np.concatenate([np.arange(start, end) for start, end in pieces])[1:], missing, -1)
+            sample["offsets"] = _padded(
+                np.concatenate([np.arange(start, end) for start, end in pieces])[1:], missing, -1
+            )
         return sample
 
 
@@ -168,13 +242,23 @@ class BlendedScoredDataset(BlendedDataset):
     So a longer run extends a shorter one, and no blend can run out of samples.
     """
 
-    def __init__(self, datasets: list[ScoredDataset], weights: Sequence[float], size: int, index_cache: str | Path | None = None):
+    def __init__(
+        self,
+        datasets: list[ScoredDataset],
+        weights: Sequence[float],
+        size: int,
+        index_cache: str | Path | None = None,
+    ):
         self.cache = Path(index_cache) if index_cache else None
         super().__init__(datasets, [float(weight) for weight in weights], size, datasets[0].config)
 
     def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
         key = sha256(repr((self.weights, self.size)).encode()).hexdigest()[:16]
-        arrays = build_once(self.cache / f"blend_{key}" if self.cache else None, BlendIndex, lambda: blend(self.weights, self.size))
+        arrays = build_once(
+            self.cache / f"blend_{key}" if self.cache else None,
+            BlendIndex,
+            lambda: blend(self.weights, self.size),
+        )
         return arrays.dataset_index, arrays.dataset_sample_index
 
     def __getitem__(self, index: int) -> Sample:
@@ -193,13 +277,28 @@ class BlendIndex:
 
 def blend(weights: Sequence[float], size: int) -> BlendIndex:
     index = BlendIndex(np.zeros(size, np.int16), np.zeros(size, np.int64))
-    helpers.build_blending_indices(index.dataset_index, index.dataset_sample_index, normalize(list(weights)), len(weights), size, False)
+    helpers.build_blending_indices(
+        index.dataset_index,
+        index.dataset_sample_index,
+        normalize(list(weights)),
+        len(weights),
+        size,
+        False,
+    )
     return index
 
 
-def training_dataset(corpora: Sequence[Corpus], *, sequence_length: int, seed: int, samples: int, weights: Sequence[float] = (),
-                     index_cache: str | Path | None = None, with_offsets: bool = False,
-                     isolate_documents: bool = False) -> ScoredDataset | BlendedScoredDataset:
+def training_dataset(
+    corpora: Sequence[Corpus],
+    *,
+    sequence_length: int,
+    seed: int,
+    samples: int,
+    weights: Sequence[float] = (),
+    index_cache: str | Path | None = None,
+    with_offsets: bool = False,
+    isolate_documents: bool = False,
+) -> ScoredDataset | BlendedScoredDataset:
     """The training data: one corpus, or a blend by `weights` (any positive scale; none = by size in tokens).
 
     samples: how many the run may read; a blend is planned for that many, and a larger number keeps the order of the first.
@@ -207,19 +306,45 @@ def training_dataset(corpora: Sequence[Corpus], *, sequence_length: int, seed: i
     if weights and len(weights) != len(corpora):
         raise ValueError(f"{len(weights)} blend weights were given for {len(corpora)} corpora.")
     if any(weight <= 0 for weight in weights):
-        raise ValueError(f"Blend weights must be positive, got {list(weights)}; leave a corpus out of data.train instead of giving it 0.")
-    datasets = [ScoredDataset(corpus, sequence_length=sequence_length, seed=seed, corpus_id=number, index_cache=index_cache, with_offsets=with_offsets,
-                              isolate_documents=isolate_documents) for number, corpus in enumerate(corpora)]
+        raise ValueError(
+            f"Blend weights must be positive, got {list(weights)}; leave a corpus out of data.train instead of giving it 0."
+        )
+    datasets = [
+        ScoredDataset(
+            corpus,
+            sequence_length=sequence_length,
+            seed=seed,
+            corpus_id=number,
+            index_cache=index_cache,
+            with_offsets=with_offsets,
+            isolate_documents=isolate_documents,
+        )
+        for number, corpus in enumerate(corpora)
+    ]
     if len(datasets) == 1:
         return datasets[0]
-    return BlendedScoredDataset(datasets, weights or [corpus.manifest.tokens for corpus in corpora], samples, index_cache)
+    return BlendedScoredDataset(
+        datasets, weights or [corpus.manifest.tokens for corpus in corpora], samples, index_cache
+    )
 
 
-def validation_dataset(corpus: Corpus, *, sequence_length: int, index_cache: str | Path | None = None, with_offsets: bool = False,
-                       isolate_documents: bool = False) -> ScoredDataset:
+def validation_dataset(
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    index_cache: str | Path | None = None,
+    with_offsets: bool = False,
+    isolate_documents: bool = False,
+) -> ScoredDataset:
     """A whole corpus, every token once, in an order that no seed changes; its last sample is padded and masked."""
-    return ScoredDataset(corpus, sequence_length=sequence_length, shuffle=False, index_cache=index_cache, with_offsets=with_offsets,
-                         isolate_documents=isolate_documents)
+    return ScoredDataset(
+        corpus,
+        sequence_length=sequence_length,
+        shuffle=False,
+        index_cache=index_cache,
+        with_offsets=with_offsets,
+        isolate_documents=isolate_documents,
+    )
 
 
 def _padded(values: np.ndarray, missing: int, fill) -> np.ndarray:

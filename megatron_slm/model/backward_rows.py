@@ -17,8 +17,10 @@ def follow_selection_in_backward(chunk: torch.nn.Module, rows: str, layers: str)
     if rows == "all":
         return
     if layers != "torch":
-        raise ValueError(f"selection.backward_rows is {rows}, but this run would use Transformer Engine's layers, whose products cannot leave rows out; "
-                         "set device.layers: torch, or backward_rows: all")
+        raise ValueError(
+            f"selection.backward_rows is {rows}, but this run would use Transformer Engine's layers, whose products cannot leave rows out; "
+            "set device.layers: torch, or backward_rows: all"
+        )
     if rows == "every_layer_approximate":
         drop_unselected_rows(chunk.decoder.layers)
         skip_zero_gradient_rows(chunk.decoder)

@@ -15,12 +15,22 @@ from megatron_slm.data.batch import Batch, hidden_from
 from megatron_slm.model.router import scale_auxiliary_losses
 from megatron_slm.parallel import Groups
 
-LossFunction = Callable[[int, Batch, torch.Tensor | tuple[torch.Tensor, torch.Tensor]], tuple[torch.Tensor, torch.Tensor, dict]]
+LossFunction = Callable[
+    [int, Batch, torch.Tensor | tuple[torch.Tensor, torch.Tensor]],
+    tuple[torch.Tensor, torch.Tensor, dict],
+]
 """(index of the micro-batch, batch, model output) -> (sum of weighted losses, divisor, report); divisor is a float64 0-d tensor."""
 
 
-def forward_backward(models: list, batches: Sequence[Batch], loss_function: LossFunction, groups: Groups, *,
-                     divisor_ahead: torch.Tensor | None = None, head_weights: Sequence[torch.Tensor | None] | None = None) -> list[dict]:
+def forward_backward(
+    models: list,
+    batches: Sequence[Batch],
+    loss_function: LossFunction,
+    groups: Groups,
+    *,
+    divisor_ahead: torch.Tensor | None = None,
+    head_weights: Sequence[torch.Tensor | None] | None = None,
+) -> list[dict]:
     """Accumulate the gradient of (sum of losses over all micro-batches and ranks) / (sum of divisors), in main_grad.
 
     Equals, in one process: `(sum_m loss_sum_m / sum_m divisor_m).backward()`. The divisor is summed here in float64 and
@@ -35,7 +45,9 @@ def forward_backward(models: list, batches: Sequence[Batch], loss_function: Loss
     """
     if divisor_ahead is not None:
         step_divisor = _over_ranks(divisor_ahead, groups)
-        scale_auxiliary_losses(models, _one_for_zero(step_divisor) / (len(batches) * groups.dp_size))
+        scale_auxiliary_losses(
+            models, _one_for_zero(step_divisor) / (len(batches) * groups.dp_size)
+        )
     divisor = torch.zeros((), dtype=torch.float64, device=groups.device)
 
     def counted_loss(index, batch, output):
@@ -44,12 +56,16 @@ def forward_backward(models: list, batches: Sequence[Batch], loss_function: Loss
         return loss_sum, torch.zeros((), dtype=torch.int, device=groups.device), report
 
     def finalize(chunks, num_tokens=None, pg_collection=None, force_all_reduce=False):
-        finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        finalize_model_grads(
+            chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
+        )
         _divide_gradients(chunks, divisor, groups)
 
     for model in models:
         get_model_config(model).finalize_model_grads_func = finalize
-    return _run(models, batches, counted_loss, groups, forward_only=False, head_weights=head_weights)
+    return _run(
+        models, batches, counted_loss, groups, forward_only=False, head_weights=head_weights
+    )
 
 
 def _divide_gradients(chunks: list, divisor: torch.Tensor, groups: Groups) -> None:
@@ -61,7 +77,7 @@ def _divide_gradients(chunks: list, divisor: torch.Tensor, groups: Groups) -> No
 
 def _over_ranks(part: torch.Tensor, groups: Groups) -> torch.Tensor:
     """The sum over the last stage's data x context ranks of their parts, in place, on every rank of the job."""
-    if groups.pp_size > 1:     # the divisor lives on the last stage; every stage's gradients need it
+    if groups.pp_size > 1:  # the divisor lives on the last stage; every stage's gradients need it
         dist.broadcast(part, group=groups.pp, group_src=groups.pp_size - 1)
     dist.all_reduce(part, group=groups.dp_cp)
     return part
@@ -73,7 +89,9 @@ def _one_for_zero(divisor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def forward_losses(models: list, batches: Sequence[Batch], groups: Groups, *, extras: tuple[str, ...] = ()) -> list[dict[str, torch.Tensor]]:
+def forward_losses(
+    models: list, batches: Sequence[Batch], groups: Groups, *, extras: tuple[str, ...] = ()
+) -> list[dict[str, torch.Tensor]]:
     """Per-token losses without a graph: on the last pipeline stage one dict per batch, elsewhere [].
 
     Each dict has "loss" and every name in `extras` ("entropy", nats), each fp32 [B, S]. Equals
@@ -85,7 +103,9 @@ def forward_losses(models: list, batches: Sequence[Batch], groups: Groups, *, ex
     for model in models:
         model.eval()
     try:
-        outputs = _run(models, batches, lambda index, batch, output: output, groups, forward_only=True)
+        outputs = _run(
+            models, batches, lambda index, batch, output: output, groups, forward_only=True
+        )
     finally:
         ask_for(models, before)
         for model, mode in zip(models, training):
@@ -95,7 +115,9 @@ def forward_losses(models: list, batches: Sequence[Batch], groups: Groups, *, ex
 
 def ask_for(models: list, extras: tuple[str, ...]) -> tuple[str, ...]:
     """Make the models' labels-path give `extras` beside the loss from now on; returns what they gave before."""
-    decoders = [get_attr_wrapped_model(model, "extra_outputs", return_model_obj=True) for model in models]
+    decoders = [
+        get_attr_wrapped_model(model, "extra_outputs", return_model_obj=True) for model in models
+    ]
     before = decoders[0].extra_outputs
     for decoder in decoders:
         decoder.extra_outputs = extras
@@ -109,19 +131,44 @@ def split_outputs(output: torch.Tensor, extras: tuple[str, ...]) -> dict[str, to
     return dict(zip(("loss", *extras), output.unbind(0)))
 
 
-def _run(models: list, batches: Sequence[Batch], loss_function, groups: Groups, *, forward_only: bool, head_weights=None) -> list:
+def _run(
+    models: list,
+    batches: Sequence[Batch],
+    loss_function,
+    groups: Groups,
+    *,
+    forward_only: bool,
+    head_weights=None,
+) -> list:
     def step(iterator, model):
         index, batch = next(iterator)
-        mask = None if batch.document_start_BS is None else hidden_from(batch.document_start_BS, groups.cp_rank, groups.cp_size)
-        output = model(batch.tokens_BS, batch.position_ids_BS, mask, labels=batch.labels_BS, loss_mask=None if head_weights is None else head_weights[index])
+        mask = (
+            None
+            if batch.document_start_BS is None
+            else hidden_from(batch.document_start_BS, groups.cp_rank, groups.cp_size)
+        )
+        output = model(
+            batch.tokens_BS,
+            batch.position_ids_BS,
+            mask,
+            labels=batch.labels_BS,
+            loss_mask=None if head_weights is None else head_weights[index],
+        )
 
         def loss(output, non_loss_data=False):
             return loss_function(index, batch, output)
+
         return output, loss
 
     iterators = [iter(enumerate(batches)) for _ in models]
     local_tokens_BS = batches[0].tokens_BS
     return get_forward_backward_func()(
-        forward_step_func=step, data_iterator=iterators if len(models) > 1 else iterators[0], model=list(models) if len(models) > 1 else models[0],
-        num_microbatches=len(batches), seq_length=local_tokens_BS.shape[1] * groups.cp_size, micro_batch_size=local_tokens_BS.shape[0],
-        forward_only=forward_only, collect_non_loss_data=forward_only)
+        forward_step_func=step,
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=list(models) if len(models) > 1 else models[0],
+        num_microbatches=len(batches),
+        seq_length=local_tokens_BS.shape[1] * groups.cp_size,
+        micro_batch_size=local_tokens_BS.shape[0],
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )

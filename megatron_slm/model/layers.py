@@ -11,11 +11,17 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_slm.device import apex_rms_norm
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from megatron_slm.model.router import Router
 
@@ -27,17 +33,27 @@ class RMSNorm(torch.nn.Module):
     tensor group; megatron-core does that for weights with `sequence_parallel` set (finalize_model_grads.py:318).
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_ignored_by_megatron_norms):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        **_ignored_by_megatron_norms,
+    ):
         super().__init__()
         self.epsilon = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel
-        self.fused = apex_rms_norm()      # sums in fp32 too, reads and writes the hidden state once
+        self.fused = apex_rms_norm()  # sums in fp32 too, reads and writes the hidden state once
 
     def forward(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
         if self.fused is not None:
             return self.fused(hidden_sbh, self.weight, (hidden_sbh.shape[-1],), self.epsilon)
-        normed = torch.nn.functional.rms_norm(hidden_sbh.float(), (hidden_sbh.shape[-1],), self.weight.float(), self.epsilon)
+        normed = torch.nn.functional.rms_norm(
+            hidden_sbh.float(), (hidden_sbh.shape[-1],), self.weight.float(), self.epsilon
+        )
         return normed.to(hidden_sbh.dtype)
 
 
@@ -51,36 +67,70 @@ class CausalAttention(torch.nn.Module):
     sequence; it must hide the future itself.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str,
-                 attention_dropout: float | None = None, softmax_scale: float | None = None,
-                 cp_comm_type: str | None = None, pg_collection=None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
         super().__init__()
-        self.scale = softmax_scale            # None = 1/sqrt(head size), torch's default
+        self.scale = softmax_scale  # None = 1/sqrt(head size), torch's default
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.context_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+        self.context_group = (
+            pg_collection.cp
+            if pg_collection is not None and config.context_parallel_size > 1
+            else None
+        )
 
-    def forward(self, query_sbnd, key_sbgd, value_sbgd, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self,
+        query_sbnd,
+        key_sbgd,
+        value_sbgd,
+        attention_mask,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+    ):
         if attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("torch-native attention takes neither an attention bias nor packed sequences; use device.layers: transformer_engine")
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd))      # [b, n, s, d]
+            raise NotImplementedError(
+                "torch-native attention takes neither an attention bias nor packed sequences; use device.layers: transformer_engine"
+            )
+        query, key, value = (
+            x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd)
+        )  # [b, n, s, d]
         if self.context_group is not None:
             key, value = self._whole_sequence(key_sbgd), self._whole_sequence(value_sbgd)
             context = self._attend_chunks(query, key, value, attention_mask)
-        elif attention_mask is not None:     # bool, True = hidden, megatron-core's sense
+        elif attention_mask is not None:  # bool, True = hidden, megatron-core's sense
             context = self._attend(query, key, value, attn_mask=~attention_mask)
         else:
             context = self._attend(query, key, value, is_causal=True)
-        return context.permute(2, 0, 1, 3).flatten(2)                                                # [s, b, n*d]
+        return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, n*d]
 
     def _attend(self, query, key, value, **mask):
-        return scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0, scale=self.scale,
-                                            enable_gqa=query.shape[1] != key.shape[1], **mask)
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            **mask,
+        )
 
     def _whole_sequence(self, part_sbgd: torch.Tensor) -> torch.Tensor:
         """All-gather over the context group and undo head-tail slicing: [s/c, b, g, d] -> [b, g, s, d]."""
         size = self.context_group.size()
-        gathered = gather_from_sequence_parallel_region(part_sbgd.contiguous(), group=self.context_group)
-        chunks = gathered.chunk(2 * size, dim=0)       # rank r contributes chunks r and 2c-1-r
+        gathered = gather_from_sequence_parallel_region(
+            part_sbgd.contiguous(), group=self.context_group
+        )
+        chunks = gathered.chunk(2 * size, dim=0)  # rank r contributes chunks r and 2c-1-r
         order = [2 * r if r < size else 2 * (2 * size - 1 - r) + 1 for r in range(2 * size)]
         return torch.cat([chunks[i] for i in order]).permute(1, 2, 0, 3)
 
@@ -90,21 +140,34 @@ class CausalAttention(torch.nn.Module):
         outputs = []
         for place, chunk in enumerate((rank, 2 * size - 1 - rank)):
             rows, seen = slice(place * length, (place + 1) * length), (chunk + 1) * length
-            mask = causal_lower_right(length, seen) if hidden is None else ~hidden[:, :, rows, :seen]
-            outputs.append(self._attend(query[:, :, rows], key[:, :, :seen], value[:, :, :seen], attn_mask=mask))
+            mask = (
+                causal_lower_right(length, seen) if hidden is None else ~hidden[:, :, rows, :seen]
+            )
+            outputs.append(
+                self._attend(
+                    query[:, :, rows], key[:, :, :seen], value[:, :, :seen], attn_mask=mask
+                )
+            )
         return torch.cat(outputs, dim=2)
 
 
 def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
     """The decoder's spec for this pipeline stage: `layers` is "torch" or "transformer_engine"."""
     if layers == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
-                                                           qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
         if config.num_moe_experts:
             layer.submodules.mlp.submodules.router = Router
         return layer
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
-                                     qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts:

@@ -12,13 +12,22 @@ from megatron_slm.config.schema import Config
 from megatron_slm.model.build import DTYPES
 
 
-def wrap_data_parallel(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    chunks: list[torch.nn.Module], config: Config
+) -> list[DistributedDataParallel]:
     """Wrap each chunk: gradients are summed in fp32 over data x context ranks and divided once, later, by our own count."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=parallel.overlap_grad_reduce, overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer, check_for_nan_in_grad=False)
-    return [DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    return [
+        DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
 
 
 def build_optimizer(models: list[DistributedDataParallel], config: Config):
@@ -28,15 +37,28 @@ def build_optimizer(models: list[DistributedDataParallel], config: Config):
     multiplied by a scale that follows overflows; use `update_weights` to step.
     """
     settings, precision = config.optimizer, config.device.precision
-    optimizer = get_megatron_optimizer(CoreOptimizerConfig(
-        optimizer="adam", lr=settings.learning_rate, min_lr=settings.min_learning_rate, weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.epsilon, clip_grad=settings.clip_grad_norm,
-        bf16=precision == "bf16", fp16=precision == "fp16", params_dtype=DTYPES[precision],
-        initial_loss_scale=settings.initial_loss_scale, min_loss_scale=settings.min_loss_scale,
-        loss_scale_window=settings.loss_scale_window_steps, hysteresis=settings.loss_scale_hysteresis_steps,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    ), models)
+    optimizer = get_megatron_optimizer(
+        CoreOptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad_norm,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            params_dtype=DTYPES[precision],
+            initial_loss_scale=settings.initial_loss_scale,
+            min_loss_scale=settings.min_loss_scale,
+            loss_scale_window=settings.loss_scale_window_steps,
+            hysteresis=settings.loss_scale_hysteresis_steps,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        ),
+        models,
+    )
     for group in optimizer.param_groups:
         # megatron-core leaves this product to its own scheduler; without it norm weights would be decayed too.
         group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
@@ -62,7 +84,14 @@ def _share_overflows(scalers: list) -> None:
     if len(scalers) < 2:
         return
     # Of equal scales the one with less patience left: it is the one that has just overflowed.
-    careful = min((scaler.state_dict() for scaler in scalers), key=lambda state: (float(state["scale"]), state["hysteresis_tracker"], state["growth_tracker"]))
+    careful = min(
+        (scaler.state_dict() for scaler in scalers),
+        key=lambda state: (
+            float(state["scale"]),
+            state["hysteresis_tracker"],
+            state["growth_tracker"],
+        ),
+    )
     for scaler in scalers:
         scaler.load_state_dict({**careful, "scale": careful["scale"].clone()})
 
@@ -76,14 +105,21 @@ def loss_scale(optimizer) -> float | None:
 def loss_scaler_state(optimizer) -> dict:
     """The scale and its counters, JSON-able; {} without fp16."""
     scalers = _loss_scalers(optimizer)
-    return {name: float(value) for name, value in scalers[0].state_dict().items()} if scalers else {}
+    return (
+        {name: float(value) for name, value in scalers[0].state_dict().items()} if scalers else {}
+    )
 
 
 def load_loss_scaler_state(optimizer, state: dict) -> None:
     """Restore; a run that newly uses fp16 starts at its configured scale."""
     for scaler in _loss_scalers(optimizer) if state else []:
-        scaler.load_state_dict({"scale": torch.tensor([state["scale"]]), "growth_tracker": int(state["growth_tracker"]),
-                                "hysteresis_tracker": int(state["hysteresis_tracker"])})
+        scaler.load_state_dict(
+            {
+                "scale": torch.tensor([state["scale"]]),
+                "growth_tracker": int(state["growth_tracker"]),
+                "hysteresis_tracker": int(state["hysteresis_tracker"]),
+            }
+        )
 
 
 def _loss_scalers(optimizer) -> list:

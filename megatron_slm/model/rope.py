@@ -19,7 +19,11 @@ def scaled_frequencies(frequency_D: torch.Tensor, model: ModelConfig) -> torch.T
         return frequency_D / factor
     if model.rope_scaling == "llama3":
         low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
-        turns_D = model.rope_original_sequence_length * frequency_D / (2 * math.pi)      # L / w: full turns within the original length
-        unstretched_D = ((turns_D - low) / (high - low)).clamp(0.0, 1.0)                 # 0 and 1 outside the blend: the two plain cases
+        turns_D = (
+            model.rope_original_sequence_length * frequency_D / (2 * math.pi)
+        )  # L / w: full turns within the original length
+        unstretched_D = ((turns_D - low) / (high - low)).clamp(
+            0.0, 1.0
+        )  # 0 and 1 outside the blend: the two plain cases
         return frequency_D * ((1 - unstretched_D) / factor + unstretched_D)
     return frequency_D

@@ -45,16 +45,22 @@ class Router(TopKRouter):
         super().__init__(config, pg_collection)
         # balance, z-loss, and micro-batches they are of; plain tensors: no part of the model's state, and fp64 in a bf16 model too.
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-        self.tokens_E = torch.zeros(config.num_moe_experts, dtype=torch.float64, device=torch.cuda.current_device())
+        self.tokens_E = torch.zeros(
+            config.num_moe_experts, dtype=torch.float64, device=torch.cuda.current_device()
+        )
 
     def routing(self, logits, padding_mask=None):
         probs_TE, chosen_TE = super().routing(logits, padding_mask)
-        if self.training and torch.is_grad_enabled():      # once per micro-batch, also under recomputation
+        if (
+            self.training and torch.is_grad_enabled()
+        ):  # once per micro-batch, also under recomputation
             self.tokens_E += chosen_TE.sum(0)
             self.losses_3[2] += 1.0 / self.tp_cp_group.size()
         return probs_TE, chosen_TE
 
-    def attach_and_log_load_balancing_loss(self, activation, aux_loss_coeff, aux_loss, *_names_and_groups, **_):
+    def attach_and_log_load_balancing_loss(
+        self, activation, aux_loss_coeff, aux_loss, *_names_and_groups, **_
+    ):
         self.losses_3[0] += aux_loss.detach() / aux_loss_coeff
         return self._attached(activation, aux_loss)
 
@@ -62,13 +68,17 @@ class Router(TopKRouter):
         coefficient = self.config.moe_z_loss_coeff
         if coefficient is None or not (self.training and torch.is_grad_enabled()):
             return logits
-        z_loss = z_loss_func(logits, coefficient / self.tp_cp_group.size(), padding_mask=padding_mask)
+        z_loss = z_loss_func(
+            logits, coefficient / self.tp_cp_group.size(), padding_mask=padding_mask
+        )
         self.losses_3[1] += z_loss.detach() / coefficient
         return self._attached(logits, z_loss)
 
     def _attached(self, activation, loss):
         if self.auxiliary_scale is None:
-            raise RuntimeError("a router in training mode needs scale_auxiliary_losses() before the forward pass; forward_backward() calls it")
+            raise RuntimeError(
+                "a router in training mode needs scale_auxiliary_losses() before the forward pass; forward_backward() calls it"
+            )
         return MoEAuxLossAutoScaler.apply(activation, loss * self.auxiliary_scale)
 
     def _apply_expert_bias(self, routing_map, padding_mask=None):
@@ -90,7 +100,9 @@ def scale_auxiliary_losses(models: list, scale: Tensor) -> None:
 def has_auxiliary_losses(models: list) -> bool:
     """Whether the step must know its divisor before backward; the same on every rank."""
     config = get_model_config(models[0])
-    return config.num_moe_experts is not None and bool(config.moe_aux_loss_coeff or config.moe_z_loss_coeff)
+    return config.num_moe_experts is not None and bool(
+        config.moe_aux_loss_coeff or config.moe_z_loss_coeff
+    )
 
 
 def take_measured(models: list, groups: Groups) -> Measured:
@@ -103,7 +115,9 @@ def take_measured(models: list, groups: Groups) -> Measured:
     config = get_model_config(models[0])
     if config.num_moe_experts is None:
         return {}
-    seen = torch.zeros(config.num_layers, 3 + config.num_moe_experts, dtype=torch.float64, device=groups.device)
+    seen = torch.zeros(
+        config.num_layers, 3 + config.num_moe_experts, dtype=torch.float64, device=groups.device
+    )
     for router in routers_of(models):
         seen[router.layer_number - 1] = torch.cat([router.losses_3, router.tokens_E])
         router.losses_3.zero_()
@@ -114,7 +128,12 @@ def take_measured(models: list, groups: Groups) -> Measured:
     if not groups.is_last_stage:
         return {}
     (balance, z_loss, micro_batches), tokens_LE = seen[:, :3].sum(0), seen[:, 3:]
-    measured = {"moe/tokens_per_expert": (tokens_LE.flatten(), tokens_LE.sum(1, keepdim=True).expand_as(tokens_LE).flatten())}
+    measured = {
+        "moe/tokens_per_expert": (
+            tokens_LE.flatten(),
+            tokens_LE.sum(1, keepdim=True).expand_as(tokens_LE).flatten(),
+        )
+    }
     if config.moe_aux_loss_coeff:
         measured["moe/load_balancing_loss"] = (balance, micro_batches)
     if config.moe_z_loss_coeff:
@@ -122,10 +141,15 @@ def take_measured(models: list, groups: Groups) -> Measured:
     return measured
 
 
-def summarise_routing(reduced: Mapping[str, tuple[Tensor, Tensor]], layers: int, experts: int) -> dict[str, float]:
+def summarise_routing(
+    reduced: Mapping[str, tuple[Tensor, Tensor]], layers: int, experts: int
+) -> dict[str, float]:
     """moe/load_imbalance: tokens of a layer's busiest expert / its mean expert, mean over layers; moe/load_imbalance_worst: of the worst layer."""
     if "moe/tokens_per_expert" not in reduced:
         return {}
     tokens_LE = reduced["moe/tokens_per_expert"][0].view(layers, experts)
     imbalance_L = tokens_LE.amax(1) / tokens_LE.mean(1).clamp(min=1.0)
-    return {"moe/load_imbalance": float(imbalance_L.mean()), "moe/load_imbalance_worst": float(imbalance_L.max())}
+    return {
+        "moe/load_imbalance": float(imbalance_L.mean()),
+        "moe/load_imbalance_worst": float(imbalance_L.max()),
+    }

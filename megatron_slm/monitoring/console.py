@@ -10,8 +10,16 @@ _STYLE = {"info": "none", "warning": "yellow", "error": "bold red"}
 class ConsoleSink:
     """A rich progress bar where `stream` is a terminal, otherwise one plain line per record (good in a SLURM log)."""
 
-    def __init__(self, *, total_steps: int, start_step: int = 0, title: str = "train", stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        title: str = "train",
+        stream: TextIO | None = None,
+    ) -> None:
         from rich.console import Console
+
         self._total_steps = total_steps
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._progress = None
@@ -23,10 +31,18 @@ class ConsoleSink:
         """The short table at the start of a run: what runs, on what, how long."""
         if self._progress is None:
             width = max(map(len, rows), default=0)
-            self._console.print(title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), sep="\n", markup=False)
+            self._console.print(
+                title,
+                *(f"  {name:<{width}}  {value}" for name, value in rows.items()),
+                sep="\n",
+                markup=False,
+            )
             return
         from rich.table import Table
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+
+        table = Table(
+            title=title, title_justify="left", show_header=False, box=None, padding=(0, 2)
+        )
         for name, value in rows.items():
             table.add_row(name, str(value))
         self._console.print(table)
@@ -35,7 +51,9 @@ class ConsoleSink:
         if record.get("kind", "train") == "validation":
             self._console.print(f"step {step}  {_describe_validation(record)}", markup=False)
         elif self._progress is None:
-            self._console.print(f"step {step}/{self._total_steps}  {_describe_training(record)}", markup=False)
+            self._console.print(
+                f"step {step}/{self._total_steps}  {_describe_training(record)}", markup=False
+            )
         else:
             self._progress.update(self._task, completed=step, figures=_describe_training(record))
 
@@ -49,9 +67,18 @@ class ConsoleSink:
 
     def _open_progress(self, title: str, start_step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                                  TextColumn("{task.fields[figures]}"), console=self._console, refresh_per_second=2)
-        self._task = self._progress.add_task(title, total=self._total_steps, completed=start_step, figures="")
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            refresh_per_second=2,
+        )
+        self._task = self._progress.add_task(
+            title, total=self._total_steps, completed=start_step, figures=""
+        )
         self._progress.start()
 
 
@@ -60,8 +87,11 @@ def _describe_training(record: Mapping[str, Any]) -> str:
     parts = []
     loss = _number(record, "loss/selected", "loss/all")
     if loss is not None:
-        beside = [f"{name} {value:.3f}" for name in ("all", "reference")
-                  if "loss/selected" in record and (value := _number(record, f"loss/{name}")) is not None]
+        beside = [
+            f"{name} {value:.3f}"
+            for name in ("all", "reference")
+            if "loss/selected" in record and (value := _number(record, f"loss/{name}")) is not None
+        ]
         parts.append(f"loss {loss:.4f}" + (f" ({', '.join(beside)})" if beside else ""))
     if (kept := _number(record, "selection/kept_fraction")) is not None:
         parts.append(f"kept {kept:.0%}")
@@ -77,13 +107,21 @@ def _describe_training(record: Mapping[str, Any]) -> str:
 
 
 def _describe_validation(record: Mapping[str, Any]) -> str:
-    losses = {name.removesuffix("/loss"): value for name, value in record.items()
-              if name.startswith("validation/") and name.endswith("/loss") and value is not None}
-    return "  ".join(f"{name} loss {value:.4f}" for name, value in losses.items()) or "validation: no loss"
+    losses = {
+        name.removesuffix("/loss"): value
+        for name, value in record.items()
+        if name.startswith("validation/") and name.endswith("/loss") and value is not None
+    }
+    return (
+        "  ".join(f"{name} loss {value:.4f}" for name, value in losses.items())
+        or "validation: no loss"
+    )
 
 
 def _number(record: Mapping[str, Any], *names: str) -> float | None:
-    return next((record[name] for name in names if isinstance(record.get(name), (int, float))), None)
+    return next(
+        (record[name] for name in names if isinstance(record.get(name), (int, float))), None
+    )
 
 
 def _short(value: float) -> str:

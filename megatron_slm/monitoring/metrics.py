@@ -33,9 +33,13 @@ class Metrics:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}   # name -> numerator [n], denominator [n] or None
-        self._maxima: dict[str, torch.Tensor] = {}                             # name -> 0-d
-        self._folded: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}   # on the CPU, already summed over ranks
+        self._sums: dict[
+            str, tuple[torch.Tensor, torch.Tensor | None]
+        ] = {}  # name -> numerator [n], denominator [n] or None
+        self._maxima: dict[str, torch.Tensor] = {}  # name -> 0-d
+        self._folded: dict[
+            str, tuple[torch.Tensor, torch.Tensor | None]
+        ] = {}  # on the CPU, already summed over ranks
         self._folded_maxima: dict[str, float] = {}
 
     def declare(self, *names: str, length: int | None = None) -> None:
@@ -70,17 +74,25 @@ class Metrics:
     def add_max(self, name: str, value) -> None:
         """Record a scalar whose largest value over the interval and the ranks counts."""
         if _shape(name, value):
-            raise ValueError(f"metric {name!r}: add_max takes a scalar, got a vector of shape {_shape(name, value)}")
+            raise ValueError(
+                f"metric {name!r}: add_max takes a scalar, got a vector of shape {_shape(name, value)}"
+            )
         if name not in self._maxima:
             if len(self._maxima) == MAXIMUM_SLOTS:
-                raise ValueError(f"metric {name!r} would be the {MAXIMUM_SLOTS + 1}th maximum; at most {MAXIMUM_SLOTS} fit")
+                raise ValueError(
+                    f"metric {name!r} would be the {MAXIMUM_SLOTS + 1}th maximum; at most {MAXIMUM_SLOTS} fit"
+                )
             self._maxima[name] = torch.full((), -torch.inf, dtype=torch.float64, device=self.device)
         value = self._value(value)
         if not torch.is_tensor(value):
             value = torch.full((), value, dtype=torch.float64, device=self.device)
         torch.maximum(self._maxima[name], value, out=self._maxima[name])
 
-    def reduce(self, group: dist.ProcessGroup | None = None, summarise: Callable[[Pairs], Values] | None = None) -> Values:
+    def reduce(
+        self,
+        group: dist.ProcessGroup | None = None,
+        summarise: Callable[[Pairs], Values] | None = None,
+    ) -> Values:
         """The interval's values over the ranks of `group` (None = this rank alone); starts the next interval.
 
         Every rank of the group must call it. Two collectives: MAX of 64 float64, then SUM of one packed tensor. The only
@@ -90,9 +102,19 @@ class Metrics:
         plain division: `selection.diagnostics.summarise` turns its histograms into rates this way.
         """
         self.fold(group)
-        ratios = {name: (total, count) for name, (total, count) in self._folded.items() if count is not None and count.any()}
-        totals = {name: total.tolist() for name, (total, count) in self._folded.items() if count is None}
-        values = (summarise or divide)(ratios) | totals | {name: value for name, value in self._folded_maxima.items() if value > -math.inf}
+        ratios = {
+            name: (total, count)
+            for name, (total, count) in self._folded.items()
+            if count is not None and count.any()
+        }
+        totals = {
+            name: total.tolist() for name, (total, count) in self._folded.items() if count is None
+        }
+        values = (
+            (summarise or divide)(ratios)
+            | totals
+            | {name: value for name, value in self._folded_maxima.items() if value > -math.inf}
+        )
         self._folded, self._folded_maxima = {}, {}
         return values
 
@@ -104,7 +126,11 @@ class Metrics:
             dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=group)
         for name, (total, count) in self._unpack(packed.cpu()).items():
             before = self._folded.get(name)
-            self._folded[name] = (total, count) if before is None else (before[0] + total, None if count is None else before[1] + count)
+            self._folded[name] = (
+                (total, count)
+                if before is None
+                else (before[0] + total, None if count is None else before[1] + count)
+            )
         for name, value in maxima.items():
             self._folded_maxima[name] = max(value, self._folded_maxima.get(name, -math.inf))
         self._clear()
@@ -116,23 +142,37 @@ class Metrics:
         uninterrupted one and logs the same line.
         """
         self.fold(group)
-        return {"sums": {name: [total.tolist(), None if count is None else count.tolist()] for name, (total, count) in self._folded.items()},
-                "maxima": {name: value for name, value in self._folded_maxima.items() if value > -math.inf}}
+        return {
+            "sums": {
+                name: [total.tolist(), None if count is None else count.tolist()]
+                for name, (total, count) in self._folded.items()
+            },
+            "maxima": {
+                name: value for name, value in self._folded_maxima.items() if value > -math.inf
+            },
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
         """Continue the interval a checkpoint cut; what this recorder held is dropped. Every rank loads the same state."""
         self._clear()
-        self._folded = {name: (_numbers(total), None if count is None else _numbers(count)) for name, (total, count) in state["sums"].items()}
+        self._folded = {
+            name: (_numbers(total), None if count is None else _numbers(count))
+            for name, (total, count) in state["sums"].items()
+        }
         self._folded_maxima = dict(state["maxima"])
 
-    def _accumulators(self, name: str, shape: tuple[int, ...], ratio: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _accumulators(
+        self, name: str, shape: tuple[int, ...], ratio: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if name not in self._sums:
             zeros = torch.zeros(shape, dtype=torch.float64, device=self.device)
             self._sums[name] = (zeros, torch.zeros_like(zeros) if ratio else None)
         total, count = self._sums[name]
         if total.shape != shape or (count is not None) != ratio:
-            raise ValueError(f"metric {name!r} was first a {_kind(total.shape, count is not None)}, "
-                             f"now it is a {_kind(shape, ratio)}; give the two different names")
+            raise ValueError(
+                f"metric {name!r} was first a {_kind(total.shape, count is not None)}, "
+                f"now it is a {_kind(shape, ratio)}; give the two different names"
+            )
         return total, count
 
     def _value(self, value):
@@ -142,25 +182,32 @@ class Metrics:
         return float(value)
 
     def _layout(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        return {name: (tuple(total.shape), count is not None) for name, (total, count) in sorted(self._sums.items())}
+        return {
+            name: (tuple(total.shape), count is not None)
+            for name, (total, count) in sorted(self._sums.items())
+        }
 
     def _reduce_maxima(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """MAX over ranks; slots 0 and 1 tell whether all ranks pack the same layout, before the packed sizes meet."""
         if group is None:
             return {name: value.item() for name, value in self._maxima.items()}
         reduced = self._all_reduce_max(group)
-        if reduced[0] != -reduced[1]:   # max(hash) != min(hash): some rank recorded a metric that another did not
+        if (
+            reduced[0] != -reduced[1]
+        ):  # max(hash) != min(hash): some rank recorded a metric that another did not
             self._adopt_union(group)
             reduced = self._all_reduce_max(group)
         return dict(zip(sorted(self._maxima), reduced[2:]))
 
     def _all_reduce_max(self, group: dist.ProcessGroup) -> list[float]:
         names = sorted(self._maxima)
-        slots = torch.full((MAXIMUM_SLOTS + 2,), -torch.inf, dtype=torch.float64, device=self.device)
+        slots = torch.full(
+            (MAXIMUM_SLOTS + 2,), -torch.inf, dtype=torch.float64, device=self.device
+        )
         layout_hash = _layout_hash(self._layout(), names)
         slots[0], slots[1] = layout_hash, -layout_hash
         if names:
-            slots[2:2 + len(names)] = torch.stack([self._maxima[name] for name in names])
+            slots[2 : 2 + len(names)] = torch.stack([self._maxima[name] for name in names])
         dist.all_reduce(slots, op=dist.ReduceOp.MAX, group=group)
         return slots.tolist()
 
@@ -175,18 +222,25 @@ class Metrics:
                 self.add_max(name, -torch.inf)
 
     def _pack(self) -> torch.Tensor:
-        parts = [part.reshape(-1) for name in sorted(self._sums) for part in self._sums[name] if part is not None]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=self.device)
+        parts = [
+            part.reshape(-1)
+            for name in sorted(self._sums)
+            for part in self._sums[name]
+            if part is not None
+        ]
+        return (
+            torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=self.device)
+        )
 
     def _unpack(self, packed: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
         sums: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         start = 0
         for name, (shape, ratio) in self._layout().items():
             size = math.prod(shape)
-            total, start = packed[start:start + size].reshape(shape), start + size
+            total, start = packed[start : start + size].reshape(shape), start + size
             count = None
             if ratio:
-                count, start = packed[start:start + size].reshape(shape), start + size
+                count, start = packed[start : start + size].reshape(shape), start + size
             sums[name] = (total, count)
         return sums
 
@@ -201,8 +255,10 @@ class Metrics:
 
 def divide(ratios: Pairs) -> Values:
     """numerator / denominator of each pair; NaN where the denominator is 0."""
-    return {name: torch.where(denominator == 0, torch.nan, numerator / denominator).tolist()
-            for name, (numerator, denominator) in ratios.items()}
+    return {
+        name: torch.where(denominator == 0, torch.nan, numerator / denominator).tolist()
+        for name, (numerator, denominator) in ratios.items()
+    }
 
 
 def _numbers(values) -> torch.Tensor:
@@ -213,7 +269,9 @@ def _shape(name: str, value) -> tuple[int, ...]:
     if not torch.is_tensor(value):
         return ()
     if value.dim() > 1:
-        raise ValueError(f"metric {name!r} got a tensor of shape {tuple(value.shape)}; record a scalar or a 1-D tensor")
+        raise ValueError(
+            f"metric {name!r} got a tensor of shape {tuple(value.shape)}; record a scalar or a 1-D tensor"
+        )
     return tuple(value.shape)
 
 
@@ -223,4 +281,7 @@ def _kind(shape: tuple[int, ...], ratio: bool) -> str:
 
 def _layout_hash(layout: Mapping, maxima: Iterable[str]) -> int:
     """52 bits of the layout's hash: exact in float64."""
-    return int.from_bytes(hashlib.sha256(repr((layout, list(maxima))).encode()).digest()[:8], "big") >> 12
+    return (
+        int.from_bytes(hashlib.sha256(repr((layout, list(maxima))).encode()).digest()[:8], "big")
+        >> 12
+    )

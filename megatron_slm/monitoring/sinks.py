@@ -45,7 +45,9 @@ class MultiSink:
         for index, sink in enumerate(self._sinks):
             try:
                 sink.log(record, step)
-            except Exception as error:   # any: a full disk, a closed terminal, a broken network must not end a run
+            except (
+                Exception
+            ) as error:  # any: a full disk, a closed terminal, a broken network must not end a run
                 self._report_failure(index, error)
             else:
                 self._failing.discard(index)
@@ -67,7 +69,11 @@ class MultiSink:
             return
         self._failing.add(index)
         name = type(self._sinks[index]).__name__
-        self._send(f"{name} failed, training goes on: {type(error).__name__}: {error}", "warning", skip=index)
+        self._send(
+            f"{name} failed, training goes on: {type(error).__name__}: {error}",
+            "warning",
+            skip=index,
+        )
 
     def _send(self, text: str, level: str, skip: int | None) -> None:
         for index, sink in enumerate(self._sinks):
@@ -75,7 +81,7 @@ class MultiSink:
                 continue
             try:
                 sink.message(text, level)
-            except Exception:   # reporting the failure of a report could go round for ever
+            except Exception:  # reporting the failure of a report could go round for ever
                 pass
 
 
@@ -104,13 +110,21 @@ class JsonlSink:
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         self._step = step
-        self._unwritten.append(json.dumps(finite_or_null({"step": step} | dict(record) | {"step": step}), allow_nan=False) + "\n")
+        self._unwritten.append(
+            json.dumps(
+                finite_or_null({"step": step} | dict(record) | {"step": step}), allow_nan=False
+            )
+            + "\n"
+        )
         _append_durably(self.path, "".join(self._unwritten))
         self._unwritten.clear()
 
     def message(self, text: str, level: str = "info") -> None:
         if level != "info":
-            _append_durably(self._warnings_path, json.dumps({"step": self._step, "level": level, "text": text}) + "\n")
+            _append_durably(
+                self._warnings_path,
+                json.dumps({"step": self._step, "level": level, "text": text}) + "\n",
+            )
 
     def close(self) -> None:
         if self._unwritten:
@@ -139,13 +153,15 @@ def cut_after_step(path: Path, step: int) -> int:
 
 
 def _belongs(line: bytes, step: int) -> bool:
-    if not line.endswith(b"\n"):   # torn, even where what is left happens to parse
+    if not line.endswith(b"\n"):  # torn, even where what is left happens to parse
         return False
     try:
         record = json.loads(line)
     except ValueError:
         return False
-    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step
+    return (
+        isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step
+    )
 
 
 def _append_durably(path: Path, text: str) -> None:
@@ -155,7 +171,7 @@ def _append_durably(path: Path, text: str) -> None:
         remaining = memoryview(text.encode())
         try:
             while remaining:
-                remaining = remaining[file.write(remaining):]
+                remaining = remaining[file.write(remaining) :]
             os.fsync(file.fileno())
         except OSError:
             file.truncate(end)

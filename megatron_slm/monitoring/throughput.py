@@ -24,8 +24,15 @@ class Throughput:
     after `Metrics.reduce`, which waits for the device; otherwise a GPU's queued work is not in the time.
     """
 
-    def __init__(self, *, total_tokens: int, flops_per_token: float, peak_flops_per_second: float | None = None,
-                 world_size: int = 1, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        total_tokens: int,
+        flops_per_token: float,
+        peak_flops_per_second: float | None = None,
+        world_size: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """peak_flops_per_second: one device's stated peak; None = no MFU is reported."""
         self._total_tokens = total_tokens
         self._flops_per_token = flops_per_token
@@ -77,7 +84,11 @@ class Throughput:
             "throughput/model_flops_per_second": tokens_per_second * self._flops_per_token,
         }
         if tokens_per_second:
-            figures["throughput/eta_seconds"] = max(self._total_tokens - tokens_processed, 0) / tokens_per_second
+            figures["throughput/eta_seconds"] = (
+                max(self._total_tokens - tokens_processed, 0) / tokens_per_second
+            )
         if self._peak:
-            figures["throughput/mfu_fraction"] = figures["throughput/model_flops_per_second"] / self._peak
+            figures["throughput/mfu_fraction"] = (
+                figures["throughput/model_flops_per_second"] / self._peak
+            )
         return figures

@@ -27,8 +27,16 @@ class WandbSink:
     reached at the start, the run is written offline. Steps repeated after a resume are logged again with the same x value.
     """
 
-    def __init__(self, settings: WandbConfig, *, run_folder: str | Path, name: str, config: Mapping[str, Any],
-                 run_id: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: WandbConfig,
+        *,
+        run_folder: str | Path,
+        name: str,
+        config: Mapping[str, Any],
+        run_id: str,
+        warn: Callable[[str], None],
+    ) -> None:
         """config: the resolved config and parallel sizes, as nested dicts. warn: where the one warning goes."""
         self._warn = warn
         self._run: Any = None
@@ -36,13 +44,26 @@ class WandbSink:
         self.mode = choose_mode(settings.mode)
         if self.mode == "disabled":
             return
-        options = dict(dir=str(run_folder), id=run_id, name=name, config=dict(config), project=settings.project,
-                       entity=settings.entity or None, group=settings.group or None, tags=settings.tags or None)
+        options = dict(
+            dir=str(run_folder),
+            id=run_id,
+            name=name,
+            config=dict(config),
+            project=settings.project,
+            entity=settings.entity or None,
+            group=settings.group or None,
+            tags=settings.tags or None,
+        )
         if not self._attempt(_import_wandb, last=True):
             return
-        if not self._attempt(lambda: self._open(options), last=self.mode == "offline") and self.mode == "online":
+        if (
+            not self._attempt(lambda: self._open(options), last=self.mode == "offline")
+            and self.mode == "online"
+        ):
             self.mode = "offline"
-            self._warn("W&B could not be reached, this run is written offline; `wandb sync` uploads it later")
+            self._warn(
+                "W&B could not be reached, this run is written offline; `wandb sync` uploads it later"
+            )
             self._attempt(lambda: self._open(options), last=True)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
@@ -60,24 +81,39 @@ class WandbSink:
 
     def _open(self, options: dict[str, Any]) -> None:
         wandb = _import_wandb()
-        settings = wandb.Settings(silent=True, console="off", init_timeout=_CONNECT_SECONDS, finish_timeout=_FINISH_SECONDS)
-        self._run = wandb.init(mode=self.mode, resume="allow", reinit="finish_previous", save_code=False, settings=settings, **options)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=_CONNECT_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
+        )
+        self._run = wandb.init(
+            mode=self.mode,
+            resume="allow",
+            reinit="finish_previous",
+            save_code=False,
+            settings=settings,
+            **options,
+        )
         self._run.define_metric(X_AXIS)
         self._run.define_metric("*", step_metric=X_AXIS)
 
     def _attempt(self, action: Callable[[], Any], last: bool) -> bool:
         try:
             action()
-        except Exception as error:   # any: W&B is a convenience, the run is not
+        except Exception as error:  # any: W&B is a convenience, the run is not
             if last:
                 self._run = None
-                self._warn(f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}")
+                self._warn(
+                    f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}"
+                )
             return False
         return True
 
 
 def _import_wandb() -> Any:
     import wandb
+
     return wandb
 
 
@@ -95,12 +131,19 @@ def _has_api_key(environment: Mapping[str, str]) -> bool:
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    candidates = [environment["NETRC"]] if environment.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    candidates = (
+        [environment["NETRC"]]
+        if environment.get("NETRC")
+        else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    )
     for path in candidates:
         try:
             if host and netrc.netrc(str(path)).authenticators(host):
                 return True
-        except (OSError, netrc.NetrcParseError):   # absent, unreadable or malformed: as good as no key
+        except (
+            OSError,
+            netrc.NetrcParseError,
+        ):  # absent, unreadable or malformed: as good as no key
             continue
     return False
 
@@ -133,7 +176,19 @@ def _for_wandb(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _histogram(record: Mapping[str, Any], name: str, heights: Any) -> Any:
     import numpy as np
+
     edges = next((record[other] for other in record if other.startswith(name + "_edges")), None)
-    usable = edges is not None and len(edges) == len(heights) + 1 and all(edge is not None and math.isfinite(edge) for edge in edges)
-    heights = [height if height is not None and math.isfinite(height) else 0.0 for height in heights]
-    return _import_wandb().Histogram(np_histogram=(np.array(heights), np.array(edges if usable else range(len(heights) + 1), dtype=float)))
+    usable = (
+        edges is not None
+        and len(edges) == len(heights) + 1
+        and all(edge is not None and math.isfinite(edge) for edge in edges)
+    )
+    heights = [
+        height if height is not None and math.isfinite(height) else 0.0 for height in heights
+    ]
+    return _import_wandb().Histogram(
+        np_histogram=(
+            np.array(heights),
+            np.array(edges if usable else range(len(heights) + 1), dtype=float),
+        )
+    )

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from megatron_slm.ops.head import Head, chunks, logit_rows
 from megatron_slm.ops.liger_engine import liger_gradients
-from megatron_slm.ops.matmul import accumulate_weight_gradient, logits_into, operand, product_precision
+from megatron_slm.ops.matmul import (
+    accumulate_weight_gradient,
+    logits_into,
+    operand,
+    product_precision,
+)
 from megatron_slm.ops.row_passes import place_target, row_passes
 from megatron_slm.ops.vocab_parallel import KeptRows, VocabularyShard
 
@@ -50,11 +55,17 @@ def head_gradients(given: HeadGradients) -> tuple[Tensor | None, Tensor | None]:
     every_row = len(index_K) == tokens
     gathered_KH = layout.gather(given.rows) if layout is not None else None
     with product_precision(head.plan):
-        partial_KH, gradient_VH = _gradients_of_kept_rows(given, gathered_KH, None if every_row else index_K, len(index_K))
+        partial_KH, gradient_VH = _gradients_of_kept_rows(
+            given, gathered_KH, None if every_row else index_K, len(index_K)
+        )
     gradient_rows = None
     if given.needs_hidden:
-        gradient_rows = reduce_rows(partial_KH, given.rows, shard, index_K, layout).to(given.rows.dtype)
-    return gradient_rows, deliver_weight_gradient(gradient_VH, given.parameter, given.weight.dtype) if given.needs_weight else None
+        gradient_rows = reduce_rows(partial_KH, given.rows, shard, index_K, layout).to(
+            given.rows.dtype
+        )
+    return gradient_rows, deliver_weight_gradient(
+        gradient_VH, given.parameter, given.weight.dtype
+    ) if given.needs_weight else None
 
 
 def _gradients_of_kept_rows(
@@ -62,36 +73,58 @@ def _gradients_of_kept_rows(
 ) -> tuple[Tensor | None, Tensor | None]:
     """This rank's (partial gradient of the kept rows, fp32 gradient of its weight rows: main_grad itself when accumulating)."""
     plan, columns = given.head.plan, given.head.shard.columns
-    weight_VH = given.widened_VH if given.widened_VH is not None else operand(given.weight[:columns], plan)
-    partial_KH = given.rows.new_zeros((kept, given.weight.shape[1]), dtype=weight_VH.dtype) if given.needs_hidden else None
+    weight_VH = (
+        given.widened_VH if given.widened_VH is not None else operand(given.weight[:columns], plan)
+    )
+    partial_KH = (
+        given.rows.new_zeros((kept, given.weight.shape[1]), dtype=weight_VH.dtype)
+        if given.needs_hidden
+        else None
+    )
     total_VH, fresh = _weight_gradient_buffer(given)
     if not kept or not columns:
         return partial_KH, total_VH.zero_() if fresh and total_VH is not None else total_VH
     if plan.engine == "liger":
-        return _by_liger(given, gathered_KH, slice(None) if index_K is None else index_K, total_VH, fresh)
+        return _by_liger(
+            given, gathered_KH, slice(None) if index_K is None else index_K, total_VH, fresh
+        )
     fill = _GradientRows(given, index_K, weight_VH)
     for group in chunks(0, kept, plan.gradient_chunk_tokens):
         gradient_GV = fill.storage(group)
-        rows_GH = gathered_KH[group] if gathered_KH is not None else given.rows[group if index_K is None else index_K[group]]
+        rows_GH = (
+            gathered_KH[group]
+            if gathered_KH is not None
+            else given.rows[group if index_K is None else index_K[group]]
+        )
         for chunk in chunks(group.start, group.stop, plan.chunk_tokens):
             inside = slice(chunk.start - group.start, chunk.stop - group.start)
             fill.into(gradient_GV[inside], chunk, rows_GH[inside])
         if partial_KH is not None:
             torch.mm(gradient_GV, weight_VH, out=partial_KH[group])
         if total_VH is not None:
-            accumulate_weight_gradient(total_VH[:columns], gradient_GV, operand(rows_GH, plan), fresh=fresh)
+            accumulate_weight_gradient(
+                total_VH[:columns], gradient_GV, operand(rows_GH, plan), fresh=fresh
+            )
             if fresh:
                 total_VH[columns:].zero_()
                 fresh = False
     return partial_KH, total_VH
 
 
-def _by_liger(given: HeadGradients, gathered_KH: Tensor | None, index_K: Tensor | slice, total_VH: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor | None]:
+def _by_liger(
+    given: HeadGradients,
+    gathered_KH: Tensor | None,
+    index_K: Tensor | slice,
+    total_VH: Tensor | None,
+    fresh: bool,
+) -> tuple[Tensor, Tensor | None]:
     shard = given.head.shard
     rows_KH = gathered_KH if gathered_KH is not None else given.rows[index_K]
     column_K, owned_K = shard.local_target(given.target_N[index_K])
     weight_VH = given.weight[: shard.columns]
-    partial_KH, gradient_VH = liger_gradients(rows_KH, weight_VH, column_K, owned_K, given.upstream_N[index_K], given.lse_N[index_K])
+    partial_KH, gradient_VH = liger_gradients(
+        rows_KH, weight_VH, column_K, owned_K, given.upstream_N[index_K], given.lse_N[index_K]
+    )
     if total_VH is not None and fresh:
         total_VH[: shard.columns], total_VH[shard.columns :] = gradient_VH, 0.0
     elif total_VH is not None:
@@ -113,13 +146,21 @@ class _GradientRows:
         if self.kept_NV is not None:
             self.scale_K = self.scale_K * (given.maximum_N[every] - self.lse_K).exp()
         # The target's entry is placed from fp32 vectors: p - 1 of a confident token would drown in the rounding of a kept p.
-        self.target_value_K = upstream_K * (spread_K * (given.target_logit_N[every] - self.lse_K).exp() - 1.0)
+        self.target_value_K = upstream_K * (
+            spread_K * (given.target_logit_N[every] - self.lse_K).exp() - 1.0
+        )
         self.column_K, self.owned_K = head.shard.local_target(given.target_N[every])
         self.in_place = self.kept_NV is not None and self.kept_NV.dtype == weight_VH.dtype
         rows = min(plan.gradient_chunk_tokens, len(self.scale_K))
-        self.group_GV = None if self.in_place else logit_rows(given.rows, rows, len(weight_VH), weight_VH.dtype)
+        self.group_GV = (
+            None if self.in_place else logit_rows(given.rows, rows, len(weight_VH), weight_VH.dtype)
+        )
         needs_logits = self.kept_NV is None and weight_VH.dtype != torch.float32
-        self.logits_CV = logit_rows(given.rows, min(plan.chunk_tokens, rows), len(weight_VH), torch.float32) if needs_logits else None
+        self.logits_CV = (
+            logit_rows(given.rows, min(plan.chunk_tokens, rows), len(weight_VH), torch.float32)
+            if needs_logits
+            else None
+        )
 
     def storage(self, group: slice) -> Tensor:
         """Where the rows of a group are written: the front of the kept rows when they have the right dtype, else scratch."""
@@ -133,11 +174,19 @@ class _GradientRows:
         else:
             logits_CV = out_CV if self.logits_CV is None else self.logits_CV[: len(out_CV)]
             logits_into(logits_CV, operand(rows_CH, self.plan), self.weight_VH)
-            self.passes.gradient_from_logits(logits_CV, self.lse_K[chunk], self.scale_K[chunk], out_CV)
+            self.passes.gradient_from_logits(
+                logits_CV, self.lse_K[chunk], self.scale_K[chunk], out_CV
+            )
         place_target(out_CV, self.column_K[chunk], self.owned_K[chunk], self.target_value_K[chunk])
 
 
-def reduce_rows(partial_KH: Tensor, rows: Tensor, shard: VocabularyShard, index_K: Tensor, layout: KeptRows | None) -> Tensor:
+def reduce_rows(
+    partial_KH: Tensor,
+    rows: Tensor,
+    shard: VocabularyShard,
+    index_K: Tensor,
+    layout: KeptRows | None,
+) -> Tensor:
     """Sum the tensor ranks' parts of the kept rows and put them at their places among `rows`; the others are zero."""
     if layout is not None:
         return layout.reduce_scatter(partial_KH, len(rows))
@@ -161,7 +210,9 @@ def _weight_gradient_buffer(given: HeadGradients) -> tuple[Tensor | None, bool]:
     return torch.empty(given.weight.shape, dtype=torch.float32, device=given.weight.device), True
 
 
-def deliver_weight_gradient(gradient_VH: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def deliver_weight_gradient(
+    gradient_VH: Tensor, parameter: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
     """The gradient autograd gets. With `parameter`: into its main_grad, by megatron-core's protocol (tensor_parallel/layers.py, 0.16.1)."""
     if parameter is None:
         return gradient_VH.to(dtype)
@@ -171,4 +222,8 @@ def deliver_weight_gradient(gradient_VH: Tensor, parameter: Tensor | None, dtype
         return None
     parameter.grad_added_to_main_grad = True
     # A tied embedding adds its own gradient to this placeholder, and megatron-core then adds the sum: it must be zeros.
-    return torch.zeros_like(parameter) if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(parameter)
+    return (
+        torch.zeros_like(parameter)
+        if getattr(parameter, "zero_out_wgrad", False)
+        else torch.empty_like(parameter)
+    )

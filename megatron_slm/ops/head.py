@@ -53,14 +53,26 @@ def check_inputs(
     if sharded_rows and rows:
         rows[0] *= shard.ranks
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [..., H] and [vocabulary, H] with the same H.")
+        raise ValueError(
+            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [..., H] and [vocabulary, H] with the same H."
+        )
     if list(target.shape) != rows:
-        gathered = f" (sequence parallel: {shard.ranks} x the first dimension)" if sharded_rows else ""
-        raise ValueError(f"target is {tuple(target.shape)}; for hidden {tuple(hidden.shape)} it must be {tuple(rows)}{gathered}.")
+        gathered = (
+            f" (sequence parallel: {shard.ranks} x the first dimension)" if sharded_rows else ""
+        )
+        raise ValueError(
+            f"target is {tuple(target.shape)}; for hidden {tuple(hidden.shape)} it must be {tuple(rows)}{gathered}."
+        )
     if target.dtype != torch.int64:
         raise ValueError(f"target is {target.dtype}; token ids must be int64.")
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be the same of float32, bfloat16, float16.")
+    if hidden.dtype != weight.dtype or hidden.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be the same of float32, bfloat16, float16."
+        )
     if unknown := set(extras) - set(EXTRAS):
         raise ValueError(f"unknown extras {sorted(unknown)}; choose from {', '.join(EXTRAS)}.")
     if accumulate_into_main_grad and getattr(weight, "main_grad", None) is None:
@@ -69,6 +81,10 @@ def check_inputs(
             "or turn it off."
         )
     if target.device.type == "cpu" and target.numel():
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= shard.vocabulary_size))]
+        wrong = target[
+            (target != ignore_index) & ((target < 0) | (target >= shard.vocabulary_size))
+        ]
         if len(wrong):
-            raise ValueError(f"target holds id {wrong[0].item()}; ids must be in [0, {shard.vocabulary_size}) or {ignore_index} (ignored).")
+            raise ValueError(
+                f"target holds id {wrong[0].item()}; ids must be in [0, {shard.vocabulary_size}) or {ignore_index} (ignored)."
+            )

@@ -29,13 +29,29 @@ _TOLERANCE = 1e-2
 """Gradients differ by bf16 roundings of logit gradients and results (0.2 % each); a wrong formula is off by far more."""
 
 
-def liger_gradients(rows_KH: Tensor, weight_VH: Tensor, column_K: Tensor, owned_K: Tensor, upstream_K: Tensor, lse_K: Tensor) -> tuple[Tensor, Tensor]:
+def liger_gradients(
+    rows_KH: Tensor,
+    weight_VH: Tensor,
+    column_K: Tensor,
+    owned_K: Tensor,
+    upstream_K: Tensor,
+    lse_K: Tensor,
+) -> tuple[Tensor, Tensor]:
     """(d rows [K, H], d weight [V, H]), bf16: p @ weight and p.T @ rows, with p = upstream * (exp(rows @ weight.T - lse) - onehot(column)).
 
     The one-hot is left out where `owned_K` is False (another tensor rank has the target). lse_K is that of the whole vocabulary.
     """
     target_K = column_K.where(owned_K, FOREIGN_TARGET)
-    return _kernel()(upstream_K, rows_KH.contiguous(), weight_VH.contiguous(), target_K, lse_K.contiguous(), 1.0, _IGNORE_INDEX, rows_KH.shape[1])
+    return _kernel()(
+        upstream_K,
+        rows_KH.contiguous(),
+        weight_VH.contiguous(),
+        target_K,
+        lse_K.contiguous(),
+        1.0,
+        _IGNORE_INDEX,
+        rows_KH.shape[1],
+    )
 
 
 def check_liger(dtype: torch.dtype, device: torch.device, hidden_size: int) -> None:
@@ -44,11 +60,15 @@ def check_liger(dtype: torch.dtype, device: torch.device, hidden_size: int) -> N
     ValueError says what is missing, or by how much the gradients disagree.
     """
     if dtype != torch.bfloat16 or hidden_size % HIDDEN_MULTIPLE:
-        raise ValueError(f"engine 'liger' got {dtype} operands of hidden size {hidden_size}; it takes bfloat16 and a multiple of {HIDDEN_MULTIPLE}. "
-                         "Use engine 'torch', which takes everything.")
+        raise ValueError(
+            f"engine 'liger' got {dtype} operands of hidden size {hidden_size}; it takes bfloat16 and a multiple of {HIDDEN_MULTIPLE}. "
+            "Use engine 'torch', which takes everything."
+        )
     if not _is_hopper(device):
-        raise ValueError(f"engine 'liger' needs a GPU of compute capability 9.0 (H100, H200, GH200) and the tensors are on {_describe(device)}. "
-                         "Use engine 'torch'.")
+        raise ValueError(
+            f"engine 'liger' needs a GPU of compute capability 9.0 (H100, H200, GH200) and the tensors are on {_describe(device)}. "
+            "Use engine 'torch'."
+        )
     _verify(device)
 
 
@@ -58,22 +78,34 @@ def _verify(device: torch.device) -> None:
     kept, hidden, vocabulary = 2200, 256, 1000
     generator = torch.Generator(device).manual_seed(0)
     rows_KH = torch.randn(kept, hidden, generator=generator, device=device).bfloat16()
-    weight_VH = (torch.randn(vocabulary, hidden, generator=generator, device=device) * 0.2).bfloat16()
+    weight_VH = (
+        torch.randn(vocabulary, hidden, generator=generator, device=device) * 0.2
+    ).bfloat16()
     column_K = torch.randint(0, vocabulary, (kept,), generator=generator, device=device)
     owned_K = torch.rand(kept, generator=generator, device=device) < 0.8
     upstream_K = torch.rand(kept, generator=generator, device=device) + 0.5
     logits_KV = rows_KH.float() @ weight_VH.float().t()
     lse_K = logits_KV.logsumexp(1)
-    gradient_KV = upstream_K[:, None] * ((logits_KV - lse_K[:, None]).exp() - owned_K[:, None] * F.one_hot(column_K, vocabulary))
+    gradient_KV = upstream_K[:, None] * (
+        (logits_KV - lse_K[:, None]).exp() - owned_K[:, None] * F.one_hot(column_K, vocabulary)
+    )
     expected = (gradient_KV @ weight_VH.float(), gradient_KV.t() @ rows_KH.float())
-    for name, value, reference in zip(("hidden", "weight"), liger_gradients(rows_KH, weight_VH, column_K, owned_K, upstream_K, lse_K), expected):
+    for name, value, reference in zip(
+        ("hidden", "weight"),
+        liger_gradients(rows_KH, weight_VH, column_K, owned_K, upstream_K, lse_K),
+        expected,
+    ):
         if value.shape != reference.shape:
-            raise ValueError(f"engine 'liger': the installed liger-kernel returns a gradient of {name} of shape {tuple(value.shape)}, expected "
-                             f"{tuple(reference.shape)}. Use engine 'torch', or liger-kernel 0.8.5.")
+            raise ValueError(
+                f"engine 'liger': the installed liger-kernel returns a gradient of {name} of shape {tuple(value.shape)}, expected "
+                f"{tuple(reference.shape)}. Use engine 'torch', or liger-kernel 0.8.5."
+            )
         difference = ((value.float() - reference).norm() / reference.norm()).item()
         if not difference <= _TOLERANCE:  # a NaN is a disagreement too
-            raise ValueError(f"engine 'liger': the installed liger-kernel disagrees with plain torch on this device: gradient of {name} is off by "
-                             f"{difference:.1e} relative, allowed {_TOLERANCE:g}. Use engine 'torch', or liger-kernel 0.8.5.")
+            raise ValueError(
+                f"engine 'liger': the installed liger-kernel disagrees with plain torch on this device: gradient of {name} is off by "
+                f"{difference:.1e} relative, allowed {_TOLERANCE:g}. Use engine 'torch', or liger-kernel 0.8.5."
+            )
 
 
 def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -81,8 +113,10 @@ def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
     try:
         return importlib.import_module(KERNEL_MODULE).fused_scaled_cross_entropy_backward
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"engine 'liger' needs Liger-Kernel's Hopper kernels, which cannot be loaded here ({error}); "
-                         "pip install 'liger-kernel[cutedsl]>=0.8.5', or use engine 'torch'.") from error
+        raise ValueError(
+            f"engine 'liger' needs Liger-Kernel's Hopper kernels, which cannot be loaded here ({error}); "
+            "pip install 'liger-kernel[cutedsl]>=0.8.5', or use engine 'torch'."
+        ) from error
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -90,4 +124,6 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _describe(device: torch.device) -> str:
-    return f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"the {device.type}"
+    return (
+        f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"the {device.type}"
+    )

@@ -25,6 +25,7 @@ from megatron_slm.ops.plan import KEPT_BUDGET_BYTES, Elementwise, Engine, Mode, 
 from megatron_slm.ops.row_passes import entropy_and_square, row_passes
 from megatron_slm.ops.vocab_parallel import VocabularyShard, combine_lse
 
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -103,12 +104,30 @@ def linear_cross_entropy(
     if engine == "liger":
         check_liger(hidden.dtype, hidden.device, hidden.shape[-1])
         if z_loss:
-            raise ValueError(f"z_loss is {z_loss} with engine 'liger', whose kernel has none; use engine 'torch', or z_loss 0.")
-    head = Head(shard, plan, ignore_index, float(z_loss), sharded_rows, accumulate_into_main_grad, tuple(extras))
+            raise ValueError(
+                f"z_loss is {z_loss} with engine 'liger', whose kernel has none; use engine 'torch', or z_loss 0."
+            )
+    head = Head(
+        shard,
+        plan,
+        ignore_index,
+        float(z_loss),
+        sharded_rows,
+        accumulate_into_main_grad,
+        tuple(extras),
+    )
     rows, target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    loss_N, *extra_N = _LinearCrossEntropy.apply(rows, weight, target_N, head) if will_backward else _forward(rows, weight, target_N, head)[0]
+    loss_N, *extra_N = (
+        _LinearCrossEntropy.apply(rows, weight, target_N, head)
+        if will_backward
+        else _forward(rows, weight, target_N, head)[0]
+    )
     loss = loss_N.view(target.shape)
-    return (loss, {name: values.view(target.shape) for name, values in zip(extras, extra_N)}) if extras else loss
+    return (
+        (loss, {name: values.view(target.shape) for name, values in zip(extras, extra_N)})
+        if extras
+        else loss
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -116,7 +135,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weight: Tensor, target_N: Tensor, head: Head):
         outputs, saved = _forward(rows, weight, target_N, head)
         ctx.head = head
-        ctx.save_for_backward(rows, weight, target_N, saved.lse_N, saved.target_logit_N, saved.maximum_N)
+        ctx.save_for_backward(
+            rows, weight, target_N, saved.lse_N, saved.target_logit_N, saved.maximum_N
+        )
         # Not saved by save_for_backward: backward works in these very bytes, so it takes them and a second backward must fail.
         ctx.kept_NV, ctx.widened_VH = saved.kept_NV, saved.widened_VH
         # Megatron keeps its accumulation buffer and its flag on the parameter object itself.
@@ -129,7 +150,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head: Head = ctx.head
         kept_NV, widened_VH, ctx.kept_NV, ctx.widened_VH = ctx.kept_NV, ctx.widened_VH, None, None
         if head.plan.mode == "keep" and kept_NV is None:
-            raise RuntimeError("linear_cross_entropy(mode='keep') allows one backward per forward; use mode='recompute' with retain_graph.")
+            raise RuntimeError(
+                "linear_cross_entropy(mode='keep') allows one backward per forward; use mode='recompute' with retain_graph."
+            )
         rows, weight, target_N, lse_N, target_logit_N, maximum_N = ctx.saved_tensors
         gradients = head_gradients(
             HeadGradients(
@@ -162,51 +185,95 @@ class _Saved:
     widened_VH: Tensor | None
 
 
-def _forward(rows: Tensor, weight: Tensor, target_N: Tensor, head: Head) -> tuple[list[Tensor], _Saved]:
+def _forward(
+    rows: Tensor, weight: Tensor, target_N: Tensor, head: Head
+) -> tuple[list[Tensor], _Saved]:
     """([loss_N, extras...], what backward needs). Computes this rank's columns chunk by chunk, then combines the ranks once."""
     shard = head.shard
     rows_NH = shard.gather_rows(rows) if head.sequence_parallel else rows
     column_N, owned_N = shard.local_target(target_N)
-    fields_FN = torch.zeros((2 + len(head.extras), len(target_N)), dtype=torch.float32, device=rows.device)
+    fields_FN = torch.zeros(
+        (2 + len(head.extras), len(target_N)), dtype=torch.float32, device=rows.device
+    )
     fields_FN[0].fill_(-torch.inf)
     maximum_N = torch.full_like(fields_FN[0], -torch.inf)
-    kept_NV = logit_rows(rows, len(target_N), shard.columns, head.plan.kept_dtype) if head.plan.mode == "keep" else None
+    kept_NV = (
+        logit_rows(rows, len(target_N), shard.columns, head.plan.kept_dtype)
+        if head.plan.mode == "keep"
+        else None
+    )
     widened_VH = None
     if shard.columns and len(target_N):
         weight_VH = operand(weight[: shard.columns], head.plan)
-        if kept_NV is not None and weight_VH.dtype != weight.dtype and weight_VH.nbytes <= head.plan.spare_bytes:
-            widened_VH = weight_VH  # copying it again in backward costs 2 to 3 % of the head at 1024 tokens
+        if (
+            kept_NV is not None
+            and weight_VH.dtype != weight.dtype
+            and weight_VH.nbytes <= head.plan.spare_bytes
+        ):
+            widened_VH = (
+                weight_VH  # copying it again in backward costs 2 to 3 % of the head at 1024 tokens
+            )
         with product_precision(head.plan):
-            _forward_chunks(rows_NH, weight, weight_VH, column_N, owned_N, head, fields_FN, maximum_N, kept_NV)
+            _forward_chunks(
+                rows_NH, weight, weight_VH, column_N, owned_N, head, fields_FN, maximum_N, kept_NV
+            )
     elif "target_rank" in head.extras:
         _true_target_logit(rows_NH, weight, column_N, owned_N, shard)
     ranks = shard.gather_fields(fields_FN)
     lse_N = combine_lse([fields[0] for fields in ranks])
-    target_logit_N = torch.stack([fields[1] for fields in ranks]).sum(0) if len(ranks) > 1 else ranks[0][1]
+    target_logit_N = (
+        torch.stack([fields[1] for fields in ranks]).sum(0) if len(ranks) > 1 else ranks[0][1]
+    )
     loss_N = lse_N - target_logit_N
     if head.z_loss:
         loss_N = loss_N + head.z_loss * lse_N.square()
     ignored_N = target_N == head.ignore_index
-    loss_N = loss_N.masked_fill(~ignored_N & ((target_N < 0) | (target_N >= shard.vocabulary_size)), torch.nan).masked_fill(ignored_N, 0.0)
-    extras = [_combine_extra(name, [fields[2 + i] for fields in ranks], [fields[0] for fields in ranks], lse_N) for i, name in enumerate(head.extras)]
-    extras = [values_N.masked_fill(ignored_N, -1) if name == "target_rank" else values_N for name, values_N in zip(head.extras, extras)]
+    loss_N = loss_N.masked_fill(
+        ~ignored_N & ((target_N < 0) | (target_N >= shard.vocabulary_size)), torch.nan
+    ).masked_fill(ignored_N, 0.0)
+    extras = [
+        _combine_extra(
+            name, [fields[2 + i] for fields in ranks], [fields[0] for fields in ranks], lse_N
+        )
+        for i, name in enumerate(head.extras)
+    ]
+    extras = [
+        values_N.masked_fill(ignored_N, -1) if name == "target_rank" else values_N
+        for name, values_N in zip(head.extras, extras)
+    ]
     return [loss_N, *extras], _Saved(lse_N, target_logit_N, maximum_N, kept_NV, widened_VH)
 
 
-def _forward_chunks(rows_NH, weight, weight_VH, column_N, owned_N, head: Head, fields_FN, maximum_N, kept_NV) -> None:
+def _forward_chunks(
+    rows_NH, weight, weight_VH, column_N, owned_N, head: Head, fields_FN, maximum_N, kept_NV
+) -> None:
     """Fill this rank's log-sum-exp, target logit and extras, and kept_NV with exp(logits - row maximum) when it is wanted."""
     shard, plan = head.shard, head.plan
     passes = row_passes(plan)
     direct = kept_NV is not None and kept_NV.dtype == torch.float32
-    scratch_CV = None if direct else logit_rows(rows_NH, plan.chunk_tokens, shard.columns, torch.float32)
-    rank_target_N = _true_target_logit(rows_NH, weight, column_N, owned_N, shard) if "target_rank" in head.extras else None
+    scratch_CV = (
+        None if direct else logit_rows(rows_NH, plan.chunk_tokens, shard.columns, torch.float32)
+    )
+    rank_target_N = (
+        _true_target_logit(rows_NH, weight, column_N, owned_N, shard)
+        if "target_rank" in head.extras
+        else None
+    )
     for chunk in chunks(0, len(rows_NH), plan.chunk_tokens):
         kept_CV = None if kept_NV is None else kept_NV[chunk]
         logits_CV = kept_CV if direct else scratch_CV[: chunk.stop - chunk.start]
         logits_into(logits_CV, operand(rows_NH[chunk], plan), weight_VH)
-        fields_FN[1, chunk] = logits_CV.gather(1, column_N[chunk, None]).squeeze(1).masked_fill(~owned_N[chunk], 0.0)
+        fields_FN[1, chunk] = (
+            logits_CV.gather(1, column_N[chunk, None]).squeeze(1).masked_fill(~owned_N[chunk], 0.0)
+        )
         for name, values_N in zip(head.extras, fields_FN[2:]):
-            values_N[chunk] = _chunk_extra(name, logits_CV, None if rank_target_N is None else rank_target_N[chunk], column_N[chunk], owned_N[chunk])
+            values_N[chunk] = _chunk_extra(
+                name,
+                logits_CV,
+                None if rank_target_N is None else rank_target_N[chunk],
+                column_N[chunk],
+                owned_N[chunk],
+            )
         maximum_N[chunk], total_C = passes.softmax_statistics(logits_CV, kept_CV)
         fields_FN[0, chunk] = maximum_N[chunk] + total_C.log()
 
@@ -214,13 +281,17 @@ def _forward_chunks(rows_NH, weight, weight_VH, column_N, owned_N, head: Head, f
 def _true_target_logit(rows_NH, weight, column_N, owned_N, shard: VocabularyShard) -> Tensor:
     """The target's logit, known on every rank before the first chunk: what target_rank compares with."""
     if shard.columns:
-        target_logit_N = torch.linalg.vecdot(rows_NH.float(), weight[column_N].float()).masked_fill(~owned_N, 0.0)
+        target_logit_N = torch.linalg.vecdot(rows_NH.float(), weight[column_N].float()).masked_fill(
+            ~owned_N, 0.0
+        )
     else:
         target_logit_N = torch.zeros(len(rows_NH), dtype=torch.float32, device=rows_NH.device)
     return torch.cat(shard.gather_fields(target_logit_N[None])).sum(0)
 
 
-def _chunk_extra(name: str, logits_CV: Tensor, rank_target_C: Tensor | None, column_C: Tensor, owned_C: Tensor) -> Tensor:
+def _chunk_extra(
+    name: str, logits_CV: Tensor, rank_target_C: Tensor | None, column_C: Tensor, owned_C: Tensor
+) -> Tensor:
     if name == "target_rank":
         above_C = (logits_CV > rank_target_C[:, None]).sum(1)
         # The target's own column does not beat itself, whatever the two ways of summing its product rounded to.
@@ -230,7 +301,9 @@ def _chunk_extra(name: str, logits_CV: Tensor, rank_target_C: Tensor | None, col
     return entropy_C if name == "entropy" else square_C
 
 
-def _combine_extra(name: str, values_TN: list[Tensor], lse_TN: list[Tensor], lse_N: Tensor) -> Tensor:
+def _combine_extra(
+    name: str, values_TN: list[Tensor], lse_TN: list[Tensor], lse_N: Tensor
+) -> Tensor:
     """A quantity of the whole softmax from its values on each rank's columns, with share = the rank's part of the probability."""
     total_N = torch.zeros_like(lse_N)
     for value_N, rank_lse_N in zip(values_TN, lse_TN):

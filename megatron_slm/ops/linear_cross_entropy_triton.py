@@ -60,14 +60,26 @@ def _block(columns: int) -> int:
 
 
 @triton.jit
-def _statistics_kernel(logits, kept, maximum, total, columns, logits_stride, kept_stride, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics_kernel(
+    logits,
+    kept,
+    maximum,
+    total,
+    columns,
+    logits_stride,
+    kept_stride,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     row_maximum = -float("inf")
     row_total = 0.0
     for start in range(0, columns, BLOCK):
         inside = start + offsets < columns
-        x = tl.load(logits + row * logits_stride + start + offsets, mask=inside, other=-float("inf"))
+        x = tl.load(
+            logits + row * logits_stride + start + offsets, mask=inside, other=-float("inf")
+        )
         higher = tl.maximum(row_maximum, tl.max(x, axis=0))
         # What was summed so far was relative to the old maximum.
         row_total = row_total * tl.exp(row_maximum - higher) + tl.sum(tl.exp(x - higher), axis=0)
@@ -79,11 +91,15 @@ def _statistics_kernel(logits, kept, maximum, total, columns, logits_stride, kep
             inside = start + offsets < columns
             x = tl.load(logits + row * logits_stride + start + offsets, mask=inside, other=0.0)
             e = tl.exp(x - row_maximum)
-            tl.store(kept + row * kept_stride + start + offsets, e.to(kept.dtype.element_ty), mask=inside)
+            tl.store(
+                kept + row * kept_stride + start + offsets, e.to(kept.dtype.element_ty), mask=inside
+            )
 
 
 @triton.jit
-def _gradient_kernel(logits, lse, scale, out, columns, logits_stride, out_stride, BLOCK: tl.constexpr):
+def _gradient_kernel(
+    logits, lse, scale, out, columns, logits_stride, out_stride, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns

@@ -47,7 +47,9 @@ def logits_into(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
     return torch.mm(hidden_CH, weight_VH.t(), out_dtype=torch.float32, out=out_CV)
 
 
-def accumulate_weight_gradient(total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, *, fresh: bool) -> None:
+def accumulate_weight_gradient(
+    total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, *, fresh: bool
+) -> None:
     """total += gradient.T @ hidden in fp32; `fresh` overwrites instead (total need not be initialised)."""
     low_precision = {} if hidden_CH.dtype == torch.float32 else {"out_dtype": torch.float32}
     if fresh:
@@ -61,7 +63,10 @@ def accumulate_weight_gradient(total_VH: Tensor, gradient_CV: Tensor, hidden_CH:
 @cache
 def _addmm_takes_an_fp32_total(dtype: torch.dtype, device: torch.device) -> bool:
     """torch 2.8 refuses an fp32 total with bf16 operands, later releases take it. Asked of the device once, with 8 x 8 values."""
-    total, operand_ = torch.zeros(8, 8, device=device), torch.zeros(8, 8, dtype=dtype, device=device)
+    total, operand_ = (
+        torch.zeros(8, 8, device=device),
+        torch.zeros(8, 8, dtype=dtype, device=device),
+    )
     try:
         torch.addmm(total, operand_, operand_, out_dtype=torch.float32, out=total)
     except RuntimeError:

@@ -66,9 +66,13 @@ def plan_head(
     _check_choice("elementwise", elementwise, ("auto", "eager", "compiled", "triton"))
     _check_choice("engine", engine, ("torch", "liger"))
     if engine == "liger" and mode == "keep":
-        raise ValueError("mode is 'keep' with engine 'liger', which keeps nothing and recomputes; use mode 'auto', or engine 'torch'.")
+        raise ValueError(
+            "mode is 'keep' with engine 'liger', which keeps nothing and recomputes; use mode 'auto', or engine 'torch'."
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1 (or None to let the plan choose).")
+        raise ValueError(
+            f"chunk_tokens is {chunk_tokens}; it must be at least 1 (or None to let the plan choose)."
+        )
     matmul = _matmul(dtype, device)
     # Where products take fp32 operands anyway, keeping bf16 would cost a conversion each way and save memory only.
     kept_dtype = torch.bfloat16 if matmul == "fp32_output" else torch.float32
@@ -77,16 +81,31 @@ def plan_head(
         mode = "recompute"
     elif mode == "auto":
         mode = "keep" if kept_bytes <= kept_budget_bytes else "recompute"
-    chunk = max(1, min(chunk_tokens or _usual_chunk_tokens(tokens, columns, device, mode, will_backward), tokens))
+    chunk = max(
+        1,
+        min(
+            chunk_tokens or _usual_chunk_tokens(tokens, columns, device, mode, will_backward),
+            tokens,
+        ),
+    )
     # With fp32 results the gradient rows have memory of their own, half as wide as logits. Each weight product reads and writes dW
     # once, 735 / rows of the product's own time on an H200 (8 H V bytes against 2 rows H V operations): so, many rows at a time.
     gradient_chunk = 6 * chunk if matmul == "fp32_output" else chunk
     if mode == "keep" and kept_dtype == (dtype if matmul == "fp32_output" else torch.float32):
-        gradient_chunk = max(tokens, 1)  # the kept values become the gradient rows in their own memory
+        gradient_chunk = max(
+            tokens, 1
+        )  # the kept values become the gradient rows in their own memory
     return HeadPlan(
-        mode, matmul, _elementwise(elementwise, tokens * columns, device, matmul), chunk, gradient_chunk, kept_dtype, kept_bytes,
-        kept_budget_bytes - kept_bytes, engine,
-    )  # fmt: skip
+        mode,
+        matmul,
+        _elementwise(elementwise, tokens * columns, device, matmul),
+        chunk,
+        gradient_chunk,
+        kept_dtype,
+        kept_bytes,
+        kept_budget_bytes - kept_bytes,
+        engine,
+    )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -94,7 +113,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
 
 
-def _usual_chunk_tokens(tokens: int, columns: int, device: torch.device, mode: str, will_backward: bool) -> int:
+def _usual_chunk_tokens(
+    tokens: int, columns: int, device: torch.device, mode: str, will_backward: bool
+) -> int:
     if device.type != "cuda":
         # 512 rows reach the speed of more (of the weight product above all: forward alone is as fast, within 2 %, with 256 rows and half
         # the memory); with exponentials kept in place, 1024 cost no memory and are a little faster.
@@ -109,14 +130,22 @@ def _matmul(dtype: torch.dtype, device: torch.device) -> str:
         return "direct"
     if device.type == "cuda" and _has_fp32_output():
         return "fp32_output"
-    return "widened_bf16_units" if device.type == "cpu" and dtype == torch.bfloat16 and cpu_has_bf16_units() else "widened"
+    return (
+        "widened_bf16_units"
+        if device.type == "cpu" and dtype == torch.bfloat16 and cpu_has_bf16_units()
+        else "widened"
+    )
 
 
 def _elementwise(asked: Elementwise, logits: int, device: torch.device, matmul: str) -> str:
     if asked == "triton" and not (device.type == "cuda" and has_triton()):
-        raise ValueError(f"elementwise='triton' needs CUDA tensors and the triton package; the tensors are on {device.type}. Use 'auto'.")
+        raise ValueError(
+            f"elementwise='triton' needs CUDA tensors and the triton package; the tensors are on {device.type}. Use 'auto'."
+        )
     if asked == "compiled" and not has_compiler():
-        raise ValueError("elementwise='compiled' needs a C++ compiler on the PATH and none was found. Install g++, or use 'auto'.")
+        raise ValueError(
+            "elementwise='compiled' needs a C++ compiler on the PATH and none was found. Install g++, or use 'auto'."
+        )
     if asked != "auto":
         return asked
     if device.type == "cuda":
@@ -149,4 +178,7 @@ def has_triton() -> bool:
 
 
 def _has_fp32_output() -> bool:
-    return "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
+    return (
+        "dtype_out" in torch.ops.aten.mm.overloads()
+        and "dtype_out" in torch.ops.aten.addmm.overloads()
+    )

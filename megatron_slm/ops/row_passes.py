@@ -28,7 +28,9 @@ def gradient_from_logits(logits_CV: Tensor, lse_C: Tensor, scale_C: Tensor, out_
     torch.mul(logits_CV, scale_C[:, None], out=out_CV)
 
 
-def gradient_from_kept(kept_NV: Tensor, index_C: Tensor | slice, scale_C: Tensor, out_CV: Tensor) -> None:
+def gradient_from_kept(
+    kept_NV: Tensor, index_C: Tensor | slice, scale_C: Tensor, out_CV: Tensor
+) -> None:
     """out = kept[index] * scale; out may be the front of kept_NV when index[j] >= j (kept rows only ever move forward)."""
     rows_CV = kept_NV[index_C] if isinstance(index_C, slice) else kept_NV.index_select(0, index_C)
     if out_CV.dtype == kept_NV.dtype:
@@ -40,7 +42,11 @@ def gradient_from_kept(kept_NV: Tensor, index_C: Tensor | slice, scale_C: Tensor
 def place_target(out_CV: Tensor, column_C: Tensor, owned_C: Tensor, value_C: Tensor) -> None:
     """out[i, column[i]] = value[i] in rows whose target this rank owns."""
     present_C = out_CV.gather(1, column_C[:, None])
-    out_CV.scatter_(1, column_C[:, None], torch.where(owned_C[:, None], value_C[:, None].to(out_CV.dtype), present_C))
+    out_CV.scatter_(
+        1,
+        column_C[:, None],
+        torch.where(owned_C[:, None], value_C[:, None].to(out_CV.dtype), present_C),
+    )
 
 
 def entropy_and_square(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +61,9 @@ def entropy_and_square(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
 def row_passes(plan: HeadPlan) -> SimpleNamespace:
     """The passes the plan chose, under the names of this module."""
     eager = SimpleNamespace(
-        softmax_statistics=softmax_statistics, gradient_from_logits=gradient_from_logits, gradient_from_kept=gradient_from_kept
+        softmax_statistics=softmax_statistics,
+        gradient_from_logits=gradient_from_logits,
+        gradient_from_kept=gradient_from_kept,
     )
     if plan.elementwise == "compiled":
         return _compiled_passes()

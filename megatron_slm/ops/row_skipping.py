@@ -42,12 +42,22 @@ def linear_skipping_zero_rows(
     Collectives carry all rows, as megatron-core's do: another tensor rank may have other zero rows.
     """
     if grad_output_buffer is not None:
-        raise ValueError("a linear that skips zero rows cannot defer its weight gradient; turn defer_embedding_wgrad_compute off.")
+        raise ValueError(
+            "a linear that skips zero rows cannot defer its weight gradient; turn defer_embedding_wgrad_compute off."
+        )
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
     if (allreduce_dgrad or sequence_parallel) and tp_group is None:
-        raise ValueError("allreduce_dgrad and sequence_parallel need tp_group, the tensor-parallel group.")
+        raise ValueError(
+            "allreduce_dgrad and sequence_parallel need tp_group, the tensor-parallel group."
+        )
     return _LinearSkippingZeroRows.apply(
-        input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad and group is not None, sequence_parallel and group is not None, group,
+        input,
+        weight,
+        bias,
+        gradient_accumulation_fusion,
+        allreduce_dgrad and group is not None,
+        sequence_parallel and group is not None,
+        group,
         (blocks, head_columns),
     )
 
@@ -57,7 +67,13 @@ class _LinearSkippingZeroRows(torch.autograd.Function):
     def forward(ctx, input, weight, bias, fused, reduce, sharded, group, columns):
         ctx.save_for_backward(input, weight)
         ctx.columns = columns
-        ctx.fused, ctx.reduce, ctx.sharded, ctx.group, ctx.has_bias = fused, reduce, sharded, group, bias is not None
+        ctx.fused, ctx.reduce, ctx.sharded, ctx.group, ctx.has_bias = (
+            fused,
+            reduce,
+            sharded,
+            group,
+            bias is not None,
+        )
         ctx.parameter = weight if fused else None
         rows = all_gather_rows(input, group) if sharded else input
         output = rows @ weight.t()
@@ -67,10 +83,14 @@ class _LinearSkippingZeroRows(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         input, weight = ctx.saved_tensors
         grad_NO = grad_output.reshape(-1, grad_output.shape[-1])
-        input_NI = (all_gather_rows(input, ctx.group) if ctx.sharded else input).reshape(-1, input.shape[-1])
+        input_NI = (all_gather_rows(input, ctx.group) if ctx.sharded else input).reshape(
+            -1, input.shape[-1]
+        )
         parts = [_KeptRows(grad_NP) for grad_NP in _part(grad_NO, 1, *ctx.columns)]
         grad_input = _input_gradient(parts, _part(weight, 0, *ctx.columns), input_NI)
-        pending = dist.all_reduce(grad_input, group=ctx.group, async_op=True) if ctx.reduce else None
+        pending = (
+            dist.all_reduce(grad_input, group=ctx.group, async_op=True) if ctx.reduce else None
+        )
         grad_weight = _weight_gradient(parts, input_NI, weight, ctx.parameter, ctx.columns)
         grad_bias = grad_NO.sum(0) if ctx.has_bias else None
         if pending is not None:
@@ -118,11 +138,23 @@ def _input_gradient(parts: list[_KeptRows], weights_BPI: list[Tensor], input_NI:
     return total_NI
 
 
-def _weight_gradient(parts: list[_KeptRows], input_NI: Tensor, weight: Tensor, parameter: Tensor | None, columns: tuple[int, int]) -> Tensor | None:
+def _weight_gradient(
+    parts: list[_KeptRows],
+    input_NI: Tensor,
+    weight: Tensor,
+    parameter: Tensor | None,
+    columns: tuple[int, int],
+) -> Tensor | None:
     """The gradient autograd gets; with `parameter`, megatron-core's fused accumulation into its fp32 main_grad."""
     if parameter is None:
-        products = [(part.grad_KP.t() @ part.of(input_NI)).unflatten(0, (columns[0], -1)) for part in parts]
-        return torch.cat(products, dim=1).flatten(0, 1) if len(products) > 1 else products[0].flatten(0, 1)
+        products = [
+            (part.grad_KP.t() @ part.of(input_NI)).unflatten(0, (columns[0], -1)) for part in parts
+        ]
+        return (
+            torch.cat(products, dim=1).flatten(0, 1)
+            if len(products) > 1
+            else products[0].flatten(0, 1)
+        )
     total_OI = parameter.main_grad
     for part, total_BPI in zip(parts, _part(total_OI, 0, *columns)):
         grad_KP, input_KI = part.grad_KP, part.of(input_NI)
@@ -130,14 +162,18 @@ def _weight_gradient(parts: list[_KeptRows], input_NI: Tensor, weight: Tensor, p
             grad_KP, input_KI = grad_KP.float(), input_KI.float()
         if len(parts) == 1:
             accumulate_weight_gradient(total_OI, grad_KP, input_KI, fresh=False)
-        else:       # a part's features are not contiguous in main_grad, which a product cannot write to
+        else:  # a part's features are not contiguous in main_grad, which a product cannot write to
             product = torch.empty(total_BPI.shape, dtype=total_OI.dtype, device=total_OI.device)
             accumulate_weight_gradient(product.flatten(0, 1), grad_KP, input_KI, fresh=True)
             total_BPI.add_(product)
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None
     parameter.grad_added_to_main_grad = True
-    return torch.zeros_like(weight) if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return (
+        torch.zeros_like(weight)
+        if getattr(parameter, "zero_out_wgrad", False)
+        else torch.empty_like(weight)
+    )
 
 
 def skip_zero_gradient_rows(module: nn.Module) -> int:
@@ -156,8 +192,14 @@ def skip_zero_gradient_rows(module: nn.Module) -> int:
         qkv = getattr(attention, "linear_qkv", None)
         if getattr(qkv, "_forward_impl", None) is linear_skipping_zero_rows:
             groups = attention.num_query_groups_per_partition
-            queries = attention.num_attention_heads_per_partition // groups * attention.hidden_size_per_attention_head
-            qkv._forward_impl = partial(linear_skipping_zero_rows, blocks=groups, head_columns=queries)
+            queries = (
+                attention.num_attention_heads_per_partition
+                // groups
+                * attention.hidden_size_per_attention_head
+            )
+            qkv._forward_impl = partial(
+                linear_skipping_zero_rows, blocks=groups, head_columns=queries
+            )
     if not changed:
         raise ValueError(
             f"{type(module).__name__} has no trainable megatron-core linear layer. Use the torch-native layers (device.layers: torch), "
@@ -219,7 +261,9 @@ def _enter(pending: list[_Selection]):
         selection = _Selection()
         pending.append(selection)
         if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": _DropRows.apply(kwargs["hidden_states"], selection)}
+            return args, kwargs | {
+                "hidden_states": _DropRows.apply(kwargs["hidden_states"], selection)
+            }
         return (_DropRows.apply(args[0], selection), *args[1:]), kwargs
 
     return hook

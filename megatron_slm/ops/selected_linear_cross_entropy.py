@@ -13,7 +13,12 @@ from torch import Tensor
 
 from megatron_slm.ops.backward import deliver_weight_gradient, reduce_rows
 from megatron_slm.ops.head import Head, check_inputs, chunks, logit_rows
-from megatron_slm.ops.matmul import accumulate_weight_gradient, logits_into, operand, product_precision
+from megatron_slm.ops.matmul import (
+    accumulate_weight_gradient,
+    logits_into,
+    operand,
+    product_precision,
+)
 from megatron_slm.ops.plan import Elementwise, plan_head
 from megatron_slm.ops.row_passes import place_target, row_passes
 from megatron_slm.ops.vocab_parallel import KeptRows, VocabularyShard, combine_lse
@@ -58,20 +63,38 @@ def selected_linear_cross_entropy(
         accumulate_into_main_grad=accumulate_into_main_grad,
     )
     if selected.shape != target.shape:
-        raise ValueError(f"selected is {tuple(selected.shape)} and target {tuple(target.shape)}; they must have the same shape.")
+        raise ValueError(
+            f"selected is {tuple(selected.shape)} and target {tuple(target.shape)}; they must have the same shape."
+        )
     plan = plan_head(
-        target.numel(), shard.columns, hidden.dtype, hidden.device, mode="recompute", chunk_tokens=chunk_tokens, elementwise=elementwise
+        target.numel(),
+        shard.columns,
+        hidden.dtype,
+        hidden.device,
+        mode="recompute",
+        chunk_tokens=chunk_tokens,
+        elementwise=elementwise,
     )
-    head = Head(shard, plan, ignore_index, float(z_loss), sharded_rows, accumulate_into_main_grad, ())
-    share_N = selected.detach().reshape(-1).float().masked_fill(target.reshape(-1) == ignore_index, 0.0)
+    head = Head(
+        shard, plan, ignore_index, float(z_loss), sharded_rows, accumulate_into_main_grad, ()
+    )
+    share_N = (
+        selected.detach().reshape(-1).float().masked_fill(target.reshape(-1) == ignore_index, 0.0)
+    )
     needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     call = _SelectedLinearCrossEntropy.apply if needs else _without_graph
-    loss_sum, loss_N = call(hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), share_N, head)
+    loss_sum, loss_N = call(
+        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), share_N, head
+    )
     return loss_sum, loss_N.view(target.shape)
 
 
-def _without_graph(rows: Tensor, weight: Tensor, target_N: Tensor, share_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    return _KeptRowsPass(rows, weight, target_N, share_N, head, needs_hidden=False, needs_weight=False).run()
+def _without_graph(
+    rows: Tensor, weight: Tensor, target_N: Tensor, share_N: Tensor, head: Head
+) -> tuple[Tensor, Tensor]:
+    return _KeptRowsPass(
+        rows, weight, target_N, share_N, head, needs_hidden=False, needs_weight=False
+    ).run()
 
 
 class _SelectedLinearCrossEntropy(torch.autograd.Function):
@@ -88,7 +111,9 @@ class _SelectedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sum: Tensor, _):
         if ctx.gradients is None:
-            raise RuntimeError("selected_linear_cross_entropy allows one backward per forward: it scales its gradients in place.")
+            raise RuntimeError(
+                "selected_linear_cross_entropy allows one backward per forward: it scales its gradients in place."
+            )
         (gradient_rows, gradient_VH), ctx.gradients = ctx.gradients, None
         if gradient_rows is not None:
             gradient_rows.mul_(grad_sum)
@@ -101,10 +126,14 @@ class _SelectedLinearCrossEntropy(torch.autograd.Function):
 class _KeptRowsPass:
     """One pass over the kept rows: logits, loss, logit gradients, both products, chunk by chunk."""
 
-    def __init__(self, rows, weight, target_N, share_N, head: Head, needs_hidden: bool, needs_weight: bool):
+    def __init__(
+        self, rows, weight, target_N, share_N, head: Head, needs_hidden: bool, needs_weight: bool
+    ):
         self.head, self.weight, self.rows, self.tokens = head, weight, rows, len(target_N)
         self.index_K = share_N.nonzero().squeeze(1)
-        self.layout = KeptRows.of(self.index_K, len(rows), head.shard) if head.sequence_parallel else None
+        self.layout = (
+            KeptRows.of(self.index_K, len(rows), head.shard) if head.sequence_parallel else None
+        )
         self.rows_KH = rows[self.index_K] if self.layout is None else self.layout.gather(rows)
         self.share_K, self.target_K = share_N[self.index_K], target_N[self.index_K]
         self.column_K, self.owned_K = head.shard.local_target(self.target_K)
@@ -114,38 +143,66 @@ class _KeptRowsPass:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """(loss_sum, loss_N); afterwards gradient_rows and gradient_VH hold d(loss_sum) where it is needed."""
-        head, plan, columns, kept = self.head, self.head.plan, self.head.shard.columns, len(self.index_K)
+        head, plan, columns, kept = (
+            self.head,
+            self.head.plan,
+            self.head.shard.columns,
+            len(self.index_K),
+        )
         self.weight_VH = operand(self.weight[:columns], plan)
         self.logits_CV = logit_rows(self.rows, plan.chunk_tokens, columns, torch.float32)
         loss_K = torch.zeros(kept, dtype=torch.float32, device=self.rows.device)
-        partial_KH = self.rows.new_zeros((kept, self.weight.shape[1]), dtype=self.weight_VH.dtype) if self.needs_hidden else None
+        partial_KH = (
+            self.rows.new_zeros((kept, self.weight.shape[1]), dtype=self.weight_VH.dtype)
+            if self.needs_hidden
+            else None
+        )
         if self.needs_weight:
-            self.gradient_VH = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+            self.gradient_VH = torch.zeros(
+                self.weight.shape, dtype=torch.float32, device=self.weight.device
+            )
         wants_gradient = self.needs_hidden or self.needs_weight
         grouped = wants_gradient and self.weight_VH.dtype != torch.float32
-        group_GV = logit_rows(self.rows, min(plan.gradient_chunk_tokens, kept), columns, self.weight_VH.dtype) if grouped else None
+        group_GV = (
+            logit_rows(
+                self.rows, min(plan.gradient_chunk_tokens, kept), columns, self.weight_VH.dtype
+            )
+            if grouped
+            else None
+        )
         with product_precision(plan):
             for group in chunks(0, kept, plan.gradient_chunk_tokens):
                 for chunk in chunks(group.start, group.stop, plan.chunk_tokens):
-                    out_CV = group_GV[chunk.start - group.start : chunk.stop - group.start] if grouped else None
+                    out_CV = (
+                        group_GV[chunk.start - group.start : chunk.stop - group.start]
+                        if grouped
+                        else None
+                    )
                     loss_K[chunk], gradient_CV = self._chunk(chunk, out_CV, wants_gradient)
                 gradient_GV = group_GV[: group.stop - group.start] if grouped else gradient_CV
                 if self.needs_hidden and columns:
                     torch.mm(gradient_GV, self.weight_VH, out=partial_KH[group])
                 if self.needs_weight and columns:
                     accumulate_weight_gradient(
-                        self.gradient_VH[:columns], gradient_GV, operand(self.rows_KH[group], plan), fresh=group.start == 0
+                        self.gradient_VH[:columns],
+                        gradient_GV,
+                        operand(self.rows_KH[group], plan),
+                        fresh=group.start == 0,
                     )
         if not kept:
             head.shard.gather_fields(loss_K.new_zeros((2, 1)))
         self.logits_CV = None
         if self.needs_hidden:
-            self.gradient_rows = reduce_rows(partial_KH, self.rows, head.shard, self.index_K, self.layout).to(self.rows.dtype)
+            self.gradient_rows = reduce_rows(
+                partial_KH, self.rows, head.shard, self.index_K, self.layout
+            ).to(self.rows.dtype)
         loss_N = torch.full((self.tokens,), torch.nan, dtype=torch.float32, device=self.rows.device)
         loss_N[self.index_K] = loss_K
         return (loss_K * self.share_K).sum(), loss_N
 
-    def _chunk(self, chunk: slice, out_CV: Tensor | None, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    def _chunk(
+        self, chunk: slice, out_CV: Tensor | None, wants_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         """(loss_C, gradient of the logits in out_CV, or in the logits' own memory when out_CV is None)."""
         head, passes = self.head, row_passes(self.head.plan)
         logits_CV = self.logits_CV[: chunk.stop - chunk.start]
@@ -154,20 +211,36 @@ class _KeptRowsPass:
         maximum_C = torch.full_like(fields_FC[0], -torch.inf)
         if head.shard.columns:
             logits_into(logits_CV, operand(self.rows_KH[chunk], head.plan), self.weight_VH)
-            fields_FC[1] = logits_CV.gather(1, self.column_K[chunk, None]).squeeze(1).masked_fill(~self.owned_K[chunk], 0.0)
+            fields_FC[1] = (
+                logits_CV.gather(1, self.column_K[chunk, None])
+                .squeeze(1)
+                .masked_fill(~self.owned_K[chunk], 0.0)
+            )
             maximum_C, total_C = passes.softmax_statistics(logits_CV, logits_CV)
             fields_FC[0] = maximum_C + total_C.log()
         ranks = head.shard.gather_fields(fields_FC)
         lse_C = combine_lse([fields[0] for fields in ranks])
         target_logit_C = torch.stack([fields[1] for fields in ranks]).sum(0)
-        outside_C = (self.target_K[chunk] < 0) | (self.target_K[chunk] >= head.shard.vocabulary_size)
-        loss_C = (lse_C - target_logit_C + head.z_loss * lse_C.square()).masked_fill(outside_C, torch.nan)
+        outside_C = (self.target_K[chunk] < 0) | (
+            self.target_K[chunk] >= head.shard.vocabulary_size
+        )
+        loss_C = (lse_C - target_logit_C + head.z_loss * lse_C.square()).masked_fill(
+            outside_C, torch.nan
+        )
         if not wants_gradient or not head.shard.columns:
             return loss_C, logits_CV
         share_C, spread_C = self.share_K[chunk], 1.0 + 2.0 * head.z_loss * lse_C
         out_CV = logits_CV if out_CV is None else out_CV
-        passes.gradient_from_kept(logits_CV, slice(0, len(logits_CV)), share_C * spread_C * (maximum_C - lse_C).exp(), out_CV)
+        passes.gradient_from_kept(
+            logits_CV,
+            slice(0, len(logits_CV)),
+            share_C * spread_C * (maximum_C - lse_C).exp(),
+            out_CV,
+        )
         place_target(
-            out_CV, self.column_K[chunk], self.owned_K[chunk], share_C * (spread_C * (target_logit_C - lse_C).exp() - 1.0)
+            out_CV,
+            self.column_K[chunk],
+            self.owned_K[chunk],
+            share_C * (spread_C * (target_logit_C - lse_C).exp() - 1.0),
         )
         return loss_C, out_CV

@@ -27,7 +27,9 @@ class VocabularyShard:
     vocabulary_size: int
 
     @classmethod
-    def of(cls, local_columns: int, group: dist.ProcessGroup | None, vocabulary_size: int | None) -> Self:
+    def of(
+        cls, local_columns: int, group: dist.ProcessGroup | None, vocabulary_size: int | None
+    ) -> Self:
         """ValueError when the true vocabulary is larger than the (equal) shards of all ranks together."""
         ranks = group.size() if group is not None else 1
         rank = group.rank() if group is not None else 0
@@ -104,7 +106,10 @@ class KeptRows:
         owner_K = index_K.div(rows_per_rank, rounding_mode="floor")
         counts = torch.bincount(owner_K, minlength=shard.ranks).tolist()
         longest = max(1, *counts)
-        shift_T = torch.tensor([rank * longest - sum(counts[:rank]) for rank in range(shard.ranks)], device=index_K.device)
+        shift_T = torch.tensor(
+            [rank * longest - sum(counts[:rank]) for rank in range(shard.ranks)],
+            device=index_K.device,
+        )
         slot_K = torch.arange(len(index_K), device=index_K.device) + shift_T[owner_K]
         start = sum(counts[: shard.rank])
         own = index_K[start : start + counts[shard.rank]] - shard.rank * rows_per_rank

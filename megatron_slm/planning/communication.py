@@ -36,7 +36,14 @@ class Traffic:
 
 def traffic(job: Job, stage: int) -> list[Traffic]:
     """All communication of a rank of pipeline stage `stage`; kinds that do not occur are left out."""
-    found = [*_tensor(job, stage), *_context(job), *_experts(job), *_pipeline(job, stage), *_data(job, stage), *_selection(job, stage)]
+    found = [
+        *_tensor(job, stage),
+        *_context(job),
+        *_experts(job),
+        *_pipeline(job, stage),
+        *_data(job, stage),
+        *_selection(job, stage),
+    ]
     return [each for each in found if each.sent_bytes]
 
 
@@ -45,10 +52,14 @@ def link_of(job: Job, ranks: int, stride: int) -> tuple[str, float]:
     if ranks * stride <= job.gpus_per_node:
         return "NVLink", job.gpu.nvlink_bytes_per_second * LINK_FRACTION
     local = max(1, min(ranks, job.gpus_per_node // stride))
-    return "network", min(job.gpu.nvlink_bytes_per_second, local * job.gpu.network_bytes_per_second) * LINK_FRACTION
+    return "network", min(
+        job.gpu.nvlink_bytes_per_second, local * job.gpu.network_bytes_per_second
+    ) * LINK_FRACTION
 
 
-def _one(job: Job, role: str, name: str, ranks: int, stride: int, sent_bytes: float, hidden: bool = False) -> Traffic:
+def _one(
+    job: Job, role: str, name: str, ranks: int, stride: int, sent_bytes: float, hidden: bool = False
+) -> Traffic:
     link, rate = link_of(job, ranks, stride)
     return Traffic(role, name, link, ranks, sent_bytes, sent_bytes / rate, hidden)
 
@@ -63,19 +74,34 @@ def _tensor(job: Job, stage: int):
     message = job.rank_tokens * hidden_size * job.weight_bytes
     again = 1 if job.config.model.recompute == "full" else 0
     forwards = 1 + again + (1 if job.scores_before_backward else 0)
-    halves = 4 * forwards + 4 + (2 if parallel.sequence else 0)         # an all-reduce is two halves
+    halves = 4 * forwards + 4 + (2 if parallel.sequence else 0)  # an all-reduce is two halves
     if job.config.model.experts:
-        halves //= 2                                                    # attention's alone; _experts has the rest
+        halves //= 2  # attention's alone; _experts has the rest
     total = message * job.stage_layers * halves
     if stage == 0:
-        total += message * 2        # the embedding: an all-reduce, or a reduce-scatter and in backward an all-gather
+        total += (
+            message * 2
+        )  # the embedding: an all-reduce, or a reduce-scatter and in backward an all-gather
     if stage == parallel.pipeline - 1:
         kept = job.trained_fraction
-        total += 8 * job.rank_tokens * ranks + message * ((1 + 2 * kept) if parallel.sequence else 2 * kept)
+        total += 8 * job.rank_tokens * ranks + message * (
+            (1 + 2 * kept) if parallel.sequence else 2 * kept
+        )
     if job.online_reference:
         reference = job.reference_model
-        total += job.rank_tokens * reference.hidden_size * job.weight_bytes * reference.layers // parallel.pipeline * (2 if reference.experts else 4)
-    name = "all-gather, reduce-scatter of activations" if parallel.sequence else "all-reduce of activations"
+        total += (
+            job.rank_tokens
+            * reference.hidden_size
+            * job.weight_bytes
+            * reference.layers
+            // parallel.pipeline
+            * (2 if reference.experts else 4)
+        )
+    name = (
+        "all-gather, reduce-scatter of activations"
+        if parallel.sequence
+        else "all-reduce of activations"
+    )
     yield _one(job, "tensor", name, ranks, 1, total * (ranks - 1) / ranks * job.micro_batches)
 
 
@@ -86,10 +112,24 @@ def _context(job: Job):
     ranks = parallel.context
     if ranks == 1:
         return
-    message = job.rank_tokens * 2 * query_groups(model) * head_size(model) // parallel.tensor * job.weight_bytes
+    message = (
+        job.rank_tokens
+        * 2
+        * query_groups(model)
+        * head_size(model)
+        // parallel.tensor
+        * job.weight_bytes
+    )
     forwards = 1 + (model.recompute != "none") + job.scores_before_backward
     passes = forwards + (2 if job.transformer_engine else 1)
-    yield _one(job, "context", "all-gather, reduce-scatter of keys and values", ranks, parallel.tensor, message * (ranks - 1) * job.stage_layers * passes * job.micro_batches)
+    yield _one(
+        job,
+        "context",
+        "all-gather, reduce-scatter of keys and values",
+        ranks,
+        parallel.tensor,
+        message * (ranks - 1) * job.stage_layers * passes * job.micro_batches,
+    )
 
 
 def _experts(job: Job):
@@ -97,11 +137,31 @@ def _experts(job: Job):
     parallel, model = job.config.parallel, job.config.model
     if not model.experts:
         return
-    rows = job.rank_tokens // job.sequence_split * model.experts_per_token * model.hidden_size * job.weight_bytes
-    passes = 2 * (2 + (model.recompute == "full") + job.scores_before_backward) * job.stage_layers * job.micro_batches
+    rows = (
+        job.rank_tokens
+        // job.sequence_split
+        * model.experts_per_token
+        * model.hidden_size
+        * job.weight_bytes
+    )
+    passes = (
+        2
+        * (2 + (model.recompute == "full") + job.scores_before_backward)
+        * job.stage_layers
+        * job.micro_batches
+    )
     ranks, inside = parallel.expert, job.expert_tensor
-    yield _one(job, "experts", "all-to-all of tokens", ranks, inside, rows * (ranks - 1) / ranks * passes)
-    yield _one(job, "experts", "all-gather, reduce-scatter inside experts", inside, 1, rows * (inside - 1) * passes)
+    yield _one(
+        job, "experts", "all-to-all of tokens", ranks, inside, rows * (ranks - 1) / ranks * passes
+    )
+    yield _one(
+        job,
+        "experts",
+        "all-gather, reduce-scatter inside experts",
+        inside,
+        1,
+        rows * (inside - 1) * passes,
+    )
 
 
 def _pipeline(job: Job, stage: int):
@@ -109,14 +169,23 @@ def _pipeline(job: Job, stage: int):
     parallel = job.config.parallel
     if parallel.pipeline == 1:
         return
-    message = job.rank_tokens * job.config.model.hidden_size * job.weight_bytes // job.sequence_split
+    message = (
+        job.rank_tokens * job.config.model.hidden_size * job.weight_bytes // job.sequence_split
+    )
     virtual, last = parallel.virtual_pipeline, parallel.pipeline - 1
     forwards = virtual - (stage == last)
     backwards = virtual - (stage == 0)
     forwards *= 2 if job.scores_before_backward else 1
     stride = parallel.tensor * parallel.context * job.data_parallel
-    yield _one(job, "pipeline", "point to point", parallel.pipeline, stride, message * (forwards + backwards) * job.micro_batches,
-               hidden=virtual > 1)
+    yield _one(
+        job,
+        "pipeline",
+        "point to point",
+        parallel.pipeline,
+        stride,
+        message * (forwards + backwards) * job.micro_batches,
+        hidden=virtual > 1,
+    )
 
 
 def _data(job: Job, stage: int):
@@ -124,27 +193,85 @@ def _data(job: Job, stage: int):
     parallel = job.config.parallel
     ranks = job.data_parallel * parallel.context
     held = stage_parameters(job, stage)
-    parts = [("", ranks, parallel.tensor, held.dense), (" of experts", job.expert_data_parallel, job.expert_tensor * parallel.expert, held.experts)]
+    parts = [
+        ("", ranks, parallel.tensor, held.dense),
+        (
+            " of experts",
+            job.expert_data_parallel,
+            job.expert_tensor * parallel.expert,
+            held.experts,
+        ),
+    ]
     for suffix, owners, stride, count in parts:
         sent = count * (owners - 1) / owners
         if parallel.distributed_optimizer:
-            yield _one(job, "data", "reduce-scatter of gradients" + suffix, owners, stride, 4 * sent, parallel.overlap_grad_reduce)
-            yield _one(job, "data", "all-gather of weights" + suffix, owners, stride, job.weight_bytes * sent, parallel.overlap_param_gather)
+            yield _one(
+                job,
+                "data",
+                "reduce-scatter of gradients" + suffix,
+                owners,
+                stride,
+                4 * sent,
+                parallel.overlap_grad_reduce,
+            )
+            yield _one(
+                job,
+                "data",
+                "all-gather of weights" + suffix,
+                owners,
+                stride,
+                job.weight_bytes * sent,
+                parallel.overlap_param_gather,
+            )
         else:
-            yield _one(job, "data", "all-reduce of gradients" + suffix, owners, stride, 8 * sent, parallel.overlap_grad_reduce)
-    if job.config.model.tied_embeddings and parallel.pipeline > 1 and stage in (0, parallel.pipeline - 1):
+            yield _one(
+                job,
+                "data",
+                "all-reduce of gradients" + suffix,
+                owners,
+                stride,
+                8 * sent,
+                parallel.overlap_grad_reduce,
+            )
+    if (
+        job.config.model.tied_embeddings
+        and parallel.pipeline > 1
+        and stage in (0, parallel.pipeline - 1)
+    ):
         rows = stage_parameters(job, 0).embedding
-        yield _one(job, "data", "all-reduce of the tied embedding's gradients", 2, parallel.tensor * ranks * (parallel.pipeline - 1), 4 * rows)
+        yield _one(
+            job,
+            "data",
+            "all-reduce of the tied embedding's gradients",
+            2,
+            parallel.tensor * ranks * (parallel.pipeline - 1),
+            4 * rows,
+        )
 
 
 def _selection(job: Job, stage: int):
     """Scores of the competing tokens, or counts of their digits (selection/threshold.py). Waiting for the slowest rank is not in this."""
     selection, parallel = job.config.selection, job.config.parallel
-    ranks = {"data_parallel": job.data_parallel * parallel.context, "global_batch": job.data_parallel * parallel.context,
-             "micro_batch": parallel.context, "sequence": parallel.context}.get(selection.scope, 1)
+    ranks = {
+        "data_parallel": job.data_parallel * parallel.context,
+        "global_batch": job.data_parallel * parallel.context,
+        "micro_batch": parallel.context,
+        "sequence": parallel.context,
+    }.get(selection.scope, 1)
     if selection.scorer in ("none", "stored_mask") or stage != parallel.pipeline - 1 or ranks == 1:
         return
-    calls, tokens = (1, job.rank_tokens * job.micro_batches) if selection.scope == "global_batch" else (job.micro_batches, job.rank_tokens)
+    calls, tokens = (
+        (1, job.rank_tokens * job.micro_batches)
+        if selection.scope == "global_batch"
+        else (job.micro_batches, job.rank_tokens)
+    )
     gathers = tokens * ranks <= GATHER_MAX_TOKENS
     sent = 4 * tokens * (ranks - 1) if gathers else 3 * 2 * 2048 * 8 * (ranks - 1) / ranks
-    yield _one(job, "selection", "all-gather of scores" if gathers else "3 all-reduces of counts", ranks, parallel.tensor, sent * calls)
+    yield _one(
+        job,
+        "selection",
+        "all-gather of scores" if gathers else "3 all-reduces of counts",
+        ranks,
+        parallel.tensor,
+        sent * calls,
+    )

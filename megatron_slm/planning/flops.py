@@ -24,7 +24,9 @@ class FlopsPerToken:
         return 3 * self.forward
 
 
-def model_flops_per_token(model: ModelConfig, sequence_length: int, vocabulary_size: int) -> FlopsPerToken:
+def model_flops_per_token(
+    model: ModelConfig, sequence_length: int, vocabulary_size: int
+) -> FlopsPerToken:
     """Matrix-multiply FLOPs of the decoder, per token; a [1, m] x [m, n] product is 2mn.
 
     With H = hidden, L = layers, a = query heads, g = key/value heads, d = head size, F = feed-forward, S = sequence, V = vocabulary,
@@ -39,9 +41,14 @@ def model_flops_per_token(model: ModelConfig, sequence_length: int, vocabulary_s
     query_width = model.attention_heads * head_size
     feed_forward = 6 * model.hidden_size * model.ffn_hidden_size
     if model.experts:
-        feed_forward = feed_forward * model.experts_per_token + 2 * model.hidden_size * model.experts
+        feed_forward = (
+            feed_forward * model.experts_per_token + 2 * model.hidden_size * model.experts
+        )
     return FlopsPerToken(
-        attention_projections=model.layers * 2 * model.hidden_size * (2 * query_width + 2 * query_groups * head_size),
+        attention_projections=model.layers
+        * 2
+        * model.hidden_size
+        * (2 * query_width + 2 * query_groups * head_size),
         attention_core=model.layers * 2 * query_width * (sequence_length + 1),
         feed_forward=model.layers * feed_forward,
         head=2 * model.hidden_size * vocabulary_size,

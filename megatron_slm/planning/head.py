@@ -35,12 +35,16 @@ def head_memory(job: Job) -> HeadMemory:
     mode = "keep" if kept <= KEPT_BUDGET_BYTES else "recompute"
     chunk = min(chunk_tokens(tokens, columns), tokens)
     logits = 4 * chunk * columns
-    in_place = mode == "keep" and job.config.device.precision != "fp16"      # what is kept is bf16, also in fp16
+    in_place = (
+        mode == "keep" and job.config.device.precision != "fp16"
+    )  # what is kept is bf16, also in fp16
     rows = 0 if in_place else min(6 * chunk, tokens) * columns * 2 if low else logits
     again = logits if mode == "recompute" and low else 0
     gradient = columns * hidden * (4 + (2 if low else 0))
     forward = 0 if mode == "keep" and not low else logits
-    return HeadMemory(mode, kept if mode == "keep" else 12 * tokens, max(forward, rows + again + gradient))
+    return HeadMemory(
+        mode, kept if mode == "keep" else 12 * tokens, max(forward, rows + again + gradient)
+    )
 
 
 def chunk_tokens(tokens: int, columns: int) -> int:

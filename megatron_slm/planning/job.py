@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_slm.config.check import data_parallel_size, padded_vocabulary_size, tokens_per_step, train_steps
+from megatron_slm.config.check import (
+    data_parallel_size,
+    padded_vocabulary_size,
+    tokens_per_step,
+    train_steps,
+)
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.planning.hardware import GPU
 
@@ -38,12 +43,18 @@ class Job:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one data-parallel rank per step."""
-        return self.config.data.global_batch_size // (self.config.data.micro_batch_size * self.data_parallel)
+        return self.config.data.global_batch_size // (
+            self.config.data.micro_batch_size * self.data_parallel
+        )
 
     @property
     def rank_tokens(self) -> int:
         """Tokens of one micro-batch on one context-parallel rank."""
-        return self.config.data.micro_batch_size * self.config.data.sequence_length // self.config.parallel.context
+        return (
+            self.config.data.micro_batch_size
+            * self.config.data.sequence_length
+            // self.config.parallel.context
+        )
 
     @property
     def sequence_split(self) -> int:
@@ -58,7 +69,11 @@ class Job:
     @property
     def head_columns(self) -> int:
         """True vocabulary columns of the fullest tensor rank."""
-        return min(self.vocabulary_size, padded_vocabulary_size(self.config, self.vocabulary_size) // self.config.parallel.tensor)
+        return min(
+            self.vocabulary_size,
+            padded_vocabulary_size(self.config, self.vocabulary_size)
+            // self.config.parallel.tensor,
+        )
 
     @property
     def expert_tensor(self) -> int:
@@ -68,7 +83,9 @@ class Job:
     @property
     def expert_data_parallel(self) -> int:
         """Ranks that hold the same experts: their gradients are summed, their optimizer state is shared out."""
-        return self.ranks // (self.expert_tensor * self.config.parallel.expert * self.config.parallel.pipeline)
+        return self.ranks // (
+            self.expert_tensor * self.config.parallel.expert * self.config.parallel.pipeline
+        )
 
     @property
     def stage_layers(self) -> int:
@@ -102,7 +119,10 @@ class Job:
     @property
     def scores_before_backward(self) -> bool:
         """Whether every step runs the model forward once more to know all losses first (training/choose.py, needs_whole_step)."""
-        return self.config.selection.scope == "global_batch" and self.config.selection.scorer not in ("none", "stored_mask")
+        return (
+            self.config.selection.scope == "global_batch"
+            and self.config.selection.scorer not in ("none", "stored_mask")
+        )
 
     @property
     def step_tokens(self) -> int:
@@ -115,7 +135,11 @@ class Job:
 
 def last_value(setting: float | Mapping) -> float:
     """A number, or where a schedule ends."""
-    return float(setting.get("end", setting.get("value", 1.0))) if isinstance(setting, Mapping) else float(setting)
+    return (
+        float(setting.get("end", setting.get("value", 1.0)))
+        if isinstance(setting, Mapping)
+        else float(setting)
+    )
 
 
 def head_size(model: ModelConfig) -> int:

@@ -48,16 +48,37 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     last = stage == parallel.pipeline - 1
     head = head_memory(job) if last else None
     boundaries = 0
-    if parallel.pipeline > 1:       # the schedule holds the received input and the sent output of every chunk in flight
-        boundaries = 2 * job.rank_tokens * job.config.model.hidden_size * job.weight_bytes // job.sequence_split
+    if (
+        parallel.pipeline > 1
+    ):  # the schedule holds the received input and the sent output of every chunk in flight
+        boundaries = (
+            2
+            * job.rank_tokens
+            * job.config.model.hidden_size
+            * job.weight_bytes
+            // job.sequence_split
+        )
     chunks = chunks_in_flight(job, stage)
     layers_of_chunk = job.stage_layers / parallel.virtual_pipeline
     saved = layer_bytes(job) * layers_of_chunk * chunks
-    if last and job.config.model.recompute != "full":       # released before the first layer is computed again, which takes more
+    if (
+        last and job.config.model.recompute != "full"
+    ):  # released before the first layer is computed again, which takes more
         saved += final_norm_bytes(job)
-    reference = stage_parameters(job, stage, job.reference_model).total * job.weight_bytes if job.online_reference else 0
-    return RankMemory(*state, activations=int(saved), working=working_bytes(job), head=head.kept_bytes + head.scratch_bytes if head else 0,
-                      reference=reference, communication=communication_bytes(job) + boundaries * chunks, context=CONTEXT_BYTES if job.fused else 0)
+    reference = (
+        stage_parameters(job, stage, job.reference_model).total * job.weight_bytes
+        if job.online_reference
+        else 0
+    )
+    return RankMemory(
+        *state,
+        activations=int(saved),
+        working=working_bytes(job),
+        head=head.kept_bytes + head.scratch_bytes if head else 0,
+        reference=reference,
+        communication=communication_bytes(job) + boundaries * chunks,
+        context=CONTEXT_BYTES if job.fused else 0,
+    )
 
 
 def state_bytes(job: Job, stage: int) -> tuple[int, int, int]:
@@ -83,7 +104,9 @@ def chunks_in_flight(job: Job, stage: int) -> int:
     pipeline, virtual = job.config.parallel.pipeline, job.config.parallel.virtual_pipeline
     if virtual == 1:
         return min(pipeline - stage, job.micro_batches)
-    return min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, job.micro_batches * virtual)
+    return min(
+        2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, job.micro_batches * virtual
+    )
 
 
 def layer_bytes(job: Job, recompute: str | None = None) -> float:
@@ -107,11 +130,21 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     feed_forward = 0 if model.experts else (3 if job.fused else 5) * model.ffn_hidden_size * width
     per_tensor_rank = attention_bytes_per_token(job, recompute) + feed_forward
     norms = 2 * model.hidden_size * (norm_input_bytes(job) + width)
-    dropped = 2 * model.hidden_size if model.dropout else 0      # one byte of mask per value, twice a layer
+    dropped = (
+        2 * model.hidden_size if model.dropout else 0
+    )  # one byte of mask per value, twice a layer
     experts = expert_bytes_per_token(job) if model.experts else 0
     # torch's attention keeps a mask of documents as a bias per query and key, whole on every tensor rank; recomputed, it keeps none.
-    mask = job.config.data.sequence_length * width if job.isolated_documents and recompute == "none" else 0
-    return tokens * (mask + (norms + dropped + experts) / job.sequence_split + per_tensor_rank / job.config.parallel.tensor)
+    mask = (
+        job.config.data.sequence_length * width
+        if job.isolated_documents and recompute == "none"
+        else 0
+    )
+    return tokens * (
+        mask
+        + (norms + dropped + experts) / job.sequence_split
+        + per_tensor_rank / job.config.parallel.tensor
+    )
 
 
 def expert_bytes_per_token(job: Job) -> float:
@@ -122,7 +155,11 @@ def expert_bytes_per_token(job: Job) -> float:
     """
     model, width = job.config.model, job.weight_bytes
     row = model.hidden_size * width * job.expert_tensor
-    return model.experts_per_token * (row + (3 if job.fused else 6) * model.ffn_hidden_size * width + 36) + 9 * model.experts
+    return (
+        model.experts_per_token
+        * (row + (3 if job.fused else 6) * model.ffn_hidden_size * width + 36)
+        + 9 * model.experts
+    )
 
 
 def attention_bytes_per_token(job: Job, recompute: str) -> float:
@@ -136,7 +173,13 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
     normed = (heads + groups) * size * norm_input_bytes(job) if model.qk_norm else 0
     if context > 1 and not job.transformer_engine:
         if recompute == "none":
-            return normed + heads * size * width + 2 * context * groups * size * width + 2 * output + lse
+            return (
+                normed
+                + heads * size * width
+                + 2 * context * groups * size * width
+                + 2 * output
+                + lse
+            )
         return normed + projection + rotated + output
     return normed + projection + rotated + output + lse
 
@@ -150,13 +193,23 @@ def norm_input_bytes(job: Job) -> int:
 
 def final_norm_bytes(job: Job) -> int:
     """Input and output of the last norm; its output is the head's input."""
-    return job.rank_tokens * job.config.model.hidden_size * (norm_input_bytes(job) + job.weight_bytes) // job.sequence_split
+    return (
+        job.rank_tokens
+        * job.config.model.hidden_size
+        * (norm_input_bytes(job) + job.weight_bytes)
+        // job.sequence_split
+    )
 
 
 def working_bytes(job: Job) -> int:
     """Backward through one layer: gradients of gate and up and of the residual stream, twice each; the recomputed layer when full."""
     model: ModelConfig = job.config.model
-    wide = 2 * model.ffn_hidden_size * (model.experts_per_token if model.experts else 1) // job.config.parallel.tensor
+    wide = (
+        2
+        * model.ffn_hidden_size
+        * (model.experts_per_token if model.experts else 1)
+        // job.config.parallel.tensor
+    )
     gradients = 2 * job.rank_tokens * job.weight_bytes * (wide + model.hidden_size)
     again = layer_bytes(job, "none") if model.recompute == "full" else 0
     return int(gradients + again)

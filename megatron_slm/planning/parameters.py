@@ -39,9 +39,15 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
     """
     hidden, size, groups = model.hidden_size, head_size(model), query_groups(model)
     projected = (model.attention_heads + 2 * groups) * size
-    split = projected * hidden + model.attention_heads * size * hidden + (0 if model.experts else 3 * model.ffn_hidden_size * hidden)
+    split = (
+        projected * hidden
+        + model.attention_heads * size * hidden
+        + (0 if model.experts else 3 * model.ffn_hidden_size * hidden)
+    )
     split += projected if model.qkv_bias else 0
-    return split // tensor + 2 * hidden + (2 * size if model.qk_norm else 0) + model.experts * hidden
+    return (
+        split // tensor + 2 * hidden + (2 * size if model.qk_norm else 0) + model.experts * hidden
+    )
 
 
 def expert_parameters(model: ModelConfig, ranks: int = 1) -> int:
@@ -52,21 +58,29 @@ def expert_parameters(model: ModelConfig, ranks: int = 1) -> int:
 def active_parameters(job: Job) -> int:
     """Parameters that one token meets: of the experts, those it is sent to."""
     model, whole = job.config.model, model_parameters(job)
-    return whole.dense + (whole.experts * model.experts_per_token // model.experts if model.experts else 0)
+    return whole.dense + (
+        whole.experts * model.experts_per_token // model.experts if model.experts else 0
+    )
 
 
 def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> Parameters:
     """What a rank of pipeline stage `stage` holds of the trained model, or of `model` (a reference) in the same layout."""
     model = model or job.config.model
     parallel = job.config.parallel
-    rows = padded_vocabulary_size(job.config, job.vocabulary_size) // parallel.tensor * model.hidden_size
+    rows = (
+        padded_vocabulary_size(job.config, job.vocabulary_size)
+        // parallel.tensor
+        * model.hidden_size
+    )
     first, last = stage == 0, stage == parallel.pipeline - 1
     return Parameters(
         embedding=rows if first else 0,
         layers=model.layers // parallel.pipeline * layer_parameters(model, parallel.tensor),
         final_norm=model.hidden_size if last else 0,
         head=rows if last and not (model.tied_embeddings and first) else 0,
-        experts=model.layers // parallel.pipeline * expert_parameters(model, parallel.expert * job.expert_tensor),
+        experts=model.layers
+        // parallel.pipeline
+        * expert_parameters(model, parallel.expert * job.expert_tensor),
     )
 
 
@@ -74,5 +88,10 @@ def model_parameters(job: Job, model: ModelConfig | None = None) -> Parameters:
     """The whole model, each parameter once, padded vocabulary rows included: what a checkpoint holds."""
     model = model or job.config.model
     rows = padded_vocabulary_size(job.config, job.vocabulary_size) * model.hidden_size
-    return Parameters(embedding=rows, layers=model.layers * layer_parameters(model), final_norm=model.hidden_size,
-                      head=0 if model.tied_embeddings else rows, experts=model.layers * expert_parameters(model))
+    return Parameters(
+        embedding=rows,
+        layers=model.layers * layer_parameters(model),
+        final_norm=model.hidden_size,
+        head=0 if model.tied_embeddings else rows,
+        experts=model.layers * expert_parameters(model),
+    )

@@ -31,10 +31,12 @@ class Proposal:
         """The layout as options of train."""
         parallel, config = self.job.config.parallel, self.job.config
         experts = f"--parallel.expert {parallel.expert} " if config.model.experts else ""
-        return (f"--parallel.tensor {parallel.tensor} --parallel.sequence {str(parallel.sequence).lower()} --parallel.pipeline {parallel.pipeline} "
-                f"--parallel.virtual_pipeline {parallel.virtual_pipeline} --parallel.context {parallel.context} {experts}"
-                f"--parallel.distributed_optimizer {str(parallel.distributed_optimizer).lower()} --model.recompute {config.model.recompute} "
-                f"--data.micro_batch_size {config.data.micro_batch_size}")
+        return (
+            f"--parallel.tensor {parallel.tensor} --parallel.sequence {str(parallel.sequence).lower()} --parallel.pipeline {parallel.pipeline} "
+            f"--parallel.virtual_pipeline {parallel.virtual_pipeline} --parallel.context {parallel.context} {experts}"
+            f"--parallel.distributed_optimizer {str(parallel.distributed_optimizer).lower()} --model.recompute {config.model.recompute} "
+            f"--data.micro_batch_size {config.data.micro_batch_size}"
+        )
 
 
 def fits(job: Job) -> bool:
@@ -64,20 +66,47 @@ def propose(job: Job, count: int) -> list[Proposal]:
 def candidates(job: Job) -> Iterator[Job]:
     """Every layout of the job's GPUs that train would accept. Tensor and expert groups stay inside a node, where the links are fast."""
     config = job.config
-    for tensor, pipeline, context in product(_powers(job.gpus_per_node), range(1, config.model.layers + 1), _powers(min(16, job.ranks))):
+    for tensor, pipeline, context in product(
+        _powers(job.gpus_per_node), range(1, config.model.layers + 1), _powers(min(16, job.ranks))
+    ):
         if config.model.layers % pipeline or job.ranks % (tensor * pipeline * context):
             continue
         replicas = job.ranks // (tensor * pipeline * context)
-        virtual = [each for each in CHUNKS if config.model.layers % (pipeline * each) == 0] if pipeline > 1 else [1]
-        experts = [each for each in _powers(job.gpus_per_node) if config.model.experts % each == 0] if config.model.experts else [1]
+        virtual = (
+            [each for each in CHUNKS if config.model.layers % (pipeline * each) == 0]
+            if pipeline > 1
+            else [1]
+        )
+        experts = (
+            [each for each in _powers(job.gpus_per_node) if config.model.experts % each == 0]
+            if config.model.experts
+            else [1]
+        )
         sizes = {*MICRO_BATCHES, config.data.micro_batch_size}
-        for chunks, micro_batch, recompute, expert in product(virtual, sorted(sizes), RECOMPUTE, experts):
+        for chunks, micro_batch, recompute, expert in product(
+            virtual, sorted(sizes), RECOMPUTE, experts
+        ):
             if config.data.global_batch_size % (replicas * micro_batch):
                 continue
-            parallel = replace(config.parallel, tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, context=context,
-                               expert=expert, sequence=tensor > 1, distributed_optimizer=True)
-            candidate = replace(job, config=replace(config, parallel=parallel, model=replace(config.model, recompute=recompute),
-                                                    data=replace(config.data, micro_batch_size=micro_batch)))
+            parallel = replace(
+                config.parallel,
+                tensor=tensor,
+                pipeline=pipeline,
+                virtual_pipeline=chunks,
+                context=context,
+                expert=expert,
+                sequence=tensor > 1,
+                distributed_optimizer=True,
+            )
+            candidate = replace(
+                job,
+                config=replace(
+                    config,
+                    parallel=parallel,
+                    model=replace(config.model, recompute=recompute),
+                    data=replace(config.data, micro_batch_size=micro_batch),
+                ),
+            )
             if _accepted(candidate):
                 yield candidate
 
@@ -97,4 +126,8 @@ def _accepted(job: Job) -> bool:
 def _rank(proposal: Proposal, configured_micro_batch: int) -> tuple:
     """Fastest first; among layouts within half a percent of each other, the micro-batch nearest to the configured one, then free memory."""
     away = abs(math.log2(proposal.job.config.data.micro_batch_size / configured_micro_batch))
-    return -round(math.log(proposal.duration.tokens_per_second) / 0.005), away, proposal.memory.total
+    return (
+        -round(math.log(proposal.duration.tokens_per_second) / 0.005),
+        away,
+        proposal.memory.total,
+    )

@@ -8,7 +8,12 @@ from megatron_slm.planning.duration import Duration, bubble_fraction, duration
 from megatron_slm.planning.head import HeadMemory, head_memory
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.memory import RankMemory, fullest_stage, rank_memory, usable_bytes
-from megatron_slm.planning.parameters import Parameters, active_parameters, model_parameters, stage_parameters
+from megatron_slm.planning.parameters import (
+    Parameters,
+    active_parameters,
+    model_parameters,
+    stage_parameters,
+)
 from megatron_slm.planning.propose import Proposal, propose
 from megatron_slm.planning.work import Scoring, Work, scoring, work
 
@@ -46,10 +51,20 @@ def make_plan(job: Job, proposals: int = 5) -> Plan:
     """The plan of a job that config.check accepts, with at most `proposals` other layouts."""
     stages = range(job.config.parallel.pipeline)
     return Plan(
-        job=job, parameters=model_parameters(job), stages=[stage_parameters(job, stage) for stage in stages],
-        memory=[rank_memory(job, stage) for stage in stages], fullest_stage=fullest_stage(job)[0], head=head_memory(job), work=work(job),
-        traffic=busiest_traffic(job), bubble_fraction=bubble_fraction(job), duration=duration(job), scoring=scoring(job),
-        checkpoint_bytes=checkpoint_bytes(job), proposals=propose(job, proposals) if proposals else [])
+        job=job,
+        parameters=model_parameters(job),
+        stages=[stage_parameters(job, stage) for stage in stages],
+        memory=[rank_memory(job, stage) for stage in stages],
+        fullest_stage=fullest_stage(job)[0],
+        head=head_memory(job),
+        work=work(job),
+        traffic=busiest_traffic(job),
+        bubble_fraction=bubble_fraction(job),
+        duration=duration(job),
+        scoring=scoring(job),
+        checkpoint_bytes=checkpoint_bytes(job),
+        proposals=propose(job, proposals) if proposals else [],
+    )
 
 
 def busiest_traffic(job: Job) -> list[Traffic]:
@@ -83,18 +98,37 @@ def checkpoints_on_disk(config: Config, steps: int) -> int:
 def as_json(plan: Plan) -> dict:
     """Plain values; the configuration itself is left out, the layout is in."""
     job = plan.job
-    values = {field.name: _plain(getattr(plan, field.name)) for field in fields(Plan) if field.name not in ("job", "proposals")}
+    values = {
+        field.name: _plain(getattr(plan, field.name))
+        for field in fields(Plan)
+        if field.name not in ("job", "proposals")
+    }
     values["job"] = {
-        "gpu": asdict(job.gpu), "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "efficiency": job.efficiency,
-        "layout": asdict(job.config.parallel) | {"data": job.data_parallel}, "micro_batches": job.micro_batches, "step_tokens": job.step_tokens, "steps": job.steps,
-        "trained_fraction": job.trained_fraction, "vocabulary_size": job.vocabulary_size}
+        "gpu": asdict(job.gpu),
+        "nodes": job.nodes,
+        "gpus_per_node": job.gpus_per_node,
+        "efficiency": job.efficiency,
+        "layout": asdict(job.config.parallel) | {"data": job.data_parallel},
+        "micro_batches": job.micro_batches,
+        "step_tokens": job.step_tokens,
+        "steps": job.steps,
+        "trained_fraction": job.trained_fraction,
+        "vocabulary_size": job.vocabulary_size,
+    }
     values |= {"fits": plan.fits, "usable_bytes": plan.usable_bytes}
     values["memory"] = [asdict(memory) | {"total": memory.total} for memory in plan.memory]
     values["parameters"] |= {"total": plan.parameters.total, "active": active_parameters(job)}
     values["duration"]["step_seconds"] = plan.duration.step_seconds
     values["work"]["executed"] = plan.work.executed
-    values["proposals"] = [{"overrides": each.overrides, "bytes": each.memory.total, "tokens_per_second": each.duration.tokens_per_second,
-                            "gpu_hours": each.duration.gpu_hours} for each in plan.proposals]
+    values["proposals"] = [
+        {
+            "overrides": each.overrides,
+            "bytes": each.memory.total,
+            "tokens_per_second": each.duration.tokens_per_second,
+            "gpu_hours": each.duration.gpu_hours,
+        }
+        for each in plan.proposals
+    ]
     return values
 
 

@@ -9,8 +9,14 @@ from megatron_slm.planning.propose import Proposal
 from megatron_slm.planning.result import Plan, checkpoints_on_disk
 
 PARTS = {
-    "weights": "weights", "gradients": "gradients, fp32", "optimizer": "optimizer: main weights, moments", "activations": "activations kept for backward",
-    "working": "backward of one layer", "head": "head", "reference": "online reference", "communication": "communication buffers",
+    "weights": "weights",
+    "gradients": "gradients, fp32",
+    "optimizer": "optimizer: main weights, moments",
+    "activations": "activations kept for backward",
+    "working": "backward of one layer",
+    "head": "head",
+    "reference": "online reference",
+    "communication": "communication buffers",
     "context": "CUDA, NCCL (allowance)",
 }
 
@@ -23,12 +29,21 @@ class Table:
 
     def is_numeric(self, place: int) -> bool:
         """Whether a column reads better right-aligned."""
-        return place > 0 and all(row[place][:1].isdigit() or row[place] in ("yes", "NO", "-") for row in self.rows)
+        return place > 0 and all(
+            row[place][:1].isdigit() or row[place] in ("yes", "NO", "-") for row in self.rows
+        )
 
 
 def tables(plan: Plan) -> list[Table]:
     """All of a plan, in reading order."""
-    found = [job_table(plan), memory_table(plan), work_table(plan), traffic_table(plan), time_table(plan), storage_table(plan)]
+    found = [
+        job_table(plan),
+        memory_table(plan),
+        work_table(plan),
+        traffic_table(plan),
+        time_table(plan),
+        storage_table(plan),
+    ]
     if plan.proposals:
         found.append(proposal_table(plan.proposals, plan.job))
     return found
@@ -38,69 +53,168 @@ def job_table(plan: Plan) -> Table:
     job = plan.job
     parallel, data = job.config.parallel, job.config.data
     parameters = plan.parameters
-    return Table("The job", ("", ""), [
-        ("parameters", f"{parameters.total:,} (embedding {_count(parameters.embedding)}, layers {_count(parameters.layers)}, "
-                       + (f"experts {_count(parameters.experts)}, " if parameters.experts else "") + f"head {_count(parameters.head)})"),
-        ("GPUs", f"{job.ranks} {job.gpu.name}: {job.nodes} nodes of {job.gpus_per_node}"),
-        ("layout", f"{layout_words(job)}, data {job.data_parallel}"),
-        *([("a token meets", f"{active_parameters(job):,} parameters: {job.config.model.experts_per_token} of {job.config.model.experts} experts")] if parameters.experts else []),
-        ("recomputation", job.config.model.recompute),
-        ("step", f"{data.global_batch_size} sequences of {data.sequence_length} = {job.step_tokens:,} tokens; "
-                 f"{job.micro_batches} micro-batches of {data.micro_batch_size} per data-parallel rank"),
-        ("run", f"{job.steps:,} steps, {_count(job.steps * job.step_tokens)} tokens"),
-        ("selection", f"{job.config.selection.scorer}, {job.trained_fraction:.0%} of the tokens trained on" if job.config.selection.scorer != "none" else "none"),
-        ("tokens that compete", f"{_competing(job):,}" if job.config.selection.scorer != "none" else "-"),
-        ("optimizer", f"AdamW, {'spread over the data-parallel ranks' if parallel.distributed_optimizer else 'whole on every rank'}"),
-    ])
+    return Table(
+        "The job",
+        ("", ""),
+        [
+            (
+                "parameters",
+                f"{parameters.total:,} (embedding {_count(parameters.embedding)}, layers {_count(parameters.layers)}, "
+                + (f"experts {_count(parameters.experts)}, " if parameters.experts else "")
+                + f"head {_count(parameters.head)})",
+            ),
+            ("GPUs", f"{job.ranks} {job.gpu.name}: {job.nodes} nodes of {job.gpus_per_node}"),
+            ("layout", f"{layout_words(job)}, data {job.data_parallel}"),
+            *(
+                [
+                    (
+                        "a token meets",
+                        f"{active_parameters(job):,} parameters: {job.config.model.experts_per_token} of {job.config.model.experts} experts",
+                    )
+                ]
+                if parameters.experts
+                else []
+            ),
+            ("recomputation", job.config.model.recompute),
+            (
+                "step",
+                f"{data.global_batch_size} sequences of {data.sequence_length} = {job.step_tokens:,} tokens; "
+                f"{job.micro_batches} micro-batches of {data.micro_batch_size} per data-parallel rank",
+            ),
+            ("run", f"{job.steps:,} steps, {_count(job.steps * job.step_tokens)} tokens"),
+            (
+                "selection",
+                f"{job.config.selection.scorer}, {job.trained_fraction:.0%} of the tokens trained on"
+                if job.config.selection.scorer != "none"
+                else "none",
+            ),
+            (
+                "tokens that compete",
+                f"{_competing(job):,}" if job.config.selection.scorer != "none" else "-",
+            ),
+            (
+                "optimizer",
+                f"AdamW, {'spread over the data-parallel ranks' if parallel.distributed_optimizer else 'whole on every rank'}",
+            ),
+        ],
+    )
 
 
 def memory_table(plan: Plan) -> Table:
     """GiB per rank of the first, the fullest and the last pipeline stage."""
     last = len(plan.memory) - 1
     shown = sorted({0, plan.fullest_stage, last})
-    headings = ("GiB per rank", *(f"stage {stage}" for stage in shown)) if last else ("GiB per rank", "all ranks")
-    rows = [(words, *(_gib(getattr(plan.memory[stage], part)) for stage in shown)) for part, words in PARTS.items()
-            if any(getattr(memory, part) for memory in plan.memory)]
+    headings = (
+        ("GiB per rank", *(f"stage {stage}" for stage in shown))
+        if last
+        else ("GiB per rank", "all ranks")
+    )
+    rows = [
+        (words, *(_gib(getattr(plan.memory[stage], part)) for stage in shown))
+        for part, words in PARTS.items()
+        if any(getattr(memory, part) for memory in plan.memory)
+    ]
     rows.append(("total", *(_gib(plan.memory[stage].total) for stage in shown)))
-    rows.append((f"usable: {USABLE_FRACTION:.0%} of {plan.job.gpu.memory_bytes / 1e9:.0f} GB", *(_gib(plan.usable_bytes) for _ in shown)))
-    rows.append(("fits", *("yes" if plan.memory[stage].total <= plan.usable_bytes else "NO" for stage in shown)))
+    rows.append(
+        (
+            f"usable: {USABLE_FRACTION:.0%} of {plan.job.gpu.memory_bytes / 1e9:.0f} GB",
+            *(_gib(plan.usable_bytes) for _ in shown),
+        )
+    )
+    rows.append(
+        (
+            "fits",
+            *("yes" if plan.memory[stage].total <= plan.usable_bytes else "NO" for stage in shown),
+        )
+    )
     return Table(f"Memory (head: {plan.head.mode})", headings, rows)
 
 
 def work_table(plan: Plan) -> Table:
     work, tokens = plan.work, plan.job.step_tokens
-    parts = [("model, as MFU counts it", work.model), ("executed", work.executed), ("  layers, forward and backward", work.layers),
-             ("  recomputed in backward", work.recomputed), ("  head", work.head), ("  online reference", work.reference),
-             ("  forward pass to choose first", work.choosing)]
-    return Table("Work", ("", "FLOPs per token", "FLOPs per step"), [(name, _flops(value), _flops(value * tokens)) for name, value in parts if value])
+    parts = [
+        ("model, as MFU counts it", work.model),
+        ("executed", work.executed),
+        ("  layers, forward and backward", work.layers),
+        ("  recomputed in backward", work.recomputed),
+        ("  head", work.head),
+        ("  online reference", work.reference),
+        ("  forward pass to choose first", work.choosing),
+    ]
+    return Table(
+        "Work",
+        ("", "FLOPs per token", "FLOPs per step"),
+        [(name, _flops(value), _flops(value * tokens)) for name, value in parts if value],
+    )
 
 
 def traffic_table(plan: Plan) -> Table:
-    rows = [(each.role, each.name, each.link, str(each.ranks), _bytes(each.sent_bytes), f"{each.seconds * 1e3:,.1f}", "overlapped" if each.hidden_by_compute else "waits")
-            for each in plan.traffic]
-    return Table("Communication per step, sent by one rank", ("", "", "link", "ranks", "sent", "ms", ""), rows or [("none", "", "", "", "", "", "")])
+    rows = [
+        (
+            each.role,
+            each.name,
+            each.link,
+            str(each.ranks),
+            _bytes(each.sent_bytes),
+            f"{each.seconds * 1e3:,.1f}",
+            "overlapped" if each.hidden_by_compute else "waits",
+        )
+        for each in plan.traffic
+    ]
+    return Table(
+        "Communication per step, sent by one rank",
+        ("", "", "link", "ranks", "sent", "ms", ""),
+        rows or [("none", "", "", "", "", "", "")],
+    )
 
 
 def time_table(plan: Plan) -> Table:
     time, job = plan.duration, plan.job
-    seconds = [("computing", time.compute_seconds), ("tensor, context, expert, pipeline communication", time.communication_seconds),
-               (f"pipeline bubble ((pp - 1) / (v m) = {plan.bubble_fraction:.3f})", time.bubble_seconds), ("data-parallel communication, not hidden", time.data_parallel_seconds),
-               ("selection", time.selection_seconds), ("optimizer", time.optimizer_seconds), ("step", time.step_seconds)]
-    rows = [(name, f"{value:,.3f} s" if value >= 0.01 or not value else f"{value * 1e3:.2f} ms") for name, value in seconds]
-    rows += [("tokens per second", f"{time.tokens_per_second:,.0f}"), ("tokens per second and GPU", f"{time.tokens_per_second / job.ranks:,.0f}"),
-             ("model FLOPs utilisation (MFU)", f"{time.model_flops_utilization:.1%}"),
-             ("run", f"{time.run_seconds / 3600:,.1f} hours, {time.gpu_hours:,.0f} GPU-hours")]
-    return Table(f"Time, predicted at {job.efficiency:.0%} of the peak ({job.gpu.peak_flops_per_second(job.config.device.precision) / 1e12:,.0f} TFLOP/s)", ("", ""), rows)
+    seconds = [
+        ("computing", time.compute_seconds),
+        ("tensor, context, expert, pipeline communication", time.communication_seconds),
+        (f"pipeline bubble ((pp - 1) / (v m) = {plan.bubble_fraction:.3f})", time.bubble_seconds),
+        ("data-parallel communication, not hidden", time.data_parallel_seconds),
+        ("selection", time.selection_seconds),
+        ("optimizer", time.optimizer_seconds),
+        ("step", time.step_seconds),
+    ]
+    rows = [
+        (name, f"{value:,.3f} s" if value >= 0.01 or not value else f"{value * 1e3:.2f} ms")
+        for name, value in seconds
+    ]
+    rows += [
+        ("tokens per second", f"{time.tokens_per_second:,.0f}"),
+        ("tokens per second and GPU", f"{time.tokens_per_second / job.ranks:,.0f}"),
+        ("model FLOPs utilisation (MFU)", f"{time.model_flops_utilization:.1%}"),
+        ("run", f"{time.run_seconds / 3600:,.1f} hours, {time.gpu_hours:,.0f} GPU-hours"),
+    ]
+    return Table(
+        f"Time, predicted at {job.efficiency:.0%} of the peak ({job.gpu.peak_flops_per_second(job.config.device.precision) / 1e12:,.0f} TFLOP/s)",
+        ("", ""),
+        rows,
+    )
 
 
 def storage_table(plan: Plan) -> Table:
     count = checkpoints_on_disk(plan.job.config, plan.job.steps)
-    rows = [("one checkpoint", _bytes(plan.checkpoint_bytes)), (f"checkpoints on disk, at most {count}", _bytes(count * plan.checkpoint_bytes))]
+    rows = [
+        ("one checkpoint", _bytes(plan.checkpoint_bytes)),
+        (f"checkpoints on disk, at most {count}", _bytes(count * plan.checkpoint_bytes)),
+    ]
     if plan.scoring:
         scoring = plan.scoring
-        rows += [(f"score store of {_count(scoring.tokens)} corpus tokens, fp16", _bytes(scoring.store_bytes)),
-                 ("scoring the corpus once, before the run", f"{_flops(scoring.flops_per_token)} FLOPs per token, {scoring.gpu_hours:,.1f} GPU-hours "
-                                                             f"({scoring.gpu_hours / plan.duration.gpu_hours:.0%} of the run)")]
+        rows += [
+            (
+                f"score store of {_count(scoring.tokens)} corpus tokens, fp16",
+                _bytes(scoring.store_bytes),
+            ),
+            (
+                "scoring the corpus once, before the run",
+                f"{_flops(scoring.flops_per_token)} FLOPs per token, {scoring.gpu_hours:,.1f} GPU-hours "
+                f"({scoring.gpu_hours / plan.duration.gpu_hours:.0%} of the run)",
+            ),
+        ]
     return Table("On disk, and scoring", ("", ""), rows)
 
 
@@ -111,17 +225,48 @@ def proposal_table(proposals: list[Proposal], job: Job) -> Table:
     for each in proposals:
         own, parallel = each.job.config, each.job.config.parallel
         chunks = f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
-        rows.append((str(parallel.tensor), f"{parallel.pipeline}{chunks}", str(parallel.context), *((str(parallel.expert),) if mixture else ()), str(each.job.data_parallel), own.model.recompute,
-                     str(own.data.micro_batch_size), _gib(each.memory.total), _count(each.duration.tokens_per_second),
-                     f"{each.duration.model_flops_utilization:.1%}", *((_count(_competing(each.job)),) if selects else ())))
-    headings = ("tp", "pp", "cp", *(("ep",) if mixture else ()), "dp", "recompute", "batch", "GiB", "tokens/s", "MFU", *(("compete",) if selects else ()))
-    return Table("Layouts that fit, the fastest first (sequence parallelism where tp > 1, distributed optimizer)", headings, rows)
+        rows.append(
+            (
+                str(parallel.tensor),
+                f"{parallel.pipeline}{chunks}",
+                str(parallel.context),
+                *((str(parallel.expert),) if mixture else ()),
+                str(each.job.data_parallel),
+                own.model.recompute,
+                str(own.data.micro_batch_size),
+                _gib(each.memory.total),
+                _count(each.duration.tokens_per_second),
+                f"{each.duration.model_flops_utilization:.1%}",
+                *((_count(_competing(each.job)),) if selects else ()),
+            )
+        )
+    headings = (
+        "tp",
+        "pp",
+        "cp",
+        *(("ep",) if mixture else ()),
+        "dp",
+        "recompute",
+        "batch",
+        "GiB",
+        "tokens/s",
+        "MFU",
+        *(("compete",) if selects else ()),
+    )
+    return Table(
+        "Layouts that fit, the fastest first (sequence parallelism where tp > 1, distributed optimizer)",
+        headings,
+        rows,
+    )
 
 
 def layout_words(job: Job) -> str:
     """tensor 8 + sequence, pipeline 4 x 2 chunks, context 2."""
     parallel = job.config.parallel
-    words = [f"tensor {parallel.tensor}{' + sequence' if parallel.sequence else ''}", f"pipeline {parallel.pipeline}"]
+    words = [
+        f"tensor {parallel.tensor}{' + sequence' if parallel.sequence else ''}",
+        f"pipeline {parallel.pipeline}",
+    ]
     if parallel.virtual_pipeline > 1:
         words[1] += f" x {parallel.virtual_pipeline} chunks"
     if parallel.context > 1:
@@ -134,7 +279,11 @@ def layout_words(job: Job) -> str:
 def _competing(job: Job) -> int:
     """Size of the population one choice is made in."""
     ranks = job.data_parallel * job.config.parallel.context
-    whole = {"sequence": job.config.data.sequence_length, "micro_batch": job.rank_tokens * job.config.parallel.context, "data_parallel": job.rank_tokens * ranks}
+    whole = {
+        "sequence": job.config.data.sequence_length,
+        "micro_batch": job.rank_tokens * job.config.parallel.context,
+        "data_parallel": job.rank_tokens * ranks,
+    }
     return whole.get(job.config.selection.scope, job.step_tokens)
 
 

@@ -11,7 +11,7 @@ from megatron_slm.planning.tables import Table, tables
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """All tables, then what to do."""
     console = console or Console()
-    if not console.is_terminal:         # a log or a pipe has no width of its own
+    if not console.is_terminal:  # a log or a pipe has no width of its own
         console = Console(width=120)
     for table in tables(plan):
         console.print(rich_table(table))
@@ -23,7 +23,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 def rich_table(table: Table) -> RichTable:
     made = RichTable(title=table.title, title_justify="left", show_header=any(table.headings))
     for place, heading in enumerate(table.headings):
-        made.add_column(heading, justify="right" if table.is_numeric(place) and any(table.headings) else "left")
+        made.add_column(
+            heading, justify="right" if table.is_numeric(place) and any(table.headings) else "left"
+        )
     for row in table.rows:
         made.add_row(*row)
     return made
@@ -34,14 +36,23 @@ def advice(plan: Plan) -> list[str]:
     memory = rank_memory(plan.job, plan.fullest_stage)
     need, there = memory.total / 2**30, plan.usable_bytes / 2**30
     if plan.fits:
-        lines = [f"It fits: {need:,.1f} of {there:,.1f} GiB at the fullest stage ({plan.fullest_stage})."]
+        lines = [
+            f"It fits: {need:,.1f} of {there:,.1f} GiB at the fullest stage ({plan.fullest_stage})."
+        ]
     else:
-        lines = [f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {need:,.1f} GiB, and {there:,.1f} GiB are usable."]
+        lines = [
+            f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {need:,.1f} GiB, and {there:,.1f} GiB are usable."
+        ]
     if plan.proposals:
         best = plan.proposals[0]
         gain = best.duration.tokens_per_second / plan.duration.tokens_per_second - 1
         if not plan.fits or gain > 0.01:
-            lines += [f"The fastest layout that fits ({gain:+.0%} tokens per second):", f"  {best.overrides}"]
+            lines += [
+                f"The fastest layout that fits ({gain:+.0%} tokens per second):",
+                f"  {best.overrides}",
+            ]
     elif not plan.fits:
-        lines.append("No layout of these GPUs fits: take more nodes, a GPU with more memory, shorter sequences, or a smaller model.")
+        lines.append(
+            "No layout of these GPUs fits: take more nodes, a GPU with more memory, shorter sequences, or a smaller model."
+        )
     return lines

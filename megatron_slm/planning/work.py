@@ -34,9 +34,13 @@ def work(job: Job) -> Work:
     """The work of one token of this job."""
     forward = forward_flops(job, job.config.model)
     layers = forward.forward - forward.head
-    recomputed = {"none": 0, "selective": forward.attention_core, "full": layers}[job.config.model.recompute]
+    recomputed = {"none": 0, "selective": forward.attention_core, "full": layers}[
+        job.config.model.recompute
+    ]
     return Work(
-        model=forward.training, layers=3 * layers, recomputed=recomputed,
+        model=forward.training,
+        layers=3 * layers,
+        recomputed=recomputed,
         head=forward.head * head_products(head_memory(job).mode, job.trained_fraction),
         reference=forward_flops(job, job.reference_model).forward if job.online_reference else 0,
         choosing=forward.forward if job.scores_before_backward else 0,
@@ -63,7 +67,11 @@ def scoring(job: Job) -> Scoring | None:
         return None
     flops = forward_flops(job, job.reference_model).forward
     tokens = job.corpus_tokens or job.step_tokens * job.steps
-    seconds = flops * tokens / (job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency)
+    seconds = (
+        flops
+        * tokens
+        / (job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency)
+    )
     return Scoring(flops, tokens, seconds / 3600, score_store_bytes(tokens))
 
 

@@ -28,10 +28,18 @@ class TokenStream:
     def __init__(self, prefix: str):
         index = read_index(f"{prefix}.idx")
         self.tokens = open_tokens(prefix, index)
-        self.document_starts = index.sequence_offsets_bytes[index.sequence_lengths_tokens > 0] // index.dtype.itemsize
+        self.document_starts = (
+            index.sequence_offsets_bytes[index.sequence_lengths_tokens > 0] // index.dtype.itemsize
+        )
 
     def plan(self, manifest: ScoreManifest) -> WindowPlan:
-        return WindowPlan(len(self.tokens), self.document_starts, manifest.window_tokens, manifest.stride_tokens, manifest.document_policy)
+        return WindowPlan(
+            len(self.tokens),
+            self.document_starts,
+            manifest.window_tokens,
+            manifest.stride_tokens,
+            manifest.document_policy,
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,9 @@ class Scorer:
     batches_per_call: int = 1
     """Micro-batches per call of `forward`."""
 
-    def price(self, start: int, end: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
+    def price(
+        self, start: int, end: int, progress: Progress | None = None
+    ) -> dict[str, np.ndarray]:
         """fp32 values of the tokens [start, end) per column, NaN at first tokens of documents; {} on ranks without losses.
 
         Every rank of the model-parallel group calls it with the same range.
@@ -63,14 +73,18 @@ class Scorer:
                 for windows, output in zip(calls, outputs, strict=True):
                     _place(values, start, windows, output)
             if progress is not None:
-                progress.advance(sum(w.score_end - w.score_start for windows in calls for w in windows))
+                progress.advance(
+                    sum(w.score_end - w.score_start for windows in calls for w in windows)
+                )
         for column in values.values():
             column[self.plan.first_tokens(start, end) - start] = np.nan
         return values if self.collects else {}
 
     def _calls(self, windows: list[Window]) -> Iterator[tuple[int, list[list[Window]]]]:
         """Micro-batches of one length, several together, so that pipeline stages overlap."""
-        lengths = padded_lengths(self.plan.window_tokens, self.plan.document_policy, self.length_divisor)
+        lengths = padded_lengths(
+            self.plan.window_tokens, self.plan.document_policy, self.length_divisor
+        )
         pending: list[list[Window]] = []
         last = None
         for length, members in batches(windows, self.micro_batch_size, lengths):
@@ -86,19 +100,29 @@ class Scorer:
         tokens_BS = np.zeros((self.micro_batch_size, length), np.int64)
         labels_BS = np.zeros_like(tokens_BS)
         for row, window in enumerate(windows):
-            tokens_BS[row, :window.inputs] = self.stream.tokens[window.first:window.last]
-            labels_BS[row, :window.inputs] = self.stream.tokens[window.first + 1:window.last + 1]
+            tokens_BS[row, : window.inputs] = self.stream.tokens[window.first : window.last]
+            labels_BS[row, : window.inputs] = self.stream.tokens[window.first + 1 : window.last + 1]
         positions_BS = torch.arange(length).repeat(self.micro_batch_size, 1)
-        return Batch(tokens_BS=torch.from_numpy(tokens_BS), labels_BS=torch.from_numpy(labels_BS), loss_mask_BS=torch.ones(tokens_BS.shape),
-                     position_ids_BS=positions_BS, token_id_BS=positions_BS, corpus_id_B=torch.zeros(self.micro_batch_size, dtype=torch.int64))
+        return Batch(
+            tokens_BS=torch.from_numpy(tokens_BS),
+            labels_BS=torch.from_numpy(labels_BS),
+            loss_mask_BS=torch.ones(tokens_BS.shape),
+            position_ids_BS=positions_BS,
+            token_id_BS=positions_BS,
+            corpus_id_B=torch.zeros(self.micro_batch_size, dtype=torch.int64),
+        )
 
 
-def _place(values: dict[str, np.ndarray], start: int, windows: list[Window], output: dict[str, np.ndarray]) -> None:
+def _place(
+    values: dict[str, np.ndarray], start: int, windows: list[Window], output: dict[str, np.ndarray]
+) -> None:
     """Copy each window's priced tokens to their offsets: input i of a window predicts token first + i + 1 (METHOD 4.11)."""
     for row, window in enumerate(windows):
         inputs = slice(window.score_start - 1 - window.first, window.score_end - 1 - window.first)
         for column, value_BS in output.items():
-            values[column][window.score_start - start:window.score_end - start] = value_BS[row, inputs]
+            values[column][window.score_start - start : window.score_end - start] = value_BS[
+                row, inputs
+            ]
 
 
 @dataclass(frozen=True)
@@ -110,24 +134,40 @@ class ScoringReport:
     """Tokens beyond first tokens of documents for which the reference gave no finite value, in the shards written now."""
 
 
-def score_corpus(scorer: Scorer, store: ScoreStore, *, dp_rank: int = 0, dp_size: int = 1, job: tuple[int, int] = (0, 1),
-                 show_progress: bool = False) -> ScoringReport:
+def score_corpus(
+    scorer: Scorer,
+    store: ScoreStore,
+    *,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    job: tuple[int, int] = (0, 1),
+    show_progress: bool = False,
+) -> ScoringReport:
     """Price every unfinished shard of this job's share and write it. Every rank calls it; then one calls `store.finish()`.
 
     job = (i, n): this job takes the shards s with s % n == i; array jobs with the same n never touch the same shard.
     """
     pending = _agree([shard for shard in sorted(store.missing) if shard % job[1] == job[0]])
     mine = pending[dp_rank::dp_size]
-    sizes = {shard: end - start for shard in pending for start, end in [store.manifest.shard_range(shard)]}
+    sizes = {
+        shard: end - start
+        for shard in pending
+        for start, end in [store.manifest.shard_range(shard)]
+    }
     counts = np.zeros(1 + len(store.columns), np.int64)
-    with Progress(sum(sizes.values()), sum(sizes[shard] for shard in mine), shown=show_progress) as progress:
+    with Progress(
+        sum(sizes.values()), sum(sizes[shard] for shard in mine), shown=show_progress
+    ) as progress:
         for shard in mine:
             start, end = store.manifest.shard_range(shard)
             values = scorer.price(start, end, progress)
             if scorer.collects:
                 marker = store.write_shard(shard, values)
                 expected = len(scorer.plan.first_tokens(start, end))
-                counts += [1, *(marker.without_score[column] - expected for column in store.columns)]
+                counts += [
+                    1,
+                    *(marker.without_score[column] - expected for column in store.columns),
+                ]
     written, *without = _sum_over_ranks(counts).tolist()
     return ScoringReport(written, dict(zip(store.columns, without)))
 

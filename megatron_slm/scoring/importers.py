@@ -27,46 +27,72 @@ def read_array(path: str | Path, tokens: int) -> np.ndarray:
     if path.suffix == ".npy":
         array = np.load(path, mmap_mode="r")
         if array.shape != (tokens,) or array.dtype.kind not in "fiub":
-            raise ValueError(f"{path}: shape {array.shape}, dtype {array.dtype}; expected one number for each of the corpus's {tokens} tokens, shape ({tokens},)")
+            raise ValueError(
+                f"{path}: shape {array.shape}, dtype {array.dtype}; expected one number for each of the corpus's {tokens} tokens, shape ({tokens},)"
+            )
         return array
     size_bytes = path.stat().st_size
-    dtype = next((dtype for width, dtype in _RAW_DTYPES.items() if size_bytes == width * tokens), None)
+    dtype = next(
+        (dtype for width, dtype in _RAW_DTYPES.items() if size_bytes == width * tokens), None
+    )
     if dtype is None:
-        raise ValueError(f"{path}: {size_bytes} bytes; the corpus has {tokens} tokens, so raw scores take {2 * tokens} (fp16) or {4 * tokens} (fp32) bytes")
+        raise ValueError(
+            f"{path}: {size_bytes} bytes; the corpus has {tokens} tokens, so raw scores take {2 * tokens} (fp16) or {4 * tokens} (fp32) bytes"
+        )
     return np.memmap(path, dtype, mode="r")
 
 
-def import_arrays(store: ScoreStore, stream: TokenStream, arrays: dict[str, np.ndarray], *, show_progress: bool = False) -> None:
+def import_arrays(
+    store: ScoreStore,
+    stream: TokenStream,
+    arrays: dict[str, np.ndarray],
+    *,
+    show_progress: bool = False,
+) -> None:
     """Fill the store's missing shards from one array per column, value i belonging to token i of the corpus."""
     plan = stream.plan(store.manifest)
     with Progress(*[_missing_tokens(store)] * 2, shown=show_progress) as progress:
         for shard in sorted(store.missing):
             start, end = store.manifest.shard_range(shard)
-            values = {column: np.array(array[start:end], np.float64) for column, array in arrays.items()}
+            values = {
+                column: np.array(array[start:end], np.float64) for column, array in arrays.items()
+            }
             _write(store, plan, shard, values)
             progress.advance(end - start)
 
 
-def import_jsonl(store: ScoreStore, stream: TokenStream, path: str | Path, *, key: str = "logprobs", column: str = "loss",
-                 show_progress: bool = False) -> None:
+def import_jsonl(
+    store: ScoreStore,
+    stream: TokenStream,
+    path: str | Path,
+    *,
+    key: str = "logprobs",
+    column: str = "loss",
+    show_progress: bool = False,
+) -> None:
     """One JSON record per document of the corpus, in order: {key: [log-probability of each token, the first ignored or null]}.
 
     A record may also carry "token_ids", which must then be the document's. ValueError names the document and line that differs.
     """
     if store.columns != (column,):
-        raise ValueError(f"The store has the columns {', '.join(store.columns)}; a jsonl file fills exactly one, {column}.")
+        raise ValueError(
+            f"The store has the columns {', '.join(store.columns)}; a jsonl file fills exactly one, {column}."
+        )
     plan = stream.plan(store.manifest)
     pending, offset, shard = [], 0, 0
     with Progress(*[store.manifest.corpus_tokens] * 2, shown=show_progress) as progress:
         for losses in _documents_of_jsonl(Path(path), stream, key):
             pending.append(losses)
             offset += len(losses)
-            while shard < store.manifest.shard_count and offset >= store.manifest.shard_range(shard)[1]:
+            while (
+                shard < store.manifest.shard_count
+                and offset >= store.manifest.shard_range(shard)[1]
+            ):
                 start, end = store.manifest.shard_range(shard)
                 held = np.concatenate(pending)
                 if shard in store.missing:
-                    _write(store, plan, shard, {column: held[:end - start].copy()})
-                pending, shard = [held[end - start:]], shard + 1
+                    _write(store, plan, shard, {column: held[: end - start].copy()})
+                pending, shard = [held[end - start :]], shard + 1
                 progress.advance(end - start)
 
 
@@ -78,12 +104,21 @@ def _documents_of_jsonl(path: Path, stream: TokenStream, key: str) -> Iterator[n
             if not line.strip():
                 continue
             if number + 1 >= len(bounds):
-                raise ValueError(f"{path} line {line_number}: more records than the corpus has documents with tokens ({len(bounds) - 1})")
+                raise ValueError(
+                    f"{path} line {line_number}: more records than the corpus has documents with tokens ({len(bounds) - 1})"
+                )
             start, end = bounds[number], bounds[number + 1]
-            yield _losses_of_line(f"{path} line {line_number} (document {number})", line, key, stream.tokens[start:end])
+            yield _losses_of_line(
+                f"{path} line {line_number} (document {number})",
+                line,
+                key,
+                stream.tokens[start:end],
+            )
             number += 1
     if number + 1 < len(bounds):
-        raise ValueError(f"{path}: {number} records for {len(bounds) - 1} documents; it ends before the corpus does")
+        raise ValueError(
+            f"{path}: {number} records for {len(bounds) - 1} documents; it ends before the corpus does"
+        )
 
 
 def _losses_of_line(where: str, line: str, key: str, tokens: np.ndarray) -> np.ndarray:
@@ -91,14 +126,22 @@ def _losses_of_line(where: str, line: str, key: str, tokens: np.ndarray) -> np.n
         record = json.loads(line)
         values = np.array([np.nan if value is None else value for value in record[key]], np.float64)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where}: expected {{{key!r}: [numbers]}}, got {line[:80]!r} ({error})") from None
+        raise ValueError(
+            f"{where}: expected {{{key!r}: [numbers]}}, got {line[:80]!r} ({error})"
+        ) from None
     if len(values) != len(tokens):
-        raise ValueError(f"{where}: {len(values)} log-probabilities for {len(tokens)} tokens. Both must come from the same tokenizer, with the "
-                         "closing end-of-document token counted.")
+        raise ValueError(
+            f"{where}: {len(values)} log-probabilities for {len(tokens)} tokens. Both must come from the same tokenizer, with the "
+            "closing end-of-document token counted."
+        )
     if "token_ids" in record and not np.array_equal(record["token_ids"], tokens):
-        raise ValueError(f"{where}: its token_ids are not the document's; the scores were made with another tokenizer or another order of documents")
+        raise ValueError(
+            f"{where}: its token_ids are not the document's; the scores were made with another tokenizer or another order of documents"
+        )
     if np.nanmax(values[1:], initial=-1.0) > 1e-3:
-        raise ValueError(f"{where}: a log-probability of {np.nanmax(values[1:]):.4g}, above 0; natural logarithms of probabilities are expected, not losses")
+        raise ValueError(
+            f"{where}: a log-probability of {np.nanmax(values[1:]):.4g}, above 0; natural logarithms of probabilities are expected, not losses"
+        )
     return -values
 
 
@@ -116,14 +159,34 @@ def _missing_tokens(store: ScoreStore) -> int:
 def huggingface_fingerprint(folder: str | Path) -> str:
     """The identity of a local model folder: its weights and its config."""
     folder = Path(folder)
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") or path.name == "config.json")
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".safetensors", ".bin") or path.name == "config.json"
+    )
     if not any(path.suffix != ".json" for path in files) or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no local Hugging Face model: it needs config.json and its weights (*.safetensors or *.bin)")
-    return "sha256:" + hashlib.sha256("\n".join(f"{path.name} {sha256_of_file(path)}" for path in files).encode()).hexdigest()
+        raise ValueError(
+            f"{folder} is no local Hugging Face model: it needs config.json and its weights (*.safetensors or *.bin)"
+        )
+    return (
+        "sha256:"
+        + hashlib.sha256(
+            "\n".join(f"{path.name} {sha256_of_file(path)}" for path in files).encode()
+        ).hexdigest()
+    )
 
 
-def transformers_scorer(folder: str | Path, stream: TokenStream, plan: WindowPlan, columns: tuple[str, ...], *, micro_batch_size: int = 1,
-                        vocabulary_size: int, precision: str = "fp32", device: str = "cpu") -> Scorer:
+def transformers_scorer(
+    folder: str | Path,
+    stream: TokenStream,
+    plan: WindowPlan,
+    columns: tuple[str, ...],
+    *,
+    micro_batch_size: int = 1,
+    vocabulary_size: int,
+    precision: str = "fp32",
+    device: str = "cpu",
+) -> Scorer:
     """Losses (and entropies) of any causal model that transformers can open from a local folder, in this process.
 
     The model's own logits are taken to fp32. At precision bf16 the logits themselves are rounded, which moves 0.5 to 4 % of
@@ -131,11 +194,18 @@ def transformers_scorer(folder: str | Path, stream: TokenStream, plan: WindowPla
     """
     import torch
     from transformers import AutoModelForCausalLM
+
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True).to(device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+        .to(device)
+        .eval()
+    )
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < vocabulary_size:
-        raise ValueError(f"{folder} knows {rows} tokens, the corpus's tokenizer has {vocabulary_size}: they do not belong together")
+        raise ValueError(
+            f"{folder} knows {rows} tokens, the corpus's tokenizer has {vocabulary_size}: they do not belong together"
+        )
 
     @torch.no_grad()
     def forward(batches: list[Batch]) -> list[dict[str, np.ndarray]]:
@@ -143,10 +213,20 @@ def transformers_scorer(folder: str | Path, stream: TokenStream, plan: WindowPla
         for batch in batches:
             logits_BSV = model(input_ids=batch.tokens_BS.to(device), use_cache=False).logits
             # Rows beyond the tokenizer's ids are padding and can never be right (METHOD 4.17).
-            log_p = [logits_SV[:, :vocabulary_size].float().log_softmax(-1) for logits_SV in logits_BSV]
+            log_p = [
+                logits_SV[:, :vocabulary_size].float().log_softmax(-1) for logits_SV in logits_BSV
+            ]
             labels_BS = batch.labels_BS.to(device)
-            column = {"loss": lambda b: -log_p[b].gather(-1, labels_BS[b, :, None])[:, 0], "entropy": lambda b: torch.special.entr(log_p[b].exp()).sum(-1)}
-            made.append({name: torch.stack([column[name](b) for b in range(len(log_p))]).cpu().numpy() for name in columns})
+            column = {
+                "loss": lambda b: -log_p[b].gather(-1, labels_BS[b, :, None])[:, 0],
+                "entropy": lambda b: torch.special.entr(log_p[b].exp()).sum(-1),
+            }
+            made.append(
+                {
+                    name: torch.stack([column[name](b) for b in range(len(log_p))]).cpu().numpy()
+                    for name in columns
+                }
+            )
         return made
 
     return Scorer(stream, plan, columns, micro_batch_size, forward)

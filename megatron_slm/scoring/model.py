@@ -13,19 +13,39 @@ from megatron_slm.scoring.windows import WindowPlan
 MICRO_BATCHES_PER_STAGE = 8
 
 
-def megatron_scorer(models: list, groups: Groups, stream: TokenStream, plan: WindowPlan, columns: tuple[str, ...], micro_batch_size: int) -> Scorer:
+def megatron_scorer(
+    models: list,
+    groups: Groups,
+    stream: TokenStream,
+    plan: WindowPlan,
+    columns: tuple[str, ...],
+    micro_batch_size: int,
+) -> Scorer:
     """Losses and entropies of `models` (this rank's chunks). Every rank of a model-parallel group makes one and calls it alike."""
     extras = tuple(column for column in columns if column != "loss")
 
     def forward(batches: list[Batch]) -> list[dict[str, np.ndarray]]:
-        local = [slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size).to(groups.device) for batch in batches]
+        local = [
+            slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size).to(groups.device)
+            for batch in batches
+        ]
         outputs = forward_losses(models, local, groups, extras=extras)
-        return [{column: whole_sequences(output[column], groups) for column in columns} for output in outputs]
+        return [
+            {column: whole_sequences(output[column], groups) for column in columns}
+            for output in outputs
+        ]
 
     divided = groups.tp_size * groups.cp_size > 1
-    return Scorer(stream, plan, columns, micro_batch_size, forward,
-                  collects=groups.is_last_stage and groups.tp_rank == 0 and groups.cp_rank == 0,
-                  length_divisor=2 * groups.tp_size * groups.cp_size if divided else 1, batches_per_call=MICRO_BATCHES_PER_STAGE * groups.pp_size)
+    return Scorer(
+        stream,
+        plan,
+        columns,
+        micro_batch_size,
+        forward,
+        collects=groups.is_last_stage and groups.tp_rank == 0 and groups.cp_rank == 0,
+        length_divisor=2 * groups.tp_size * groups.cp_size if divided else 1,
+        batches_per_call=MICRO_BATCHES_PER_STAGE * groups.pp_size,
+    )
 
 
 def whole_sequences(value_BS: torch.Tensor, groups: Groups) -> np.ndarray:

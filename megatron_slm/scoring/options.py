@@ -63,9 +63,16 @@ class ScoreOptions:
 def parse(argv: list[str], description: str) -> ScoreOptions:
     """The settings on the command line and in --config; prints help or a problem and exits like argparse (code 2)."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="score", description=description, formatter_class=HelpFormatter, allow_abbrev=False,
-                            usage="%(prog)s --checkpoint RUN --corpus PREFIX --output STORE [options]")
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    parser = ArgumentParser(
+        prog="score",
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s --checkpoint RUN --corpus PREFIX --output STORE [options]",
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below."
+    )
     parser.add_class_arguments(ScoreOptions, None)
     given = vars(parser.instantiate(parser.parse_args([_with_underscores(word) for word in argv])))
     return ScoreOptions(**{f.name: given[f.name] for f in fields(ScoreOptions)})
@@ -108,12 +115,20 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
     config = reference_config(reference, window_tokens, options.parallel, DeviceConfig(**device))
     check(config, world_size, training=False)
     manifest = ScoreManifest(
-        corpus_fingerprint=corpus.fingerprint, corpus_tokens=corpus.tokens, corpus_documents=corpus.documents,
-        tokenizer_fingerprint=corpus.tokenizer["fingerprint"], reference_fingerprint=reference.fingerprint,
-        reference_description=reference.description, window_tokens=window_tokens, stride_tokens=options.stride_tokens or window_tokens,
-        document_policy=options.document_policy, shard_tokens=options.shard_tokens or default_shard_tokens(corpus.tokens), dtype=options.dtype,
+        corpus_fingerprint=corpus.fingerprint,
+        corpus_tokens=corpus.tokens,
+        corpus_documents=corpus.documents,
+        tokenizer_fingerprint=corpus.tokenizer["fingerprint"],
+        reference_fingerprint=reference.fingerprint,
+        reference_description=reference.description,
+        window_tokens=window_tokens,
+        stride_tokens=options.stride_tokens or window_tokens,
+        document_policy=options.document_policy,
+        shard_tokens=options.shard_tokens or default_shard_tokens(corpus.tokens),
+        dtype=options.dtype,
         columns=column_names(options.columns),
-        resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score {shlex.join(resume_command(argv))}")
+        resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score {shlex.join(resume_command(argv))}",
+    )
     return ScoringJob(options, corpus, reference, config, manifest, share)
 
 
@@ -122,10 +137,12 @@ def column_names(text: str) -> tuple[str, ...]:
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """"i/n" as numbers, 0 <= i < n."""
+    """ "i/n" as numbers, 0 <= i < n."""
     part, slash, parts = text.partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise ValueError(f"shard: got {text!r}; expected i/n with i from 0 to n - 1, for example 0/4")
+        raise ValueError(
+            f"shard: got {text!r}; expected i/n with i from 0 to n - 1, for example 0/4"
+        )
     return int(part), int(parts)
 
 
@@ -134,7 +151,7 @@ def resume_command(argv: list[str]) -> list[str]:
     words = list(argv)
     for position, word in enumerate(words):
         if word == "--shard" or word.startswith("--shard="):
-            del words[position:position + (2 if word == "--shard" else 1)]
+            del words[position : position + (2 if word == "--shard" else 1)]
             break
     return words
 
@@ -142,21 +159,41 @@ def resume_command(argv: list[str]) -> list[str]:
 def _own_problems(options: ScoreOptions) -> list[str]:
     problems = []
     columns = column_names(options.columns)
-    if "loss" not in columns or set(columns) - {"loss", *EXTRA_COLUMNS} or len(set(columns)) != len(columns):
+    if (
+        "loss" not in columns
+        or set(columns) - {"loss", *EXTRA_COLUMNS}
+        or len(set(columns)) != len(columns)
+    ):
         problems.append(f"columns: got {options.columns!r}; expected loss, or loss,entropy")
     for name in ("window_tokens", "stride_tokens", "shard_tokens"):
         if getattr(options, name) < 0:
-            problems.append(f"{name}: got {getattr(options, name)}; expected a positive number, or 0 for the default")
+            problems.append(
+                f"{name}: got {getattr(options, name)}; expected a positive number, or 0 for the default"
+            )
     if options.window_tokens and options.stride_tokens > options.window_tokens:
-        problems.append(f"stride_tokens: got {options.stride_tokens}, above window_tokens ({options.window_tokens}); tokens between windows would get no score")
+        problems.append(
+            f"stride_tokens: got {options.stride_tokens}, above window_tokens ({options.window_tokens}); tokens between windows would get no score"
+        )
     if options.micro_batch_size < 1:
         problems.append(f"micro_batch_size: got {options.micro_batch_size}; expected at least 1")
-    unused = [name for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather") if getattr(options.parallel, name)]
-    problems += [f"parallel.{name}: got true; scoring has no gradients, leave it out" for name in unused]
+    unused = [
+        name
+        for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+        if getattr(options.parallel, name)
+    ]
+    problems += [
+        f"parallel.{name}: got true; scoring has no gradients, leave it out" for name in unused
+    ]
     if options.device.fp8 != "none":
-        problems.append(f"device.fp8: got {options.device.fp8}; fp8 losses move the selection, leave it at none")
+        problems.append(
+            f"device.fp8: got {options.device.fp8}; fp8 losses move the selection, leave it at none"
+        )
     if options.device.head_engine != "torch":
-        problems.append(f"device.head_engine: got {options.device.head_engine}; it computes the head's backward, and scoring has none: leave it at torch")
+        problems.append(
+            f"device.head_engine: got {options.device.head_engine}; it computes the head's backward, and scoring has none: leave it at torch"
+        )
     if options.parallel.virtual_pipeline > 1:
-        problems.append(f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs forward only and gains nothing by it, leave it at 1")
+        problems.append(
+            f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs forward only and gains nothing by it, leave it at 1"
+        )
     return problems

@@ -20,8 +20,15 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
-            self.bar = Bar(TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens  {task.fields[rate]:,.0f} tokens/s  left"),
-                           TimeRemainingColumn(), console=Console(stderr=True))
+
+            self.bar = Bar(
+                TextColumn("scoring"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("tokens  {task.fields[rate]:,.0f} tokens/s  left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self.task = self.bar.add_task("scoring", total=self.total_tokens, rate=0.0)
             self.bar.start()
         return self
@@ -36,7 +43,11 @@ class Progress:
         elif self.shown and now - self.printed_at >= LINE_INTERVAL_SECONDS:
             self.printed_at = now
             left_minutes = (self.total_tokens - done) / rate / 60
-            print(f"scored {done:,.0f} of {self.total_tokens:,} tokens, {rate:,.0f} tokens/s, {left_minutes:,.0f} minutes left", file=sys.stderr, flush=True)
+            print(
+                f"scored {done:,.0f} of {self.total_tokens:,} tokens, {rate:,.0f} tokens/s, {left_minutes:,.0f} minutes left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(self, *_) -> None:
         if self.bar is not None:

@@ -30,20 +30,30 @@ def open_reference(checkpoint: str, corpus: CorpusManifest) -> Reference:
     folder = resolve_checkpoint(checkpoint)
     info = read_checkpoint_info(folder)
     if info.tokenizer.get("fingerprint") != corpus.tokenizer["fingerprint"]:
-        raise ValueError(f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')} ({info.tokenizer.get('fingerprint')}), the corpus "
-                         f"was made with {corpus.tokenizer['path']} ({corpus.tokenizer['fingerprint']}). Preprocess the text with the reference's tokenizer.")
+        raise ValueError(
+            f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')} ({info.tokenizer.get('fingerprint')}), the corpus "
+            f"was made with {corpus.tokenizer['path']} ({corpus.tokenizer['fingerprint']}). Preprocess the text with the reference's tokenizer."
+        )
     return Reference(str(folder), info)
 
 
-def reference_config(reference: Reference, window_tokens: int, parallel: ParallelConfig, device: DeviceConfig) -> Config:
+def reference_config(
+    reference: Reference, window_tokens: int, parallel: ParallelConfig, device: DeviceConfig
+) -> Config:
     """The Config that builds this reference for windows of window_tokens: no dropout, nothing recomputed."""
-    return Config(model=reference.info.reference_model(), parallel=parallel, device=device, data=DataConfig(sequence_length=window_tokens))
+    return Config(
+        model=reference.info.reference_model(),
+        parallel=parallel,
+        device=device,
+        data=DataConfig(sequence_length=window_tokens),
+    )
 
 
 def load_reference(reference: Reference, config: Config, groups: Groups) -> list:
     """The model chunks of this rank, weights loaded, in eval mode (METHOD 4.18). Every rank calls it."""
     from megatron_slm.checkpoint.store import load_weights
     from megatron_slm.model.build import build_model
+
     models = build_model(config, reference.info.model["vocabulary_size"], groups, trainable=False)
     load_weights(models, reference.folder, groups)
     return models

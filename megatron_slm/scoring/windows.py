@@ -45,7 +45,9 @@ class WindowPlan:
     def windows(self, start: int, end: int) -> Iterator[Window]:
         """The windows that price the tokens [start, end), in order. One on the edge is cut to the tokens asked for."""
         for span_start, span_end in self._spans(start, end):
-            yield from self._span_windows(span_start, span_end, max(start, span_start), min(end, span_end))
+            yield from self._span_windows(
+                span_start, span_end, max(start, span_start), min(end, span_end)
+            )
 
     def first_tokens(self, start: int, end: int) -> np.ndarray:
         """Offsets in [start, end) of tokens without a meaningful score: the first of each document (METHOD 4.14)."""
@@ -58,12 +60,18 @@ class WindowPlan:
             return
         low = max(0, int(np.searchsorted(self.document_starts, start, side="right")) - 1)
         high = int(np.searchsorted(self.document_starts, end))
-        bounds = np.append(self.document_starts[low:high + 1], self.tokens)[:high - low + 1].tolist()
+        bounds = np.append(self.document_starts[low : high + 1], self.tokens)[
+            : high - low + 1
+        ].tolist()
         yield from zip(bounds[:-1], bounds[1:])
 
-    def _span_windows(self, span_start: int, span_end: int, start: int, end: int) -> Iterator[Window]:
+    def _span_windows(
+        self, span_start: int, span_end: int, start: int, end: int
+    ) -> Iterator[Window]:
         width, stride = self.window_tokens, self.stride_tokens
-        block = max(0, -(-(start + 1 - span_start - width) // stride))  # the first block that reaches `start`
+        block = max(
+            0, -(-(start + 1 - span_start - width) // stride)
+        )  # the first block that reaches `start`
         while True:
             block_start = span_start + (width + (block - 1) * stride if block else 1)
             block_end = min(span_start + width + block * stride, span_end)
@@ -71,11 +79,15 @@ class WindowPlan:
                 return
             score_start, score_end = max(block_start, start), min(block_end, end)
             if score_start < score_end:
-                yield Window(max(span_start, block_end - 1 - width), block_end - 1, score_start, score_end)
+                yield Window(
+                    max(span_start, block_end - 1 - width), block_end - 1, score_start, score_end
+                )
             block += 1
 
 
-def batches(windows: list[Window], micro_batch_size: int, lengths: list[int]) -> Iterator[tuple[int, list[Window]]]:
+def batches(
+    windows: list[Window], micro_batch_size: int, lengths: list[int]
+) -> Iterator[tuple[int, list[Window]]]:
     """Groups of up to micro_batch_size windows with the input length they are padded to, the smallest of `lengths` that fits.
 
     Deterministic in the windows alone, so a shard that is scored again is scored in the same batches, bit for bit.
@@ -87,7 +99,7 @@ def batches(windows: list[Window], micro_batch_size: int, lengths: list[int]) ->
     for length in lengths:
         members = by_length[length]
         for position in range(0, len(members), micro_batch_size):
-            yield length, members[position:position + micro_batch_size]
+            yield length, members[position : position + micro_batch_size]
 
 
 def padded_lengths(window_tokens: int, document_policy: str, divisor: int) -> list[int]:

@@ -12,7 +12,9 @@ UNSCORED_FRACTION = 1e-3
 KEPT_TOLERANCE = 0.02
 
 
-def warnings_of(summary: Mapping[str, float | list[float]], keep_fraction: float | None = None) -> dict[str, str]:
+def warnings_of(
+    summary: Mapping[str, float | list[float]], keep_fraction: float | None = None
+) -> dict[str, str]:
     """name -> sentence for everything in `summary` (from diagnostics.summarise, over one interval) that needs a person.
 
     keep_fraction  what was configured for the interval; None when the scorer has no use for it or its choice is meant to differ (union).

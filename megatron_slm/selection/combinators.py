@@ -10,14 +10,22 @@ from dataclasses import replace
 import torch
 
 from megatron_slm.selection.schedule import build_schedule
-from megatron_slm.selection.scorers import Scorer, build_scorer, child_scorer, excess_loss, register_scorer
+from megatron_slm.selection.scorers import (
+    Scorer,
+    build_scorer,
+    child_scorer,
+    excess_loss,
+    register_scorer,
+)
 from megatron_slm.selection.select import Selection, check_keep_fraction
 
 
 def _ranking_child(setting) -> Scorer:
     child = child_scorer(setting)
     if child.kind != "score":
-        raise ValueError(f"its child {child.name!r} does not rank tokens; use one that gives a score, such as excess_loss")
+        raise ValueError(
+            f"its child {child.name!r} does not rank tokens; use one that gives a score, such as excess_loss"
+        )
     return child
 
 
@@ -41,14 +49,20 @@ class WeightedSum(Scorer):
     """sum_c weight_c * (score_c - mean) / deviation; mean and deviation over the tokens of the population that have a score."""
 
     def __init__(self, of: Mapping[str, float] | Sequence[Mapping]):
-        parts = [{"name": name, "weight": weight} for name, weight in of.items()] if isinstance(of, Mapping) else list(of)
+        parts = (
+            [{"name": name, "weight": weight} for name, weight in of.items()]
+            if isinstance(of, Mapping)
+            else list(of)
+        )
         if not parts or not all(isinstance(part, Mapping) and "weight" in part for part in parts):
             raise ValueError(
                 "of must map scorers to weights, {excess_loss: 1.0, own_entropy: -0.5}, or list them with their options, "
                 f"[{{name: history, column: old_loss, weight: 0.5}}, ...]; got {of!r}"
             )
         self.weights = [float(part["weight"]) for part in parts]
-        self.children = [_ranking_child({key: part[key] for key in part if key != "weight"}) for part in parts]
+        self.children = [
+            _ranking_child({key: part[key] for key in part if key != "weight"}) for part in parts
+        ]
         self.needs = frozenset().union(*(child.needs for child in self.children))
 
     def rank(self, columns, eligible_BS, population, progress):
@@ -72,17 +86,21 @@ class RhoLoss(Scorer):
         self.column = column
         self.needs = frozenset({"loss", column})
 
-    keeps_fixed_weight = False      # which sequence is completed beyond the share decides the number
+    keeps_fixed_weight = False  # which sequence is completed beyond the share decides the number
 
     def rank(self, columns, eligible_BS, population, progress):
         excess_BS = excess_loss(columns["loss"], columns[self.column])
         known_BS = eligible_BS.bool() & excess_BS.isfinite()
-        mean_B1 = population.of_sequence(torch.where(known_BS, excess_BS, 0.0)) / population.of_sequence(known_BS)
+        mean_B1 = population.of_sequence(
+            torch.where(known_BS, excess_BS, 0.0)
+        ) / population.of_sequence(known_BS)
         return torch.where(known_BS, mean_B1.float(), math.nan)
 
     def check_scope(self, scope):
         if scope == "sequence":
-            raise ValueError("scorer rho_loss ranks whole sequences, which cannot compete with themselves; use another scope than sequence")
+            raise ValueError(
+                "scorer rho_loss ranks whole sequences, which cannot compete with themselves; use another scope than sequence"
+            )
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress):
         self.check_scope(population.scope)
@@ -121,7 +139,9 @@ class Intersection(_OfChoices):
     """Tokens that every child chooses: fewer than keep_fraction. Default: Rho-1's self-reference, lowest L_ref and lowest H_ref."""
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
-        masks = torch.stack([*self._masks(columns, eligible_BS, keep_fraction, population, progress)])
+        masks = torch.stack(
+            [*self._masks(columns, eligible_BS, keep_fraction, population, progress)]
+        )
         return population.chosen(masks.all(0), eligible_BS)
 
 
@@ -130,7 +150,9 @@ class Union(_OfChoices):
     """Tokens that any child chooses: more than keep_fraction. Default: Rho-1's self-reference."""
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
-        masks = torch.stack([*self._masks(columns, eligible_BS, keep_fraction, population, progress)])
+        masks = torch.stack(
+            [*self._masks(columns, eligible_BS, keep_fraction, population, progress)]
+        )
         return population.chosen(masks.any(0), eligible_BS)
 
 
@@ -142,7 +164,7 @@ class Band(Scorer):
     """
 
     kind, choices = "choice", 2
-    keeps_fixed_weight = True       # the difference of two exact shares
+    keeps_fixed_weight = True  # the difference of two exact shares
 
     def __init__(self, of: str | Mapping = "excess_loss", skip_fraction: float = 0.1):
         if not 0.0 < skip_fraction < 1.0:
@@ -154,7 +176,9 @@ class Band(Scorer):
         self.check_scope(population.scope)
         reach = self.skip_fraction + keep_fraction
         if reach > 1.0 + 1e-9:
-            raise ValueError(f"skip_fraction {self.skip_fraction} and keep_fraction {keep_fraction} add to more than 1; lower one of them")
+            raise ValueError(
+                f"skip_fraction {self.skip_fraction} and keep_fraction {keep_fraction} add to more than 1; lower one of them"
+            )
         score_BS = self.child.rank(columns, eligible_BS, population, progress)
         skipped = population.top(score_BS, eligible_BS, self.skip_fraction)
         reached = population.top(score_BS, eligible_BS, min(reach, 1.0))
@@ -170,10 +194,14 @@ class MixedWithClm(Scorer):
     from 0 to 1 or a schedule in tokens.
     """
 
-    def __init__(self, of: str | Mapping | Scorer = "excess_loss", clm_weight: float | Mapping = 0.1):
+    def __init__(
+        self, of: str | Mapping | Scorer = "excess_loss", clm_weight: float | Mapping = 0.1
+    ):
         self.child = child_scorer(of)
         if self.child.kind == "weight":
-            raise ValueError(f"its child {self.child.name!r} gives soft weights; mix plain CLM with a 0/1 choice")
+            raise ValueError(
+                f"its child {self.child.name!r} gives soft weights; mix plain CLM with a 0/1 choice"
+            )
         self.clm_weight = build_schedule(clm_weight, "clm_weight", allow_zero=True)
         self.needs, self.choices, self.kind = self.child.needs, self.child.choices, "weight"
 

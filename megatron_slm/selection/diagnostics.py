@@ -62,12 +62,17 @@ def describe(
         excess_BS = torch.where(scored_BS, loss_BS - reference_BS, 0.0)
         scored = scored_BS.sum().double()
         measured["selection/positive_excess_fraction"] = ((excess_BS > 0).sum().double(), scored)
-        measured["selection/absolute_excess_nats"] = (excess_BS.abs().sum(dtype=torch.float64), scored)
+        measured["selection/absolute_excess_nats"] = (
+            excess_BS.abs().sum(dtype=torch.float64),
+            scored,
+        )
     measured |= _rates(columns, eligible_BS, chosen_BS, sequence_length, corpora)
     return measured
 
 
-def _choice(score_BS: Tensor | None, loss_BS: Tensor, eligible_BS: Tensor, selection: Selection) -> Measured:
+def _choice(
+    score_BS: Tensor | None, loss_BS: Tensor, eligible_BS: Tensor, selection: Selection
+) -> Measured:
     trained = eligible_BS.sum().double()
     competing_BS = eligible_BS if score_BS is None else eligible_BS & score_BS.isfinite()
     zero, one = trained.new_zeros(()), trained.new_ones(())
@@ -98,19 +103,36 @@ def _loss_by_fate(name: str, value_BS: Tensor, known_BS: Tensor, chosen_BS: Tens
     }
 
 
-def _rates(columns: Mapping[str, Tensor], eligible_BS: Tensor, chosen_BS: Tensor, sequence_length: int | None, corpora: int) -> Measured:
+def _rates(
+    columns: Mapping[str, Tensor],
+    eligible_BS: Tensor,
+    chosen_BS: Tensor,
+    sequence_length: int | None,
+    corpora: int,
+) -> Measured:
     """(selected, eligible) per bin of reference loss, bucket of position and corpus: one histogram for all of them."""
     bins: list[tuple[str, Tensor, Tensor, int]] = []
     reference_BS = columns.get("reference_loss")
     if reference_BS is not None:
         known_BS = eligible_BS & reference_BS.isfinite()
-        bins.append(("selection/by_reference_loss", _loss_bin(torch.where(known_BS, reference_BS, 0.0)), known_BS, LOSS_BINS))
+        bins.append(
+            (
+                "selection/by_reference_loss",
+                _loss_bin(torch.where(known_BS, reference_BS, 0.0)),
+                known_BS,
+                LOSS_BINS,
+            )
+        )
     if sequence_length is not None and "position" in columns:
-        bucket_BS = (columns["position"] * POSITION_BUCKETS // sequence_length).clamp(0, POSITION_BUCKETS - 1)
+        bucket_BS = (columns["position"] * POSITION_BUCKETS // sequence_length).clamp(
+            0, POSITION_BUCKETS - 1
+        )
         bins.append(("selection/by_position", bucket_BS, eligible_BS, POSITION_BUCKETS))
     if corpora > 0 and "corpus_id" in columns:
         corpus_id = columns["corpus_id"]
-        corpus_BS = (corpus_id if corpus_id.dim() == 2 else corpus_id[:, None]).expand(eligible_BS.shape)
+        corpus_BS = (corpus_id if corpus_id.dim() == 2 else corpus_id[:, None]).expand(
+            eligible_BS.shape
+        )
         bins.append(("selection/by_corpus", corpus_BS.clamp(0, corpora - 1), eligible_BS, corpora))
     return _count_bins(bins, chosen_BS)
 
@@ -136,20 +158,31 @@ def _count_bins(bins: list[tuple[str, Tensor, Tensor, int]], chosen_BS: Tensor) 
 
 
 def _loss_bin(loss_BS: Tensor) -> Tensor:
-    return (torch.log1p(BIN_SCALE * loss_BS.float().clamp(min=0.0)) / BIN_STEP).long().clamp(max=LOSS_BINS - 1)
+    return (
+        (torch.log1p(BIN_SCALE * loss_BS.float().clamp(min=0.0)) / BIN_STEP)
+        .long()
+        .clamp(max=LOSS_BINS - 1)
+    )
 
 
 def add(total: Measured | None, measured: Measured) -> Measured:
     """Element-wise sum of two descriptions; a name that only one of them has is kept."""
     result = dict(total or {})
     for name, (value, count) in measured.items():
-        result[name] = (result[name][0] + value, result[name][1] + count) if name in result else (value, count)
+        result[name] = (
+            (result[name][0] + value, result[name][1] + count) if name in result else (value, count)
+        )
     return result
 
 
 def pack(measured: Measured) -> Tensor:
     """All sums and counts in one float64 vector, so that one all-reduce adds them over ranks."""
-    return torch.cat([torch.cat([value.reshape(-1), count.reshape(-1)]).double() for value, count in measured.values()])
+    return torch.cat(
+        [
+            torch.cat([value.reshape(-1), count.reshape(-1)]).double()
+            for value, count in measured.values()
+        ]
+    )
 
 
 def unpack(flat: Tensor, like: Measured) -> Measured:
@@ -164,7 +197,7 @@ def unpack(flat: Tensor, like: Measured) -> Measured:
 
 def summarise(reduced: Measured) -> dict[str, float | list[float]]:
     """The metrics of reduced sums, under their names in metrics.jsonl. Pure; one host synchronisation. A ratio over nothing is left out."""
-    if not reduced:      # a pipeline stage without losses
+    if not reduced:  # a pipeline stage without losses
         return {}
     host = unpack(pack(reduced).cpu(), reduced)
     summary: dict[str, float | list[float]] = {}
@@ -183,11 +216,15 @@ def summarise(reduced: Measured) -> dict[str, float | list[float]]:
     for name in ("position", "corpus"):
         if f"selection/by_{name}" in host:
             selected, all_ = host[f"selection/by_{name}"]
-            summary[f"selection/rate_by_{name}"] = [float(s / n) if n else math.nan for s, n in zip(selected, all_, strict=True)]
+            summary[f"selection/rate_by_{name}"] = [
+                float(s / n) if n else math.nan for s, n in zip(selected, all_, strict=True)
+            ]
     return summary
 
 
-def rate_by_quantile(selected: Tensor, total: Tensor, quantiles: int = QUANTILES) -> tuple[list[float], list[float]]:
+def rate_by_quantile(
+    selected: Tensor, total: Tensor, quantiles: int = QUANTILES
+) -> tuple[list[float], list[float]]:
     """(selection rate of each of 20 equally full classes of reference loss, their 21 edges in nats), from counts in the fixed bins.
 
     Inside a bin tokens are taken as evenly spread, so edges are exact to the bin's width. Empty lists when nothing was counted.
@@ -223,7 +260,9 @@ class ChoiceOverlap:
         if before is None:
             return {}
         if before.shape != self.mask.shape:
-            raise ValueError(f"the probe set had the shape {tuple(before.shape)} and now has {tuple(self.mask.shape)}; it must stay the same")
+            raise ValueError(
+                f"the probe set had the shape {tuple(before.shape)} and now has {tuple(self.mask.shape)}; it must stay the same"
+            )
         both, either = (before & self.mask).sum().double(), (before | self.mask).sum().double()
         return {"selection/probe_overlap_fraction": (both.to(mask.device), either.to(mask.device))}
 

@@ -19,7 +19,11 @@ DIGIT_BITS = 11
 
 
 def kth_largest_score(
-    score_N: Tensor, keep_fraction: float, group: ProcessGroup | None, *, compact: bool | None = None
+    score_N: Tensor,
+    keep_fraction: float,
+    group: ProcessGroup | None,
+    *,
+    compact: bool | None = None,
 ) -> tuple[float, int, int, int, int]:
     """(threshold, kept, eligible, ties, ties kept) of the population: what a sort of all ranks' scores would say.
 
@@ -50,11 +54,15 @@ def kth_largest_score(
     return (value, kept_, eligible_, ties_, taken_) if eligible_ else (math.inf, 0, 0, 0, 0)
 
 
-def kth_smallest_id(id_N: Tensor, k: int, group: ProcessGroup | None, *, compact: bool | None = None) -> tuple[int, int]:
+def kth_smallest_id(
+    id_N: Tensor, k: int, group: ProcessGroup | None, *, compact: bool | None = None
+) -> tuple[int, int]:
     """(the k-th smallest int64 of the population, how often it occurs). k must be between 1 and the population's size."""
     compact = id_N.device.type == "cpu" if compact is None else compact
     # one all-reduce finds the range, so that only the digits which differ are walked: 2 for a million tokens
-    bounds = torch.stack([id_N.max(), -id_N.min()]) if id_N.numel() else id_N.new_full((2,), -(1 << 62))
+    bounds = (
+        torch.stack([id_N.max(), -id_N.min()]) if id_N.numel() else id_N.new_full((2,), -(1 << 62))
+    )
     if group is not None:
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = bounds[0], -bounds[1]
@@ -90,13 +98,17 @@ def _score_of(key: Tensor) -> Tensor:
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)[0]
 
 
-def _count(digit_N: Tensor, alive_N: Tensor | None, bins: int, group: ProcessGroup | None) -> Tensor:
+def _count(
+    digit_N: Tensor, alive_N: Tensor | None, bins: int, group: ProcessGroup | None
+) -> Tensor:
     """How many living values of the population have each digit: int64 (bins,)."""
     if digit_N.device.type == "cpu" and alive_N is None:
         counts = torch.bincount(digit_N, minlength=bins)
     else:  # on an accelerator bincount looks at its maximum on the host; scatter_add_ does not
         counts = torch.zeros(bins, dtype=torch.int64, device=digit_N.device)
-        living_N = torch.ones_like(digit_N, dtype=torch.int64) if alive_N is None else alive_N.long()
+        living_N = (
+            torch.ones_like(digit_N, dtype=torch.int64) if alive_N is None else alive_N.long()
+        )
         counts.scatter_add_(0, digit_N.long(), living_N)
     if group is not None:
         dist.all_reduce(counts, group=group)
@@ -112,7 +124,9 @@ def _walk_down(counts: Tensor, take: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return counts.numel() - 1 - place, take - (reached.take(place) - inside), inside
 
 
-def _keep_alive(key_N: Tensor, alive_N: Tensor | None, match_N: Tensor, compact: bool) -> tuple[Tensor, Tensor | None]:
+def _keep_alive(
+    key_N: Tensor, alive_N: Tensor | None, match_N: Tensor, compact: bool
+) -> tuple[Tensor, Tensor | None]:
     if compact:
         return key_N[match_N], None
     return key_N, match_N if alive_N is None else alive_N & match_N

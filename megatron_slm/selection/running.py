@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_slm.selection.select import Selection, check_keep_fraction, check_same_shape, rankable, select_top
+from megatron_slm.selection.select import (
+    Selection,
+    check_keep_fraction,
+    check_same_shape,
+    rankable,
+    select_top,
+)
 
 
 class RunningThreshold:
@@ -21,12 +27,20 @@ class RunningThreshold:
 
     def __init__(self, smoothing: float = 0.5):
         if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing!r}; 0 uses the last step's threshold alone")
+            raise ValueError(
+                f"smoothing must be at least 0 and below 1, got {smoothing!r}; 0 uses the last step's threshold alone"
+            )
         self.smoothing = smoothing
         self.threshold: float | None = None
         self._step: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def choose(self, score_BS: Tensor, eligible_BS: Tensor, keep_fraction: float, token_id_BS: Tensor | None = None) -> Selection:
+    def choose(
+        self,
+        score_BS: Tensor,
+        eligible_BS: Tensor,
+        keep_fraction: float,
+        token_id_BS: Tensor | None = None,
+    ) -> Selection:
         """Eligible tokens with score >= threshold; the facts of the Selection are of this rank's micro-batch alone."""
         check_same_shape(score_BS, eligible=eligible_BS, token_id=token_id_BS)
         if self.threshold is None:
@@ -35,13 +49,19 @@ class RunningThreshold:
             check_keep_fraction(keep_fraction)
             score = rankable(score_BS, eligible_BS)
             mask = score >= self.threshold
-            counts = torch.stack([mask.sum(), (score > -math.inf).sum(), (score == self.threshold).sum()])
+            counts = torch.stack(
+                [mask.sum(), (score > -math.inf).sum(), (score == self.threshold).sum()]
+            )
             selection = Selection(mask, self.threshold, *counts.tolist())
         id_N = None if token_id_BS is None else token_id_BS.reshape(-1)
-        self._step.append((rankable(score_BS, eligible_BS).reshape(-1), selection.mask.reshape(-1), id_N))
+        self._step.append(
+            (rankable(score_BS, eligible_BS).reshape(-1), selection.mask.reshape(-1), id_N)
+        )
         return selection
 
-    def finish_step(self, keep_fraction: float, group: ProcessGroup | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    def finish_step(
+        self, keep_fraction: float, group: ProcessGroup | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Move the threshold towards the exact one of this step; returns this rank's (sum, count) of the measured deviation.
 
         selection/missed_fraction  tokens of the exact set that were not chosen / tokens of the exact set
@@ -51,7 +71,9 @@ class RunningThreshold:
         """
         if not self._step:
             return {}
-        score_N, chosen_N = (torch.cat(tensors) for tensors in list(zip(*self._step, strict=True))[:2])
+        score_N, chosen_N = (
+            torch.cat(tensors) for tensors in list(zip(*self._step, strict=True))[:2]
+        )
         ids = [token_id for *_, token_id in self._step]
         id_N = None if any(token_id is None for token_id in ids) else torch.cat(ids)
         self._step = []

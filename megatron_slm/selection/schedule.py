@@ -46,7 +46,9 @@ _KEYS = {
 }
 
 
-def build_schedule(setting: float | Mapping | Schedule, name: str = "keep_fraction", *, allow_zero: bool = False) -> Schedule:
+def build_schedule(
+    setting: float | Mapping | Schedule, name: str = "keep_fraction", *, allow_zero: bool = False
+) -> Schedule:
     """A Schedule from a number or a mapping, as a configuration file gives it.
 
         0.6
@@ -71,16 +73,22 @@ def _from_mapping(setting: Mapping, name: str, allow_zero: bool) -> Schedule:
     given = {key for key, value in setting.items() if key != "style" and value is not None}
     required, optional = _KEYS[style]
     if given - required - optional:
-        raise ValueError(f"{name}: style {style} does not take {_listed(given - required - optional)}; it takes {_listed(required | optional)}")
+        raise ValueError(
+            f"{name}: style {style} does not take {_listed(given - required - optional)}; it takes {_listed(required | optional)}"
+        )
     if required - given:
         raise ValueError(f"{name}: style {style} also needs {_listed(required - given)}")
     if style == "constant":
         return build_schedule(setting["value"], f"{name}.value", allow_zero=allow_zero)
     start = 1.0 if style == "warmup" else _share(setting["start"], f"{name}.start", allow_zero)
     end = _share(setting["end"], f"{name}.end", allow_zero)
-    ramp_tokens, hold_tokens = (_token_count(setting.get(key) or 0, f"{name}.{key}") for key in ("tokens", "hold_tokens"))
+    ramp_tokens, hold_tokens = (
+        _token_count(setting.get(key) or 0, f"{name}.{key}") for key in ("tokens", "hold_tokens")
+    )
     if ramp_tokens + hold_tokens == 0:
-        raise ValueError(f"{name}: style {style} must last some time, but its tokens add to 0; for one value write {name}: {end}")
+        raise ValueError(
+            f"{name}: style {style} must last some time, but its tokens add to 0; for one value write {name}: {end}"
+        )
     return Schedule(style, start, end, ramp_tokens, hold_tokens)
 
 
@@ -88,12 +96,19 @@ def _share(value: object, name: str, allow_zero: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number or a mapping with a style, got {value!r}")
     if not (0.0 <= value <= 1.0 if allow_zero else 0.0 < value <= 1.0):
-        raise ValueError(f"{name} must be {'at least' if allow_zero else 'above'} 0 and at most 1, got {value!r}")
+        raise ValueError(
+            f"{name} must be {'at least' if allow_zero else 'above'} 0 and at most 1, got {value!r}"
+        )
     return float(value)
 
 
 def _token_count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value < 0
+        or value != int(value)
+    ):
         raise ValueError(f"{name} must be a whole number of tokens, at least 0, got {value!r}")
     return int(value)
 

@@ -54,15 +54,28 @@ class Scorer:
 
     def __call__(self, columns: Columns, progress: Progress) -> Tensor:
         """The score of every token, fp32 BS; NaN where there is none. Higher is better."""
-        raise NotImplementedError(f"scorer {self.name!r} is not a plain score of each token; use scorer.choose")
+        raise NotImplementedError(
+            f"scorer {self.name!r} is not a plain score of each token; use scorer.choose"
+        )
 
-    def rank(self, columns: Columns, eligible_BS: Tensor, population: Population, progress: Progress) -> Tensor:
+    def rank(
+        self, columns: Columns, eligible_BS: Tensor, population: Population, progress: Progress
+    ) -> Tensor:
         """The score, when it depends on the other tokens of the population (a z-score, a mean over the sequence)."""
         return self(columns, progress)
 
-    def choose(self, columns: Columns, eligible_BS: Tensor, keep_fraction: float, population: Population, progress: Progress) -> Selection:
+    def choose(
+        self,
+        columns: Columns,
+        eligible_BS: Tensor,
+        keep_fraction: float,
+        population: Population,
+        progress: Progress,
+    ) -> Selection:
         """The choice. What training calls, whatever the kind; every rank of the population's groups must call it."""
-        return population.top(self.rank(columns, eligible_BS, population, progress), eligible_BS, keep_fraction)
+        return population.top(
+            self.rank(columns, eligible_BS, population, progress), eligible_BS, keep_fraction
+        )
 
     @property
     def uses_keep_fraction(self) -> bool:
@@ -84,13 +97,17 @@ class Scorer:
     def check_scope(self, scope: str) -> None:
         """Raises ValueError when the scorer cannot work in this scope."""
         if scope == "running_threshold" and self.choices > 1:
-            raise ValueError(f"scorer {self.name} makes {self.choices} choices, but scope running_threshold tracks one threshold; use another scope")
+            raise ValueError(
+                f"scorer {self.name} makes {self.choices} choices, but scope running_threshold tracks one threshold; use another scope"
+            )
 
 
 class FunctionScorer(Scorer):
     """A registered function with its options bound."""
 
-    def __init__(self, name: str, function: Callable[..., Tensor], needs: frozenset[str], kind: str):
+    def __init__(
+        self, name: str, function: Callable[..., Tensor], needs: frozenset[str], kind: str
+    ):
         self.name, self._function, self.needs, self.kind = name, function, needs, kind
         self.choices = 1 if kind == "score" else 0
 
@@ -104,11 +121,15 @@ class FunctionScorer(Scorer):
         return choose_by_weight(value_BS, eligible_BS, population, soft=self.kind == "weight")
 
 
-def choose_by_weight(value_BS: Tensor, eligible_BS: Tensor, population: Population, *, soft: bool) -> Selection:
+def choose_by_weight(
+    value_BS: Tensor, eligible_BS: Tensor, population: Population, *, soft: bool
+) -> Selection:
     """Keep the eligible tokens with a positive finite value; soft keeps the value as the weight, a mask (0 or 1) does not."""
     value_BS = value_BS.detach().float()
     mask_BS = eligible_BS.bool() & (value_BS > 0) & (value_BS < math.inf)
-    return population.chosen(mask_BS, eligible_BS, torch.where(mask_BS, value_BS, 0.0) if soft else None)
+    return population.chosen(
+        mask_BS, eligible_BS, torch.where(mask_BS, value_BS, 0.0) if soft else None
+    )
 
 
 def register_scorer(name: str, *, needs: tuple[str, ...] = ("loss",), kind: str = "score"):
@@ -123,22 +144,32 @@ def register_scorer(name: str, *, needs: tuple[str, ...] = ("loss",), kind: str 
     def register(definition):
         if name in SCORERS:
             raise ValueError(f"a scorer named {name!r} is registered already; choose another name")
-        SCORERS[name] = definition if isinstance(definition, type) else partial(_bind, name, definition, needs, kind)
+        SCORERS[name] = (
+            definition
+            if isinstance(definition, type)
+            else partial(_bind, name, definition, needs, kind)
+        )
         return definition
 
     return register
 
 
-def _bind(name: str, function: Callable, needs: tuple[str, ...], kind: str, **options) -> FunctionScorer:
+def _bind(
+    name: str, function: Callable, needs: tuple[str, ...], kind: str, **options
+) -> FunctionScorer:
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     known = {**defaults, **options}
     missing = [option for option, value in known.items() if value is inspect.Parameter.empty]
     if unknown := sorted(set(options) - set(defaults)):
-        raise TypeError(f"unknown option {', '.join(unknown)}; its options are: {', '.join(defaults) or 'none'}")
+        raise TypeError(
+            f"unknown option {', '.join(unknown)}; its options are: {', '.join(defaults) or 'none'}"
+        )
     if missing:
         raise TypeError(f"option {', '.join(missing)} must be given")
-    return FunctionScorer(name, partial(function, **options), frozenset(need.format(**known) for need in needs), kind)
+    return FunctionScorer(
+        name, partial(function, **options), frozenset(need.format(**known) for need in needs), kind
+    )
 
 
 def build_scorer(name: str, **options) -> Scorer:
@@ -160,7 +191,9 @@ def child_scorer(setting: str | Mapping | Scorer) -> Scorer:
     if isinstance(setting, str):
         return build_scorer(setting)
     if not isinstance(setting, Mapping) or "name" not in setting:
-        raise ValueError(f"a scorer is given by its name or by a mapping with the key 'name', got {setting!r}")
+        raise ValueError(
+            f"a scorer is given by its name or by a mapping with the key 'name', got {setting!r}"
+        )
     return build_scorer(**setting)
 
 
@@ -169,14 +202,20 @@ def _load_entry_point(name: str) -> None:
     if name in found:
         try:
             found[name].load()
-        except Exception as error:      # someone else's module: whatever it raises, the setting that asked for it is what a person can change
-            raise ValueError(f"scorer {name}: entry point {found[name].value} of an installed package cannot be loaded: {error!r}") from error
+        except Exception as error:  # someone else's module: whatever it raises, the setting that asked for it is what a person can change
+            raise ValueError(
+                f"scorer {name}: entry point {found[name].value} of an installed package cannot be loaded: {error!r}"
+            ) from error
         if name not in SCORERS:
-            raise ValueError(f"entry point {found[name].value} was loaded but registers no scorer named {name!r}; use @register_scorer({name!r})")
+            raise ValueError(
+                f"entry point {found[name].value} was loaded but registers no scorer named {name!r}; use @register_scorer({name!r})"
+            )
         return
     known = sorted({*SCORERS, *found})
     close = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(f"unknown scorer {name!r}{f', did you mean {close[0]!r}?' if close else ''}; known: {', '.join(known)}")
+    raise ValueError(
+        f"unknown scorer {name!r}{f', did you mean {close[0]!r}?' if close else ''}; known: {', '.join(known)}"
+    )
 
 
 def excess_loss(loss: Tensor, reference_loss: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_slm.selection.threshold import Threshold, find_threshold, kept_tokens, last_kept_id, other_ranks, tokens_of_ranks
+from megatron_slm.selection.threshold import (
+    Threshold,
+    find_threshold,
+    kept_tokens,
+    last_kept_id,
+    other_ranks,
+    tokens_of_ranks,
+)
 
 __all__ = ["Selection", "check_keep_fraction", "kept_tokens", "select_top"]
 
@@ -65,7 +72,9 @@ class Selection:
 
     def split(self, rows: list[int]) -> "list[Selection]":
         """The same choice cut along the first dimension, one piece per micro-batch; the facts of the population are repeated."""
-        names = [name for name in ("mask", "weight", "preferred") if getattr(self, name) is not None]
+        names = [
+            name for name in ("mask", "weight", "preferred") if getattr(self, name) is not None
+        ]
         pieces = zip(*(getattr(self, name).split(rows) for name in names), strict=True)
         return [replace(self, **dict(zip(names, piece, strict=True))) for piece in pieces]
 
@@ -74,7 +83,9 @@ def check_keep_fraction(keep_fraction: float) -> float:
     """The keep fraction as a Python float. Raises ValueError unless 0 < keep_fraction <= 1."""
     value = float(keep_fraction)
     if not 0.0 < value <= 1.0:
-        raise ValueError(f"keep_fraction must be above 0 and at most 1, got {keep_fraction!r}; 1.0 keeps every eligible token (plain CLM)")
+        raise ValueError(
+            f"keep_fraction must be above 0 and at most 1, got {keep_fraction!r}; 1.0 keeps every eligible token (plain CLM)"
+        )
     return value
 
 
@@ -119,7 +130,9 @@ def select_top(
     return Selection(mask.view(score.shape), found.score, found.kept, found.eligible, found.ties)
 
 
-def _top_mask(score_N: Tensor, token_id_N: Tensor | None, found: Threshold, group: ProcessGroup | None) -> Tensor:
+def _top_mask(
+    score_N: Tensor, token_id_N: Tensor | None, found: Threshold, group: ProcessGroup | None
+) -> Tensor:
     if found.eligible == 0:
         return torch.zeros_like(score_N, dtype=torch.bool)
     if found.ties_kept == found.ties:
@@ -145,11 +158,17 @@ def rankable(score: Tensor, eligible: Tensor) -> Tensor:
 
 def check_same_shape(score: Tensor, **others: Tensor | None) -> None:
     if not score.is_floating_point():
-        raise ValueError(f"score must be a floating point tensor, got {score.dtype}; convert it with .float()")
+        raise ValueError(
+            f"score must be a floating point tensor, got {score.dtype}; convert it with .float()"
+        )
     for name, tensor in others.items():
         if tensor is None:
             continue
         if tensor.shape != score.shape:
-            raise ValueError(f"{name} must have the shape of score {tuple(score.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have the shape of score {tuple(score.shape)}, got {tuple(tensor.shape)}"
+            )
         if name == "token_id" and tensor.dtype != torch.int64:
-            raise ValueError(f"token_id must be int64 (ids pass 2^31 in a long run), got {tensor.dtype}")
+            raise ValueError(
+                f"token_id must be int64 (ids pass 2^31 in a long run), got {tensor.dtype}"
+            )

@@ -56,20 +56,29 @@ def other_ranks(group: ProcessGroup | None) -> ProcessGroup | None:
 
 
 def find_threshold(
-    score_N: Tensor, keep_fraction: float, group: ProcessGroup | None, backend: str = "auto", capacity: int | None = None
+    score_N: Tensor,
+    keep_fraction: float,
+    group: ProcessGroup | None,
+    backend: str = "auto",
+    capacity: int | None = None,
 ) -> Threshold:
     """The threshold of the population, identical on every rank of the group whatever the backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if capacity is not None and score_N.numel() > capacity:
-        raise ValueError(f"capacity must be the most tokens that any rank holds, got {capacity}, but this rank holds {score_N.numel()}")
+        raise ValueError(
+            f"capacity must be the most tokens that any rank holds, got {capacity}, but this rank holds {score_N.numel()}"
+        )
     if group is None:
         return _kth_largest(score_N, keep_fraction)
     if backend == "auto" and capacity is None and score_N.device.type == "cpu":
         tokens_R, first = _first_message(score_N, group)
         if first is not None:
             return _kth_largest(first, keep_fraction)
-        backend, capacity = "gather" if sum(tokens_R) <= GATHER_MAX_TOKENS else "radix", max(tokens_R)
+        backend, capacity = (
+            "gather" if sum(tokens_R) <= GATHER_MAX_TOKENS else "radix",
+            max(tokens_R),
+        )
     if backend == "auto":
         backend = _backend_for(score_N, capacity, dist.get_world_size(group))
     if backend == "gather":
@@ -134,7 +143,9 @@ def _first_message(score_N: Tensor, group: ProcessGroup) -> tuple[list[int], Ten
     messages = all_gather(message, group)
     tokens_R = [int(part[:2].view(torch.int64)) for part in messages]
     fitted = max(tokens_R) <= room
-    return tokens_R, torch.cat([part[2 : 2 + tokens] for part, tokens in zip(messages, tokens_R, strict=True)]) if fitted else None
+    return tokens_R, torch.cat(
+        [part[2 : 2 + tokens] for part, tokens in zip(messages, tokens_R, strict=True)]
+    ) if fitted else None
 
 
 def _gather(score_N: Tensor, capacity: int, group: ProcessGroup) -> Tensor:
@@ -147,7 +158,10 @@ def _gather(score_N: Tensor, capacity: int, group: ProcessGroup) -> Tensor:
 
 def all_gather(value: Tensor, group: ProcessGroup) -> list[Tensor]:
     """Every rank's tensor, in rank order; all have the shape of value."""
-    parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    parts = [
+        torch.empty_like(value, memory_format=torch.contiguous_format)
+        for _ in range(dist.get_world_size(group))
+    ]
     dist.all_gather(parts, value.contiguous(), group=group)
     return parts
 

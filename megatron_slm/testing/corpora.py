@@ -14,8 +14,13 @@ from megatron_slm.data.score_store import ScoreStore
 TOKENIZER_FINGERPRINT = "sha256:" + "7" * 64
 
 
-def write_corpus(prefix: str | Path, documents: Sequence[np.ndarray], *, vocabulary_size: int = 1000,
-                 tokenizer_fingerprint: str = TOKENIZER_FINGERPRINT) -> CorpusManifest:
+def write_corpus(
+    prefix: str | Path,
+    documents: Sequence[np.ndarray],
+    *,
+    vocabulary_size: int = 1000,
+    tokenizer_fingerprint: str = TOKENIZER_FINGERPRINT,
+) -> CorpusManifest:
     """PREFIX.bin, .idx and .manifest.json of documents given as token ids."""
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -27,15 +32,33 @@ def write_corpus(prefix: str | Path, documents: Sequence[np.ndarray], *, vocabul
         write_index(stream, dtype, np.array([len(document) for document in documents], np.int32))
     index = read_index(f"{prefix}.idx")
     manifest = CorpusManifest(
-        format_version=1, documents=index.documents, tokens=index.tokens, token_dtype=dtype.name, bin_bytes=index.bin_bytes,
-        idx_bytes=Path(f"{prefix}.idx").stat().st_size, bin_sha256=sha256_of_file(f"{prefix}.bin"), idx_sha256=sha256_of_file(f"{prefix}.idx"),
-        tokenizer={"path": "none", "kind": "none", "fingerprint": tokenizer_fingerprint, "vocabulary_size": vocabulary_size, "eod_id": 0},
-        append_eod=True, sources=[], created_by={}, rejected={})
+        format_version=1,
+        documents=index.documents,
+        tokens=index.tokens,
+        token_dtype=dtype.name,
+        bin_bytes=index.bin_bytes,
+        idx_bytes=Path(f"{prefix}.idx").stat().st_size,
+        bin_sha256=sha256_of_file(f"{prefix}.bin"),
+        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        tokenizer={
+            "path": "none",
+            "kind": "none",
+            "fingerprint": tokenizer_fingerprint,
+            "vocabulary_size": vocabulary_size,
+            "eod_id": 0,
+        },
+        append_eod=True,
+        sources=[],
+        created_by={},
+        rejected={},
+    )
     manifest.write(prefix)
     return manifest
 
 
-def random_documents(count: int, mean_tokens: int, *, vocabulary_size: int = 1000, seed: int = 0) -> list[np.ndarray]:
+def random_documents(
+    count: int, mean_tokens: int, *, vocabulary_size: int = 1000, seed: int = 0
+) -> list[np.ndarray]:
     """Documents of 1 to 2 x mean_tokens random ids, each ending in token 0."""
     random = np.random.RandomState(seed)
     lengths = random.randint(0, 2 * mean_tokens, count)
@@ -44,13 +67,28 @@ def random_documents(count: int, mean_tokens: int, *, vocabulary_size: int = 100
 
 def score_manifest(corpus: CorpusManifest, **settings) -> ScoreManifest:
     """A score manifest of this corpus with small windows and shards; settings replace fields."""
-    plain = ScoreManifest(corpus.fingerprint, corpus.tokens, corpus.documents, corpus.tokenizer["fingerprint"], "sha256:" + "5" * 64,
-                          "test reference", window_tokens=16, stride_tokens=16, document_policy="packed", shard_tokens=64, dtype="fp32")
+    plain = ScoreManifest(
+        corpus.fingerprint,
+        corpus.tokens,
+        corpus.documents,
+        corpus.tokenizer["fingerprint"],
+        "sha256:" + "5" * 64,
+        "test reference",
+        window_tokens=16,
+        stride_tokens=16,
+        document_policy="packed",
+        shard_tokens=64,
+        dtype="fp32",
+    )
     return replace(plain, **settings)
 
 
-def write_scores(folder: str | Path, prefix: str | Path, value: Callable[[np.ndarray], np.ndarray] = lambda offsets: offsets,
-                 **settings) -> ScoreStore:
+def write_scores(
+    folder: str | Path,
+    prefix: str | Path,
+    value: Callable[[np.ndarray], np.ndarray] = lambda offsets: offsets,
+    **settings,
+) -> ScoreStore:
     """A complete store whose value at each token is value(absolute offset), NaN at the first token of each document."""
     manifest = score_manifest(CorpusManifest.read(prefix), **settings)
     index = read_index(f"{prefix}.idx")
@@ -60,6 +98,8 @@ def write_scores(folder: str | Path, prefix: str | Path, value: Callable[[np.nda
         start, end = manifest.shard_range(shard)
         values = value(np.arange(start, end)).astype(np.float64)
         values[np.isin(np.arange(start, end), starts)] = np.nan
-        store.write_shard(shard, {column: values + number for number, column in enumerate(manifest.columns)})
+        store.write_shard(
+            shard, {column: values + number for number, column in enumerate(manifest.columns)}
+        )
     store.finish()
     return store

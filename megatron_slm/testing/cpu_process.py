@@ -4,7 +4,7 @@ import torch
 
 from megatron_slm import device
 
-torch.set_num_threads(1)      # a pool of threads would not survive the fork
+torch.set_num_threads(1)  # a pool of threads would not survive the fork
 device.choose("cpu")
 
 import megatron_slm.checkpoint.store  # noqa: E402, F401

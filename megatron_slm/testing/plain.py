@@ -20,14 +20,18 @@ class PlainDecoder(torch.nn.Module):
         super().__init__()
         self.model, self.vocabulary_size = model, vocabulary_size
         self.names = sorted(state)
-        self.weights = torch.nn.ParameterList([torch.nn.Parameter(state[name].detach().clone().float()) for name in self.names])
+        self.weights = torch.nn.ParameterList(
+            [torch.nn.Parameter(state[name].detach().clone().float()) for name in self.names]
+        )
 
     def weight(self, name: str) -> Tensor | None:
         return self.weights[self.names.index(name)] if name in self.names else None
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """fp32 [B, S, vocabulary_size]; padded vocabulary rows take no part."""
-        self.routed: list[tuple[Tensor, Tensor]] = []      # per layer of a mixture of experts: logits and choices of its router
+        self.routed: list[
+            tuple[Tensor, Tensor]
+        ] = []  # per layer of a mixture of experts: logits and choices of its router
         hidden_BSH = F.embedding(tokens_BS, self.weight("embedding.word_embeddings.weight"))
         for layer in range(self.model.layers):
             hidden_BSH = self._layer(hidden_BSH, f"decoder.layers.{layer}.")
@@ -36,20 +40,37 @@ class PlainDecoder(torch.nn.Module):
         head = self.weight("embedding.word_embeddings.weight") if head is None else head
         return hidden_BSH @ head[: self.vocabulary_size].T
 
-    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, labels_BS: Tensor, document_start_BS: Tensor | None = None
+    ) -> Tensor:
         """-log P(label | tokens up to it), fp32 [B, S]; given where documents start, each is run by itself, from position 0."""
         if document_start_BS is None:
-            return F.cross_entropy(self.logits(tokens_BS).transpose(1, 2), labels_BS, reduction="none")
+            return F.cross_entropy(
+                self.logits(tokens_BS).transpose(1, 2), labels_BS, reduction="none"
+            )
         rows = []
         for tokens, labels, starts in zip(tokens_BS, labels_BS, document_start_BS):
             sizes = starts.unique(return_counts=True)[1].tolist()
-            rows.append(torch.cat([self.loss(t[None], l[None])[0] for t, l in zip(tokens.split(sizes), labels.split(sizes))]))
+            rows.append(
+                torch.cat(
+                    [
+                        self.loss(t[None], l[None])[0]
+                        for t, l in zip(tokens.split(sizes), labels.split(sizes))
+                    ]
+                )
+            )
         return torch.stack(rows)
 
     def _layer(self, hidden_BSH: Tensor, prefix: str) -> Tensor:
-        hidden_BSH = hidden_BSH + self._attention(self._norm(hidden_BSH, prefix + "input_layernorm.weight"), prefix + "self_attention.")
+        hidden_BSH = hidden_BSH + self._attention(
+            self._norm(hidden_BSH, prefix + "input_layernorm.weight"), prefix + "self_attention."
+        )
         normed_BSH = self._norm(hidden_BSH, prefix + "pre_mlp_layernorm.weight")
-        return hidden_BSH + (self._mixture(normed_BSH, prefix + "mlp.") if self.model.experts else self._feed_forward(normed_BSH, prefix + "mlp."))
+        return hidden_BSH + (
+            self._mixture(normed_BSH, prefix + "mlp.")
+            if self.model.experts
+            else self._feed_forward(normed_BSH, prefix + "mlp.")
+        )
 
     def _feed_forward(self, normed_BSH: Tensor, prefix: str) -> Tensor:
         gate, up = (normed_BSH @ self.weight(prefix + "linear_fc1.weight").T).chunk(2, dim=-1)
@@ -60,12 +81,18 @@ class PlainDecoder(torch.nn.Module):
         model = self.model
         logits_BSE = normed_BSH @ self.weight(prefix + "router.weight").T
         share_BSE = logits_BSE.softmax(-1)
-        chosen_BSE = torch.zeros_like(share_BSE).scatter(-1, logits_BSE.topk(model.experts_per_token, dim=-1).indices, 1.0)
+        chosen_BSE = torch.zeros_like(share_BSE).scatter(
+            -1, logits_BSE.topk(model.experts_per_token, dim=-1).indices, 1.0
+        )
         weight_BSE = share_BSE * chosen_BSE
         if model.renormalize_experts:
             weight_BSE = weight_BSE / weight_BSE.sum(-1, keepdim=True)
         self.routed.append((logits_BSE, chosen_BSE))
-        return sum(weight_BSE[..., e, None] * self._feed_forward(normed_BSH, f"{prefix}experts.local_experts.{e}.") for e in range(model.experts))
+        return sum(
+            weight_BSE[..., e, None]
+            * self._feed_forward(normed_BSH, f"{prefix}experts.local_experts.{e}.")
+            for e in range(model.experts)
+        )
 
     def auxiliary_losses(self, micro_batches: list[list[int]]) -> tuple[Tensor, Tensor]:
         """(load-balancing loss, router z-loss) of the last forward pass: sums over layers, means over micro-batches (rows of the batch).
@@ -75,12 +102,18 @@ class PlainDecoder(torch.nn.Module):
         model, balance, z_loss = self.model, 0.0, 0.0
         for logits_BSE, chosen_BSE in self.routed:
             for rows in micro_batches:
-                z_loss = z_loss + logits_BSE[rows].logsumexp(-1).square().mean() / len(micro_batches)
-                for part in [[row] for row in rows] if model.load_balancing == "sequence" else [rows]:
+                z_loss = z_loss + logits_BSE[rows].logsumexp(-1).square().mean() / len(
+                    micro_batches
+                )
+                for part in (
+                    [[row] for row in rows] if model.load_balancing == "sequence" else [rows]
+                ):
                     share_E = chosen_BSE[part].flatten(0, 1).mean(0) / model.experts_per_token
                     probability_E = logits_BSE[part].softmax(-1).flatten(0, 1).mean(0)
                     parts = len(rows) if model.load_balancing == "sequence" else 1
-                    balance = balance + model.experts * (share_E * probability_E).sum() / parts / len(micro_batches)
+                    balance = balance + model.experts * (
+                        share_E * probability_E
+                    ).sum() / parts / len(micro_batches)
         return balance, z_loss
 
     def _attention(self, normed_BSH: Tensor, prefix: str) -> Tensor:
@@ -92,20 +125,34 @@ class PlainDecoder(torch.nn.Module):
         if (bias := self.weight(prefix + "linear_qkv.bias")) is not None:
             mixed = mixed + bias
         mixed = mixed.view(*mixed.shape[:2], groups, per_group + 2, size)
-        query, key, value = mixed[..., :per_group, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
+        query, key, value = (
+            mixed[..., :per_group, :].flatten(2, 3),
+            mixed[..., -2, :],
+            mixed[..., -1, :],
+        )
         if (scale := self.weight(prefix + "q_layernorm.weight")) is not None:
-            query, key = self._scaled(query, scale), self._scaled(key, self.weight(prefix + "k_layernorm.weight"))
+            query, key = (
+                self._scaled(query, scale),
+                self._scaled(key, self.weight(prefix + "k_layernorm.weight")),
+            )
         query, key = self._rotate(query), self._rotate(key)
         key, value = (x.repeat_interleave(per_group, dim=2) for x in (key, value))
         scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(size)
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        context = torch.einsum("bnqk,bknd->bqnd", scores.masked_fill(hidden, -math.inf).softmax(-1), value)
+        context = torch.einsum(
+            "bnqk,bknd->bqnd", scores.masked_fill(hidden, -math.inf).softmax(-1), value
+        )
         return context.flatten(2) @ self.weight(prefix + "linear_proj.weight").T
 
     def _rotate(self, x_BSnd: Tensor) -> Tensor:
         size = x_BSnd.shape[-1]
-        frequency = [self._stretched(self.model.rope_base ** (-channel / size)) for channel in range(0, size, 2)]
-        angle = torch.outer(torch.arange(x_BSnd.shape[1], dtype=torch.float32), torch.tensor(frequency))
+        frequency = [
+            self._stretched(self.model.rope_base ** (-channel / size))
+            for channel in range(0, size, 2)
+        ]
+        angle = torch.outer(
+            torch.arange(x_BSnd.shape[1], dtype=torch.float32), torch.tensor(frequency)
+        )
         angle = torch.cat([angle, angle], dim=-1)[None, :, None]
         first, second = x_BSnd.chunk(2, dim=-1)
         return x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
@@ -121,7 +168,9 @@ class PlainDecoder(torch.nn.Module):
             return frequency
         if wavelength_tokens > length / model.rope_low_frequency_factor:
             return frequency / model.rope_scaling_factor
-        kept = (length / wavelength_tokens - model.rope_low_frequency_factor) / (model.rope_high_frequency_factor - model.rope_low_frequency_factor)
+        kept = (length / wavelength_tokens - model.rope_low_frequency_factor) / (
+            model.rope_high_frequency_factor - model.rope_low_frequency_factor
+        )
         return (1 - kept) * frequency / model.rope_scaling_factor + kept * frequency
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
@@ -131,7 +180,9 @@ class PlainDecoder(torch.nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.norm_epsilon) * weight
 
 
-def top_tokens(score: list[float], token_id: list[int], eligible: list[bool], keep_fraction: float) -> set[int]:
+def top_tokens(
+    score: list[float], token_id: list[int], eligible: list[bool], keep_fraction: float
+) -> set[int]:
     """Ids of the kept tokens, by sorting everything: score descending, token id ascending (METHOD 4.5, 4.6)."""
     ranked = sorted((-s, i) for s, i, e in zip(score, token_id, eligible) if e and math.isfinite(s))
     kept = max(1, math.ceil(keep_fraction * len(ranked) - 1e-9)) if ranked else 0
@@ -145,11 +196,24 @@ class PlainTrainer:
         self.decoder, self.settings = decoder, optimizer_settings
         decayed = [p for p in decoder.parameters() if p.dim() > 1]
         others = [p for p in decoder.parameters() if p.dim() <= 1]
-        self.adam = torch.optim.AdamW([{"params": decayed, "weight_decay": optimizer_settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                      lr=optimizer_settings.learning_rate, betas=(optimizer_settings.beta1, optimizer_settings.beta2), eps=optimizer_settings.epsilon)
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": optimizer_settings.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=optimizer_settings.learning_rate,
+            betas=(optimizer_settings.beta1, optimizer_settings.beta2),
+            eps=optimizer_settings.epsilon,
+        )
 
-    def step(self, batch: dict[str, Tensor], populations: list[list[int]], keep_fraction: float | None, learning_rate: float,
-             micro_batches: list[list[int]] | None = None):
+    def step(
+        self,
+        batch: dict[str, Tensor],
+        populations: list[list[int]],
+        keep_fraction: float | None,
+        learning_rate: float,
+        micro_batches: list[list[int]] | None = None,
+    ):
         """One update. `populations`: rows of the global batch whose tokens compete with each other; keep_fraction None = plain CLM.
         `micro_batches`: rows over which experts are balanced, for a mixture of experts.
 
@@ -164,21 +228,38 @@ class PlainTrainer:
                 selected |= set(ids_GS[rows][eligible_GS[rows]].tolist())
             else:
                 excess = loss_GS[rows].detach() - batch["reference_loss"][rows]
-                selected |= top_tokens(excess.flatten().tolist(), ids_GS[rows].flatten().tolist(), eligible_GS[rows].flatten().tolist(), keep_fraction)
+                selected |= top_tokens(
+                    excess.flatten().tolist(),
+                    ids_GS[rows].flatten().tolist(),
+                    eligible_GS[rows].flatten().tolist(),
+                    keep_fraction,
+                )
         mask_GS = torch.isin(ids_GS, torch.tensor(sorted(selected)))
         objective, norm = self.update(loss_GS, mask_GS.float(), learning_rate, micro_batches)
         return selected, float(loss_GS[eligible_GS].mean()), objective, norm
 
-    def update(self, loss_GS: Tensor, weight_GS: Tensor, learning_rate: float, micro_batches: list[list[int]] | None = None) -> tuple[float, float]:
+    def update(
+        self,
+        loss_GS: Tensor,
+        weight_GS: Tensor,
+        learning_rate: float,
+        micro_batches: list[list[int]] | None = None,
+    ) -> tuple[float, float]:
         """One update on the weighted mean loss, and on the auxiliary losses of experts; returns (the weighted mean loss, gradient norm before clipping)."""
         objective = (loss_GS * weight_GS).sum() / weight_GS.sum()
         self.adam.zero_grad()
         whole, model = objective, self.decoder.model
         if model.experts:
             self.balance, self.z_loss = self.decoder.auxiliary_losses(micro_batches)
-            whole = whole + model.load_balancing_coefficient * self.balance + model.router_z_loss_coefficient * self.z_loss
+            whole = (
+                whole
+                + model.load_balancing_coefficient * self.balance
+                + model.router_z_loss_coefficient * self.z_loss
+            )
         whole.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.settings.clip_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.decoder.parameters(), self.settings.clip_grad_norm or math.inf
+        )
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()

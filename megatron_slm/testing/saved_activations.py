@@ -18,7 +18,9 @@ class SavedActivations:
         self._holders: Counter[int] = Counter()
         self._bytes: dict[int, int] = {}
         self.live_bytes = self.peak_bytes = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda holder: holder.tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            self._pack, lambda holder: holder.tensor
+        )
 
     def __enter__(self) -> "SavedActivations":
         self._hooks.__enter__()

@@ -13,42 +13,97 @@ import torch.multiprocessing as multiprocessing
 from megatron_slm.config.schema import ParallelConfig
 
 
-def run_on_cpu(function: Callable, *args, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, dp: int = 1, ep: int = 1, etp: int = 0,
-               sequence_parallel: bool = False, seed: int = 1234) -> list[Any]:
+def run_on_cpu(
+    function: Callable,
+    *args,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    cp: int = 1,
+    dp: int = 1,
+    ep: int = 1,
+    etp: int = 0,
+    sequence_parallel: bool = False,
+    seed: int = 1234,
+) -> list[Any]:
     """Call `function(groups, *args)` in tp*pp*cp*dp processes (expert parallelism, `ep`, takes none of its own); return each rank's result, in rank order.
 
     `function` is a top-level function of an importable file, its result picklable. A failure in any rank is raised
     here with that rank's traceback. Processes meet through a file, so tests need no ports and can run side by side.
     """
-    layout = dict(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, ep=ep, etp=etp, sequence_parallel=sequence_parallel)
+    layout = dict(
+        tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, ep=ep, etp=etp, sequence_parallel=sequence_parallel
+    )
     return run_layouts_on_cpu(function, {"only": layout}, *args, seed=seed)["only"]
 
 
-def run_layouts_on_cpu(function: Callable, layouts: dict[str, dict], *args, seed: int = 1234) -> dict[str, list[Any]]:
+def run_layouts_on_cpu(
+    function: Callable, layouts: dict[str, dict], *args, seed: int = 1234
+) -> dict[str, list[Any]]:
     """`run_on_cpu` for several layouts in one set of processes: `function(groups, *args)` per layout, results by name.
 
     Processes are forked from a server that has imported megatron-core (about 5 s, once per program that calls this), so they
     have the environment variables of the first call. A layout that needs fewer processes leaves the others idle. A layout is
     a dict with tp, pp, vpp, cp, dp, ep (default 1), etp (0 = tp) and sequence_parallel.
     """
-    python_multiprocessing.get_context("forkserver").set_forkserver_preload(["megatron_slm.testing.cpu_process"])
-    worlds = {name: layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * layout.get("dp", 1) for name, layout in layouts.items()}
+    python_multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["megatron_slm.testing.cpu_process"]
+    )
+    worlds = {
+        name: layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * layout.get("dp", 1)
+        for name, layout in layouts.items()
+    }
     with tempfile.TemporaryDirectory(prefix="slm_spawn_") as folder:
-        multiprocessing.start_processes(_worker, (folder, layouts, worlds, seed, function, args), nprocs=max(worlds.values()), start_method="forkserver")
-        return {name: [torch.load(Path(folder, f"{name}_{rank}.pt"), weights_only=False) for rank in range(world)] for name, world in worlds.items()}
+        multiprocessing.start_processes(
+            _worker,
+            (folder, layouts, worlds, seed, function, args),
+            nprocs=max(worlds.values()),
+            start_method="forkserver",
+        )
+        return {
+            name: [
+                torch.load(Path(folder, f"{name}_{rank}.pt"), weights_only=False)
+                for rank in range(world)
+            ]
+            for name, world in worlds.items()
+        }
 
 
-def _worker(rank: int, folder: str, layouts: dict[str, dict], worlds: dict[str, int], seed: int, function: Callable, args: tuple) -> None:
+def _worker(
+    rank: int,
+    folder: str,
+    layouts: dict[str, dict],
+    worlds: dict[str, int],
+    seed: int,
+    function: Callable,
+    args: tuple,
+) -> None:
     from megatron_slm import device, parallel as parallel_room
+
     torch.set_num_threads(1)
     for number, (name, layout) in enumerate(layouts.items()):
         if rank >= worlds[name]:
             continue
-        parallel = ParallelConfig(tensor=layout.get("tp", 1), pipeline=layout.get("pp", 1), virtual_pipeline=layout.get("vpp", 1),
-                                  context=layout.get("cp", 1), expert=layout.get("ep", 1), expert_tensor=layout.get("etp", 0), sequence=layout.get("sequence_parallel", False))
+        parallel = ParallelConfig(
+            tensor=layout.get("tp", 1),
+            pipeline=layout.get("pp", 1),
+            virtual_pipeline=layout.get("vpp", 1),
+            context=layout.get("cp", 1),
+            expert=layout.get("ep", 1),
+            expert_tensor=layout.get("etp", 0),
+            sequence=layout.get("sequence_parallel", False),
+        )
         _wait_for_members(Path(folder), number, rank, worlds[name])
         store = torch.distributed.FileStore(str(Path(folder, f"store_{number}")), worlds[name])
-        groups = parallel_room.start(parallel, device.choose("cpu"), seed, timeout_minutes=5, store=store, rank=rank, world_size=worlds[name])
+        groups = parallel_room.start(
+            parallel,
+            device.choose("cpu"),
+            seed,
+            timeout_minutes=5,
+            store=store,
+            rank=rank,
+            world_size=worlds[name],
+        )
         try:
             torch.save(function(groups, *args), Path(folder, f"{name}_{rank}.pt"))
         except Exception:

@@ -10,7 +10,15 @@ import torch
 from megatron_slm.config.schema import SelectionConfig
 from megatron_slm.data.batch import Batch
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import Population, Progress, RunningThreshold, Scorer, Selection, build_schedule, build_scorer
+from megatron_slm.selection import (
+    Population,
+    Progress,
+    RunningThreshold,
+    Scorer,
+    Selection,
+    build_schedule,
+    build_scorer,
+)
 from megatron_slm.selection.diagnostics import Measured, describe
 
 MODEL_COLUMNS = frozenset({"loss", "entropy"})
@@ -20,7 +28,9 @@ BATCH_COLUMNS = frozenset({"token_id", "position", "corpus_id"})
 class Chooser:
     """Chooses tokens under one configuration. State (of running_threshold only) goes into the checkpoint."""
 
-    def __init__(self, settings: SelectionConfig, groups: Groups, *, sequence_length: int, corpora: int):
+    def __init__(
+        self, settings: SelectionConfig, groups: Groups, *, sequence_length: int, corpora: int
+    ):
         self.scorer = make_scorer(settings)
         self.keep_fraction = build_schedule(settings.keep_fraction)
         self.scope, self.groups = settings.scope, groups
@@ -46,45 +56,90 @@ class Chooser:
 
     def weight_ahead(self, batch: Batch, progress: Progress) -> torch.Tensor:
         """The sum of the weights that `choose` will give this micro-batch (float64, 0-d), found with zeros for losses; needs knows_weight_ahead."""
-        unknown = {name: torch.zeros(batch.tokens_BS.shape, device=batch.tokens_BS.device) for name in ("loss", *self.extras)}
-        return self.choose_from(self._population(batch.token_id_BS), batch, unknown, progress).weight_sum
+        unknown = {
+            name: torch.zeros(batch.tokens_BS.shape, device=batch.tokens_BS.device)
+            for name in ("loss", *self.extras)
+        }
+        return self.choose_from(
+            self._population(batch.token_id_BS), batch, unknown, progress
+        ).weight_sum
 
     @property
     def loss_of_selected_only(self) -> bool:
         """Whether nobody computes the loss of tokens that are not selected, so that nothing can be said of it."""
         return self.head_on_selected_rows and self.scorer.is_static and self.scorer.name != "none"
 
-    def choose(self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> Selection:
+    def choose(
+        self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress
+    ) -> Selection:
         """The choice on one micro-batch; every rank of the last stage's dp_cp group calls it.
 
         `outputs` are the model's per-token values (none of which a static scorer needs); nothing here is differentiated.
         """
         return self.choose_from(self._population(batch.token_id_BS), batch, outputs, progress)
 
-    def choose_from(self, population: Population, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress) -> Selection:
+    def choose_from(
+        self,
+        population: Population,
+        batch: Batch,
+        outputs: dict[str, torch.Tensor],
+        progress: Progress,
+    ) -> Selection:
         """The choice on one micro-batch in a population of the caller's."""
-        return self.scorer.choose(self._columns(batch, outputs), batch.loss_mask_BS > 0, self.keep_fraction(progress.tokens), population, progress)
+        return self.scorer.choose(
+            self._columns(batch, outputs),
+            batch.loss_mask_BS > 0,
+            self.keep_fraction(progress.tokens),
+            population,
+            progress,
+        )
 
-    def choose_step(self, batches: Sequence[Batch], outputs: Sequence[dict[str, torch.Tensor]], progress: Progress) -> list[Selection]:
+    def choose_step(
+        self,
+        batches: Sequence[Batch],
+        outputs: Sequence[dict[str, torch.Tensor]],
+        progress: Progress,
+    ) -> list[Selection]:
         """The choice on all micro-batches of a step: at once under scope global_batch and cut back into micro-batches, else one by one."""
         if self.scope != "global_batch":
             return [self.choose(batch, output, progress) for batch, output in zip(batches, outputs)]
         all_columns = [self._columns(batch, output) for batch, output in zip(batches, outputs)]
         columns = {name: torch.cat([part[name] for part in all_columns]) for name in all_columns[0]}
         eligible = torch.cat([batch.loss_mask_BS > 0 for batch in batches])
-        selection = self.scorer.choose(columns, eligible, self.keep_fraction(progress.tokens), self._population(columns["token_id"]), progress)
+        selection = self.scorer.choose(
+            columns,
+            eligible,
+            self.keep_fraction(progress.tokens),
+            self._population(columns["token_id"]),
+            progress,
+        )
         return selection.split([batch.tokens_BS.shape[0] for batch in batches])
 
-    def describe(self, batch: Batch, outputs: dict[str, torch.Tensor], selection: Selection, progress: Progress) -> Measured:
+    def describe(
+        self,
+        batch: Batch,
+        outputs: dict[str, torch.Tensor],
+        selection: Selection,
+        progress: Progress,
+    ) -> Measured:
         """Sums and counts of a choice, for metrics."""
         columns = self._columns(batch, outputs)
         eligible_BS = batch.loss_mask_BS > 0
         try:
             score_BS = self.scorer(columns, progress) if self.scorer.uses_keep_fraction else None
-        except NotImplementedError:      # a scorer that weighs tokens against each other has no score of each alone
+        except (
+            NotImplementedError
+        ):  # a scorer that weighs tokens against each other has no score of each alone
             score_BS = None
-        return describe(columns, score_BS, eligible_BS, selection, sequence_length=self.sequence_length, corpora=self.corpora,
-                        loss_of_selected_only=self.loss_of_selected_only)
+        return describe(
+            columns,
+            score_BS,
+            eligible_BS,
+            selection,
+            sequence_length=self.sequence_length,
+            corpora=self.corpora,
+            loss_of_selected_only=self.loss_of_selected_only,
+        )
 
     def finish_step(self, progress: Progress) -> Measured:
         """Move a running threshold on; returns its measured deviation from the exact choice."""
@@ -102,12 +157,24 @@ class Chooser:
             self.running.load_state_dict(state["running"])
 
     def _columns(self, batch: Batch, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**batch.columns, **{name: value.detach() for name, value in outputs.items()}, "token_id": batch.token_id_BS,
-                "position": batch.position_ids_BS, "corpus_id": batch.corpus_id_B[:, None].expand_as(batch.token_id_BS)}
+        return {
+            **batch.columns,
+            **{name: value.detach() for name, value in outputs.items()},
+            "token_id": batch.token_id_BS,
+            "position": batch.position_ids_BS,
+            "corpus_id": batch.corpus_id_B[:, None].expand_as(batch.token_id_BS),
+        }
 
     def _population(self, token_id_BS: torch.Tensor) -> Population:
         # Every rank holds micro-batches of one shape, so no rank needs to ask the others for their sizes.
-        return Population(self.scope, token_id_BS, group=self.groups.dp_cp, cp_group=self.groups.cp, running=self.running, capacity=token_id_BS.numel())
+        return Population(
+            self.scope,
+            token_id_BS,
+            group=self.groups.dp_cp,
+            cp_group=self.groups.cp,
+            running=self.running,
+            capacity=token_id_BS.numel(),
+        )
 
 
 def make_scorer(settings: SelectionConfig):
@@ -118,11 +185,15 @@ def make_scorer(settings: SelectionConfig):
     reference = settings.reference
     stored = scorer.needs - MODEL_COLUMNS - BATCH_COLUMNS
     if stored and not (reference.scores or reference.checkpoint):
-        raise ValueError(f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; give selection.reference.scores "
-                         "(python -m megatron_slm.score makes them) or selection.reference.checkpoint")
+        raise ValueError(
+            f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; give selection.reference.scores "
+            "(python -m megatron_slm.score makes them) or selection.reference.checkpoint"
+        )
     if reference.checkpoint and stored - {"reference_loss", "reference_entropy"}:
-        raise ValueError(f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; an online reference gives "
-                         "reference_loss and reference_entropy only: use stored scores")
+        raise ValueError(
+            f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; an online reference gives "
+            "reference_loss and reference_entropy only: use stored scores"
+        )
     build_schedule(settings.keep_fraction)
     scorer.check_scope(settings.scope)
     head_on_selected_rows(settings, scorer)
@@ -133,7 +204,14 @@ def head_on_selected_rows(settings: SelectionConfig, scorer: Scorer) -> bool:
     """Whether the training pass's head computes selected tokens only; ValueError where that is asked for and the choice comes after the head."""
     known_before = scorer.is_static or settings.scope == "global_batch" and scorer.kind != "mask"
     if settings.head_rows == "selected" and not known_before:
-        raise ValueError(f"selection.head_rows is selected, but scorer {settings.scorer} reads the model's own losses, which under scope {settings.scope} are "
-                         "known only after the head; use head_rows auto, a static scorer, or scope global_batch")
+        raise ValueError(
+            f"selection.head_rows is selected, but scorer {settings.scorer} reads the model's own losses, which under scope {settings.scope} are "
+            "known only after the head; use head_rows auto, a static scorer, or scope global_batch"
+        )
     # auto never takes the losses of unselected tokens away from the metrics: only a forward pass before the step has given them already.
-    return settings.head_rows == "selected" or settings.head_rows == "auto" and known_before and not scorer.is_static
+    return (
+        settings.head_rows == "selected"
+        or settings.head_rows == "auto"
+        and known_before
+        and not scorer.is_static
+    )

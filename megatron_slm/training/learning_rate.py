@@ -16,9 +16,15 @@ def learning_rate(config: Config, step: int) -> float:
     warmup_steps = math.ceil(schedule.warmup_fraction * steps)
     if step <= warmup_steps:
         return optimizer.learning_rate * step / warmup_steps
-    begin = warmup_steps if schedule.style != "wsd" else max(warmup_steps, steps - math.ceil(schedule.decay_fraction * steps))
+    begin = (
+        warmup_steps
+        if schedule.style != "wsd"
+        else max(warmup_steps, steps - math.ceil(schedule.decay_fraction * steps))
+    )
     if schedule.style == "constant" or step <= begin:
         return optimizer.learning_rate
     done = min(1.0, (step - begin) / max(1, steps - begin))
     left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.style == "cosine" else 1.0 - done
-    return optimizer.min_learning_rate + (optimizer.learning_rate - optimizer.min_learning_rate) * left
+    return (
+        optimizer.min_learning_rate + (optimizer.learning_rate - optimizer.min_learning_rate) * left
+    )

@@ -18,7 +18,13 @@ from megatron_slm.config.load import load_yaml, to_mapping, to_yaml
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batch import slice_for_context_parallel
 from megatron_slm.model.build import build_model
-from megatron_slm.model.optimizer import build_optimizer, load_loss_scaler_state, loss_scale, loss_scaler_state, wrap_data_parallel
+from megatron_slm.model.optimizer import (
+    build_optimizer,
+    load_loss_scaler_state,
+    loss_scale,
+    loss_scaler_state,
+    wrap_data_parallel,
+)
 from megatron_slm.model.router import summarise_routing
 from megatron_slm.monitoring import Metrics, Throughput, model_flops_per_token, wandb_run_id
 from megatron_slm.parallel import Groups
@@ -52,38 +58,73 @@ class Run:
         self.steps, self.step_tokens = train_steps(config), tokens_per_step(config)
         self.step = 0
         models = wrap_data_parallel(build_model(config, materials.vocabulary_size, groups), config)
-        chooser = Chooser(config.selection, groups, sequence_length=config.data.sequence_length, corpora=len(materials.corpora))
-        self.trainer = Trainer(models, build_optimizer(models, config), chooser, groups, load_reference(config, groups))
+        chooser = Chooser(
+            config.selection,
+            groups,
+            sequence_length=config.data.sequence_length,
+            corpora=len(materials.corpora),
+        )
+        self.trainer = Trainer(
+            models, build_optimizer(models, config), chooser, groups, load_reference(config, groups)
+        )
         self.loader = setup.training_loader(config, materials, groups)
-        self.validation = {name: _OnThisRank(loader, groups) for name, loader in setup.validation_loaders(config, materials, groups).items()}
+        self.validation = {
+            name: _OnThisRank(loader, groups)
+            for name, loader in setup.validation_loaders(config, materials, groups).items()
+        }
         self.probe = Probe(config, materials, self.trainer)
         self.metrics = Metrics(groups.device)
-        self.validated: tuple[int, dict[str, float]] = (0, {})      # step and loss of each corpus; known on last-stage ranks
-        self.tokens_selected = 0      # up to the last log line; known on last-stage ranks
-        self.skipped_steps = 0        # fp16 overflows
+        self.validated: tuple[int, dict[str, float]] = (
+            0,
+            {},
+        )  # step and loss of each corpus; known on last-stage ranks
+        self.tokens_selected = 0  # up to the last log line; known on last-stage ranks
+        self.skipped_steps = 0  # fp16 overflows
         self.wandb_id = ""
 
     def start(self) -> None:
         """Resume from the newest good checkpoint, or take initial weights; then open the sinks."""
         messages: list[tuple[str, str]] = []
         kept = self.config.checkpoint
-        retention = Retention(kept.keep_last, kept.keep_every_steps, kept.keep_best, kept.best_validation or next(iter(self.validation), ""))
-        self.store = CheckpointStore(self.folder, self.groups, retention=retention, asynchronous=kept.asynchronous,
-                                     report=lambda text, level: messages.append((text, level)))
+        retention = Retention(
+            kept.keep_last,
+            kept.keep_every_steps,
+            kept.keep_best,
+            kept.best_validation or next(iter(self.validation), ""),
+        )
+        self.store = CheckpointStore(
+            self.folder,
+            self.groups,
+            retention=retention,
+            asynchronous=kept.asynchronous,
+            report=lambda text, level: messages.append((text, level)),
+        )
         state = self.store.load_latest(self.trainer.models, self.trainer.optimizer)
         if state is not None:
             self._restore(state)
         elif complete_checkpoints(self.store.checkpoints):
-            raise ValueError(f"{self.store.checkpoints}: every checkpoint is damaged; move them away to start anew, or restore one from a backup")
+            raise ValueError(
+                f"{self.store.checkpoints}: every checkpoint is damaged; move them away to start anew, or restore one from a backup"
+            )
         elif self.config.checkpoint.initialize_from:
-            info = load_weights(self.trainer.models, self.config.checkpoint.initialize_from, self.groups)
+            info = load_weights(
+                self.trainer.models, self.config.checkpoint.initialize_from, self.groups
+            )
             self.trainer.optimizer.reload_model_params()
-            messages.append((f"weights of {self.config.checkpoint.initialize_from}, step {info.step}", "info"))
+            messages.append(
+                (f"weights of {self.config.checkpoint.initialize_from}, step {info.step}", "info")
+            )
         if self.groups.world_rank == 0:
             messages += _changed_settings(self.folder, self.config) if state is not None else []
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
             setup.write_versions(self.folder)
-        self.reporter = Reporter(self.config, self.groups, self.materials, resume_step=self.step if state is not None else None, wandb_id=self._agreed_wandb_id())
+        self.reporter = Reporter(
+            self.config,
+            self.groups,
+            self.materials,
+            resume_step=self.step if state is not None else None,
+            wandb_id=self._agreed_wandb_id(),
+        )
         self.store.report = self.reporter.message
         for text, level in messages:
             self.reporter.message(text, level)
@@ -91,16 +132,27 @@ class Run:
     def run(self) -> int:
         """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from."""
         stop = StopRequest(self.folder, self.groups.device)
-        flops = model_flops_per_token(self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size)
-        throughput = Throughput(total_tokens=self.steps * self.step_tokens, flops_per_token=flops.training, world_size=self.groups.world_size,
-                                peak_flops_per_second=self.reporter.peak_flops_per_second)
+        flops = model_flops_per_token(
+            self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size
+        )
+        throughput = Throughput(
+            total_tokens=self.steps * self.step_tokens,
+            flops_per_token=flops.training,
+            world_size=self.groups.world_size,
+            peak_flops_per_second=self.reporter.peak_flops_per_second,
+        )
         if self.step == 0:
             self._validate()
         throughput.start_interval()
         stopping = False
         while self.step < self.steps and not stopping:
             with throughput.waiting_for_data():
-                batches = [slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(self.groups.device) for batch in self.loader.next_step()]
+                batches = [
+                    slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(
+                        self.groups.device
+                    )
+                    for batch in self.loader.next_step()
+                ]
             rate = learning_rate(self.config, self.step + 1)
             scale = loss_scale(self.trainer.optimizer)
             report = train_step(self.trainer, batches, self._progress(), rate)
@@ -108,14 +160,23 @@ class Run:
             self.skipped_steps += not report.updated
             self.metrics.add_all(report.measured)
             if report.measured:
-                self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
+                self.metrics.add_sum(
+                    "tokens/selected", report.measured["selection/kept_fraction"][0]
+                )
             throughput.step_done(self.step_tokens)
-            if not math.isfinite(report.grad_norm) and (report.updated or scale <= self.config.optimizer.min_loss_scale):
-                self.store.close()      # what is being written in the background is the last good state
-                raise NonFiniteLoss(f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
-                                    "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step")
+            if not math.isfinite(report.grad_norm) and (
+                report.updated or scale <= self.config.optimizer.min_loss_scale
+            ):
+                self.store.close()  # what is being written in the background is the last good state
+                raise NonFiniteLoss(
+                    f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
+                    "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step"
+                )
             stopping = stop.agreed()
-            if self.step % self.config.monitoring.log_interval_steps == 0 or self.step == self.steps:
+            if (
+                self.step % self.config.monitoring.log_interval_steps == 0
+                or self.step == self.steps
+            ):
                 self._log(report, rate, throughput)
             with throughput.paused():
                 self._after_step(stopping)
@@ -123,13 +184,18 @@ class Run:
         self.loader.close()
         if stopping and self.step < self.steps:
             stop.clear()
-            self.reporter.message(f"stopped on request after step {self.step} of {self.steps}; start the same command again to continue", "warning")
+            self.reporter.message(
+                f"stopped on request after step {self.step} of {self.steps}; start the same command again to continue",
+                "warning",
+            )
         else:
             self.reporter.write_token_view(self.probe.view(self._progress()))
         self.reporter.close()
         if self.step == self.steps != self.store.saved_step:
-            raise NotSaved(f"the run reached its last step {self.steps}, but its checkpoint could not be saved (see the errors above); free space or fix "
-                           f"{self.store.checkpoints}, then start the same command again: it goes on from step {self.store.saved_step or 0}")
+            raise NotSaved(
+                f"the run reached its last step {self.steps}, but its checkpoint could not be saved (see the errors above); free space or fix "
+                f"{self.store.checkpoints}, then start the same command again: it goes on from step {self.store.saved_step or 0}"
+            )
         return EXIT_RESUME if self.step < self.steps else 0
 
     def _progress(self) -> Progress:
@@ -138,9 +204,15 @@ class Run:
     def _after_step(self, stopping: bool) -> None:
         done, kept = self.step == self.steps, self.config.checkpoint
         scheduled = done or _due(self.step, kept.interval_steps)
-        if done or _due(self.step, self.config.monitoring.validation_interval_steps) or (scheduled and kept.keep_best):
+        if (
+            done
+            or _due(self.step, self.config.monitoring.validation_interval_steps)
+            or (scheduled and kept.keep_best)
+        ):
             self._validate()
-        if scheduled or stopping:       # a stop has no time to validate: its checkpoint is nobody's best; but it must be one to resume from
+        if (
+            scheduled or stopping
+        ):  # a stop has no time to validate: its checkpoint is nobody's best; but it must be one to resume from
             self._save(with_optimizer=kept.save_optimizer or (stopping and not done))
         self.store.finish_pending()
 
@@ -148,40 +220,98 @@ class Run:
         summary = self.metrics.reduce(self.groups.dp_cp, summarise=self._summarise)
         self.tokens_selected += int(summary.pop("tokens/selected", 0))
         scale = loss_scale(self.trainer.optimizer)
-        fp16 = {} if scale is None else {"optimizer/loss_scale": scale, "optimizer/skipped_steps": self.skipped_steps}
+        fp16 = (
+            {}
+            if scale is None
+            else {"optimizer/loss_scale": scale, "optimizer/skipped_steps": self.skipped_steps}
+        )
         norm = {"optimizer/grad_norm": report.grad_norm} if report.updated else {}
-        self.reporter.log({"kind": "train", "tokens/processed": self.step * self.step_tokens, "tokens/selected": self.tokens_selected, **summary,
-                           **norm, "optimizer/learning_rate": rate, **fp16, **throughput.interval(self.step * self.step_tokens)}, self.step)
-        self.reporter.think(summary, self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens), self.trainer.chooser.scorer)
+        self.reporter.log(
+            {
+                "kind": "train",
+                "tokens/processed": self.step * self.step_tokens,
+                "tokens/selected": self.tokens_selected,
+                **summary,
+                **norm,
+                "optimizer/learning_rate": rate,
+                **fp16,
+                **throughput.interval(self.step * self.step_tokens),
+            },
+            self.step,
+        )
+        self.reporter.think(
+            summary,
+            self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens),
+            self.trainer.chooser.scorer,
+        )
 
     def _summarise(self, reduced: dict) -> dict:
-        return {**summarise(reduced), **summarise_routing(reduced, self.config.model.layers, self.config.model.experts)}
+        return {
+            **summarise(reduced),
+            **summarise_routing(reduced, self.config.model.layers, self.config.model.experts),
+        }
 
     def _validate(self) -> None:
         if not self.validation:
             return
-        record = {**validate(self.trainer.models, self.validation, self.groups), **self.probe.compare(self._progress())}
-        self.validated = (self.step, {name: record[f"validation/{name}/loss"] for name in self.validation})
-        self.reporter.log({"kind": "validation", "tokens/processed": self.step * self.step_tokens, **record}, self.step)
+        record = {
+            **validate(self.trainer.models, self.validation, self.groups),
+            **self.probe.compare(self._progress()),
+        }
+        self.validated = (
+            self.step,
+            {name: record[f"validation/{name}/loss"] for name in self.validation},
+        )
+        self.reporter.log(
+            {"kind": "validation", "tokens/processed": self.step * self.step_tokens, **record},
+            self.step,
+        )
 
     def _save(self, with_optimizer: bool) -> None:
         model = {**asdict(self.config.model), "vocabulary_size": self.materials.vocabulary_size}
         tokenizer = self.materials.corpora[0].manifest.tokenizer
         optimizer = self.trainer.optimizer if with_optimizer else None
         # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.
-        told = [{"metrics": self.metrics.state_dict(self.groups.dp_cp), "tokens_selected": self.tokens_selected, "selection": self.trainer.chooser.state_dict(),
-                 "probe": self.probe.state_dict()}, self.validated[1] if self.validated[0] == self.step else {}]
+        told = [
+            {
+                "metrics": self.metrics.state_dict(self.groups.dp_cp),
+                "tokens_selected": self.tokens_selected,
+                "selection": self.trainer.chooser.state_dict(),
+                "probe": self.probe.state_dict(),
+            },
+            self.validated[1] if self.validated[0] == self.step else {},
+        ]
         dist.broadcast_object_list(told, src=self.groups.world_size - 1)
-        info = CheckpointInfo(model, self.config.data.sequence_length, {**tokenizer, "path": str(Path(self.config.data.tokenizer).resolve())},
-                              self.step, self.step * self.step_tokens, precision=self.config.device.precision, validation_loss=told[1])
-        scaling = {"loss_scaler": loss_scaler_state(self.trainer.optimizer), "skipped_steps": self.skipped_steps}
-        state = trainer_state(optimizer, self.groups, **scaling, step=self.step, loader=self.loader.state_dict(), wandb_id=self.wandb_id, **told[0])
+        info = CheckpointInfo(
+            model,
+            self.config.data.sequence_length,
+            {**tokenizer, "path": str(Path(self.config.data.tokenizer).resolve())},
+            self.step,
+            self.step * self.step_tokens,
+            precision=self.config.device.precision,
+            validation_loss=told[1],
+        )
+        scaling = {
+            "loss_scaler": loss_scaler_state(self.trainer.optimizer),
+            "skipped_steps": self.skipped_steps,
+        }
+        state = trainer_state(
+            optimizer,
+            self.groups,
+            **scaling,
+            step=self.step,
+            loader=self.loader.state_dict(),
+            wandb_id=self.wandb_id,
+            **told[0],
+        )
         self.store.save(self.trainer.models, optimizer, info, state)
 
     def _restore(self, state: dict) -> None:
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
-        load_loss_scaler_state(self.trainer.optimizer, state.get("loss_scaler", {}))     # absent before fp16 was supported
+        load_loss_scaler_state(
+            self.trainer.optimizer, state.get("loss_scaler", {})
+        )  # absent before fp16 was supported
         self.skipped_steps = state.get("skipped_steps", 0)
         self.trainer.chooser.load_state_dict(state["selection"])
         if self.groups.is_last_stage:
@@ -191,7 +321,11 @@ class Run:
         self.wandb_id = state["wandb_id"]
 
     def _agreed_wandb_id(self) -> str:
-        ids = [wandb_run_id(self.folder, self.wandb_id or None) if self.groups.world_rank == 0 else None]
+        ids = [
+            wandb_run_id(self.folder, self.wandb_id or None)
+            if self.groups.world_rank == 0
+            else None
+        ]
         dist.broadcast_object_list(ids, src=0)
         self.wandb_id = ids[0]
         return self.wandb_id
@@ -205,7 +339,12 @@ class _OnThisRank:
 
     def __iter__(self):
         for batches in self.loader:
-            yield [slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(self.groups.device) for batch in batches]
+            yield [
+                slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(
+                    self.groups.device
+                )
+                for batch in batches
+            ]
 
 
 def _due(step: int, interval_steps: int) -> bool:
@@ -218,8 +357,11 @@ def _changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
     if not path.exists():
         return []
     before, now = _flat(to_mapping(load_yaml(path))), _flat(to_mapping(config))
-    return [(f"{name} was {before.get(name)!r} when this run started, and is {value!r} now", "warning") for name, value in now.items()
-            if before.get(name) != value]
+    return [
+        (f"{name} was {before.get(name)!r} when this run started, and is {value!r} now", "warning")
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
 
 
 def _flat(mapping: dict, prefix: str = "") -> dict:

@@ -12,8 +12,17 @@ from megatron_slm.parallel import Groups
 def reference_config(config: Config, info: CheckpointInfo) -> Config:
     """What the frozen reference is built from: its own model in the run's layout, never in fp8, and without what only a backward or experts need."""
     model = info.reference_model()
-    parallel = config.parallel if model.experts else dataclasses.replace(config.parallel, expert=1, expert_tensor=0)
-    return dataclasses.replace(config, model=model, parallel=parallel, device=dataclasses.replace(config.device, fp8="none", head_engine="torch"))
+    parallel = (
+        config.parallel
+        if model.experts
+        else dataclasses.replace(config.parallel, expert=1, expert_tensor=0)
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        parallel=parallel,
+        device=dataclasses.replace(config.device, fp8="none", head_engine="torch"),
+    )
 
 
 def load_reference(config: Config, groups: Groups) -> list | None:
@@ -25,6 +34,8 @@ def load_reference(config: Config, groups: Groups) -> list | None:
     if checkpoint is None:
         return None
     info = read_checkpoint_info(checkpoint)
-    reference = build_model(reference_config(config, info), info.model["vocabulary_size"], groups, trainable=False)
+    reference = build_model(
+        reference_config(config, info), info.model["vocabulary_size"], groups, trainable=False
+    )
     load_weights(reference, checkpoint, groups)
     return reference

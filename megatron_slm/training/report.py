@@ -9,7 +9,14 @@ from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.model.build import resolve_layers
-from megatron_slm.monitoring import ConsoleSink, JsonlSink, MultiSink, NullSink, WandbSink, peak_flops_per_second
+from megatron_slm.monitoring import (
+    ConsoleSink,
+    JsonlSink,
+    MultiSink,
+    NullSink,
+    WandbSink,
+    peak_flops_per_second,
+)
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
 from megatron_slm.selection.alarms import smallest_population, warnings_of
@@ -20,38 +27,71 @@ from megatron_slm.training.start_table import start_table
 class Reporter:
     """Writes on one rank, the last of the world; elsewhere every call is a no-op."""
 
-    def __init__(self, config: Config, groups: Groups, materials, *, resume_step: int | None, wandb_id: str):
-        self.config, self.groups, self.materials, self.folder = config, groups, materials, Path(config.run.folder)
+    def __init__(
+        self, config: Config, groups: Groups, materials, *, resume_step: int | None, wandb_id: str
+    ):
+        self.config, self.groups, self.materials, self.folder = (
+            config,
+            groups,
+            materials,
+            Path(config.run.folder),
+        )
         self.warned: set[str] = set()
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
-        self.peak_flops_per_second = peak_flops_per_second(name, config.device.precision) if name else None
+        self.peak_flops_per_second = (
+            peak_flops_per_second(name, config.device.precision) if name else None
+        )
         if not groups.is_logger:
             self.sink = NullSink()
             return
-        console = ConsoleSink(total_steps=train_steps(config), start_step=resume_step or 0, title=self.name)
+        console = ConsoleSink(
+            total_steps=train_steps(config), start_step=resume_step or 0, title=self.name
+        )
         console.table(f"megatron-slm  {self.name}", self._start_table())
         sinks = [JsonlSink(self.folder / "metrics.jsonl", resume_step=resume_step), console]
         if config.monitoring.wandb.mode != "disabled":
-            sinks.append(WandbSink(config.monitoring.wandb, run_folder=self.folder, name=self.name, config={**to_mapping(config), "layout": self._layout()},
-                                   run_id=wandb_id, warn=lambda text: console.message(text, "warning")))
+            sinks.append(
+                WandbSink(
+                    config.monitoring.wandb,
+                    run_folder=self.folder,
+                    name=self.name,
+                    config={**to_mapping(config), "layout": self._layout()},
+                    run_id=wandb_id,
+                    warn=lambda text: console.message(text, "warning"),
+                )
+            )
         self.sink = MultiSink(sinks)
         if resume_step is not None:
             self.message(f"resumed after step {resume_step}", "info")
         for corpus in materials.corpora:
             if corpus.scores is not None and config.selection.scorer != "none":
-                for sentence in corpus.scores.context_warnings(config.data.sequence_length, config.data.document_policy):
+                for sentence in corpus.scores.context_warnings(
+                    config.data.sequence_length, config.data.document_policy
+                ):
                     self.message(sentence, "warning")
         if make_scorer(config.selection).uses_keep_fraction:
             self._warn_of_small_population()
 
     def _warn_of_small_population(self) -> None:
         data, keep_fraction = self.config.data, build_schedule(self.config.selection.keep_fraction)
-        keep = min(keep_fraction(0), keep_fraction(train_steps(self.config) * tokens_per_step(self.config)))    # schedules are monotone
-        sequences = {"sequence": 1, "micro_batch": data.micro_batch_size, "data_parallel": data.micro_batch_size * self.groups.dp_size}
-        tokens = sequences.get(self.config.selection.scope, data.global_batch_size) * data.sequence_length
+        keep = min(
+            keep_fraction(0), keep_fraction(train_steps(self.config) * tokens_per_step(self.config))
+        )  # schedules are monotone
+        sequences = {
+            "sequence": 1,
+            "micro_batch": data.micro_batch_size,
+            "data_parallel": data.micro_batch_size * self.groups.dp_size,
+        }
+        tokens = (
+            sequences.get(self.config.selection.scope, data.global_batch_size)
+            * data.sequence_length
+        )
         if tokens < smallest_population(keep):
-            self.message(f"selection.keep_fraction {keep} of a population of {tokens} tokens cannot be met closely: ceil({keep} x {tokens}) keeps too many. "
-                         "Use a wider selection.scope, a larger batch or longer sequences", "warning")
+            self.message(
+                f"selection.keep_fraction {keep} of a population of {tokens} tokens cannot be met closely: ceil({keep} x {tokens}) keeps too many. "
+                "Use a wider selection.scope, a larger batch or longer sequences",
+                "warning",
+            )
 
     @property
     def name(self) -> str:
@@ -84,9 +124,19 @@ class Reporter:
 
     def _layout(self) -> dict:
         groups = self.groups
-        return {"processes": groups.world_size, "tensor": groups.tp_size, "pipeline": groups.pp_size, "virtual_pipeline": groups.virtual_chunks,
-                "context": groups.cp_size, "data": groups.dp_size, "expert": groups.ep_size, "sequence_parallel": self.config.parallel.sequence,
-                "distributed_optimizer": self.config.parallel.distributed_optimizer}
+        return {
+            "processes": groups.world_size,
+            "tensor": groups.tp_size,
+            "pipeline": groups.pp_size,
+            "virtual_pipeline": groups.virtual_chunks,
+            "context": groups.cp_size,
+            "data": groups.dp_size,
+            "expert": groups.ep_size,
+            "sequence_parallel": self.config.parallel.sequence,
+            "distributed_optimizer": self.config.parallel.distributed_optimizer,
+        }
 
     def _start_table(self) -> dict[str, str]:
-        return start_table(self.config, self.groups, resolve_layers(self.config, self.groups.device.type == "cuda"))
+        return start_table(
+            self.config, self.groups, resolve_layers(self.config, self.groups.device.type == "cuda")
+        )

@@ -10,7 +10,12 @@ from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
 from megatron_slm.data.loader import TrainingLoader, ValidationLoader
 from megatron_slm.data.score_manifest import presented_name
-from megatron_slm.data.scored_dataset import Corpus, open_corpora, training_dataset, validation_dataset
+from megatron_slm.data.scored_dataset import (
+    Corpus,
+    open_corpora,
+    training_dataset,
+    validation_dataset,
+)
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Scorer
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
@@ -49,19 +54,29 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
     fingerprint = tokenizer.fingerprint if tokenizer else None
     corpora, validation = [], {}
     try:
-        corpora = open_corpora(config.data.train, config.selection.reference.scores, tokenizer_fingerprint=fingerprint,
-                               allow_missing_scores=config.selection.reference.allow_missing_scores)
+        corpora = open_corpora(
+            config.data.train,
+            config.selection.reference.scores,
+            tokenizer_fingerprint=fingerprint,
+            allow_missing_scores=config.selection.reference.allow_missing_scores,
+        )
     except ValueError as error:
         problems += [f"data.train: {line}" for line in str(error).splitlines()]
     for entry in config.data.validation:
         try:
-            validation[entry.name] = open_corpora([entry.corpus], tokenizer_fingerprint=fingerprint)[0]
+            validation[entry.name] = open_corpora(
+                [entry.corpus], tokenizer_fingerprint=fingerprint
+            )[0]
         except ValueError as error:
-            problems += [f"data.validation {entry.name}: {line}" for line in str(error).splitlines()]
+            problems += [
+                f"data.validation {entry.name}: {line}" for line in str(error).splitlines()
+            ]
     smallest = tokenizer.vocabulary_size if tokenizer else 0
     size = config.model.vocabulary_size or smallest
     if size < smallest:
-        problems.append(f"model.vocabulary_size: got {size}, below the tokenizer's {smallest}; raise it, or set it to 0")
+        problems.append(
+            f"model.vocabulary_size: got {size}, below the tokenizer's {smallest}; raise it, or set it to 0"
+        )
     if scorer is not None:
         problems += _missing_columns(config, scorer, corpora)
     problems += _checkpoints(config, world_size, fingerprint)
@@ -75,7 +90,9 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
 def _checkpoints(config: Config, world_size: int, tokenizer_fingerprint: str | None) -> list[str]:
     """What is wrong with the checkpoints that the configuration names, seen before any process waits for another."""
     problems = []
-    if (start := config.checkpoint.initialize_from) and not complete_checkpoints(Path(config.run.folder, "checkpoints")):
+    if (start := config.checkpoint.initialize_from) and not complete_checkpoints(
+        Path(config.run.folder, "checkpoints")
+    ):
         try:
             read_checkpoint_info(start)
         except ValueError as error:
@@ -84,11 +101,16 @@ def _checkpoints(config: Config, world_size: int, tokenizer_fingerprint: str | N
         try:
             info = read_checkpoint_info(reference)
             if tokenizer_fingerprint not in (None, info.tokenizer["fingerprint"]):
-                problems.append(f"selection.reference.checkpoint {reference} was trained with another tokenizer ({info.tokenizer['path']}); its losses price "
-                                "other tokens: train a reference with this run's tokenizer")
+                problems.append(
+                    f"selection.reference.checkpoint {reference} was trained with another tokenizer ({info.tokenizer['path']}); its losses price "
+                    "other tokens: train a reference with this run's tokenizer"
+                )
             check(reference_config(config, info), world_size, training=False)
         except ConfigError as error:
-            problems += [f"selection.reference.checkpoint {reference} cannot be run in this layout: {problem}" for problem in error.problems]
+            problems += [
+                f"selection.reference.checkpoint {reference} cannot be run in this layout: {problem}"
+                for problem in error.problems
+            ]
         except ValueError as error:
             problems.append(f"selection.reference.checkpoint: {error}")
     return problems
@@ -105,30 +127,56 @@ def _missing_columns(config: Config, scorer: Scorer, corpora: list[Corpus]) -> l
             continue
         there = {presented_name(column) for column in corpus.scores.columns}
         if wanted - there:
-            missing.append(f"selection.scorer {config.selection.scorer} reads {', '.join(sorted(wanted))}, but the scores of {corpus.prefix} hold only "
-                           f"{', '.join(sorted(there))}; score again with --columns, or choose another scorer")
+            missing.append(
+                f"selection.scorer {config.selection.scorer} reads {', '.join(sorted(wanted))}, but the scores of {corpus.prefix} hold only "
+                f"{', '.join(sorted(there))}; score again with --columns, or choose another scorer"
+            )
     return missing
 
 
 def training_loader(config: Config, materials: Materials, groups: Groups) -> TrainingLoader:
     """This rank's micro-batches of every step, in an order that a longer run only extends."""
     data = config.data
-    dataset = training_dataset(materials.corpora, sequence_length=data.sequence_length, seed=config.run.seed, samples=train_steps(config) * data.global_batch_size,
-                               weights=data.weights, index_cache=data.index_cache or Path(config.run.folder, "index_cache"),
-                               isolate_documents=data.document_policy == "isolated")
-    return TrainingLoader(dataset, global_batch_size=data.global_batch_size, micro_batch_size=data.micro_batch_size,
-                          dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    dataset = training_dataset(
+        materials.corpora,
+        sequence_length=data.sequence_length,
+        seed=config.run.seed,
+        samples=train_steps(config) * data.global_batch_size,
+        weights=data.weights,
+        index_cache=data.index_cache or Path(config.run.folder, "index_cache"),
+        isolate_documents=data.document_policy == "isolated",
+    )
+    return TrainingLoader(
+        dataset,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+    )
 
 
-def validation_loaders(config: Config, materials: Materials, groups: Groups) -> dict[str, ValidationLoader]:
+def validation_loaders(
+    config: Config, materials: Materials, groups: Groups
+) -> dict[str, ValidationLoader]:
     """One loader per validation corpus: the same global batches at every validation."""
     data = config.data
     cache = data.index_cache or Path(config.run.folder, "index_cache")
-    return {name: ValidationLoader(validation_dataset(corpus, sequence_length=data.sequence_length, index_cache=cache,
-                                                      isolate_documents=data.document_policy == "isolated"),
-                                   global_batch_size=data.global_batch_size, micro_batch_size=data.micro_batch_size,
-                                   dp_rank=groups.dp_rank, dp_size=groups.dp_size, global_batches=config.monitoring.validation_batches)
-            for name, corpus in materials.validation.items()}
+    return {
+        name: ValidationLoader(
+            validation_dataset(
+                corpus,
+                sequence_length=data.sequence_length,
+                index_cache=cache,
+                isolate_documents=data.document_policy == "isolated",
+            ),
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            global_batches=config.monitoring.validation_batches,
+        )
+        for name, corpus in materials.validation.items()
+    }
 
 
 def write_versions(folder: Path) -> None:
@@ -138,13 +186,33 @@ def write_versions(folder: Path) -> None:
     import subprocess
 
     import megatron_slm
-    lines = [f"megatron-slm {megatron_slm.__version__}", f"command {' '.join(sys.argv)}", f"python {platform.python_version()}", f"platform {platform.platform()}"]
-    for package in ("torch", "megatron-core", "transformer-engine", "apex", "sentencepiece", "numpy", "wandb", "transformers"):
+
+    lines = [
+        f"megatron-slm {megatron_slm.__version__}",
+        f"command {' '.join(sys.argv)}",
+        f"python {platform.python_version()}",
+        f"platform {platform.platform()}",
+    ]
+    for package in (
+        "torch",
+        "megatron-core",
+        "transformer-engine",
+        "apex",
+        "sentencepiece",
+        "numpy",
+        "wandb",
+        "transformers",
+    ):
         try:
             lines.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{package} not installed")
     source = Path(megatron_slm.__file__).parent
-    revision = subprocess.run(["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False)
+    revision = subprocess.run(
+        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines.append(f"git {revision.stdout.strip() or 'not a git checkout'}")
     (folder / "versions.txt").write_text("\n".join(lines) + "\n")

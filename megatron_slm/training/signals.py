@@ -25,7 +25,9 @@ class StopRequest:
         self.signalled = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        faulthandler.register(signal.SIGUSR2, all_threads=True)     # a hung rank tells where it hangs: kill -USR2 PID
+        faulthandler.register(
+            signal.SIGUSR2, all_threads=True
+        )  # a hung rank tells where it hangs: kill -USR2 PID
 
     def _on_signal(self, number, frame):
         self.signalled = True

@@ -9,7 +9,13 @@ from typing import NamedTuple, Sequence
 import torch
 
 from megatron_slm.data.batch import Batch
-from megatron_slm.model.forward_backward import LossFunction, ask_for, forward_backward, forward_losses, split_outputs
+from megatron_slm.model.forward_backward import (
+    LossFunction,
+    ask_for,
+    forward_backward,
+    forward_losses,
+    split_outputs,
+)
 from megatron_slm.model.optimizer import update_weights
 from megatron_slm.model.router import has_auxiliary_losses, take_measured
 from megatron_slm.parallel import Groups
@@ -56,7 +62,9 @@ class StepReport:
     measured: Measured = field(default_factory=dict)
 
 
-def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, learning_rate: float) -> StepReport:
+def train_step(
+    trainer: Trainer, batches: Sequence[Batch], progress: Progress, learning_rate: float
+) -> StepReport:
     """The gradient of the mean loss over the tokens selected in the global batch, and one AdamW update.
 
     Equals, in one process: sum over selected tokens of -log P(x_i | x_<i), divided by their number in the whole
@@ -68,11 +76,20 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, l
 
     score_with_reference(trainer, batches)
     known = choose_before_backward(trainer, batches, progress)
-    reports = forward_backward(trainer.models, batches, selected_loss(trainer.chooser, known, progress), trainer.groups,
-                               divisor_ahead=weight_ahead(trainer, batches, known, progress), head_weights=head_weights(trainer.chooser, known))
+    reports = forward_backward(
+        trainer.models,
+        batches,
+        selected_loss(trainer.chooser, known, progress),
+        trainer.groups,
+        divisor_ahead=weight_ahead(trainer, batches, known, progress),
+        head_weights=head_weights(trainer.chooser, known),
+    )
 
     updated, grad_norm = update_weights(trainer.optimizer, learning_rate)
-    measured: Measured = {**trainer.chooser.finish_step(progress), **take_measured(trainer.models, trainer.groups)}
+    measured: Measured = {
+        **trainer.chooser.finish_step(progress),
+        **take_measured(trainer.models, trainer.groups),
+    }
     for report in reports:
         measured = add(measured, report)
     return StepReport(updated, grad_norm, measured)
@@ -80,16 +97,24 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], progress: Progress, l
 
 def selected_loss(chooser: Chooser, known: list[Known] | None, progress: Progress) -> LossFunction:
     """The loss function of one micro-batch: choose, then sum the chosen tokens' losses; the division comes at the end of the step."""
+
     def loss_function(index: int, batch: Batch, output):
-        if chooser.head_on_selected_rows:       # the head has summed what it was told to
+        if chooser.head_on_selected_rows:  # the head has summed what it was told to
             (loss_sum, loss_BS), (selection, outputs) = output, known[index]
             outputs = outputs or {"loss": loss_BS}
         else:
             outputs = split_outputs(output, chooser.extras)
-            selection = chooser.choose(batch, outputs, progress) if known is None else known[index].selection
+            selection = (
+                chooser.choose(batch, outputs, progress)
+                if known is None
+                else known[index].selection
+            )
             # where, not only times: a NaN outside the selection times 0 would still be NaN.
-            loss_sum = torch.where(selection.mask, outputs["loss"], 0.0).mul(selection.weights).sum()
+            loss_sum = (
+                torch.where(selection.mask, outputs["loss"], 0.0).mul(selection.weights).sum()
+            )
         return loss_sum, selection.weight_sum, chooser.describe(batch, outputs, selection, progress)
+
     return loss_function
 
 
@@ -104,12 +129,16 @@ def score_with_reference(trainer: Trainer, batches: Sequence[Batch]) -> None:
     """Run an online reference over the step's micro-batches; its losses become the batches' reference columns."""
     if trainer.reference is None:
         return
-    outputs = forward_losses(trainer.reference, batches, trainer.groups, extras=trainer.reference_extras)
+    outputs = forward_losses(
+        trainer.reference, batches, trainer.groups, extras=trainer.reference_extras
+    )
     for batch, output in zip(batches, outputs):
         batch.columns.update({f"reference_{name}": value for name, value in output.items()})
 
 
-def choose_before_backward(trainer: Trainer, batches: Sequence[Batch], progress: Progress) -> list[Known] | list[None] | None:
+def choose_before_backward(
+    trainer: Trainer, batches: Sequence[Batch], progress: Progress
+) -> list[Known] | list[None] | None:
     """What must or may be chosen before the training pass; None when each micro-batch chooses from its own losses, in that pass.
 
     Scope global_batch: every loss of the step by a forward pass first, then one choice over all of them. 1F1B runs the backward of
@@ -127,7 +156,9 @@ def choose_before_backward(trainer: Trainer, batches: Sequence[Batch], progress:
     return [Known(*pair) for pair in zip(chooser.choose_step(batches, outputs, progress), outputs)]
 
 
-def weight_ahead(trainer: Trainer, batches: Sequence[Batch], known: list[Known] | None, progress: Progress) -> torch.Tensor | None:
+def weight_ahead(
+    trainer: Trainer, batches: Sequence[Batch], known: list[Known] | None, progress: Progress
+) -> torch.Tensor | None:
     """What this rank will add to the divisor (float64, 0-d; meant on the last stage): the auxiliary losses of experts are scaled by it before backward.
 
     None for a model without such losses.

@@ -14,10 +14,17 @@ from tests.distributed.test_layouts import EXACT, LAYOUTS, SyntheticSamples, mak
 from tests.distributed.test_rows_in_training import take_layout, train
 
 STEPS = int(os.environ.get("SLM_HEAD_STEPS", "10"))
-FEW = ("single", "dp2_distributed_optimizer", "tp2_sequence_parallel", "pp2_virtual2", "cp2", "tp2_pp2")
+FEW = (
+    "single",
+    "dp2_distributed_optimizer",
+    "tp2_sequence_parallel",
+    "pp2_virtual2",
+    "cp2",
+    "tp2_pp2",
+)
 TRIED = {name: LAYOUTS[name] for name in (EXACT if "SLM_HEAD_STEPS" in os.environ else FEW)}
-VOCABULARY = 64     # no padded columns: megatron-core's head would give them probability
-APART_NATS = 2e-3   # rounding of the first steps, grown by the optimizer steps that follow
+VOCABULARY = 64  # no padded columns: megatron-core's head would give them probability
+APART_NATS = 2e-3  # rounding of the first steps, grown by the optimizer steps that follow
 
 
 class Samples(SyntheticSamples):
@@ -28,11 +35,16 @@ class Samples(SyntheticSamples):
 def with_both_heads(groups, layouts):
     from megatron.core.models.gpt import GPTModel
     from megatron_slm.model.build import Decoder
+
     config = make_config("data_parallel", take_layout(groups, layouts))
     ours = train(groups, config, Samples(), STEPS, VOCABULARY, note_scores)
     with mock.patch.object(Decoder, "_postprocess", GPTModel._postprocess):
         materialised = train(groups, config, Samples(), STEPS, VOCABULARY, note_scores)
-    return {"ours": ours["rows"], "materialised": materialised["rows"]} if groups.is_last_stage and groups.tp_rank == 0 else None
+    return (
+        {"ours": ours["rows"], "materialised": materialised["rows"]}
+        if groups.is_last_stage and groups.tp_rank == 0
+        else None
+    )
 
 
 def note_scores(chooser, noted):
@@ -42,8 +54,20 @@ def note_scores(chooser, noted):
     def noting(batch, outputs, selection, progress):
         loss_BS = outputs["loss"].detach()
         margin_BS = loss_BS - batch.columns["reference_loss"] - selection.threshold
-        noted.append(dict(zip(batch.token_id_BS.flatten().tolist(), zip(loss_BS.flatten().tolist(), margin_BS.flatten().tolist(), selection.mask.flatten().tolist()))))
+        noted.append(
+            dict(
+                zip(
+                    batch.token_id_BS.flatten().tolist(),
+                    zip(
+                        loss_BS.flatten().tolist(),
+                        margin_BS.flatten().tolist(),
+                        selection.mask.flatten().tolist(),
+                    ),
+                )
+            )
+        )
         return describe(batch, outputs, selection, progress)
+
     chooser.describe = noting
 
 
@@ -57,13 +81,21 @@ def test_losses_and_selected_sets_are_those_of_the_materialised_head(name, resul
     ranks = [rank for rank in results[name] if rank is not None]
     assert ranks
     for rank in ranks:
-        for step, (ours, materialised) in enumerate(zip(rank["ours"], rank["materialised"], strict=True)):
-            assert ours[1]["loss/selected"] == pytest.approx(materialised[1]["loss/selected"], abs=APART_NATS), f"step {step}"
-            assert ours[2] == pytest.approx(materialised[2], rel=1e-2), f"step {step}: another gradient norm"
+        for step, (ours, materialised) in enumerate(
+            zip(rank["ours"], rank["materialised"], strict=True)
+        ):
+            assert ours[1]["loss/selected"] == pytest.approx(
+                materialised[1]["loss/selected"], abs=APART_NATS
+            ), f"step {step}"
+            assert ours[2] == pytest.approx(materialised[2], rel=1e-2), (
+                f"step {step}: another gradient norm"
+            )
             for tokens, others in zip(ours[0], materialised[0], strict=True):
                 assert tokens.keys() == others.keys()
                 for token, (loss, margin, selected) in tokens.items():
                     other_loss, other_margin, other_selected = others[token]
                     assert abs(loss - other_loss) <= APART_NATS, f"step {step}, token {token}"
                     if selected != other_selected:
-                        assert max(abs(margin), abs(other_margin)) <= APART_NATS, f"step {step}: token {token} is far from the threshold"
+                        assert max(abs(margin), abs(other_margin)) <= APART_NATS, (
+                            f"step {step}: token {token} is far from the threshold"
+                        )

@@ -19,9 +19,23 @@ VOCABULARY, LENGTH = 50, 32
 def make_config(folder: Path, policy: str) -> Config:
     config = Config()
     config.run.folder = str(folder / policy)
-    config.model = dataclasses.replace(config.model, layers=2, hidden_size=16, ffn_hidden_size=16, attention_heads=2, initialization_std=0.2)
-    config.data = dataclasses.replace(config.data, tokenizer="none", train=[str(folder / "corpus")], sequence_length=LENGTH, micro_batch_size=2,
-                                      global_batch_size=2, document_policy=policy)
+    config.model = dataclasses.replace(
+        config.model,
+        layers=2,
+        hidden_size=16,
+        ffn_hidden_size=16,
+        attention_heads=2,
+        initialization_std=0.2,
+    )
+    config.data = dataclasses.replace(
+        config.data,
+        tokenizer="none",
+        train=[str(folder / "corpus")],
+        sequence_length=LENGTH,
+        micro_batch_size=2,
+        global_batch_size=2,
+        document_policy=policy,
+    )
     config.selection.scorer = "own_loss"
     config.schedule.train_steps = 1
     config.monitoring.validation_batches = 0
@@ -36,12 +50,20 @@ def train(groups, folder: Path, policy: str) -> dict:
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.training.loop import Run
     from megatron_slm.training.setup import Materials
+
     config = make_config(folder, policy)
     Path(config.run.folder).mkdir()
     corpora = open_corpora(config.data.train)
-    run = Run(config, groups, Materials(SimpleNamespace(piece=str), corpora, {"whole": corpora[0]}, VOCABULARY))
+    run = Run(
+        config,
+        groups,
+        Materials(SimpleNamespace(piece=str), corpora, {"whole": corpora[0]}, VOCABULARY),
+    )
     run.start()
-    state = {name: parameter.detach().clone() for name, parameter in unwrap_model(run.trainer.models)[0].named_parameters()}
+    state = {
+        name: parameter.detach().clone()
+        for name, parameter in unwrap_model(run.trainer.models)[0].named_parameters()
+    }
     run.run()
     return state
 
@@ -57,12 +79,26 @@ def test_validation_is_the_loss_of_what_the_policy_lets_a_token_see(tmp_path, po
     losses = []
     with torch.no_grad():
         for first in range(0, len(flat) - 1, LENGTH):
-            tokens, inside = flat[first:first + LENGTH + 1], number[first:first + LENGTH + 1]
-            pieces = [tokens[inside == i] for i in inside.unique()] if policy == "isolated" else [tokens]
+            tokens, inside = flat[first : first + LENGTH + 1], number[first : first + LENGTH + 1]
+            pieces = (
+                [tokens[inside == i] for i in inside.unique()] if policy == "isolated" else [tokens]
+            )
             counted = [slice(None)] if policy == "isolated" else [inside[1:] == inside[:-1]]
             for piece, kept in zip(pieces, counted * len(pieces)):
-                losses.append(decoder.loss(piece[None, :-1], piece[None, 1:])[0][kept] if len(piece) > 1 else torch.empty(0))
-    records = [json.loads(line) for line in (tmp_path / policy / "metrics.jsonl").read_text().splitlines()]
+                losses.append(
+                    decoder.loss(piece[None, :-1], piece[None, 1:])[0][kept]
+                    if len(piece) > 1
+                    else torch.empty(0)
+                )
+    records = [
+        json.loads(line) for line in (tmp_path / policy / "metrics.jsonl").read_text().splitlines()
+    ]
     before, after = [record for record in records if record["kind"] == "validation"]
-    assert before["validation/whole/tokens"] == len(torch.cat(losses)) == after["validation/whole/tokens"]
-    assert before["validation/whole/loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    assert (
+        before["validation/whole/tokens"]
+        == len(torch.cat(losses))
+        == after["validation/whole/tokens"]
+    )
+    assert before["validation/whole/loss"] == pytest.approx(
+        float(torch.cat(losses).mean()), rel=1e-5
+    )

@@ -49,16 +49,31 @@ def truth(hidden_SBH, weight_VH, target_SB, weight_SB, tied_id_SB=None):
     states = hidden + (F.embedding(tied_id_SB, weight) if tied_id_SB is not None else 0.0)
     logits = (states @ weight.t())[..., :TRUE_V]
     lse_SB = logits.logsumexp(-1)
-    loss_SB = F.cross_entropy(logits.flatten(0, 1), target_SB.flatten(), ignore_index=IGNORED, reduction="none").view(S, B)
+    loss_SB = F.cross_entropy(
+        logits.flatten(0, 1), target_SB.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(S, B)
     loss_SB = loss_SB + Z * lse_SB.square() * (target_SB != IGNORED)
     (loss_SB * weight_SB).sum().backward()
-    return loss_SB.detach(), hidden.grad, weight.grad, torch.distributions.Categorical(logits=logits.detach()).entropy()
+    return (
+        loss_SB.detach(),
+        hidden.grad,
+        weight.grad,
+        torch.distributions.Categorical(logits=logits.detach()).entropy(),
+    )
 
 
-def assert_close(value: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str) -> None:
+def assert_close(
+    value: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str
+) -> None:
     scale = max(expected.norm().item(), 1e-30)
-    error = (value.double() - expected).norm().item() / scale if expected.any() else value.abs().max().item()
-    limit = 1e-5 if dtype == torch.float32 else 6e-3  # bf16: a gradient rounded once or twice to 8 bits
+    error = (
+        (value.double() - expected).norm().item() / scale
+        if expected.any()
+        else value.abs().max().item()
+    )
+    limit = (
+        1e-5 if dtype == torch.float32 else 6e-3
+    )  # bf16: a gradient rounded once or twice to 8 bits
     assert error < limit, f"{what}: relative error {error:.2e}"
 
 
@@ -75,11 +90,23 @@ def gather(tensor: torch.Tensor, group) -> torch.Tensor:
 def check_layout(group, dtype, case, sequence_parallel, mode):
     hidden_SBH, weight_VH, target_SB = problem(dtype)
     weight_SB = weights_of(case)
-    loss_ref, d_hidden_ref, d_weight_ref, entropy_ref = truth(hidden_SBH, weight_VH, target_SB, weight_SB)
-    hidden = (shard(hidden_SBH, group) if sequence_parallel else hidden_SBH.clone()).requires_grad_()
+    loss_ref, d_hidden_ref, d_weight_ref, entropy_ref = truth(
+        hidden_SBH, weight_VH, target_SB, weight_SB
+    )
+    hidden = (
+        shard(hidden_SBH, group) if sequence_parallel else hidden_SBH.clone()
+    ).requires_grad_()
     weight = shard(weight_VH, group).requires_grad_()
-    options = dict(tp_group=group, sequence_parallel=sequence_parallel, vocabulary_size=TRUE_V, z_loss=Z, chunk_tokens=5)
-    loss_SB, extras = linear_cross_entropy(hidden, weight, target_SB, mode=mode, extras=("entropy", "target_rank"), **options)
+    options = dict(
+        tp_group=group,
+        sequence_parallel=sequence_parallel,
+        vocabulary_size=TRUE_V,
+        z_loss=Z,
+        chunk_tokens=5,
+    )
+    loss_SB, extras = linear_cross_entropy(
+        hidden, weight, target_SB, mode=mode, extras=("entropy", "target_rank"), **options
+    )
     (loss_SB * weight_SB).sum().backward()
     what = f"tp={group.size()} {dtype} {case} sp={sequence_parallel} {mode}"
     d_hidden = gather(hidden.grad, group) if sequence_parallel else hidden.grad
@@ -90,7 +117,9 @@ def check_layout(group, dtype, case, sequence_parallel, mode):
     assert_close(gather(weight.grad, group), d_weight_ref, dtype, f"d weight, {what}")
     assert not gather(weight.grad, group)[TRUE_V:].any(), "padded vocabulary rows got a gradient"
     everyone = gather(loss_SB.detach()[None], group)
-    assert all(torch.equal(everyone[0], other) for other in everyone), f"tensor ranks disagree about a loss, {what}"
+    assert all(torch.equal(everyone[0], other) for other in everyone), (
+        f"tensor ranks disagree about a loss, {what}"
+    )
     with torch.no_grad():
         scored = linear_cross_entropy(hidden, weight, target_SB, **options)
     assert torch.equal(scored, loss_SB), f"scoring differs from training, {what}"
@@ -101,12 +130,21 @@ def check_known_selection(group, dtype, case, sequence_parallel):
     hidden_SBH, weight_VH, target_SB = problem(dtype)
     weight_SB = weights_of(case)
     loss_ref, d_hidden_ref, d_weight_ref, _ = truth(hidden_SBH, weight_VH, target_SB, weight_SB)
-    hidden = (shard(hidden_SBH, group) if sequence_parallel else hidden_SBH.clone()).requires_grad_()
+    hidden = (
+        shard(hidden_SBH, group) if sequence_parallel else hidden_SBH.clone()
+    ).requires_grad_()
     weight = shard(weight_VH, group).requires_grad_()
     loss_sum, loss_SB = selected_linear_cross_entropy(
-        hidden, weight, target_SB, weight_SB, tp_group=group, sequence_parallel=sequence_parallel, vocabulary_size=TRUE_V, z_loss=Z,
+        hidden,
+        weight,
+        target_SB,
+        weight_SB,
+        tp_group=group,
+        sequence_parallel=sequence_parallel,
+        vocabulary_size=TRUE_V,
+        z_loss=Z,
         chunk_tokens=5,
-    )  # fmt: skip
+    )
     (3.0 * loss_sum).backward()
     what = f"known selection, tp={group.size()} {dtype} {case} sp={sequence_parallel}"
     computed_SB = (weight_SB != 0) & (target_SB != IGNORED)
@@ -137,22 +175,41 @@ class EmbeddingSum(torch.autograd.Function):
 def check_tied(group, dtype, case, sequence_parallel, into_main_grad):
     """One weight as embedding and head. With megatron-core's accumulation protocol main_grad gets the head's part, autograd the embedding's."""
     hidden_SBH, weight_VH, target_SB = problem(dtype)
-    weight_SB, id_SB = weights_of(case), torch.randint(0, TRUE_V, (S, B), generator=torch.Generator().manual_seed(3))
-    loss_ref, d_hidden_ref, d_weight_ref, _ = truth(hidden_SBH, weight_VH, target_SB, weight_SB, tied_id_SB=id_SB)
-    hidden = (shard(hidden_SBH, group) if sequence_parallel else hidden_SBH.clone()).requires_grad_()
+    weight_SB, id_SB = (
+        weights_of(case),
+        torch.randint(0, TRUE_V, (S, B), generator=torch.Generator().manual_seed(3)),
+    )
+    loss_ref, d_hidden_ref, d_weight_ref, _ = truth(
+        hidden_SBH, weight_VH, target_SB, weight_SB, tied_id_SB=id_SB
+    )
+    hidden = (
+        shard(hidden_SBH, group) if sequence_parallel else hidden_SBH.clone()
+    ).requires_grad_()
     weight = torch.nn.Parameter(shard(weight_VH, group))
     if into_main_grad:
-        weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.ones(weight.shape), False, True
+        weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = (
+            torch.ones(weight.shape),
+            False,
+            True,
+        )
     first = group.rank() * len(weight)
     owned_SB = (id_SB >= first) & (id_SB < first + len(weight))
     embedded = F.embedding((id_SB - first).where(owned_SB, 0), weight) * owned_SB[..., None]
     states = hidden + EmbeddingSum.apply(embedded, group, sequence_parallel)
     loss_SB = linear_cross_entropy(
-        states, weight, target_SB, tp_group=group, sequence_parallel=sequence_parallel, vocabulary_size=TRUE_V, z_loss=Z,
+        states,
+        weight,
+        target_SB,
+        tp_group=group,
+        sequence_parallel=sequence_parallel,
+        vocabulary_size=TRUE_V,
+        z_loss=Z,
         accumulate_into_main_grad=into_main_grad,
-    )  # fmt: skip
+    )
     (loss_SB * weight_SB).sum().backward()
-    what = f"tied, tp={group.size()} {dtype} {case} sp={sequence_parallel} main_grad={into_main_grad}"
+    what = (
+        f"tied, tp={group.size()} {dtype} {case} sp={sequence_parallel} main_grad={into_main_grad}"
+    )
     if dtype == torch.float32:  # in bf16 the states themselves are rounded sums
         assert_close(loss_SB, loss_ref, dtype, f"loss, {what}")
     d_weight = weight.grad.float()
@@ -176,11 +233,16 @@ def worker(rank: int, folder: str) -> None:
                 for case in ("all rows", "top", "one row", "no rows"):
                     for sequence_parallel in (False, True):
                         for mode in ("keep", "recompute"):
-                            target_ranks.append(check_layout(group, dtype, case, sequence_parallel, mode))
+                            target_ranks.append(
+                                check_layout(group, dtype, case, sequence_parallel, mode)
+                            )
                         check_known_selection(group, dtype, case, sequence_parallel)
                         for into_main_grad in (False, True):
                             check_tied(group, dtype, case, sequence_parallel, into_main_grad)
-        assert all(torch.equal(target_ranks[0], other) for other in target_ranks[:16] + target_ranks[32:48] + target_ranks[64:80])
+        assert all(
+            torch.equal(target_ranks[0], other)
+            for other in target_ranks[:16] + target_ranks[32:48] + target_ranks[64:80]
+        )
     finally:
         dist.destroy_process_group()
 
@@ -195,14 +257,25 @@ def distances_from_fp64(groups) -> list[dict]:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     generator = torch.Generator().manual_seed(5)
-    hidden_SBH, weight_VH = torch.randn(64, 2, H, generator=generator).bfloat16(), (torch.randn(V, H, generator=generator) * 0.3).bfloat16()
-    target_SB, share_SB = torch.randint(0, V, (64, 2), generator=generator), (torch.rand(64, 2, generator=generator) < 0.6).float()
+    hidden_SBH, weight_VH = (
+        torch.randn(64, 2, H, generator=generator).bfloat16(),
+        (torch.randn(V, H, generator=generator) * 0.3).bfloat16(),
+    )
+    target_SB, share_SB = (
+        torch.randint(0, V, (64, 2), generator=generator),
+        (torch.rand(64, 2, generator=generator) < 0.6).float(),
+    )
     exact = [tensor.double().requires_grad_() for tensor in (hidden_SBH, weight_VH)]
-    loss_ref = F.cross_entropy((exact[0] @ exact[1].t()).flatten(0, 1), target_SB.flatten(), reduction="none").view(64, 2)
+    loss_ref = F.cross_entropy(
+        (exact[0] @ exact[1].t()).flatten(0, 1), target_SB.flatten(), reduction="none"
+    ).view(64, 2)
     references = [loss_ref.detach(), *torch.autograd.grad((loss_ref * share_SB).sum(), exact)]
     found = []
     for head in ("megatron", "keep", "recompute"):
-        hidden, weight = hidden_SBH.clone().requires_grad_(), shard(weight_VH, groups.tp).requires_grad_()
+        hidden, weight = (
+            hidden_SBH.clone().requires_grad_(),
+            shard(weight_VH, groups.tp).requires_grad_(),
+        )
         if head == "megatron":
             loss = vocab_parallel_cross_entropy(hidden @ weight.t(), target_SB)
         else:
@@ -211,13 +284,25 @@ def distances_from_fp64(groups) -> list[dict]:
         if head == "megatron":  # its ColumnParallelLinear does this
             dist.all_reduce(hidden.grad, group=groups.tp)
         values = (loss.detach(), hidden.grad, gather(weight.grad, groups.tp))
-        found.append({"head": head} | {n: ((v.double() - r).norm() / r.norm()).item() for n, v, r in zip(("loss", "hidden", "weight"), values, references)})
+        found.append(
+            {"head": head}
+            | {
+                n: ((v.double() - r).norm() / r.norm()).item()
+                for n, v, r in zip(("loss", "hidden", "weight"), values, references)
+            }
+        )
     return found
 
 
 def test_bf16_is_no_further_from_fp64_than_megatrons_head_over_tensor_ranks():
-    for layout, ranks in run_layouts_on_cpu(distances_from_fp64, {"tp2": dict(tp=2), "tp4": dict(tp=4)}).items():
+    for layout, ranks in run_layouts_on_cpu(
+        distances_from_fp64, {"tp2": dict(tp=2), "tp4": dict(tp=4)}
+    ).items():
         for megatron, *ours in ranks:
             for head in ours:
-                assert all(head[name] <= megatron[name] for name in ("loss", "hidden", "weight")), (layout, head, megatron)
+                assert all(head[name] <= megatron[name] for name in ("loss", "hidden", "weight")), (
+                    layout,
+                    head,
+                    megatron,
+                )
                 assert head["loss"] < 1e-6, (layout, head)

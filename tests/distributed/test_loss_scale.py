@@ -13,15 +13,29 @@ from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, random_documents
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 
 STEPS = 8
-LAYOUTS = {"single": {}, "dp2": dict(dp=2)}      # dp2 with the distributed optimizer, which has its own state
+LAYOUTS = {
+    "single": {},
+    "dp2": dict(dp=2),
+}  # dp2 with the distributed optimizer, which has its own state
 
 
 def make_config(folder: Path, layout: str, **optimizer) -> Config:
     config = Config()
     config.run.folder, config.device.precision = str(folder), "fp16"
-    config.model = dataclasses.replace(config.model, layers=1, hidden_size=16, ffn_hidden_size=16, attention_heads=2)
-    config.data = dataclasses.replace(config.data, tokenizer="none", train=[str(folder.parent / "corpus")], sequence_length=16, micro_batch_size=2, global_batch_size=4)
-    config.optimizer = dataclasses.replace(config.optimizer, loss_scale_hysteresis_steps=1, **optimizer)
+    config.model = dataclasses.replace(
+        config.model, layers=1, hidden_size=16, ffn_hidden_size=16, attention_heads=2
+    )
+    config.data = dataclasses.replace(
+        config.data,
+        tokenizer="none",
+        train=[str(folder.parent / "corpus")],
+        sequence_length=16,
+        micro_batch_size=2,
+        global_batch_size=4,
+    )
+    config.optimizer = dataclasses.replace(
+        config.optimizer, loss_scale_hysteresis_steps=1, **optimizer
+    )
     config.parallel.distributed_optimizer = layout == "dp2"
     config.selection.scorer = "own_loss"
     config.schedule = dataclasses.replace(config.schedule, train_steps=STEPS, warmup_fraction=0.0)
@@ -37,15 +51,25 @@ def start(config: Config, groups):
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.training.loop import Run
     from megatron_slm.training.setup import Materials
+
     Path(config.run.folder).mkdir(exist_ok=True)
-    run = Run(config, groups, Materials(SimpleNamespace(piece=str), open_corpora(config.data.train), {}, 64))
+    run = Run(
+        config,
+        groups,
+        Materials(SimpleNamespace(piece=str), open_corpora(config.data.train), {}, 64),
+    )
     run.start()
     return run
 
 
 def weights(run) -> list:
     from megatron.core.utils import unwrap_model
-    return [parameter.detach().float().clone() for chunk in unwrap_model(run.trainer.models) for parameter in chunk.parameters()]
+
+    return [
+        parameter.detach().float().clone()
+        for chunk in unwrap_model(run.trainer.models)
+        for parameter in chunk.parameters()
+    ]
 
 
 def two_scalers() -> list[list[float]]:
@@ -55,13 +79,22 @@ def two_scalers() -> list[list[float]]:
     from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
     from megatron_slm.model.optimizer import update_weights
+
     scalers = [DynamicGradScaler(64.0, 1.0, 2.0, 0.5, 10, 2) for _ in range(2)]
 
     def step():
         for scaler, overflow in zip(scalers, (False, True)):
             scaler.update(overflow)
         return False, None, None
-    optimizer, scales = SimpleNamespace(param_groups=[], step=step, chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers]), []
+
+    optimizer, scales = (
+        SimpleNamespace(
+            param_groups=[],
+            step=step,
+            chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers],
+        ),
+        [],
+    )
     for _ in range(2):
         updated, norm = update_weights(optimizer, 1e-3)
         assert not updated and math.isnan(norm)
@@ -75,16 +108,26 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
     from megatron.core.utils import get_model_config, unwrap_model
 
     from megatron_slm.model.build import build_model
+
     generator, found = torch.Generator().manual_seed(1), {}
     tokens_BS, labels_BS = torch.randint(0, 64, (2, 2, 16), generator=generator)
     weight_BS, scale = torch.full((2, 16), 1e-6), 2.0**20
     for rows in ("all", "selected"):
-        model, = build_model(config, 64, groups)
+        (model,) = build_model(config, 64, groups)
         get_model_config(model).grad_scale_func = lambda loss: loss * scale
-        output = model(tokens_BS, torch.arange(16).expand(2, 16), None, labels=labels_BS, loss_mask=weight_BS if rows == "selected" else None)
+        output = model(
+            tokens_BS,
+            torch.arange(16).expand(2, 16),
+            None,
+            labels=labels_BS,
+            loss_mask=weight_BS if rows == "selected" else None,
+        )
         loss_sum = output[0] if rows == "selected" else (output * weight_BS).sum()
         (scale * loss_sum).backward()
-        found[rows] = {"loss": float(loss_sum), **{name: p.grad.float() for name, p in unwrap_model(model).named_parameters()}}
+        found[rows] = {
+            "loss": float(loss_sum),
+            **{name: p.grad.float() for name, p in unwrap_model(model).named_parameters()},
+        }
     return found
 
 
@@ -92,6 +135,7 @@ def train(groups, folder: str) -> dict:
     """Three runs: one whose first steps overflow, stopped and resumed in the middle; one that never fits; one that overflows at its last scale."""
     from megatron_slm.model.optimizer import loss_scaler_state
     from megatron_slm.training.loop import NonFiniteLoss
+
     layout = "dp2" if groups.dp_size == 2 else "single"
     here = Path(folder, layout)
     result = {}
@@ -105,29 +149,57 @@ def train(groups, folder: str) -> dict:
     again = start(config, groups)
     result["scale_resumed"] = loss_scaler_state(again.trainer.optimizer)
     again.run()
-    config = make_config(here / "diverged", layout, initial_loss_scale=2.0**40, min_loss_scale=2.0**39)
+    config = make_config(
+        here / "diverged", layout, initial_loss_scale=2.0**40, min_loss_scale=2.0**39
+    )
     run = start(config, groups)
     with pytest.raises(NonFiniteLoss) as caught:
         run.run()
-    return {**result, "diverged": str(caught.value), "diverged_step": run.step, "two_scalers": two_scalers(),
-            "by_head": gradients_by_head(groups, config)}
+    return {
+        **result,
+        "diverged": str(caught.value),
+        "diverged_step": run.step,
+        "two_scalers": two_scalers(),
+        "by_head": gradients_by_head(groups, config),
+    }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp16")
     for layout in LAYOUTS:
-        write_corpus(folder / layout / "corpus", random_documents(40, 30, vocabulary_size=64), vocabulary_size=64, tokenizer_fingerprint=TOKENIZER_FINGERPRINT)
+        write_corpus(
+            folder / layout / "corpus",
+            random_documents(40, 30, vocabulary_size=64),
+            vocabulary_size=64,
+            tokenizer_fingerprint=TOKENIZER_FINGERPRINT,
+        )
     results = run_layouts_on_cpu(train, LAYOUTS, str(folder))
-    metrics = {layout: [json.loads(line) for line in (folder / layout / "whole" / "metrics.jsonl").read_text().splitlines()] for layout in LAYOUTS}
-    return results, {layout: [record for record in lines if record.get("kind") == "train"] for layout, lines in metrics.items()}
+    metrics = {
+        layout: [
+            json.loads(line)
+            for line in (folder / layout / "whole" / "metrics.jsonl").read_text().splitlines()
+        ]
+        for layout in LAYOUTS
+    }
+    return results, {
+        layout: [record for record in lines if record.get("kind") == "train"]
+        for layout, lines in metrics.items()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_overflow_skips_the_step_and_halves_the_scale(layout, runs):
     results, metrics = runs
-    assert all(rank["unmoved"] for rank in results[layout]), "weights moved in a step that overflowed"
-    assert [record["optimizer/loss_scale"] for record in metrics[layout][:4]] == [2.0**39, 2.0**38, 2.0**37, 2.0**36]
+    assert all(rank["unmoved"] for rank in results[layout]), (
+        "weights moved in a step that overflowed"
+    )
+    assert [record["optimizer/loss_scale"] for record in metrics[layout][:4]] == [
+        2.0**39,
+        2.0**38,
+        2.0**37,
+        2.0**36,
+    ]
     assert [record["optimizer/skipped_steps"] for record in metrics[layout][:4]] == [1, 2, 3, 4]
     assert not any("optimizer/grad_norm" in record for record in metrics[layout][:4])
     assert all(math.isfinite(record["loss/all"]) for record in metrics[layout])
@@ -139,8 +211,19 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(layout, runs):
 def test_the_scale_and_the_count_survive_a_resume(layout, runs):
     results, metrics = runs
     for rank in results[layout]:
-        assert rank["scale_resumed"] == rank["scale_at_4"] == {"scale": 2.0**36, "growth_tracker": 0, "hysteresis_tracker": rank["scale_at_4"]["hysteresis_tracker"]}
-    assert metrics[layout][4]["optimizer/loss_scale"] == 2.0**35 and metrics[layout][4]["optimizer/skipped_steps"] == 5
+        assert (
+            rank["scale_resumed"]
+            == rank["scale_at_4"]
+            == {
+                "scale": 2.0**36,
+                "growth_tracker": 0,
+                "hysteresis_tracker": rank["scale_at_4"]["hysteresis_tracker"],
+            }
+        )
+    assert (
+        metrics[layout][4]["optimizer/loss_scale"] == 2.0**35
+        and metrics[layout][4]["optimizer/skipped_steps"] == 5
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

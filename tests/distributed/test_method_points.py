@@ -20,10 +20,24 @@ LAYOUTS = {"single": {}, "dp2": dict(dp=2), "pp2": dict(pp=2), "tp2": dict(tp=2)
 
 def make_config(groups, **model) -> Config:
     config = Config()
-    config.model = dataclasses.replace(config.model, layers=2, hidden_size=32, ffn_hidden_size=48, pad_vocabulary_to_multiple_of=64, initialization_std=0.1, **model)
-    config.data = dataclasses.replace(config.data, sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=1)
-    config.parallel = dataclasses.replace(config.parallel, tensor=groups.tp_size, pipeline=groups.pp_size, context=groups.cp_size)
-    config.selection = dataclasses.replace(config.selection, scorer="excess_loss", keep_fraction=KEEP)
+    config.model = dataclasses.replace(
+        config.model,
+        layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        pad_vocabulary_to_multiple_of=64,
+        initialization_std=0.1,
+        **model,
+    )
+    config.data = dataclasses.replace(
+        config.data, sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=1
+    )
+    config.parallel = dataclasses.replace(
+        config.parallel, tensor=groups.tp_size, pipeline=groups.pp_size, context=groups.cp_size
+    )
+    config.selection = dataclasses.replace(
+        config.selection, scorer="excess_loss", keep_fraction=KEEP
+    )
     config.selection.reference.scores = ["synthetic"]
     config.schedule.train_steps = 3
     return config
@@ -45,14 +59,34 @@ class HalfEmpty:
             mask[:] = 0
         elif step == 1:
             reference[:] = np.nan
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": mask, "position_ids": np.arange(LENGTH), "corpus_id": np.int64(0), "reference_loss": reference}
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": mask,
+            "position_ids": np.arange(LENGTH),
+            "corpus_id": np.int64(0),
+            "reference_loss": reference,
+        }
 
 
 def local_steps(groups, samples, steps):
     from megatron_slm.data.batch import slice_for_context_parallel
     from megatron_slm.data.loader import TrainingLoader
-    loader = TrainingLoader(samples, global_batch_size=SEQUENCES, micro_batch_size=1, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-    batches = [[slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size) for batch in loader.next_step()] for _ in range(steps)]
+
+    loader = TrainingLoader(
+        samples,
+        global_batch_size=SEQUENCES,
+        micro_batch_size=1,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+    )
+    batches = [
+        [
+            slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
+            for batch in loader.next_step()
+        ]
+        for _ in range(steps)
+    ]
     loader.close()
     return batches
 
@@ -67,6 +101,7 @@ def train_half_empty(groups):
     from megatron_slm.selection.diagnostics import summarise
     from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer, train_step
+
     config = make_config(groups)
     models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
     weights = {name: p for chunk in unwrap_model(models) for name, p in chunk.named_parameters()}
@@ -78,13 +113,21 @@ def train_half_empty(groups):
     def noting(batch, outputs, selection, progress):
         chosen.update(batch.token_id_BS[selection.mask].tolist())
         return describe(batch, outputs, selection, progress)
+
     chooser.describe = noting
     metrics, rows = Metrics(groups.device), []
     for step, batches in enumerate(local_steps(groups, HalfEmpty(), 3)):
         report = train_step(trainer, batches, Progress(step, 0), 1e-3)
         metrics.add_all(report.measured)
         summary = metrics.reduce(groups.dp_cp, summarise=summarise)
-        rows.append((set(chosen), summary.get("loss/selected"), report.grad_norm, all(bool(p.isfinite().all()) for p in weights.values())))
+        rows.append(
+            (
+                set(chosen),
+                summary.get("loss/selected"),
+                report.grad_norm,
+                all(bool(p.isfinite().all()) for p in weights.values()),
+            )
+        )
         chosen.clear()
     return rows, before
 
@@ -93,6 +136,7 @@ def losses_before_and_after_poison(groups, *, trainable):
     """Largest change of losses and entropies when the padding rows of the output matrix become huge."""
     from megatron_slm.model.build import build_model
     from megatron_slm.model.forward_backward import forward_losses
+
     models = build_model(make_config(groups), VOCABULARY, groups, trainable=trainable)
     batches = local_steps(groups, HalfEmpty(), 1)[0]
     before = forward_losses(models, batches, groups, extras=("entropy",))
@@ -101,22 +145,38 @@ def losses_before_and_after_poison(groups, *, trainable):
         first = groups.tp_rank * weight_VH.shape[0]
         padding = torch.arange(first, first + weight_VH.shape[0]) >= VOCABULARY
         with torch.no_grad():
-            weight_VH[padding] = 100 * torch.randn(int(padding.sum()), weight_VH.shape[1], generator=torch.Generator().manual_seed(0))
+            weight_VH[padding] = 100 * torch.randn(
+                int(padding.sum()), weight_VH.shape[1], generator=torch.Generator().manual_seed(0)
+            )
     after = forward_losses(models, batches, groups, extras=("entropy",))
-    return max((float((old[name] - new[name]).abs().max()) for old, new in zip(before, after) for name in old), default=0.0)
+    return max(
+        (
+            float((old[name] - new[name]).abs().max())
+            for old, new in zip(before, after)
+            for name in old
+        ),
+        default=0.0,
+    )
 
 
 def losses_with_dropout(groups):
     """(losses of a model with dropout in its forward-only pass, twice; of the same weights without dropout; its mode afterwards)."""
     from megatron_slm.model.build import build_model
     from megatron_slm.model.forward_backward import forward_losses
+
     batches = local_steps(groups, HalfEmpty(), 1)[0]
     noisy = build_model(make_config(groups, dropout=0.5), VOCABULARY, groups)
     quiet = build_model(make_config(groups), VOCABULARY, groups)
     frozen = build_model(make_config(groups, dropout=0.5), VOCABULARY, groups, trainable=False)
-    reads = [[output["loss"] for output in forward_losses(models, batches, groups)] for models in (noisy, noisy, quiet, frozen)]
-    modes = {"trained": all(model.training for model in noisy), "reference": any(model.training for model in frozen),
-             "reference_gradients": any(p.requires_grad for model in frozen for p in model.parameters())}
+    reads = [
+        [output["loss"] for output in forward_losses(models, batches, groups)]
+        for models in (noisy, noisy, quiet, frozen)
+    ]
+    modes = {
+        "trained": all(model.training for model in noisy),
+        "reference": any(model.training for model in frozen),
+        "reference_gradients": any(p.requires_grad for model in frozen for p in model.parameters()),
+    }
     return reads, modes
 
 
@@ -124,15 +184,27 @@ def bf16_losses(groups):
     """Losses of a bf16 model and of the same (rounded) weights in fp32."""
     from megatron_slm.model.build import build_model
     from megatron_slm.model.forward_backward import forward_losses
+
     config = make_config(groups)
     config.device = dataclasses.replace(config.device, precision="bf16")
     batches = local_steps(groups, HalfEmpty(), 1)[0]
-    return [output["loss"] for output in forward_losses(build_model(config, VOCABULARY, groups), batches, groups)]
+    return [
+        output["loss"]
+        for output in forward_losses(build_model(config, VOCABULARY, groups), batches, groups)
+    ]
 
 
 def every_point(groups):
-    return {"last_stage": groups.is_last_stage, "empty": train_half_empty(groups), "dropout": losses_with_dropout(groups), "bf16": bf16_losses(groups),
-            "poison": {trainable: losses_before_and_after_poison(groups, trainable=trainable) for trainable in (True, False)}}
+    return {
+        "last_stage": groups.is_last_stage,
+        "empty": train_half_empty(groups),
+        "dropout": losses_with_dropout(groups),
+        "bf16": bf16_losses(groups),
+        "poison": {
+            trainable: losses_before_and_after_poison(groups, trainable=trainable)
+            for trainable in (True, False)
+        },
+    }
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +220,24 @@ def test_method_04_03_a_rank_or_step_with_nothing_selected_is_legal(layout, resu
     ids, loss, norm, _ = zip(*(rank[0] for rank in last))
     start = results["single"][0]["empty"][1]
     samples = [HalfEmpty()[i] for i in range(SEQUENCES)]
-    batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+    batch = {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
+        for name in samples[0]
+    }
     config = Config()
     config.model = dataclasses.replace(config.model, layers=2, hidden_size=32, ffn_hidden_size=48)
-    plain_ids, _, plain_loss, plain_norm = PlainTrainer(PlainDecoder(config.model, VOCABULARY, start), config.optimizer).step(batch, [[0, 1], [2, 3]], KEEP, 1e-3)
+    plain_ids, _, plain_loss, plain_norm = PlainTrainer(
+        PlainDecoder(config.model, VOCABULARY, start), config.optimizer
+    ).step(batch, [[0, 1], [2, 3]], KEEP, 1e-3)
     assert set().union(*ids) == plain_ids and len(plain_ids) == 2 * math.ceil(KEEP * LENGTH)
-    assert loss[0] == pytest.approx(plain_loss, rel=2e-5) and norm[0] == pytest.approx(plain_norm, rel=2e-4)
+    assert loss[0] == pytest.approx(plain_loss, rel=2e-5) and norm[0] == pytest.approx(
+        plain_norm, rel=2e-4
+    )
     for rank in ranks:
         rows = rank["empty"][0]
-        assert rows[1][0] == set() and rows[1][2] == 0.0, "nothing was selected, so there is no gradient"
+        assert rows[1][0] == set() and rows[1][2] == 0.0, (
+            "nothing was selected, so there is no gradient"
+        )
         assert all(math.isfinite(row[2]) and row[3] for row in rows)
     assert set().union(*(rank[2][0] for rank in last)), "the step after an empty one trains again"
 
@@ -165,7 +246,9 @@ def test_method_04_03_a_rank_or_step_with_nothing_selected_is_legal(layout, resu
 def test_method_04_16_losses_are_fp32_from_fp32_logits_in_a_bf16_model(layout, results):
     losses = torch.cat([loss.flatten() for rank in results[layout] for loss in rank["bf16"]])
     assert losses.dtype == torch.float32
-    assert (losses.bfloat16().float() != losses).float().mean() > 0.9, "losses that bf16 can hold come from bf16 logits"
+    assert (losses.bfloat16().float() != losses).float().mean() > 0.9, (
+        "losses that bf16 can hold come from bf16 logits"
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,5 +262,7 @@ def test_method_04_18_forward_only_passes_are_without_dropout(layout, results):
     for rank in results[layout]:
         (first, second, quiet, frozen), modes = rank["dropout"]
         for others in (second, quiet, frozen):
-            torch.testing.assert_close(others, first, rtol=1e-5, atol=1e-5)     # memory alignment may move the last bit of a product
+            torch.testing.assert_close(
+                others, first, rtol=1e-5, atol=1e-5
+            )  # memory alignment may move the last bit of a product
         assert modes == {"trained": True, "reference": False, "reference_gradients": False}

@@ -18,13 +18,31 @@ from megatron_slm.planning.work import forward_flops
 from megatron_slm.testing.saved_activations import SavedActivations
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 
-MODEL = dict(layers=4, hidden_size=128, ffn_hidden_size=352, attention_heads=4, query_groups=2, vocabulary_size=500, pad_vocabulary_to_multiple_of=128)
+MODEL = dict(
+    layers=4,
+    hidden_size=128,
+    ffn_hidden_size=352,
+    attention_heads=4,
+    query_groups=2,
+    vocabulary_size=500,
+    pad_vocabulary_to_multiple_of=128,
+)
 CASES = {
     "llama, bf16": dict(model=MODEL, device=dict(precision="bf16")),
-    "tied, qkv bias, fp32, full": dict(model=MODEL | dict(tied_embeddings=True, qkv_bias=True, recompute="full"), device=dict(precision="fp32")),
-    "qk norm, wide heads, selective": dict(model=MODEL | dict(qk_norm=True, head_size=48, recompute="selective"), device=dict(precision="bf16")),
-    "experts": dict(model=MODEL | dict(experts=4, load_balancing_coefficient=0.0), device=dict(precision="bf16")),
-    "one key head each, fp32": dict(model=MODEL | dict(query_groups=0), device=dict(precision="fp32")),
+    "tied, qkv bias, fp32, full": dict(
+        model=MODEL | dict(tied_embeddings=True, qkv_bias=True, recompute="full"),
+        device=dict(precision="fp32"),
+    ),
+    "qk norm, wide heads, selective": dict(
+        model=MODEL | dict(qk_norm=True, head_size=48, recompute="selective"),
+        device=dict(precision="bf16"),
+    ),
+    "experts": dict(
+        model=MODEL | dict(experts=4, load_balancing_coefficient=0.0), device=dict(precision="bf16")
+    ),
+    "one key head each, fp32": dict(
+        model=MODEL | dict(query_groups=0), device=dict(precision="fp32")
+    ),
 }
 LAYOUTS = {
     "one": dict(),
@@ -33,9 +51,15 @@ LAYOUTS = {
     "tensor 2, sequence, pipeline 2": dict(tp=2, pp=2, sequence_parallel=True),
 }
 if os.environ.get("SLM_ALL_LAYOUTS"):
-    LAYOUTS |= {"tensor 2, sequence": dict(tp=2, sequence_parallel=True), "pipeline 2": dict(pp=2), "pipeline 4": dict(pp=4),
-                "tensor 2, sequence, data 2, expert 4, whole experts": dict(tp=2, dp=2, ep=4, etp=1, sequence_parallel=True),
-                "tensor 2, sequence, pipeline 2 x 2": dict(tp=2, pp=2, vpp=2, sequence_parallel=True)}
+    LAYOUTS |= {
+        "tensor 2, sequence": dict(tp=2, sequence_parallel=True),
+        "pipeline 2": dict(pp=2),
+        "pipeline 4": dict(pp=4),
+        "tensor 2, sequence, data 2, expert 4, whole experts": dict(
+            tp=2, dp=2, ep=4, etp=1, sequence_parallel=True
+        ),
+        "tensor 2, sequence, pipeline 2 x 2": dict(tp=2, pp=2, vpp=2, sequence_parallel=True),
+    }
 MICRO_BATCHES = 4
 ACTIVATION_TOLERANCE = 0.05
 """docs/scale.md states it."""
@@ -43,9 +67,22 @@ ACTIVATION_TOLERANCE = 0.05
 
 def configuration(case: str, layout: dict):
     values = CASES[case] | dict(
-        parallel=dict(tensor=layout.get("tp", 1), pipeline=layout.get("pp", 1), virtual_pipeline=layout.get("vpp", 1), context=layout.get("cp", 1), expert=layout.get("ep", 1), expert_tensor=layout.get("etp", 0),
-                      sequence=layout.get("sequence_parallel", False), distributed_optimizer=layout.get("dp", 1) > 1),
-        data=dict(sequence_length=64, micro_batch_size=2, global_batch_size=2 * MICRO_BATCHES * layout.get("dp", 1)))
+        parallel=dict(
+            tensor=layout.get("tp", 1),
+            pipeline=layout.get("pp", 1),
+            virtual_pipeline=layout.get("vpp", 1),
+            context=layout.get("cp", 1),
+            expert=layout.get("ep", 1),
+            expert_tensor=layout.get("etp", 0),
+            sequence=layout.get("sequence_parallel", False),
+            distributed_optimizer=layout.get("dp", 1) > 1,
+        ),
+        data=dict(
+            sequence_length=64,
+            micro_batch_size=2,
+            global_batch_size=2 * MICRO_BATCHES * layout.get("dp", 1),
+        ),
+    )
     config, problems = from_mapping(values)
     assert not problems
     return config
@@ -62,7 +99,14 @@ def measure(groups, layouts: dict) -> dict:
 
 
 def _matches(groups, layout: dict) -> bool:
-    sizes = (groups.tp_size, groups.pp_size, groups.cp_size, groups.dp_size, groups.ep_size, groups.virtual_chunks)
+    sizes = (
+        groups.tp_size,
+        groups.pp_size,
+        groups.cp_size,
+        groups.dp_size,
+        groups.ep_size,
+        groups.virtual_chunks,
+    )
     return sizes == tuple(layout.get(name, 1) for name in ("tp", "pp", "cp", "dp", "ep", "vpp"))
 
 
@@ -77,11 +121,18 @@ def _measure_case(config, groups) -> dict:
         _forward_backward(models, groups, MICRO_BATCHES, trained_tokens=64)
     optimizer.step()
     disk = _checkpoint_bytes(models, optimizer, groups)
-    return dict(parameters=sum(parameter.numel() for parameter in parameters),
-                weights=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-                gradients=sum(parameter.main_grad.numel() * parameter.main_grad.element_size() for parameter in parameters),
-                optimizer=optimizer_bytes(optimizer, parameters), activations=saved.peak_bytes, disk=disk,
-                tensors=[name for model in models for name, _ in model.named_parameters()])
+    return dict(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        gradients=sum(
+            parameter.main_grad.numel() * parameter.main_grad.element_size()
+            for parameter in parameters
+        ),
+        optimizer=optimizer_bytes(optimizer, parameters),
+        activations=saved.peak_bytes,
+        disk=disk,
+        tensors=[name for model in models for name, _ in model.named_parameters()],
+    )
 
 
 def _forward_backward(models: list, groups, micro_batches: int, trained_tokens: int) -> None:
@@ -90,10 +141,25 @@ def _forward_backward(models: list, groups, micro_batches: int, trained_tokens: 
     from megatron_slm.model.forward_backward import forward_backward
 
     tokens_BS = torch.arange(128).view(2, 64)
-    batches = [Batch(tokens_BS, tokens_BS, torch.ones(2, 64), tokens_BS % 64, tokens_BS, torch.zeros(2, dtype=torch.int64)) for _ in range(micro_batches)]
+    batches = [
+        Batch(
+            tokens_BS,
+            tokens_BS,
+            torch.ones(2, 64),
+            tokens_BS % 64,
+            tokens_BS,
+            torch.zeros(2, dtype=torch.int64),
+        )
+        for _ in range(micro_batches)
+    ]
 
     def loss(index, batch, output):
-        return output[:, :trained_tokens].sum(), torch.tensor(2.0 * trained_tokens, dtype=torch.float64), {}
+        return (
+            output[:, :trained_tokens].sum(),
+            torch.tensor(2.0 * trained_tokens, dtype=torch.float64),
+            {},
+        )
+
     for model in models:
         model.zero_grad_buffer()
     forward_backward(models, batches, loss, groups)
@@ -103,10 +169,13 @@ def _checkpoint_bytes(models: list, optimizer, groups) -> int | None:
     """The size of a real checkpoint's tensor files, in the one layout where a test needs no shared folder."""
     from megatron_slm.checkpoint.folder import CheckpointInfo
     from megatron_slm.checkpoint.store import CheckpointStore
+
     if groups.world_size > 1:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        CheckpointStore(folder, groups).save(models, optimizer, CheckpointInfo({}, 64, {}, 1, 128), {"layout": {}})
+        CheckpointStore(folder, groups).save(
+            models, optimizer, CheckpointInfo({}, 64, {}, 1, 128), {"layout": {}}
+        )
         return sum(path.stat().st_size for path in Path(folder).rglob("*.distcp"))
 
 
@@ -117,6 +186,7 @@ def _count_flops(config, groups) -> int:
 
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import wrap_data_parallel
+
     models = wrap_data_parallel(build_model(config, config.model.vocabulary_size, groups), config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _forward_backward(models, groups, 1, trained_tokens=32)
@@ -129,9 +199,16 @@ def optimizer_bytes(optimizer, parameters) -> int:
     total = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
-            total += sum(main.numel() * main.element_size() for main in group["params"] if main.untyped_storage().data_ptr() not in own)
+            total += sum(
+                main.numel() * main.element_size()
+                for main in group["params"]
+                if main.untyped_storage().data_ptr() not in own
+            )
         for state in part.optimizer.state.values():
-            total += sum(state[name].numel() * state[name].element_size() for name in ("exp_avg", "exp_avg_sq"))
+            total += sum(
+                state[name].numel() * state[name].element_size()
+                for name in ("exp_avg", "exp_avg_sq")
+            )
     return total
 
 
@@ -143,7 +220,9 @@ def measured() -> dict:
 def planned(case: str, layout: dict) -> Job:
     config = configuration(case, layout)
     ranks = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * layout.get("dp", 1)
-    return Job(config, config.model.vocabulary_size, find_gpu("H100"), gpus_per_node=ranks, fused=False)
+    return Job(
+        config, config.model.vocabulary_size, find_gpu("H100"), gpus_per_node=ranks, fused=False
+    )
 
 
 def stage_of(rank: int, layout: dict) -> int:
@@ -162,8 +241,10 @@ def test_parameters_and_state_are_exact(measured, layout, case):
         assert found["parameters"] == stage_parameters(job, stage).total
         assert (found["weights"], found["gradients"]) == (weights, gradients)
         assert found["optimizer"] == (pytest.approx(optimizer, rel=0.1) if spread else optimizer)
-    if spread:      # megatron-core cuts its buffers into equal parts, padding and all: the ranks' parts differ, their sum does not
-        assert sum(values[case]["optimizer"] for values in measured[layout]) == optimizer * len(measured[layout])
+    if spread:  # megatron-core cuts its buffers into equal parts, padding and all: the ranks' parts differ, their sum does not
+        assert sum(values[case]["optimizer"] for values in measured[layout]) == optimizer * len(
+            measured[layout]
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -173,12 +254,16 @@ def test_activations_in_flight(measured, layout, case):
     job = planned(case, LAYOUTS[layout])
     if case == "experts" and LAYOUTS[layout].get("ep", 1) > 1:
         found = [values[case]["activations"] for values in measured[layout]]
-        assert sum(found) / len(found) == pytest.approx(rank_memory(job, 0).activations, rel=ACTIVATION_TOLERANCE)
+        assert sum(found) / len(found) == pytest.approx(
+            rank_memory(job, 0).activations, rel=ACTIVATION_TOLERANCE
+        )
         return
     for rank, values in enumerate(measured[layout]):
         memory = rank_memory(job, stage_of(rank, LAYOUTS[layout]))
         again = layer_bytes(job, "none") if job.config.model.recompute == "full" else 0
-        assert values[case]["activations"] == pytest.approx(memory.activations + again, rel=ACTIVATION_TOLERANCE), f"rank {rank}"
+        assert values[case]["activations"] == pytest.approx(
+            memory.activations + again, rel=ACTIVATION_TOLERANCE
+        ), f"rank {rank}"
 
 
 def test_the_whole_model_is_the_sum_of_its_parts(measured):
@@ -192,8 +277,12 @@ def test_executed_flops_are_the_counted_ones(measured, case):
     """A causal mask hides half of attention's square, and plain products compute it: 2S / (S + 1) times the model's core."""
     job = planned(case, {})
     forward = forward_flops(job, job.config.model)
-    layers = forward.attention_projections + forward.feed_forward + forward.attention_core * 2 * 64 / 65
-    again = {"none": 0, "selective": forward.attention_core * 2 * 64 / 65, "full": layers}[job.config.model.recompute]
+    layers = (
+        forward.attention_projections + forward.feed_forward + forward.attention_core * 2 * 64 / 65
+    )
+    again = {"none": 0, "selective": forward.attention_core * 2 * 64 / 65, "full": layers}[
+        job.config.model.recompute
+    ]
     per_token = 3 * layers + again + forward.head * head_products("keep", 0.5)
     assert measured["one"][0][case]["flops"] == pytest.approx(128 * per_token, rel=1e-9)
 
@@ -201,5 +290,7 @@ def test_executed_flops_are_the_counted_ones(measured, case):
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoint_size(measured, case):
     tensors = checkpoint_bytes(planned(case, {}))
-    headers = 4096 * 4 * len(measured["one"][0][case]["tensors"])      # each weight is stored with two moments and, under bf16, its fp32 copy
+    headers = (
+        4096 * 4 * len(measured["one"][0][case]["tensors"])
+    )  # each weight is stored with two moments and, under bf16, its fp32 copy
     assert tensors <= measured["one"][0][case]["disk"] <= tensors + headers

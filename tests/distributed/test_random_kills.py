@@ -24,19 +24,34 @@ def rank_of_a_start(rank: int, folder: Path, run: str, asynchronous: bool, store
     from megatron_slm import device, parallel
     from megatron_slm.config.schema import ParallelConfig
     from tests.distributed import test_resume as runs
+
     torch.set_num_threads(1)
     runs.STEPS = STEPS
     try:
-        groups = parallel.start(ParallelConfig(), device.choose("cpu"), 1234, timeout_minutes=5, store=torch.distributed.FileStore(str(store), 2), rank=rank, world_size=2)
+        groups = parallel.start(
+            ParallelConfig(),
+            device.choose("cpu"),
+            1234,
+            timeout_minutes=5,
+            store=torch.distributed.FileStore(str(store), 2),
+            rank=rank,
+            world_size=2,
+        )
         runs.train(groups, folder, run, {**CASE, "asynchronous": asynchronous})
         os._exit(0)
-    except BaseException:      # the other rank was killed: this one ends too, as torchrun would make it
+    except BaseException:  # the other rank was killed: this one ends too, as torchrun would make it
         os._exit(1)
 
 
 def start(folder: Path, run: str, asynchronous: bool, number: int) -> list:
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank_of_a_start, args=(rank, folder, run, asynchronous, folder / f"store_{number}")) for rank in range(2)]
+    ranks = [
+        fork.Process(
+            target=rank_of_a_start,
+            args=(rank, folder, run, asynchronous, folder / f"store_{number}"),
+        )
+        for rank in range(2)
+    ]
     [process.start() for process in ranks]
     return ranks
 
@@ -49,10 +64,20 @@ def wait(ranks: list, seconds: float) -> None:
 
 def newest(folder: Path, run: str) -> int:
     """Step of the newest checkpoint, 0 = none; it and the one that `latest` names must be whole."""
-    from megatron_slm.checkpoint.folder import complete_checkpoints, damaged_files, resolve_checkpoint, step_of
+    from megatron_slm.checkpoint.folder import (
+        complete_checkpoints,
+        damaged_files,
+        resolve_checkpoint,
+        step_of,
+    )
+
     checkpoints = folder / run / "checkpoints"
     found = complete_checkpoints(checkpoints)
-    pointers = [resolve_checkpoint(checkpoints / name) for name in ("latest", "best") if (checkpoints / name).exists()]
+    pointers = [
+        resolve_checkpoint(checkpoints / name)
+        for name in ("latest", "best")
+        if (checkpoints / name).exists()
+    ]
     assert all(path in found and damaged_files(path) == [] for path in [*found[-1:], *pointers])
     return step_of(found[-1]) if found else 0
 
@@ -60,8 +85,10 @@ def newest(folder: Path, run: str) -> int:
 def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
     """In a process that imports everything once: an uninterrupted run, then runs that are killed until `kills` are done."""
     from megatron_slm import device
+
     device.choose("cpu")
     from megatron_slm.training import loop, setup  # noqa: F401  imported here, once, for all that are forked
+
     begun = time.monotonic()
     wait(start(folder, "whole", False, 0), PATIENCE_SECONDS)
     duration, moments = time.monotonic() - begun, random.Random(0)
@@ -90,10 +117,16 @@ def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
 
 
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    write_corpus(tmp_path / "corpus", random_documents(200, 20, vocabulary_size=VOCABULARY), vocabulary_size=VOCABULARY)
+    write_corpus(
+        tmp_path / "corpus",
+        random_documents(200, 20, vocabulary_size=VOCABULARY),
+        vocabulary_size=VOCABULARY,
+    )
     kills = int(os.environ.get("SLM_KILLS", 2))
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=kill_again_and_again, args=(tmp_path, kills, sender))
+    process = multiprocessing.get_context("spawn").Process(
+        target=kill_again_and_again, args=(tmp_path, kills, sender)
+    )
     process.start()
     process.join()
     assert process.exitcode == 0, "see the assertion above"

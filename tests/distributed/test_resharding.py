@@ -29,22 +29,54 @@ LAYOUTS = {
     "tp2_pp2": dict(tp=2, pp=2),
 }
 OPTIMIZERS = {"plain": False, "distributed": True}
-KINDS = {f"{layout}, {optimizer}": (layout, distributed) for layout in LAYOUTS for optimizer, distributed in OPTIMIZERS.items()}
+KINDS = {
+    f"{layout}, {optimizer}": (layout, distributed)
+    for layout in LAYOUTS
+    for optimizer, distributed in OPTIMIZERS.items()
+}
 NAMES = list(KINDS)
 # Offset 4 changes the layout, 7 the layout and the optimizer.
 OFFSETS = range(len(NAMES)) if os.environ.get("SLM_RESHARDING") == "all" else (4, 7)
-PAIRS = [(NAMES[(index + offset) % len(NAMES)], target) for index, target in enumerate(NAMES) for offset in OFFSETS]
-HALF_PRECISION = [("dp2, distributed", "tp2, plain"), ("tp2, plain", "dp2, distributed"), ("dp2, distributed", "cp2, distributed"), ("pp2_virtual2, plain", "dp2, distributed"),
-                  ("tp2_pp2, distributed", "pp2_virtual2, distributed")]
+PAIRS = [
+    (NAMES[(index + offset) % len(NAMES)], target)
+    for index, target in enumerate(NAMES)
+    for offset in OFFSETS
+]
+HALF_PRECISION = [
+    ("dp2, distributed", "tp2, plain"),
+    ("tp2, plain", "dp2, distributed"),
+    ("dp2, distributed", "cp2, distributed"),
+    ("pp2_virtual2, plain", "dp2, distributed"),
+    ("tp2_pp2, distributed", "pp2_virtual2, distributed"),
+]
 
 
 def make_config(layout: dict, distributed: bool, precision: str) -> Config:
     config = Config()
-    config.model = dataclasses.replace(config.model, layers=4, hidden_size=16, ffn_hidden_size=24, attention_heads=4, query_groups=2,
-                                       pad_vocabulary_to_multiple_of=64, initialization_std=0.1)
-    config.data = dataclasses.replace(config.data, sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=2 // layout.get("dp", 1))
-    config.parallel = dataclasses.replace(config.parallel, tensor=layout.get("tp", 1), pipeline=layout.get("pp", 1), virtual_pipeline=layout.get("vpp", 1),
-                                          context=layout.get("cp", 1), distributed_optimizer=distributed)
+    config.model = dataclasses.replace(
+        config.model,
+        layers=4,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        attention_heads=4,
+        query_groups=2,
+        pad_vocabulary_to_multiple_of=64,
+        initialization_std=0.1,
+    )
+    config.data = dataclasses.replace(
+        config.data,
+        sequence_length=LENGTH,
+        global_batch_size=SEQUENCES,
+        micro_batch_size=2 // layout.get("dp", 1),
+    )
+    config.parallel = dataclasses.replace(
+        config.parallel,
+        tensor=layout.get("tp", 1),
+        pipeline=layout.get("pp", 1),
+        virtual_pipeline=layout.get("vpp", 1),
+        context=layout.get("cp", 1),
+        distributed_optimizer=distributed,
+    )
     config.device.precision = precision
     config.schedule.train_steps = BEFORE + AFTER
     config.optimizer.learning_rate = 3e-3
@@ -60,8 +92,13 @@ class Samples:
     def __getitem__(self, index):
         random = np.random.default_rng(index)
         text = random.integers(0, VOCABULARY, LENGTH + 1)
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32),
-                "position_ids": np.arange(LENGTH), "corpus_id": np.int64(0)}
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32),
+            "position_ids": np.arange(LENGTH),
+            "corpus_id": np.int64(0),
+        }
 
 
 class Bench:
@@ -73,6 +110,7 @@ class Bench:
         from megatron_slm.parallel import seed_everything
         from megatron_slm.training.choose import Chooser
         from megatron_slm.training.step import Trainer
+
         self.config, self.groups = make_config(layout, distributed, precision), groups
         seed_everything(self.config.run.seed, groups)
         models = wrap_data_parallel(build_model(self.config, VOCABULARY, groups), self.config)
@@ -87,38 +125,79 @@ class Bench:
         from megatron_slm.selection import Progress
         from megatron_slm.selection.diagnostics import summarise
         from megatron_slm.training.step import train_step
+
         groups, rows = self.groups, []
-        loader = TrainingLoader(Samples(), global_batch_size=SEQUENCES, micro_batch_size=self.config.data.micro_batch_size, dp_rank=groups.dp_rank,
-                                dp_size=groups.dp_size, start_sample=first * SEQUENCES)
+        loader = TrainingLoader(
+            Samples(),
+            global_batch_size=SEQUENCES,
+            micro_batch_size=self.config.data.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            start_sample=first * SEQUENCES,
+        )
         for step in range(first, first + count):
-            batches = [slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size) for batch in loader.next_step()]
-            report = train_step(self.trainer, batches, Progress(step, step * SEQUENCES * LENGTH), self.config.optimizer.learning_rate)
+            batches = [
+                slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
+                for batch in loader.next_step()
+            ]
+            report = train_step(
+                self.trainer,
+                batches,
+                Progress(step, step * SEQUENCES * LENGTH),
+                self.config.optimizer.learning_rate,
+            )
             metrics = Metrics(groups.device)
             metrics.add_all(report.measured)
-            rows.append((metrics.reduce(groups.dp_cp, summarise=summarise).get("loss/all"), report.grad_norm))
+            rows.append(
+                (
+                    metrics.reduce(groups.dp_cp, summarise=summarise).get("loss/all"),
+                    report.grad_norm,
+                )
+            )
         loader.close()
         return rows
 
     def save(self, folder: Path, step: int = BEFORE) -> None:
         from megatron_slm.checkpoint.folder import CheckpointInfo
         from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
+
         info = CheckpointInfo(dataclasses.asdict(self.config.model), LENGTH, {}, step, 0)
-        CheckpointStore(folder, self.groups).save(self.trainer.models, self.trainer.optimizer, info, trainer_state(self.trainer.optimizer, self.groups))
+        CheckpointStore(folder, self.groups).save(
+            self.trainer.models,
+            self.trainer.optimizer,
+            info,
+            trainer_state(self.trainer.optimizer, self.groups),
+        )
 
     def load(self, folder: Path) -> None:
         from megatron_slm.checkpoint.store import CheckpointStore
-        assert CheckpointStore(folder, self.groups).load_latest(self.trainer.models, self.trainer.optimizer) is not None
+
+        assert (
+            CheckpointStore(folder, self.groups).load_latest(
+                self.trainer.models, self.trainer.optimizer
+            )
+            is not None
+        )
 
     def weights(self) -> dict:
         from megatron.core.utils import unwrap_model
-        return {name: p.detach().clone() for chunk in unwrap_model(self.trainer.models) for name, p in chunk.named_parameters()}
+
+        return {
+            name: p.detach().clone()
+            for chunk in unwrap_model(self.trainer.models)
+            for name, p in chunk.named_parameters()
+        }
 
 
 def save_and_load(groups, folder: Path, layouts: dict, seen: list) -> dict:
     """First call in a layout: train and save. Second call, when every layout has saved: load what each of them saved."""
     name, layout = next((name, spec) for name, spec in layouts.items() if _matches(groups, spec))
     seen.append(name)
-    return _save(groups, folder, name, layout) if seen.count(name) == 1 else _load(groups, folder, name, layout)
+    return (
+        _save(groups, folder, name, layout)
+        if seen.count(name) == 1
+        else _load(groups, folder, name, layout)
+    )
 
 
 def _save(groups, folder, name, layout) -> dict:
@@ -146,15 +225,26 @@ def _load(groups, folder, name, layout) -> dict:
     for source, target in HALF_PRECISION:
         if KINDS[target][0] == name:
             bench = Bench(groups, layout, KINDS[target][1], "bf16")
-            bench.steps(0, 1)        # moments and update count of its own, for the loaded ones to replace
+            bench.steps(0, 1)  # moments and update count of its own, for the loaded ones to replace
             bench.load(folder / "bf16" / source)
             bench.save(folder / "bf16_again" / f"{source} to {target}")
     return {"rows": rows, "last_stage": groups.is_last_stage}
 
 
 def _matches(groups, spec) -> bool:
-    return (groups.tp_size, groups.pp_size, groups.virtual_chunks, groups.cp_size, groups.dp_size) == (
-        spec.get("tp", 1), spec.get("pp", 1), spec.get("vpp", 1), spec.get("cp", 1), spec.get("dp", 1))
+    return (
+        groups.tp_size,
+        groups.pp_size,
+        groups.virtual_chunks,
+        groups.cp_size,
+        groups.dp_size,
+    ) == (
+        spec.get("tp", 1),
+        spec.get("pp", 1),
+        spec.get("vpp", 1),
+        spec.get("cp", 1),
+        spec.get("dp", 1),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +254,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    phases = {f"save {name}": spec for name, spec in LAYOUTS.items()} | {f"load {name}": spec for name, spec in LAYOUTS.items()}
+    phases = {f"save {name}": spec for name, spec in LAYOUTS.items()} | {
+        f"load {name}": spec for name, spec in LAYOUTS.items()
+    }
     return run_layouts_on_cpu(save_and_load, phases, folder, LAYOUTS, [])
 
 
@@ -172,19 +264,28 @@ def results(folder):
 def uninterrupted(results):
     """The last steps of a run in plain torch that was never saved nor loaded."""
     config = make_config({}, False, "fp32")
-    trainer = PlainTrainer(PlainDecoder(config.model, VOCABULARY, results["save dp2"][0]["before"]), config.optimizer)
+    trainer = PlainTrainer(
+        PlainDecoder(config.model, VOCABULARY, results["save dp2"][0]["before"]), config.optimizer
+    )
     rows = []
     for step in range(BEFORE + AFTER):
         picked = [Samples()[step * SEQUENCES + i] for i in range(SEQUENCES)]
-        batch = {name: torch.from_numpy(np.stack([sample[name] for sample in picked])) for name in picked[0]}
-        rows.append(trainer.step(batch, [list(range(SEQUENCES))], None, config.optimizer.learning_rate))
+        batch = {
+            name: torch.from_numpy(np.stack([sample[name] for sample in picked]))
+            for name in picked[0]
+        }
+        rows.append(
+            trainer.step(batch, [list(range(SEQUENCES))], None, config.optimizer.learning_rate)
+        )
     return [(loss, norm) for _, loss, _, norm in rows[BEFORE:]]
 
 
 @pytest.mark.parametrize("source, target", PAIRS)
 def test_any_layout_continues_what_any_layout_saved(source, target, results, uninterrupted):
     for rank in results[f"load {KINDS[target][0]}"]:
-        for (loss, norm), (expected_loss, expected_norm) in zip(rank["rows"][source, target], uninterrupted, strict=True):
+        for (loss, norm), (expected_loss, expected_norm) in zip(
+            rank["rows"][source, target], uninterrupted, strict=True
+        ):
             assert norm == pytest.approx(expected_norm, rel=5e-5)
             if rank["last_stage"]:
                 assert loss == pytest.approx(expected_loss, rel=5e-6)
@@ -194,7 +295,11 @@ def test_any_layout_continues_what_any_layout_saved(source, target, results, uni
 def test_bf16_state_passes_through_another_layout_bit_for_bit(source, target, results, folder):
     saved = stored_tensors(folder / "bf16" / source)
     again = stored_tensors(folder / "bf16_again" / f"{source} to {target}")
-    assert saved.keys() == again.keys() and any("exp_avg_sq" in name for name in saved) and any("optimizer.param" in name for name in saved)
+    assert (
+        saved.keys() == again.keys()
+        and any("exp_avg_sq" in name for name in saved)
+        and any("optimizer.param" in name for name in saved)
+    )
     for name, tensor in saved.items():
         assert tensor.dtype == again[name].dtype and torch.equal(tensor, again[name]), name
     assert {saved[name].dtype for name in saved if "optimizer" not in name} == {torch.bfloat16}
@@ -204,8 +309,16 @@ def stored_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
     """Every global tensor of a run folder's newest checkpoint, read by torch alone."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from megatron_slm.checkpoint.folder import resolve_checkpoint
+
     reader = FileSystemReader(resolve_checkpoint(run_folder))
-    described = {name: item for name, item in reader.read_metadata().state_dict_metadata.items() if hasattr(item, "size")}
-    tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in described.items()}
+    described = {
+        name: item
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(item, "size")
+    }
+    tensors = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in described.items()
+    }
     load(tensors, storage_reader=reader, no_dist=True)
     return tensors

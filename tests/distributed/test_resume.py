@@ -15,9 +15,19 @@ STEPS, STOP, VOCABULARY, LENGTH = 8, 4, 60, 16
 
 # Each has state of its own beside weights and moments: random numbers; a threshold that moves, fp32 main weights, retention; nothing.
 CASES = {
-    "fp32, dropout": dict(precision="fp32", scorer="none", scope="data_parallel", dropout=0.1, asynchronous=False),
-    "bf16, running threshold": dict(precision="bf16", scorer="own_loss", scope="running_threshold", dropout=0.0, asynchronous=True),
-    "fp32, own loss": dict(precision="fp32", scorer="own_loss", scope="data_parallel", dropout=0.0, asynchronous=False),
+    "fp32, dropout": dict(
+        precision="fp32", scorer="none", scope="data_parallel", dropout=0.1, asynchronous=False
+    ),
+    "bf16, running threshold": dict(
+        precision="bf16",
+        scorer="own_loss",
+        scope="running_threshold",
+        dropout=0.0,
+        asynchronous=True,
+    ),
+    "fp32, own loss": dict(
+        precision="fp32", scorer="own_loss", scope="data_parallel", dropout=0.0, asynchronous=False
+    ),
 }
 ANOTHER_LAYOUT = "fp32, own loss"
 
@@ -30,16 +40,38 @@ class Tokenizer:
 def make_config(folder: Path, run: str, case: dict, dp_size: int) -> Config:
     config = Config()
     config.run.folder = str(folder / run)
-    config.model = dataclasses.replace(config.model, layers=2, hidden_size=16, ffn_hidden_size=24, attention_heads=2, pad_vocabulary_to_multiple_of=64, dropout=case["dropout"])
+    config.model = dataclasses.replace(
+        config.model,
+        layers=2,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        attention_heads=2,
+        pad_vocabulary_to_multiple_of=64,
+        dropout=case["dropout"],
+    )
     config.parallel.distributed_optimizer = True
     config.device.precision = case["precision"]
-    config.data = dataclasses.replace(config.data, sequence_length=LENGTH, global_batch_size=8, micro_batch_size=4 // dp_size, tokenizer="none",
-                                      validation=[CorpusConfig("target", str(folder / "corpus"))])
+    config.data = dataclasses.replace(
+        config.data,
+        sequence_length=LENGTH,
+        global_batch_size=8,
+        micro_batch_size=4 // dp_size,
+        tokenizer="none",
+        validation=[CorpusConfig("target", str(folder / "corpus"))],
+    )
     config.selection.scorer, config.selection.scope = case["scorer"], case["scope"]
     config.schedule.train_steps = STEPS
     config.optimizer.learning_rate = 3e-3
-    config.checkpoint = dataclasses.replace(config.checkpoint, interval_steps=2, keep_last=0, keep_best=1, asynchronous=case["asynchronous"])
-    config.monitoring = dataclasses.replace(config.monitoring, log_interval_steps=3, validation_interval_steps=3, validation_batches=1)
+    config.checkpoint = dataclasses.replace(
+        config.checkpoint,
+        interval_steps=2,
+        keep_last=0,
+        keep_best=1,
+        asynchronous=case["asynchronous"],
+    )
+    config.monitoring = dataclasses.replace(
+        config.monitoring, log_interval_steps=3, validation_interval_steps=3, validation_batches=1
+    )
     config.monitoring.wandb.mode = "disabled"
     return config
 
@@ -50,7 +82,11 @@ def train(groups, folder: Path, run: str, case: dict, save_optimizer: bool = Tru
     from megatron_slm.parallel import seed_everything
     from megatron_slm.training.loop import Run
     from megatron_slm.training.setup import Materials
-    config, corpora = make_config(folder, run, case, groups.dp_size), open_corpora([str(folder / "corpus")])
+
+    config, corpora = (
+        make_config(folder, run, case, groups.dp_size),
+        open_corpora([str(folder / "corpus")]),
+    )
     config.checkpoint.save_optimizer = save_optimizer
     seed_everything(config.run.seed, groups)
     one = Run(config, groups, Materials(Tokenizer(), corpora, {"target": corpora[0]}, VOCABULARY))
@@ -69,6 +105,7 @@ def cut_back(folder: Path, whole: str, run: str) -> None:
 
 def interrupt_and_compare(groups, folder: Path) -> None:
     import torch.distributed as dist
+
     for name, case in CASES.items():
         if groups.dp_size == 1 and name != ANOTHER_LAYOUT:
             continue
@@ -89,27 +126,37 @@ def stop_and_end_with_weights_only(groups, run: Path, case: dict) -> None:
     (run / "stop_requested").touch()
     assert train(groups, run.parent, run.name, case, save_optimizer=False) == 85
     assert train(groups, run.parent, run.name, case, save_optimizer=False) == 0
-    with pytest.raises(ValueError, match=r"step_00000008 holds weights only .* checkpoint.initialize_from"):
+    with pytest.raises(
+        ValueError, match=r"step_00000008 holds weights only .* checkpoint.initialize_from"
+    ):
         train(groups, run.parent, run.name, case, save_optimizer=False)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    write_corpus(folder / "corpus", random_documents(60, 20, vocabulary_size=VOCABULARY), vocabulary_size=VOCABULARY)
+    write_corpus(
+        folder / "corpus",
+        random_documents(60, 20, vocabulary_size=VOCABULARY),
+        vocabulary_size=VOCABULARY,
+    )
     run_layouts_on_cpu(interrupt_and_compare, {"two": dict(dp=2), "one": dict(dp=1)}, folder)
     return folder
 
 
 def records(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("throughput/")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("throughput/")}
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_layout_continues_bit_for_bit(name, folder):
     """Weights, moments and random states (one fingerprint over all of them), data position, thresholds, metrics, W&B run and best checkpoint."""
     from megatron_slm.checkpoint.folder import read_checkpoint_info, resolve_checkpoint, step_folder
+
     whole, resumed = folder / f"{name}, whole", folder / f"{name}, resumed by 2"
     assert records(resumed) == records(whole)
     for step in (STOP + 2, STEPS):
@@ -119,24 +166,53 @@ def test_the_same_layout_continues_bit_for_bit(name, folder):
     trainer = json.loads((step_folder(resumed / "checkpoints", STEPS) / "trainer.json").read_text())
     assert trainer["loader"] == {"consumed_samples": STEPS * 8} and len(trainer["wandb_id"]) == 8
     assert (trainer["selection"]["running"] is not None) == ("threshold" in name)
-    assert resolve_checkpoint(resumed / "checkpoints" / "best").name == resolve_checkpoint(whole / "checkpoints" / "best").name
+    assert (
+        resolve_checkpoint(resumed / "checkpoints" / "best").name
+        == resolve_checkpoint(whole / "checkpoints" / "best").name
+    )
 
 
 def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(folder):
     """Checkpoints every 2 steps and validations every 3: each checkpoint is validated at its own step."""
-    from megatron_slm.checkpoint.folder import complete_checkpoints, read_checkpoint_info, resolve_checkpoint, step_of
+    from megatron_slm.checkpoint.folder import (
+        complete_checkpoints,
+        read_checkpoint_info,
+        resolve_checkpoint,
+        step_of,
+    )
+
     run = folder / f"{ANOTHER_LAYOUT}, whole"
-    measured = {record["step"]: record["validation/target/loss"] for record in records(run) if record["kind"] == "validation"}
+    measured = {
+        record["step"]: record["validation/target/loss"]
+        for record in records(run)
+        if record["kind"] == "validation"
+    }
     assert sorted(measured) == [0, 2, 3, 4, 6, 8]
-    saved = {step_of(path): read_checkpoint_info(path).validation_loss["target"] for path in complete_checkpoints(run / "checkpoints")}
+    saved = {
+        step_of(path): read_checkpoint_info(path).validation_loss["target"]
+        for path in complete_checkpoints(run / "checkpoints")
+    }
     assert saved == {step: measured[step] for step in (2, 4, 6, 8)}
     assert step_of(resolve_checkpoint(run / "checkpoints" / "best")) == min(saved, key=saved.get)
 
 
 def test_another_data_parallel_size_continues_within_rounding_with_the_same_samples(folder):
-    whole, resumed = records(folder / f"{ANOTHER_LAYOUT}, whole"), records(folder / f"{ANOTHER_LAYOUT}, resumed by 1")
-    assert [(line["kind"], line["step"], line["tokens/processed"]) for line in resumed] == [(line["kind"], line["step"], line["tokens/processed"]) for line in whole]
+    whole, resumed = (
+        records(folder / f"{ANOTHER_LAYOUT}, whole"),
+        records(folder / f"{ANOTHER_LAYOUT}, resumed by 1"),
+    )
+    assert [(line["kind"], line["step"], line["tokens/processed"]) for line in resumed] == [
+        (line["kind"], line["step"], line["tokens/processed"]) for line in whole
+    ]
     for ours, theirs in zip(resumed, whole):
-        for name in ("loss/all", "loss/selected", "optimizer/grad_norm", "validation/target/loss", "tokens/selected"):
+        for name in (
+            "loss/all",
+            "loss/selected",
+            "optimizer/grad_norm",
+            "validation/target/loss",
+            "tokens/selected",
+        ):
             if name in theirs:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), f"{name} of step {ours['step']}"
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (
+                    f"{name} of step {ours['step']}"
+                )

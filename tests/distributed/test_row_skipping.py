@@ -16,7 +16,10 @@ def compare(groups, sequence_parallel: bool) -> None:
 
     torch.manual_seed(0)
     config = ModelParallelConfig(
-        tensor_model_parallel_size=groups.tp.size(), sequence_parallel=sequence_parallel, use_cpu_initialization=True, perform_initialization=True
+        tensor_model_parallel_size=groups.tp.size(),
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=True,
     )
     common = dict(config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=True)
     up = ColumnParallelLinear(H, 4 * H, gather_output=False, **common)
@@ -25,14 +28,21 @@ def compare(groups, sequence_parallel: bool) -> None:
     hidden, upstream = torch.randn(S, B, H), torch.randn(S, B, H)
     upstream[torch.rand(S, B) < 0.5] = 0.0
     if sequence_parallel:
-        hidden, upstream = (tensor.chunk(groups.tp.size())[groups.tp.rank()] for tensor in (hidden, upstream))
+        hidden, upstream = (
+            tensor.chunk(groups.tp.size())[groups.tp.rank()] for tensor in (hidden, upstream)
+        )
     results = []
     for skipping in (False, True):
         if skipping:
             assert skip_zero_gradient_rows(model) == 2
         leaf = hidden.clone().requires_grad_()
         output = down(torch.nn.functional.gelu(up(leaf)[0]))[0]
-        results.append((output.detach(), *torch.autograd.grad(output, (leaf, up.weight, down.weight), upstream)))
+        results.append(
+            (
+                output.detach(),
+                *torch.autograd.grad(output, (leaf, up.weight, down.weight), upstream),
+            )
+        )
     for value, reference in zip(*reversed(results)):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
@@ -45,6 +55,7 @@ def test_parallel_linears(sequence_parallel):
 def gradients(groups) -> dict:
     """Of a real decoder, for each selection.backward_rows: the gradient of the 60 % of tokens with the highest loss, by layer, on this tensor rank."""
     from megatron_slm.model.build import build_model
+
     config = make_config("data_parallel", dict(tp=2, sequence_parallel=True))
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=generator)
@@ -55,9 +66,17 @@ def gradients(groups) -> dict:
         loss_BS = model(text[:, :-1], torch.arange(LENGTH).expand(4, -1), None, labels=text[:, 1:])
         (loss_BS * (loss_BS >= loss_BS.detach().quantile(0.4))).sum().backward()
         named = dict(model.named_parameters())
-        layers = {str(layer): [name for name in named if f"layers.{layer}." in name] for layer in range(config.model.layers)} | {
-            "embedding": [name for name in named if "embedding" in name], "head": [name for name in named if "output_layer" in name]}
-        found[rows] = {layer: torch.cat([named[name].grad.flatten() for name in names]) for layer, names in layers.items()}
+        layers = {
+            str(layer): [name for name in named if f"layers.{layer}." in name]
+            for layer in range(config.model.layers)
+        } | {
+            "embedding": [name for name in named if "embedding" in name],
+            "head": [name for name in named if "output_layer" in name],
+        }
+        found[rows] = {
+            layer: torch.cat([named[name].grad.flatten() for name in names])
+            for layer, names in layers.items()
+        }
     return found
 
 
@@ -67,6 +86,8 @@ def test_every_layer_approximate_points_the_same_way_and_last_layer_is_exact():
             torch.testing.assert_close(found["last_layer"][layer], exact, rtol=1e-4, atol=1e-5)
             cosine = torch.cosine_similarity(found["every_layer_approximate"][layer], exact, dim=0)
             if layer in ("3", "head"):
-                torch.testing.assert_close(found["every_layer_approximate"][layer], exact, rtol=1e-4, atol=1e-5)     # nothing is lost above it
+                torch.testing.assert_close(
+                    found["every_layer_approximate"][layer], exact, rtol=1e-4, atol=1e-5
+                )  # nothing is lost above it
             else:
                 assert 0.7 < cosine < 0.9999, f"layer {layer}: {cosine}"

@@ -53,40 +53,70 @@ def failures(rank: int) -> dict:
 
     def no_memory(*_, **__):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
     fork = type("Fork", (), {"Process": no_memory, "Pipe": writing._FORK.Pipe})
     return {
         "no folder": (0, lambda: replaced(Path, "mkdir", no_space), "No space left"),
         "weights file": (1, file_size_limit, "File too large"),
         "writer killed": (1, lambda: replaced(writing, "file_sha256", killed), "exit code -9"),
         "no process": (1, lambda: replaced(writing, "_FORK", fork), "Cannot allocate memory"),
-        "metadata": (0, lambda: replaced(FileSystemWriterAsync, "finish", no_space), "No space left"),
-        "common file": (0, lambda: replaced(TorchCommonSaveStrategy, "save_common", no_space), "No space left"),
+        "metadata": (
+            0,
+            lambda: replaced(FileSystemWriterAsync, "finish", no_space),
+            "No space left",
+        ),
+        "common file": (
+            0,
+            lambda: replaced(TorchCommonSaveStrategy, "save_common", no_space),
+            "No space left",
+        ),
         "description": (0, lambda: replaced(folder, "write_json", no_space), "No space left"),
         "rename": (0, lambda: replaced(Path, "rename", no_space), "No space left"),
     }
 
 
 def fail_and_go_on(groups, folder: Path) -> dict:
-    return {mode: fail_in_every_way(groups, folder / mode, mode == "asynchronous") for mode in MODES}
+    return {
+        mode: fail_in_every_way(groups, folder / mode, mode == "asynchronous") for mode in MODES
+    }
 
 
 def fail_in_every_way(groups, run: Path, asynchronous: bool) -> list:
-    from megatron_slm.checkpoint.folder import CheckpointInfo, complete_checkpoints, damaged_files, step_of
+    from megatron_slm.checkpoint.folder import (
+        CheckpointInfo,
+        complete_checkpoints,
+        damaged_files,
+        step_of,
+    )
     from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
+
     config, told = Config(), []
-    config.model = dataclasses.replace(config.model, layers=2, hidden_size=32, ffn_hidden_size=32, attention_heads=2)
+    config.model = dataclasses.replace(
+        config.model, layers=2, hidden_size=32, ffn_hidden_size=32, attention_heads=2
+    )
     config.parallel.distributed_optimizer = True
     models = wrap_data_parallel(build_model(config, 50, groups), config)
     optimizer = build_optimizer(models, config)
-    store = CheckpointStore(run, groups, asynchronous=asynchronous, report=lambda text, level: told.append((level, text)))
+    store = CheckpointStore(
+        run,
+        groups,
+        asynchronous=asynchronous,
+        report=lambda text, level: told.append((level, text)),
+    )
 
     def save(step):
         told.clear()
-        store.save(models, optimizer, CheckpointInfo(dataclasses.asdict(config.model), 32, {}, step, 0), trainer_state(optimizer, groups, step=step))
+        store.save(
+            models,
+            optimizer,
+            CheckpointInfo(dataclasses.asdict(config.model), 32, {}, step, 0),
+            trainer_state(optimizer, groups, step=step),
+        )
         store.finish_pending(wait=True)
         return list(told)
+
     outcome = [("first", save(1), "")]
     for number, (name, (rank, failing, expected)) in enumerate(failures(groups.world_rank).items()):
         if groups.world_rank == rank:
@@ -95,7 +125,17 @@ def fail_in_every_way(groups, run: Path, asynchronous: bool) -> list:
         else:
             said = save(10 + number)
         found = [step_of(path) for path in complete_checkpoints(store.checkpoints)]
-        outcome.append((name, said, expected, rank, found, damaged_files(store.checkpoints / "step_00000001"), sorted(path.name for path in store.checkpoints.iterdir())))
+        outcome.append(
+            (
+                name,
+                said,
+                expected,
+                rank,
+                found,
+                damaged_files(store.checkpoints / "step_00000001"),
+                sorted(path.name for path in store.checkpoints.iterdir()),
+            )
+        )
     outcome.append(("last", save(99), ""))
     assert store.load_latest(models, optimizer)["step"] == 99
     return outcome
@@ -114,11 +154,16 @@ def results(folder):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_failure_on_one_rank_is_given_up_by_all(mode, results, folder):
     by_rank = [rank[mode] for rank in results]
-    heard = [[[(level, text.split(" MB in")[0]) for level, text in row[1]] for row in rank] for rank in by_rank]
+    heard = [
+        [[(level, text.split(" MB in")[0]) for level, text in row[1]] for row in rank]
+        for rank in by_rank
+    ]
     assert heard[0] == heard[1], "all ranks are told the same"
     first, *failed, last = by_rank[0]
     for _, said, _ in (first, last):
-        assert [level for level, _ in said if level != "info"] == [] and "is complete" in said[-1][1]
+        assert [level for level, _ in said if level != "info"] == [] and "is complete" in said[-1][
+            1
+        ]
     assert len(failed) == 8
     for name, said, expected, rank, found, damaged, files in failed:
         level, text = said[-1]

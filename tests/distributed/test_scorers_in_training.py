@@ -13,21 +13,48 @@ from megatron_slm.testing.corpora import random_documents, write_corpus, write_s
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 2, 8, 16, 50
-LAYOUTS = {"single": dict(), "dp2": dict(dp=2), "dp4": dict(dp=4), "tp2_pp2": dict(tp=2, pp=2), "cp2": dict(cp=2)}
-POPULATION = 4     # data-parallel size x micro-batch size, in every layout
+LAYOUTS = {
+    "single": dict(),
+    "dp2": dict(dp=2),
+    "dp4": dict(dp=4),
+    "tp2_pp2": dict(tp=2, pp=2),
+    "cp2": dict(cp=2),
+}
+POPULATION = 4  # data-parallel size x micro-batch size, in every layout
 
 # scorer -> options; each with the columns SyntheticColumns makes
 SCORERS = {
-    "excess_loss": {}, "own_loss": {}, "own_entropy": {}, "history": {"column": "old_loss"}, "reference_loss": {}, "reference_entropy": {},
-    "color_filter": {"prior": "old_loss", "conditional": "reference_loss"}, "token_cleaning": {"base": "old_loss", "reference": "reference_loss"},
-    "stored_score": {"column": "old_loss"}, "none": {}, "stored_mask": {"column": "quality"}, "stored_weight": {"column": "quality"}, "entropy_weight": {},
-    "random": {}, "reverse": {}, "weighted_sum": {"of": {"excess_loss": 1.0, "own_entropy": 0.5}}, "rho_loss": {}, "intersection": {}, "union": {}, "band": {},
-    "mixed_with_clm": {}, "long_context_weight": {"column": "old_loss"},
+    "excess_loss": {},
+    "own_loss": {},
+    "own_entropy": {},
+    "history": {"column": "old_loss"},
+    "reference_loss": {},
+    "reference_entropy": {},
+    "color_filter": {"prior": "old_loss", "conditional": "reference_loss"},
+    "token_cleaning": {"base": "old_loss", "reference": "reference_loss"},
+    "stored_score": {"column": "old_loss"},
+    "none": {},
+    "stored_mask": {"column": "quality"},
+    "stored_weight": {"column": "quality"},
+    "entropy_weight": {},
+    "random": {},
+    "reverse": {},
+    "weighted_sum": {"of": {"excess_loss": 1.0, "own_entropy": 0.5}},
+    "rho_loss": {},
+    "intersection": {},
+    "union": {},
+    "band": {},
+    "mixed_with_clm": {},
+    "long_context_weight": {"column": "old_loss"},
 }
-CASES = {**{f"scorer_{name}": (name, options, "data_parallel") for name, options in SCORERS.items()},
-         "scope_sequence": ("excess_loss", {}, "sequence"), "scope_micro_batch": ("excess_loss", {}, "micro_batch"),
-         "scope_global_batch": ("excess_loss", {}, "global_batch"),
-         "scope_global_batch_static": ("reference_loss", {}, "global_batch"), "scope_running_threshold": ("excess_loss", {}, "running_threshold")}
+CASES = {
+    **{f"scorer_{name}": (name, options, "data_parallel") for name, options in SCORERS.items()},
+    "scope_sequence": ("excess_loss", {}, "sequence"),
+    "scope_micro_batch": ("excess_loss", {}, "micro_batch"),
+    "scope_global_batch": ("excess_loss", {}, "global_batch"),
+    "scope_global_batch_static": ("reference_loss", {}, "global_batch"),
+    "scope_running_threshold": ("excess_loss", {}, "running_threshold"),
+}
 
 
 class SyntheticColumns:
@@ -37,17 +64,43 @@ class SyntheticColumns:
     def __getitem__(self, index):
         random = np.random.default_rng(1000 + index)
         text = random.integers(0, VOCABULARY, LENGTH + 1)
-        columns = {name: random.uniform(2, 6, LENGTH).astype(np.float32) for name in ("reference_loss", "reference_entropy", "old_loss")}
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32), "position_ids": np.arange(LENGTH),
-                "corpus_id": np.int64(0), "quality": (random.random(LENGTH) > 0.3).astype(np.float32), **columns}
+        columns = {
+            name: random.uniform(2, 6, LENGTH).astype(np.float32)
+            for name in ("reference_loss", "reference_entropy", "old_loss")
+        }
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32),
+            "position_ids": np.arange(LENGTH),
+            "corpus_id": np.int64(0),
+            "quality": (random.random(LENGTH) > 0.3).astype(np.float32),
+            **columns,
+        }
 
 
 def make_config(groups, scorer, options, scope):
     config = Config()
-    config.model = dataclasses.replace(config.model, layers=2, hidden_size=32, ffn_hidden_size=48, pad_vocabulary_to_multiple_of=64, initialization_std=0.1)
-    config.data = dataclasses.replace(config.data, sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=POPULATION // groups.dp_size)
-    config.parallel = dataclasses.replace(config.parallel, tensor=groups.tp_size, pipeline=groups.pp_size, context=groups.cp_size)
-    config.selection = dataclasses.replace(config.selection, scorer=scorer, scorer_options=options, scope=scope)
+    config.model = dataclasses.replace(
+        config.model,
+        layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        pad_vocabulary_to_multiple_of=64,
+        initialization_std=0.1,
+    )
+    config.data = dataclasses.replace(
+        config.data,
+        sequence_length=LENGTH,
+        global_batch_size=SEQUENCES,
+        micro_batch_size=POPULATION // groups.dp_size,
+    )
+    config.parallel = dataclasses.replace(
+        config.parallel, tensor=groups.tp_size, pipeline=groups.pp_size, context=groups.cp_size
+    )
+    config.selection = dataclasses.replace(
+        config.selection, scorer=scorer, scorer_options=options, scope=scope
+    )
     config.selection.reference.scores = ["synthetic"]
     config.schedule.train_steps = STEPS
     return config
@@ -58,15 +111,35 @@ def make_trainer(groups, config, reference=None):
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer
+
     models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
-    return Trainer(models, build_optimizer(models, config), Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1), groups, reference)
+    return Trainer(
+        models,
+        build_optimizer(models, config),
+        Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1),
+        groups,
+        reference,
+    )
 
 
 def local_steps(groups, config, samples):
     from megatron_slm.data.batch import slice_for_context_parallel
     from megatron_slm.data.loader import TrainingLoader
-    loader = TrainingLoader(samples, global_batch_size=SEQUENCES, micro_batch_size=config.data.micro_batch_size, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-    steps = [[slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size) for batch in loader.next_step()] for _ in range(STEPS)]
+
+    loader = TrainingLoader(
+        samples,
+        global_batch_size=SEQUENCES,
+        micro_batch_size=config.data.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+    )
+    steps = [
+        [
+            slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
+            for batch in loader.next_step()
+        ]
+        for _ in range(STEPS)
+    ]
     loader.close()
     return steps
 
@@ -77,11 +150,13 @@ def train(groups, trainer, steps):
     from megatron_slm.selection import Progress
     from megatron_slm.selection.diagnostics import summarise
     from megatron_slm.training.step import train_step
+
     chosen, rows, metrics, describe = [], [], Metrics(groups.device), trainer.chooser.describe
 
     def noting(batch, outputs, selection, progress):
         chosen.append(set(batch.token_id_BS[selection.weights > 0].tolist()))
         return describe(batch, outputs, selection, progress)
+
     trainer.chooser.describe = noting
     for number, batches in enumerate(steps):
         report = train_step(trainer, batches, Progress(number, number * SEQUENCES * LENGTH), 1e-3)
@@ -96,9 +171,15 @@ def every_case(groups, folder):
     results = {}
     for name, case in CASES.items():
         config = make_config(groups, *case)
-        results[name] = train(groups, make_trainer(groups, config), local_steps(groups, config, SyntheticColumns()))
-    return {"rows": results, "last_stage": groups.is_last_stage, "reference": online_and_stored(groups),
-            "probe": probed(groups, folder)}
+        results[name] = train(
+            groups, make_trainer(groups, config), local_steps(groups, config, SyntheticColumns())
+        )
+    return {
+        "rows": results,
+        "last_stage": groups.is_last_stage,
+        "reference": online_and_stored(groups),
+        "probe": probed(groups, folder),
+    }
 
 
 def probed(groups, folder):
@@ -106,12 +187,19 @@ def probed(groups, folder):
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.selection import Progress
     from megatron_slm.training.probe import Probe
+
     config = make_config(groups, "excess_loss", {}, "data_parallel")
     config.data.micro_batch_size = 2
     config.run.folder = str(folder)
     trainer = make_trainer(groups, config)
-    materials = SimpleNamespace(corpora=open_corpora([f"{folder}/c"], [f"{folder}/s"]), tokenizer=SimpleNamespace(piece=str))
-    probe, start, later = Probe(config, materials, trainer), Progress(0, 0), Progress(STEPS, STEPS * SEQUENCES * LENGTH)
+    materials = SimpleNamespace(
+        corpora=open_corpora([f"{folder}/c"], [f"{folder}/s"]), tokenizer=SimpleNamespace(piece=str)
+    )
+    probe, start, later = (
+        Probe(config, materials, trainer),
+        Progress(0, 0),
+        Progress(STEPS, STEPS * SEQUENCES * LENGTH),
+    )
     first = probe.compare(start), probe.view(start)
     train(groups, trainer, local_steps(groups, config, SyntheticColumns()))
     resumed = Probe(config, materials, trainer)
@@ -123,10 +211,21 @@ def online_and_stored(groups):
     """The same run with an online reference, with its losses stored in fp32, and stored in fp16."""
     from megatron_slm.model.build import build_model
     from megatron_slm.model.forward_backward import forward_losses
+
     config = make_config(groups, "excess_loss", {}, "data_parallel")
-    smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=16, ffn_hidden_size=32), run=dataclasses.replace(config.run, seed=7))
+    smaller = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, hidden_size=16, ffn_hidden_size=32),
+        run=dataclasses.replace(config.run, seed=7),
+    )
     reference = build_model(smaller, VOCABULARY, groups, trainable=False)
-    outcome = {"online": train(groups, make_trainer(groups, config, reference), local_steps(groups, config, SyntheticColumns()))}
+    outcome = {
+        "online": train(
+            groups,
+            make_trainer(groups, config, reference),
+            local_steps(groups, config, SyntheticColumns()),
+        )
+    }
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
         steps = local_steps(groups, config, SyntheticColumns())
         for batches in steps:
@@ -139,7 +238,11 @@ def online_and_stored(groups):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    write_corpus(folder / "c", random_documents(12, 20, vocabulary_size=VOCABULARY), vocabulary_size=VOCABULARY)
+    write_corpus(
+        folder / "c",
+        random_documents(12, 20, vocabulary_size=VOCABULARY),
+        vocabulary_size=VOCABULARY,
+    )
     write_scores(folder / "s", folder / "c", lambda offsets: 3.0 + np.sin(offsets))
     return run_layouts_on_cpu(every_case, LAYOUTS, folder)
 
@@ -147,17 +250,30 @@ def results(tmp_path_factory):
 def merged(ranks, read):
     """(ids selected by all last-stage ranks together, loss, gradient norm) per step."""
     last = [rank for rank in ranks if rank["last_stage"]]
-    return [(set().union(*(read(rank)[step][0] for rank in last)), read(last[0])[step][1], read(last[0])[step][2]) for step in range(STEPS)]
+    return [
+        (
+            set().union(*(read(rank)[step][0] for rank in last)),
+            read(last[0])[step][1],
+            read(last[0])[step][2],
+        )
+        for step in range(STEPS)
+    ]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_scorer_and_scope_in_every_layout(case, layout, results):
     if case == "scope_running_threshold" and layout != "tp2_pp2":
-        pytest.skip("the first step of a running threshold chooses among the tokens of one rank, and ranks hold other tokens here")
+        pytest.skip(
+            "the first step of a running threshold chooses among the tokens of one rank, and ranks hold other tokens here"
+        )
     if case == "scope_micro_batch" and layout.startswith("dp"):
-        pytest.skip("a data-parallel rank's micro-batch holds other sequences here: the choice is meant to differ")
-    expected, found = (merged(results[name], lambda rank: rank["rows"][case]) for name in ("single", layout))
+        pytest.skip(
+            "a data-parallel rank's micro-batch holds other sequences here: the choice is meant to differ"
+        )
+    expected, found = (
+        merged(results[name], lambda rank: rank["rows"][case]) for name in ("single", layout)
+    )
     for step in range(STEPS):
         assert found[step][0] == expected[step][0], f"step {step}: other tokens"
         assert found[step][1] == pytest.approx(expected[step][1], rel=2e-5)
@@ -166,15 +282,28 @@ def test_every_scorer_and_scope_in_every_layout(case, layout, results):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_online_reference_selects_as_stored_scores_do(layout, results):
-    online, fp32, fp16 = (merged(results[layout], lambda rank: rank["reference"][name]) for name in ("online", "fp32", "fp16"))
+    online, fp32, fp16 = (
+        merged(results[layout], lambda rank: rank["reference"][name])
+        for name in ("online", "fp32", "fp16")
+    )
     assert online == fp32, "the same losses, so the same bits"
     for step in range(STEPS):
-        assert len(online[step][0] ^ fp16[step][0]) <= 2, "fp16 storage swaps only tokens at the threshold"
+        assert len(online[step][0] ^ fp16[step][0]) <= 2, (
+            "fp16 storage swaps only tokens at the threshold"
+        )
 
 
 def test_global_batch_is_one_set_whatever_the_layout(results):
     for case in ("scope_global_batch", "scope_global_batch_static"):
-        sets = [tuple(map(frozenset, (ids for ids, _, _ in merged(results[name], lambda rank: rank["rows"][case])))) for name in LAYOUTS]
+        sets = [
+            tuple(
+                map(
+                    frozenset,
+                    (ids for ids, _, _ in merged(results[name], lambda rank: rank["rows"][case])),
+                )
+            )
+            for name in LAYOUTS
+        ]
         assert len(set(sets)) == 1
 
 
@@ -190,12 +319,32 @@ def test_the_probe_sees_whole_sequences_and_the_same_choice_in_every_layout(layo
         sets = []
         for lines, expected in ((seen, single[0][1]), (again, single[1][1])):
             assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
-            excess = {(row, i): loss - reference for row, line in enumerate(lines) for i, (loss, reference) in
-                      enumerate(zip(line["loss"], line["reference_loss"], strict=True)) if reference is not None}
+            excess = {
+                (row, i): loss - reference
+                for row, line in enumerate(lines)
+                for i, (loss, reference) in enumerate(
+                    zip(line["loss"], line["reference_loss"], strict=True)
+                )
+                if reference is not None
+            }
             kept = math.ceil(0.6 * len(excess))
-            chosen = {(row, i) for row, line in enumerate(lines) for i, selected in enumerate(line["selected"]) if selected}
+            chosen = {
+                (row, i)
+                for row, line in enumerate(lines)
+                for i, selected in enumerate(line["selected"])
+                if selected
+            }
             assert chosen == set(sorted(excess, key=lambda place: -excess[place])[:kept])
-            assert chosen == {(row, i) for row, line in enumerate(expected) for i, selected in enumerate(line["selected"]) if selected}
+            assert chosen == {
+                (row, i)
+                for row, line in enumerate(expected)
+                for i, selected in enumerate(line["selected"])
+                if selected
+            }
             sets.append(chosen)
-        assert before == {} and after == resumed == {"selection/probe_overlap_fraction": pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))}
+        assert before == {} and after == resumed == {
+            "selection/probe_overlap_fraction": pytest.approx(
+                len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+            )
+        }
         assert 0.5 < after["selection/probe_overlap_fraction"] < 1.0

@@ -18,7 +18,15 @@ from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, random_documents
 from megatron_slm.testing.spawn import run_layouts_on_cpu, run_on_cpu
 
 VOCABULARY, WINDOW = 97, 16
-MODEL = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, query_groups=2, vocabulary_size=VOCABULARY, initialization_std=0.3)
+MODEL = ModelConfig(
+    layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    attention_heads=4,
+    query_groups=2,
+    vocabulary_size=VOCABULARY,
+    initialization_std=0.3,
+)
 SETTINGS = {"packed": (16, "packed"), "overlapping": (5, "packed"), "isolated": (16, "isolated")}
 TOLERANCE_NATS = 2e-4
 
@@ -26,9 +34,18 @@ TOLERANCE_NATS = 2e-4
 def save_reference(groups, run: str) -> None:
     from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
     from megatron_slm.model.build import build_model
+
     config = Config(model=MODEL, parallel=ParallelConfig(), data=DataConfig(sequence_length=WINDOW))
-    info = CheckpointInfo(model=asdict(MODEL), sequence_length=WINDOW, tokenizer={"path": "none", "fingerprint": TOKENIZER_FINGERPRINT}, step=3, tokens_processed=300)
-    CheckpointStore(run, groups).save(build_model(config, VOCABULARY, groups), None, info, trainer_state(None, groups))
+    info = CheckpointInfo(
+        model=asdict(MODEL),
+        sequence_length=WINDOW,
+        tokenizer={"path": "none", "fingerprint": TOKENIZER_FINGERPRINT},
+        step=3,
+        tokens_processed=300,
+    )
+    CheckpointStore(run, groups).save(
+        build_model(config, VOCABULARY, groups), None, info, trainer_state(None, groups)
+    )
 
 
 def score_layout(groups, folder: str) -> dict:
@@ -38,19 +55,44 @@ def score_layout(groups, folder: str) -> dict:
     from megatron_slm.scoring.corpus import TokenStream, rescore, score_corpus
     from megatron_slm.scoring.model import megatron_scorer
     from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
+
     corpus = CorpusManifest.read(f"{folder}/corpus")
     reference = open_reference(f"{folder}/run", corpus)
-    parallel = ParallelConfig(tensor=groups.tp_size, pipeline=groups.pp_size, context=groups.cp_size, sequence=groups.tp_size > 1)
-    models = load_reference(reference, reference_config(reference, WINDOW, parallel, DeviceConfig()), groups)
+    parallel = ParallelConfig(
+        tensor=groups.tp_size,
+        pipeline=groups.pp_size,
+        context=groups.cp_size,
+        sequence=groups.tp_size > 1,
+    )
+    models = load_reference(
+        reference, reference_config(reference, WINDOW, parallel, DeviceConfig()), groups
+    )
     stream = TokenStream(f"{folder}/corpus")
     differences = {}
     for name, (stride, policy) in SETTINGS.items():
-        manifest = ScoreManifest(corpus.fingerprint, corpus.tokens, corpus.documents, TOKENIZER_FINGERPRINT, reference.fingerprint, "test", WINDOW, stride, policy,
-                                 shard_tokens=100, dtype="fp32", columns=("loss", "entropy"))
+        manifest = ScoreManifest(
+            corpus.fingerprint,
+            corpus.tokens,
+            corpus.documents,
+            TOKENIZER_FINGERPRINT,
+            reference.fingerprint,
+            "test",
+            WINDOW,
+            stride,
+            policy,
+            shard_tokens=100,
+            dtype="fp32",
+            columns=("loss", "entropy"),
+        )
         store = ScoreStore.create(f"{folder}/{layout_name(groups)}/{name}", manifest)
-        scorer = megatron_scorer(models, groups, stream, stream.plan(manifest), store.columns, micro_batch_size=4)
+        scorer = megatron_scorer(
+            models, groups, stream, stream.plan(manifest), store.columns, micro_batch_size=4
+        )
         report = score_corpus(scorer, store, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        assert report.without_score == {"loss": 0, "entropy": 0} and report.shards_written == manifest.shard_count
+        assert (
+            report.without_score == {"loss": 0, "entropy": 0}
+            and report.shards_written == manifest.shard_count
+        )
         if groups.world_rank == 0:
             assert store.finish()
         torch.distributed.barrier()
@@ -62,17 +104,29 @@ def layout_name(groups) -> str:
     return f"tp{groups.tp_size}_pp{groups.pp_size}_cp{groups.cp_size}_dp{groups.dp_size}"
 
 
-def plain_scores(model, tokens: np.ndarray, starts: np.ndarray, stride: int, policy: str) -> dict[str, np.ndarray]:
+def plain_scores(
+    model, tokens: np.ndarray, starts: np.ndarray, stride: int, policy: str
+) -> dict[str, np.ndarray]:
     """Every token's loss and entropy, one token at a time, from its own context: no batches, no windows shared."""
-    spans = [(0, len(tokens))] if policy == "packed" else list(zip(starts, [*starts[1:], len(tokens)]))
+    spans = (
+        [(0, len(tokens))] if policy == "packed" else list(zip(starts, [*starts[1:], len(tokens)]))
+    )
     values = {name: np.full(len(tokens), np.nan, np.float32) for name in ("loss", "entropy")}
     for begin, end in spans:
         for token in range(begin + 1, end):
             # The window that prices this token ends where its block ends; see windows.py.
-            block_end = begin + WINDOW if token < begin + WINDOW else begin + WINDOW + stride * (1 + (token - begin - WINDOW) // stride)
+            block_end = (
+                begin + WINDOW
+                if token < begin + WINDOW
+                else begin + WINDOW + stride * (1 + (token - begin - WINDOW) // stride)
+            )
             first = max(begin, min(block_end, end) - 1 - WINDOW)
             with torch.no_grad():
-                logits = model(torch.tensor(tokens[None, first:token].astype(np.int64))).logits[0, -1].double()
+                logits = (
+                    model(torch.tensor(tokens[None, first:token].astype(np.int64)))
+                    .logits[0, -1]
+                    .double()
+                )
             log_probability = logits.log_softmax(-1)
             values["loss"][token] = -log_probability[int(tokens[token])]
             values["entropy"][token] = -(log_probability.exp() * log_probability).sum()
@@ -86,39 +140,95 @@ def data(tmp_path_factory):
     """A corpus, a reference checkpoint, and the truth by transformers' own model."""
     from megatron_slm import export_hf
     from transformers import AutoModelForCausalLM
+
     folder = tmp_path_factory.mktemp("scoring")
-    documents = [document for document in random_documents(14, 14, vocabulary_size=VOCABULARY, seed=4)]
+    documents = [
+        document for document in random_documents(14, 14, vocabulary_size=VOCABULARY, seed=4)
+    ]
     write_corpus(folder / "corpus", documents, vocabulary_size=VOCABULARY)
     run_on_cpu(save_reference, str(folder / "run"))
-    assert export_hf.main(["--checkpoint", str(folder / "run"), "--output", str(folder / "exported"), "--tokenizer", "none"]) == 0
+    assert (
+        export_hf.main(
+            [
+                "--checkpoint",
+                str(folder / "run"),
+                "--output",
+                str(folder / "exported"),
+                "--tokenizer",
+                "none",
+            ]
+        )
+        == 0
+    )
     model = AutoModelForCausalLM.from_pretrained(folder / "exported").eval()
     starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
-    truth = {name: plain_scores(model, np.concatenate(documents), starts, *setting) for name, setting in SETTINGS.items()}
+    truth = {
+        name: plain_scores(model, np.concatenate(documents), starts, *setting)
+        for name, setting in SETTINGS.items()
+    }
     return folder, truth
 
 
 def test_scores_equal_plain_torch_in_every_layout(data):
     folder, truth = data
-    layouts = {"dp2": {"dp": 2}, "tp2": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}
+    layouts = {
+        "dp2": {"dp": 2},
+        "tp2": {"tp": 2, "sequence_parallel": True},
+        "pp2": {"pp": 2},
+        "cp2": {"cp": 2},
+    }
     results = run_layouts_on_cpu(score_layout, layouts, str(folder))
     for name, layout in layouts.items():
         for setting, columns in truth.items():
-            store = ScoreStore.open(folder / "_".join(f"{part}{layout.get(part, 1)}" for part in ("tp", "pp", "cp", "dp")) / setting)
+            store = ScoreStore.open(
+                folder
+                / "_".join(f"{part}{layout.get(part, 1)}" for part in ("tp", "pp", "cp", "dp"))
+                / setting
+            )
             for column, expected in columns.items():
                 got = store.read(column, 0, len(expected))
-                np.testing.assert_array_equal(np.isnan(got), np.isnan(expected), err_msg=f"{name} {setting} {column}")
-                np.testing.assert_allclose(got, expected, atol=TOLERANCE_NATS, err_msg=f"{name} {setting} {column}")
-        assert all(difference < TOLERANCE_NATS for rank in results[name] for columns in rank.values() for difference in columns.values())
+                np.testing.assert_array_equal(
+                    np.isnan(got), np.isnan(expected), err_msg=f"{name} {setting} {column}"
+                )
+                np.testing.assert_allclose(
+                    got, expected, atol=TOLERANCE_NATS, err_msg=f"{name} {setting} {column}"
+                )
+        assert all(
+            difference < TOLERANCE_NATS
+            for rank in results[name]
+            for columns in rank.values()
+            for difference in columns.values()
+        )
 
 
 def arguments(folder: Path, output: str, *more: str) -> list[str]:
-    return ["--checkpoint", str(folder / "run"), "--corpus", str(folder / "corpus"), "--output", str(folder / output), "--columns", "loss,entropy",
-            "--shard-tokens", "4", "--window-tokens", "16", "--stride-tokens", "8", "--micro-batch-size", "2", "--device.kind", "cpu", *more]
+    return [
+        "--checkpoint",
+        str(folder / "run"),
+        "--corpus",
+        str(folder / "corpus"),
+        "--output",
+        str(folder / output),
+        "--columns",
+        "loss,entropy",
+        "--shard-tokens",
+        "4",
+        "--window-tokens",
+        "16",
+        "--stride-tokens",
+        "8",
+        "--micro-batch-size",
+        "2",
+        "--device.kind",
+        "cpu",
+        *more,
+    ]
 
 
 def score_in_turn(commands: list[list[str]]) -> None:
     """Run the program several times in one process: importing megatron-core is most of a small run."""
     from megatron_slm import score
+
     torch.set_num_threads(1)
     for command in commands:
         assert score.main(command) == 0
@@ -128,6 +238,7 @@ def verify_in_turn(prefix: str, store: str, run: str) -> None:
     """data_tools.verify prices windows again with the checkpoint; then finds that the scores are not those of changed windows."""
     from data_tools import verify
     from megatron_slm.data.score_store import ScoreStore
+
     command = [prefix, "--scores", store, "--rescore", "4", "--reference", run]
     assert verify.main(command) == 0
     opened = ScoreStore.open(store)
@@ -146,14 +257,20 @@ def start(function, *arguments):
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every byte of a store but the command it was made with and the stamps."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "verified.json"}
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "verified.json"
+    }
     manifest = json.loads(files.pop("manifest.json"))
     assert "--shard " not in manifest.pop("resume_command")
     return {**files, "manifest": json.dumps(manifest).encode()}
 
 
 def wait_for_shards(process, store: Path, count: int) -> None:
-    while process.is_alive() and not ((store / "shards").is_dir() and len(list((store / "shards").glob("shard_*.json"))) >= count):
+    while process.is_alive() and not (
+        (store / "shards").is_dir() and len(list((store / "shards").glob("shard_*.json"))) >= count
+    ):
         time.sleep(0.002)
 
 
@@ -173,7 +290,10 @@ def test_a_killed_run_started_again_ends_with_the_same_bytes(data):
     assert process.exitcode == 85
     assert ScoreStore.open(folder / "killed", allow_missing_scores=True).missing
     # Two array jobs finish what is left; the one that ends last completes the store.
-    rest = start(score_in_turn, [arguments(folder, "killed", "--shard", "0/2"), arguments(folder, "killed", "--shard=1/2")])
+    rest = start(
+        score_in_turn,
+        [arguments(folder, "killed", "--shard", "0/2"), arguments(folder, "killed", "--shard=1/2")],
+    )
     rest.join()
     assert rest.exitcode == 0
     assert content(folder / "killed") == content(folder / "whole")
@@ -185,18 +305,37 @@ def test_a_killed_run_started_again_ends_with_the_same_bytes(data):
 
 def test_verify_prices_windows_again(data):
     folder, _ = data
-    process = start(verify_in_turn, str(folder / "corpus"), str(folder / "whole"), str(folder / "run"))
+    process = start(
+        verify_in_turn, str(folder / "corpus"), str(folder / "whole"), str(folder / "run")
+    )
     process.join()
     assert process.exitcode == 0
 
 
 def test_bad_settings_and_data_are_sentences(data, capfd):
     from megatron_slm import score
+
     folder, _ = data
     plain = arguments(folder, "bad")
-    assert score.main([*plain, "--columns", "loss,surprise", "--shard", "4/4", "--parallel.distributed_optimizer", "true"]) == 2
+    assert (
+        score.main(
+            [
+                *plain,
+                "--columns",
+                "loss,surprise",
+                "--shard",
+                "4/4",
+                "--parallel.distributed_optimizer",
+                "true",
+            ]
+        )
+        == 2
+    )
     printed = capfd.readouterr().err
-    assert all(text in printed for text in ("3 problems", "loss,entropy", "i from 0 to n - 1", "no gradients"))
+    assert all(
+        text in printed
+        for text in ("3 problems", "loss,entropy", "i from 0 to n - 1", "no gradients")
+    )
     assert score.main([*plain, "--checkpoint", str(folder / "nowhere")]) == 3
     assert "no such checkpoint" in capfd.readouterr().err
     write_corpus(folder / "other", random_documents(3, 9), tokenizer_fingerprint="sha256:other")

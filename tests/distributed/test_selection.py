@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_slm.selection import Population, Progress, RunningThreshold, build_scorer, select_in_scope, select_top
+from megatron_slm.selection import (
+    Population,
+    Progress,
+    RunningThreshold,
+    build_scorer,
+    select_in_scope,
+    select_top,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "selection"))
 from selection_oracle import awkward_scores, expected_mask  # noqa: E402
@@ -20,7 +27,9 @@ WORLD = 4
 
 def _worker(rank, folder, checks):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD
+    )
     groups = {
         "all": dist.new_group(range(WORLD)),
         "three": dist.new_group([0, 1, 2]),
@@ -47,12 +56,25 @@ def _check_random_populations(rank, groups):
     ties_met = partial_ties = 0
     for case in range(72):
         generator = torch.Generator().manual_seed(case)
-        sizes = torch.randint(0, 40, (3,), generator=generator) * (torch.rand(3, generator=generator) > 0.2)
+        sizes = torch.randint(0, 40, (3,), generator=generator) * (
+            torch.rand(3, generator=generator) > 0.2
+        )
         total = int(sizes.sum())
         score = awkward_scores(generator, total)
         eligible = torch.rand(total, generator=generator) < torch.rand(1, generator=generator)
-        token_id = None if case % 3 == 0 else torch.randperm(total, generator=generator) * (1 if case % 3 == 1 else 10**12) - 5
-        keep_fraction = [1.0, 0.7, 0.6, 1e-6, 0.5, torch.rand(1, generator=generator).item() or 1.0][case % 6]
+        token_id = (
+            None
+            if case % 3 == 0
+            else torch.randperm(total, generator=generator) * (1 if case % 3 == 1 else 10**12) - 5
+        )
+        keep_fraction = [
+            1.0,
+            0.7,
+            0.6,
+            1e-6,
+            0.5,
+            torch.rand(1, generator=generator).item() or 1.0,
+        ][case % 6]
         mask, threshold, kept, count = expected_mask(score, eligible, keep_fraction, token_id)
         mine = slice(int(sizes[:rank].sum()), int(sizes[: rank + 1].sum()))
         for backend in ("gather", "radix", "auto") if case % 4 == 0 else ("gather", "radix"):
@@ -66,8 +88,12 @@ def _check_random_populations(rank, groups):
                 capacity=int(sizes.max()) + case % 2 if case % 3 == 0 else None,
             )
             facts = (chosen.threshold, chosen.kept, chosen.eligible)
-            assert facts == (threshold, kept, count), f"case {case}, {backend}: {facts} instead of {(threshold, kept, count)}"
-            assert torch.equal(chosen.mask, mask[mine]), f"case {case}, {backend}: wrong mask on rank {rank}"
+            assert facts == (threshold, kept, count), (
+                f"case {case}, {backend}: {facts} instead of {(threshold, kept, count)}"
+            )
+            assert torch.equal(chosen.mask, mask[mine]), (
+                f"case {case}, {backend}: wrong mask on rank {rank}"
+            )
         ties_met += chosen.ties > 1
         partial_ties += chosen.ties > 1 and int((mask & (score == threshold)).sum()) < chosen.ties
     assert ties_met > 20 and partial_ties > 12  # or the generator no longer makes hard cases
@@ -75,30 +101,50 @@ def _check_random_populations(rank, groups):
 
 def _check_backends_agree_when_large(rank, groups):
     generator = torch.Generator().manual_seed(7 + rank)
-    score = torch.randn(30_000 + 10_000 * rank, generator=generator).half().float()  # half precision makes thousands of ties
+    score = (
+        torch.randn(30_000 + 10_000 * rank, generator=generator).half().float()
+    )  # half precision makes thousands of ties
     eligible = torch.rand(score.shape, generator=generator) > 0.1
     token_id = torch.arange(score.numel()) * WORLD + rank  # ids of different ranks interleave
     gather, radix = (
-        select_top(score, eligible, 0.6, token_id=token_id, group=groups["all"], backend=backend) for backend in ("gather", "radix")
+        select_top(score, eligible, 0.6, token_id=token_id, group=groups["all"], backend=backend)
+        for backend in ("gather", "radix")
     )
     assert torch.equal(gather.mask, radix.mask)
-    assert (gather.threshold, gather.kept, gather.eligible, gather.ties) == (radix.threshold, radix.kept, radix.eligible, radix.ties)
+    assert (gather.threshold, gather.kept, gather.eligible, gather.ties) == (
+        radix.threshold,
+        radix.kept,
+        radix.eligible,
+        radix.ties,
+    )
     kept = gather.mask.sum()
     dist.all_reduce(kept, group=groups["all"])
     assert int(kept) == gather.kept == math.ceil(0.6 * gather.eligible - 1e-9) and gather.ties > 10
 
 
 def _check_auto_when_only_some_ranks_fit_the_first_message(rank, groups):
-    for sizes in ([100, 9000, 30_000, 0], [5, 6, 7, 300_000], [8192, 8192, 8192, 8192], [8193, 0, 0, 0]):
+    for sizes in (
+        [100, 9000, 30_000, 0],
+        [5, 6, 7, 300_000],
+        [8192, 8192, 8192, 8192],
+        [8193, 0, 0, 0],
+    ):
         score = torch.randn(sizes[rank], generator=torch.Generator().manual_seed(rank))
-        facts = [select_top(score, torch.ones_like(score), 0.6, group=groups["all"], backend=backend) for backend in ("auto", "radix")]
+        facts = [
+            select_top(score, torch.ones_like(score), 0.6, group=groups["all"], backend=backend)
+            for backend in ("auto", "radix")
+        ]
         assert torch.equal(facts[0].mask, facts[1].mask), f"sizes {sizes}"
-        assert facts[0].threshold == facts[1].threshold and facts[0].eligible == facts[1].eligible == sum(sizes)
+        assert facts[0].threshold == facts[1].threshold and facts[0].eligible == facts[
+            1
+        ].eligible == sum(sizes)
 
 
 def _check_repeated_ids_fail_everywhere(rank, groups):
     with pytest.raises(ValueError, match="tensor parallel group"):
-        select_top(torch.zeros(4), torch.ones(4), 0.5, token_id=torch.arange(4), group=groups["all"])
+        select_top(
+            torch.zeros(4), torch.ones(4), 0.5, token_id=torch.arange(4), group=groups["all"]
+        )
 
 
 SEQUENCES, LENGTH = 8, 12
@@ -109,7 +155,9 @@ def _global_batch(seed=0):
     shape = (SEQUENCES, LENGTH)
     loss = (torch.rand(shape, generator=generator) * 6).mul(4).round() / 4  # quarters: many ties
     noise = torch.randn(shape, generator=generator).mul(2).round() / 2
-    reference = torch.where(torch.rand(shape, generator=generator) < 0.05, math.nan, (loss - noise).clamp(min=0.0))
+    reference = torch.where(
+        torch.rand(shape, generator=generator) < 0.05, math.nan, (loss - noise).clamp(min=0.0)
+    )
     columns = {
         "loss": loss,
         "entropy": torch.rand(shape, generator=generator) * 3,
@@ -133,7 +181,13 @@ def _layouts(rank, groups):
     if rank == 0:
         yield "dp1_mbs4", [[0, 1, 2, 3], [4, 5, 6, 7]], everything, None, None
     if rank < 2:
-        yield "dp2_mbs2", [[2 * rank, 2 * rank + 1], [4 + 2 * rank, 5 + 2 * rank]], everything, groups["first_two"], None
+        yield (
+            "dp2_mbs2",
+            [[2 * rank, 2 * rank + 1], [4 + 2 * rank, 5 + 2 * rank]],
+            everything,
+            groups["first_two"],
+            None,
+        )
     yield "dp4_mbs1", [[rank], [4 + rank]], everything, groups["all"], None
     dp_rank, cp_rank = rank // 2, rank % 2
     rows = [[2 * dp_rank, 2 * dp_rank + 1], [4 + 2 * dp_rank, 5 + 2 * dp_rank]]
@@ -146,7 +200,9 @@ def _piece(columns, eligible, rows, places):
 
 
 def _assert_piece(selection, expected, rows, places, where):
-    assert torch.equal(selection.mask, expected[rows][:, places]), f"{where}: the choice differs from one process"
+    assert torch.equal(selection.mask, expected[rows][:, places]), (
+        f"{where}: the choice differs from one process"
+    )
 
 
 def _check_scopes_under_layouts(rank, groups):
@@ -154,28 +210,45 @@ def _check_scopes_under_layouts(rank, groups):
     columns, eligible = _global_batch()
     score, ids = columns["loss"] - columns["reference_loss"], columns["token_id"]
     whole, *_ = expected_mask(score, eligible, 0.6, ids)
-    by_row = torch.cat([expected_mask(score[[b]], eligible[[b]], 0.6, ids[[b]])[0] for b in range(SEQUENCES)])
+    by_row = torch.cat(
+        [expected_mask(score[[b]], eligible[[b]], 0.6, ids[[b]])[0] for b in range(SEQUENCES)]
+    )
     for name, micro_batches, places, group, cp_group in _layouts(rank, groups):
         common = {"group": group, "cp_group": cp_group}
         step = sum(micro_batches, [])
         piece, mine = _piece(columns, eligible, step, places)
         chosen = select_in_scope(
-            piece["loss"] - piece["reference_loss"], mine, 0.6, scope="global_batch", token_id=piece["token_id"], **common
+            piece["loss"] - piece["reference_loss"],
+            mine,
+            0.6,
+            scope="global_batch",
+            token_id=piece["token_id"],
+            **common,
         )
         _assert_piece(chosen, whole, step, places, f"global_batch {name}")
         for i, rows in enumerate(micro_batches):
             piece, mine = _piece(columns, eligible, rows, places)
             piece_score = piece["loss"] - piece["reference_loss"]
-            chosen = select_in_scope(piece_score, mine, 0.6, scope="sequence", token_id=piece["token_id"], **common)
+            chosen = select_in_scope(
+                piece_score, mine, 0.6, scope="sequence", token_id=piece["token_id"], **common
+            )
             _assert_piece(chosen, by_row, rows, places, f"sequence {name}")
-            current = slice(4 * i, 4 * i + 4)  # in every layout here micro-batch i is made of these sequences
+            current = slice(
+                4 * i, 4 * i + 4
+            )  # in every layout here micro-batch i is made of these sequences
             expected = torch.zeros_like(whole)
-            expected[current] = expected_mask(score[current], eligible[current], 0.6, ids[current])[0]
-            chosen = select_in_scope(piece_score, mine, 0.6, scope="data_parallel", token_id=piece["token_id"], **common)
+            expected[current] = expected_mask(score[current], eligible[current], 0.6, ids[current])[
+                0
+            ]
+            chosen = select_in_scope(
+                piece_score, mine, 0.6, scope="data_parallel", token_id=piece["token_id"], **common
+            )
             _assert_piece(chosen, expected, rows, places, f"data_parallel {name}")
             expected = torch.zeros_like(whole)
             expected[rows] = expected_mask(score[rows], eligible[rows], 0.6, ids[rows])[0]
-            chosen = select_in_scope(piece_score, mine, 0.6, scope="micro_batch", token_id=piece["token_id"], **common)
+            chosen = select_in_scope(
+                piece_score, mine, 0.6, scope="micro_batch", token_id=piece["token_id"], **common
+            )
             _assert_piece(chosen, expected, rows, places, f"micro_batch {name}")
 
 
@@ -206,16 +279,26 @@ def _check_scorers_under_layouts(rank, groups):
         for scope in ("global_batch", "sequence"):
             if name == "rho_loss" and scope == "sequence":
                 continue
-            alone = scorer.choose(columns, eligible, 0.6, Population(scope, columns["token_id"]), progress)
+            alone = scorer.choose(
+                columns, eligible, 0.6, Population(scope, columns["token_id"]), progress
+            )
             for layout, micro_batches, places, group, cp_group in _layouts(rank, groups):
                 step = sum(micro_batches, [])
                 piece, mine = _piece(columns, eligible, step, places)
-                chosen = scorer.choose(piece, mine, 0.6, Population(scope, piece["token_id"], group, cp_group), progress)
+                chosen = scorer.choose(
+                    piece,
+                    mine,
+                    0.6,
+                    Population(scope, piece["token_id"], group, cp_group),
+                    progress,
+                )
                 _assert_piece(chosen, alone.mask, step, places, f"{name}, {scope}, {layout}")
                 if scope == "global_batch":
                     assert (chosen.kept, chosen.eligible) == (alone.kept, alone.eligible)
                     expected_weights = alone.weights[step][:, places]
-                    assert torch.equal(chosen.weights, expected_weights), f"{name}, {layout}: other weights"
+                    assert torch.equal(chosen.weights, expected_weights), (
+                        f"{name}, {layout}: other weights"
+                    )
 
 
 def _check_running_threshold(rank, groups):
@@ -225,7 +308,9 @@ def _check_running_threshold(rank, groups):
         columns, eligible = _global_batch(seed=10 + step)
         score = columns["loss"] - columns["reference_loss"]
         for rows in ([rank], [4 + rank]):
-            population = Population("running_threshold", columns["token_id"][rows], group=groups["all"], running=running)
+            population = Population(
+                "running_threshold", columns["token_id"][rows], group=groups["all"], running=running
+            )
             before = running.threshold
             chosen = population.top(score[rows], eligible[rows], 0.6)
             if step:
@@ -235,7 +320,9 @@ def _check_running_threshold(rank, groups):
         deviations.append(measured["selection/missed_fraction"])
     restored = RunningThreshold()
     restored.load_state_dict(running.state_dict())
-    assert restored.threshold == running.threshold and all(int(total) > 0 for _, total in deviations)
+    assert restored.threshold == running.threshold and all(
+        int(total) > 0 for _, total in deviations
+    )
 
 
 def test_method_04_05_exact_k_over_ranks_ragged_and_empty():

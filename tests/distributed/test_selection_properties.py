@@ -30,17 +30,30 @@ def steps(draw):
     """An optimizer step: (layout, rows of every data-parallel rank's micro-batches, scores, eligibility, ids) with ties and broken values."""
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
     dp, cp = LAYOUTS[layout]
-    micro_batches, sequences, length = draw(st.integers(1, 2)), draw(st.integers(1, 3)), 2 * cp * draw(st.integers(1, 4))
+    micro_batches, sequences, length = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+        2 * cp * draw(st.integers(1, 4)),
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rows = dp * micro_batches * sequences
     score = awkward_scores(generator, rows * length).view(rows, length)
-    eligible = torch.rand(rows, length, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    eligible = torch.rand(rows, length, generator=generator) < draw(
+        st.sampled_from([0.0, 0.3, 0.9, 1.0])
+    )
     for row in range(rows):
-        if draw(st.integers(0, 4)) == 0:      # a padded sequence: with few rows, an empty rank
+        if draw(st.integers(0, 4)) == 0:  # a padded sequence: with few rows, an empty rank
             eligible[row] = False
-    token_id = torch.arange(rows * length).view(rows, length) if draw(st.booleans()) else torch.randperm(rows * length, generator=generator).view(rows, length)
+    token_id = (
+        torch.arange(rows * length).view(rows, length)
+        if draw(st.booleans())
+        else torch.randperm(rows * length, generator=generator).view(rows, length)
+    )
     # micro-batch i of data-parallel rank r, as the loader deals them: consecutive rows of the global batch
-    dealt = [[list(range((i * dp + r) * sequences, (i * dp + r + 1) * sequences)) for r in range(dp)] for i in range(micro_batches)]
+    dealt = [
+        [list(range((i * dp + r) * sequences, (i * dp + r + 1) * sequences)) for r in range(dp)]
+        for i in range(micro_batches)
+    ]
     return layout, dealt, score, eligible, token_id
 
 
@@ -63,8 +76,12 @@ def check_step(rank, groups, step, keep_fraction):
     places, group, cp_group = zigzag(score.shape[1], cp_rank, cp), groups["all"], groups[layout]
     mine = [ranks[dp_rank] for ranks in dealt]
     everything = [sorted(row for ranks in dealt for rows in ranks for row in rows)]
-    scopes = {"sequence": [[row] for row in everything[0]], "micro_batch": [rows for ranks in dealt for rows in ranks],
-              "data_parallel": [sum(ranks, []) for ranks in dealt], "global_batch": everything}
+    scopes = {
+        "sequence": [[row] for row in everything[0]],
+        "micro_batch": [rows for ranks in dealt for rows in ranks],
+        "data_parallel": [sum(ranks, []) for ranks in dealt],
+        "global_batch": everything,
+    }
     wrong = []
 
     def cut(rows):
@@ -74,7 +91,16 @@ def check_step(rank, groups, step, keep_fraction):
         expected = brute_force(populations, score, eligible, keep_fraction, token_id)
         for rows in [sum(mine, [])] if scope == "global_batch" else mine:
             piece, able, ids = cut(rows)
-            chosen = select_in_scope(piece, able, keep_fraction, scope=scope, token_id=ids, group=group, cp_group=cp_group, capacity=piece.numel())
+            chosen = select_in_scope(
+                piece,
+                able,
+                keep_fraction,
+                scope=scope,
+                token_id=ids,
+                group=group,
+                cp_group=cp_group,
+                capacity=piece.numel(),
+            )
             if not torch.equal(chosen.mask, expected[rows][:, places]):
                 wrong.append(f"{scope} under {layout}: wrong choice on rank {rank}")
     piece, able, ids = cut(sum(mine, []))
@@ -82,7 +108,15 @@ def check_step(rank, groups, step, keep_fraction):
         whole = select_top(piece, able, keep_fraction, token_id=ids, group=group, backend=backend)
         if not torch.equal(whole.mask, expected[sum(mine, [])][:, places]):
             wrong.append(f"{backend} under {layout}: wrong choice on rank {rank}")
-    return wrong + check_running(piece, able, ids, keep_fraction, group, expected_mask(score, eligible, keep_fraction, token_id), expected[sum(mine, [])][:, places])
+    return wrong + check_running(
+        piece,
+        able,
+        ids,
+        keep_fraction,
+        group,
+        expected_mask(score, eligible, keep_fraction, token_id),
+        expected[sum(mine, [])][:, places],
+    )
 
 
 def check_running(piece, able, ids, keep_fraction, group, truth, exact):
@@ -95,18 +129,41 @@ def check_running(piece, able, ids, keep_fraction, group, truth, exact):
     reported = [int(measured[f"selection/{name}_fraction"][0]) for name in ("missed", "extra")]
     threshold = truth[1] if truth[3] else 0.0
     known = able & piece.isfinite()
-    right = running.threshold == threshold and counted == reported and torch.equal(chosen, known & (piece >= 0.0))
-    return [] if right else [f"running_threshold: {running.threshold} for {threshold}, deviation {reported} for {counted}"]
+    right = (
+        running.threshold == threshold
+        and counted == reported
+        and torch.equal(chosen, known & (piece >= 0.0))
+    )
+    return (
+        []
+        if right
+        else [
+            f"running_threshold: {running.threshold} for {threshold}, deviation {reported} for {counted}"
+        ]
+    )
 
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD
+    )
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
-    groups = {"all": dist.new_group(range(WORLD)), "dp4": None, "dp2_cp2": pairs[rank // 2], "cp4": dist.new_group(range(WORLD))}
+    groups = {
+        "all": dist.new_group(range(WORLD)),
+        "dp4": None,
+        "dp2_cp2": pairs[rank // 2],
+        "cp4": dist.new_group(range(WORLD)),
+    }
     seen = set()
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=60,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(steps(), FRACTIONS)
     def holds_on_every_rank(step, keep_fraction):
         wrong = [None] * WORLD

@@ -6,14 +6,29 @@ from benchmarks.step import CASES, LIMITS
 from benchmarks.step_sides import Bench, Shape, differences
 from megatron_slm.testing.spawn import run_on_cpu
 
-SHAPE = Shape(layers=2, hidden=64, feed_forward=128, heads=4, query_groups=2, vocabulary=512, sequence_tokens=32, sequences=2, precision="fp32")
+SHAPE = Shape(
+    layers=2,
+    hidden=64,
+    feed_forward=128,
+    heads=4,
+    query_groups=2,
+    vocabulary=512,
+    sequence_tokens=32,
+    sequences=2,
+    precision="fp32",
+)
 
 
 def run_every_side(groups) -> tuple[dict[str, float], dict[str, float]]:
     bench = Bench(SHAPE, groups)
     found = differences(bench)
     reports = {}
-    for name in dict.fromkeys(name for case in CASES.values() if case.name.startswith("C") for name in (case.ours, case.peer)):
+    for name in dict.fromkeys(
+        name
+        for case in CASES.values()
+        if case.name.startswith("C")
+        for name in (case.ours, case.peer)
+    ):
         result = bench.side(name)()
         if hasattr(result, "measured"):
             reports[name] = float(result.measured["selection/kept_fraction"][0])

@@ -1,9 +1,9 @@
 """megatron_slm.train with one instruction: die by SIGKILL at a named place. SLM_TEST_DEATH=PLACE:STEP:RANK, RANK may be "all".
 
-    step      in the optimizer step STEP, between backward and update
-    save      while the checkpoint of STEP is written: half of the weights file is on disk
-    rename    the checkpoint of STEP is written, and not yet renamed (rank 0 alone does that)
-    pointer   it is renamed, and `latest` does not name it yet (rank 0 alone does that)
+step      in the optimizer step STEP, between backward and update
+save      while the checkpoint of STEP is written: half of the weights file is on disk
+rename    the checkpoint of STEP is written, and not yet renamed (rank 0 alone does that)
+pointer   it is renamed, and `latest` does not name it yet (rank 0 alone does that)
 """
 
 import os
@@ -21,6 +21,7 @@ def die(process: int) -> None:
 
 def die_in_step(step: int) -> None:
     from megatron_slm.training import step as step_room
+
     forward_backward, steps = step_room.forward_backward, []
 
     def dying(*arguments, **named):
@@ -29,12 +30,14 @@ def die_in_step(step: int) -> None:
         if steps[-1] == step:
             die(os.getpid())
         return result
+
     step_room.forward_backward = dying
 
 
 def resumed_step() -> int:
     """The step this start resumed from, as the run folder says before it saves."""
     from megatron_slm.checkpoint.folder import complete_checkpoints, step_of
+
     folder = Path(sys.argv[sys.argv.index("--run.folder") + 1], "checkpoints")
     return max([step_of(path) for path in complete_checkpoints(folder)], default=0)
 
@@ -42,15 +45,17 @@ def resumed_step() -> int:
 def die_in_save(step: int) -> None:
     """In the process that writes the file: kill the trainer with half of the file written, then die too."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     write = FileSystemWriterAsync.write_preloaded_data
 
     def dying(transforms, index, bucket, *arguments, **named):
         write(transforms, index, bucket, *arguments, **named)
         if f"step_{step:08d}" in bucket[0]:
             os.truncate(bucket[0], os.path.getsize(bucket[0]) // 2)
-            time.sleep(0.3)      # so that an asynchronous save meets training that has gone on
+            time.sleep(0.3)  # so that an asynchronous save meets training that has gone on
             die(os.getppid())
             die(os.getpid())
+
     FileSystemWriterAsync.write_preloaded_data = staticmethod(dying)
 
 
@@ -61,6 +66,7 @@ def die_before(owner, name: str, step: int) -> None:
         if path.name.endswith(f"step_{step:08d}"):
             die(os.getpid())
         return function(path, *arguments)
+
     setattr(owner, name, dying)
 
 
@@ -68,10 +74,16 @@ def main() -> int:
     place, step, rank = os.environ["SLM_TEST_DEATH"].split(":")
     if rank in ("all", os.environ["RANK"]):
         from megatron_slm import device
-        device.choose("cpu")        # before megatron-core is imported
+
+        device.choose("cpu")  # before megatron-core is imported
         from megatron_slm.checkpoint import folder
-        {"step": die_in_step, "save": die_in_save, "rename": lambda step: die_before(Path, "rename", step),
-         "pointer": lambda step: die_before(folder, "point_to", step)}[place](int(step))
+
+        {
+            "step": die_in_step,
+            "save": die_in_save,
+            "rename": lambda step: die_before(Path, "rename", step),
+            "pointer": lambda step: die_before(folder, "point_to", step),
+        }[place](int(step))
     return train.main()
 
 

@@ -24,9 +24,15 @@ def whole(corpus, tmp_path_factory):
 
 def told_everywhere(run, output: str, *words: str) -> bool:
     """Whether console, warnings.jsonl and the offline W&B run all have a line with these words."""
-    in_warnings = any(all(word in line["text"] for word in words) and line["level"] == "error" for line in lines(run, "warnings.jsonl"))
+    in_warnings = any(
+        all(word in line["text"] for word in words) and line["level"] == "error"
+        for line in lines(run, "warnings.jsonl")
+    )
     in_console = any(all(word in line for word in words) for line in output.splitlines())
-    in_wandb = any(all(word.encode() in path.read_bytes() for word in words) for path in (run / "wandb").rglob("*.wandb"))
+    in_wandb = any(
+        all(word.encode() in path.read_bytes() for word in words)
+        for path in (run / "wandb").rglob("*.wandb")
+    )
     return in_warnings and in_console and in_wandb
 
 
@@ -53,18 +59,43 @@ def small_disk(tmp_path, whole):
     run = tmp_path / "run"
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(checkpoints)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(checkpoints)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
-        pytest.skip("only root can mount a small file system; test_save_failures injects the same failure without one")
+        pytest.skip(
+            "only root can mount a small file system; test_save_failures injects the same failure without one"
+        )
     yield run
     subprocess.run(["umount", str(checkpoints)], check=True)
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(asynchronous, corpus, whole, small_disk):
-    output = run_to_end(command(corpus, small_disk, "--checkpoint.asynchronous", asynchronous, "--monitoring.wandb.mode", "offline", processes=1), exit_code=4)
+def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(
+    asynchronous, corpus, whole, small_disk
+):
+    output = run_to_end(
+        command(
+            corpus,
+            small_disk,
+            "--checkpoint.asynchronous",
+            asynchronous,
+            "--monitoring.wandb.mode",
+            "offline",
+            processes=1,
+        ),
+        exit_code=4,
+    )
     assert "start the same command again: it goes on from step 3" in output
-    assert told_everywhere(small_disk, output, "could not be saved", "No space left on device", "older checkpoints are intact")
+    assert told_everywhere(
+        small_disk,
+        output,
+        "could not be saved",
+        "No space left on device",
+        "older checkpoints are intact",
+    )
     assert compared(small_disk) == compared(whole), "the same losses to the last step"
     kept = complete_checkpoints(small_disk / "checkpoints")
     assert [step_of(path) for path in kept] == [3] and damaged_files(kept[0]) == []

@@ -9,12 +9,26 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.checkpoint.folder import complete_checkpoints, damaged_files, step_of
-from tests.end_to_end.small_run import ROOT, STEPS, command, compared, environment, make_corpus, run_to_end
+from tests.end_to_end.small_run import (
+    ROOT,
+    STEPS,
+    command,
+    compared,
+    environment,
+    make_corpus,
+    run_to_end,
+)
 
 # Each start of the run dies at its place, the next goes on: (place, step, rank), asynchronous saves, the newest checkpoint afterwards.
-DEATHS = [(("step", 2, "1"), False, None), (("save", 3, "all"), False, None), (("pointer", 3, "0"), True, 3), (("rename", 6, "0"), False, 3),
-          (("save", 6, "1"), True, 3), (("step", 8, "all"), True, 6)]
-SETTINGS = ["--device.precision", "bf16"]       # with fp32 main weights to restore
+DEATHS = [
+    (("step", 2, "1"), False, None),
+    (("save", 3, "all"), False, None),
+    (("pointer", 3, "0"), True, 3),
+    (("rename", 6, "0"), False, 3),
+    (("save", 6, "1"), True, 3),
+    (("step", 8, "all"), True, 6),
+]
+SETTINGS = ["--device.precision", "bf16"]  # with fp32 main weights to restore
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +41,11 @@ def newest(run: Path) -> int | None:
     found = complete_checkpoints(run / "checkpoints")
     if not found:
         return None
-    named = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() if (run / "checkpoints" / "latest").exists() else found[-1]
+    named = (
+        run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+        if (run / "checkpoints" / "latest").exists()
+        else found[-1]
+    )
     assert damaged_files(found[-1]) == [] and named in found and damaged_files(named) == []
     return step_of(found[-1])
 
@@ -48,9 +66,19 @@ def test_a_killed_run_continues_with_the_uninterrupted_losses(corpus, whole, tmp
     run = tmp_path / "killed"
     for death, mode, expected in DEATHS:
         words = ":".join(map(str, death))
-        done = subprocess.run(command(corpus, run, *SETTINGS, *asynchronous(mode), module="tests.end_to_end.dying_train"), cwd=ROOT,
-                              env={**environment(), "SLM_TEST_DEATH": words}, capture_output=True, text=True, timeout=300)
-        assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr, f"{words}: did not die\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        done = subprocess.run(
+            command(
+                corpus, run, *SETTINGS, *asynchronous(mode), module="tests.end_to_end.dying_train"
+            ),
+            cwd=ROOT,
+            env={**environment(), "SLM_TEST_DEATH": words},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr, (
+            f"{words}: did not die\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        )
         assert newest(run) == expected, words
     output = run_to_end(command(corpus, run, *SETTINGS))
     assert f"resumed after step {DEATHS[-1][-1]}" in output

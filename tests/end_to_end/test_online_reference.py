@@ -24,16 +24,32 @@ SEQUENCES, LENGTH, VOCABULARY = 8, 32, 64
 
 
 def program(*arguments) -> None:
-    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, f"{arguments[0]} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+            "PYTHONPATH": str(ROOT),
+        },
+    )
+    assert done.returncode == 0, (
+        f"{arguments[0]} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
 
 
 def word_tokenizer(path: Path) -> None:
     """A Hugging Face tokenizer of 64 words; the text is made as ids, so only its identity and size matter."""
     from tokenizers import Tokenizer, models
+
     words = ["</s>", "<unk>", *(f"w{i}" for i in range(2, VOCABULARY))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.add_special_tokens(["</s>", "<unk>"])
     tokenizer.save(str(path))
 
@@ -45,18 +61,82 @@ def first_steps(tmp_path_factory):
     word_tokenizer(folder / "tokenizer.json")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     random = np.random.RandomState(0)
-    documents = [random.randint(2, VOCABULARY, LENGTH) for _ in range(SEQUENCES + 1)]     # the last sequence needs one more token
-    write_corpus(folder / "corpus", documents, vocabulary_size=VOCABULARY, tokenizer_fingerprint=tokenizer.fingerprint)
-    common = ["--model.layers", 2, "--model.ffn_hidden_size", 64, "--model.query_groups", 2, "--model.initialization_std", 0.2, "--data.tokenizer",
-              folder / "tokenizer.json", "--data.train", f"[{folder}/corpus]", "--data.sequence_length", LENGTH, "--data.global_batch_size", SEQUENCES,
-              "--monitoring.log_interval_steps", 1, "--monitoring.wandb.mode", "disabled", "--checkpoint.save_optimizer", "false"]
-    program("megatron_slm.train", *common, "--model.hidden_size", 16, "--run.seed", 5, "--run.folder", folder / "reference", "--schedule.train_steps", 2)
-    program("megatron_slm.score", "--checkpoint", folder / "reference", "--corpus", folder / "corpus", "--output", folder / "scores",
-            "--window-tokens", LENGTH, "--document-policy", "isolated")
+    documents = [
+        random.randint(2, VOCABULARY, LENGTH) for _ in range(SEQUENCES + 1)
+    ]  # the last sequence needs one more token
+    write_corpus(
+        folder / "corpus",
+        documents,
+        vocabulary_size=VOCABULARY,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    common = [
+        "--model.layers",
+        2,
+        "--model.ffn_hidden_size",
+        64,
+        "--model.query_groups",
+        2,
+        "--model.initialization_std",
+        0.2,
+        "--data.tokenizer",
+        folder / "tokenizer.json",
+        "--data.train",
+        f"[{folder}/corpus]",
+        "--data.sequence_length",
+        LENGTH,
+        "--data.global_batch_size",
+        SEQUENCES,
+        "--monitoring.log_interval_steps",
+        1,
+        "--monitoring.wandb.mode",
+        "disabled",
+        "--checkpoint.save_optimizer",
+        "false",
+    ]
+    program(
+        "megatron_slm.train",
+        *common,
+        "--model.hidden_size",
+        16,
+        "--run.seed",
+        5,
+        "--run.folder",
+        folder / "reference",
+        "--schedule.train_steps",
+        2,
+    )
+    program(
+        "megatron_slm.score",
+        "--checkpoint",
+        folder / "reference",
+        "--corpus",
+        folder / "corpus",
+        "--output",
+        folder / "scores",
+        "--window-tokens",
+        LENGTH,
+        "--document-policy",
+        "isolated",
+    )
     records = {}
-    for name, source in (("stored", ["--selection.reference.scores", f"[{folder}/scores]"]), ("online", ["--selection.reference.checkpoint", folder / "reference"])):
-        program("megatron_slm.train", *common, "--model.hidden_size", 32, "--run.folder", folder / name, "--schedule.train_steps", 1,
-                "--selection.scorer", "excess_loss", *source)
+    for name, source in (
+        ("stored", ["--selection.reference.scores", f"[{folder}/scores]"]),
+        ("online", ["--selection.reference.checkpoint", folder / "reference"]),
+    ):
+        program(
+            "megatron_slm.train",
+            *common,
+            "--model.hidden_size",
+            32,
+            "--run.folder",
+            folder / name,
+            "--schedule.train_steps",
+            1,
+            "--selection.scorer",
+            "excess_loss",
+            *source,
+        )
         lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
         records[name] = next(line for line in lines if line["kind"] == "train")
     return records
@@ -69,19 +149,29 @@ def test_every_token_of_the_step_has_a_score(first_steps):
 
 
 def test_the_model_s_own_loss_is_the_same(first_steps):
-    assert first_steps["online"]["loss/all"] == pytest.approx(first_steps["stored"]["loss/all"], rel=1e-6)
+    assert first_steps["online"]["loss/all"] == pytest.approx(
+        first_steps["stored"]["loss/all"], rel=1e-6
+    )
 
 
 def test_the_reference_loss_agrees_up_to_fp16_storage(first_steps):
     """Values of 4 to 8 nats are stored within 2^-9 nats; means of many of them agree much better."""
     stored, online = (first_steps[name]["loss/reference"] for name in ("stored", "online"))
     assert online == pytest.approx(stored, abs=2**-9) and online > 1.0
-    assert abs(first_steps["online"]["loss/all"] - online) > 0.01, "the reference is another model than the one in training"
+    assert abs(first_steps["online"]["loss/all"] - online) > 0.01, (
+        "the reference is another model than the one in training"
+    )
 
 
 def test_the_selection_agrees_up_to_tokens_at_the_threshold(first_steps):
     stored, online = first_steps["stored"], first_steps["online"]
-    assert online["tokens/selected"] == stored["tokens/selected"] == 2 * math.ceil(0.6 * SEQUENCES / 2 * (LENGTH - 1))     # two micro-batches
-    assert online["selection/threshold_nats"] == pytest.approx(stored["selection/threshold_nats"], abs=2**-8)
+    assert (
+        online["tokens/selected"]
+        == stored["tokens/selected"]
+        == 2 * math.ceil(0.6 * SEQUENCES / 2 * (LENGTH - 1))
+    )  # two micro-batches
+    assert online["selection/threshold_nats"] == pytest.approx(
+        stored["selection/threshold_nats"], abs=2**-8
+    )
     for name in ("loss/selected", "loss/reference_selected", "optimizer/grad_norm"):
         assert online[name] == pytest.approx(stored[name], rel=5e-3), name

@@ -8,7 +8,10 @@ import torch
 from megatron_slm import device as device_room
 from megatron_slm.config.schema import Config
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 SEQUENCES, LENGTH, VOCABULARY = 2, 64, 500
 
@@ -17,8 +20,16 @@ def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False)
     """(loss_BS, gradient of the embedding) of one backward pass on fixed tokens."""
     from megatron_slm.data.batch import hidden_from
     from megatron_slm.model.build import build_model
+
     config = Config()
-    config.model = dataclasses.replace(config.model, layers=2, hidden_size=128, ffn_hidden_size=256, attention_heads=4, query_groups=2)
+    config.model = dataclasses.replace(
+        config.model,
+        layers=2,
+        hidden_size=128,
+        ffn_hidden_size=256,
+        attention_heads=4,
+        query_groups=2,
+    )
     config.data.document_policy = "isolated" if isolated else "packed"
     config.device = dataclasses.replace(config.device, precision=precision, fp8=fp8, layers=layers)
     model = build_model(config, VOCABULARY, groups)[0]
@@ -26,18 +37,33 @@ def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False)
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator, device="cuda")
     positions = torch.arange(LENGTH, device="cuda").expand_as(tokens)
     starts = torch.where(positions < 20, 0, 20) if isolated else None
-    loss = model(tokens, positions, None if starts is None else hidden_from(starts), labels=tokens.roll(-1, 1))
+    loss = model(
+        tokens,
+        positions,
+        None if starts is None else hidden_from(starts),
+        labels=tokens.roll(-1, 1),
+    )
     loss.sum().backward()
     name = "embedding.word_embeddings.weight"
-    return loss.detach(), next(p.grad.float() for n, p in model.named_parameters() if n.endswith(name)), tokens
+    return (
+        loss.detach(),
+        next(p.grad.float() for n, p in model.named_parameters() if n.endswith(name)),
+        tokens,
+    )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or device_room.apex_rms_norm() is None, reason="apex's fused norms are not built")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or device_room.apex_rms_norm() is None,
+    reason="apex's fused norms are not built",
+)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
 def test_apex_norm_is_torchs(dtype, tolerance):
     from types import SimpleNamespace
 
     from megatron_slm.model.layers import RMSNorm
+
     norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=False), 256)
     torch.nn.init.normal_(norm.weight, 1.0, 0.1)
     hidden = torch.randn(8, 2, 256, device="cuda", dtype=dtype)
@@ -57,19 +83,35 @@ def test_isolated_documents_do_not_see_each_other(groups):
     """The second document's losses are those of the same tokens run alone."""
     loss, _, tokens = losses(groups, isolated=True)
     packed, _, _ = losses(groups)
-    assert torch.allclose(loss[:, :20], packed[:, :20], atol=1e-4) and not torch.allclose(loss[:, 20:], packed[:, 20:], atol=1e-3)
+    assert torch.allclose(loss[:, :20], packed[:, :20], atol=1e-4) and not torch.allclose(
+        loss[:, 20:], packed[:, 20:], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near_fp32(groups, precision):
-    (loss, gradient, _), (expected, expected_gradient, _) = losses(groups, precision), losses(groups)
-    assert (loss - expected).abs().mean() < 0.02 and (gradient - expected_gradient).norm() < 0.05 * expected_gradient.norm()
+    (loss, gradient, _), (expected, expected_gradient, _) = (
+        losses(groups, precision),
+        losses(groups),
+    )
+    assert (loss - expected).abs().mean() < 0.02 and (
+        gradient - expected_gradient
+    ).norm() < 0.05 * expected_gradient.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or not device_room.has_transformer_engine() or torch.cuda.get_device_capability() < (8, 9),
-                    reason="fp8 needs Transformer Engine and compute capability 8.9")
+@pytest.mark.skipif(
+    not torch.cuda.is_available()
+    or not device_room.has_transformer_engine()
+    or torch.cuda.get_device_capability() < (8, 9),
+    reason="fp8 needs Transformer Engine and compute capability 8.9",
+)
 @pytest.mark.parametrize("fp8", ["hybrid", "e4m3"])
 def test_fp8_is_near_bf16(groups, fp8):
-    (loss, gradient, _), (expected, expected_gradient, _) = losses(groups, "bf16", fp8, "auto"), losses(groups, "bf16", "none", "auto")
+    (loss, gradient, _), (expected, expected_gradient, _) = (
+        losses(groups, "bf16", fp8, "auto"),
+        losses(groups, "bf16", "none", "auto"),
+    )
     assert not torch.equal(loss, expected), "fp8 changed nothing: it is not on"
-    assert (loss - expected).abs().mean() < 0.1 and (gradient - expected_gradient).norm() < 0.2 * expected_gradient.norm()
+    assert (loss - expected).abs().mean() < 0.1 and (
+        gradient - expected_gradient
+    ).norm() < 0.2 * expected_gradient.norm()

@@ -10,19 +10,31 @@ from megatron_slm.ops import linear_cross_entropy, plan_head, selected_linear_cr
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.ops.plan import has_triton
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 N, H, V, TRUE_V = 700, 256, 2048, 2001
-PASSES = ["eager", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="triton is not installed"))]
+PASSES = [
+    "eager",
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+    ),
+]
 
 
 def problem(dtype):
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(N, H, generator=generator, device="cuda").to(dtype).requires_grad_()
-    weight = (torch.randn(V, H, generator=generator, device="cuda") * 0.1).to(dtype).requires_grad_()
+    weight = (
+        (torch.randn(V, H, generator=generator, device="cuda") * 0.1).to(dtype).requires_grad_()
+    )
     target = torch.randint(0, TRUE_V, (N,), generator=generator, device="cuda")
     target[5] = -100
-    share = torch.rand(N, generator=generator, device="cuda") * (torch.rand(N, generator=generator, device="cuda") < 0.6)
+    share = torch.rand(N, generator=generator, device="cuda") * (
+        torch.rand(N, generator=generator, device="cuda") < 0.6
+    )
     return hidden, weight, target, share
 
 
@@ -44,12 +56,19 @@ def test_equals_fp64(dtype, mode, elementwise):
         total = (loss * share).sum()
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     logits = (exact[0] @ exact[1].t())[:, :TRUE_V]
-    expected = F.cross_entropy(logits, target, reduction="none") + 1e-3 * logits.logsumexp(1).square() * (target != -100)
+    expected = F.cross_entropy(logits, target, reduction="none") + 1e-3 * logits.logsumexp(
+        1
+    ).square() * (target != -100)
     computed = loss.isfinite()
     assert computed.sum() == N if mode != "known" else computed.sum() > N // 3
-    assert relative(loss.detach()[computed], expected.detach()[computed]) < 1e-5, "losses are fp32 sums in every dtype"
+    assert relative(loss.detach()[computed], expected.detach()[computed]) < 1e-5, (
+        "losses are fp32 sums in every dtype"
+    )
     limit = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}[dtype]
-    for value, reference in zip(torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad((expected * share).sum(), exact)):
+    for value, reference in zip(
+        torch.autograd.grad(total, (hidden, weight)),
+        torch.autograd.grad((expected * share).sum(), exact),
+    ):
         assert relative(value, reference) < limit
 
 
@@ -59,16 +78,30 @@ def test_main_grad_accumulates_in_fp32(mode):
     parameter = torch.nn.Parameter(weight.detach().clone())
     parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros(V, H, device="cuda"), False
     for _ in range(2):
-        loss = linear_cross_entropy(hidden, parameter, target, vocabulary_size=TRUE_V, mode=mode, accumulate_into_main_grad=True)
+        loss = linear_cross_entropy(
+            hidden,
+            parameter,
+            target,
+            vocabulary_size=TRUE_V,
+            mode=mode,
+            accumulate_into_main_grad=True,
+        )
         (loss * share).sum().backward()
-    (once,) = torch.autograd.grad((linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V) * share).sum(), weight)
-    assert relative(parameter.main_grad, 2 * once.double()) < 6e-3 and parameter.grad_added_to_main_grad
+    (once,) = torch.autograd.grad(
+        (linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V) * share).sum(), weight
+    )
+    assert (
+        relative(parameter.main_grad, 2 * once.double()) < 6e-3
+        and parameter.grad_added_to_main_grad
+    )
 
 
 def test_the_plan_uses_fp32_results_and_memory_stays_below_a_quarter_of_the_logits():
     tokens, columns, width = 8192, 32000, 512
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.nn.Parameter(torch.randn(columns, width, device="cuda", dtype=torch.bfloat16) * 0.05)
+    weight = torch.nn.Parameter(
+        torch.randn(columns, width, device="cuda", dtype=torch.bfloat16) * 0.05
+    )
     weight.main_grad = torch.zeros(columns, width, device="cuda")
     target = torch.randint(0, columns, (tokens,), device="cuda")
     plan = plan_head(tokens, columns, torch.bfloat16, hidden.device, mode="recompute")
@@ -76,21 +109,33 @@ def test_the_plan_uses_fp32_results_and_memory_stays_below_a_quarter_of_the_logi
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    linear_cross_entropy(hidden, weight, target, mode="recompute", accumulate_into_main_grad=True).sum().backward()
+    linear_cross_entropy(
+        hidden, weight, target, mode="recompute", accumulate_into_main_grad=True
+    ).sum().backward()
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before < 0.25 * 6 * tokens * columns, "megatron-core's head holds 6 bytes per logit"
+    assert torch.cuda.max_memory_allocated() - before < 0.25 * 6 * tokens * columns, (
+        "megatron-core's head holds 6 bytes per logit"
+    )
 
 
 def test_liger_engine_equals_fp64_where_its_kernels_run():
-    if torch.cuda.get_device_capability() != (9, 0) or importlib.util.find_spec("liger_kernel") is None:
+    if (
+        torch.cuda.get_device_capability() != (9, 0)
+        or importlib.util.find_spec("liger_kernel") is None
+    ):
         pytest.skip("needs a Hopper GPU and liger-kernel[cutedsl]")
     check_liger(torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), H)
     hidden, weight, target, share = problem(torch.bfloat16)
     loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, engine="liger")
-    assert torch.equal(loss, linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode="recompute")), "forward is ours"
+    assert torch.equal(
+        loss, linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode="recompute")
+    ), "forward is ours"
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     expected = F.cross_entropy((exact[0] @ exact[1].t())[:, :TRUE_V], target, reduction="none")
-    for value, reference in zip(torch.autograd.grad((loss * share).sum(), (hidden, weight)), torch.autograd.grad((expected * share).sum(), exact)):
+    for value, reference in zip(
+        torch.autograd.grad((loss * share).sum(), (hidden, weight)),
+        torch.autograd.grad((expected * share).sum(), exact),
+    ):
         assert relative(value, reference) < 1e-2
 
 
@@ -103,7 +148,9 @@ def test_bf16_losses_move_fewer_tokens_than_logits_rounded_to_bf16(mode):
     weight = (torch.randn(V, H, generator=generator, device="cuda") * 0.2).bfloat16()
     target = torch.randint(0, V, (tokens,), generator=generator, device="cuda")
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), target, reduction="none")
-    reference = exact + 0.3 * torch.randn(tokens, generator=generator, device="cuda", dtype=torch.float64)
+    reference = exact + 0.3 * torch.randn(
+        tokens, generator=generator, device="cuda", dtype=torch.float64
+    )
 
     def chosen(loss):
         return set((loss.double() - reference).topk(kept).indices.tolist())

@@ -8,7 +8,10 @@ from megatron_slm.planning.hardware import find_gpu
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.memory import CONTEXT_BYTES, rank_memory
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 TOLERANCE = 0.15
 
@@ -19,11 +22,23 @@ def test_peak_of_one_step(recompute, layers):
     """A 0.4 B model, one GPU, two micro-batches of 4 x 2048 tokens in bf16."""
     from megatron_slm import device as device_room
     from megatron_slm import parallel
+
     device = device_room.choose("cuda")
-    config, problems = from_mapping(dict(
-        device=dict(precision="bf16", layers=layers, kind="cuda"),
-        model=dict(layers=16, hidden_size=1280, ffn_hidden_size=3456, attention_heads=20, query_groups=4, vocabulary_size=32000, recompute=recompute),
-        data=dict(sequence_length=2048, micro_batch_size=4, global_batch_size=8)))
+    config, problems = from_mapping(
+        dict(
+            device=dict(precision="bf16", layers=layers, kind="cuda"),
+            model=dict(
+                layers=16,
+                hidden_size=1280,
+                ffn_hidden_size=3456,
+                attention_heads=20,
+                query_groups=4,
+                vocabulary_size=32000,
+                recompute=recompute,
+            ),
+            data=dict(sequence_length=2048, micro_batch_size=4, global_batch_size=8),
+        )
+    )
     assert not problems
     groups = parallel.start(config.parallel, device, config.run.seed)
     try:
@@ -31,7 +46,15 @@ def test_peak_of_one_step(recompute, layers):
         engine = layers == "auto" and device_room.has_transformer_engine()
         if not engine:
             config.device.layers = "torch"
-        planned = rank_memory(Job(config, 32000, find_gpu(torch.cuda.get_device_name()) or find_gpu("H100"), gpus_per_node=1), 0)
+        planned = rank_memory(
+            Job(
+                config,
+                32000,
+                find_gpu(torch.cuda.get_device_name()) or find_gpu("H100"),
+                gpus_per_node=1,
+            ),
+            0,
+        )
         assert peak == pytest.approx(planned.total - CONTEXT_BYTES, rel=TOLERANCE), planned
     finally:
         parallel.stop()
@@ -49,11 +72,26 @@ def peak_bytes(config, groups) -> int:
     optimizer = build_optimizer(models, config)
     tokens_BS = torch.randint(0, 32000, (4, 2048), device="cuda")
     positions_BS = torch.arange(2048, device="cuda").expand(4, -1)
-    batches = [Batch(tokens_BS, tokens_BS, torch.ones(4, 2048, device="cuda"), positions_BS, tokens_BS, torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
+    batches = [
+        Batch(
+            tokens_BS,
+            tokens_BS,
+            torch.ones(4, 2048, device="cuda"),
+            positions_BS,
+            tokens_BS,
+            torch.zeros(4, dtype=torch.int64),
+        )
+        for _ in range(2)
+    ]
 
     def loss(index, batch, output):
-        return output[:, :1228].sum(), torch.tensor(4.0 * 1228, dtype=torch.float64, device="cuda"), {}
-    for _ in range(2):      # the second step has the optimizer's state from the beginning
+        return (
+            output[:, :1228].sum(),
+            torch.tensor(4.0 * 1228, dtype=torch.float64, device="cuda"),
+            {},
+        )
+
+    for _ in range(2):  # the second step has the optimizer's state from the beginning
         torch.cuda.reset_peak_memory_stats()
         for model in models:
             model.zero_grad_buffer()

@@ -6,7 +6,10 @@ import torch.nn.functional as F
 
 from megatron_slm.ops.row_skipping import linear_skipping_zero_rows
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 N, I, BLOCKS, COLUMNS, QUERIES = 512, 256, 4, 96, 64
 
@@ -16,13 +19,22 @@ N, I, BLOCKS, COLUMNS, QUERIES = 512, 256, 4, 96, 64
 def test_gradients_are_those_of_a_linear(fused, head_columns):
     generator = torch.Generator("cuda").manual_seed(0)
     input = torch.randn(N, I, generator=generator, device="cuda").bfloat16().requires_grad_()
-    weight = torch.nn.Parameter(torch.randn(BLOCKS * COLUMNS, I, generator=generator, device="cuda").bfloat16())
+    weight = torch.nn.Parameter(
+        torch.randn(BLOCKS * COLUMNS, I, generator=generator, device="cuda").bfloat16()
+    )
     upstream = torch.randn(N, BLOCKS, COLUMNS, generator=generator, device="cuda").bfloat16()
     upstream[::2, :, :QUERIES], upstream[400:, :, QUERIES:] = 0, 0
     upstream = upstream.flatten(1)
-    exact = torch.autograd.grad(F.linear(input.double(), weight.double()), (input, weight), upstream.double())
-    weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight, dtype=torch.float32), False
-    linear_skipping_zero_rows(input, weight, gradient_accumulation_fusion=fused, blocks=BLOCKS, head_columns=head_columns).backward(upstream)
+    exact = torch.autograd.grad(
+        F.linear(input.double(), weight.double()), (input, weight), upstream.double()
+    )
+    weight.main_grad, weight.grad_added_to_main_grad = (
+        torch.ones_like(weight, dtype=torch.float32),
+        False,
+    )
+    linear_skipping_zero_rows(
+        input, weight, gradient_accumulation_fusion=fused, blocks=BLOCKS, head_columns=head_columns
+    ).backward(upstream)
     grad_weight = weight.main_grad - 1 if fused else weight.grad
     for value, reference in ((input.grad, exact[0]), (grad_weight, exact[1])):
         assert (value.double() - reference).norm() < 0.01 * reference.double().norm()

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -15,7 +18,15 @@ def test_first_step_equals_megatron_cores(precision, groups):
 
     torch.backends.cuda.matmul.allow_tf32 = False
     shape = Shape(
-        layers=4, hidden=512, feed_forward=1408, heads=8, query_groups=4, vocabulary=4096, sequence_tokens=256, sequences=4, precision=precision
+        layers=4,
+        hidden=512,
+        feed_forward=1408,
+        heads=8,
+        query_groups=4,
+        vocabulary=4096,
+        sequence_tokens=256,
+        sequences=4,
+        precision=precision,
     )
     found = differences(Bench(shape, groups))
     for name, limit in LIMITS[precision].items():
@@ -25,7 +36,17 @@ def test_first_step_equals_megatron_cores(precision, groups):
 def test_an_online_reference_and_scoring_give_the_losses_of_the_same_weights(groups):
     from benchmarks.step_sides import Bench, Shape
 
-    shape = Shape(layers=2, hidden=256, feed_forward=704, heads=4, query_groups=4, vocabulary=2048, sequence_tokens=128, sequences=2, precision="bf16")
+    shape = Shape(
+        layers=2,
+        hidden=256,
+        feed_forward=704,
+        heads=4,
+        query_groups=4,
+        vocabulary=2048,
+        sequence_tokens=128,
+        sequences=2,
+        precision="bf16",
+    )
     bench = Bench(shape, groups)
     report = bench.side("online")()
     assert report.updated and bench.side("score")().shape == (2, 128)

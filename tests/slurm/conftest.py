@@ -24,7 +24,10 @@ def free_port() -> int:
 
 def configuration(folder: Path) -> str:
     host = socket.gethostname().split(".")[0]
-    nodes = "\n".join(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 State=UNKNOWN" for name in ("n1", "n2"))
+    nodes = "\n".join(
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 State=UNKNOWN"
+        for name in ("n1", "n2")
+    )
     return f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -59,7 +62,11 @@ def slurm(tmp_path_factory):
     """Environment in which srun, sbatch and scontrol talk to the cluster."""
     missing = [program for program in PROGRAMS if find(program) is None]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"needs {', '.join(missing)} (Debian: slurmd slurmctld slurm-client munge)" if missing else "needs root, to start the daemons")
+        pytest.skip(
+            f"needs {', '.join(missing)} (Debian: slurmd slurmctld slurm-client munge)"
+            if missing
+            else "needs root, to start the daemons"
+        )
     folder = Path(tmp_path_factory.mktemp("slurm"))
     folder.chmod(0o755)
     for parent in list(folder.parents)[:2]:
@@ -69,14 +76,36 @@ def slurm(tmp_path_factory):
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    daemons = [start([find("munged"), "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key",
-                      f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"], environment, folder, "munged")]
+    daemons = [
+        start(
+            [
+                find("munged"),
+                "--foreground",
+                "--force",
+                f"--socket={folder}/munge.socket",
+                f"--key-file={folder}/munge.key",
+                f"--pid-file={folder}/munge.pid",
+                f"--log-file={folder}/munge.log",
+                f"--seed-file={folder}/munge.seed",
+            ],
+            environment,
+            folder,
+            "munged",
+        )
+    ]
     wait_until(lambda: (folder / "munge.socket").exists(), 20, "munged did not start")
     daemons.append(start([find("slurmctld"), "-D", "-i"], environment, folder, "slurmctld"))
-    daemons += [start([find("slurmd"), "-D", "-N", node], environment, folder, node) for node in ("n1", "n2")]
+    daemons += [
+        start([find("slurmd"), "-D", "-N", node], environment, folder, node)
+        for node in ("n1", "n2")
+    ]
     try:
         ready = ["srun", "--nodes=2", "--ntasks=2", "--immediate=5", "true"]
-        wait_until(lambda: subprocess.run(ready, env=environment, capture_output=True).returncode == 0, 60, "the cluster did not come up: " + str(folder))
+        wait_until(
+            lambda: subprocess.run(ready, env=environment, capture_output=True).returncode == 0,
+            60,
+            "the cluster did not come up: " + str(folder),
+        )
         yield environment
     finally:
         subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
@@ -89,7 +118,9 @@ def slurm(tmp_path_factory):
 
 
 def start(command: list[str], environment: dict, folder: Path, name: str) -> subprocess.Popen:
-    return subprocess.Popen(command, env=environment, stdout=open(folder / f"{name}.out", "w"), stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, env=environment, stdout=open(folder / f"{name}.out", "w"), stderr=subprocess.STDOUT
+    )
 
 
 def wait_until(condition, seconds: float, message: str) -> None:

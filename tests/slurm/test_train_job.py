@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
-TRAINER = '''
+TRAINER = """
 import os, sys, time
 from pathlib import Path
 folder = Path(os.environ["RUN_FOLDER"])
@@ -51,7 +51,7 @@ while step < 6:
 save()
 dist.destroy_process_group()
 print(f"rank {rank} done", flush=True)
-'''
+"""
 
 
 @pytest.fixture
@@ -64,19 +64,48 @@ def checkout(tmp_path) -> Path:
 
 
 def state(job: str, environment: dict) -> dict[str, str]:
-    shown = subprocess.run(["scontrol", "show", "job", job], env=environment, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
 def test_a_job_is_stopped_requeued_resumed_and_done(slurm, checkout):
     run_folder = checkout / "run"
-    environment = {**slurm, "RUN_FOLDER": str(run_folder), "SLM_VENV": "/nonexistent", "SLM_PROCESSES_PER_NODE": "2", "GLOO_SOCKET_IFNAME": "lo",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **slurm,
+        "RUN_FOLDER": str(run_folder),
+        "SLM_VENV": "/nonexistent",
+        "SLM_PROCESSES_PER_NODE": "2",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     # Both nodes of this cluster are this machine, so the first node's name must lead here.
-    (checkout / "env.sh").write_text('source "$SLM_ROOT/launch/env.sh"\nscontrol() { if [ "$1" = show ]; then echo 127.0.0.1; else command scontrol "$@"; fi; }\n')
+    (checkout / "env.sh").write_text(
+        'source "$SLM_ROOT/launch/env.sh"\nscontrol() { if [ "$1" = show ]; then echo 127.0.0.1; else command scontrol "$@"; fi; }\n'
+    )
     environment["SLM_ENV"] = str(checkout / "env.sh")
-    submitted = subprocess.run(["sbatch", "--parsable", "--nodes=2", "--time=10", "--output=job.log", "launch/train.sbatch", "--config", "x.yaml"],
-                               cwd=checkout, env=environment, capture_output=True, text=True)
+    submitted = subprocess.run(
+        [
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--time=10",
+            "--output=job.log",
+            "launch/train.sbatch",
+            "--config",
+            "x.yaml",
+        ],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert submitted.returncode == 0, submitted.stderr
     job, log = submitted.stdout.strip(), checkout / "job.log"
 
@@ -84,7 +113,9 @@ def test_a_job_is_stopped_requeued_resumed_and_done(slurm, checkout):
         deadline = time.monotonic() + seconds
         while not condition():
             text = log.read_text() if log.exists() else "no output"
-            assert time.monotonic() < deadline, f"{what} did not happen; {state(job, environment)}\n{text}"
+            assert time.monotonic() < deadline, (
+                f"{what} did not happen; {state(job, environment)}\n{text}"
+            )
             time.sleep(0.5)
 
     wait_for((run_folder / "waiting").exists, "step 3")
@@ -92,7 +123,10 @@ def test_a_job_is_stopped_requeued_resumed_and_done(slurm, checkout):
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], env=environment, check=True)
     wait_for(lambda: state(job, environment).get("Restarts") == "1", "the requeue")
     assert (run_folder / "checkpoints" / "latest").read_text() == "3"
-    wait_for(lambda: state(job, environment)["JobState"] in ("COMPLETED", "FAILED"), "the second start's end")
+    wait_for(
+        lambda: state(job, environment)["JobState"] in ("COMPLETED", "FAILED"),
+        "the second start's end",
+    )
 
     text = log.read_text()
     assert state(job, environment)["JobState"] == "COMPLETED", text

@@ -15,8 +15,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(code: str, **environment) -> str:
     """What `code` prints in a fresh interpreter that sees no GPU; its traceback is the failure message."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -83,14 +94,18 @@ def test_stand_ins():
 
 
 def test_stand_ins_are_refused_once_megatron_core_is_there():
-    code = ("import megatron.core\nfrom megatron_slm import device\n"
-            "try:\n    device.use_cpu()\nexcept RuntimeError as error:\n    print(error)\n")
+    code = (
+        "import megatron.core\nfrom megatron_slm import device\n"
+        "try:\n    device.use_cpu()\nexcept RuntimeError as error:\n    print(error)\n"
+    )
     assert "must run before megatron.core is imported" in run(code)
 
 
 def test_importing_the_room_changes_nothing():
-    run("import torch\nzeros, to = torch.zeros, torch.Tensor.to\nimport megatron_slm.device, megatron_slm.parallel\n"
-        "assert torch.zeros is zeros and torch.Tensor.to is to\nimport sys\nassert 'megatron' not in sys.modules")
+    run(
+        "import torch\nzeros, to = torch.zeros, torch.Tensor.to\nimport megatron_slm.device, megatron_slm.parallel\n"
+        "assert torch.zeros is zeros and torch.Tensor.to is to\nimport sys\nassert 'megatron' not in sys.modules"
+    )
 
 
 def test_an_unknown_kind_names_the_known_ones():
@@ -110,18 +125,22 @@ def package(tmp_path, monkeypatch):
             path = tmp_path.joinpath(*module.split("."))
             path.mkdir(parents=True, exist_ok=True)
             (path / "__init__.py").write_text("")
+
     yield make
     for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "amp_C")]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("modules, state", [
-    (["apex"], "foreign"),                                             # the PyPI project: an `apex` without NVIDIA's parts
-    (["apex", "apex.lib", "apex.views"], "foreign"),
-    (["apex", "apex.optimizers"], "nvidia_python"),
-    (["apex", "apex.multi_tensor_apply"], "nvidia_python"),
-    (["apex", "apex.optimizers", "amp_C"], "nvidia"),
-])
+@pytest.mark.parametrize(
+    "modules, state",
+    [
+        (["apex"], "foreign"),  # the PyPI project: an `apex` without NVIDIA's parts
+        (["apex", "apex.lib", "apex.views"], "foreign"),
+        (["apex", "apex.optimizers"], "nvidia_python"),
+        (["apex", "apex.multi_tensor_apply"], "nvidia_python"),
+        (["apex", "apex.optimizers", "amp_C"], "nvidia"),
+    ],
+)
 def test_apex_state(package, modules, state):
     package(*modules)
     assert apex_state() == state
@@ -129,38 +148,101 @@ def test_apex_state(package, modules, state):
 
 def test_apex_is_absent(monkeypatch):
     import importlib.util
+
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "apex" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "apex" else find(name, *rest),
+    )
     assert apex_state() == "absent"
 
 
 def test_the_start_table_says_why_an_acceleration_is_off(package):
     import torch
+
     package("apex")
-    rows = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cpu", torch.device("cpu"), "gloo"), "torch", DeviceConfig())}
-    assert rows["device"] == ("cpu", "gloo collectives") and rows["optimizer"] == ("AdamW, torch", "no CUDA")
+    rows = {
+        feature: (state, why)
+        for feature, state, why in describe_acceleration(
+            Device("cpu", torch.device("cpu"), "gloo"), "torch", DeviceConfig()
+        )
+    }
+    assert rows["device"] == ("cpu", "gloo collectives") and rows["optimizer"] == (
+        "AdamW, torch",
+        "no CUDA",
+    )
     assert "the CPU" in rows["layers"][1]
     assert rows["fused norm"] == rows["fp8"] == ("off", "no CUDA")
-    assert rows["apex"][0] == "foreign" and "unrelated PyPI project" in rows["apex"][1] and "Dockerfile" in rows["apex"][1]
-    on_gpu = {feature: (state, why) for feature, state, why in describe_acceleration(Device("cuda", torch.device("cuda"), "nccl"), "torch", DeviceConfig())}
+    assert (
+        rows["apex"][0] == "foreign"
+        and "unrelated PyPI project" in rows["apex"][1]
+        and "Dockerfile" in rows["apex"][1]
+    )
+    on_gpu = {
+        feature: (state, why)
+        for feature, state, why in describe_acceleration(
+            Device("cuda", torch.device("cuda"), "nccl"), "torch", DeviceConfig()
+        )
+    }
     assert on_gpu["fused norm"][0] == "off" and "pip uninstall apex" in on_gpu["fused norm"][1]
     assert on_gpu["fp8"] == ("off", "it needs Transformer Engine layers")
-    assert on_gpu["gradient-accumulation fusion"][0] == "off" and "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]
+    assert (
+        on_gpu["gradient-accumulation fusion"][0] == "off"
+        and "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]
+    )
 
 
 def test_the_start_table_says_what_is_on(package):
     import torch
-    package("apex", "apex.optimizers", "amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
+
+    package(
+        "apex",
+        "apex.optimizers",
+        "amp_C",
+        "fused_layer_norm_cuda",
+        "fused_weight_gradient_mlp_cuda",
+    )
     cuda = Device("cuda", torch.device("cuda"), "nccl")
-    native = {feature: state for feature, state, _ in describe_acceleration(cuda, "torch", DeviceConfig(), isolated_documents=True)}
-    assert (native["fused norm"], native["optimizer"], native["gradient-accumulation fusion"]) == ("apex", "AdamW, apex", "on")
-    engine = {feature: state for feature, state, _ in describe_acceleration(cuda, "transformer_engine", DeviceConfig(fp8="hybrid"))}
-    assert (engine["fused norm"], engine["layers"], engine["fp8"]) == ("Transformer Engine", "Transformer Engine", "hybrid, tensorwise scaling")
+    native = {
+        feature: state
+        for feature, state, _ in describe_acceleration(
+            cuda, "torch", DeviceConfig(), isolated_documents=True
+        )
+    }
+    assert (native["fused norm"], native["optimizer"], native["gradient-accumulation fusion"]) == (
+        "apex",
+        "AdamW, apex",
+        "on",
+    )
+    engine = {
+        feature: state
+        for feature, state, _ in describe_acceleration(
+            cuda, "transformer_engine", DeviceConfig(fp8="hybrid")
+        )
+    }
+    assert (engine["fused norm"], engine["layers"], engine["fp8"]) == (
+        "Transformer Engine",
+        "Transformer Engine",
+        "hybrid, tensorwise scaling",
+    )
 
 
-@pytest.mark.parametrize("capability, recipe, problem", [((8, 0), "tensorwise", "capability 8.0"), ((8, 9), "delayed", ""), ((9, 0), "mxfp8", "needs 10.0")])
+@pytest.mark.parametrize(
+    "capability, recipe, problem",
+    [
+        ((8, 0), "tensorwise", "capability 8.0"),
+        ((8, 9), "delayed", ""),
+        ((9, 0), "mxfp8", "needs 10.0"),
+    ],
+)
 def test_fp8_is_refused_where_the_hardware_has_none(monkeypatch, capability, recipe, problem):
     import torch
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert fp8_problem("transformer_engine", recipe) == "" if not problem else problem in fp8_problem("transformer_engine", recipe)
+    assert (
+        fp8_problem("transformer_engine", recipe) == ""
+        if not problem
+        else problem in fp8_problem("transformer_engine", recipe)
+    )
     assert "torch-native" in fp8_problem("torch", recipe)

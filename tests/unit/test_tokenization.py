@@ -12,15 +12,35 @@ import tokenizers
 from megatron_slm.tokenization import load_tokenizer
 from tokenizer.train import main as train
 
-TEXTS = ["some words and numbers 123", "naïve 日本 🙂", "  spaces\n\tand tabs ", "literal <s> </s> <|endoftext|>"]
+TEXTS = [
+    "some words and numbers 123",
+    "naïve 日本 🙂",
+    "  spaces\n\tand tabs ",
+    "literal <s> </s> <|endoftext|>",
+]
 
 
 @pytest.fixture(scope="module")
 def sentencepiece_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sp")
-    (folder / "c.jsonl").write_text("".join(json.dumps({"text": f"some words and numbers {n}"}) + "\n" for n in range(300)))
-    assert train(["--input", str(folder / "c.jsonl"), "--output-prefix", str(folder / "v"), "--vocab-size", "320", "--threads",
-                  "1"]) == 0
+    (folder / "c.jsonl").write_text(
+        "".join(json.dumps({"text": f"some words and numbers {n}"}) + "\n" for n in range(300))
+    )
+    assert (
+        train(
+            [
+                "--input",
+                str(folder / "c.jsonl"),
+                "--output-prefix",
+                str(folder / "v"),
+                "--vocab-size",
+                "320",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     return folder / "v.model"
 
 
@@ -31,8 +51,12 @@ def huggingface_path(tmp_path_factory):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=["<|endoftext|>", "<|stop|>"],
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|stop|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     backend.train_from_iterator([f"some words and numbers {n}" for n in range(300)], trainer)
     backend.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
@@ -57,19 +81,28 @@ def test_encode_decode_batch(tokenizer):
 
 def test_pickle_loads_again(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
-    assert again.fingerprint == tokenizer.fingerprint and again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert again.fingerprint == tokenizer.fingerprint and again.encode(
+        TEXTS[1]
+    ) == tokenizer.encode(TEXTS[1])
 
 
 def test_pieces_join_to_the_text(tokenizer):
     text = "some words\nand more"
-    assert "".join(tokenizer.piece(token_id) for token_id in tokenizer.encode(text)).lstrip(" ") == text
+    assert (
+        "".join(tokenizer.piece(token_id) for token_id in tokenizer.encode(text)).lstrip(" ")
+        == text
+    )
     with pytest.raises(ValueError, match="outside the vocabulary"):
         tokenizer.piece(tokenizer.vocabulary_size)
 
 
 def test_special_ids(sentencepiece_path, huggingface_path):
     tokenizer = load_tokenizer(sentencepiece_path)
-    assert tokenizer.kind == "sentencepiece" and tokenizer.eod_id == tokenizer.eos_id == 2 and tokenizer.vocabulary_size == 320
+    assert (
+        tokenizer.kind == "sentencepiece"
+        and tokenizer.eod_id == tokenizer.eos_id == 2
+        and tokenizer.vocabulary_size == 320
+    )
     alone = load_tokenizer(huggingface_path)
     assert alone.kind == "huggingface" and alone.eod_id == 0 and alone.bos_id is None
     config = huggingface_path.with_name("tokenizer_config.json")
@@ -87,11 +120,22 @@ def test_saved_truncation_is_not_applied(tmp_path, huggingface_path):
     backend = tokenizers.Tokenizer.from_file(str(huggingface_path))
     backend.enable_truncation(3)
     backend.save(str(tmp_path / "tokenizer.json"))
-    assert len(load_tokenizer(tmp_path / "tokenizer.json").encode("some words and numbers 1 2 3")) > 3
+    assert (
+        len(load_tokenizer(tmp_path / "tokenizer.json").encode("some words and numbers 1 2 3")) > 3
+    )
 
 
-@pytest.mark.parametrize("name, content", [("x.model", b""), ("x.model", b"\0" * 100), ("x.model", b"not a model"),
-                                           ("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff"), ("tokenizer.json", b"")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("x.model", b""),
+        ("x.model", b"\0" * 100),
+        ("x.model", b"not a model"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"\xff"),
+        ("tokenizer.json", b""),
+    ],
+)
 def test_other_files_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=str(tmp_path)):

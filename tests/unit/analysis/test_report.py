@@ -17,24 +17,50 @@ from megatron_slm.analysis.run_folder import read_run, read_runs
 def write_run(folder, *, scorer, losses, name="", rejected=(2.0, 2.5), ahead=(1.0, 0.5), keep=0.6):
     """A run of len(losses) - 1 intervals of 1000 tokens; `ahead`: model loss minus reference loss at start and end."""
     folder.mkdir(parents=True)
-    config = {"run": {"folder": str(folder), "name": name}, "optimizer": {"clip_grad_norm": 1.0}, "data": {"train": ["a/web", "b/code"]},
-              "selection": {"scorer": scorer, "keep_fraction": keep}}
+    config = {
+        "run": {"folder": str(folder), "name": name},
+        "optimizer": {"clip_grad_norm": 1.0},
+        "data": {"train": ["a/web", "b/code"]},
+        "selection": {"scorer": scorer, "keep_fraction": keep},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "versions.txt").write_text("torch 2.13.0 <cpu>\n")
     records, last = [], len(losses) - 1
     for i, loss in enumerate(losses):
         processed = i * 1000
-        records.append({"step": i * 10, "kind": "validation", "tokens/processed": processed, "validation/curated/loss": loss})
+        records.append(
+            {
+                "step": i * 10,
+                "kind": "validation",
+                "tokens/processed": processed,
+                "validation/curated/loss": loss,
+            }
+        )
         if i:
             share = (i - 1) / max(last - 1, 1)
-            record = {"step": i * 10, "kind": "train", "tokens/processed": processed, "loss/all": 4.0, "optimizer/grad_norm": 0.5 + i,
-                      "optimizer/learning_rate": 1e-4, "throughput/tokens_per_second": 1234.0, "throughput/step_seconds": 0.5}
+            record = {
+                "step": i * 10,
+                "kind": "train",
+                "tokens/processed": processed,
+                "loss/all": 4.0,
+                "optimizer/grad_norm": 0.5 + i,
+                "optimizer/learning_rate": 1e-4,
+                "throughput/tokens_per_second": 1234.0,
+                "throughput/step_seconds": 0.5,
+            }
             if scorer != "none":
-                record |= {"tokens/selected": int(processed * keep), "loss/selected": 5.0, "loss/rejected": float(np.interp(share, [0, 1], rejected)),
-                           "loss/reference": 4.0 - float(np.interp(share, [0, 1], ahead)), "selection/kept_fraction": keep,
-                           "selection/threshold_nats": 0.3 - 0.1 * i, "selection/rate_by_reference_loss": [0.2, 0.9, None, 0.5],
-                           "selection/rate_by_reference_loss_edges_nats": [0.0, 0.5, 1.0, 2.0, 9.0],
-                           "selection/rate_by_position": [0.5, 0.7], "selection/rate_by_corpus": [0.55, 0.65]}
+                record |= {
+                    "tokens/selected": int(processed * keep),
+                    "loss/selected": 5.0,
+                    "loss/rejected": float(np.interp(share, [0, 1], rejected)),
+                    "loss/reference": 4.0 - float(np.interp(share, [0, 1], ahead)),
+                    "selection/kept_fraction": keep,
+                    "selection/threshold_nats": 0.3 - 0.1 * i,
+                    "selection/rate_by_reference_loss": [0.2, 0.9, None, 0.5],
+                    "selection/rate_by_reference_loss_edges_nats": [0.0, 0.5, 1.0, 2.0, 9.0],
+                    "selection/rate_by_position": [0.5, 0.7],
+                    "selection/rate_by_corpus": [0.55, 0.65],
+                }
             records.append(record)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
@@ -44,11 +70,22 @@ def write_run(folder, *, scorer, losses, name="", rejected=(2.0, 2.5), ahead=(1.
 def folders(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("runs")
     plain = write_run(tmp_path / "plain", scorer="none", losses=[4.0, 3.6, 3.4])
-    slm = write_run(tmp_path / "slm", scorer="excess_loss", losses=[4.0, 3.5, 3.3], name="slm <0.6>")
+    slm = write_run(
+        tmp_path / "slm", scorer="excess_loss", losses=[4.0, 3.5, 3.3], name="slm <0.6>"
+    )
     random = write_run(tmp_path / "random", scorer="random", losses=[4.0, 3.7, 3.55])
-    view = {"corpus": "web", "document": 3, "tokens": ["for", " x<y", "\n"], "loss": [1.0, 2.0, 3.0], "reference_loss": [None, 1.0, 2.5], "selected": [False, True, False]}
+    view = {
+        "corpus": "web",
+        "document": 3,
+        "tokens": ["for", " x<y", "\n"],
+        "loss": [1.0, 2.0, 3.0],
+        "reference_loss": [None, 1.0, 2.5],
+        "selected": [False, True, False],
+    }
     (slm / "token_view.jsonl").write_text(json.dumps(view) + "\n")
-    (slm / "warnings.jsonl").write_text(json.dumps({"step": 1, "level": "warning", "text": "beware of <i>"}) + "\n")
+    (slm / "warnings.jsonl").write_text(
+        json.dumps({"step": 1, "level": "warning", "text": "beware of <i>"}) + "\n"
+    )
     return [plain, slm, random]
 
 
@@ -65,24 +102,41 @@ def pages(folders, tmp_path_factory):
 def cells(page):
     """The summary table's rows as text."""
     body = re.search(r"<tbody>(.*?)</tbody>", page, re.DOTALL).group(1)
-    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row)] for row in re.findall(r"<tr>.*?</tr>", body, re.DOTALL)]
+    return [
+        [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row)]
+        for row in re.findall(r"<tr>.*?</tr>", body, re.DOTALL)
+    ]
 
 
 def test_the_program_writes_one_file_with_the_numbers(pages):
     page = pages[0]
     # 3.4 is crossed between 3.5 at 1000 and 3.3 at 2000 tokens: at 1500, 0.75 of the plain run's 2000.
-    assert cells(page) == [["plain", "3.400", "2k", "2k", "1.23k", "2k"],
-                           ["slm &lt;0.6&gt;", "3.300", "2k", "1.2k", "1.23k", "1.5k (0.75×)"],
-                           ["random", "3.550", "2k", "1.2k", "1.23k", "not reached"]]
-    assert "slm &lt;0.6&gt; has the lowest loss on curated, 3.300 nats per token; plain is 0.100 higher; random is 0.250 higher" in page
-    assert "selection.scorer" in page and "torch 2.13.0 &lt;cpu&gt;" in page and "beware of &lt;i&gt;" in page
+    assert cells(page) == [
+        ["plain", "3.400", "2k", "2k", "1.23k", "2k"],
+        ["slm &lt;0.6&gt;", "3.300", "2k", "1.2k", "1.23k", "1.5k (0.75×)"],
+        ["random", "3.550", "2k", "1.2k", "1.23k", "not reached"],
+    ]
+    assert (
+        "slm &lt;0.6&gt; has the lowest loss on curated, 3.300 nats per token; plain is 0.100 higher; random is 0.250 higher"
+        in page
+    )
+    assert (
+        "selection.scorer" in page
+        and "torch 2.13.0 &lt;cpu&gt;" in page
+        and "beware of &lt;i&gt;" in page
+    )
     assert page.count("<figure>") == 9
     assert " x&lt;y" in page and "1 of 3 tokens selected" in page
 
 
 def test_it_stands_alone(pages):
     page = pages[0]
-    assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "<script" not in page and "@import" not in page and "url(" not in page
+    assert (
+        not re.search(r"(src|href)=\"(?!data:|#)", page)
+        and "<script" not in page
+        and "@import" not in page
+        and "url(" not in page
+    )
     assert "<0.6>" not in page and "<i>" not in page
 
 
@@ -92,37 +146,67 @@ def test_the_same_runs_give_the_same_file(pages):
 
 def test_words_follow_the_numbers(tmp_path):
     plain = write_run(tmp_path / "plain", scorer="none", losses=[4.0, 3.4, 3.0])
-    worse = write_run(tmp_path / "slm", scorer="excess_loss", losses=[4.0, 3.6, 3.2], rejected=(2.5, 2.0), ahead=(0.5, -0.25))
+    worse = write_run(
+        tmp_path / "slm",
+        scorer="excess_loss",
+        losses=[4.0, 3.6, 3.2],
+        rejected=(2.5, 2.0),
+        ahead=(0.5, -0.25),
+    )
     level = write_run(tmp_path / "same", scorer="random", losses=[4.0, 3.4, 3.002])
     runs = read_runs([plain, worse, level])
     text = readings.validation(runs, "curated")
-    assert "plain and same are level on curated at 3.000" in text and "slm is 0.200 higher" in text and "lowest" not in text
+    assert (
+        "plain and same are level on curated at 3.000" in text
+        and "slm is 0.200 higher" in text
+        and "lowest" not in text
+    )
     assert "overtaken its reference (0.25 nats below it at the end)" in readings.training(runs)
     assert "expected" not in readings.training(runs[:2]), "rejected loss fell"
-    rising = read_run(write_run(tmp_path / "rising", scorer="excess_loss", losses=[4.0, 3.6, 3.2], rejected=(2.0, 2.5)))
+    rising = read_run(
+        write_run(
+            tmp_path / "rising", scorer="excess_loss", losses=[4.0, 3.6, 3.2], rejected=(2.0, 2.5)
+        )
+    )
     assert "went from 2.00 to 2.50 nats (a rise is expected" in readings.training([rising])
     outcome = readings.outcomes(runs, "curated")
     assert [line.tokens_to_plain for line in outcome] == [2000.0, None, None]
-    assert "90% of class 2" in readings.by_reference_loss(runs) and "20% of class 1" in readings.by_reference_loss(runs)
+    assert "90% of class 2" in readings.by_reference_loss(
+        runs
+    ) and "20% of class 1" in readings.by_reference_loss(runs)
 
 
 def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path):
     long = write_run(tmp_path / "long", scorer="none", losses=[4.0, 3.5, 3.0, 2.5])
     short = write_run(tmp_path / "short", scorer="excess_loss", losses=[4.0, 3.25])
     assert readings.validation(read_runs([long, short]), "curated").startswith(
-        "After 1k processed tokens short has the lowest loss on curated, 3.250 nats per token; long is 0.250 higher")
+        "After 1k processed tokens short has the lowest loss on curated, 3.250 nats per token; long is 0.250 higher"
+    )
 
 
 def test_a_report_of_one_unfinished_run_without_validation(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "tokens/processed": 10, "loss/all": 3.0}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "kind": "train", "tokens/processed": 10, "loss/all": 3.0}\n'
+    )
     assert report.main(["--runs", str(folder)]) == 0
     assert "No run was validated" in (folder / "report.html").read_text()
 
 
 def test_bad_usage_and_bad_folders(folders, tmp_path, capsys):
-    assert report.main(["--runs", str(tmp_path / "absent"), str(folders[0]), "--output", str(tmp_path / "r.html")]) == 3
+    assert (
+        report.main(
+            [
+                "--runs",
+                str(tmp_path / "absent"),
+                str(folders[0]),
+                "--output",
+                str(tmp_path / "r.html"),
+            ]
+        )
+        == 3
+    )
     assert "absent: no such folder" in capsys.readouterr().err
     assert report.main(["--runs", str(folders[0]), "--corpus", "nope"]) == 2
     assert "validation corpora of these runs: curated" in capsys.readouterr().err
@@ -130,8 +214,10 @@ def test_bad_usage_and_bad_folders(folders, tmp_path, capsys):
 
 
 def test_help_and_imports_stay_light():
-    code = ("import sys\nfrom megatron_slm import report\ntry:\n    report.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
-            "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\nimport megatron_slm.analysis.report\nassert 'torch' not in sys.modules")
+    code = (
+        "import sys\nfrom megatron_slm import report\ntry:\n    report.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\nimport megatron_slm.analysis.report\nassert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "example:" in done.stdout and "--runs" in done.stdout

@@ -26,36 +26,86 @@ def train(step, **metrics):
 def test_series_vectors_and_messages(tmp_path):
     folder = write_run(
         tmp_path / "run",
-        [train(20, loss=2.0, hist=[0.5, None]), train(10, loss=3.0), train(20, loss=1.5, hist=[0.25, 0.75]), train(30, loss=None),
-         {"step": 20, "kind": "validation", "tokens/processed": 2000, "validation/curated/loss": 3.5, "validation/curated/tokens": 9},
-         {"step": 20, "kind": "something new"}],
-        config={"run": {"name": "arm"}, "selection": {"scorer": "excess_loss"}, "data": {"validation": [{"name": "curated", "corpus": "x"}]}},
-        warnings__jsonl='{"text": "twice"}\n{"text": "twice"}\n{"te', versions__txt="torch 2\n")
+        [
+            train(20, loss=2.0, hist=[0.5, None]),
+            train(10, loss=3.0),
+            train(20, loss=1.5, hist=[0.25, 0.75]),
+            train(30, loss=None),
+            {
+                "step": 20,
+                "kind": "validation",
+                "tokens/processed": 2000,
+                "validation/curated/loss": 3.5,
+                "validation/curated/tokens": 9,
+            },
+            {"step": 20, "kind": "something new"},
+        ],
+        config={
+            "run": {"name": "arm"},
+            "selection": {"scorer": "excess_loss"},
+            "data": {"validation": [{"name": "curated", "corpus": "x"}]},
+        },
+        warnings__jsonl='{"text": "twice"}\n{"text": "twice"}\n{"te',
+        versions__txt="torch 2\n",
+    )
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "kind": "tra')
     run = read_run(folder)
     x, y = run.series("loss")
-    assert x.tolist() == [1000, 2000] and y.tolist() == [3.0, 1.5], "sorted, the later of two lines of a step counts, null is left out"
+    assert x.tolist() == [1000, 2000] and y.tolist() == [3.0, 1.5], (
+        "sorted, the later of two lines of a step counts, null is left out"
+    )
     assert run.vectors("hist")[1].tolist() == [[0.25, 0.75]]
     assert run.validation_names() == ["curated"] and run.last("validation/curated/loss") == 3.5
-    assert run.warnings == ["twice"] and run.unreadable_lines == 1 and run.name == "arm" and not run.is_plain
+    assert (
+        run.warnings == ["twice"]
+        and run.unreadable_lines == 1
+        and run.name == "arm"
+        and not run.is_plain
+    )
     assert run.setting("selection.reference.checkpoint", "none") == "none"
 
 
 def test_selected_tokens_at_a_validation_are_interpolated(tmp_path):
-    validation = [{"step": step, "kind": "validation", "tokens/processed": step * 100, "validation/v/loss": 1.0} for step in (0, 15)]
-    records = [train(10, **{"tokens/selected": 600}), train(20, **{"tokens/selected": 1000}), *validation]
+    validation = [
+        {
+            "step": step,
+            "kind": "validation",
+            "tokens/processed": step * 100,
+            "validation/v/loss": 1.0,
+        }
+        for step in (0, 15)
+    ]
+    records = [
+        train(10, **{"tokens/selected": 600}),
+        train(20, **{"tokens/selected": 1000}),
+        *validation,
+    ]
     slm = read_run(write_run(tmp_path / "slm", records, {"selection": {"scorer": "excess_loss"}}))
     assert slm.series("validation/v/loss", "tokens/selected")[0].tolist() == [0, 800]
     plain = read_run(write_run(tmp_path / "plain", validation, {"selection": {"scorer": "none"}}))
-    assert plain.is_plain and plain.series("validation/v/loss", "tokens/selected")[0].tolist() == [0, 1500]
-    everything = read_run(write_run(tmp_path / "all", validation, {"selection": {"scorer": "excess_loss", "keep_fraction": 1.0}}))
+    assert plain.is_plain and plain.series("validation/v/loss", "tokens/selected")[0].tolist() == [
+        0,
+        1500,
+    ]
+    everything = read_run(
+        write_run(
+            tmp_path / "all",
+            validation,
+            {"selection": {"scorer": "excess_loss", "keep_fraction": 1.0}},
+        )
+    )
     assert everything.is_plain
 
 
 def test_only_metrics_are_needed(tmp_path):
     run = read_run(write_run(tmp_path / "bare", [train(1, loss=1.0)]))
-    assert run.name == "bare" and run.versions == "" and run.token_views == [] and run.vectors("none")[1].shape == (0, 0)
+    assert (
+        run.name == "bare"
+        and run.versions == ""
+        and run.token_views == []
+        and run.vectors("none")[1].shape == (0, 0)
+    )
     assert np.isnan(run.series("loss")[1]).sum() == 0
 
 
@@ -72,4 +122,8 @@ def test_every_bad_folder_is_named(tmp_path):
         read_runs([tmp_path / "absent", bare, empty])
     lines = str(error.value).splitlines()
     assert len(lines) == 3
-    assert "absent: no such folder" in lines[0] and "holds no metrics.jsonl" in lines[1] and "holds no metrics yet" in lines[2]
+    assert (
+        "absent: no such folder" in lines[0]
+        and "holds no metrics.jsonl" in lines[1]
+        and "holds no metrics yet" in lines[2]
+    )

@@ -15,21 +15,35 @@ def by_polyfit(loss_TC):
         slope, _ = np.polyfit(np.arange(n + 1), losses, 1)
         change = slope * n
         changes.append(change)
-        names.append("H→L" if change < -0.2 else "L→H" if change > 0.2 else "L→L" if losses[-1] <= mean_last else "H→H")
+        names.append(
+            "H→L"
+            if change < -0.2
+            else "L→H"
+            if change > 0.2
+            else "L→L"
+            if losses[-1] <= mean_last
+            else "H→H"
+        )
     return names, np.array(changes), mean_last
 
 
 @pytest.mark.parametrize("checkpoints", [2, 3, 8])
 def test_equals_polyfit(checkpoints):
     rng = np.random.default_rng(0)
-    loss_TC = rng.gamma(2.0, 1.2, (300, 1)) + rng.normal(0, 0.3, (300, 1)) * np.arange(checkpoints) / checkpoints + rng.normal(0, 0.1, (300, checkpoints))
+    loss_TC = (
+        rng.gamma(2.0, 1.2, (300, 1))
+        + rng.normal(0, 0.3, (300, 1)) * np.arange(checkpoints) / checkpoints
+        + rng.normal(0, 0.1, (300, checkpoints))
+    )
     names, changes, mean_last = by_polyfit(loss_TC)
     dynamics = classify(loss_TC)
     assert [CATEGORIES[code] for code in dynamics.category_T] == names
     assert set(names) == set(CATEGORIES), "the data must reach every category"
     np.testing.assert_allclose(dynamics.change_nats_T, changes, rtol=0, atol=1e-9)
     assert dynamics.mean_last_loss_nats == pytest.approx(mean_last)
-    assert dynamics.shares() == pytest.approx({name: names.count(name) / 300 for name in CATEGORIES})
+    assert dynamics.shares() == pytest.approx(
+        {name: names.count(name) / 300 for name in CATEGORIES}
+    )
 
 
 def test_borders_and_ties():

@@ -6,11 +6,22 @@ import re
 
 import pytest
 
-from megatron_slm.analysis.token_viewer import TokenView, read_token_views, render, select_example, write_token_views
+from megatron_slm.analysis.token_viewer import (
+    TokenView,
+    read_token_views,
+    render,
+    select_example,
+    write_token_views,
+)
 
-VIEW = TokenView("web", 7, tokens=["if", " a<b", " &&", " \"q\"", "\n", "\t", "</div><script>x</script>"],
-                 loss=[1.0, 2.5, None, 0.25, 3.0, 1.0, 2.0], reference_loss=[None, 1.0, 1.0, 0.5, float("nan"), 1.0, 1.0],
-                 selected=[False, True, False, False, True, False, True])
+VIEW = TokenView(
+    "web",
+    7,
+    tokens=["if", " a<b", " &&", ' "q"', "\n", "\t", "</div><script>x</script>"],
+    loss=[1.0, 2.5, None, 0.25, 3.0, 1.0, 2.0],
+    reference_loss=[None, 1.0, 1.0, 0.5, float("nan"), 1.0, 1.0],
+    selected=[False, True, False, False, True, False, True],
+)
 
 
 def text_of(fragment):
@@ -55,14 +66,26 @@ def test_unequal_lists_are_refused():
 
 
 def example(document, excess, selected):
-    return TokenView("web", document, ["t"] * len(excess), [1.0 + value for value in excess], [1.0] * len(excess), selected)
+    return TokenView(
+        "web",
+        document,
+        ["t"] * len(excess),
+        [1.0 + value for value in excess],
+        [1.0] * len(excess),
+        selected,
+    )
 
 
 def test_examples_show_a_contrast_and_are_cut():
-    views = [example(0, [0.0] * 100, [True] * 100),                                  # nothing rejected
-             example(1, [0.2, 0.1] * 50, [True, False] * 50),
-             example(2, [3.0, -3.0] * 50, [True, False] * 50),                       # the strongest contrast
-             example(3, [4.0, -4.0], [True, False])]                                 # too short to read
+    views = [
+        example(0, [0.0] * 100, [True] * 100),  # nothing rejected
+        example(1, [0.2, 0.1] * 50, [True, False] * 50),
+        example(2, [3.0, -3.0] * 50, [True, False] * 50),  # the strongest contrast
+        example(3, [4.0, -4.0], [True, False]),
+    ]  # too short to read
     chosen = select_example(views, count=2, maximum_tokens=80)
-    assert [view.document for view in chosen] == [2, 3] or [view.document for view in chosen] == [2, 1]
+    assert [view.document for view in chosen] == [2, 3] or [view.document for view in chosen] == [
+        2,
+        1,
+    ]
     assert len(chosen[0].tokens) == 80

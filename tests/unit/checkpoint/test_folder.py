@@ -6,14 +6,30 @@ import shutil
 import pytest
 
 from megatron_slm.checkpoint import folder as folders
-from megatron_slm.checkpoint.folder import (CheckpointInfo, complete, complete_checkpoints, damaged_files, read_checkpoint_info,
-                                            resolve_checkpoint, step_folder, step_of, writing_folder)
+from megatron_slm.checkpoint.folder import (
+    CheckpointInfo,
+    complete,
+    complete_checkpoints,
+    damaged_files,
+    read_checkpoint_info,
+    resolve_checkpoint,
+    step_folder,
+    step_of,
+    writing_folder,
+)
 
 WEIGHTS = b"weights" * 1000
 
 
 def info(step: int) -> CheckpointInfo:
-    return CheckpointInfo({"layers": 2, "vocabulary_size": 300}, 64, {"path": "t.model", "fingerprint": "sha256:t"}, step, step * 512, precision="bf16")
+    return CheckpointInfo(
+        {"layers": 2, "vocabulary_size": 300},
+        64,
+        {"path": "t.model", "fingerprint": "sha256:t"},
+        step,
+        step * 512,
+        precision="bf16",
+    )
 
 
 def write(checkpoints, step: int, weights: bytes = WEIGHTS):
@@ -26,7 +42,9 @@ def write(checkpoints, step: int, weights: bytes = WEIGHTS):
 
 
 def save(checkpoints, step: int, weights: bytes = WEIGHTS):
-    return complete(checkpoints, step, info(step), {"step": step}, write(checkpoints, step, weights))
+    return complete(
+        checkpoints, step, info(step), {"step": step}, write(checkpoints, step, weights)
+    )
 
 
 @pytest.fixture
@@ -39,7 +57,11 @@ def test_completing_renames_and_moves_the_pointer(checkpoints):
         assert save(checkpoints, step) == step_folder(checkpoints, step)
         assert not writing_folder(checkpoints, step).exists()
         assert (checkpoints / "latest").read_text() == f"step_{step:08d}\n"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000100", "step_00000200"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        "step_00000100",
+        "step_00000200",
+    ]
     assert json.loads((step_folder(checkpoints, 200) / "trainer.json").read_text()) == {"step": 200}
 
 
@@ -53,7 +75,11 @@ def test_the_description_comes_back(checkpoints):
 def test_the_fingerprint_is_of_the_weights_alone(checkpoints, tmp_path):
     first, again = save(checkpoints, 100), save(tmp_path / "elsewhere", 300)
     other = save(tmp_path / "other", 100, b"other weights")
-    assert read_checkpoint_info(first).fingerprint == read_checkpoint_info(again).fingerprint != read_checkpoint_info(other).fingerprint
+    assert (
+        read_checkpoint_info(first).fingerprint
+        == read_checkpoint_info(again).fingerprint
+        != read_checkpoint_info(other).fingerprint
+    )
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/step_00000200"])
@@ -74,12 +100,23 @@ def test_resolve_says_what_is_missing(tmp_path):
 def test_order_is_by_number_also_beyond_eight_digits(checkpoints):
     for step in (100_000_000, 99_999_999, 2):
         save(checkpoints, step)
-    assert [step_of(path) for path in complete_checkpoints(checkpoints)] == [2, 99_999_999, 100_000_000]
+    assert [step_of(path) for path in complete_checkpoints(checkpoints)] == [
+        2,
+        99_999_999,
+        100_000_000,
+    ]
 
 
 def test_names_that_are_no_checkpoints_are_passed_over(checkpoints):
     save(checkpoints, 1)
-    for name in (".writing_step_00000002", ".removing_step_00000003", ".replaced_step_00000004", "step_5", "step_00000006_copy", "old_step_00000007"):
+    for name in (
+        ".writing_step_00000002",
+        ".removing_step_00000003",
+        ".replaced_step_00000004",
+        "step_5",
+        "step_00000006_copy",
+        "old_step_00000007",
+    ):
         (checkpoints / name).mkdir()
     (checkpoints / "step_00000008").write_text("a file, no folder")
     assert [path.name for path in complete_checkpoints(checkpoints)] == ["step_00000001"]
@@ -103,7 +140,9 @@ def test_a_kill_between_any_two_writes_leaves_the_older_checkpoint(checkpoints, 
                 if count == operation:
                     raise Killed
                 return function(*args, **kwargs)
+
             return call
+
         shutil.rmtree(writing_folder(checkpoints, 200), ignore_errors=True)
         checksums = write(checkpoints, 200)
         with monkeypatch.context() as patch:
@@ -159,7 +198,9 @@ def test_missing_and_shortened_files_are_found(checkpoints):
 @pytest.mark.parametrize("content", [None, "{", ""])
 def test_unreadable_checksums_are_damage(checkpoints, content):
     checkpoint = save(checkpoints, 100)
-    (checkpoint / "checksums.json").unlink() if content is None else (checkpoint / "checksums.json").write_text(content)
+    (checkpoint / "checksums.json").unlink() if content is None else (
+        checkpoint / "checksums.json"
+    ).write_text(content)
     assert damaged_files(checkpoint) == ["checksums.json"]
     with pytest.raises(ValueError, match="damaged checkpoint.*use an older"):
         read_checkpoint_info(checkpoint)
@@ -171,7 +212,12 @@ def test_ranks_share_the_checking(checkpoints):
         if path.name != "checksums.json":
             path.write_bytes(b"?")
     shares = [damaged_files(checkpoint, (rank, 3)) for rank in range(3)]
-    assert sorted(name for share in shares for name in share) == ["__0_0.distcp", "common.pt", "model.json", "trainer.json"]
+    assert sorted(name for share in shares for name in share) == [
+        "__0_0.distcp",
+        "common.pt",
+        "model.json",
+        "trainer.json",
+    ]
     assert all(len(share) <= 2 for share in shares)
 
 
@@ -183,7 +229,11 @@ def test_kills_leave_nothing_behind_that_tidy_does_not_clear(checkpoints):
     shutil.copytree(step_folder(checkpoints, 200), checkpoints / ".replaced_step_00000200")
     shutil.copytree(step_folder(checkpoints, 200), checkpoints / ".removing_step_00000050")
     folders.tidy(checkpoints)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000100", "step_00000200"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        "step_00000100",
+        "step_00000200",
+    ]
     assert damaged_files(step_folder(checkpoints, 100)) == []
     folders.tidy(checkpoints / "nowhere")
 
@@ -191,11 +241,21 @@ def test_kills_leave_nothing_behind_that_tidy_does_not_clear(checkpoints):
 def test_going_on_from_an_older_one_sets_the_damaged_aside(checkpoints):
     for step in (100, 200, 300):
         save(checkpoints, step)
-    for _ in range(2):       # also when one of that name lies there already
-        folders.settle_on(step_folder(checkpoints, 100), [step_folder(checkpoints, 300), step_folder(checkpoints, 200)])
+    for _ in range(2):  # also when one of that name lies there already
+        folders.settle_on(
+            step_folder(checkpoints, 100),
+            [step_folder(checkpoints, 300), step_folder(checkpoints, 200)],
+        )
         assert [step_of(path) for path in complete_checkpoints(checkpoints)] == [100]
-        assert resolve_checkpoint(checkpoints / "latest") == resolve_checkpoint(checkpoints) == step_folder(checkpoints, 100)
-        assert sorted(path.name for path in checkpoints.glob("*.damaged")) == ["step_00000200.damaged", "step_00000300.damaged"]
+        assert (
+            resolve_checkpoint(checkpoints / "latest")
+            == resolve_checkpoint(checkpoints)
+            == step_folder(checkpoints, 100)
+        )
+        assert sorted(path.name for path in checkpoints.glob("*.damaged")) == [
+            "step_00000200.damaged",
+            "step_00000300.damaged",
+        ]
         save(checkpoints, 200), save(checkpoints, 300)
     assert resolve_checkpoint(checkpoints / "latest") == step_folder(checkpoints, 300)
 
@@ -212,5 +272,6 @@ def test_a_file_that_cannot_be_read_is_damage(checkpoints, monkeypatch):
 
     def unreadable(path):
         raise OSError(5, "Input/output error")
+
     monkeypatch.setattr(folders, "file_sha256", unreadable)
     assert damaged_files(checkpoint) == ["__0_0.distcp", "common.pt", "model.json", "trainer.json"]

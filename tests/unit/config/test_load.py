@@ -4,7 +4,15 @@ import pytest
 import yaml
 from hypothesis import given, strategies
 
-from megatron_slm.config.load import ConfigError, from_mapping, load_yaml, parse, split_arguments, to_mapping, to_yaml
+from megatron_slm.config.load import (
+    ConfigError,
+    from_mapping,
+    load_yaml,
+    parse,
+    split_arguments,
+    to_mapping,
+    to_yaml,
+)
 from megatron_slm.config.schema import Config, CorpusConfig
 
 
@@ -18,6 +26,7 @@ def recipe(tmp_path):
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
         return path
+
     return write
 
 
@@ -33,9 +42,18 @@ def test_without_arguments_it_is_the_defaults():
 
 def test_overrides_beat_the_file_and_the_file_beats_the_defaults(recipe):
     path = recipe("model: {layers: 7, hidden_size: 96}\nselection: {reference: {scores: [a]}}\n")
-    config = read("--model.layers", 9, "--config", path, "--selection.reference.checkpoint=runs/r")      # the order of options does not matter
-    assert (config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size) == (9, 96, Config().model.ffn_hidden_size)
-    assert (config.selection.reference.scores, config.selection.reference.checkpoint) == (["a"], "runs/r")
+    config = read(
+        "--model.layers", 9, "--config", path, "--selection.reference.checkpoint=runs/r"
+    )  # the order of options does not matter
+    assert (config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size) == (
+        9,
+        96,
+        Config().model.ffn_hidden_size,
+    )
+    assert (config.selection.reference.scores, config.selection.reference.checkpoint) == (
+        ["a"],
+        "runs/r",
+    )
 
 
 def test_load_yaml_is_the_file_alone(recipe):
@@ -44,14 +62,22 @@ def test_load_yaml_is_the_file_alone(recipe):
         load_yaml(recipe("model: {layer: 7}"))
 
 
-@pytest.mark.parametrize("text, number", [("1e-4", 1e-4), ("3E-5", 3e-5), ("1.0e-3", 1e-3), ("2", 2.0)])
+@pytest.mark.parametrize(
+    "text, number", [("1e-4", 1e-4), ("3E-5", 3e-5), ("1.0e-3", 1e-3), ("2", 2.0)]
+)
 def test_yaml_reads_numbers_with_an_exponent(recipe, text, number):
     """YAML 1.1 calls 1e-4 a text; the schema knows it is a number. In a file and as an override."""
-    assert read("--config", recipe(f"optimizer: {{learning_rate: {text}}}")).optimizer.learning_rate == number
+    assert (
+        read("--config", recipe(f"optimizer: {{learning_rate: {text}}}")).optimizer.learning_rate
+        == number
+    )
     assert read("--optimizer.learning_rate", text).optimizer.learning_rate == number
 
 
-@pytest.mark.parametrize("text, number", [("1_000_000", 1_000_000), ("1e6", 1_000_000), ("15e9", 15_000_000_000), ("64.0", 64)])
+@pytest.mark.parametrize(
+    "text, number",
+    [("1_000_000", 1_000_000), ("1e6", 1_000_000), ("15e9", 15_000_000_000), ("64.0", 64)],
+)
 def test_whole_numbers_may_be_written_large(text, number):
     config = read("--schedule.train_tokens", text)
     assert config.schedule.train_tokens == number and type(config.schedule.train_tokens) is int
@@ -63,12 +89,25 @@ def test_text_on_the_command_line_is_taken_as_it_is(text):
 
 
 def test_lists_and_mappings_on_the_command_line():
-    config = read("--data.train", "[a, b]", "--data.weights", "[0.5, 2]", "--selection.scorer_options", "{band: [0.2, 0.8]}",
-                  "--data.validation", "[{name: held_out, corpus: c}]", "--selection.keep_fraction", "{style: linear, start: 1.0, end: 0.6, tokens: 10}")
+    config = read(
+        "--data.train",
+        "[a, b]",
+        "--data.weights",
+        "[0.5, 2]",
+        "--selection.scorer_options",
+        "{band: [0.2, 0.8]}",
+        "--data.validation",
+        "[{name: held_out, corpus: c}]",
+        "--selection.keep_fraction",
+        "{style: linear, start: 1.0, end: 0.6, tokens: 10}",
+    )
     assert config.data.train == ["a", "b"] and config.data.weights == [0.5, 2.0]
-    assert config.selection.scorer_options == {"band": [0.2, 0.8]} and config.selection.keep_fraction["end"] == 0.6
+    assert (
+        config.selection.scorer_options == {"band": [0.2, 0.8]}
+        and config.selection.keep_fraction["end"] == 0.6
+    )
     assert config.data.validation == [CorpusConfig("held_out", "c")]
-    assert read("--data.train", "alone").data.train == ["alone"]      # one corpus needs no brackets
+    assert read("--data.train", "alone").data.train == ["alone"]  # one corpus needs no brackets
 
 
 def test_scorer_none_and_flags_without_a_value():
@@ -77,34 +116,47 @@ def test_scorer_none_and_flags_without_a_value():
     assert config.parallel.sequence is True and config.parallel.tensor == 2
 
 
-@pytest.mark.parametrize("argv, expected", [
-    (["--model.layer", 3], "did you mean model.layers?"),
-    (["--modle.layers", 3], "did you mean model?"),
-    (["--selection.reference.score", "[x]"], "did you mean selection.reference.scores?"),
-    (["--model.banana", 3], "known here: layers, hidden_size"),
-    (["--data.validation", "[{nmae: a, corpus: c}]"], "data.validation[0].nmae: unknown field (got 'a'); did you mean data.validation[0].name?"),
-])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--model.layer", 3], "did you mean model.layers?"),
+        (["--modle.layers", 3], "did you mean model?"),
+        (["--selection.reference.score", "[x]"], "did you mean selection.reference.scores?"),
+        (["--model.banana", 3], "known here: layers, hidden_size"),
+        (
+            ["--data.validation", "[{nmae: a, corpus: c}]"],
+            "data.validation[0].nmae: unknown field (got 'a'); did you mean data.validation[0].name?",
+        ),
+    ],
+)
 def test_unknown_keys_name_the_nearest_one(argv, expected):
     [problem] = problems_of(*argv)
     assert expected in problem
 
 
-@pytest.mark.parametrize("name, value, expected", [
-    ("model.layers", "many", "got 'many' (str); expected a whole number"),
-    ("model.layers", "2.5", "got 2.5 (float); expected a whole number"),
-    ("model.layers", "true", "got True (bool); expected a whole number"),
-    ("optimizer.learning_rate", "fast", "expected a number"),
-    ("parallel.sequence", "maybe", "expected true or false"),
-    ("parallel.sequence", "1", "expected true or false"),
-    ("selection.scope", "galaxy", "it can be sequence, micro_batch, data_parallel, global_batch, running_threshold"),
-    ("device.precision", "fp8", "it can be fp32, bf16"),
-    ("data.train", "{a: b}", "expected a list"),
-    ("data.weights", "[1, heavy]", "expected a list of numbers"),
-    ("data.validation", "held_out", "expected a list of entries with name, corpus"),
-    ("selection.keep_fraction", "[1]", "expected a number or a mapping"),
-    ("selection.scorer_options", "3", "expected a mapping"),
-    ("model", "3", "expected fields of ModelConfig, got 3"),
-])
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("model.layers", "many", "got 'many' (str); expected a whole number"),
+        ("model.layers", "2.5", "got 2.5 (float); expected a whole number"),
+        ("model.layers", "true", "got True (bool); expected a whole number"),
+        ("optimizer.learning_rate", "fast", "expected a number"),
+        ("parallel.sequence", "maybe", "expected true or false"),
+        ("parallel.sequence", "1", "expected true or false"),
+        (
+            "selection.scope",
+            "galaxy",
+            "it can be sequence, micro_batch, data_parallel, global_batch, running_threshold",
+        ),
+        ("device.precision", "fp8", "it can be fp32, bf16"),
+        ("data.train", "{a: b}", "expected a list"),
+        ("data.weights", "[1, heavy]", "expected a list of numbers"),
+        ("data.validation", "held_out", "expected a list of entries with name, corpus"),
+        ("selection.keep_fraction", "[1]", "expected a number or a mapping"),
+        ("selection.scorer_options", "3", "expected a mapping"),
+        ("model", "3", "expected fields of ModelConfig, got 3"),
+    ],
+)
 def test_wrong_types_say_what_is_expected(name, value, expected):
     [problem] = problems_of(f"--{name}", value)
     assert problem.startswith(name) and expected in problem
@@ -114,7 +166,13 @@ def test_all_problems_come_at_once(recipe):
     path = recipe("model: {layers: many, hiden_size: 3}\nselection: {scope: galaxy}\n")
     problems = problems_of("--config", path, "--optimizer.beta1", "x", "stray")
     assert len(problems) == 5
-    for part in ("model.layers", "model.hiden_size", "selection.scope", "optimizer.beta1", "'stray'"):
+    for part in (
+        "model.layers",
+        "model.hiden_size",
+        "selection.scope",
+        "optimizer.beta1",
+        "'stray'",
+    ):
         assert any(part in problem for problem in problems), part
 
 
@@ -125,7 +183,14 @@ def test_the_message_lists_them_all():
     assert text.startswith("2 problems in the configuration:\n  - ") and text.count("\n  - ") == 2
 
 
-@pytest.mark.parametrize("text, expected", [("model: [unclosed", "not readable as YAML"), ("- a\n- b", "expected sections"), ("just words", "expected sections")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("model: [unclosed", "not readable as YAML"),
+        ("- a\n- b", "expected sections"),
+        ("just words", "expected sections"),
+    ],
+)
 def test_a_file_that_is_no_configuration(recipe, text, expected):
     [problem] = problems_of("--config", recipe(text))
     assert "recipe.yaml" in problem and expected in problem
@@ -155,36 +220,63 @@ def test_print_config_is_what_the_program_would_use(recipe, capsys):
 
 
 def test_yaml_round_trip(tmp_path):
-    config = read("--run.name", "'Überlauf: ''x'' #1'", "--optimizer.learning_rate", "1e-4", "--selection.keep_fraction", "{style: linear, start: 1, end: 0.6, tokens: 10}",
-                  "--data.validation", "[{name: a, corpus: b}]", "--selection.scorer", "none", "--data.weights", "[1e-9]", "--selection.reference.checkpoint", "x")
+    config = read(
+        "--run.name",
+        "'Überlauf: ''x'' #1'",
+        "--optimizer.learning_rate",
+        "1e-4",
+        "--selection.keep_fraction",
+        "{style: linear, start: 1, end: 0.6, tokens: 10}",
+        "--data.validation",
+        "[{name: a, corpus: b}]",
+        "--selection.scorer",
+        "none",
+        "--data.weights",
+        "[1e-9]",
+        "--selection.reference.checkpoint",
+        "x",
+    )
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert load_yaml(path) == config
     assert to_mapping(load_yaml(path)) == to_mapping(config)
 
 
-@pytest.mark.parametrize("name", ["\x85", "a\x85b", "\u2028", "\u2029x", "a\nb", "\ufeff", "\x07", "\xa0", "Überlauf", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["\x85", "a\x85b", "\u2028", "\u2029x", "a\nb", "\ufeff", "\x07", "\xa0", "Überlauf", ""],
+)
 def test_yaml_keeps_every_character(name):
     config = Config()
     config.run.name = name
     assert from_mapping(yaml.safe_load(to_yaml(config))) == (config, [])
 
 
-@given(learning_rate=strategies.floats(1e-12, 1e3), name=strategies.text(strategies.characters(exclude_categories=["Cs"]), max_size=20),
-       weights=strategies.lists(strategies.floats(1e-9, 1e9), max_size=4))
+@given(
+    learning_rate=strategies.floats(1e-12, 1e3),
+    name=strategies.text(strategies.characters(exclude_categories=["Cs"]), max_size=20),
+    weights=strategies.lists(strategies.floats(1e-9, 1e9), max_size=4),
+)
 def test_yaml_round_trip_of_awkward_values(learning_rate, name, weights):
     config = Config()
-    config.optimizer.learning_rate, config.run.name, config.data.weights = learning_rate, name, weights
+    config.optimizer.learning_rate, config.run.name, config.data.weights = (
+        learning_rate,
+        name,
+        weights,
+    )
     assert from_mapping(yaml.safe_load(to_yaml(config))) == (config, [])
 
 
-@pytest.mark.parametrize("argv, given, problems", [
-    (["--a.b", "1", "--flag", "--c=d=e"], {"a.b": "1", "flag": "true", "c": "d=e"}, 0),
-    (["--a", "-1"], {"a": "-1"}, 0),
-    (["--a="], {"a": ""}, 0),
-    (["--a", "1", "--a", "2"], {"a": "2"}, 0),
-    (["word", "--a", "1", "word"], {"a": "1"}, 2),
-])
+@pytest.mark.parametrize(
+    "argv, given, problems",
+    [
+        (["--a.b", "1", "--flag", "--c=d=e"], {"a.b": "1", "flag": "true", "c": "d=e"}, 0),
+        (["--a", "-1"], {"a": "-1"}, 0),
+        (["--a="], {"a": ""}, 0),
+        (["--a", "1", "--a", "2"], {"a": "2"}, 0),
+        (["word", "--a", "1", "word"], {"a": "1"}, 2),
+    ],
+)
 def test_split_arguments(argv, given, problems):
     found, wrong = split_arguments(argv)
     assert found == given and len(wrong) == problems

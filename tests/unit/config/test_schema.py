@@ -12,7 +12,11 @@ from megatron_slm.config.schema import Config
 
 
 def sections() -> list[ast.ClassDef]:
-    return [node for node in ast.parse(Path(schema.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    return [
+        node
+        for node in ast.parse(Path(schema.__file__).read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
 
 
 def field_names(cls=Config, prefix="") -> list[str]:
@@ -21,7 +25,11 @@ def field_names(cls=Config, prefix="") -> list[str]:
     names = []
     for field in dataclasses.fields(cls):
         nested = dataclasses.is_dataclass(hints[field.name])
-        names += field_names(hints[field.name], f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
+        names += (
+            field_names(hints[field.name], f"{prefix}{field.name}.")
+            if nested
+            else [f"{prefix}{field.name}"]
+        )
     return names
 
 
@@ -31,7 +39,11 @@ def test_every_field_has_a_docstring():
         for field, below in zip(section.body, [*section.body[1:], None]):
             if not isinstance(field, ast.AnnAssign):
                 continue
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
+            text = (
+                below.value.value
+                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                else ""
+            )
             if len(str(text).strip()) < 4 or not text.strip().endswith((".", "?")):
                 bare.append(f"{section.name}.{field.target.id}")
     assert not bare, f"write a sentence under: {bare}"
@@ -44,26 +56,33 @@ def test_every_section_has_a_docstring(section):
 
 def test_help_of_train_names_and_explains_every_field(capsys):
     from megatron_slm.train import main
+
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     assert not [name for name in field_names() if f"--{name} " not in printed]
     assert "Share of the competing tokens that is kept" in printed
-    assert "torchrun --nproc-per-node 2 -m megatron_slm.train" in printed      # an example to copy
+    assert "torchrun --nproc-per-node 2 -m megatron_slm.train" in printed  # an example to copy
 
 
 def test_defaults_are_of_the_declared_types():
     from megatron_slm.config.load import from_mapping, to_mapping
+
     config, problems = from_mapping(to_mapping(Config()))
     assert problems == [] and config == Config()
 
 
 def test_the_page_of_settings_is_up_to_date():
     import importlib.util
+
     root = Path(__file__).resolve().parents[3]
-    spec = importlib.util.spec_from_file_location("configuration_tables", root / "docs" / "configuration_tables.py")
+    spec = importlib.util.spec_from_file_location(
+        "configuration_tables", root / "docs" / "configuration_tables.py"
+    )
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert tables.page() == tables.PAGE.read_text(encoding="utf-8"), "run: python docs/configuration_tables.py"
+    assert tables.page() == tables.PAGE.read_text(encoding="utf-8"), (
+        "run: python docs/configuration_tables.py"
+    )
     assert not [name for name in field_names() if f"| `{name}` |" not in tables.page()]

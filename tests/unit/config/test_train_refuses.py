@@ -23,7 +23,13 @@ sys.exit(main(sys.argv[1:]))
 
 def train(*argv, code=None, **environment) -> subprocess.CompletedProcess:
     start = ["-c", code] if code else ["-m", "megatron_slm.train"]
-    return subprocess.run([sys.executable, *start, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *start, *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_every_unreadable_setting_is_named():
@@ -36,7 +42,15 @@ def test_every_unreadable_setting_is_named():
 
 def test_broken_rules_are_found_before_torch_is_even_imported():
     """So no process group, no CUDA context and no second of waiting precede the message."""
-    done = train("--model.attention_heads", "3", "--schedule.train_steps", "5", "--optimizer.beta1", "2", code=FORBIDDEN)
+    done = train(
+        "--model.attention_heads",
+        "3",
+        "--schedule.train_steps",
+        "5",
+        "--optimizer.beta1",
+        "2",
+        code=FORBIDDEN,
+    )
     assert done.returncode == 2, done.stderr
     for part in ("model.hidden_size", "data.train", "data.tokenizer", "optimizer.beta1"):
         assert part in done.stderr

@@ -6,15 +6,32 @@ import random
 import pytest
 import sentencepiece
 
-from megatron_slm.convert.hf_tokenizer import AWKWARD_TEXTS, check_same_ids, from_sentencepiece, write_tokenizer
+from megatron_slm.convert.hf_tokenizer import (
+    AWKWARD_TEXTS,
+    check_same_ids,
+    from_sentencepiece,
+    write_tokenizer,
+)
 from megatron_slm.tokenization import load_tokenizer
 
 WORDS = "the quick brown fox jumps over a lazy dog def return self value 12 345 naïve — x = y + 1".split()
 SETTINGS = {
     "bpe, SentencePiece's defaults": {"model_type": "bpe"},
-    "bpe, every byte kept": {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False},
-    "bpe, runs of spaces": {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-                            "allow_whitespace_only_pieces": True, "split_digits": True, "user_defined_symbols": ["\n"], "add_dummy_prefix": False},
+    "bpe, every byte kept": {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    },
+    "bpe, runs of spaces": {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "user_defined_symbols": ["\n"],
+        "add_dummy_prefix": False,
+    },
     "unigram": {"model_type": "unigram"},
     "bpe, no byte fallback": {"model_type": "bpe", "byte_fallback": False},
 }
@@ -25,7 +42,11 @@ def train(path, **settings):
     lines = ["  " * draw.randrange(3) + " ".join(draw.choices(WORDS, k=12)) for _ in range(400)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, minloglevel=2, hard_vocab_limit=False, **({"vocab_size": 420, "byte_fallback": True} | settings)
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **({"vocab_size": 420, "byte_fallback": True} | settings),
     )
     path.write_bytes(model.getvalue())
     return load_tokenizer(path)
@@ -36,11 +57,15 @@ def test_same_ids_as_sentencepiece_on_awkward_and_random_text(tmp_path, name):
     tokenizer = train(tmp_path / "t.model", **SETTINGS[name])
     fast = from_sentencepiece(tokenizer)
     draw = random.Random(2)
-    noise = tuple("".join(draw.choices(" \n\ttheab=1_é日", k=draw.randrange(40))) for _ in range(300))
+    noise = tuple(
+        "".join(draw.choices(" \n\ttheab=1_é日", k=draw.randrange(40))) for _ in range(300)
+    )
     check_same_ids(fast, tokenizer, AWKWARD_TEXTS + noise)
     for text in noise:
         ids = tokenizer.encode(text)
-        if tokenizer.unk_id not in ids:  # SentencePiece shows an unknown token as a question mark, Hugging Face not at all
+        if (
+            tokenizer.unk_id not in ids
+        ):  # SentencePiece shows an unknown token as a question mark, Hugging Face not at all
             assert fast.decode(ids) == tokenizer.decode(ids)
 
 
@@ -55,7 +80,11 @@ def test_autotokenizer_opens_it_offline(tmp_path, monkeypatch):
     peer = AutoTokenizer.from_pretrained(folder)
     for text in AWKWARD_TEXTS:
         assert peer(text)["input_ids"] == tokenizer.encode(text)
-    assert (peer.bos_token_id, peer.eos_token_id, peer.unk_token_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id)
+    assert (peer.bos_token_id, peer.eos_token_id, peer.unk_token_id) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.unk_id,
+    )
     assert peer.model_max_length == 128
     again = load_tokenizer(folder / "tokenizer.json")
     assert (again.eod_id, again.vocabulary_size) == (tokenizer.eod_id, tokenizer.vocabulary_size)
@@ -69,7 +98,9 @@ def test_a_tokenizer_json_is_copied(tmp_path):
     folder.mkdir()
     write_tokenizer(load_tokenizer(source / "tokenizer.json"), folder, 128)
     assert (folder / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert (folder / "tokenizer_config.json").read_text() == (source / "tokenizer_config.json").read_text()
+    assert (folder / "tokenizer_config.json").read_text() == (
+        source / "tokenizer_config.json"
+    ).read_text()
 
 
 def test_a_vocabulary_that_cannot_be_rewritten_exactly_is_refused(tmp_path):

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slm.checkpoint.folder import CheckpointInfo, damaged_files, read_checkpoint_info, resolve_checkpoint
+from megatron_slm.checkpoint.folder import (
+    CheckpointInfo,
+    damaged_files,
+    read_checkpoint_info,
+    resolve_checkpoint,
+)
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_slm.convert.huggingface import SafetensorsFolder, export, write_safetensors
 from megatron_slm.convert.stored_state import FullState, read_full_state
@@ -15,23 +20,63 @@ from megatron_slm.testing.spawn import run_on_cpu
 from megatron_slm import export_hf, import_hf
 
 # B = 2 sequences, S = 24 tokens, V = 101 of 128 embedding rows.
-SIZES = dict(layers=4, hidden_size=32, ffn_hidden_size=48, attention_heads=4, vocabulary_size=101, pad_vocabulary_to_multiple_of=64, rope_base=5000.0)
+SIZES = dict(
+    layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    attention_heads=4,
+    vocabulary_size=101,
+    pad_vocabulary_to_multiple_of=64,
+    rope_base=5000.0,
+)
 VARIANTS = {
     "LlamaForCausalLM": {"query_groups": 2, "norm_epsilon": 1e-6},
     "Qwen2ForCausalLM": {"query_groups": 2, "qkv_bias": True, "tied_embeddings": True},
     "Qwen3ForCausalLM": {"query_groups": 4, "qk_norm": True, "head_size": 16},
     # 24 tokens of context stretched from 16: the five channels lie on both sides of the blend and in it.
-    "LlamaForCausalLM, llama3": {"head_size": 10, "rope_base": 100.0, "rope_scaling": "llama3", "rope_scaling_factor": 3.0,
-                                 "rope_original_sequence_length": 16, "rope_low_frequency_factor": 0.5, "rope_high_frequency_factor": 2.0},
+    "LlamaForCausalLM, llama3": {
+        "head_size": 10,
+        "rope_base": 100.0,
+        "rope_scaling": "llama3",
+        "rope_scaling_factor": 3.0,
+        "rope_original_sequence_length": 16,
+        "rope_low_frequency_factor": 0.5,
+        "rope_high_frequency_factor": 2.0,
+    },
     "MixtralForCausalLM": {"query_groups": 2, "experts": 4},
-    "Qwen3MoeForCausalLM": {"query_groups": 4, "qk_norm": True, "experts": 4, "experts_per_token": 3, "renormalize_experts": False},
+    "Qwen3MoeForCausalLM": {
+        "query_groups": 4,
+        "qk_norm": True,
+        "experts": 4,
+        "experts_per_token": 3,
+        "renormalize_experts": False,
+    },
     "LlamaForCausalLM, linear": {"rope_scaling": "linear", "rope_scaling_factor": 2.5},
 }
-COMMON = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-              max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2)
-PEERS = {      # models of transformers that are imported
-    "qwen2": COMMON | {"tie_word_embeddings": True, "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 16}},
+COMMON = dict(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    initializer_range=0.2,
+)
+PEERS = {  # models of transformers that are imported
+    "qwen2": COMMON
+    | {
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 3.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "mixtral": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 TOKENS_BS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -39,11 +84,17 @@ TOKENS_BS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_se
 
 def settings(variant: str, groups) -> Config:
     parallel = ParallelConfig(tensor=groups.tp_size, pipeline=groups.pp_size)
-    return Config(model=ModelConfig(**(SIZES | VARIANTS[variant])), data=DataConfig(sequence_length=24), parallel=parallel)
+    return Config(
+        model=ModelConfig(**(SIZES | VARIANTS[variant])),
+        data=DataConfig(sequence_length=24),
+        parallel=parallel,
+    )
 
 
 def describe(config: Config) -> CheckpointInfo:
-    return CheckpointInfo(model=asdict(config.model), sequence_length=24, tokenizer={}, step=7, tokens_processed=700)
+    return CheckpointInfo(
+        model=asdict(config.model), sequence_length=24, tokenizer={}, step=7, tokens_processed=700
+    )
 
 
 def logits_BSV(model, groups) -> torch.Tensor:
@@ -69,7 +120,9 @@ def save_and_run(groups, folder: str) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             for parameter in models[0].parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-        CheckpointStore(Path(folder, variant), groups).save(models, None, describe(config), trainer_state(None, groups))
+        CheckpointStore(Path(folder, variant), groups).save(
+            models, None, describe(config), trainer_state(None, groups)
+        )
         results[variant] = logits_BSV(models[0], groups)
     for name in PEERS:
         config.model = read_checkpoint_info(f"{folder}/imported_{name}").reference_model()
@@ -113,7 +166,17 @@ def runs(tmp_path_factory):
                 parameter.add_(0.1 * torch.randn(parameter.shape))
         peer.save_pretrained(folder / f"peer_{name}", max_shard_size="40KB")
         small_tokenizer(folder / f"peer_{name}")
-        assert import_hf.main(["--input", str(folder / f"peer_{name}"), "--output", str(folder / f"imported_{name}")]) == 0
+        assert (
+            import_hf.main(
+                [
+                    "--input",
+                    str(folder / f"peer_{name}"),
+                    "--output",
+                    str(folder / f"imported_{name}"),
+                ]
+            )
+            == 0
+        )
     return folder, run_on_cpu(save_and_run, str(folder), tp=2)[0]
 
 
@@ -128,8 +191,15 @@ def small_tokenizer(folder: Path) -> None:
 def test_exported_logits_are_those_of_our_model(runs, tmp_path, variant, capsys):
     folder, logits = runs
     output = tmp_path / "export"
-    assert export_hf.main(["--checkpoint", str(folder / variant), "--output", str(output), "--tokenizer", "none"]) == 0
-    assert json.loads((output / "config.json").read_text())["architectures"] == [variant.split(",")[0]]
+    assert (
+        export_hf.main(
+            ["--checkpoint", str(folder / variant), "--output", str(output), "--tokenizer", "none"]
+        )
+        == 0
+    )
+    assert json.loads((output / "config.json").read_text())["architectures"] == [
+        variant.split(",")[0]
+    ]
     ours, theirs = logits[variant], huggingface_logits(output)
     assert ours.abs().max() > 0.5
     assert torch.allclose(ours, theirs, rtol=0, atol=2e-4), (ours - theirs).abs().max()
@@ -145,17 +215,31 @@ def test_imported_logits_are_those_of_the_hugging_face_model(runs, name):
     checkpoint = resolve_checkpoint(folder / f"imported_{name}")
     info = read_checkpoint_info(checkpoint)
     assert not damaged_files(checkpoint)
-    assert (info.sequence_length, info.tokenizer["vocabulary_size"], info.model["vocabulary_size"]) == (64, 28, 101)
-    assert import_hf.main(["--input", str(folder / f"peer_{name}"), "--output", str(folder / f"imported_{name}")]) == 2
+    assert (
+        info.sequence_length,
+        info.tokenizer["vocabulary_size"],
+        info.model["vocabulary_size"],
+    ) == (64, 28, 101)
+    assert (
+        import_hf.main(
+            ["--input", str(folder / f"peer_{name}"), "--output", str(folder / f"imported_{name}")]
+        )
+        == 2
+    )
 
 
-@pytest.mark.parametrize("variant, layout", [("LlamaForCausalLM", dict(pp=2)), ("MixtralForCausalLM", dict(dp=2, ep=2))])
+@pytest.mark.parametrize(
+    "variant, layout", [("LlamaForCausalLM", dict(pp=2)), ("MixtralForCausalLM", dict(dp=2, ep=2))]
+)
 def test_the_layout_of_the_checkpoint_does_not_matter(runs, tmp_path, variant, layout):
     """Saved from 2 tensor ranks, loaded and saved again by 2 pipeline or expert ranks: the same whole tensors."""
     folder, _ = runs
     source, target = folder / variant, tmp_path / "again"
     run_on_cpu(save_again, str(source), str(target), variant, **layout)
-    before, after = read_full_state(resolve_checkpoint(source)), read_full_state(resolve_checkpoint(target))
+    before, after = (
+        read_full_state(resolve_checkpoint(source)),
+        read_full_state(resolve_checkpoint(target)),
+    )
     assert set(before) == set(after)
     for name in before:
         assert torch.equal(before[name], after[name]), name
@@ -174,7 +258,12 @@ def test_export_is_written_whole_or_not_at_all(runs, tmp_path, capsys):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("only copy")
-    assert export_hf.main(["--checkpoint", run, "--output", str(precious), "--tokenizer", "none", "--overwrite"]) == 2
+    assert (
+        export_hf.main(
+            ["--checkpoint", run, "--output", str(precious), "--tokenizer", "none", "--overwrite"]
+        )
+        == 2
+    )
     assert (precious / "thesis.txt").read_text() == "only copy"
 
     state = FullState(resolve_checkpoint(run))
@@ -188,7 +277,10 @@ def test_large_models_are_sharded_with_an_index(tmp_path):
     tensors = {f"model.layers.{i}.weight": torch.full((8, 8), float(i)) for i in range(5)}
     write_safetensors(tensors.items(), tmp_path, largest_shard_bytes=600)
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), "model.safetensors.index.json"]
+    assert files == [
+        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 5 * 256
     back = SafetensorsFolder(tmp_path)
@@ -206,7 +298,19 @@ def test_a_damaged_or_unfinished_checkpoint_is_a_sentence(runs, tmp_path, capsys
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    assert export_hf.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--tokenizer", "none"]) == 3
+    assert (
+        export_hf.main(
+            [
+                "--checkpoint",
+                str(tmp_path),
+                "--output",
+                str(tmp_path / "out"),
+                "--tokenizer",
+                "none",
+            ]
+        )
+        == 3
+    )
     assert largest.name in capsys.readouterr().err
     (copy / ".metadata").unlink()
     with pytest.raises(ValueError, match="not a complete checkpoint: .metadata not found"):

@@ -7,7 +7,15 @@ from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.hf_config import huggingface_config, model_config
 from megatron_slm.convert.names import FromHuggingface, Geometry, entries, to_huggingface
 
-SIZES = dict(layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, head_size=16, vocabulary_size=101, pad_vocabulary_to_multiple_of=64)
+SIZES = dict(
+    layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    attention_heads=4,
+    head_size=16,
+    vocabulary_size=101,
+    pad_vocabulary_to_multiple_of=64,
+)
 VARIANTS = {
     "llama, multi-head": {},
     "llama, grouped": {"query_groups": 2},
@@ -16,13 +24,20 @@ VARIANTS = {
     "qwen3": {"query_groups": 2, "qk_norm": True, "tied_embeddings": True},
     "mixtral": {"query_groups": 2, "experts": 3},
     "qwen3-moe": {"query_groups": 2, "qk_norm": True, "experts": 4, "renormalize_experts": False},
-    "llama 3.1": {"rope_scaling": "llama3", "rope_scaling_factor": 4.0, "rope_original_sequence_length": 32, "rope_high_frequency_factor": 8.0},
+    "llama 3.1": {
+        "rope_scaling": "llama3",
+        "rope_scaling_factor": 4.0,
+        "rope_original_sequence_length": 32,
+        "rope_high_frequency_factor": 8.0,
+    },
 }
 
 
 def random_state(geometry: Geometry) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    state = {entry.ours: torch.randn(entry.shape, generator=generator) for entry in entries(geometry)}
+    state = {
+        entry.ours: torch.randn(entry.shape, generator=generator) for entry in entries(geometry)
+    }
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if name in state:
             state[name][geometry.vocabulary_size :] = 0.0
@@ -41,8 +56,14 @@ def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
     assert theirs["model.embed_tokens.weight"].shape == (101, 32)
     with torch.device("meta"):
         peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    expected = {name: tuple(tensor.shape) for name, tensor in peer.state_dict().items() if name != "lm_head.weight" or not geometry.tied}
-    if not geometry.experts:      # transformers 5 fuses the experts it reads; test_huggingface.py compares what they compute
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in peer.state_dict().items()
+        if name != "lm_head.weight" or not geometry.tied
+    }
+    if (
+        not geometry.experts
+    ):  # transformers 5 fuses the experts it reads; test_huggingface.py compares what they compute
         assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == expected
 
     back = FromHuggingface(theirs, geometry)
@@ -50,8 +71,15 @@ def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
     read = model_config(config)[0]
-    assert Geometry.from_model(ModelConfig(**{**vars(read), "pad_vocabulary_to_multiple_of": 64})) == geometry
-    for name in [name for name in vars(model) if name.startswith("rope") or model.experts and "expert" in name]:
+    assert (
+        Geometry.from_model(ModelConfig(**{**vars(read), "pad_vocabulary_to_multiple_of": 64}))
+        == geometry
+    )
+    for name in [
+        name
+        for name in vars(model)
+        if name.startswith("rope") or model.experts and "expert" in name
+    ]:
         assert getattr(read, name) == getattr(model, name), name
 
 
@@ -60,10 +88,19 @@ def test_qkv_rows_are_interleaved_by_query_group():
     geometry = Geometry.from_model(ModelConfig(**{**SIZES, "query_groups": 2}))
     rows = ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
     number = {row: i for i, row in enumerate(rows)}
-    fused = torch.tensor([number[row] for row in rows]).repeat_interleave(16)[:, None].expand(-1, 32).float()
+    fused = (
+        torch.tensor([number[row] for row in rows])
+        .repeat_interleave(16)[:, None]
+        .expand(-1, 32)
+        .float()
+    )
     state = random_state(geometry) | {"decoder.layers.1.self_attention.linear_qkv.weight": fused}
     theirs = dict(to_huggingface(state, geometry))
-    for part, heads in {"q": ["q0", "q1", "q2", "q3"], "k": ["k0", "k1"], "v": ["v0", "v1"]}.items():
+    for part, heads in {
+        "q": ["q0", "q1", "q2", "q3"],
+        "k": ["k0", "k1"],
+        "v": ["v0", "v1"],
+    }.items():
         weight = theirs[f"model.layers.1.self_attn.{part}_proj.weight"]
         assert weight[::16, 0].tolist() == [number[head] for head in heads]
 
@@ -71,13 +108,21 @@ def test_qkv_rows_are_interleaved_by_query_group():
 def test_what_does_not_fit_is_named():
     geometry = Geometry.from_model(ModelConfig(**SIZES))
     state = random_state(geometry)
-    without = {name: tensor for name, tensor in state.items() if name != "decoder.final_layernorm.weight"}
+    without = {
+        name: tensor for name, tensor in state.items() if name != "decoder.final_layernorm.weight"
+    }
     with pytest.raises(ValueError, match="lacks decoder.final_layernorm.weight"):
         dict(to_huggingface(without, geometry))
-    with pytest.raises(ValueError, match="has decoder.layers.0.surprise, which this model has no place for"):
+    with pytest.raises(
+        ValueError, match="has decoder.layers.0.surprise, which this model has no place for"
+    ):
         dict(to_huggingface(state | {"decoder.layers.0.surprise": torch.ones(1)}, geometry))
     with pytest.raises(ValueError, match=r"linear_fc2.weight has shape \(32, 24\)"):
-        dict(to_huggingface(state | {"decoder.layers.0.mlp.linear_fc2.weight": torch.ones(32, 24)}, geometry))
+        dict(
+            to_huggingface(
+                state | {"decoder.layers.0.mlp.linear_fc2.weight": torch.ones(32, 24)}, geometry
+            )
+        )
     theirs = dict(to_huggingface(state, geometry))
     with pytest.raises(ValueError, match="q_proj.bias, which"):
         FromHuggingface(theirs | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, geometry)
@@ -86,7 +131,10 @@ def test_what_does_not_fit_is_named():
 def test_derived_buffers_of_older_exports_are_passed_over():
     geometry = Geometry.from_model(ModelConfig(**SIZES, tied_embeddings=True))
     theirs = dict(to_huggingface(random_state(geometry), geometry))
-    theirs |= {"lm_head.weight": theirs["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    theirs |= {
+        "lm_head.weight": theirs["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
     assert "output_layer.weight" not in set(FromHuggingface(theirs, geometry))
 
 
@@ -94,11 +142,23 @@ def test_derived_buffers_of_older_exports_are_passed_over():
     "change, named",
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rotary scaling 'yarn'.*implemented are linear and llama3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+            "rotary scaling 'yarn'.*implemented are linear and llama3",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe'; expected one of .*mixtral"),
-        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 2}, "dense layers among"),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 8,
+                "decoder_sparse_step": 2,
+            },
+            "dense layers among",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ],
 )
@@ -108,7 +168,13 @@ def test_models_that_cannot_be_expressed_are_refused(change, named):
         model_config(config | change)
 
 
-@pytest.mark.parametrize("settings, named", [({"qkv_bias": True}, "shared expert"), ({"renormalize_experts": False}, "without model.qk_norm")])
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"qkv_bias": True}, "shared expert"),
+        ({"renormalize_experts": False}, "without model.qk_norm"),
+    ],
+)
 def test_mixtures_without_an_architecture_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         huggingface_config(ModelConfig(**SIZES, experts=4, **settings), 64, None, "fp32")
@@ -117,4 +183,9 @@ def test_mixtures_without_an_architecture_are_refused(settings, named):
 def test_a_sliding_window_bounds_the_sequence_length():
     config = huggingface_config(ModelConfig(**SIZES), 512, None, "fp32")
     assert model_config(config | {"model_type": "mistral", "sliding_window": 128})[1] == 128
-    assert model_config(config | {"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False})[1] == 512
+    assert (
+        model_config(
+            config | {"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
+        )[1]
+        == 512
+    )

@@ -27,7 +27,11 @@ def test_equals_megatron_core_builder(tmp_path, dtype, lengths):
     write_ours(tmp_path / "ours.idx", dtype, lengths)
     assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
     index = read_index(tmp_path / "theirs.idx")
-    assert index.documents == len(lengths) and index.tokens == sum(lengths) and index.dtype == np.dtype(dtype)
+    assert (
+        index.documents == len(lengths)
+        and index.tokens == sum(lengths)
+        and index.dtype == np.dtype(dtype)
+    )
     assert index.document_starts_tokens().tolist() == [0, *np.cumsum(lengths).tolist()]
     assert len(open_tokens(tmp_path / "theirs", index)) == sum(lengths)
 
@@ -52,16 +56,26 @@ def test_many_documents_cross_the_internal_pieces(tmp_path, monkeypatch):
     assert read_index(tmp_path / "pieces.idx").tokens == int((np.arange(1000) % 7).sum())
 
 
-@pytest.mark.parametrize("at, value, word", [
-    (0, b"X", "not a megatron-core index"), (9, b"\x02", "version"), (17, b"\x07", "dtype code"), (18, b"\x04", "too long|truncated"),
-    (34, struct.pack("<i", -3), "negative|start"), (34, struct.pack("<i", 7), "start"), (34 + 12, struct.pack("<q", 2), "start"),
-    (34 + 36, struct.pack("<q", 1), "bounds"), (34 + 36 + 8, struct.pack("<q", 3), "backwards"),
-    (34 + 36 + 24, struct.pack("<q", 9), "bounds")])
+@pytest.mark.parametrize(
+    "at, value, word",
+    [
+        (0, b"X", "not a megatron-core index"),
+        (9, b"\x02", "version"),
+        (17, b"\x07", "dtype code"),
+        (18, b"\x04", "too long|truncated"),
+        (34, struct.pack("<i", -3), "negative|start"),
+        (34, struct.pack("<i", 7), "start"),
+        (34 + 12, struct.pack("<q", 2), "start"),
+        (34 + 36, struct.pack("<q", 1), "bounds"),
+        (34 + 36 + 8, struct.pack("<q", 3), "backwards"),
+        (34 + 36 + 24, struct.pack("<q", 9), "bounds"),
+    ],
+)
 def test_damage_is_named(tmp_path, at, value, word):
     path = tmp_path / "c.idx"
     write_ours(path, np.uint16, [3, 1, 4])
     content = bytearray(path.read_bytes())
-    content[at:at + len(value)] = value
+    content[at : at + len(value)] = value
     path.write_bytes(content)
     with pytest.raises(ValueError, match=word):
         read_index(path)

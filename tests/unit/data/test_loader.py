@@ -28,16 +28,26 @@ def global_batch(dataset, steps, global_batch_size, micro_batch_size, dp_size, s
     """token_id -> (tokens, label offset, score) of the last of `steps` steps, over all ranks."""
     seen = {}
     for rank in range(dp_size):
-        loader = TrainingLoader(dataset, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_rank=rank,
-                                dp_size=dp_size, start_sample=start_sample)
+        loader = TrainingLoader(
+            dataset,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            dp_rank=rank,
+            dp_size=dp_size,
+            start_sample=start_sample,
+        )
         for _ in range(steps):
             batches = loader.next_step()
         loader.close()
         for batch in batches:
             assert batch.tokens_BS.shape == (micro_batch_size, S)
             assert not seen.keys() & set(batch.token_id_BS.flatten().tolist())
-            rows = zip(batch.token_id_BS.flatten().tolist(), batch.tokens_BS.flatten().tolist(), batch.offsets_BS.flatten().tolist(),
-                       torch.nan_to_num(batch.columns["reference_loss"], nan=-1).flatten().tolist())
+            rows = zip(
+                batch.token_id_BS.flatten().tolist(),
+                batch.tokens_BS.flatten().tolist(),
+                batch.offsets_BS.flatten().tolist(),
+                torch.nan_to_num(batch.columns["reference_loss"], nan=-1).flatten().tolist(),
+            )
             seen |= {token_id: rest for token_id, *rest in rows}
     return seen
 
@@ -53,7 +63,10 @@ def test_the_global_batch_does_not_depend_on_the_layout(dataset, step):
 
 def test_a_micro_batch_of_all_ranks_is_a_contiguous_slice(dataset):
     """The documented rule: sample g = (m * dp_size + r) * micro_batch_size + j."""
-    loaders = [TrainingLoader(dataset, global_batch_size=12, micro_batch_size=2, dp_rank=rank, dp_size=3) for rank in range(3)]
+    loaders = [
+        TrainingLoader(dataset, global_batch_size=12, micro_batch_size=2, dp_rank=rank, dp_size=3)
+        for rank in range(3)
+    ]
     steps = [loader.next_step() for loader in loaders]
     [loader.close() for loader in loaders]
     for m in range(2):
@@ -68,11 +81,15 @@ def test_resume_seeks_and_a_new_layout_loses_nothing(dataset):
     state = first.state_dict()  # steps read ahead but not handed out do not count
     first.close()
     assert state == {"consumed_samples": 40}
-    assert global_batch(dataset, 1, 8, 1, 4, start_sample=state["consumed_samples"]) == global_batch(dataset, 6, 8, 2, 2)
+    assert global_batch(
+        dataset, 1, 8, 1, 4, start_sample=state["consumed_samples"]
+    ) == global_batch(dataset, 6, 8, 2, 2)
     again = TrainingLoader(dataset, global_batch_size=8, micro_batch_size=2, dp_rank=0, dp_size=2)
     again.next_step()
     again.load_state_dict(state)
-    np.testing.assert_array_equal(again.next_step()[0].offsets_BS, _step_of(dataset, 6)[0].offsets_BS)
+    np.testing.assert_array_equal(
+        again.next_step()[0].offsets_BS, _step_of(dataset, 6)[0].offsets_BS
+    )
     again.close()
 
 
@@ -115,11 +132,16 @@ def test_sizes_that_do_not_divide_are_a_sentence(dataset):
 
 def test_validation_covers_the_corpus_once_over_ranks(corpus):
     dataset = validation_dataset(corpus[0], sequence_length=S, with_offsets=True)
-    loaders = [ValidationLoader(dataset, global_batch_size=12, micro_batch_size=3, dp_rank=rank, dp_size=2) for rank in range(2)]
+    loaders = [
+        ValidationLoader(dataset, global_batch_size=12, micro_batch_size=3, dp_rank=rank, dp_size=2)
+        for rank in range(2)
+    ]
     counted = []
     for loader in loaders:
         steps = list(loader)
-        assert {len(step) for step in steps} == {2} and len(steps) == len(loader) == -(-len(dataset) // 12)
+        assert {len(step) for step in steps} == {2} and len(steps) == len(loader) == -(
+            -len(dataset) // 12
+        )
         counted += [batch.offsets_BS[batch.loss_mask_BS == 1] for step in steps for batch in step]
     flat = torch.cat(counted).tolist()
     assert len(flat) == len(set(flat)) == corpus[0].manifest.tokens - corpus[0].manifest.documents
@@ -127,7 +149,9 @@ def test_validation_covers_the_corpus_once_over_ranks(corpus):
 
 def test_validation_reads_the_same_batches_every_time(corpus):
     dataset = validation_dataset(corpus[0], sequence_length=S, with_offsets=True)
-    loader = ValidationLoader(dataset, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size=1, global_batches=3)
+    loader = ValidationLoader(
+        dataset, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size=1, global_batches=3
+    )
     first, second = ([batch.offsets_BS for step in loader for batch in step] for _ in range(2))
     assert len(loader) == 3 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -139,11 +163,24 @@ def test_context_parallel_slices_apply_to_every_tensor_alike(dataset):
         parts = [slice_for_context_parallel(batch, rank, size) for rank in range(size)]
         for rank, part in enumerate(parts):
             chunk = S // (2 * size)
-            positions = [*range(rank * chunk, (rank + 1) * chunk), *range((2 * size - 1 - rank) * chunk, (2 * size - rank) * chunk)]
-            for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids_BS", "token_id_BS", "offsets_BS"):
+            positions = [
+                *range(rank * chunk, (rank + 1) * chunk),
+                *range((2 * size - 1 - rank) * chunk, (2 * size - rank) * chunk),
+            ]
+            for name in (
+                "tokens_BS",
+                "labels_BS",
+                "loss_mask_BS",
+                "position_ids_BS",
+                "token_id_BS",
+                "offsets_BS",
+            ):
                 assert torch.equal(getattr(part, name), getattr(batch, name)[:, positions])
             for name in batch.columns:
-                assert torch.equal(part.columns[name].nan_to_num(-1), batch.columns[name][:, positions].nan_to_num(-1))
+                assert torch.equal(
+                    part.columns[name].nan_to_num(-1),
+                    batch.columns[name][:, positions].nan_to_num(-1),
+                )
             assert torch.equal(part.corpus_id_B, batch.corpus_id_B)
     assert slice_for_context_parallel(batch, 0, 1) is batch
     with pytest.raises(ValueError, match="multiple of 6"):
@@ -157,7 +194,9 @@ def test_slices_are_megatron_cores(dataset, monkeypatch):
     monkeypatch.setattr(utils, "get_pg_rank", lambda group: group)
     batch = collate([dataset[0], dataset[1]], [0, 1])
     for rank in range(2):
-        theirs = utils.get_batch_on_this_cp_rank({"tokens": batch.tokens_BS, "score": batch.columns["mine"]}, cp_group=rank)
+        theirs = utils.get_batch_on_this_cp_rank(
+            {"tokens": batch.tokens_BS, "score": batch.columns["mine"]}, cp_group=rank
+        )
         ours = slice_for_context_parallel(batch, rank, 2)
         assert torch.equal(ours.tokens_BS, theirs["tokens"])
         assert torch.equal(ours.columns["mine"].nan_to_num(-1), theirs["score"].nan_to_num(-1))
@@ -168,17 +207,27 @@ def test_batch_dtypes_and_move(dataset):
     for name in ("tokens_BS", "labels_BS", "position_ids_BS", "token_id_BS", "corpus_id_B"):
         assert getattr(batch, name).dtype == torch.int64
     assert batch.loss_mask_BS.dtype == torch.float32
-    assert {name: column.dtype for name, column in batch.columns.items()} == {"reference_loss": torch.float32, "mine": torch.float32}
-    assert batch.token_id_BS[2].tolist() == [5 * S + position for position in range(S)] and batch.document_start_BS is None
+    assert {name: column.dtype for name, column in batch.columns.items()} == {
+        "reference_loss": torch.float32,
+        "mine": torch.float32,
+    }
+    assert (
+        batch.token_id_BS[2].tolist() == [5 * S + position for position in range(S)]
+        and batch.document_start_BS is None
+    )
 
 
 def test_the_mask_of_isolated_documents_is_causal_within_each_and_sliced_like_everything(corpus):
-    dataset = training_dataset(corpus, sequence_length=S, seed=1, samples=100, isolate_documents=True)
+    dataset = training_dataset(
+        corpus, sequence_length=S, seed=1, samples=100, isolate_documents=True
+    )
     batch = collate([dataset[0], dataset[1]], [0, 1])
     whole = hidden_from(batch.document_start_BS)
     for row, starts in enumerate(batch.document_start_BS.tolist()):
         for query, start in enumerate(starts):
-            assert [key for key in range(S) if not whole[row, 0, query, key]] == list(range(start, query + 1))
+            assert [key for key in range(S) if not whole[row, 0, query, key]] == list(
+                range(start, query + 1)
+            )
             assert batch.position_ids_BS[row, query] == query - start
     assert len(batch.document_start_BS.unique()) > 1, "samples of one document test nothing"
     for size in (2, 4):

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_slm.data.indexed import write_index
-from megatron_slm.data.manifest import CorpusManifest, check_corpus, sha256_of_file, write_json_atomically
+from megatron_slm.data.manifest import (
+    CorpusManifest,
+    check_corpus,
+    sha256_of_file,
+    write_json_atomically,
+)
 
 
 @pytest.fixture
@@ -21,17 +26,36 @@ def prefix(tmp_path) -> Path:
     with open(f"{prefix}.idx", "wb") as stream:
         write_index(stream, np.dtype(np.uint16), lengths)
     CorpusManifest(
-        format_version=1, documents=3, tokens=8, token_dtype="uint16", bin_bytes=16, idx_bytes=34 + 36 + 32,
-        bin_sha256=sha256_of_file(f"{prefix}.bin"), idx_sha256=sha256_of_file(f"{prefix}.idx"),
-        tokenizer={"path": "v.model", "kind": "sentencepiece", "fingerprint": "sha256:aa", "vocabulary_size": 10, "eod_id": 2},
-        append_eod=True, sources=[], created_by={}, rejected={}).write(prefix)
+        format_version=1,
+        documents=3,
+        tokens=8,
+        token_dtype="uint16",
+        bin_bytes=16,
+        idx_bytes=34 + 36 + 32,
+        bin_sha256=sha256_of_file(f"{prefix}.bin"),
+        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        tokenizer={
+            "path": "v.model",
+            "kind": "sentencepiece",
+            "fingerprint": "sha256:aa",
+            "vocabulary_size": 10,
+            "eod_id": 2,
+        },
+        append_eod=True,
+        sources=[],
+        created_by={},
+        rejected={},
+    ).write(prefix)
     return prefix
 
 
 def test_sound(prefix):
     manifest = check_corpus(prefix, tokenizer_fingerprint="sha256:aa")
     assert manifest.documents == 3 and manifest.fingerprint.startswith("sha256:")
-    assert json.loads(Path(f"{prefix}.manifest.json").read_text())["fingerprint"] == manifest.fingerprint
+    assert (
+        json.loads(Path(f"{prefix}.manifest.json").read_text())["fingerprint"]
+        == manifest.fingerprint
+    )
     assert Path(f"{prefix}.verified.json").exists()
 
 
@@ -45,7 +69,9 @@ def _extend(path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-@pytest.mark.parametrize("damage, word", [(_truncate, "truncated"), (_extend, "too long"), (os.unlink, "cannot be read")])
+@pytest.mark.parametrize(
+    "damage, word", [(_truncate, "truncated"), (_extend, "too long"), (os.unlink, "cannot be read")]
+)
 def test_wrong_size(prefix, suffix, damage, word):
     check_corpus(prefix)
     damage(f"{prefix}{suffix}")
@@ -68,7 +94,9 @@ def test_changed_content_is_found_though_size_is_right(prefix, suffix, at):
 
 def test_remembered_stamp_saves_hashing(prefix, monkeypatch):
     check_corpus(prefix)
-    monkeypatch.setattr("megatron_slm.data.manifest.sha256_of_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(
+        "megatron_slm.data.manifest.sha256_of_file", lambda path: pytest.fail("hashed again")
+    )
     check_corpus(prefix)
 
 
@@ -85,8 +113,19 @@ def test_no_manifest_says_how_to_make_one(prefix):
         check_corpus(f"{prefix}-none")
 
 
-@pytest.mark.parametrize("change", [{"documents": 4}, {"tokens": 9}, {"token_dtype": "int32"}, {"documents": "3"}, {"extra": 1},
-                                    {"format_version": 9}, {"tokenizer": {}}, {"bin_sha256": "00"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"documents": 4},
+        {"tokens": 9},
+        {"token_dtype": "int32"},
+        {"documents": "3"},
+        {"extra": 1},
+        {"format_version": 9},
+        {"tokenizer": {}},
+        {"bin_sha256": "00"},
+    ],
+)
 def test_manifest_that_disagrees(prefix, change):
     path = Path(f"{prefix}.manifest.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -9,7 +9,12 @@ import pytest
 
 from megatron_slm.data.score_manifest import ScoreManifest, ShardMarker, default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
-from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus, write_scores
+from megatron_slm.testing.corpora import (
+    random_documents,
+    score_manifest,
+    write_corpus,
+    write_scores,
+)
 
 
 @pytest.fixture
@@ -19,7 +24,10 @@ def corpus(tmp_path):
 
 def shard_values(manifest: ScoreManifest, shard: int) -> dict[str, np.ndarray]:
     start, end = manifest.shard_range(shard)
-    return {column: np.arange(start, end, dtype=np.float64) / 7 + number for number, column in enumerate(manifest.columns)}
+    return {
+        column: np.arange(start, end, dtype=np.float64) / 7 + number
+        for number, column in enumerate(manifest.columns)
+    }
 
 
 def write_all(folder, manifest, shards=None):
@@ -30,7 +38,11 @@ def write_all(folder, manifest, shards=None):
 
 
 def content(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "verified.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "verified.json"
+    }
 
 
 def test_what_is_written_is_read_at_its_offset(tmp_path, corpus):
@@ -38,10 +50,16 @@ def test_what_is_written_is_read_at_its_offset(tmp_path, corpus):
     store = write_all(tmp_path / "s", manifest)
     assert store.finish()
     opened = pickle.loads(pickle.dumps(ScoreStore.open(tmp_path / "s")))
-    assert opened.manifest.complete and opened.presented_columns == ("reference_loss", "reference_entropy")
+    assert opened.manifest.complete and opened.presented_columns == (
+        "reference_loss",
+        "reference_entropy",
+    )
     assert opened.read("entropy", 50, 40).dtype == np.float32
     np.testing.assert_allclose(opened.read("entropy", 50, 40), np.arange(50, 90) / 7 + 1, rtol=1e-6)
-    np.testing.assert_array_equal(opened.read_pieces("loss", [(3, 5), (100, 101)]), (np.array([3, 4, 100]) / 7).astype(np.float32))
+    np.testing.assert_array_equal(
+        opened.read_pieces("loss", [(3, 5), (100, 101)]),
+        (np.array([3, 4, 100]) / 7).astype(np.float32),
+    )
 
 
 def test_layout_is_one_raw_value_per_token(tmp_path, corpus):
@@ -50,7 +68,11 @@ def test_layout_is_one_raw_value_per_token(tmp_path, corpus):
     raw = np.fromfile(tmp_path / "s" / "loss.bin", "<f2")
     np.testing.assert_array_equal(raw, (np.arange(corpus.tokens) / 7).astype("<f2"))
     stored = json.loads((tmp_path / "s" / "manifest.json").read_text())
-    assert stored["corpus"] == {"fingerprint": corpus.fingerprint, "tokens": corpus.tokens, "documents": corpus.documents}
+    assert stored["corpus"] == {
+        "fingerprint": corpus.fingerprint,
+        "tokens": corpus.tokens,
+        "documents": corpus.documents,
+    }
     assert stored["columns"] == ["loss"] and stored["complete"] is True
 
 
@@ -77,7 +99,10 @@ def test_processes_create_and_write_disjoint_shards_at_once(tmp_path, corpus):
     manifest = score_manifest(corpus, shard_tokens=16)
     context = multiprocessing.get_context("fork")
     start = context.Event()
-    processes = [context.Process(target=_write_share, args=(tmp_path / "s", manifest, part, 4, start)) for part in range(4)]
+    processes = [
+        context.Process(target=_write_share, args=(tmp_path / "s", manifest, part, 4, start))
+        for part in range(4)
+    ]
     [process.start() for process in processes]
     start.set()
     [process.join() for process in processes]
@@ -91,11 +116,15 @@ def test_an_incomplete_store_is_refused_and_says_how_to_go_on(tmp_path, corpus):
     manifest = score_manifest(corpus, resume_command="torchrun -m megatron_slm.score --shards here")
     store = write_all(tmp_path / "s", manifest, [0, 3])
     assert not store.finish()
-    with pytest.raises(ValueError, match=r"tokens 64 to 192, 256 to .*torchrun -m megatron_slm.score --shards here"):
+    with pytest.raises(
+        ValueError, match=r"tokens 64 to 192, 256 to .*torchrun -m megatron_slm.score --shards here"
+    ):
         ScoreStore.open(tmp_path / "s")
     holes = ScoreStore.open(tmp_path / "s", allow_missing_scores=True)
     read = holes.read("loss", 60, 140)
-    np.testing.assert_array_equal(np.isnan(read), [not (offset < 64 or offset >= 192) for offset in range(60, 200)])
+    np.testing.assert_array_equal(
+        np.isnan(read), [not (offset < 64 or offset >= 192) for offset in range(60, 200)]
+    )
 
 
 def test_other_settings_never_overwrite_a_store(tmp_path, corpus):
@@ -120,14 +149,18 @@ def test_a_changed_byte_is_found_at_opening(tmp_path, corpus):
     with open(tmp_path / "s" / "loss.bin", "r+b") as stream:
         stream.seek(4 * 70)
         stream.write(b"\x01")
-    with pytest.raises(ValueError, match=r"tokens 64 to 128 \(shard 1\) are not the bytes that were written"):
+    with pytest.raises(
+        ValueError, match=r"tokens 64 to 128 \(shard 1\) are not the bytes that were written"
+    ):
         ScoreStore.open(tmp_path / "s")
 
 
 def test_opening_hashes_only_when_a_file_was_touched(tmp_path, corpus, monkeypatch):
     write_all(tmp_path / "s", score_manifest(corpus)).finish()
     hashed = []
-    monkeypatch.setattr(ScoreStore, "verify", lambda self, first_tokens=None: hashed.append(self.folder))
+    monkeypatch.setattr(
+        ScoreStore, "verify", lambda self, first_tokens=None: hashed.append(self.folder)
+    )
     ScoreStore.open(tmp_path / "s")
     assert not hashed
     shutil.copytree(tmp_path / "s", tmp_path / "copy")
@@ -136,14 +169,17 @@ def test_opening_hashes_only_when_a_file_was_touched(tmp_path, corpus, monkeypat
     assert hashed == [tmp_path / "copy"]
 
 
-@pytest.mark.parametrize("damage, sentence", [
-    (lambda s: (s / "loss.bin").write_bytes(b"12"), "2 bytes, expected"),
-    (lambda s: (s / "loss.bin").unlink(), "the file is missing"),
-    (lambda s: (s / "manifest.json").write_text("{}"), "not the manifest of a score store"),
-    (lambda s: (s / "manifest.json").unlink(), "is no score store"),
-    (lambda s: (s / "shards" / "shard_000001.json").unlink(), "incomplete: 1 of"),
-    (lambda s: (s / "shards" / "shard_000001.json").write_text("{"), "not a shard marker"),
-])
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda s: (s / "loss.bin").write_bytes(b"12"), "2 bytes, expected"),
+        (lambda s: (s / "loss.bin").unlink(), "the file is missing"),
+        (lambda s: (s / "manifest.json").write_text("{}"), "not the manifest of a score store"),
+        (lambda s: (s / "manifest.json").unlink(), "is no score store"),
+        (lambda s: (s / "shards" / "shard_000001.json").unlink(), "incomplete: 1 of"),
+        (lambda s: (s / "shards" / "shard_000001.json").write_text("{"), "not a shard marker"),
+    ],
+)
 def test_damage_is_a_sentence(tmp_path, corpus, damage, sentence):
     write_all(tmp_path / "s", score_manifest(corpus)).finish()
     damage(tmp_path / "s")
@@ -189,18 +225,32 @@ def test_scores_of_another_corpus_or_tokenizer_are_refused(tmp_path, corpus):
 
 def test_another_training_context_is_said(tmp_path, corpus):
     """METHOD 4.13: window and document policy are recorded; training with another window is warned about."""
-    store = write_scores(tmp_path / "s", tmp_path / "corpus", window_tokens=16, document_policy="isolated")
-    assert "windows of 16 tokens and are trained in sequences of 32" in " ".join(store.context_warnings(32))
-    assert "scored isolated" in " ".join(store.context_warnings(16)) and "train with --data.document_policy isolated" in " ".join(store.context_warnings(16))
+    store = write_scores(
+        tmp_path / "s", tmp_path / "corpus", window_tokens=16, document_policy="isolated"
+    )
+    assert "windows of 16 tokens and are trained in sequences of 32" in " ".join(
+        store.context_warnings(32)
+    )
+    assert "scored isolated" in " ".join(
+        store.context_warnings(16)
+    ) and "train with --data.document_policy isolated" in " ".join(store.context_warnings(16))
     assert store.context_warnings(16, "isolated") == []
     packed = write_scores(tmp_path / "p", tmp_path / "corpus", window_tokens=16)
     assert packed.context_warnings(16) == []
     assert "scored packed" in " ".join(packed.context_warnings(16, "isolated"))
 
 
-@pytest.mark.parametrize("settings, sentence", [
-    ({"dtype": "bf16"}, "fp16 or fp32"), ({"stride_tokens": 17}, "between 1 and window_tokens"), ({"document_policy": "mixed"}, "packed or isolated"),
-    ({"columns": ()}, "one or more"), ({"columns": ("token_id",)}, "cannot name a column"), ({"columns": ("../x",)}, "cannot name a column")])
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"dtype": "bf16"}, "fp16 or fp32"),
+        ({"stride_tokens": 17}, "between 1 and window_tokens"),
+        ({"document_policy": "mixed"}, "packed or isolated"),
+        ({"columns": ()}, "one or more"),
+        ({"columns": ("token_id",)}, "cannot name a column"),
+        ({"columns": ("../x",)}, "cannot name a column"),
+    ],
+)
 def test_bad_settings_are_a_sentence(corpus, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         score_manifest(corpus, **settings)
@@ -214,4 +264,6 @@ def test_shards_stay_few_on_large_corpora():
 def test_markers_describe_what_is_on_disk(tmp_path, corpus):
     store = write_all(tmp_path / "s", score_manifest(corpus))
     marker = ShardMarker.read(store.folder, 2)
-    assert (marker.shard, marker.start, marker.end) == (2, 128, 192) and set(marker.sha256) == {"loss"}
+    assert (marker.shard, marker.start, marker.end) == (2, 128, 192) and set(marker.sha256) == {
+        "loss"
+    }

@@ -6,9 +6,20 @@ from hypothesis import given, settings, strategies
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_slm.data.epoch_index import EpochIndex, build_once, shuffled_epoch
-from megatron_slm.data.scored_dataset import ScoredDataset, blend, open_corpora, training_dataset, validation_dataset
+from megatron_slm.data.scored_dataset import (
+    ScoredDataset,
+    blend,
+    open_corpora,
+    training_dataset,
+    validation_dataset,
+)
 from megatron_slm.data.score_store import ScoreStore
-from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus, write_scores
+from megatron_slm.testing.corpora import (
+    random_documents,
+    score_manifest,
+    write_corpus,
+    write_scores,
+)
 
 
 def make(folder, name, count=60, mean=20, seed=0, **scores):
@@ -21,11 +32,16 @@ def make(folder, name, count=60, mean=20, seed=0, **scores):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return folder, {name: make(folder, name, count=count, seed=number) for number, (name, count) in enumerate((("a", 60), ("b", 25), ("c", 110)))}
+    return folder, {
+        name: make(folder, name, count=count, seed=number)
+        for number, (name, count) in enumerate((("a", 60), ("b", 25), ("c", 110)))
+    }
 
 
 def opened(folder, names="a"):
-    return open_corpora([str(folder / name) for name in names], [str(folder / f"{name}_scores") for name in names])
+    return open_corpora(
+        [str(folder / name) for name in names], [str(folder / f"{name}_scores") for name in names]
+    )
 
 
 def check_sample(sample, documents, sequence_length):
@@ -44,11 +60,24 @@ def check_sample(sample, documents, sequence_length):
 
 
 @settings(max_examples=25, deadline=None)
-@given(sequence_length=strategies.integers(2, 90), seed=strategies.integers(0, 2**31), weights=strategies.lists(strategies.floats(0.05, 5), min_size=3, max_size=3))
-def test_scores_belong_to_their_tokens_whatever_the_length_seed_and_blend(data, sequence_length, seed, weights):
+@given(
+    sequence_length=strategies.integers(2, 90),
+    seed=strategies.integers(0, 2**31),
+    weights=strategies.lists(strategies.floats(0.05, 5), min_size=3, max_size=3),
+)
+def test_scores_belong_to_their_tokens_whatever_the_length_seed_and_blend(
+    data, sequence_length, seed, weights
+):
     """METHOD 4.12, over several epochs of every corpus of a blend."""
     folder, documents = data
-    dataset = training_dataset(opened(folder, "abc"), sequence_length=sequence_length, seed=seed, samples=3000, weights=weights, with_offsets=True)
+    dataset = training_dataset(
+        opened(folder, "abc"),
+        sequence_length=sequence_length,
+        seed=seed,
+        samples=3000,
+        weights=weights,
+        with_offsets=True,
+    )
     for index in np.random.RandomState(seed % 2**31).randint(0, 3000, 40):
         sample = dataset[index]
         check_sample(sample, documents["abc"[int(sample["corpus_id"])]], sequence_length)
@@ -61,33 +90,53 @@ def test_score_and_label_are_the_same_slice(data):
     flat_of_scores = np.concatenate(documents["a"])
     sample = dataset[3]
     scored = ~np.isnan(sample["reference_loss"])
-    np.testing.assert_array_equal(flat_of_scores[sample["reference_loss"][scored].astype(int)], sample["labels"][scored])
+    np.testing.assert_array_equal(
+        flat_of_scores[sample["reference_loss"][scored].astype(int)], sample["labels"][scored]
+    )
 
 
 def test_isolated_documents_begin_where_the_first_tokens_are(data):
     """Positions restart at each document, whose first token is the one that is masked as a label; padding belongs to the last document."""
     folder, _ = data
     settings_ = dict(sequence_length=47, with_offsets=True)
-    packed, isolated = (validation_dataset(opened(folder)[0], **settings_, isolate_documents=isolate) for isolate in (False, True))
+    packed, isolated = (
+        validation_dataset(opened(folder)[0], **settings_, isolate_documents=isolate)
+        for isolate in (False, True)
+    )
     for index in range(len(packed)):
         sample, plain = isolated[index], packed[index]
         assert plain.keys() == sample.keys() - {"document_start"}
         for name in plain.keys() - {"position_ids"}:
             np.testing.assert_array_equal(sample[name], plain[name])
-        first = np.flatnonzero((plain["loss_mask"] == 0) & (plain["offsets"] >= 0)) + 1      # of inputs: the label before them was masked
+        first = (
+            np.flatnonzero((plain["loss_mask"] == 0) & (plain["offsets"] >= 0)) + 1
+        )  # of inputs: the label before them was masked
         begins = np.array([0, *first[first < 47]])
-        np.testing.assert_array_equal(sample["document_start"], begins[np.searchsorted(begins, np.arange(47), side="right") - 1])
-        np.testing.assert_array_equal(sample["position_ids"], np.arange(47) - sample["document_start"])
+        np.testing.assert_array_equal(
+            sample["document_start"],
+            begins[np.searchsorted(begins, np.arange(47), side="right") - 1],
+        )
+        np.testing.assert_array_equal(
+            sample["position_ids"], np.arange(47) - sample["document_start"]
+        )
 
 
 def test_first_token_of_a_document_is_not_eligible(data):
     """METHOD 4.14: masked as a label, while it stays an input; the same rule with and without scores."""
     folder, documents = data
     starts = set(np.cumsum([0] + [len(document) for document in documents["a"][:-1]]).tolist())
-    plain = training_dataset(open_corpora([str(folder / "a")]), sequence_length=64, seed=3, samples=10, with_offsets=True)
-    scored = training_dataset(opened(folder), sequence_length=64, seed=3, samples=10, with_offsets=True)
+    plain = training_dataset(
+        open_corpora([str(folder / "a")]), sequence_length=64, seed=3, samples=10, with_offsets=True
+    )
+    scored = training_dataset(
+        opened(folder), sequence_length=64, seed=3, samples=10, with_offsets=True
+    )
     for index in range(len(plain)):
-        masked = {int(offset) for offset, mask in zip(plain[index]["offsets"], plain[index]["loss_mask"]) if mask == 0}
+        masked = {
+            int(offset)
+            for offset, mask in zip(plain[index]["offsets"], plain[index]["loss_mask"])
+            if mask == 0
+        }
         assert masked == starts & set(plain[index]["offsets"].tolist())
         np.testing.assert_array_equal(plain[index]["loss_mask"], scored[index]["loss_mask"])
         assert "reference_loss" not in plain[index]
@@ -105,32 +154,61 @@ def test_tokens_are_those_of_megatron_core(data):
 
 def test_an_epoch_reads_every_token_at_most_once_and_epochs_differ(data):
     folder, documents = data
-    dataset = training_dataset(opened(folder), sequence_length=16, seed=2, samples=10, with_offsets=True)
-    epochs = [np.concatenate([dataset[epoch * len(dataset) + i]["offsets"] for i in range(len(dataset))]) for epoch in range(3)]
+    dataset = training_dataset(
+        opened(folder), sequence_length=16, seed=2, samples=10, with_offsets=True
+    )
+    epochs = [
+        np.concatenate([dataset[epoch * len(dataset) + i]["offsets"] for i in range(len(dataset))])
+        for epoch in range(3)
+    ]
     total = sum(map(len, documents["a"]))
     for offsets in epochs:
         assert len(set(offsets.tolist())) == len(offsets) == (total - 1) // 16 * 16
     assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
-    np.testing.assert_array_equal(dataset[0]["offsets"], epochs[0][:16])  # an earlier epoch is found again
+    np.testing.assert_array_equal(
+        dataset[0]["offsets"], epochs[0][:16]
+    )  # an earlier epoch is found again
 
 
 def test_a_longer_run_continues_the_shorter_one(data):
     """The order depends on (seed, epoch) and the blend on (weights, i): never on how many samples were planned."""
     folder, _ = data
-    short, long = (training_dataset(opened(folder, "abc"), sequence_length=16, seed=4, samples=samples, weights=[6, 3, 1], with_offsets=True)
-                   for samples in (120, 700))
+    short, long = (
+        training_dataset(
+            opened(folder, "abc"),
+            sequence_length=16,
+            seed=4,
+            samples=samples,
+            weights=[6, 3, 1],
+            with_offsets=True,
+        )
+        for samples in (120, 700)
+    )
     for index in range(120):
         np.testing.assert_array_equal(short[index]["offsets"], long[index]["offsets"])
         assert short[index]["corpus_id"] == long[index]["corpus_id"]
-    other_seed = training_dataset(opened(folder, "abc"), sequence_length=16, seed=5, samples=120, weights=[6, 3, 1], with_offsets=True)
-    assert any(not np.array_equal(short[index]["offsets"], other_seed[index]["offsets"]) for index in range(3))
+    other_seed = training_dataset(
+        opened(folder, "abc"),
+        sequence_length=16,
+        seed=5,
+        samples=120,
+        weights=[6, 3, 1],
+        with_offsets=True,
+    )
+    assert any(
+        not np.array_equal(short[index]["offsets"], other_seed[index]["offsets"])
+        for index in range(3)
+    )
 
 
 def test_blend_follows_its_weights():
     index = blend([6, 3, 1], 1000)
     assert [int((index.dataset_index == corpus).sum()) for corpus in range(3)] == [600, 300, 100]
     for corpus in range(3):  # each corpus is read in its own order, without gaps
-        np.testing.assert_array_equal(index.dataset_sample_index[index.dataset_index == corpus], np.arange((index.dataset_index == corpus).sum()))
+        np.testing.assert_array_equal(
+            index.dataset_sample_index[index.dataset_index == corpus],
+            np.arange((index.dataset_index == corpus).sum()),
+        )
 
 
 def test_samples_share_no_memory(data):
@@ -149,7 +227,9 @@ def test_samples_share_no_memory(data):
 @pytest.mark.parametrize("sequence_length", [7, 16, 97, 5000])
 def test_validation_reads_every_token_once(data, sequence_length):
     folder, documents = data
-    dataset = validation_dataset(opened(folder)[0], sequence_length=sequence_length, with_offsets=True)
+    dataset = validation_dataset(
+        opened(folder)[0], sequence_length=sequence_length, with_offsets=True
+    )
     samples = [dataset[index] for index in range(len(dataset))]
     for sample in samples:
         check_sample(sample, documents["a"], sequence_length)
@@ -163,8 +243,12 @@ def test_empty_and_single_token_documents(tmp_path, lengths):
     write_corpus(tmp_path / "x", documents)
     write_scores(tmp_path / "x_scores", tmp_path / "x")
     kept = [document for document in documents if len(document)]
-    for dataset in (training_dataset(opened(tmp_path, "x"), sequence_length=6, seed=0, samples=9, with_offsets=True),
-                    validation_dataset(opened(tmp_path, "x")[0], sequence_length=6, with_offsets=True)):
+    for dataset in (
+        training_dataset(
+            opened(tmp_path, "x"), sequence_length=6, seed=0, samples=9, with_offsets=True
+        ),
+        validation_dataset(opened(tmp_path, "x")[0], sequence_length=6, with_offsets=True),
+    ):
         for index in range(len(dataset)):
             check_sample(dataset[index], kept, 6)
 
@@ -179,7 +263,14 @@ def test_index_cache_is_keyed_by_content(tmp_path):
         write_scores(tmp_path / f"x{seed}_again", tmp_path / "x")
         corpora = open_corpora([str(tmp_path / "x")], [str(tmp_path / f"x{seed}_again")])
         for _ in range(2):  # built, then mapped
-            dataset = training_dataset(corpora, sequence_length=16, seed=1, samples=10, index_cache=cache, with_offsets=True)
+            dataset = training_dataset(
+                corpora,
+                sequence_length=16,
+                seed=1,
+                samples=10,
+                index_cache=cache,
+                with_offsets=True,
+            )
             check_sample(dataset[len(dataset) + 1], documents, 16)
     assert len(list(cache.iterdir())) == 2
 
@@ -192,6 +283,7 @@ def test_cache_gives_what_building_gives_and_survives_read_only_folders(tmp_path
     def build():
         calls.append(1)
         return built
+
     for _ in range(2):
         cached = build_once(tmp_path / "cache" / "epoch", EpochIndex, build)
         for name in ("document_index", "sample_index", "shuffle_index"):
@@ -229,11 +321,15 @@ def test_missing_scores_are_an_error_or_ineligible(tmp_path):
     store.write_shard(1, {"loss": np.zeros(64)})
     with pytest.raises(ValueError, match="incomplete"):
         open_corpora([str(tmp_path / "x")], [str(tmp_path / "part")])
-    corpora = open_corpora([str(tmp_path / "x")], [str(tmp_path / "part")], allow_missing_scores=True)
+    corpora = open_corpora(
+        [str(tmp_path / "x")], [str(tmp_path / "part")], allow_missing_scores=True
+    )
     dataset = training_dataset(corpora, sequence_length=16, seed=1, samples=10, with_offsets=True)
     for index in range(len(dataset)):
         sample = dataset[index]
-        np.testing.assert_array_equal(np.isnan(sample["reference_loss"]), sample["offsets"] // 64 != 1)
+        np.testing.assert_array_equal(
+            np.isnan(sample["reference_loss"]), sample["offsets"] // 64 != 1
+        )
 
 
 def test_too_small_and_badly_weighted_corpora_are_sentences(tmp_path):
@@ -241,9 +337,13 @@ def test_too_small_and_badly_weighted_corpora_are_sentences(tmp_path):
     with pytest.raises(ValueError, match="too few for one sample"):
         training_dataset(opened(tmp_path, "x"), sequence_length=500, seed=0, samples=1)
     with pytest.raises(ValueError, match="weights"):
-        training_dataset(opened(tmp_path, "x"), sequence_length=2, seed=0, samples=1, weights=[1.0, 2.0])
+        training_dataset(
+            opened(tmp_path, "x"), sequence_length=2, seed=0, samples=1, weights=[1.0, 2.0]
+        )
     with pytest.raises(ValueError, match="positive"):
-        training_dataset(opened(tmp_path, "xx"), sequence_length=2, seed=0, samples=1, weights=[1.0, 0.0])
+        training_dataset(
+            opened(tmp_path, "xx"), sequence_length=2, seed=0, samples=1, weights=[1.0, 0.0]
+        )
 
 
 def test_large_vocabularies_are_read_as_written(tmp_path):
@@ -251,6 +351,8 @@ def test_large_vocabularies_are_read_as_written(tmp_path):
     documents = random_documents(30, 20, vocabulary_size=65520)
     write_corpus(tmp_path / "x", documents, vocabulary_size=65520)
     write_scores(tmp_path / "x_scores", tmp_path / "x")
-    dataset = training_dataset(opened(tmp_path, "x"), sequence_length=16, seed=0, samples=1, with_offsets=True)
+    dataset = training_dataset(
+        opened(tmp_path, "x"), sequence_length=16, seed=0, samples=1, with_offsets=True
+    )
     for index in range(len(dataset)):
         check_sample(dataset[index], documents, 16)

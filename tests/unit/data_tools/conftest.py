@@ -20,7 +20,10 @@ TEXTS = [
 
 
 def write_jsonl(path: Path, texts, key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -30,11 +33,26 @@ def vocabulary(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vocabulary")
     words = [f"value_{n} = function_{n % 7}(name, {n}) + other word number {n}" for n in range(400)]
     write_jsonl(folder / "train.jsonl", TEXTS * 10 + words)
-    assert train_main(["--input", str(folder / "train.jsonl"), "--output-prefix", str(folder / "v"), "--vocab-size", "600",
-                       "--threads", "1"]) == 0
+    assert (
+        train_main(
+            [
+                "--input",
+                str(folder / "train.jsonl"),
+                "--output-prefix",
+                str(folder / "v"),
+                "--vocab-size",
+                "600",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     return folder / "v.model"
 
 
 @pytest.fixture
 def corpus_file(tmp_path) -> Path:
-    return write_jsonl(tmp_path / "corpus.jsonl", [f"{text} {n}" for n in range(40) for text in TEXTS])
+    return write_jsonl(
+        tmp_path / "corpus.jsonl", [f"{text} {n}" for n in range(40) for text in TEXTS]
+    )

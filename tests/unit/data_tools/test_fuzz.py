@@ -29,10 +29,45 @@ from megatron_slm.data.manifest import check_corpus
 from megatron_slm.tokenization import load_tokenizer
 
 CASES = int(os.environ.get("SLM_FUZZ_CASES", "2400"))
-SEEDS = [json.dumps({"text": text, "id": n}, ensure_ascii=n % 2 == 0).encode() for n, text in enumerate(
-    ["plain words", "naïve 日本 🙂", "tabs\tand \"quotes\" \\ back", "a" * 50, "\u2581 sign", "</s>", "1 2 3"])]
-PIECES = [b"\x00", b"\xff", b"\xc3", b'"', b"\\", b"\\u", b"\\ud800", b"\\u0000", b"{", b"}", b"\n", b"\r", b" ", b",", b":",
-          b"NaN", b"1e999", b"[" * 50, b"null", b'"text"', b"\xef\xbb\xbf", b"\xed\xa0\x80", b"9" * 30]
+SEEDS = [
+    json.dumps({"text": text, "id": n}, ensure_ascii=n % 2 == 0).encode()
+    for n, text in enumerate(
+        [
+            "plain words",
+            "naïve 日本 🙂",
+            'tabs\tand "quotes" \\ back',
+            "a" * 50,
+            "\u2581 sign",
+            "</s>",
+            "1 2 3",
+        ]
+    )
+]
+PIECES = [
+    b"\x00",
+    b"\xff",
+    b"\xc3",
+    b'"',
+    b"\\",
+    b"\\u",
+    b"\\ud800",
+    b"\\u0000",
+    b"{",
+    b"}",
+    b"\n",
+    b"\r",
+    b" ",
+    b",",
+    b":",
+    b"NaN",
+    b"1e999",
+    b"[" * 50,
+    b"null",
+    b'"text"',
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"9" * 30,
+]
 
 
 def mutate(generator: random.Random, content: bytes, pieces=PIECES) -> bytes:
@@ -44,11 +79,11 @@ def mutate(generator: random.Random, content: bytes, pieces=PIECES) -> bytes:
         if kind == 0 and content:
             content[at % len(content)] = generator.randrange(256)
         elif kind == 1:
-            del content[at:at + generator.randrange(1, 20)]
+            del content[at : at + generator.randrange(1, 20)]
         elif kind == 2:
             content[at:at] = generator.choice(pieces)
         elif kind == 3:
-            content[at:at] = content[at:at + generator.randrange(1, 20)]
+            content[at:at] = content[at : at + generator.randrange(1, 20)]
         else:
             content[at:at] = generator.randbytes(generator.randrange(1, 9))
     return bytes(content)
@@ -63,7 +98,9 @@ def texts_by_hand(data: bytes) -> list[str | None]:
         try:
             text = json.loads(line.decode())["text"]
             text.encode()
-            found.append(text if isinstance(text, str) and text.strip() and "\0" not in text else None)
+            found.append(
+                text if isinstance(text, str) and text.strip() and "\0" not in text else None
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             found.append(None)
     return found
@@ -72,29 +109,52 @@ def texts_by_hand(data: bytes) -> list[str | None]:
 def test_jsonl(vocabulary, tmp_path):
     tokenizer = load_tokenizer(vocabulary)
     settings = EncodeSettings(("text",), "\n\n", True, False, FilterSettings())
-    encoder, plain = BlockEncoder(tokenizer, settings, "auto", str(tmp_path)), PlainEncoder(tokenizer)
+    encoder, plain = (
+        BlockEncoder(tokenizer, settings, "auto", str(tmp_path)),
+        PlainEncoder(tokenizer),
+    )
     eod = np.array([tokenizer.eod_id], "<u2").tobytes()
     unit = Unit("stream", (SourceFile(0, "f.jsonl", "lines", "", 1, 0),), 0, 0, 1)
     generator = random.Random(1)
     for case in range(CASES // 2):
         data = b"\n".join(generator.choices(SEEDS, k=generator.randrange(1, 6)))
-        data = generator.randbytes(generator.randrange(80)) if case % 10 == 0 else mutate(generator, data)
+        data = (
+            generator.randbytes(generator.randrange(80))
+            if case % 10 == 0
+            else mutate(generator, data)
+        )
         result = encoder(Block(case, 0, 0, unit, data))
         expected = texts_by_hand(data)
         good = [text for text in expected if text is not None]
         assert b"".join(part.tokens for part in result.parts) == b"".join(
-            content + eod for content in (plain.encode_batch(good) if good else [])), data
+            content + eod for content in (plain.encode_batch(good) if good else [])
+        ), data
         assert len(result.lengths_tokens) == len(good), data
         bad = sum(result.rejects.values()) - result.rejects[BLANK_LINE]
-        assert bad == len(expected) - len(good) and bad == sum(sample.reason != BLANK_LINE for sample in result.reject_samples), data
+        assert bad == len(expected) - len(good) and bad == sum(
+            sample.reason != BLANK_LINE for sample in result.reject_samples
+        ), data
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, vocabulary):
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "c.jsonl").write_bytes(b"\n".join(SEEDS))
-    assert preprocess(["--input", str(folder / "c.jsonl"), "--tokenizer", str(vocabulary), "--output-prefix", str(folder / "c"),
-                       "--workers", "1"]) == 0
+    assert (
+        preprocess(
+            [
+                "--input",
+                str(folder / "c.jsonl"),
+                "--tokenizer",
+                str(vocabulary),
+                "--output-prefix",
+                str(folder / "c"),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     return folder / "c"
 
 
@@ -107,7 +167,11 @@ def test_damaged_corpus(corpus, tmp_path, suffix):
     truth = check_corpus(tmp_path / "c")
     generator = random.Random(2)
     for case in range(CASES // 8):
-        content = generator.randbytes(generator.randrange(200)) if case % 10 == 0 else mutate(generator, good)
+        content = (
+            generator.randbytes(generator.randrange(200))
+            if case % 10 == 0
+            else mutate(generator, good)
+        )
         path.write_bytes(content)
         if suffix == ".idx":
             try:
@@ -120,7 +184,11 @@ def test_damaged_corpus(corpus, tmp_path, suffix):
             assert len(str(error)) > 20
             continue
         assert content == good or suffix == ".manifest.json", content
-        assert (manifest.fingerprint, manifest.documents, manifest.tokens) == (truth.fingerprint, truth.documents, truth.tokens)
+        assert (manifest.fingerprint, manifest.documents, manifest.tokens) == (
+            truth.fingerprint,
+            truth.documents,
+            truth.tokens,
+        )
 
 
 def test_damaged_compression():
@@ -128,8 +196,13 @@ def test_damaged_compression():
     plain = b"\n".join(SEEDS) * 20
     generator = random.Random(3)
     for case in range(CASES // 8):
-        name, pack = (("gz", gzip.compress), ("zst", zstandard.ZstdCompressor(write_checksum=True).compress))[case % 2]
-        content = mutate(generator, pack(plain), [b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\0", b"\xff"])
+        name, pack = (
+            ("gz", gzip.compress),
+            ("zst", zstandard.ZstdCompressor(write_checksum=True).compress),
+        )[case % 2]
+        content = mutate(
+            generator, pack(plain), [b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\0", b"\xff"]
+        )
         got = []
         try:
             for piece in decompressed(name, io.BytesIO(content)):

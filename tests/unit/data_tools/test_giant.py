@@ -13,20 +13,53 @@ from data_tools.preprocess import main
 from megatron_slm.data.manifest import CorpusManifest
 
 GENERATOR = random.Random(3)
-WORDS = ["\u2581", "def", "return", "naïve", "日本", "🙂", "\\", '"', "x1", "\t", "\n", "(a, b)", "é" * 5, "</s>", "    "]
+WORDS = [
+    "\u2581",
+    "def",
+    "return",
+    "naïve",
+    "日本",
+    "🙂",
+    "\\",
+    '"',
+    "x1",
+    "\t",
+    "\n",
+    "(a, b)",
+    "é" * 5,
+    "</s>",
+    "    ",
+]
 
 
 def long_text(words: int) -> str:
     return " ".join(GENERATOR.choices(WORDS, k=words))
 
 
-RECORDS = [{"text": "small first"}, {"text": long_text(3000), "id": 1}, {"text": "small between"},
-           {"other": long_text(2000), "text": long_text(2500)}, {"text": long_text(4000), "n": [1, {"a": "b\"c"}]}, {"text": "last"}]
+RECORDS = [
+    {"text": "small first"},
+    {"text": long_text(3000), "id": 1},
+    {"text": "small between"},
+    {"other": long_text(2000), "text": long_text(2500)},
+    {"text": long_text(4000), "n": [1, {"a": 'b"c'}]},
+    {"text": "last"},
+]
 
 
 def preprocess(inputs, vocabulary, prefix, *more) -> int:
-    return main(["--input", *map(str, inputs), "--tokenizer", str(vocabulary), "--output-prefix", str(prefix), "--workers", "1",
-                 *map(str, more)])
+    return main(
+        [
+            "--input",
+            *map(str, inputs),
+            "--tokenizer",
+            str(vocabulary),
+            "--output-prefix",
+            str(prefix),
+            "--workers",
+            "1",
+            *map(str, more),
+        ]
+    )
 
 
 @pytest.fixture
@@ -44,11 +77,17 @@ def small_limits(monkeypatch):
 
 def result(prefix) -> bytes:
     manifest = json.loads(open(f"{prefix}.manifest.json").read())
-    return open(f"{prefix}.bin", "rb").read() + open(f"{prefix}.idx", "rb").read() + str(manifest["sources"][0]["text_bytes"]).encode()
+    return (
+        open(f"{prefix}.bin", "rb").read()
+        + open(f"{prefix}.idx", "rb").read()
+        + str(manifest["sources"][0]["text_bytes"]).encode()
+    )
 
 
 def content(ascii_only: bool) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in RECORDS).encode()
+    return "".join(
+        json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in RECORDS
+    ).encode()
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])
@@ -60,7 +99,10 @@ def test_jsonl(tmp_path, vocabulary, suffix, pack, ascii_only, request, monkeypa
     assert preprocess([path], vocabulary, tmp_path / "whole", *options) == 0
     request.getfixturevalue("small_limits")
     giants = []
-    monkeypatch.setattr("data_tools.worker.scan", lambda document, forbidden: giants.append(1) or giant.scan(document, forbidden))
+    monkeypatch.setattr(
+        "data_tools.worker.scan",
+        lambda document, forbidden: giants.append(1) or giant.scan(document, forbidden),
+    )
     assert preprocess([path], vocabulary, tmp_path / "pieces", *options) == 0
     assert result(tmp_path / "pieces") == result(tmp_path / "whole")
     assert len(giants) == 3
@@ -80,7 +122,9 @@ def test_text_file(tmp_path, vocabulary, suffix, pack, request):
 def test_duplicates_and_bounds(tmp_path, vocabulary, small_limits):
     path = tmp_path / "c.jsonl"
     text = long_text(3000)
-    path.write_bytes("".join(json.dumps({"text": t}) + "\n" for t in (text, "a", text, text, "a", "b")).encode())
+    path.write_bytes(
+        "".join(json.dumps({"text": t}) + "\n" for t in (text, "a", text, text, "a", "b")).encode()
+    )
     assert preprocess([path], vocabulary, tmp_path / "c", "--drop-duplicates") == 0
     manifest = CorpusManifest.read(tmp_path / "c")
     assert manifest.documents == 3 and manifest.filters == {"exact duplicate": 3}
@@ -91,23 +135,26 @@ def test_duplicates_and_bounds(tmp_path, vocabulary, small_limits):
 LONG = "word " * 2000
 
 
-@pytest.mark.parametrize("line, reason", [
-    (b'{"text": "' + LONG.encode() + b"\xff" + LONG.encode() + b'"}', "invalid UTF-8"),
-    (b'{"text": "' + LONG.encode() + b'\\ud800 x"}', "lone surrogate"),
-    (b'{"text": "' + LONG.encode() + b'\\ud800"}', "lone surrogate"),
-    (b'{"text": "' + LONG.encode() + b'\\u0000"}', "NUL bytes"),
-    (b'{"text": "' + LONG.encode() + b'\\q"}', "broken JSON"),
-    (b'{"text": "' + LONG.encode() + b'\\u12', "broken JSON"),
-    (b'{"text": "' + LONG.encode() + b"\x01" + b'"}', "broken JSON"),
-    (b'{"text": "' + LONG.encode(), "broken JSON"),
-    (b'{"text": "' + LONG.encode() + b'"', "broken JSON"),
-    (b'{"text": "' + b" " * 9000 + b'"}', "empty text"),
-    (b'{"body": "' + LONG.encode() + b'"}', "missing key"),
-    (b'["' + LONG.encode() + b'"]', "not a JSON object"),
-    (b'{"text": ["' + LONG.encode() + b'"]}', "wrong type"),
-    (b'{"text": "x", "n": [' + b"1," * 9000 + b"1]}", "too long a record"),
-    (b'{"text": "' + b"a" * 20000 + b'"}', "too long to encode"),
-])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"text": "' + LONG.encode() + b"\xff" + LONG.encode() + b'"}', "invalid UTF-8"),
+        (b'{"text": "' + LONG.encode() + b'\\ud800 x"}', "lone surrogate"),
+        (b'{"text": "' + LONG.encode() + b'\\ud800"}', "lone surrogate"),
+        (b'{"text": "' + LONG.encode() + b'\\u0000"}', "NUL bytes"),
+        (b'{"text": "' + LONG.encode() + b'\\q"}', "broken JSON"),
+        (b'{"text": "' + LONG.encode() + b"\\u12", "broken JSON"),
+        (b'{"text": "' + LONG.encode() + b"\x01" + b'"}', "broken JSON"),
+        (b'{"text": "' + LONG.encode(), "broken JSON"),
+        (b'{"text": "' + LONG.encode() + b'"', "broken JSON"),
+        (b'{"text": "' + b" " * 9000 + b'"}', "empty text"),
+        (b'{"body": "' + LONG.encode() + b'"}', "missing key"),
+        (b'["' + LONG.encode() + b'"]', "not a JSON object"),
+        (b'{"text": ["' + LONG.encode() + b'"]}', "wrong type"),
+        (b'{"text": "x", "n": [' + b"1," * 9000 + b"1]}", "too long a record"),
+        (b'{"text": "' + b"a" * 20000 + b'"}', "too long to encode"),
+    ],
+)
 def test_complaints(tmp_path, vocabulary, small_limits, line, reason):
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
@@ -122,5 +169,12 @@ def test_complaints(tmp_path, vocabulary, small_limits, line, reason):
 def test_without_a_proof_a_giant_is_refused(tmp_path, vocabulary, small_limits):
     path = tmp_path / "c.jsonl"
     path.write_bytes(content(True))
-    assert preprocess([path], vocabulary, tmp_path / "c", "--encoder", "plain", "--max-bad-fraction", "1") == 0
-    assert CorpusManifest.read(tmp_path / "c").rejected["reasons"] == {"too large for this vocabulary": 3}
+    assert (
+        preprocess(
+            [path], vocabulary, tmp_path / "c", "--encoder", "plain", "--max-bad-fraction", "1"
+        )
+        == 0
+    )
+    assert CorpusManifest.read(tmp_path / "c").rejected["reasons"] == {
+        "too large for this vocabulary": 3
+    }

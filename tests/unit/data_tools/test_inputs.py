@@ -17,18 +17,37 @@ from data_tools.preprocess import main
 from data_tools.reading import read_documents
 from megatron_slm.data.manifest import CorpusManifest
 
-TEXTS = ["def add(a, b):\n    return a + b\n", "  two  spaces\tand a tab\r\n\n end ", "naïve café 日本語 🙂", "</s> is text"]
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "  two  spaces\tand a tab\r\n\n end ",
+    "naïve café 日本語 🙂",
+    "</s> is text",
+]
 MANY = [f"{text} number {n}" for n in range(50) for text in TEXTS]
 
 
 def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+        encoding="utf-8",
+    )
     return path
 
 
 def preprocess(inputs, vocabulary, prefix, *more) -> int:
-    return main(["--input", *map(str, inputs), "--tokenizer", str(vocabulary), "--output-prefix", str(prefix), "--workers", "1",
-                 *map(str, more)])
+    return main(
+        [
+            "--input",
+            *map(str, inputs),
+            "--tokenizer",
+            str(vocabulary),
+            "--output-prefix",
+            str(prefix),
+            "--workers",
+            "1",
+            *map(str, more),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +68,17 @@ def as_gz(content: bytes) -> bytes:
 
 def as_zst(content: bytes) -> bytes:
     half = len(content) // 2
-    return zstandard.compress(content[:half]) + zstandard.ZstdCompressor().compressobj().compress(b"") + zstandard.compress(
-        content[half:])
+    return (
+        zstandard.compress(content[:half])
+        + zstandard.ZstdCompressor().compressobj().compress(b"")
+        + zstandard.compress(content[half:])
+    )
 
 
-@pytest.mark.parametrize("suffix, pack", [(".jsonl", bytes), (".jsonl.gz", as_gz), (".ndjson.zst", as_zst), (".json", bytes)])
+@pytest.mark.parametrize(
+    "suffix, pack",
+    [(".jsonl", bytes), (".jsonl.gz", as_gz), (".ndjson.zst", as_zst), (".json", bytes)],
+)
 def test_jsonl_forms(tmp_path, vocabulary, expected, suffix, pack, monkeypatch):
     monkeypatch.setattr("data_tools.streams.blocks_of_units.__kwdefaults__", {"block_bytes": 1000})
     monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (1000,))
@@ -81,7 +106,11 @@ def test_standard_input(tmp_path, vocabulary, expected, monkeypatch):
 
 
 def test_parquet(tmp_path, vocabulary, expected):
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(MANY)), "text": MANY}), tmp_path / "c.parquet", row_group_size=70)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(len(MANY)), "text": MANY}),
+        tmp_path / "c.parquet",
+        row_group_size=70,
+    )
     assert preprocess([tmp_path / "c.parquet"], vocabulary, tmp_path / "out") == 0
     assert result(tmp_path / "out") == expected
 
@@ -106,9 +135,16 @@ def test_compressed_text_file_is_one_document(tmp_path, vocabulary):
 
 
 def test_several_keys_are_joined(tmp_path, vocabulary):
-    (tmp_path / "c.jsonl").write_text(json.dumps({"title": "A title", "body": "A body", "text": "no"}) + "\n")
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps({"title": "A title", "body": "A body", "text": "no"}) + "\n"
+    )
     write_jsonl(tmp_path / "joined.jsonl", ["A title\n\nA body"])
-    assert preprocess([tmp_path / "c.jsonl"], vocabulary, tmp_path / "a", "--text-key", "title", "body") == 0
+    assert (
+        preprocess(
+            [tmp_path / "c.jsonl"], vocabulary, tmp_path / "a", "--text-key", "title", "body"
+        )
+        == 0
+    )
     assert preprocess([tmp_path / "joined.jsonl"], vocabulary, tmp_path / "b") == 0
     assert result(tmp_path / "a") == result(tmp_path / "b")
 
@@ -118,20 +154,43 @@ def test_include_and_format(tmp_path, vocabulary):
     (tmp_path / "d" / "a.py").write_text("x = 1\n")
     (tmp_path / "d" / "b.txt").write_text("words\n")
     write_jsonl(tmp_path / "d" / "c.jsonl", ["one", "two"])
-    for more, documents in (((), 4), (("--include", "*.py"), 1), (("--include", "*.py", "*.jsonl"), 3), (("--format", "text"), 3)):
+    for more, documents in (
+        ((), 4),
+        (("--include", "*.py"), 1),
+        (("--include", "*.py", "*.jsonl"), 3),
+        (("--format", "text"), 3),
+    ):
         prefix = tmp_path / f"out{documents}{len(more)}"
         assert preprocess([tmp_path / "d"], vocabulary, prefix, *more) == 0
         assert CorpusManifest.read(prefix).documents == documents
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"a", b"a\n", b"a\nbb\nccc\n", b"\n\n\n", b"aaaaaaaaaaaaaaaa\nb", b"a\r\n\r\nb\r\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"a",
+        b"a\n",
+        b"a\nbb\nccc\n",
+        b"\n\n\n",
+        b"aaaaaaaaaaaaaaaa\nb",
+        b"a\r\n\r\nb\r\n",
+    ],
+)
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 100])
 def test_byte_ranges_cover_every_line_once(tmp_path, content, step):
     path = tmp_path / "f"
     path.write_bytes(content)
-    pieces = [lines_of_range(path, start, min(start + step, len(content)))[0] for start in range(0, len(content), step)]
+    pieces = [
+        lines_of_range(path, start, min(start + step, len(content)))[0]
+        for start in range(0, len(content), step)
+    ]
     assert b"".join(pieces) == content
-    assert all(piece.endswith(b"\n") or not piece for piece in pieces[:-1] if piece is not pieces[-1]) or b"\n" not in content
+    assert (
+        all(piece.endswith(b"\n") or not piece for piece in pieces[:-1] if piece is not pieces[-1])
+        or b"\n" not in content
+    )
 
 
 def test_shards_are_contiguous_and_complete(tmp_path):

@@ -13,8 +13,21 @@ from data_tools.preprocess import main as preprocess
 
 @pytest.fixture
 def prefix(tmp_path, vocabulary, corpus_file):
-    assert preprocess(["--input", str(corpus_file), "--tokenizer", str(vocabulary), "--output-prefix", str(tmp_path / "c"),
-                       "--workers", "1"]) == 0
+    assert (
+        preprocess(
+            [
+                "--input",
+                str(corpus_file),
+                "--tokenizer",
+                str(vocabulary),
+                "--output-prefix",
+                str(tmp_path / "c"),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     return tmp_path / "c"
 
 
@@ -34,7 +47,14 @@ def test_numbers_and_histogram(prefix, capsys):
 def test_without_statistics_the_index_is_enough(prefix, capsys):
     os.unlink(f"{prefix}.statistics.json")
     assert main([str(prefix), "--json"]) == 0
-    assert sum(json.loads(capsys.readouterr().out)["statistics"]["total"]["document_tokens"]["histogram_log2"]) == 240
+    assert (
+        sum(
+            json.loads(capsys.readouterr().out)["statistics"]["total"]["document_tokens"][
+                "histogram_log2"
+            ]
+        )
+        == 240
+    )
 
 
 def test_documents_and_tokens(prefix, capsys):
@@ -52,7 +72,11 @@ def test_picture(prefix, tmp_path):
 
 
 def test_errors_are_sentences(prefix, capsys):
-    for more, word in ((["--document", "240"], "0 to 239"), (["--tokens"], "--document"), (["--max-tokens", "0"], "--max-tokens")):
+    for more, word in (
+        (["--document", "240"], "0 to 239"),
+        (["--tokens"], "--document"),
+        (["--max-tokens", "0"], "--max-tokens"),
+    ):
         assert main([str(prefix), *more]) == 3
         assert word in capsys.readouterr().err
     assert main([f"{prefix}-none"]) == 3

@@ -29,11 +29,24 @@ def corpus(tmp_path, vocabulary, monkeypatch):
     """(prefix of the whole, command to make it or a shard)."""
     monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (2000,))
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"document {n % 400} with words " * (1 + n % 5)}) + "\n" for n in range(500)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"document {n % 400} with words " * (1 + n % 5)}) + "\n"
+            for n in range(500)
+        )
+    )
     (tmp_path / "texts").mkdir()
     for number in range(20):
         (tmp_path / "texts" / f"{number:02}.txt").write_text(f"text {number}")
-    arguments = ["--input", str(path), str(tmp_path / "texts"), "--tokenizer", str(vocabulary), "--workers", "1"]
+    arguments = [
+        "--input",
+        str(path),
+        str(tmp_path / "texts"),
+        "--tokenizer",
+        str(vocabulary),
+        "--workers",
+        "1",
+    ]
     assert main([*arguments, "--output-prefix", str(tmp_path / "whole")]) == 0
     return tmp_path / "whole", arguments
 
@@ -42,24 +55,52 @@ def corpus(tmp_path, vocabulary, monkeypatch):
 def test_shards_joined_are_the_whole(tmp_path, corpus, count):
     whole, arguments = corpus
     for index in reversed(range(count)):
-        assert main([*arguments, "--output-prefix", str(tmp_path / "c"), "--shard", f"{index}/{count}"]) == 0
-    assert merge_program.main(["--input", f"{tmp_path}/c.shard-*-of-{count:05d}", "--output-prefix", str(tmp_path / "joined")]) == 0
+        assert (
+            main(
+                [*arguments, "--output-prefix", str(tmp_path / "c"), "--shard", f"{index}/{count}"]
+            )
+            == 0
+        )
+    assert (
+        merge_program.main(
+            [
+                "--input",
+                f"{tmp_path}/c.shard-*-of-{count:05d}",
+                "--output-prefix",
+                str(tmp_path / "joined"),
+            ]
+        )
+        == 0
+    )
     for suffix in (".bin", ".idx"):
-        assert Path(f"{tmp_path}/joined{suffix}").read_bytes() == Path(f"{whole}{suffix}").read_bytes()
-    assert json.loads(Path(f"{tmp_path}/joined.statistics.json").read_text()) == json.loads(Path(f"{whole}.statistics.json").read_text())
+        assert (
+            Path(f"{tmp_path}/joined{suffix}").read_bytes() == Path(f"{whole}{suffix}").read_bytes()
+        )
+    assert json.loads(Path(f"{tmp_path}/joined.statistics.json").read_text()) == json.loads(
+        Path(f"{whole}.statistics.json").read_text()
+    )
     ours, theirs = check_corpus(tmp_path / "joined"), CorpusManifest.read(whole)
     for name in ("records", "documents", "tokens", "text_bytes"):
-        assert [source[name] for source in ours.sources] == [source[name] for source in theirs.sources]
+        assert [source[name] for source in ours.sources] == [
+            source[name] for source in theirs.sources
+        ]
 
 
 def test_missing_damaged_or_foreign_parts(tmp_path, corpus, capsys):
     whole, arguments = corpus
     prefixes = [shard_prefix(str(tmp_path / "c"), index, 3) for index in range(3)]
     for index in range(3):
-        assert main([*arguments, "--output-prefix", str(tmp_path / "c"), "--shard", f"{index}/3"]) == 0
+        assert (
+            main([*arguments, "--output-prefix", str(tmp_path / "c"), "--shard", f"{index}/3"]) == 0
+        )
 
     def refused(*inputs, word):
-        assert merge_program.main(["--input", *map(str, inputs), "--output-prefix", str(tmp_path / "joined")]) == 3
+        assert (
+            merge_program.main(
+                ["--input", *map(str, inputs), "--output-prefix", str(tmp_path / "joined")]
+            )
+            == 3
+        )
         assert word in capsys.readouterr().err
         assert not list(tmp_path.glob("joined*"))
 
@@ -79,12 +120,30 @@ def test_missing_damaged_or_foreign_parts(tmp_path, corpus, capsys):
 
 def test_whole_corpora_are_joined_in_the_order_given(tmp_path, corpus):
     whole, arguments = corpus
-    assert main([*arguments[:1], *arguments[2:], "--output-prefix", str(tmp_path / "texts_only")]) == 0
-    assert merge_program.main(["--input", str(tmp_path / "texts_only"), str(whole), "--output-prefix", str(tmp_path / "j")]) == 0
+    assert (
+        main([*arguments[:1], *arguments[2:], "--output-prefix", str(tmp_path / "texts_only")]) == 0
+    )
+    assert (
+        merge_program.main(
+            [
+                "--input",
+                str(tmp_path / "texts_only"),
+                str(whole),
+                "--output-prefix",
+                str(tmp_path / "j"),
+            ]
+        )
+        == 0
+    )
     assert documents(tmp_path / "j") == documents(tmp_path / "texts_only") + documents(whole)
-    first, second, joined = (json.loads(Path(f"{prefix}.statistics.json").read_text()) for prefix in (tmp_path / "texts_only", whole, tmp_path / "j"))
+    first, second, joined = (
+        json.loads(Path(f"{prefix}.statistics.json").read_text())
+        for prefix in (tmp_path / "texts_only", whole, tmp_path / "j")
+    )
     assert joined["sources"] == first["sources"] + second["sources"]
-    assert joined["total"]["document_tokens"]["quantiles"]["1"] == max(len(tokens) // 2 for tokens in documents(tmp_path / "j"))
+    assert joined["total"]["document_tokens"]["quantiles"]["1"] == max(
+        len(tokens) // 2 for tokens in documents(tmp_path / "j")
+    )
 
 
 def test_split(tmp_path, corpus):
@@ -116,7 +175,12 @@ def test_a_larger_share_contains_the_smaller():
 @pytest.mark.parametrize("fraction", ["0", "1", "-1", "nan", "0.000001"])
 def test_split_that_makes_no_sense(tmp_path, corpus, fraction, capsys):
     whole, _ = corpus
-    assert split_program.main([str(whole), "--held-out-fraction", fraction, "--output-prefix", str(tmp_path / "s")]) == 3
+    assert (
+        split_program.main(
+            [str(whole), "--held-out-fraction", fraction, "--output-prefix", str(tmp_path / "s")]
+        )
+        == 3
+    )
     assert not list(tmp_path.glob("s_*"))
 
 
@@ -126,18 +190,39 @@ def test_scores_follow_their_documents(tmp_path, corpus, shard_tokens, monkeypat
     whole, _ = corpus
     store = write_scores(tmp_path / "scores", whole, columns=("loss", "entropy"))
     monkeypatch.setattr("data_tools.split_scores.default_shard_tokens", lambda tokens: shard_tokens)
-    run = ["--held-out-fraction", "0.2", "--output-prefix", str(tmp_path / "s"), "--scores", str(tmp_path / "scores")]
+    run = [
+        "--held-out-fraction",
+        "0.2",
+        "--output-prefix",
+        str(tmp_path / "s"),
+        "--scores",
+        str(tmp_path / "scores"),
+    ]
     assert split_program.main([str(whole), *run]) == 0
     texts, values = documents(whole), store.read("loss", 0, store.manifest.corpus_tokens)
     starts = read_index(f"{whole}.idx").document_starts_tokens()
     for part in ("train", "held_out"):
         carried = ScoreStore.open(f"{tmp_path}/s_{part}.scores")
         carried.check_against(check_corpus(f"{tmp_path}/s_{part}"))
-        assert carried.manifest.complete and carried.columns == ("loss", "entropy") and "scored in the whole corpus" in carried.manifest.reference_description
+        assert (
+            carried.manifest.complete
+            and carried.columns == ("loss", "entropy")
+            and "scored in the whole corpus" in carried.manifest.reference_description
+        )
         kept = set(documents(tmp_path / f"s_{part}"))
-        expected = np.concatenate([values[start:end] for text, start, end in zip(texts, starts[:-1], starts[1:]) if text in kept])
-        np.testing.assert_array_equal(carried.read("loss", 0, carried.manifest.corpus_tokens), expected)
-        np.testing.assert_array_equal(carried.read("entropy", 0, carried.manifest.corpus_tokens), expected + 1)
+        expected = np.concatenate(
+            [
+                values[start:end]
+                for text, start, end in zip(texts, starts[:-1], starts[1:])
+                if text in kept
+            ]
+        )
+        np.testing.assert_array_equal(
+            carried.read("loss", 0, carried.manifest.corpus_tokens), expected
+        )
+        np.testing.assert_array_equal(
+            carried.read("entropy", 0, carried.manifest.corpus_tokens), expected + 1
+        )
 
 
 def test_scores_of_another_corpus_or_a_folder_in_the_way_stop_a_split(tmp_path, corpus, capsys):
@@ -145,8 +230,21 @@ def test_scores_of_another_corpus_or_a_folder_in_the_way_stop_a_split(tmp_path, 
     assert main([*arguments, "--no-append-eod", "--output-prefix", str(tmp_path / "other")]) == 0
     write_scores(tmp_path / "others", tmp_path / "other")
     write_scores(tmp_path / "scores", whole)
-    run = [str(whole), "--held-out-fraction", "0.2", "--output-prefix", str(tmp_path / "s"), "--scores"]
-    assert split_program.main([*run, str(tmp_path / "others")]) == 3 and "of another corpus" in capsys.readouterr().err
+    run = [
+        str(whole),
+        "--held-out-fraction",
+        "0.2",
+        "--output-prefix",
+        str(tmp_path / "s"),
+        "--scores",
+    ]
+    assert (
+        split_program.main([*run, str(tmp_path / "others")]) == 3
+        and "of another corpus" in capsys.readouterr().err
+    )
     (tmp_path / "s_held_out.scores").mkdir()
-    assert split_program.main([*run, str(tmp_path / "scores")]) == 3 and "exists already" in capsys.readouterr().err
+    assert (
+        split_program.main([*run, str(tmp_path / "scores")]) == 3
+        and "exists already" in capsys.readouterr().err
+    )
     assert not list(tmp_path.glob("s_*.bin"))

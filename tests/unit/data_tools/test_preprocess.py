@@ -21,15 +21,28 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def preprocess(inputs, vocabulary, prefix, *more) -> int:
-    return main(["--input", *map(str, inputs), "--tokenizer", str(vocabulary), "--output-prefix", str(prefix), "--workers", "1",
-                 *map(str, more)])
+    return main(
+        [
+            "--input",
+            *map(str, inputs),
+            "--tokenizer",
+            str(vocabulary),
+            "--output-prefix",
+            str(prefix),
+            "--workers",
+            "1",
+            *map(str, more),
+        ]
+    )
 
 
 def built_by_megatron(texts, vocabulary, prefix, append_eod=True):
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     tokenizer = load_tokenizer(vocabulary)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocabulary_size))
+    builder = IndexedDatasetBuilder(
+        f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocabulary_size)
+    )
     for text in texts:
         ids = tokenizer.encode(text) + ([tokenizer.eod_id] if append_eod else [])
         builder.add_document(ids, [len(ids)])
@@ -46,7 +59,9 @@ def test_bytes_equal_megatron_core(tmp_path, corpus_file, vocabulary, append_eod
     assert preprocess([corpus_file], vocabulary, tmp_path / "ours", option) == 0
     built_by_megatron(texts_of(corpus_file), vocabulary, tmp_path / "theirs", append_eod)
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (
+            tmp_path / f"theirs{suffix}"
+        ).read_bytes()
     manifest = check_corpus(tmp_path / "ours")
     assert manifest.documents == 240 and manifest.append_eod is append_eod
 
@@ -68,11 +83,16 @@ def test_workers_do_not_change_the_result(tmp_path, vocabulary, corpus_file):
     assert preprocess([corpus_file, folder], vocabulary, tmp_path / "one") == 0
     assert preprocess([corpus_file, folder], vocabulary, tmp_path / "three", "--workers", "3") == 0
     for suffix in (".bin", ".idx", ".manifest.json", ".statistics.json"):
-        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"three{suffix}").read_bytes()
-    tokens, index = open_tokens(tmp_path / "one", read_index(tmp_path / "one.idx")), read_index(tmp_path / "one.idx")
+        assert (tmp_path / f"one{suffix}").read_bytes() == (
+            tmp_path / f"three{suffix}"
+        ).read_bytes()
+    tokens, index = (
+        open_tokens(tmp_path / "one", read_index(tmp_path / "one.idx")),
+        read_index(tmp_path / "one.idx"),
+    )
     starts = index.document_starts_tokens()
     assert index.documents == 270
-    assert load_tokenizer(vocabulary).decode(tokens[starts[-2]:-1]) == "file 29\n" * 30
+    assert load_tokenizer(vocabulary).decode(tokens[starts[-2] : -1]) == "file 29\n" * 30
     sources = CorpusManifest.read(tmp_path / "one").sources
     assert [source["documents"] for source in sources] == [240, 30]
 
@@ -84,17 +104,33 @@ def test_refuses_to_overwrite(tmp_path, corpus_file, vocabulary, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "c.bin").read_bytes() == before
     assert preprocess([corpus_file], vocabulary, tmp_path / "c", "--skip-complete") == 0
-    assert preprocess([corpus_file], vocabulary, tmp_path / "c", "--overwrite", "--no-append-eod") == 0
+    assert (
+        preprocess([corpus_file], vocabulary, tmp_path / "c", "--overwrite", "--no-append-eod") == 0
+    )
     assert len((tmp_path / "c.bin").read_bytes()) == len(before) - 2 * 240
     check_corpus(tmp_path / "c")
     assert not (tmp_path / "c.partial").exists()
 
 
 def test_all_wrong_options_at_once(tmp_path, corpus_file, vocabulary, capsys):
-    assert preprocess([corpus_file], vocabulary, tmp_path / "c", "--workers", "0", "--max-bad-fraction", "2", "--keep-if",
-                      "nowhere.py:f") == 2
+    assert (
+        preprocess(
+            [corpus_file],
+            vocabulary,
+            tmp_path / "c",
+            "--workers",
+            "0",
+            "--max-bad-fraction",
+            "2",
+            "--keep-if",
+            "nowhere.py:f",
+        )
+        == 2
+    )
     message = capsys.readouterr().err
-    assert "--workers 0" in message and "--max-bad-fraction 2" in message and "nowhere.py" in message
+    assert (
+        "--workers 0" in message and "--max-bad-fraction 2" in message and "nowhere.py" in message
+    )
     assert preprocess([tmp_path / "missing.jsonl"], vocabulary, tmp_path / "c") == 2
     assert preprocess([corpus_file], tmp_path / "missing.model", tmp_path / "c") == 2
 
@@ -114,11 +150,15 @@ def test_huggingface_vocabularies_around_16_bits(tmp_path, size, dtype):
     import tokenizers
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0} | {f"w{n}": n for n in range(1, size)}))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<|endoftext|>": 0} | {f"w{n}": n for n in range(1, size)})
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.save(str(tmp_path / "tokenizer.json"))
     path = tmp_path / "c.jsonl"
-    path.write_text(json.dumps({"text": f"w1 w{size - 1} w7"}) + "\n" + json.dumps({"text": "w2"}) + "\n")
+    path.write_text(
+        json.dumps({"text": f"w1 w{size - 1} w7"}) + "\n" + json.dumps({"text": "w2"}) + "\n"
+    )
     assert preprocess([path], tmp_path / "tokenizer.json", tmp_path / "c") == 0
     dataset = IndexedDataset(str(tmp_path / "c"))
     assert [document.tolist() for document in dataset[:]] == [[1, size - 1, 7, 0], [2, 0]]
@@ -126,17 +166,25 @@ def test_huggingface_vocabularies_around_16_bits(tmp_path, size, dtype):
     assert verify([str(tmp_path / "c")]) == 0
 
 
-@pytest.mark.parametrize("model, reason", [("WordLevel", "the tokenizer failed"), ("BPE", "no tokens")])
+@pytest.mark.parametrize(
+    "model, reason", [("WordLevel", "the tokenizer failed"), ("BPE", "no tokens")]
+)
 def test_text_the_tokenizer_makes_nothing_of(tmp_path, model, reason):
     import tokenizers
 
     vocabulary = {"</s>": 0, "w": 1}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []) if model == "BPE"
-                                   else tokenizers.models.WordLevel(vocabulary))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [])
+        if model == "BPE"
+        else tokenizers.models.WordLevel(vocabulary)
+    )
     backend.save(str(tmp_path / "tokenizer.json"))
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "w"}\n{"text": "unheard"}\n{"text": "w"}\n')
-    assert preprocess([path], tmp_path / "tokenizer.json", tmp_path / "c", "--max-bad-fraction", "1") == 0
+    assert (
+        preprocess([path], tmp_path / "tokenizer.json", tmp_path / "c", "--max-bad-fraction", "1")
+        == 0
+    )
     manifest = CorpusManifest.read(tmp_path / "c")
     assert manifest.rejected["reasons"] == {reason: 1} and manifest.documents == 2
     assert json.loads((tmp_path / "c.rejects.jsonl").read_text())["line"] == 2
@@ -153,18 +201,38 @@ def test_prepend_bos(tmp_path, corpus_file, vocabulary):
 
 def test_memory_does_not_grow_with_the_input(tmp_path, vocabulary):
     """Peak memory of the process on 20 times the input, in blocks of 256 kB."""
-    launch = ("import resource, sys, data_tools.inputs\n"
-              "data_tools.inputs.plan_units.__defaults__ = (1 << 18,)\n"
-              "from data_tools.preprocess import main\n"
-              "assert main(sys.argv[1:]) == 0\n"
-              "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n")
-    text = "".join(json.dumps({"text": f"document {n} " + "of some length " * (n % 90)}) + "\n" for n in range(1000))
+    launch = (
+        "import resource, sys, data_tools.inputs\n"
+        "data_tools.inputs.plan_units.__defaults__ = (1 << 18,)\n"
+        "from data_tools.preprocess import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    text = "".join(
+        json.dumps({"text": f"document {n} " + "of some length " * (n % 90)}) + "\n"
+        for n in range(1000)
+    )
     peaks_kb = []
     for copies in (1, 20):
         (tmp_path / f"{copies}.jsonl").write_text(text * copies)
-        done = subprocess.run([sys.executable, "-c", launch, "--input", str(tmp_path / f"{copies}.jsonl"), "--tokenizer",
-                               str(vocabulary), "--output-prefix", str(tmp_path / f"c{copies}"), "--workers", "1"],
-                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                launch,
+                "--input",
+                str(tmp_path / f"{copies}.jsonl"),
+                "--tokenizer",
+                str(vocabulary),
+                "--output-prefix",
+                str(tmp_path / f"c{copies}"),
+                "--workers",
+                "1",
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, done.stderr
         peaks_kb.append(int(done.stdout.split("peak ")[1]))
     assert peaks_kb[1] < peaks_kb[0] * 1.1 + 4000, peaks_kb

@@ -24,20 +24,39 @@ OUTPUTS = (".bin", ".idx", ".manifest.json", ".statistics.json", ".rejects.jsonl
 
 @pytest.fixture
 def inputs(tmp_path):
-    lines = [json.dumps({"text": f"document {n} of many words " + "and more " * (n % 50)}) for n in range(600)]
-    lines[100:100] = ["broken", "{}", json.dumps({"text": "document 7 of many words " + "and more " * 7})]
+    lines = [
+        json.dumps({"text": f"document {n} of many words " + "and more " * (n % 50)})
+        for n in range(600)
+    ]
+    lines[100:100] = [
+        "broken",
+        "{}",
+        json.dumps({"text": "document 7 of many words " + "and more " * 7}),
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "texts").mkdir()
     for number in range(40):
         (tmp_path / "texts" / f"{number:03}.txt").write_text(f"text {number}\n" * 50)
     import gzip
+
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[:300]).encode()))
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "texts"), str(tmp_path / "b.jsonl.gz")]
 
 
 def command(inputs, vocabulary, prefix, *more):
-    return ["--input", *inputs, "--tokenizer", str(vocabulary), "--output-prefix", str(prefix), "--save-every-seconds", "0",
-            "--drop-duplicates", "--skip-complete", *map(str, more)]
+    return [
+        "--input",
+        *inputs,
+        "--tokenizer",
+        str(vocabulary),
+        "--output-prefix",
+        str(prefix),
+        "--save-every-seconds",
+        "0",
+        "--drop-duplicates",
+        "--skip-complete",
+        *map(str, more),
+    ]
 
 
 def outputs(prefix):
@@ -65,10 +84,13 @@ def test_stopped_after_every_block(tmp_path, vocabulary, inputs, monkeypatch, wo
                     return  # nothing was left to do: the last save before publishing
                 saves.append(state)
                 if len(saves) == (1 if workers == "1" else 3):
-                    for stream in self._streams.values():  # what a kill leaves: bytes after the last save
+                    for (
+                        stream
+                    ) in self._streams.values():  # what a kill leaves: bytes after the last save
                         stream.write(b"half a block")
                         stream.flush()
                     raise KeyboardInterrupt
+
             patch.setattr(CorpusWriter, "save", save_and_die)
             code = main(command(inputs, vocabulary, tmp_path / "stopped", "--workers", workers))
         if code == 0:
@@ -85,12 +107,14 @@ def test_killed_while_files_are_moved_out(tmp_path, vocabulary, inputs, monkeypa
     assert main(command(inputs, vocabulary, tmp_path / "whole", "--workers", "1")) == 0
     calls = []
     with monkeypatch.context() as patch:
+
         def replace(source, target, real=os.replace):
             if "/stopped" in str(target) and ".partial" not in str(target):
                 calls.append(target)
                 if len(calls) > fail_at:
                     raise KeyboardInterrupt
             real(source, target)
+
         patch.setattr("data_tools.writer.os.replace", replace)
         assert main(command(inputs, vocabulary, tmp_path / "stopped", "--workers", "1")) == 130
     assert not (tmp_path / "stopped.manifest.json").exists()
@@ -100,19 +124,25 @@ def test_killed_while_files_are_moved_out(tmp_path, vocabulary, inputs, monkeypa
 
 def test_random_kills(tmp_path, vocabulary, inputs):
     """SIGKILL to the parent alone, at random moments: workers must end too, and the result must not change."""
-    launch = ("import sys, data_tools.inputs, data_tools.streams\n"
-              "data_tools.inputs.plan_units.__defaults__ = (3000,)\n"
-              "data_tools.streams.blocks_of_units.__kwdefaults__ = {'block_bytes': 3000}\n"
-              "from data_tools.preprocess import main\n"
-              "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n")
+    launch = (
+        "import sys, data_tools.inputs, data_tools.streams\n"
+        "data_tools.inputs.plan_units.__defaults__ = (3000,)\n"
+        "data_tools.streams.blocks_of_units.__kwdefaults__ = {'block_bytes': 3000}\n"
+        "from data_tools.preprocess import main\n"
+        "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
+    )
     script = tmp_path / "launch.py"
     script.write_text(launch)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start(prefix):
         arguments = command(inputs, vocabulary, prefix, "--workers", "2")
-        return subprocess.Popen([sys.executable, str(script), *arguments], env=environment, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
 
     began = time.monotonic()
     process = start(tmp_path / "whole")
@@ -123,7 +153,10 @@ def test_random_kills(tmp_path, vocabulary, inputs):
         process = start(tmp_path / "killed")
         try:
             # half the kills right after start-up, where progress is young; the rest anywhere in the run
-            process.wait(timeout=seconds * generator.choice([generator.uniform(0.2, 0.6), generator.uniform(0.3, 1.0)]))
+            process.wait(
+                timeout=seconds
+                * generator.choice([generator.uniform(0.2, 0.6), generator.uniform(0.3, 1.0)])
+            )
         except subprocess.TimeoutExpired:
             if kills < KILLS:
                 process.send_signal(signal.SIGKILL)
@@ -135,15 +168,25 @@ def test_random_kills(tmp_path, vocabulary, inputs):
         assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
         if kills >= KILLS:
             break
-        for path in tmp_path.glob("killed.*"):  # finished before enough kills: once more from the start
+        for path in tmp_path.glob(
+            "killed.*"
+        ):  # finished before enough kills: once more from the start
             path.unlink()
     check_corpus(tmp_path / "killed")
 
 
 def test_other_options_do_not_continue(tmp_path, vocabulary, inputs, capsys):
     (tmp_path / "bad.jsonl").write_text("broken\n" * 10 + json.dumps({"text": "good"}))
-    first = ["--input", str(tmp_path / "bad.jsonl"), "--tokenizer", str(vocabulary), "--output-prefix", str(tmp_path / "c"),
-             "--workers", "1"]
+    first = [
+        "--input",
+        str(tmp_path / "bad.jsonl"),
+        "--tokenizer",
+        str(vocabulary),
+        "--output-prefix",
+        str(tmp_path / "c"),
+        "--workers",
+        "1",
+    ]
     assert main(first) == 3
     assert main([*first, "--no-append-eod"]) == 2
     assert "append_eod" in capsys.readouterr().err

@@ -17,15 +17,32 @@ from megatron_slm.data.manifest import CorpusManifest, sha256_of_file
 
 @pytest.fixture
 def prefix(tmp_path, vocabulary, corpus_file):
-    assert preprocess(["--input", str(corpus_file), "--tokenizer", str(vocabulary), "--output-prefix", str(tmp_path / "c"),
-                       "--workers", "1"]) == 0
+    assert (
+        preprocess(
+            [
+                "--input",
+                str(corpus_file),
+                "--tokenizer",
+                str(vocabulary),
+                "--output-prefix",
+                str(tmp_path / "c"),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     return tmp_path / "c"
 
 
 def resign(prefix, **changes):
     """Make the manifest agree with damaged files, as a careless tool would."""
     manifest = json.loads(Path(f"{prefix}.manifest.json").read_text())
-    manifest.update(bin_sha256=sha256_of_file(f"{prefix}.bin"), idx_sha256=sha256_of_file(f"{prefix}.idx"), **changes)
+    manifest.update(
+        bin_sha256=sha256_of_file(f"{prefix}.bin"),
+        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        **changes,
+    )
     Path(f"{prefix}.manifest.json").write_text(json.dumps(manifest))
 
 
@@ -64,7 +81,9 @@ def test_document_not_closed(prefix, capsys):
 
 def test_another_tokenizer(prefix, tmp_path, vocabulary, capsys):
     changed = tmp_path / "other.model"
-    changed.write_bytes(vocabulary.read_bytes() + b"\x12\x02\x38\x01")  # one more trainer setting: same pieces, other file
+    changed.write_bytes(
+        vocabulary.read_bytes() + b"\x12\x02\x38\x01"
+    )  # one more trainer setting: same pieces, other file
     assert main([str(prefix), "--tokenizer", str(changed)]) == 3
     assert "not the tokenizer" in capsys.readouterr().err
 

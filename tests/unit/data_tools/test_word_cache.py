@@ -18,17 +18,31 @@ from data_tools.word_cache import CachedEncoder
 from megatron_slm.tokenization import load_tokenizer
 
 ALPHABET = " \n\t_-=.'\"()ab zAB019éüñ日本語한🙂\u0301\u200d\u2581\u00a0<s>/"
-BASE = dict(model_type="bpe", vocab_size=560, byte_fallback=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, num_threads=1, minloglevel=2,
-            split_digits=True, character_coverage=0.999)
+BASE = dict(
+    model_type="bpe",
+    vocab_size=560,
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    num_threads=1,
+    minloglevel=2,
+    split_digits=True,
+    character_coverage=0.999,
+)
 _WORDS = ["".join(random.Random(n).choices("abdeimnorstuy", k=2 + n % 7)) for n in range(300)]
-SENTENCES = [f"def {_WORDS[n % 300]}_{n}(self, {_WORDS[n * 7 % 300]}={n}):    return café_{_WORDS[n * 11 % 300]} + 日本 + "
-             f"'it''s {_WORDS[n * 13 % 300]}' ** {n * 7919 % 1000}  # nö comment" for n in range(500)]
+SENTENCES = [
+    f"def {_WORDS[n % 300]}_{n}(self, {_WORDS[n * 7 % 300]}={n}):    return café_{_WORDS[n * 11 % 300]} + 日本 + "
+    f"'it''s {_WORDS[n * 13 % 300]}' ** {n * 7919 % 1000}  # nö comment"
+    for n in range(500)
+]
 
 
 def model(tmp_path, **options):
     content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_writer=content, **{**BASE, **options})
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=content, **{**BASE, **options}
+    )
     path = tmp_path / "m.model"
     path.write_bytes(content.getvalue())
     return load_tokenizer(path)
@@ -38,7 +52,9 @@ def assert_equal(tokenizer, texts):
     cached = build_encoder(tokenizer)
     assert isinstance(cached, CachedEncoder)
     assert cached.encode_batch(texts) == PlainEncoder(tokenizer).encode_batch(texts)
-    assert cached.encode_batch(texts) == PlainEncoder(tokenizer).encode_batch(texts)  # now from the cache
+    assert cached.encode_batch(texts) == PlainEncoder(tokenizer).encode_batch(
+        texts
+    )  # now from the cache
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +63,45 @@ def encoders(vocabulary):
     return build_encoder(tokenizer), PlainEncoder(tokenizer)
 
 
-VARIANTS = [{}, {"add_dummy_prefix": False}, {"split_by_unicode_script": False, "split_by_number": False, "split_digits": False},
-            {"split_by_whitespace": False}, {"user_defined_symbols": ["<|sep|>", "f_"]}, {"vocab_size": 420}]
+VARIANTS = [
+    {},
+    {"add_dummy_prefix": False},
+    {"split_by_unicode_script": False, "split_by_number": False, "split_digits": False},
+    {"split_by_whitespace": False},
+    {"user_defined_symbols": ["<|sep|>", "f_"]},
+    {"vocab_size": 420},
+]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_equals_the_tokenizer_on_random_text(tmp_path, options):
     tokenizer = model(tmp_path, **options)
     generator = random.Random(5)
-    texts = ["".join(generator.choices(ALPHABET, k=generator.randrange(1, 200))) for _ in range(400)]
-    texts += [sentence * 3 for sentence in SENTENCES[:40]] + ["x <|sep|> f_1", "a" * 5000, "=" * 100, " " * 70 + "x", "é" * 40]
+    texts = [
+        "".join(generator.choices(ALPHABET, k=generator.randrange(1, 200))) for _ in range(400)
+    ]
+    texts += [sentence * 3 for sentence in SENTENCES[:40]] + [
+        "x <|sep|> f_1",
+        "a" * 5000,
+        "=" * 100,
+        " " * 70 + "x",
+        "é" * 40,
+    ]
     assert_equal(tokenizer, texts)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(alphabet=st.one_of(st.sampled_from(ALPHABET), st.characters(exclude_categories=["Cs"],
-                                                                                        exclude_characters="\0"))), max_size=5))
+@given(
+    st.lists(
+        st.text(
+            alphabet=st.one_of(
+                st.sampled_from(ALPHABET),
+                st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+            )
+        ),
+        max_size=5,
+    )
+)
 def test_equals_the_tokenizer_on_any_text(encoders, texts):
     cached, plain = encoders
     texts = [text for text in texts if text]
@@ -81,8 +120,16 @@ def test_characters_of_several_bytes_are_never_cut(vocabulary):
     assert rules.may_cut[NEWLINE].all() and rules.may_cut[LETTER, OTHER_ASCII]
 
 
-@pytest.mark.parametrize("options", [{"model_type": "unigram"}, {"byte_fallback": False}, {"normalization_rule_name": "nfkc"},
-                                     {"remove_extra_whitespaces": True}, {"treat_whitespace_as_suffix": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram"},
+        {"byte_fallback": False},
+        {"normalization_rule_name": "nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True},
+    ],
+)
 def test_not_proved_means_plain(tmp_path, options):
     tokenizer = model(tmp_path, **options)
     assert cut_rules(tokenizer) is None
@@ -100,7 +147,10 @@ def test_a_full_table_starts_again(vocabulary, monkeypatch):
     encoder = build_encoder(tokenizer)
     generator = random.Random(6)
     for _ in range(60):
-        text = " ".join("".join(generator.choices("abcdefgh", k=generator.choice([3, 9, 40]))) for _ in range(15))
+        text = " ".join(
+            "".join(generator.choices("abcdefgh", k=generator.choice([3, 9, 40])))
+            for _ in range(15)
+        )
         assert encoder.encode_batch([text]) == PlainEncoder(tokenizer).encode_batch([text])
         assert encoder._short.entries <= 60 and len(encoder._long) <= 2
 
@@ -109,9 +159,16 @@ def test_colliding_slots(vocabulary, monkeypatch):
     """Every key hashes to one of four slots: probing, not luck, must tell them apart."""
     monkeypatch.setattr(word_cache, "_SLOT_BITS", 10)
     monkeypatch.setattr(word_cache, "_MOST_ENTRIES", 600)
-    monkeypatch.setattr(word_cache.SegmentTable, "_hash", staticmethod(lambda keys: (keys[:, 0] & np.uint64(3)).astype(np.int64)))
+    monkeypatch.setattr(
+        word_cache.SegmentTable,
+        "_hash",
+        staticmethod(lambda keys: (keys[:, 0] & np.uint64(3)).astype(np.int64)),
+    )
     tokenizer = load_tokenizer(vocabulary)
-    texts = [" ".join(f"word{n}x another_long_identifier_{n}" for n in range(start, start + 40)) for start in range(0, 160, 40)]
+    texts = [
+        " ".join(f"word{n}x another_long_identifier_{n}" for n in range(start, start + 40))
+        for start in range(0, 160, 40)
+    ]
     assert_equal(tokenizer, texts)
 
 

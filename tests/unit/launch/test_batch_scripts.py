@@ -57,20 +57,44 @@ class Cluster:
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         self.environment = {
-            "PATH": f"{programs}:{os.environ['PATH']}", "SCRATCH": str(folder), "RUN_FOLDER": str(self.run_folder), "STORE": str(folder / "store"),
-            "SLM_VENV": "/nonexistent", "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64", "SLURM_CPUS_ON_NODE": "64",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "SCRATCH": str(folder),
+            "RUN_FOLDER": str(self.run_folder),
+            "STORE": str(folder / "store"),
+            "SLM_VENV": "/nonexistent",
+            "SLURM_SUBMIT_DIR": str(folder),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "node[07-08]",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "64",
+            "SLURM_CPUS_ON_NODE": "64",
         }
 
-    def start(self, script: str, *arguments: str, work: str, **environment: str) -> subprocess.Popen:
-        spool = self.folder / "spool"      # SLURM runs a copy of the script from elsewhere
+    def start(
+        self, script: str, *arguments: str, work: str, **environment: str
+    ) -> subprocess.Popen:
+        spool = self.folder / "spool"  # SLURM runs a copy of the script from elsewhere
         spool.mkdir(exist_ok=True)
         (self.folder / "started").unlink(missing_ok=True)
-        copy = shutil.copy(self.folder / "launch" / script, spool / "slurm_script") if script.endswith(".sbatch") else self.folder / "launch" / script
-        return subprocess.Popen(["bash", copy, *arguments], env={**self.environment, "WORK": work, **environment}, cwd=spool,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_take_interrupts)
+        copy = (
+            shutil.copy(self.folder / "launch" / script, spool / "slurm_script")
+            if script.endswith(".sbatch")
+            else self.folder / "launch" / script
+        )
+        return subprocess.Popen(
+            ["bash", copy, *arguments],
+            env={**self.environment, "WORK": work, **environment},
+            cwd=spool,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=_take_interrupts,
+        )
 
-    def run(self, script: str, *arguments: str, work: str, send: int | None = None, **environment: str) -> tuple[int, str]:
+    def run(
+        self, script: str, *arguments: str, work: str, send: int | None = None, **environment: str
+    ) -> tuple[int, str]:
         process = self.start(script, *arguments, work=work, **environment)
         if send is not None:
             self.wait_for("started", process)
@@ -112,13 +136,18 @@ def test_one_torchrun_per_node_meets_at_the_first_node(cluster):
     code, output = cluster.run("train.sbatch", *TRAIN, work="0")
     assert code == 0 and "done" in output
     config_step, train_step = cluster.log("srun")[0], "\n".join(cluster.log("srun")[1:])
-    assert config_step.startswith("--nodes=1 --ntasks=1 python -m megatron_slm.train --config recipe with spaces.yaml")
-    assert train_step.startswith("--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --kill-on-bad-exit=1 bash -c")
+    assert config_step.startswith(
+        "--nodes=1 --ntasks=1 python -m megatron_slm.train --config recipe with spaces.yaml"
+    )
+    assert train_step.startswith(
+        "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --kill-on-bad-exit=1 bash -c"
+    )
     [command] = cluster.log("python")
     port = 10000 + 123456 % 20000
     assert command == (
         f"{cluster.folder}/launch/processes.py --nnodes=2 --node-rank=0 --nproc-per-node=8 --max-restarts=0 --master-addr=node07 --master-port={port} "
-        "-m megatron_slm.train --config recipe with spaces.yaml --selection.keep_fraction 0.6")
+        "-m megatron_slm.train --config recipe with spaces.yaml --selection.keep_fraction 0.6"
+    )
     assert not cluster.requeued()
 
 
@@ -175,21 +204,34 @@ def test_a_bad_configuration_ends_the_job_before_the_nodes_start(cluster):
 
 
 def test_submitting_from_elsewhere_is_explained(cluster, tmp_path):
-    code, output = cluster.run("train.sbatch", *TRAIN, work="0", SLURM_SUBMIT_DIR=str(tmp_path / "spool"))
+    code, output = cluster.run(
+        "train.sbatch", *TRAIN, work="0", SLURM_SUBMIT_DIR=str(tmp_path / "spool")
+    )
     assert code == 2 and "submit from it, or set SLM_ROOT" in output
 
 
-ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_ARRAY_TASK_COUNT": "8",
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_MAX": "7",
+}
 
 
 def test_each_scoring_job_takes_its_share(cluster):
-    code, output = cluster.run("score.sbatch", "--checkpoint", "runs/reference", "--output", "scores", work="0", **ARRAY)
+    code, output = cluster.run(
+        "score.sbatch", "--checkpoint", "runs/reference", "--output", "scores", work="0", **ARRAY
+    )
     assert code == 0, output
-    assert cluster.log("python")[0].endswith("-m megatron_slm.score --checkpoint runs/reference --output scores --shard 3/8")
+    assert cluster.log("python")[0].endswith(
+        "-m megatron_slm.score --checkpoint runs/reference --output scores --shard 3/8"
+    )
 
 
 def test_shares_need_all_array_ids(cluster):
-    code, output = cluster.run("score.sbatch", "--output=scores", work="0", **{**ARRAY, "SLURM_ARRAY_TASK_MIN": "2"})
+    code, output = cluster.run(
+        "score.sbatch", "--output=scores", work="0", **{**ARRAY, "SLURM_ARRAY_TASK_MIN": "2"}
+    )
     assert code == 2 and "without gaps" in output
     code, output = cluster.run("score.sbatch", "--corpus", "c", work="0", **ARRAY)
     assert code == 2 and "--output is missing" in output
@@ -197,10 +239,14 @@ def test_shares_need_all_array_ids(cluster):
 
 def test_scoring_is_stopped_and_requeued_when_shards_were_finished(cluster):
     store = str(cluster.folder / "store")
-    code, output = cluster.run("score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY)
+    code, output = cluster.run(
+        "score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY
+    )
     assert cluster.log("signals") == ["terminated"]
     assert code == 0 and cluster.requeued() == ["requeue 123456"], output
-    code, output = cluster.run("score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY)
+    code, output = cluster.run(
+        "score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY
+    )
     assert code != 0 and len(cluster.requeued()) == 1 and "made no progress" in output
 
 
@@ -208,7 +254,10 @@ def test_scoring_is_stopped_and_requeued_when_shards_were_finished(cluster):
 def test_local_runs_stop_with_a_checkpoint(cluster, number):
     code, output = cluster.run("local.sh", "2", "train", *TRAIN, work="save", send=number)
     assert code == 85 and "stopping with a checkpoint" in output
-    assert "--standalone --nproc-per-node=2 --max-restarts=0 -m megatron_slm.train --config recipe with spaces.yaml" in cluster.log("python")[0]
+    assert (
+        "--standalone --nproc-per-node=2 --max-restarts=0 -m megatron_slm.train --config recipe with spaces.yaml"
+        in cluster.log("python")[0]
+    )
     assert not cluster.log("signals")
 
 
@@ -217,12 +266,16 @@ def test_local_usage_is_shown(cluster):
     assert code == 2 and "bash launch/local.sh 2 train" in output
 
 
-@pytest.mark.parametrize("script", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda path: path.name
+)
 def test_bash_and_shellcheck_accept_it(script):
     subprocess.run(["bash", "-n", script], check=True)
     if checker := shutil.which("shellcheck"):
         # Variables and functions used across sourced files and traps look unused to it.
-        subprocess.run([checker, "--shell=bash", "--exclude=SC1091,SC2034,SC2317", script], check=True)
+        subprocess.run(
+            [checker, "--shell=bash", "--exclude=SC1091,SC2034,SC2317", script], check=True
+        )
 
 
 def test_processes_passes_on_the_workers_exit_code(tmp_path):
@@ -232,7 +285,17 @@ def test_processes_passes_on_the_workers_exit_code(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text("import os, sys\nsys.exit(int(os.environ['CODE']))\n")
     for wanted in ("0", "85"):
-        done = subprocess.run([sys.executable, LAUNCH / "processes.py", "--standalone", "--nproc-per-node=2", str(worker)],
-                              env={**os.environ, "CODE": wanted, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                LAUNCH / "processes.py",
+                "--standalone",
+                "--nproc-per-node=2",
+                str(worker),
+            ],
+            env={**os.environ, "CODE": wanted, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == int(wanted), done.stderr
     assert "start the same command again" in done.stderr and "Traceback" not in done.stderr

@@ -15,7 +15,11 @@ HEREDOC = re.search(r"COPY <<'EOF' /opt/slm/image_packages\.py\n(.*?)\nEOF\n", T
 def instructions() -> list[tuple[str, str]]:
     """(instruction, arguments) in order, comments and the helper's text left out, continued lines joined."""
     text = TEXT.replace(HEREDOC[1], "")
-    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")).replace("\\\n", " ").splitlines()
+    lines = (
+        "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        .replace("\\\n", " ")
+        .splitlines()
+    )
     found = [line.split(None, 1) for line in lines if re.match(r"[A-Z]+ ", line)]
     return [(name, " ".join(arguments.split())) for name, arguments in found]
 
@@ -29,7 +33,10 @@ def test_everything_fetched_is_pinned():
     [base] = [arguments for name, arguments in instructions() if name == "FROM"]
     assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", base)
     assert re.search(r"ARG APEX_COMMIT=[0-9a-f]{40}\n", TEXT)
-    assert TEXT.count("git fetch") == 1 and "https://github.com/NVIDIA/apex.git \"${APEX_COMMIT}\"" in TEXT
+    assert (
+        TEXT.count("git fetch") == 1
+        and 'https://github.com/NVIDIA/apex.git "${APEX_COMMIT}"' in TEXT
+    )
     assert 'test "$(git rev-parse HEAD)" = "${APEX_COMMIT}"' in TEXT
     assert "latest" not in base and not [name for name, _ in instructions() if name == "ADD"]
 
@@ -37,14 +44,20 @@ def test_everything_fetched_is_pinned():
 def test_apex_is_nvidias_with_its_cuda_extensions():
     run = instructions()[position("pip uninstall --yes apex")][1]
     assert "APEX_CPP_EXT=1 APEX_CUDA_EXT=1" in run and "--no-build-isolation" in run
-    assert "ARG TORCH_CUDA_ARCH_LIST" not in TEXT      # the base image's ENV of that name would win
+    assert "ARG TORCH_CUDA_ARCH_LIST" not in TEXT  # the base image's ENV of that name would win
     # pip is never asked for the name `apex`, which on PyPI is another project.
-    assert not re.search(r"pip install[^&]*\sapex\b", " ".join(arguments for _, arguments in instructions()))
+    assert not re.search(
+        r"pip install[^&]*\sapex\b", " ".join(arguments for _, arguments in instructions())
+    )
 
 
 def test_order_record_install_check():
-    order = [position("pip uninstall --yes apex"), position("image_packages.py record"), position("--constraint /opt/slm/constraints.txt"),
-             position("--editable /opt/megatron-slm")]
+    order = [
+        position("pip uninstall --yes apex"),
+        position("image_packages.py record"),
+        position("--constraint /opt/slm/constraints.txt"),
+        position("--editable /opt/megatron-slm"),
+    ]
     assert order == sorted(order)
     for step in order[2:]:
         assert "image_packages.py check /opt/slm" in instructions()[step][1]
@@ -55,13 +68,17 @@ def test_no_install_escapes_the_constraint():
     for name, arguments in instructions():
         for command in re.findall(r"pip install[^&]*", arguments) if name == "RUN" else []:
             assert "--no-deps" in command or "--constraint" in command, command
-            assert "--upgrade" not in command and "--ignore-installed" not in command and "--force" not in command
+            assert (
+                "--upgrade" not in command
+                and "--ignore-installed" not in command
+                and "--force" not in command
+            )
 
 
 def test_the_container_does_not_run_as_root():
     users = [arguments for name, arguments in instructions() if name == "USER"]
     assert users == ["slm"]
-    after = [name for name, _ in instructions()[position("useradd"):]]
+    after = [name for name, _ in instructions()[position("useradd") :]]
     assert after == ["RUN", "USER", "WORKDIR", "CMD"]
 
 
@@ -83,8 +100,10 @@ def call(helper: Path, *arguments, site: Path | None = None) -> subprocess.Compl
     """With `site` the helper sees only the packages there."""
     start = [sys.executable, "-I", helper]
     if site is not None:
-        code = f"import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{str(site)!r}]; " \
-               f"sys.argv = {['x', *map(str, arguments)]!r}; runpy.run_path({str(helper)!r}, run_name='__main__')"
+        code = (
+            f"import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{str(site)!r}]; "
+            f"sys.argv = {['x', *map(str, arguments)]!r}; runpy.run_path({str(helper)!r}, run_name='__main__')"
+        )
         return subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True)
 
@@ -105,9 +124,24 @@ def image(tmp_path) -> Path:
     site = tmp_path / "site"
     install(site, "torch", "2.10.0a0+b558c98", {"torch/__init__.py": "compiled = 1\n"})
     install(site, "numpy", "1.26.4", {"numpy/__init__.py": ""})
-    install(site, "apex", "0.1", {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "apex/normalization/__init__.py": "",
-                                  "amp_C.py": "", "fused_weight_gradient_mlp_cuda.py": ""})
-    install(site, "transformer_engine", "2.9.0+70f5366", {"transformer_engine/__init__.py": "", "transformer_engine/pytorch/__init__.py": ""})
+    install(
+        site,
+        "apex",
+        "0.1",
+        {
+            "apex/__init__.py": "",
+            "apex/optimizers/__init__.py": "",
+            "apex/normalization/__init__.py": "",
+            "amp_C.py": "",
+            "fused_weight_gradient_mlp_cuda.py": "",
+        },
+    )
+    install(
+        site,
+        "transformer_engine",
+        "2.9.0+70f5366",
+        {"transformer_engine/__init__.py": "", "transformer_engine/pytorch/__init__.py": ""},
+    )
     install(site, "nvidia-nccl-cu13", "2.28.8", {"nvidia_nccl.py": ""})
     install(site, "requests", "2.0", {"requests.py": ""})
     return site
@@ -117,18 +151,25 @@ def test_record_and_check_accept_an_untouched_image(helper, image, tmp_path):
     recorded = call(helper, "record", tmp_path / "slm", site=image)
     assert recorded.returncode == 0, recorded.stderr
     assert (tmp_path / "slm" / "constraints.txt").read_text().splitlines() == [
-        "apex==0.1", "numpy==1.26.4", "nvidia-nccl-cu13==2.28.8", "torch==2.10.0a0+b558c98", "transformer-engine==2.9.0+70f5366"]
+        "apex==0.1",
+        "numpy==1.26.4",
+        "nvidia-nccl-cu13==2.28.8",
+        "torch==2.10.0a0+b558c98",
+        "transformer-engine==2.9.0+70f5366",
+    ]
     checked = call(helper, "check", tmp_path / "slm", site=image)
     assert checked.returncode == 0 and "torch 2.10.0a0+b558c98" in checked.stdout, checked.stderr
 
 
 def test_check_names_what_was_replaced(helper, image, tmp_path):
     call(helper, "record", tmp_path / "slm", site=image)
-    (image / "torch/__init__.py").write_text("compiled = 2\n")          # the same version, other files
+    (image / "torch/__init__.py").write_text("compiled = 2\n")  # the same version, other files
     changed = call(helper, "check", tmp_path / "slm", site=image)
     assert changed.returncode != 0 and "files ['torch']" in changed.stderr
     (image / "torch/__init__.py").write_text("compiled = 1\n")
-    (image / "apex-0.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\n")
+    (image / "apex-0.1.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\n"
+    )
     moved = call(helper, "check", tmp_path / "slm", site=image)
     assert moved.returncode != 0 and "apex 0.1 -> 0.9.10.dev0" in moved.stderr
 
@@ -159,9 +200,16 @@ def test_the_range_is_the_one_megatron_core_states():
 
 def test_requirements_without_the_images_packages(helper, tmp_path):
     wanted = tmp_path / "wanted.txt"
-    wanted.write_text("# why\ntorch==2.13.0  # the framework\nmegatron-core==0.16.1\nnumpy>=2\ntorchmetrics==1.0\nsentencepiece==0.2.3\n")
+    wanted.write_text(
+        "# why\ntorch==2.13.0  # the framework\nmegatron-core==0.16.1\nnumpy>=2\ntorchmetrics==1.0\nsentencepiece==0.2.3\n"
+    )
     assert call(helper, "requirements", wanted, tmp_path).returncode == 0
-    assert (tmp_path / "requirements.txt").read_text().splitlines() == ["# why", "megatron-core==0.16.1", "torchmetrics==1.0", "sentencepiece==0.2.3"]
+    assert (tmp_path / "requirements.txt").read_text().splitlines() == [
+        "# why",
+        "megatron-core==0.16.1",
+        "torchmetrics==1.0",
+        "sentencepiece==0.2.3",
+    ]
 
 
 def test_secrets_and_bulk_stay_out_of_the_image():

@@ -51,6 +51,16 @@ def test_baseline_and_selective_run_differ_in_the_selection_alone():
 
 def test_the_model_is_tinyllama():
     model = recipe("math_slm").model
-    parameters = 2 * model.vocabulary_size * model.hidden_size + model.layers * model.hidden_size * (
-        model.hidden_size * 2 + 2 * model.query_groups * (model.hidden_size // model.attention_heads) + 3 * model.ffn_hidden_size + 2) + model.hidden_size
+    parameters = (
+        2 * model.vocabulary_size * model.hidden_size
+        + model.layers
+        * model.hidden_size
+        * (
+            model.hidden_size * 2
+            + 2 * model.query_groups * (model.hidden_size // model.attention_heads)
+            + 3 * model.ffn_hidden_size
+            + 2
+        )
+        + model.hidden_size
+    )
     assert parameters == 1_100_048_384

@@ -15,7 +15,12 @@ SETTINGS = {
     "linear": dict(rope_scaling="linear", rope_scaling_factor=4.0),
     "llama 3.1": LLAMA_3_1,
     "llama 3.2": LLAMA_3_1 | {"rope_scaling_factor": 32.0},
-    "unlike megatron-core's constants": LLAMA_3_1 | {"rope_original_sequence_length": 1000, "rope_low_frequency_factor": 0.5, "rope_high_frequency_factor": 16.0},
+    "unlike megatron-core's constants": LLAMA_3_1
+    | {
+        "rope_original_sequence_length": 1000,
+        "rope_low_frequency_factor": 0.5,
+        "rope_high_frequency_factor": 16.0,
+    },
 }
 
 
@@ -28,10 +33,17 @@ def test_frequencies_are_those_of_transformers(name):
     plain_D = 1.0 / (model.rope_base ** (torch.arange(0, 128, 2, dtype=torch.float32) / 128))
     ours_D = scaled_frequencies(plain_D, model)
     scaling = rope_scaling(model)
-    config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=8192, rope_parameters=scaling | {"rope_theta": model.rope_base})
+    config = LlamaConfig(
+        hidden_size=512,
+        num_attention_heads=4,
+        max_position_embeddings=8192,
+        rope_parameters=scaling | {"rope_theta": model.rope_base},
+    )
     theirs_D, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
     assert factor == 1.0 and not torch.equal(theirs_D, plain_D)
     torch.testing.assert_close(ours_D, theirs_D, rtol=1e-6, atol=0)
     decoder = PlainDecoder(model, 8, {})
-    by_hand_D = torch.tensor([decoder._stretched(model.rope_base ** (-channel / 128)) for channel in range(0, 128, 2)])
+    by_hand_D = torch.tensor(
+        [decoder._stretched(model.rope_base ** (-channel / 128)) for channel in range(0, 128, 2)]
+    )
     torch.testing.assert_close(ours_D, by_hand_D, rtol=1e-6, atol=0)

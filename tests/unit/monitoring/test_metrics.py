@@ -25,7 +25,9 @@ def record_rank(metrics: Metrics, rank: int) -> None:
 
 
 def reduce_in_group(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD
+    )
     try:
         declared = Metrics()
         declared.declare("loss/rejected", "loss/never")
@@ -34,7 +36,9 @@ def reduce_in_group(rank: int, folder: str) -> None:
         for metrics in (declared, undeclared):
             record_rank(metrics, rank)
             results.append(metrics.reduce(dist.group.WORLD))
-        if rank == 2:   # a maximum and a sum that only one rank knows, in a later interval of the same recorder
+        if (
+            rank == 2
+        ):  # a maximum and a sum that only one rank knows, in a later interval of the same recorder
             undeclared.add_max("late/max", 7.0)
             undeclared.add_sum("late/sum", 3)
         results.append(undeclared.reduce(dist.group.WORLD))
@@ -49,7 +53,7 @@ def cut_by_a_checkpoint(rank: int) -> tuple[dict, dict]:
     whole, resumed = Metrics(), Metrics()
     record_rank(whole, rank)
     state = json.loads(json.dumps(whole.state_dict(dist.group.WORLD)))
-    resumed.add("left over", 1)   # from before the checkpoint was loaded: must not count
+    resumed.add("left over", 1)  # from before the checkpoint was loaded: must not count
     resumed.load_state_dict(state)
     for metrics in (whole, resumed):
         record_rank(metrics, 2 - rank)
@@ -72,7 +76,11 @@ def test_reduction_over_three_processes(tmp_path):
     assert results[0][2]["late/max"] == 7.0 and results[0][2]["late/sum"] == 3.0
     assert "loss/all" not in results[0][2], "an interval must not repeat the one before"
     whole, resumed = results[0][3]
-    assert repr(whole) == repr(resumed | {}) and whole["tokens/selected"] == 606 and whole["loss/all"] == pytest.approx(84 / 14)
+    assert (
+        repr(whole) == repr(resumed | {})
+        and whole["tokens/selected"] == 606
+        and whole["loss/all"] == pytest.approx(84 / 14)
+    )
 
 
 def test_alone_and_cleared_between_intervals():
@@ -87,15 +95,25 @@ def test_alone_and_cleared_between_intervals():
 
 def test_a_vector_of_one_stays_a_list_and_a_summary_gets_the_sums():
     metrics = Metrics()
-    metrics.add_all({"by_corpus": (torch.tensor([3.0]), torch.tensor([4.0])), "loss": (torch.tensor(5.0), torch.tensor(2.0))})
+    metrics.add_all(
+        {
+            "by_corpus": (torch.tensor([3.0]), torch.tensor([4.0])),
+            "loss": (torch.tensor(5.0), torch.tensor(2.0)),
+        }
+    )
     metrics.add_sum("tokens", 7)
     metrics.declare("never", length=4)
     seen = {}
     values = metrics.reduce(summarise=lambda pairs: seen.update(pairs) or {"rate": 1.0})
     assert values == {"rate": 1.0, "tokens": 7.0}
-    assert {name: (total.tolist(), count.tolist()) for name, (total, count) in seen.items()} == {"by_corpus": ([3.0], [4.0]), "loss": (5.0, 2.0)}
+    assert {name: (total.tolist(), count.tolist()) for name, (total, count) in seen.items()} == {
+        "by_corpus": ([3.0], [4.0]),
+        "loss": (5.0, 2.0),
+    }
     metrics.add("by_corpus", torch.tensor([3.0]), torch.tensor([4.0]))
-    assert metrics.reduce() == {"by_corpus": [0.75], "tokens": 0.0}, "a total of a quiet interval is 0, a ratio of one is left out"
+    assert metrics.reduce() == {"by_corpus": [0.75], "tokens": 0.0}, (
+        "a total of a quiet interval is 0, a ratio of one is left out"
+    )
 
 
 def test_sums_of_many_small_values_do_not_drift():
@@ -103,7 +121,9 @@ def test_sums_of_many_small_values_do_not_drift():
     metrics.add_sum("tokens", 2.0**25)
     for _ in range(1000):
         metrics.add_sum("tokens", torch.tensor(1.0))
-    assert metrics.reduce()["tokens"] == 2**25 + 1000   # fp32 accumulation would lose every one of the ones
+    assert (
+        metrics.reduce()["tokens"] == 2**25 + 1000
+    )  # fp32 accumulation would lose every one of the ones
 
 
 def test_recorded_tensors_do_not_keep_the_graph():
@@ -114,12 +134,15 @@ def test_recorded_tensors_do_not_keep_the_graph():
     assert all(not part.requires_grad for parts in metrics._sums.values() for part in parts)
 
 
-@pytest.mark.parametrize("first, second", [
-    (lambda m: m.add("x", 1), lambda m: m.add("x", torch.ones(3))),
-    (lambda m: m.add("x", 1), lambda m: m.add_sum("x", 1)),
-    (lambda m: None, lambda m: m.add("x", torch.ones(2, 2))),
-    (lambda m: None, lambda m: m.add_max("x", torch.ones(2))),
-])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (lambda m: m.add("x", 1), lambda m: m.add("x", torch.ones(3))),
+        (lambda m: m.add("x", 1), lambda m: m.add_sum("x", 1)),
+        (lambda m: None, lambda m: m.add("x", torch.ones(2, 2))),
+        (lambda m: None, lambda m: m.add_max("x", torch.ones(2))),
+    ],
+)
 def test_a_metric_that_changes_shape_or_kind_is_named(first, second):
     metrics = Metrics()
     first(metrics)

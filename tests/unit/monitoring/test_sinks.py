@@ -24,12 +24,14 @@ def write_steps(path, steps, resume_step=None):
 def test_resume_drops_later_steps_and_continues_like_an_uninterrupted_run(tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     write_steps(whole, range(10, 80, 10))
-    write_steps(killed, range(10, 60, 10))            # the checkpoint is of step 30, the kill came after 50
+    write_steps(killed, range(10, 60, 10))  # the checkpoint is of step 30, the kill came after 50
     write_steps(killed, range(40, 80, 10), resume_step=30)
     assert killed.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 30, "kind": "tr', b'{"step": 20}', b"\x00\x00\x00", b'"30"\n', b"[30]\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 30, "kind": "tr', b'{"step": 20}', b"\x00\x00\x00", b'"30"\n', b"[30]\n"]
+)
 def test_a_line_torn_by_a_kill_is_dropped(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, [10, 20])
@@ -50,9 +52,21 @@ def test_starting_anew_keeps_the_file_of_an_earlier_run(tmp_path):
 
 def test_values_without_a_number_are_null_and_step_comes_first(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.log({"kind": "train", "step": 3, "a": float("nan"), "b": [1.0, float("inf")], "tokens/processed": 12}, 3)
+    sink.log(
+        {
+            "kind": "train",
+            "step": 3,
+            "a": float("nan"),
+            "b": [1.0, float("inf")],
+            "tokens/processed": 12,
+        },
+        3,
+    )
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert text == '{"step": 3, "kind": "train", "a": null, "b": [1.0, null], "tokens/processed": 12}\n'
+    assert (
+        text
+        == '{"step": 3, "kind": "train", "a": null, "b": [1.0, null], "tokens/processed": 12}\n'
+    )
 
 
 def test_a_full_disk_leaves_whole_lines_and_loses_no_record(tmp_path, monkeypatch):
@@ -61,8 +75,10 @@ def test_a_full_disk_leaves_whole_lines_and_loses_no_record(tmp_path, monkeypatc
     sinks = MultiSink([JsonlSink(path), ConsoleSink(total_steps=9, stream=heard)])
     sinks.log({"loss/all": 3.0}, 1)
     with monkeypatch.context() as patch:
+
         def full(descriptor):
             raise OSError(28, "No space left on device")
+
         patch.setattr(os, "fsync", full)
         sinks.log({"loss/all": 2.0}, 2)
         sinks.log({"loss/all": 1.5}, 3)
@@ -87,7 +103,9 @@ def test_a_failing_sink_is_told_on_the_others_and_stops_nothing(tmp_path):
     sinks.close()
     assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2]
     told = lines(tmp_path / "warnings.jsonl")
-    assert [line["text"] for line in told] == ["BrokenSink failed, training goes on: RuntimeError: broken"] * 2 + ["a sentence"]
+    assert [line["text"] for line in told] == [
+        "BrokenSink failed, training goes on: RuntimeError: broken"
+    ] * 2 + ["a sentence"]
     with pytest.raises(ValueError, match="loud"):
         sinks.message("x", "loud")
 
@@ -96,17 +114,38 @@ def test_console_without_a_terminal_prints_plain_lines():
     stream = io.StringIO()
     console = ConsoleSink(total_steps=200, stream=stream)
     console.table("run", {"tokens per step": 2048, "model": "[1.1B]"})
-    console.log({"kind": "train", "loss/selected": 3.25, "loss/all": 3.5, "selection/kept_fraction": 0.6,
-                 "optimizer/learning_rate": 3e-4, "throughput/tokens_per_second": 12345.0, "throughput/eta_seconds": 62.0}, 10)
-    console.log({"kind": "validation", "validation/curated/loss": 3.0456, "validation/curated/tokens": 99}, 10)
+    console.log(
+        {
+            "kind": "train",
+            "loss/selected": 3.25,
+            "loss/all": 3.5,
+            "selection/kept_fraction": 0.6,
+            "optimizer/learning_rate": 3e-4,
+            "throughput/tokens_per_second": 12345.0,
+            "throughput/eta_seconds": 62.0,
+        },
+        10,
+    )
+    console.log(
+        {"kind": "validation", "validation/curated/loss": 3.0456, "validation/curated/tokens": 99},
+        10,
+    )
     console.message("look [here]", "warning")
     console.close()
     assert stream.getvalue().splitlines() == [
-        "run", "  tokens per step  2048", "  model            [1.1B]",
+        "run",
+        "  tokens per step  2048",
+        "  model            [1.1B]",
         "step 10/200  loss 3.2500 (all 3.500)  kept 60%  lr 3.00e-04  12.3k tokens/s  0:01:02 left",
-        "step 10  validation/curated loss 3.0456", "warning: look [here]"]
+        "step 10  validation/curated loss 3.0456",
+        "warning: look [here]",
+    ]
     assert "\x1b" not in stream.getvalue()
 
 
 def test_durations():
-    assert [format_duration(seconds) for seconds in (0.4, 3725, 2 * 86400 + 10800)] == ["0:00:00", "1:02:05", "2d 3:00:00"]
+    assert [format_duration(seconds) for seconds in (0.4, 3725, 2 * 86400 + 10800)] == [
+        "0:00:00",
+        "1:02:05",
+        "2d 3:00:00",
+    ]

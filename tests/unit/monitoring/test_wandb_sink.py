@@ -24,11 +24,25 @@ def test_an_offline_run_is_written_and_a_resumed_one_has_the_same_id(tmp_path, c
     folder = tmp_path / "run"
     warnings = []
     for _ in range(2):
-        sink = WandbSink(WandbConfig(mode="offline"), run_folder=folder, name="arm", run_id=wandb_run_id(folder), warn=warnings.append,
-                         config={"selection": {"keep_fraction": 0.6}, "layout": {"data": 2}})
-        sink.log({"kind": "train", "tokens/processed": 128, "loss/all": 3.5, "missing": None,
-                   "selection/rate_by_reference_loss": [0.5, float("nan")],
-                   "selection/rate_by_reference_loss_edges_nats": [0.0, 1.0, 2.0]}, 2)
+        sink = WandbSink(
+            WandbConfig(mode="offline"),
+            run_folder=folder,
+            name="arm",
+            run_id=wandb_run_id(folder),
+            warn=warnings.append,
+            config={"selection": {"keep_fraction": 0.6}, "layout": {"data": 2}},
+        )
+        sink.log(
+            {
+                "kind": "train",
+                "tokens/processed": 128,
+                "loss/all": 3.5,
+                "missing": None,
+                "selection/rate_by_reference_loss": [0.5, float("nan")],
+                "selection/rate_by_reference_loss_edges_nats": [0.0, 1.0, 2.0],
+            },
+            2,
+        )
         sink.close()
     records = list((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.stem for path in records} == {f"run-{wandb_run_id(folder)}"}
@@ -67,7 +81,14 @@ class FakeWandb:
 
 
 def open_sink(tmp_path, warnings, mode="online"):
-    return WandbSink(WandbConfig(mode=mode), run_folder=tmp_path, name="arm", config={}, run_id="abc", warn=warnings.append)
+    return WandbSink(
+        WandbConfig(mode=mode),
+        run_folder=tmp_path,
+        name="arm",
+        config={},
+        run_id="abc",
+        warn=warnings.append,
+    )
 
 
 def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, monkeypatch):
@@ -91,11 +112,13 @@ def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
 
 
 def test_wandb_not_installed_is_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)   # makes `import wandb` raise ImportError
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` raise ImportError
     warnings = []
     open_sink(tmp_path, warnings).log({"loss/all": 1.0}, 1)
     assert len(warnings) == 1
-    assert open_sink(tmp_path, warnings, mode="disabled") and len(warnings) == 1, "disabled does not import wandb"
+    assert open_sink(tmp_path, warnings, mode="disabled") and len(warnings) == 1, (
+        "disabled does not import wandb"
+    )
 
 
 def test_mode(tmp_path, monkeypatch):
@@ -103,12 +126,18 @@ def test_mode(tmp_path, monkeypatch):
     environment = {"NETRC": str(netrc_file)}
     assert choose_mode("auto", environment) == "offline"
     assert choose_mode("auto", environment | {"WANDB_API_KEY": "k"}) == "online"
-    assert choose_mode("auto", environment | {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}) == "offline"
+    assert (
+        choose_mode("auto", environment | {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"})
+        == "offline"
+    )
     assert choose_mode("online", environment | {"WANDB_MODE": "offline"}) == "online"
     netrc_file.write_text("machine api.wandb.ai login user password secret\n")
     netrc_file.chmod(0o600)
     assert choose_mode("auto", environment) == "online"
-    assert choose_mode("auto", environment | {"WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+    assert (
+        choose_mode("auto", environment | {"WANDB_BASE_URL": "https://wandb.example.org"})
+        == "offline"
+    )
 
 
 def test_run_id_is_kept_and_the_checkpoint_wins(tmp_path):

@@ -25,7 +25,9 @@ def test_statistics(columns, kept_dtype):
     assert torch.equal(maximum, expected_maximum)
     torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=0)
     if kept is not None:
-        torch.testing.assert_close(kept, expected_kept, rtol=1e-2 if kept_dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            kept, expected_kept, rtol=1e-2 if kept_dtype == torch.bfloat16 else 1e-5, atol=1e-7
+        )
 
 
 def test_statistics_kept_in_the_logits_own_memory():
@@ -41,4 +43,6 @@ def test_gradient(out_dtype):
     out, expected = torch.empty(4, 5000, dtype=out_dtype), torch.empty(4, 5000, dtype=out_dtype)
     fused.gradient_from_logits(x, lse, scale, out)
     row_passes.gradient_from_logits(x.clone(), lse, scale, expected)
-    torch.testing.assert_close(out, expected, rtol=1e-2 if out_dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        out, expected, rtol=1e-2 if out_dtype == torch.bfloat16 else 1e-5, atol=1e-7
+    )

@@ -38,12 +38,20 @@ def problem(dtype):
 def errors(loss, gradients, selected) -> dict[str, float]:
     """Relative distance from the fp64 head of the same bf16 operands."""
     hidden, weight, target, _ = problem(torch.bfloat16)
-    hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    hidden, weight = (
+        hidden.detach().double().requires_grad_(),
+        weight.detach().double().requires_grad_(),
+    )
     loss_ref = F.cross_entropy(hidden @ weight.t(), target, reduction="none")
-    references = (loss_ref.detach(), *torch.autograd.grad((loss_ref * selected).sum(), (hidden, weight)))
+    references = (
+        loss_ref.detach(),
+        *torch.autograd.grad((loss_ref * selected).sum(), (hidden, weight)),
+    )
     return {
         name: ((value.double() - reference).norm() / reference.norm()).item()
-        for name, value, reference in zip(("loss", "d hidden", "d weight"), (loss.detach(), *gradients), references)
+        for name, value, reference in zip(
+            ("loss", "d hidden", "d weight"), (loss.detach(), *gradients), references
+        )
     }
 
 
@@ -51,7 +59,9 @@ def errors(loss, gradients, selected) -> dict[str, float]:
 def test_bf16_is_no_further_from_fp64_than_megatrons_head(ours, megatron_loss):
     hidden, weight, target, selected = problem(torch.bfloat16)
     theirs = megatron_loss((hidden @ weight.t())[:, None], target[:, None])[:, 0]
-    peer = errors(theirs, torch.autograd.grad((theirs * selected).sum(), (hidden, weight)), selected)
+    peer = errors(
+        theirs, torch.autograd.grad((theirs * selected).sum(), (hidden, weight)), selected
+    )
     if ours == "known":
         total, loss = selected_linear_cross_entropy(hidden, weight, target, torch.ones(N))
         loss, total = loss, selected_linear_cross_entropy(hidden, weight, target, selected)[0]

@@ -29,15 +29,38 @@ def plain_kernel(calls: list, factor: float = 1.0):
     """Liger 0.8.5's fused_scaled_cross_entropy_backward in plain torch; `factor` on its weight gradient makes it a wrong one."""
 
     def fused_scaled_cross_entropy_backward(
-        grad_output, x_padded, weight_padded, target, lse, temperature, ignore_index, hidden_size,
-        entropy=None, grad_entropy=None, input_dtype=torch.bfloat16, selected_token_ids=None, grad_selected=None,
-    ):  # fmt: skip
-        assert x_padded.shape[1] == hidden_size and hidden_size % 64 == 0 and x_padded.dtype == torch.bfloat16
+        grad_output,
+        x_padded,
+        weight_padded,
+        target,
+        lse,
+        temperature,
+        ignore_index,
+        hidden_size,
+        entropy=None,
+        grad_entropy=None,
+        input_dtype=torch.bfloat16,
+        selected_token_ids=None,
+        grad_selected=None,
+    ):
+        assert (
+            x_padded.shape[1] == hidden_size
+            and hidden_size % 64 == 0
+            and x_padded.dtype == torch.bfloat16
+        )
         calls.append(len(x_padded))
         columns = torch.arange(len(weight_padded))
-        p = ((x_padded.float() @ weight_padded.float().t()) / temperature - lse[:, None]).exp() - (target[:, None] == columns).float()
-        dz = (p * torch.where(target == ignore_index, 0.0, grad_output)[:, None] / temperature).bfloat16().float()
-        return (dz @ weight_padded.float()).to(input_dtype), (factor * dz.t() @ x_padded.float()).to(input_dtype)
+        p = ((x_padded.float() @ weight_padded.float().t()) / temperature - lse[:, None]).exp() - (
+            target[:, None] == columns
+        ).float()
+        dz = (
+            (p * torch.where(target == ignore_index, 0.0, grad_output)[:, None] / temperature)
+            .bfloat16()
+            .float()
+        )
+        return (dz @ weight_padded.float()).to(input_dtype), (
+            factor * dz.t() @ x_padded.float()
+        ).to(input_dtype)
 
     return fused_scaled_cross_entropy_backward
 
@@ -64,7 +87,9 @@ def test_gradients_equal_fp64_and_the_kernel_sees_kept_rows_only(case, install):
     install(plain_kernel(calls))
     hidden, weight, target = problem()
     loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, engine="liger")
-    assert torch.equal(loss, linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode="recompute")), "losses are ours"
+    assert torch.equal(
+        loss, linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode="recompute")
+    ), "losses are ours"
     verified = len(calls)
     (loss * upstream(case)).sum().backward()
     kept = int(((upstream(case) != 0) & (target != -100)).sum())
@@ -81,7 +106,14 @@ def test_main_grad_accumulates_and_verification_runs_once(install):
     parameter = torch.nn.Parameter(weight.detach().clone())
     parameter.main_grad = torch.ones(V, H)
     for _ in range(2):
-        loss = linear_cross_entropy(hidden, parameter, target, vocabulary_size=TRUE_V, accumulate_into_main_grad=True, engine="liger")
+        loss = linear_cross_entropy(
+            hidden,
+            parameter,
+            target,
+            vocabulary_size=TRUE_V,
+            accumulate_into_main_grad=True,
+            engine="liger",
+        )
         (loss * upstream("weighted")).sum().backward()
     assert len(calls) == 3, "one verification, two backwards"
     _, _, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
@@ -91,33 +123,57 @@ def test_main_grad_accumulates_and_verification_runs_once(install):
 def test_a_row_whose_target_another_rank_owns_keeps_its_softmax(install):
     install(plain_kernel([]))
     hidden, weight, target = problem()
-    hidden, weight, target, upstream_K = hidden.detach(), weight.detach(), target.clamp(min=0), torch.ones(N)
+    hidden, weight, target, upstream_K = (
+        hidden.detach(),
+        weight.detach(),
+        target.clamp(min=0),
+        torch.ones(N),
+    )
     logits = hidden.float() @ weight.float().t()
     owned = torch.arange(N) % 2 == 0
-    _, d_weight = liger_engine.liger_gradients(hidden, weight, target, owned, upstream_K, logits.logsumexp(1))
+    _, d_weight = liger_engine.liger_gradients(
+        hidden, weight, target, owned, upstream_K, logits.logsumexp(1)
+    )
     p = logits.softmax(1) - owned[:, None] * torch.nn.functional.one_hot(target, V)
     assert error(d_weight, p.double().t() @ hidden.double()) < 6e-3
 
 
-@pytest.mark.parametrize("kernel, message", [(plain_kernel([], 1.1), "disagrees with plain torch.*weight"), (plain_kernel([], float("nan")), "disagrees"),
-                                             (None, r"pip install 'liger-kernel\[cutedsl\]")])
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        (plain_kernel([], 1.1), "disagrees with plain torch.*weight"),
+        (plain_kernel([], float("nan")), "disagrees"),
+        (None, r"pip install 'liger-kernel\[cutedsl\]"),
+    ],
+)
 def test_a_kernel_that_is_wrong_or_missing_is_refused(kernel, message, install):
     install(kernel)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(*problem(), engine="liger")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(mode="keep"), "keeps nothing"), (dict(z_loss=0.1), "z_loss is 0.1"), (dict(engine="triton"), "one of torch, liger"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(mode="keep"), "keeps nothing"),
+        (dict(z_loss=0.1), "z_loss is 0.1"),
+        (dict(engine="triton"), "one of torch, liger"),
+    ],
+)
 def test_what_it_cannot_do_is_an_error(change, message, install):
     install(plain_kernel([]))
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(*problem(), **{"engine": "liger"} | change)
 
 
-@pytest.mark.parametrize("dtype, hidden_size, message", [(torch.float32, 64, "float32 operands"), (torch.bfloat16, 72, "hidden size 72"),
-                                                         (torch.bfloat16, 64, "compute capability 9.0.*on the cpu")])
+@pytest.mark.parametrize(
+    "dtype, hidden_size, message",
+    [
+        (torch.float32, 64, "float32 operands"),
+        (torch.bfloat16, 72, "hidden size 72"),
+        (torch.bfloat16, 64, "compute capability 9.0.*on the cpu"),
+    ],
+)
 def test_where_it_cannot_run_is_an_error(dtype, hidden_size, message):
     with pytest.raises(ValueError, match=message):
         liger_engine.check_liger(dtype, CPU, hidden_size)

@@ -38,7 +38,10 @@ def upstream(case: str) -> torch.Tensor:
 
 def truth(hidden_NH, weight_VH, target_N, upstream_N, z_loss=0.0):
     """(loss, d hidden, d weight, logits) in fp64, the padding columns cut off."""
-    hidden, weight = hidden_NH.detach().double().requires_grad_(), weight_VH.detach().double().requires_grad_()
+    hidden, weight = (
+        hidden_NH.detach().double().requires_grad_(),
+        weight_VH.detach().double().requires_grad_(),
+    )
     logits_NV = (hidden @ weight.t())[:, :TRUE_V]
     loss_N = F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="none")
     loss_N = loss_N + z_loss * logits_NV.logsumexp(1).square() * (target_N != IGNORED)
@@ -47,7 +50,11 @@ def truth(hidden_NH, weight_VH, target_N, upstream_N, z_loss=0.0):
 
 
 def error(value, expected) -> float:
-    return ((value.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item() if expected.any() else value.abs().max().item()
+    return (
+        ((value.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+        if expected.any()
+        else value.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
@@ -55,9 +62,13 @@ def error(value, expected) -> float:
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 def test_fp32_equals_fp64_plain_torch(mode, case, z_loss):
     hidden, weight, target = problem()
-    loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode=mode, chunk_tokens=16, z_loss=z_loss)
+    loss = linear_cross_entropy(
+        hidden, weight, target, vocabulary_size=TRUE_V, mode=mode, chunk_tokens=16, z_loss=z_loss
+    )
     (loss * upstream(case)).sum().backward()
-    for value, expected in zip((loss, hidden.grad, weight.grad), truth(hidden, weight, target, upstream(case), z_loss)):
+    for value, expected in zip(
+        (loss, hidden.grad, weight.grad), truth(hidden, weight, target, upstream(case), z_loss)
+    ):
         assert error(value, expected) < 1e-5
     assert not weight.grad[TRUE_V:].any()
 
@@ -68,16 +79,22 @@ def test_z_loss_where_its_factor_vanishes(mode):
     hidden, weight, target = problem()
     lse = (hidden @ weight.t())[:, :TRUE_V].logsumexp(1).detach()
     z_loss = -1.0 / (2.0 * lse[17].item())
-    loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode=mode, z_loss=z_loss)
+    loss = linear_cross_entropy(
+        hidden, weight, target, vocabulary_size=TRUE_V, mode=mode, z_loss=z_loss
+    )
     (loss * upstream("one")).sum().backward()
-    for value, expected in zip((loss, hidden.grad, weight.grad), truth(hidden, weight, target, upstream("one"), z_loss)):
+    for value, expected in zip(
+        (loss, hidden.grad, weight.grad), truth(hidden, weight, target, upstream("one"), z_loss)
+    ):
         assert error(value, expected) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_bf16_losses_are_as_good_as_fp32(mode):
     hidden, weight, target = problem(torch.bfloat16)
-    loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode=mode, chunk_tokens=16)
+    loss = linear_cross_entropy(
+        hidden, weight, target, vocabulary_size=TRUE_V, mode=mode, chunk_tokens=16
+    )
     (loss * upstream("weighted")).sum().backward()
     loss_ref, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
     assert loss.dtype == torch.float32 and error(loss, loss_ref) < 1e-6
@@ -105,26 +122,48 @@ def test_products_of_backward_see_kept_rows_only(monkeypatch):
     rows_of_dw, rows_of_logits = [], []
     accumulate, logits_into = backward.accumulate_weight_gradient, backward.logits_into
     monkeypatch.setattr(
-        backward, "accumulate_weight_gradient", lambda total, p, h, **kw: (rows_of_dw.append(len(p)), accumulate(total, p, h, **kw))
+        backward,
+        "accumulate_weight_gradient",
+        lambda total, p, h, **kw: (rows_of_dw.append(len(p)), accumulate(total, p, h, **kw)),
     )
-    monkeypatch.setattr(backward, "logits_into", lambda out, h, w: (rows_of_logits.append(len(h)), logits_into(out, h, w)))
+    monkeypatch.setattr(
+        backward,
+        "logits_into",
+        lambda out, h, w: (rows_of_logits.append(len(h)), logits_into(out, h, w)),
+    )
     hidden, weight, target = problem()
     weight_N = upstream("weighted").masked_fill(target == IGNORED, 0.0)
     for mode in ("recompute", "keep"):
-        (linear_cross_entropy(hidden, weight, target, mode=mode, chunk_tokens=16) * weight_N).sum().backward()
+        (
+            linear_cross_entropy(hidden, weight, target, mode=mode, chunk_tokens=16) * weight_N
+        ).sum().backward()
     kept = int((weight_N != 0).sum())
-    assert sum(rows_of_dw) == 2 * kept and rows_of_dw[-1] == kept, "keep mode: one weight product over all kept rows"
-    assert sum(rows_of_logits) == kept, "recompute mode computes the logits of kept rows again, keep mode none"
+    assert sum(rows_of_dw) == 2 * kept and rows_of_dw[-1] == kept, (
+        "keep mode: one weight product over all kept rows"
+    )
+    assert sum(rows_of_logits) == kept, (
+        "recompute mode computes the logits of kept rows again, keep mode none"
+    )
 
 
-@pytest.mark.parametrize("budget_bytes, copies", [(1 << 20, 0), (N * TRUE_V * 4 + TRUE_V * H * 4 - 1, 1)])
-def test_the_widened_weight_stays_for_backward_while_the_budget_has_room(budget_bytes, copies, monkeypatch):
+@pytest.mark.parametrize(
+    "budget_bytes, copies", [(1 << 20, 0), (N * TRUE_V * 4 + TRUE_V * H * 4 - 1, 1)]
+)
+def test_the_widened_weight_stays_for_backward_while_the_budget_has_room(
+    budget_bytes, copies, monkeypatch
+):
     import megatron_slm.ops.backward as backward
 
     shapes, operand = [], backward.operand
-    monkeypatch.setattr(backward, "operand", lambda tensor, plan: (shapes.append(tuple(tensor.shape)), operand(tensor, plan))[1])
+    monkeypatch.setattr(
+        backward,
+        "operand",
+        lambda tensor, plan: (shapes.append(tuple(tensor.shape)), operand(tensor, plan))[1],
+    )
     hidden, weight, target = problem(torch.bfloat16)
-    loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, kept_budget_bytes=budget_bytes)
+    loss = linear_cross_entropy(
+        hidden, weight, target, vocabulary_size=TRUE_V, kept_budget_bytes=budget_bytes
+    )
     (loss * upstream("weighted")).sum().backward()
     assert shapes.count((TRUE_V, H)) == copies
     _, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
@@ -134,10 +173,14 @@ def test_the_widened_weight_stays_for_backward_while_the_budget_has_room(budget_
 def test_extras_from_the_same_pass():
     hidden, weight, target = problem()
     names = ("target_rank", "entropy", "sum_squared_probability")
-    loss, extras = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, extras=names, chunk_tokens=16)
+    loss, extras = linear_cross_entropy(
+        hidden, weight, target, vocabulary_size=TRUE_V, extras=names, chunk_tokens=16
+    )
     loss_ref, _, _, logits = truth(hidden, weight, target, upstream("all"))
     p_NV, counted = logits.softmax(1), target != IGNORED
-    assert list(extras) == list(names) and not any(values.requires_grad for values in extras.values())
+    assert list(extras) == list(names) and not any(
+        values.requires_grad for values in extras.values()
+    )
     assert error(loss, loss_ref) < 1e-5
     assert error(extras["entropy"], -(p_NV * p_NV.log()).sum(1)) < 1e-5
     assert error(extras["sum_squared_probability"], p_NV.square().sum(1)) < 1e-5
@@ -150,7 +193,9 @@ def test_megatron_layout_transposed_labels_and_scoring_equals_training():
     hidden, weight, target = problem()
     hidden_SBH, labels_BS = hidden.view(N // 2, 2, H), target.view(N // 2, 2).t()
     loss_SB = linear_cross_entropy(hidden_SBH, weight, labels_BS.transpose(0, 1))
-    assert loss_SB.shape == (N // 2, 2) and torch.equal(loss_SB.flatten(), linear_cross_entropy(hidden, weight, target))
+    assert loss_SB.shape == (N // 2, 2) and torch.equal(
+        loss_SB.flatten(), linear_cross_entropy(hidden, weight, target)
+    )
     with torch.no_grad():
         scored = linear_cross_entropy(hidden_SBH, weight, labels_BS.transpose(0, 1))
     assert torch.equal(scored, loss_SB) and not scored.requires_grad
@@ -165,10 +210,16 @@ def test_main_grad_takes_the_weight_gradient_by_megatron_core_protocol():
             parameter.main_grad = torch.ones(V, H, dtype=buffer_dtype)
             if protocol:
                 parameter.grad_added_to_main_grad = False
-            loss = linear_cross_entropy(hidden, parameter, target, vocabulary_size=TRUE_V, accumulate_into_main_grad=True)
+            loss = linear_cross_entropy(
+                hidden, parameter, target, vocabulary_size=TRUE_V, accumulate_into_main_grad=True
+            )
             (loss * upstream("weighted")).sum().backward()
-            assert error(parameter.main_grad.double() - 1, d_weight) < (1e-5 if buffer_dtype == torch.float32 else 2e-2)
-            assert (parameter.grad is not None) is protocol and getattr(parameter, "grad_added_to_main_grad", False) is protocol
+            assert error(parameter.main_grad.double() - 1, d_weight) < (
+                1e-5 if buffer_dtype == torch.float32 else 2e-2
+            )
+            assert (parameter.grad is not None) is protocol and getattr(
+                parameter, "grad_added_to_main_grad", False
+            ) is protocol
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -176,10 +227,16 @@ def test_main_grad_takes_the_weight_gradient_by_megatron_core_protocol():
 def test_a_frozen_side_gets_no_gradient(frozen, mode):
     hidden, weight, target = problem()
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
-    (linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode=mode) * upstream("weighted")).sum().backward()
+    (
+        linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode=mode)
+        * upstream("weighted")
+    ).sum().backward()
     _, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
     kept, expected = (weight, d_weight) if frozen == "hidden" else (hidden, d_hidden)
-    assert error(kept.grad, expected) < 1e-5 and (hidden if frozen == "hidden" else weight).grad is None
+    assert (
+        error(kept.grad, expected) < 1e-5
+        and (hidden if frozen == "hidden" else weight).grad is None
+    )
 
 
 def test_second_backward_is_refused_when_kept_and_allowed_when_recomputed():

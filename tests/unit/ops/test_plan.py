@@ -12,9 +12,18 @@ CPU = torch.device("cpu")
 
 def test_auto_keeps_while_the_budget_holds_and_never_without_backward():
     keep = plan_head(4096, 32000, torch.bfloat16, CPU, kept_budget_bytes=4096 * 32000 * 4)
-    assert keep.mode == "keep" and keep.kept_dtype == torch.float32 and keep.kept_bytes == 4096 * 32000 * 4
-    assert plan_head(4096, 32000, torch.bfloat16, CPU, kept_budget_bytes=4096 * 32000 * 4 - 1).mode == "recompute"
-    assert plan_head(4, 32, torch.float32, CPU, mode="keep", will_backward=False).mode == "recompute"
+    assert (
+        keep.mode == "keep"
+        and keep.kept_dtype == torch.float32
+        and keep.kept_bytes == 4096 * 32000 * 4
+    )
+    assert (
+        plan_head(4096, 32000, torch.bfloat16, CPU, kept_budget_bytes=4096 * 32000 * 4 - 1).mode
+        == "recompute"
+    )
+    assert (
+        plan_head(4, 32, torch.float32, CPU, mode="keep", will_backward=False).mode == "recompute"
+    )
 
 
 def test_gpu_scratch_stays_a_sixth_of_a_materialised_head():
@@ -23,8 +32,12 @@ def test_gpu_scratch_stays_a_sixth_of_a_materialised_head():
         patch.setattr(plan_room, "_matmul", lambda dtype, device: "fp32_output")
         patch.setattr(plan_room, "_elementwise", lambda *_: "eager")
         for tokens, columns in ((8192, 131072), (16384, 32000), (8192, 128256), (8192, 16032)):
-            plan = plan_head(tokens, columns, torch.bfloat16, torch.device("cuda"), mode="recompute")
-            scratch_bytes = plan.chunk_tokens * columns * 4 + plan.gradient_chunk_tokens * columns * 2
+            plan = plan_head(
+                tokens, columns, torch.bfloat16, torch.device("cuda"), mode="recompute"
+            )
+            scratch_bytes = (
+                plan.chunk_tokens * columns * 4 + plan.gradient_chunk_tokens * columns * 2
+            )
             assert scratch_bytes <= 0.18 * 6 * tokens * columns and plan.chunk_tokens % 128 == 0
 
 
@@ -50,7 +63,9 @@ def product_with_out_dtype(product):
     def emulated(*operands, out_dtype=None, out=None, **options):
         if out_dtype is None:
             return product(*operands, out=out, **options)
-        assert all(operand.dtype == torch.bfloat16 for operand in operands[-2:]), "the GPU multiplies bf16 operands"
+        assert all(operand.dtype == torch.bfloat16 for operand in operands[-2:]), (
+            "the GPU multiplies bf16 operands"
+        )
         return product(*(operand.to(out_dtype) for operand in operands), out=out, **options)
 
     return emulated
@@ -85,7 +100,9 @@ def test_gpu_control_flow_gives_the_same_gradients(mode, one_step, gpu_plan, mon
     got = torch.autograd.grad(total, (hidden, weight))
     exact = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
     logits = (exact[0] @ exact[1].t())[:, :75]
-    expected = torch.autograd.grad((torch.nn.functional.cross_entropy(logits, target, reduction="none") * share).sum(), exact)
+    expected = torch.autograd.grad(
+        (torch.nn.functional.cross_entropy(logits, target, reduction="none") * share).sum(), exact
+    )
     for value, other in zip(got, expected):
         assert (value.float() - other).norm() < 6e-3 * other.norm()
 
@@ -107,7 +124,10 @@ def test_gpu_plan_groups_weight_products():
         recompute = plan_head(8192, 128256, torch.bfloat16, CPU, mode="recompute")
         keep = plan_head(8192, 128256, torch.bfloat16, CPU, mode="keep")
     assert keep.kept_dtype == torch.bfloat16 and keep.kept_bytes == 8192 * 128256 * 2
-    assert recompute.gradient_chunk_tokens == 6 * recompute.chunk_tokens and keep.gradient_chunk_tokens == 8192
+    assert (
+        recompute.gradient_chunk_tokens == 6 * recompute.chunk_tokens
+        and keep.gradient_chunk_tokens == 8192
+    )
 
 
 @pytest.mark.slow
@@ -118,6 +138,10 @@ def test_compiled_passes_give_the_eager_results(mode):
     hidden, weight, target, share = problem()
     results = []
     for elementwise in ("eager", "compiled"):
-        loss = linear_cross_entropy(hidden, weight, target, mode=mode, chunk_tokens=16, elementwise=elementwise)
-        results.append((loss.detach(), *torch.autograd.grad((loss * share).sum(), (hidden, weight))))
+        loss = linear_cross_entropy(
+            hidden, weight, target, mode=mode, chunk_tokens=16, elementwise=elementwise
+        )
+        results.append(
+            (loss.detach(), *torch.autograd.grad((loss * share).sum(), (hidden, weight)))
+        )
     torch.testing.assert_close(*results, rtol=1e-2, atol=1e-5)

@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_slm.ops.row_skipping import drop_unselected_rows, linear_skipping_zero_rows, skip_zero_gradient_rows
+from megatron_slm.ops.row_skipping import (
+    drop_unselected_rows,
+    linear_skipping_zero_rows,
+    skip_zero_gradient_rows,
+)
 
 N, H = 24, 16
 
@@ -29,11 +33,18 @@ class Layer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv, self.projection, self.up, self.down = Linear(H, 3 * H), Linear(H, H), Linear(H, 4 * H), Linear(4 * H, H)
+        self.qkv, self.projection, self.up, self.down = (
+            Linear(H, 3 * H),
+            Linear(H, H),
+            Linear(H, 4 * H),
+            Linear(4 * H, H),
+        )
 
     def forward(self, hidden_states):
         query, key, value = self.qkv(F.layer_norm(hidden_states, (H,))).chunk(3, -1)
-        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[0]
+        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[
+            0
+        ]
         hidden_states = hidden_states + self.projection(mixed)
         return hidden_states + self.down(F.gelu(self.up(F.layer_norm(hidden_states, (H,))))), None
 
@@ -47,7 +58,9 @@ def run(layers, selected):
         states[-1].retain_grad()
     layers.zero_grad()
     (states[-1].square() * selected[:, None]).sum().backward()
-    return {name: p.grad.clone() for name, p in layers.named_parameters()}, [state.grad.clone() for state in states]
+    return {name: p.grad.clone() for name, p in layers.named_parameters()}, [
+        state.grad.clone() for state in states
+    ]
 
 
 @pytest.fixture
@@ -64,12 +77,20 @@ def selected():
 @pytest.mark.parametrize("rows", ["some", "all", "none"])
 def test_linear_is_exact_and_never_reads_zero_rows(rows):
     torch.manual_seed(0)
-    operands = [torch.randn(4, 6, H).requires_grad_(), torch.randn(8, H).requires_grad_(), torch.randn(8).requires_grad_()]
-    upstream = torch.randn(4, 6, 8) * {"some": torch.rand(4, 6, 1) < 0.5, "all": 1.0, "none": 0.0}[rows]
+    operands = [
+        torch.randn(4, 6, H).requires_grad_(),
+        torch.randn(8, H).requires_grad_(),
+        torch.randn(8).requires_grad_(),
+    ]
+    upstream = (
+        torch.randn(4, 6, 8) * {"some": torch.rand(4, 6, 1) < 0.5, "all": 1.0, "none": 0.0}[rows]
+    )
     expected = torch.autograd.grad(F.linear(*operands), operands, upstream)
     torch.testing.assert_close(linear_skipping_zero_rows(*operands), F.linear(*operands))
     with torch.no_grad():
-        operands[0].masked_fill_((upstream == 0).all(-1, keepdim=True), torch.nan)  # 0 * NaN would poison the weight's gradient
+        operands[0].masked_fill_(
+            (upstream == 0).all(-1, keepdim=True), torch.nan
+        )  # 0 * NaN would poison the weight's gradient
     got = torch.autograd.grad(linear_skipping_zero_rows(*operands), operands, upstream)
     for value, reference in zip(got, expected):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
@@ -78,7 +99,11 @@ def test_linear_is_exact_and_never_reads_zero_rows(rows):
 def test_queries_leave_out_their_rows_and_keys_and_values_theirs():
     """Two key/value groups of 2 query columns, a key and a value column each; 8 rows have a query gradient, 20 a key or value gradient."""
     torch.manual_seed(0)
-    operands = [torch.randn(N, H).requires_grad_(), torch.randn(8, H).requires_grad_(), torch.randn(8).requires_grad_()]
+    operands = [
+        torch.randn(N, H).requires_grad_(),
+        torch.randn(8, H).requires_grad_(),
+        torch.randn(8).requires_grad_(),
+    ]
     upstream = torch.randn(N, 2, 4)
     upstream[8:, :, :2], upstream[20:, :, 2:] = 0, 0
     upstream = upstream.flatten(1)
@@ -88,7 +113,9 @@ def test_queries_leave_out_their_rows_and_keys_and_values_theirs():
         got = torch.autograd.grad(output, operands, upstream)
     for value, reference in zip(got, expected):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
-    assert counter.get_total_flops() == 2 * 2 * H * (8 * 4 + 20 * 4), "two products of 4 columns each, over 8 and over 20 rows"
+    assert counter.get_total_flops() == 2 * 2 * H * (8 * 4 + 20 * 4), (
+        "two products of 4 columns each, over 8 and over 20 rows"
+    )
 
 
 @pytest.mark.parametrize("columns", [dict(), dict(blocks=2, head_columns=3)])
@@ -98,7 +125,9 @@ def test_main_grad_takes_the_weight_gradient(columns):
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(8, H), False
     upstream = torch.randn(N, 8)
     upstream[::2] = 0
-    linear_skipping_zero_rows(input, weight, gradient_accumulation_fusion=True, **columns).backward(upstream)
+    linear_skipping_zero_rows(input, weight, gradient_accumulation_fusion=True, **columns).backward(
+        upstream
+    )
     torch.testing.assert_close(weight.main_grad, 1 + upstream.t() @ input)
     assert weight.grad_added_to_main_grad
 
@@ -117,18 +146,24 @@ def test_dropped_rows_stay_zero_and_point_the_same_way(layers, selected):
     handles = drop_unselected_rows(layers)
     skip_zero_gradient_rows(layers)
     parameters, states = run(layers, selected)
-    assert all(not state[~selected].any() for state in states), "unselected tokens get no gradient at any layer's entry"
+    assert all(not state[~selected].any() for state in states), (
+        "unselected tokens get no gradient at any layer's entry"
+    )
     assert exact_states[0][~selected].any(), "and they do in the exact backward"
     for name, exact in exact_parameters.items():
         cosine = F.cosine_similarity(parameters[name].flatten(), exact.flatten(), dim=0)
         if name.startswith("2."):
-            torch.testing.assert_close(parameters[name], exact, rtol=1e-5, atol=1e-5)  # the last layer loses nothing
+            torch.testing.assert_close(
+                parameters[name], exact, rtol=1e-5, atol=1e-5
+            )  # the last layer loses nothing
         else:
             assert 0.7 < cosine < 0.9999, f"{name}: {cosine}"
     for handle in handles:
         handle.remove()
     again, _ = run(layers, selected)
-    torch.testing.assert_close(again["0.up.weight"], exact_parameters["0.up.weight"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        again["0.up.weight"], exact_parameters["0.up.weight"], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_every_token_selected_changes_nothing(layers):

@@ -14,14 +14,21 @@ def problem(dtype=torch.float32):
     weight = (torch.randn(V, H, generator=generator) * 0.4).to(dtype).requires_grad_()
     target = torch.randint(0, TRUE_V, (N,), generator=generator)
     target[3] = -100
-    return hidden, weight, target, torch.rand(N, generator=generator) * (torch.rand(N, generator=generator) < 0.6)
+    return (
+        hidden,
+        weight,
+        target,
+        torch.rand(N, generator=generator) * (torch.rand(N, generator=generator) < 0.6),
+    )
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("kind", ["weights", "mask", "nothing"])
 def test_equals_the_head_over_all_rows(dtype, limit, kind):
     hidden, weight, target, share = problem(dtype)
-    share = {"weights": share, "mask": share != 0, "nothing": torch.zeros(N, dtype=torch.bool)}[kind]
+    share = {"weights": share, "mask": share != 0, "nothing": torch.zeros(N, dtype=torch.bool)}[
+        kind
+    ]
     options = dict(vocabulary_size=TRUE_V, z_loss=0.1, chunk_tokens=16)
     everything = linear_cross_entropy(hidden, weight, target, **options)
     expected = torch.autograd.grad((everything * share).sum() * 0.25, (hidden, weight))
@@ -50,10 +57,16 @@ def test_without_grad_no_gradient_is_computed_and_main_grad_is_filled_with_it():
         scored, _ = selected_linear_cross_entropy(hidden, weight, target, share)
     parameter = torch.nn.Parameter(weight.detach().clone())
     parameter.main_grad, parameter.grad_added_to_main_grad = torch.ones(V, H), False
-    loss_sum, _ = selected_linear_cross_entropy(hidden, parameter, target, share, accumulate_into_main_grad=True)
-    assert torch.equal(scored, loss_sum) and torch.equal(parameter.main_grad, torch.ones(V, H)), "nothing is added before backward"
+    loss_sum, _ = selected_linear_cross_entropy(
+        hidden, parameter, target, share, accumulate_into_main_grad=True
+    )
+    assert torch.equal(scored, loss_sum) and torch.equal(parameter.main_grad, torch.ones(V, H)), (
+        "nothing is added before backward"
+    )
     (2.0 * loss_sum).backward(retain_graph=True)
-    (expected,) = torch.autograd.grad(2.0 * selected_linear_cross_entropy(hidden, weight, target, share)[0], weight)
+    (expected,) = torch.autograd.grad(
+        2.0 * selected_linear_cross_entropy(hidden, weight, target, share)[0], weight
+    )
     torch.testing.assert_close(parameter.main_grad - 1.0, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match="one backward per forward"):
         loss_sum.backward()

@@ -37,7 +37,14 @@ def tinyllama(*overrides: str, **options) -> Job:
     return job("tinyllama_1.1b_math_slm", 4, *overrides, **options)
 
 
-@pytest.mark.parametrize("recipe, count", [("tinyllama_1.1b_math_slm", 1_100_048_384), ("llama3_8b_slm", 8_030_261_248), ("llama3_70b_slm", 70_553_706_496)])
+@pytest.mark.parametrize(
+    "recipe, count",
+    [
+        ("tinyllama_1.1b_math_slm", 1_100_048_384),
+        ("llama3_8b_slm", 8_030_261_248),
+        ("llama3_70b_slm", 70_553_706_496),
+    ],
+)
 def test_parameters_are_the_published_ones(recipe, count):
     assert model_parameters(job(recipe, 256)).total == count
 
@@ -48,8 +55,15 @@ def test_chunks_in_flight():
     assert [chunks_in_flight(plain, stage) for stage in range(4)] == [4, 3, 2, 1]
     interleaved = job("llama3_70b_slm", 256)
     assert chunks_in_flight(interleaved, 0) == 4 * 5 + 3
-    few = job("llama3_70b_slm", 256, "--parallel.virtual_pipeline", "1", "--data.global_batch_size", "128")
-    assert few.micro_batches == 2 and [chunks_in_flight(few, stage) for stage in range(4)] == [2, 2, 2, 1]
+    few = job(
+        "llama3_70b_slm", 256, "--parallel.virtual_pipeline", "1", "--data.global_batch_size", "128"
+    )
+    assert few.micro_batches == 2 and [chunks_in_flight(few, stage) for stage in range(4)] == [
+        2,
+        2,
+        2,
+        1,
+    ]
 
 
 def test_the_bubble():
@@ -65,9 +79,14 @@ def test_traffic_by_hand():
     found = sent(tinyllama())
     assert found["reduce-scatter of gradients"] == pytest.approx(4 * count * 31 / 32)
     assert found["all-gather of weights"] == pytest.approx(2 * count * 31 / 32)
-    assert found["all-gather of scores"] == 4 * 8 * 2048 * 31 * 2           # fp32, 8 x 2048 tokens of each of 31 other ranks, 2 micro-batches
-    assert sent(tinyllama("--parallel.distributed_optimizer", "false", "--parallel.overlap_param_gather", "false"))["all-reduce of gradients"] \
-        == pytest.approx(8 * count * 31 / 32)
+    assert (
+        found["all-gather of scores"] == 4 * 8 * 2048 * 31 * 2
+    )  # fp32, 8 x 2048 tokens of each of 31 other ranks, 2 micro-batches
+    assert sent(
+        tinyllama(
+            "--parallel.distributed_optimizer", "false", "--parallel.overlap_param_gather", "false"
+        )
+    )["all-reduce of gradients"] == pytest.approx(8 * count * 31 / 32)
 
 
 def test_tensor_parallel_traffic_by_hand():
@@ -83,7 +102,9 @@ def test_links():
     found = {each.name: each for each in traffic(job("llama3_8b_slm", 16), 0)}
     assert found["all-gather, reduce-scatter of activations"].link == "NVLink"
     gradients = found["reduce-scatter of gradients"]
-    assert gradients.link == "network" and gradients.seconds == pytest.approx(gradients.sent_bytes / (4 * 50e9 * 0.8))
+    assert gradients.link == "network" and gradients.seconds == pytest.approx(
+        gradients.sent_bytes / (4 * 50e9 * 0.8)
+    )
 
 
 def test_selection_saves_head_work_and_plain_training_does_not():
@@ -94,7 +115,15 @@ def test_selection_saves_head_work_and_plain_training_does_not():
 
 
 def test_what_costs_more():
-    base, online = tinyllama(), tinyllama("--selection.reference.scores", "[]", "--selection.reference.checkpoint", "runs/reference")
+    base, online = (
+        tinyllama(),
+        tinyllama(
+            "--selection.reference.scores",
+            "[]",
+            "--selection.reference.checkpoint",
+            "runs/reference",
+        ),
+    )
     assert work(online).reference * 3 == work(base).model
     assert rank_memory(online, 0).reference == 2 * 1_100_048_384
     twice = tinyllama("--selection.scope", "global_batch")
@@ -102,34 +131,63 @@ def test_what_costs_more():
     again = tinyllama("--model.recompute", "full")
     assert work(again).recomputed * 3 == work(again).layers
     assert rank_memory(again, 0).activations < rank_memory(base, 0).activations / 10
-    assert duration(online).tokens_per_second < duration(base).tokens_per_second > duration(again).tokens_per_second
+    assert (
+        duration(online).tokens_per_second
+        < duration(base).tokens_per_second
+        > duration(again).tokens_per_second
+    )
 
 
 def mixtral(*overrides: str) -> Job:
     """Mixtral-8x7B on 64 GPUs: 46.7 B parameters, 12.9 B of which a token meets."""
-    return job("llama3_8b_slm", 8, "--model.vocabulary_size", "32000", "--model.experts", "8", "--parallel.expert", "8", "--parallel.expert_tensor", "1", *overrides)
+    return job(
+        "llama3_8b_slm",
+        8,
+        "--model.vocabulary_size",
+        "32000",
+        "--model.experts",
+        "8",
+        "--parallel.expert",
+        "8",
+        "--parallel.expert_tensor",
+        "1",
+        *overrides,
+    )
 
 
 def test_experts_by_hand():
     planned = mixtral()
     whole, held = model_parameters(planned), stage_parameters(planned, 0)
     assert (whole.total, active_parameters(planned)) == (46_702_792_704, 12_879_925_248)
-    assert held.experts == 32 * 3 * 14336 * 4096            # one expert of each layer
+    assert held.experts == 32 * 3 * 14336 * 4096  # one expert of each layer
     weights, gradients, optimizer = state_bytes(planned, 0)
     assert (weights, gradients) == (2 * held.total, 4 * held.total)
-    assert optimizer == -(-12 * held.dense // 32) + 12 * held.experts // 8      # 64 / 2 dense replicas; 64 / 8 ranks hold an expert
+    assert (
+        optimizer == -(-12 * held.dense // 32) + 12 * held.experts // 8
+    )  # 64 / 2 dense replicas; 64 / 8 ranks hold an expert
     found = sent(planned)
-    rows = 8192 // 2 * 2 * 4096 * 2                          # a rank's half sequence, 2 experts a token
+    rows = 8192 // 2 * 2 * 4096 * 2  # a rank's half sequence, 2 experts a token
     assert found["all-to-all of tokens"] == rows * 7 / 8 * 4 * 32 * planned.micro_batches
     assert found["reduce-scatter of gradients of experts"] == 4 * held.experts * 7 / 8
-    assert "all-gather, reduce-scatter inside experts" not in found and sent(mixtral("--parallel.expert_tensor", "2"))["all-gather, reduce-scatter inside experts"] > 0
+    assert (
+        "all-gather, reduce-scatter inside experts" not in found
+        and sent(mixtral("--parallel.expert_tensor", "2"))[
+            "all-gather, reduce-scatter inside experts"
+        ]
+        > 0
+    )
 
 
 def test_isolated_documents_keep_a_mask():
     """A bias of 2 bytes per query and key and layer, beside what the torch-native norms keep; recomputed attention keeps none."""
-    torch_native, isolated = (rank_memory(tinyllama(*words), 0).activations for words in (("--device.layers", "torch"), ("--data.document_policy", "isolated")))
+    torch_native, isolated = (
+        rank_memory(tinyllama(*words), 0).activations
+        for words in (("--device.layers", "torch"), ("--data.document_policy", "isolated"))
+    )
     assert isolated - torch_native == 22 * 8 * 2048 * 2048 * 2
-    recomputed = rank_memory(tinyllama("--data.document_policy", "isolated", "--model.recompute", "selective"), 0).activations
+    recomputed = rank_memory(
+        tinyllama("--data.document_policy", "isolated", "--model.recompute", "selective"), 0
+    ).activations
     assert recomputed < torch_native
 
 
@@ -140,25 +198,52 @@ def test_efficiency_is_what_a_run_without_waiting_shows():
 
 def test_checkpoints_on_disk():
     config = tinyllama().config
-    assert checkpoints_on_disk(config, 14306) == 2 + 1      # two kept, one being written
-    assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, keep_every_steps=5000)), 14306) == 2 + 2 + 1
-    assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, keep_best=3)), 14306) == 2 + 3 + 1
-    assert checkpoints_on_disk(replace(config, checkpoint=replace(config.checkpoint, interval_steps=0)), 14306) == 1
+    assert checkpoints_on_disk(config, 14306) == 2 + 1  # two kept, one being written
+    assert (
+        checkpoints_on_disk(
+            replace(config, checkpoint=replace(config.checkpoint, keep_every_steps=5000)), 14306
+        )
+        == 2 + 2 + 1
+    )
+    assert (
+        checkpoints_on_disk(
+            replace(config, checkpoint=replace(config.checkpoint, keep_best=3)), 14306
+        )
+        == 2 + 3 + 1
+    )
+    assert (
+        checkpoints_on_disk(
+            replace(config, checkpoint=replace(config.checkpoint, interval_steps=0)), 14306
+        )
+        == 1
+    )
 
 
 def test_score_store_is_as_large_as_planned(tmp_path):
     tokens = 12_345
-    ScoreStore.create(tmp_path / "scores", ScoreManifest("c", tokens, 1, "t", "r", "reference", 64, 64, "packed", 1 << 18))
+    ScoreStore.create(
+        tmp_path / "scores",
+        ScoreManifest("c", tokens, 1, "t", "r", "reference", 64, 64, "packed", 1 << 18),
+    )
     assert (tmp_path / "scores" / "loss.bin").stat().st_size == score_store_bytes(tokens)
 
 
-@pytest.mark.parametrize("recipe, nodes, gpu", [("tinyllama_1.1b_math_slm", 1, "A100 40GB"), ("llama3_8b_slm", 16, "H100"), ("llama3_70b_slm", 32, "H200")])
+@pytest.mark.parametrize(
+    "recipe, nodes, gpu",
+    [
+        ("tinyllama_1.1b_math_slm", 1, "A100 40GB"),
+        ("llama3_8b_slm", 16, "H100"),
+        ("llama3_70b_slm", 32, "H200"),
+    ],
+)
 def test_proposals_are_accepted_by_train_and_fit(recipe, nodes, gpu):
     planned = job(recipe, nodes, gpu=gpu)
     proposals = propose(planned, 6)
     assert proposals
     for each in proposals:
-        config = parse(["--config", str(RECIPES / f"{recipe}.yaml"), *each.overrides.split()], "test", "")
+        config = parse(
+            ["--config", str(RECIPES / f"{recipe}.yaml"), *each.overrides.split()], "test", ""
+        )
         assert config == each.job.config
         check(config, planned.ranks)
         assert each.memory.total <= usable_bytes(planned)
@@ -167,11 +252,21 @@ def test_proposals_are_accepted_by_train_and_fit(recipe, nodes, gpu):
 
 
 def test_no_layout_fits_a_model_that_is_too_large():
-    planned = job("llama3_70b_slm", 1, "--parallel.pipeline", "1", "--parallel.virtual_pipeline", "1", "--data.global_batch_size", "64")
+    planned = job(
+        "llama3_70b_slm",
+        1,
+        "--parallel.pipeline",
+        "1",
+        "--parallel.virtual_pipeline",
+        "1",
+        "--data.global_batch_size",
+        "64",
+    )
     assert not fits(planned) and propose(planned, 3) == []
 
 
 # The program
+
 
 def run(*words: str) -> int:
     return program.main(["--config", str(RECIPES / "tinyllama_1.1b_math_slm.yaml"), *words])
@@ -180,7 +275,16 @@ def run(*words: str) -> int:
 def test_a_plan_that_fits(capsys):
     assert run("--gpu", "h100", "--nodes", "4", "--proposals", "2") == 0
     printed = capsys.readouterr().out
-    for words in ("1,100,048,384", "32 H100", "gradients, fp32", "FLOPs per token", "reduce-scatter of gradients", "GPU-hours", "score store", "It fits"):
+    for words in (
+        "1,100,048,384",
+        "32 H100",
+        "gradients, fp32",
+        "FLOPs per token",
+        "reduce-scatter of gradients",
+        "GPU-hours",
+        "score store",
+        "It fits",
+    ):
         assert words in printed
 
 
@@ -193,40 +297,100 @@ def test_a_plan_that_does_not_fit_says_what_does(capsys):
 def test_json_holds_everything(capsys):
     assert run("--nodes", "4", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["parameters"]["total"] == 1_100_048_384 and found["fits"] and found["job"]["layout"]["data"] == 32
-    assert found["memory"][0]["total"] == sum(value for part, value in found["memory"][0].items() if part != "total")
-    assert found["duration"]["tokens_per_second"] > 0 and found["proposals"][0]["overrides"] and found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
+    assert (
+        found["parameters"]["total"] == 1_100_048_384
+        and found["fits"]
+        and found["job"]["layout"]["data"] == 32
+    )
+    assert found["memory"][0]["total"] == sum(
+        value for part, value in found["memory"][0].items() if part != "total"
+    )
+    assert (
+        found["duration"]["tokens_per_second"] > 0
+        and found["proposals"][0]["overrides"]
+        and found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
+    )
 
 
 def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
     """The corpus's tokens from its manifest; the shape of an online reference from its checkpoint, of another one from its recipe."""
     step = tmp_path / "reference" / "checkpoints" / "step_00000001"
     step.mkdir(parents=True)
-    (step / "model.json").write_text(json.dumps({"model": {"layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "attention_heads": 4, "vocabulary_size": 32000},
-                                                 "sequence_length": 2048, "tokenizer": {}, "step": 1, "tokens_processed": 1}))
+    (step / "model.json").write_text(
+        json.dumps(
+            {
+                "model": {
+                    "layers": 2,
+                    "hidden_size": 256,
+                    "ffn_hidden_size": 512,
+                    "attention_heads": 4,
+                    "vocabulary_size": 32000,
+                },
+                "sequence_length": 2048,
+                "tokenizer": {},
+                "step": 1,
+                "tokens_processed": 1,
+            }
+        )
+    )
     (step / "checksums.json").write_text("{}")
-    online = ("--selection.reference.scores", "[]", "--selection.reference.checkpoint", str(tmp_path / "reference"))
+    online = (
+        "--selection.reference.scores",
+        "[]",
+        "--selection.reference.checkpoint",
+        str(tmp_path / "reference"),
+    )
     assert run("--nodes", "4", "--json", "--proposals", "0", *online) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["memory"][0]["reference"] == 2 * (2 * 32000 * 256 + 2 * (4 * 256 * 256 + 3 * 512 * 256 + 2 * 256) + 256)
-    manifest = {"format_version": 1, "documents": 1, "tokens": 5_000_000, "token_dtype": "uint16", "bin_bytes": 0, "idx_bytes": 0, "bin_sha256": "", "idx_sha256": "",
-                "tokenizer": dict.fromkeys(("eod_id", "fingerprint", "kind", "path", "vocabulary_size"), 0), "append_eod": True, "sources": [], "created_by": {}, "rejected": {}}
+    assert found["memory"][0]["reference"] == 2 * (
+        2 * 32000 * 256 + 2 * (4 * 256 * 256 + 3 * 512 * 256 + 2 * 256) + 256
+    )
+    manifest = {
+        "format_version": 1,
+        "documents": 1,
+        "tokens": 5_000_000,
+        "token_dtype": "uint16",
+        "bin_bytes": 0,
+        "idx_bytes": 0,
+        "bin_sha256": "",
+        "idx_sha256": "",
+        "tokenizer": dict.fromkeys(("eod_id", "fingerprint", "kind", "path", "vocabulary_size"), 0),
+        "append_eod": True,
+        "sources": [],
+        "created_by": {},
+        "rejected": {},
+    }
     (tmp_path / "corpus.manifest.json").write_text(json.dumps(manifest))
     small = ("--reference-config", str(RECIPES / "quickstart.yaml"))
-    assert run("--nodes", "4", "--json", "--proposals", "0", "--data.train", f"[{tmp_path / 'corpus'}]", *small) == 0
+    assert (
+        run(
+            "--nodes",
+            "4",
+            "--json",
+            "--proposals",
+            "0",
+            "--data.train",
+            f"[{tmp_path / 'corpus'}]",
+            *small,
+        )
+        == 0
+    )
     scoring = json.loads(capsys.readouterr().out)["scoring"]
     assert scoring["tokens"] == 5_000_000 and scoring["store_bytes"] == 10_000_000
     assert scoring["flops_per_token"] < 4 * 128 * 32000
 
 
-@pytest.mark.parametrize("words, expected", [
-    (["--gpu", "TPU"], "--gpu: got 'TPU'; expected one of B200"),
-    (["--nodes", "3"], "data.global_batch_size: got 512"),
-    (["--nodes", "0"], "--nodes"),
-    (["--efficiency", "50"], "--efficiency"),
-    (["--parallel.tensr", "2"], "did you mean parallel.tensor"),
-    (["--model.vocabulary_size", "0"], "give the size"),
-])
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--gpu", "TPU"], "--gpu: got 'TPU'; expected one of B200"),
+        (["--nodes", "3"], "data.global_batch_size: got 512"),
+        (["--nodes", "0"], "--nodes"),
+        (["--efficiency", "50"], "--efficiency"),
+        (["--parallel.tensr", "2"], "did you mean parallel.tensor"),
+        (["--model.vocabulary_size", "0"], "give the size"),
+    ],
+)
 def test_what_cannot_be_planned(words, expected, capsys):
     assert run(*words) == 2
     assert expected in capsys.readouterr().err
@@ -237,24 +401,43 @@ def test_help_teaches(capsys):
         program.main(["--help"])
     printed = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert all(word in printed for word in ("--gpu", "--nodes", "--efficiency", "examples:", "exit codes:", "Nothing is started"))
+    assert all(
+        word in printed
+        for word in (
+            "--gpu",
+            "--nodes",
+            "--efficiency",
+            "examples:",
+            "exit codes:",
+            "Nothing is started",
+        )
+    )
 
 
 def test_planning_loads_no_torch():
-    code = ("import sys; from megatron_slm import plan; "
-            f"code = plan.main(['--config', {str(RECIPES / 'tinyllama_1.1b_math_slm.yaml')!r}, '--nodes', '4']); "
-            "assert code == 0 and not [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules]")
+    code = (
+        "import sys; from megatron_slm import plan; "
+        f"code = plan.main(['--config', {str(RECIPES / 'tinyllama_1.1b_math_slm.yaml')!r}, '--nodes', '4']); "
+        "assert code == 0 and not [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules]"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_every_gpu_is_found_by_its_name():
     assert [find_gpu(gpu.name) for gpu in GPUS] == list(GPUS)
-    assert find_gpu("NVIDIA H100 80GB HBM3").name == "H100" and find_gpu("NVIDIA A100-SXM4-40GB").name == "A100 40GB"
+    assert (
+        find_gpu("NVIDIA H100 80GB HBM3").name == "H100"
+        and find_gpu("NVIDIA A100-SXM4-40GB").name == "A100 40GB"
+    )
 
 
 def test_recipes_of_the_guide_fit():
-    for recipe, nodes in (("tinyllama_1.1b_math_slm", 4), ("llama3_8b_slm", 16), ("llama3_70b_slm", 256)):
+    for recipe, nodes in (
+        ("tinyllama_1.1b_math_slm", 4),
+        ("llama3_8b_slm", 16),
+        ("llama3_70b_slm", 256),
+    ):
         assert fits(job(recipe, nodes)), recipe
     assert load_yaml(RECIPES / "llama3_70b_slm.yaml").model.layers == 80
 
@@ -263,4 +446,6 @@ def test_the_guides_tables_are_up_to_date():
     spec = importlib.util.spec_from_file_location("scale_tables", ROOT / "docs" / "scale_tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert tables.page() == tables.PAGE.read_text(encoding="utf-8"), "run: python docs/scale_tables.py"
+    assert tables.page() == tables.PAGE.read_text(encoding="utf-8"), (
+        "run: python docs/scale_tables.py"
+    )

@@ -12,12 +12,19 @@ from data_tools.score_checks import show_scores
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import TokenStream, score_corpus
 from megatron_slm.scoring.importers import huggingface_fingerprint, transformers_scorer
-from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus, write_scores
+from megatron_slm.testing.corpora import (
+    random_documents,
+    score_manifest,
+    write_corpus,
+    write_scores,
+)
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    return write_corpus(tmp_path / "c", random_documents(9, 15, vocabulary_size=50, seed=3), vocabulary_size=50)
+    return write_corpus(
+        tmp_path / "c", random_documents(9, 15, vocabulary_size=50, seed=3), vocabulary_size=50
+    )
 
 
 def test_a_sound_store_is_accepted(tmp_path, corpus, capsys):
@@ -26,11 +33,26 @@ def test_a_sound_store_is_accepted(tmp_path, corpus, capsys):
     assert "s: sound" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("damage, sentence", [
-    (lambda folder: (folder / "s" / "loss.bin").write_bytes(b"x" * (folder / "s" / "loss.bin").stat().st_size), "are not the bytes that were written"),
-    (lambda folder: (folder / "s" / "shards" / "shard_000000.json").unlink(), "incomplete"),
-    (lambda folder: write_corpus(folder / "c", random_documents(9, 15, vocabulary_size=50, seed=4), vocabulary_size=50), "of another corpus"),
-])
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (
+            lambda folder: (folder / "s" / "loss.bin").write_bytes(
+                b"x" * (folder / "s" / "loss.bin").stat().st_size
+            ),
+            "are not the bytes that were written",
+        ),
+        (lambda folder: (folder / "s" / "shards" / "shard_000000.json").unlink(), "incomplete"),
+        (
+            lambda folder: write_corpus(
+                folder / "c",
+                random_documents(9, 15, vocabulary_size=50, seed=4),
+                vocabulary_size=50,
+            ),
+            "of another corpus",
+        ),
+    ],
+)
 def test_an_unsound_store_is_a_sentence(tmp_path, corpus, capsys, damage, sentence):
     write_scores(tmp_path / "s", tmp_path / "c")
     damage(tmp_path)
@@ -55,21 +77,48 @@ def test_rescoring_needs_to_know_the_reference(tmp_path, corpus, capsys):
 
 def test_rescoring_with_a_huggingface_model(tmp_path, corpus, capsys):
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     for name in ("right", "wrong"):
-        LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, initializer_range=0.5,
-                                     bos_token_id=None, eos_token_id=None)).save_pretrained(tmp_path / name)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=50,
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                initializer_range=0.5,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        ).save_pretrained(tmp_path / name)
     stream = TokenStream(str(tmp_path / "c"))
-    manifest = score_manifest(corpus, reference_fingerprint=huggingface_fingerprint(tmp_path / "right"))
-    command = [str(tmp_path / "c"), "--rescore", "3", "--reference", str(tmp_path / "right"), "--scores"]
+    manifest = score_manifest(
+        corpus, reference_fingerprint=huggingface_fingerprint(tmp_path / "right")
+    )
+    command = [
+        str(tmp_path / "c"),
+        "--rescore",
+        "3",
+        "--reference",
+        str(tmp_path / "right"),
+        "--scores",
+    ]
     for name in ("right", "wrong"):
         store = ScoreStore.create(tmp_path / f"scores_{name}", manifest)
-        score_corpus(transformers_scorer(tmp_path / name, stream, stream.plan(manifest), ("loss",), vocabulary_size=50), store)
+        score_corpus(
+            transformers_scorer(
+                tmp_path / name, stream, stream.plan(manifest), ("loss",), vocabulary_size=50
+            ),
+            store,
+        )
         store.finish()
     assert verify.main([*command, str(tmp_path / "scores_right")]) == 0
     assert verify.main([*command, str(tmp_path / "scores_wrong")]) == 3
     assert "scores are of another model" in capsys.readouterr().err
-    other = ScoreStore.create(tmp_path / "other", replace(manifest, reference_fingerprint="sha256:other"))
+    other = ScoreStore.create(
+        tmp_path / "other", replace(manifest, reference_fingerprint="sha256:other")
+    )
     for shard in range(manifest.shard_count):
         other.write_shard(shard, {"loss": np.zeros(np.diff(manifest.shard_range(shard))[0])})
     other.finish()
@@ -91,7 +140,10 @@ def test_text_is_shown_with_the_score_of_each_token(tmp_path, corpus, capsys):
     ids = TokenStream(str(tmp_path / "c")).tokens[:6]
     show_scores(store, 0, ids, Words(), False, Console(width=200))
     shown = capsys.readouterr().out
-    assert shown.startswith(f" w{ids[0]}[–] w{ids[1]}[0.125] w{ids[2]}[0.250]") and "mean loss 0.375 nats over 5 tokens" in shown
+    assert (
+        shown.startswith(f" w{ids[0]}[–] w{ids[1]}[0.125] w{ids[2]}[0.250]")
+        and "mean loss 0.375 nats over 5 tokens" in shown
+    )
     show_scores(store, 0, ids, Words(), True, Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split() == ["2", str(ids[2]), "0.250", f"'", f"w{ids[2]}'"] and len(lines) == 7
@@ -99,13 +151,26 @@ def test_text_is_shown_with_the_score_of_each_token(tmp_path, corpus, capsys):
 
 def test_inspect_corpus_shows_a_document_with_its_scores(tmp_path, corpus, capsys, monkeypatch):
     from data_tools import inspect_corpus
+
     write_scores(tmp_path / "s", tmp_path / "c", lambda offsets: offsets / 8)
     monkeypatch.setattr(inspect_corpus, "find_tokenizer", lambda *_: Words())
     starts = TokenStream(str(tmp_path / "c")).document_starts
-    assert inspect_corpus.main([str(tmp_path / "c"), "--scores", str(tmp_path / "s"), "--document", "7"]) == 0
+    assert (
+        inspect_corpus.main(
+            [str(tmp_path / "c"), "--scores", str(tmp_path / "s"), "--document", "7"]
+        )
+        == 0
+    )
     assert f"[{(starts[7] + 1) / 8:.3f}]" in capsys.readouterr().out
     assert inspect_corpus.main([str(tmp_path / "c"), "--scores", str(tmp_path / "s")]) == 3
     assert "--document" in capsys.readouterr().err
-    write_corpus(tmp_path / "other", random_documents(9, 15, vocabulary_size=50, seed=8), vocabulary_size=50)
-    assert inspect_corpus.main([str(tmp_path / "other"), "--scores", str(tmp_path / "s"), "--document", "0"]) == 3
+    write_corpus(
+        tmp_path / "other", random_documents(9, 15, vocabulary_size=50, seed=8), vocabulary_size=50
+    )
+    assert (
+        inspect_corpus.main(
+            [str(tmp_path / "other"), "--scores", str(tmp_path / "s"), "--document", "0"]
+        )
+        == 3
+    )
     assert "of another corpus" in capsys.readouterr().err

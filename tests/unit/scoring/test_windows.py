@@ -6,15 +6,24 @@ from megatron_slm.scoring.windows import Window, WindowPlan, batches, padded_len
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths=strategies.lists(strategies.integers(1, 40), min_size=1, max_size=12), window=strategies.integers(1, 17), data=strategies.data(),
-       policy=strategies.sampled_from(["packed", "isolated"]), shard=strategies.integers(1, 60))
+@given(
+    lengths=strategies.lists(strategies.integers(1, 40), min_size=1, max_size=12),
+    window=strategies.integers(1, 17),
+    data=strategies.data(),
+    policy=strategies.sampled_from(["packed", "isolated"]),
+    shard=strategies.integers(1, 60),
+)
 def test_every_token_is_priced_once_with_the_promised_context(lengths, window, data, policy, shard):
     """METHOD 4.13: coverage, context and document borders; the same windows whatever the shards."""
     stride = data.draw(strategies.integers(1, window))
     starts = np.cumsum([0] + lengths[:-1])
     total = sum(lengths)
     plan = WindowPlan(total, starts, window, stride, policy)
-    spans = [(0, total)] if policy == "packed" else list(zip(starts.tolist(), [*starts[1:].tolist(), total]))
+    spans = (
+        [(0, total)]
+        if policy == "packed"
+        else list(zip(starts.tolist(), [*starts[1:].tolist(), total]))
+    )
     span_of = {token: span for span in spans for token in range(*span)}
     inputs = {}
     for start in range(0, total, shard):
@@ -27,7 +36,11 @@ def test_every_token_is_priced_once_with_the_promised_context(lengths, window, d
     for token, first in inputs.items():
         assert first >= span_of[token][0]
         assert token - first >= min(window - stride + 1, token - span_of[token][0])
-    whole = {token: w.first for w in plan.windows(0, total) for token in range(w.score_start, w.score_end)}
+    whole = {
+        token: w.first
+        for w in plan.windows(0, total)
+        for token in range(w.score_start, w.score_end)
+    }
     assert whole == inputs
 
 
@@ -46,10 +59,23 @@ def test_first_tokens_of_a_range():
 def test_batches_keep_every_window_and_fit_it():
     windows = [Window(0, length, 1, length + 1) for length in (3, 64, 20, 9, 16, 17, 1)]
     made = list(batches(windows, 2, [64, 16, 32]))
-    assert [(length, [w.inputs for w in members]) for length, members in made] == [(16, [3, 9]), (16, [16, 1]), (32, [20, 17]), (64, [64])]
+    assert [(length, [w.inputs for w in members]) for length, members in made] == [
+        (16, [3, 9]),
+        (16, [16, 1]),
+        (32, [20, 17]),
+        (64, [64]),
+    ]
 
 
-@pytest.mark.parametrize("window, policy, divisor, lengths", [
-    (512, "packed", 1, [512]), (512, "isolated", 1, [512, 256, 128, 64]), (100, "isolated", 1, [100, 50]), (96, "isolated", 32, [96]), (48, "isolated", 1, [48])])
+@pytest.mark.parametrize(
+    "window, policy, divisor, lengths",
+    [
+        (512, "packed", 1, [512]),
+        (512, "isolated", 1, [512, 256, 128, 64]),
+        (100, "isolated", 1, [100, 50]),
+        (96, "isolated", 32, [96]),
+        (48, "isolated", 1, [48]),
+    ],
+)
 def test_padded_lengths(window, policy, divisor, lengths):
     assert padded_lengths(window, policy, divisor) == lengths

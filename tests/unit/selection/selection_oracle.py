@@ -7,7 +7,9 @@ import torch
 
 def top_of(tokens, keep_fraction):
     """tokens: list of (score, eligible, token_id). Returns (set of kept places, threshold, kept, eligible)."""
-    ranked = [i for i, (score, eligible, _) in enumerate(tokens) if eligible and math.isfinite(score)]
+    ranked = [
+        i for i, (score, eligible, _) in enumerate(tokens) if eligible and math.isfinite(score)
+    ]
     if not ranked:
         return set(), math.inf, 0, 0
     kept = max(1, math.ceil(keep_fraction * len(ranked) - 1e-9))
@@ -33,7 +35,9 @@ def awkward_scores(generator, count):
     """Scores with many ties, NaN, infinities, signed zeros and subnormals among ordinary ones."""
     smooth = torch.randn(count, generator=generator) * 3.0
     coarse = torch.randint(-2, 3, (count,), generator=generator).float()
-    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42, 3.4e38, -3.4e38, 1.0])
+    special = torch.tensor(
+        [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42, 3.4e38, -3.4e38, 1.0]
+    )
     odd = special[torch.randint(0, len(special), (count,), generator=generator)]
     kind = torch.randint(0, 3, (count,), generator=generator)
     mixture = torch.randint(0, 4, (1,), generator=generator).item()

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slm.selection import SCORERS, Population, Progress, Scorer, build_scorer, register_scorer
+from megatron_slm.selection import (
+    SCORERS,
+    Population,
+    Progress,
+    Scorer,
+    build_scorer,
+    register_scorer,
+)
 from megatron_slm.selection import scorers as scorers_room
 
 START = Progress(step=3, tokens=0)
@@ -13,8 +20,20 @@ START = Progress(step=3, tokens=0)
 @pytest.fixture
 def columns():
     generator = torch.Generator().manual_seed(0)
-    names = ["loss", "entropy", "reference_loss", "reference_entropy", "base_loss", "prior_loss", "conditional_loss", "history_loss"]
-    values = {name: torch.rand(4, 32, generator=generator) * 5 for name in [*names, "short_context_loss", "mine"]}
+    names = [
+        "loss",
+        "entropy",
+        "reference_loss",
+        "reference_entropy",
+        "base_loss",
+        "prior_loss",
+        "conditional_loss",
+        "history_loss",
+    ]
+    values = {
+        name: torch.rand(4, 32, generator=generator) * 5
+        for name in [*names, "short_context_loss", "mine"]
+    }
     return values | {"token_id": torch.arange(128).view(4, 32)}
 
 
@@ -40,14 +59,20 @@ def micro_batch(columns):
         ("token_cleaning", {}, lambda c: c["base_loss"] - c["reference_loss"]),
         ("stored_score", {"column": "mine"}, lambda c: c["mine"]),
         ("reverse", {"of": {"name": "stored_score", "column": "mine"}}, lambda c: -c["mine"]),
-        ("long_context_weight", {"cap": 2.0}, lambda c: torch.exp(c["short_context_loss"] - c["loss"]).clamp(max=2.0)),
+        (
+            "long_context_weight",
+            {"cap": 2.0},
+            lambda c: torch.exp(c["short_context_loss"] - c["loss"]).clamp(max=2.0),
+        ),
         ("entropy_weight", {"gamma": 2.0}, lambda c: c["entropy"] ** 2),
     ],
 )
 def test_scores_are_the_equations(columns, name, options, expected):
     scorer = build_scorer(name, **options)
     assert torch.equal(scorer(columns, START), expected(columns))
-    only_needed = {need: columns[need] for need in scorer.needs}  # a column that is not declared would be missing in training
+    only_needed = {
+        need: columns[need] for need in scorer.needs
+    }  # a column that is not declared would be missing in training
     assert torch.equal(scorer(only_needed, START), expected(columns))
 
 
@@ -88,17 +113,23 @@ def test_intersection_and_union_combine_the_children_s_choices(columns, everyone
     assert torch.equal(both.mask, a & b) and torch.equal(either.mask, a | b)
     assert both.kept == int((a & b).sum()) and both.eligible == 128 and math.isnan(both.threshold)
     with pytest.raises(ValueError, match="makes 2 choices"):
-        build_scorer("union").choose(columns, everyone, 0.6, Population("running_threshold", running=object()), START)
+        build_scorer("union").choose(
+            columns, everyone, 0.6, Population("running_threshold", running=object()), START
+        )
 
 
 def test_band_skips_the_top_and_keeps_the_next(columns, everyone):
-    chosen = build_scorer("band", of="own_loss", skip_fraction=0.25).choose(columns, everyone, 0.5, micro_batch(columns), START)
+    chosen = build_scorer("band", of="own_loss", skip_fraction=0.25).choose(
+        columns, everyone, 0.5, micro_batch(columns), START
+    )
     descending = columns["loss"].view(-1).argsort(descending=True)
     expected = torch.zeros(128, dtype=torch.bool)
     expected[descending[32:96]] = True
     assert torch.equal(chosen.mask.view(-1), expected) and chosen.kept == 64
     with pytest.raises(ValueError, match="add to more than 1"):
-        build_scorer("band", skip_fraction=0.5).choose(columns, everyone, 0.6, micro_batch(columns), START)
+        build_scorer("band", skip_fraction=0.5).choose(
+            columns, everyone, 0.6, micro_batch(columns), START
+        )
 
 
 def test_weighted_sum_adds_z_scores_of_the_tokens_that_have_one(columns, everyone):
@@ -113,7 +144,9 @@ def test_weighted_sum_adds_z_scores_of_the_tokens_that_have_one(columns, everyon
     expected = 2.0 * z(columns["loss"] - columns["reference_loss"]) - z(columns["entropy"])
     assert torch.allclose(score.double(), expected.double(), atol=1e-5, equal_nan=True)
     assert not scorer.choose(columns, everyone, 0.6, micro_batch(columns), START).mask[1].any()
-    with_options = build_scorer("weighted_sum", of=[{"name": "stored_score", "column": "mine", "weight": 1.0}])
+    with_options = build_scorer(
+        "weighted_sum", of=[{"name": "stored_score", "column": "mine", "weight": 1.0}]
+    )
     assert with_options.needs == {"mine"}
 
 
@@ -122,50 +155,96 @@ def test_rho_loss_keeps_whole_sequences_by_their_mean(columns, everyone):
     eligible = everyone.clone()
     eligible[1, :10] = False
     chosen = build_scorer("rho_loss").choose(columns, eligible, 0.4, micro_batch(columns), START)
-    assert torch.equal(chosen.mask.any(1), torch.tensor([False, True, False, True]))  # 0.4 of 118 reaches into the second best
-    assert torch.equal(chosen.mask, eligible & chosen.mask.any(1, keepdim=True)) and chosen.kept == 22 + 32
+    assert torch.equal(
+        chosen.mask.any(1), torch.tensor([False, True, False, True])
+    )  # 0.4 of 118 reaches into the second best
+    assert (
+        torch.equal(chosen.mask, eligible & chosen.mask.any(1, keepdim=True))
+        and chosen.kept == 22 + 32
+    )
     with pytest.raises(ValueError, match="cannot compete with themselves"):
         build_scorer("rho_loss").choose(columns, everyone, 0.4, Population("sequence"), START)
 
 
 def test_stored_mask_and_weights_decide_alone(columns, everyone):
     columns["mine"] = torch.tensor([0.0, 1.0, math.nan, -2.0] * 8).expand(4, 32).clone()
-    mask = build_scorer("stored_mask", column="mine").choose(columns, everyone, 0.1, micro_batch(columns), START)
-    assert torch.equal(mask.mask, columns["mine"] == 1.0) and mask.weight is None and mask.kept == 32
+    mask = build_scorer("stored_mask", column="mine").choose(
+        columns, everyone, 0.1, micro_batch(columns), START
+    )
+    assert (
+        torch.equal(mask.mask, columns["mine"] == 1.0) and mask.weight is None and mask.kept == 32
+    )
     columns["mine"] = torch.tensor([0.5, 2.0, math.inf, -2.0] * 8).expand(4, 32).clone()
-    soft = build_scorer("stored_weight", column="mine").choose(columns, everyone, 0.1, micro_batch(columns), START)
+    soft = build_scorer("stored_weight", column="mine").choose(
+        columns, everyone, 0.1, micro_batch(columns), START
+    )
     assert soft.weights.unique().tolist() == [0.0, 0.5, 2.0] and int(soft.selected_count) == 64
 
 
 def test_method_04_02_soft_weights_have_their_own_float_divisor(columns, everyone):
-    soft = build_scorer("entropy_weight", gamma=0.5).choose(columns, everyone, 0.6, micro_batch(columns), START)
-    assert soft.weight_sum.is_floating_point() and float(soft.weight_sum) == pytest.approx(float(columns["entropy"].sqrt().sum()))
+    soft = build_scorer("entropy_weight", gamma=0.5).choose(
+        columns, everyone, 0.6, micro_batch(columns), START
+    )
+    assert soft.weight_sum.is_floating_point() and float(soft.weight_sum) == pytest.approx(
+        float(columns["entropy"].sqrt().sum())
+    )
     assert soft.selected_count.dtype == torch.int64 and int(soft.selected_count) == 128
 
 
 @pytest.mark.parametrize("clm_weight", [0.0, 0.3, 1.0])
 def test_mixture_is_lambda_clm_plus_one_minus_lambda_slm(columns, everyone, clm_weight):
     everyone[0, :9] = False
-    columns["reference_loss"][2, :5] = math.nan  # no score: never selected, but plain CLM trains on it
+    columns["reference_loss"][2, :5] = (
+        math.nan
+    )  # no score: never selected, but plain CLM trains on it
     loss, population = columns["loss"], micro_batch(columns)
-    chosen = build_scorer("mixed_with_clm", clm_weight=clm_weight).choose(columns, everyone, 0.6, population, START)
+    chosen = build_scorer("mixed_with_clm", clm_weight=clm_weight).choose(
+        columns, everyone, 0.6, population, START
+    )
     selected = build_scorer("excess_loss").choose(columns, everyone, 0.6, population, START).mask
     mixed = float((loss * chosen.weights).sum() / chosen.weight_sum)
-    assert mixed == pytest.approx(float(clm_weight * loss[everyone].mean() + (1 - clm_weight) * loss[selected].mean()), rel=1e-5)
+    assert mixed == pytest.approx(
+        float(clm_weight * loss[everyone].mean() + (1 - clm_weight) * loss[selected].mean()),
+        rel=1e-5,
+    )
     assert torch.equal(chosen.choice, selected) and not chosen.weights[~chosen.mask].any()
     assert torch.equal(chosen.split([1, 3])[1].choice, selected[1:])
 
 
 def test_mixture_follows_a_schedule_in_tokens(columns, everyone):
-    scorer = build_scorer("mixed_with_clm", clm_weight={"style": "linear", "start": 1.0, "end": 0.0, "tokens": 100})
+    scorer = build_scorer(
+        "mixed_with_clm", clm_weight={"style": "linear", "start": 1.0, "end": 0.0, "tokens": 100}
+    )
     early = scorer.choose(columns, everyone, 0.5, micro_batch(columns), Progress(0, 0))
     late = scorer.choose(columns, everyone, 0.5, micro_batch(columns), Progress(9, 100))
-    assert bool((early.weights == 1.0).all()) and late.weight is None and int(late.selected_count) == 64
+    assert (
+        bool((early.weights == 1.0).all())
+        and late.weight is None
+        and int(late.selected_count) == 64
+    )
 
 
 def test_static_scorers_know_the_choice_before_the_model_runs():
-    static = {name for name in ("none", "random", "reference_loss", "intersection", "token_cleaning", "color_filter") if build_scorer(name).is_static}
-    assert static == {"none", "random", "reference_loss", "intersection", "token_cleaning", "color_filter"}
+    static = {
+        name
+        for name in (
+            "none",
+            "random",
+            "reference_loss",
+            "intersection",
+            "token_cleaning",
+            "color_filter",
+        )
+        if build_scorer(name).is_static
+    }
+    assert static == {
+        "none",
+        "random",
+        "reference_loss",
+        "intersection",
+        "token_cleaning",
+        "color_filter",
+    }
     assert not build_scorer("excess_loss").is_static and not build_scorer("own_entropy").is_static
 
 
@@ -192,24 +271,39 @@ def install(site: Path, name: str, module: str, source: str) -> None:
     (information / "entry_points.txt").write_text(f"[megatron_slm.scorers]\n{name} = {module}\n")
 
 
-def test_an_installed_package_adds_a_scorer_through_its_entry_point(columns, everyone, monkeypatch, tmp_path):
+def test_an_installed_package_adds_a_scorer_through_its_entry_point(
+    columns, everyone, monkeypatch, tmp_path
+):
     monkeypatch.setattr(scorers_room, "SCORERS", dict(SCORERS))
     monkeypatch.syspath_prepend(tmp_path)
-    install(tmp_path, "theirs", "their_scorers", """
+    install(
+        tmp_path,
+        "theirs",
+        "their_scorers",
+        """
 from megatron_slm.selection import register_scorer
 
 @register_scorer("theirs", needs=("loss", "{column}"))
 def theirs(columns, progress, *, column="reference_loss", margin=0.0):
     return columns["loss"] - columns[column] - margin
-""")
+""",
+    )
     install(tmp_path, "empty", "empty_scorers", "")
     install(tmp_path, "broken", "broken_scorers", "import a_package_that_is_not_there")
     scorer = build_scorer("theirs", column="mine", margin=0.5)
     torch.testing.assert_close(scorer(columns, START), columns["loss"] - columns["mine"] - 0.5)
-    assert build_scorer("reverse", of={"name": "theirs", "column": "mine"}).choose(columns, everyone, 0.5, micro_batch(columns), START).kept == 64
+    assert (
+        build_scorer("reverse", of={"name": "theirs", "column": "mine"})
+        .choose(columns, everyone, 0.5, micro_batch(columns), START)
+        .kept
+        == 64
+    )
     with pytest.raises(ValueError, match="registers no scorer named 'empty'"):
         build_scorer("empty")
-    with pytest.raises(ValueError, match="broken_scorers of an installed package cannot be loaded.*a_package_that_is_not_there"):
+    with pytest.raises(
+        ValueError,
+        match="broken_scorers of an installed package cannot be loaded.*a_package_that_is_not_there",
+    ):
         build_scorer("broken")
     with pytest.raises(ValueError, match="did you mean 'theirs'"):
         build_scorer("their")

@@ -26,8 +26,16 @@ FRACTIONS = st.one_of(st.sampled_from([1.0, 0.7, 0.6, 0.5, 0.1, 1e-6, 1 / 3]), s
 def populations(draw):
     scores = draw(st.lists(ANY_FLOAT, max_size=60))
     eligible = draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
-    ids = draw(st.lists(st.integers(-(2**40), 2**40), min_size=len(scores), max_size=len(scores), unique=True))
-    return torch.tensor(scores, dtype=torch.float32), torch.tensor(eligible, dtype=torch.bool), torch.tensor(ids, dtype=torch.int64)
+    ids = draw(
+        st.lists(
+            st.integers(-(2**40), 2**40), min_size=len(scores), max_size=len(scores), unique=True
+        )
+    )
+    return (
+        torch.tensor(scores, dtype=torch.float32),
+        torch.tensor(eligible, dtype=torch.bool),
+        torch.tensor(ids, dtype=torch.int64),
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -39,7 +47,11 @@ def test_method_04_05_exact_k_is_the_brute_force_choice(population, keep_fractio
     mask, threshold, kept, count = expected_mask(score, eligible, keep_fraction, token_id)
     assert torch.equal(chosen.mask, mask)
     assert (chosen.threshold, chosen.kept, chosen.eligible) == (threshold, kept, count)
-    assert type(chosen.threshold) is float and type(chosen.kept) is int and type(chosen.eligible) is int
+    assert (
+        type(chosen.threshold) is float
+        and type(chosen.kept) is int
+        and type(chosen.eligible) is int
+    )
     assert chosen.ties == int((rankable(score, eligible) == threshold).sum())
 
 
@@ -51,7 +63,9 @@ def test_radix_select_gives_the_threshold_of_quickselect(population, keep_fracti
     here = find_threshold(ranked, keep_fraction, None)
     facts = (here.score, here.kept, here.eligible, here.ties, here.ties_kept)
     assert kth_largest_score(ranked, keep_fraction, None, compact=True) == facts
-    assert kth_largest_score(ranked, keep_fraction, None, compact=False) == facts  # the ways of accelerators
+    assert (
+        kth_largest_score(ranked, keep_fraction, None, compact=False) == facts
+    )  # the ways of accelerators
     assert kth_largest_by_sort(ranked, keep_fraction) == here
 
 
@@ -60,7 +74,10 @@ def test_radix_select_gives_the_threshold_of_quickselect(population, keep_fracti
 def test_radix_select_over_ids_is_a_sort(ids, data, compact):
     k = data.draw(st.integers(1, len(ids)))
     expected = sorted(ids)[k - 1]
-    assert kth_smallest_id(torch.tensor(ids), k, None, compact=compact) == (expected, ids.count(expected))
+    assert kth_smallest_id(torch.tensor(ids), k, None, compact=compact) == (
+        expected,
+        ids.count(expected),
+    )
 
 
 def test_method_04_05_exact_k_rounds_as_stated():
@@ -70,7 +87,11 @@ def test_method_04_05_exact_k_rounds_as_stated():
     assert select_top(score, torch.ones(10), 1e-10).kept == 1
     hundred = torch.arange(100.0)
     assert 0.55 * 100 > 55  # in floating point, so a plain ceil would keep 56
-    assert select_top(hundred, torch.ones(100), 0.55).kept == 55 == kth_largest_score(hundred, 0.55, None)[1]
+    assert (
+        select_top(hundred, torch.ones(100), 0.55).kept
+        == 55
+        == kth_largest_score(hundred, 0.55, None)[1]
+    )
     assert kept_tokens(0.1, 30) == 3 and kept_tokens(0.6, 0) == 0
 
 
@@ -82,7 +103,9 @@ def test_method_04_05_ties_are_broken_by_token_id_not_by_place():
 
 
 def test_method_04_06_ineligible_tokens_are_outside_the_mask_and_the_count():
-    excess = torch.tensor([-1.0, -2.0, -3.0, -4.0, 0.0, 0.0])  # the last two are padding: excess 0 is above every real token
+    excess = torch.tensor(
+        [-1.0, -2.0, -3.0, -4.0, 0.0, 0.0]
+    )  # the last two are padding: excess 0 is above every real token
     eligible = torch.tensor([1, 1, 1, 1, 0, 0])
     chosen = select_top(excess, eligible, 0.5)
     assert chosen.mask.tolist() == [True, True, False, False, False, False]
@@ -99,9 +122,17 @@ def test_method_04_06_non_finite_scores_do_not_compete(broken):
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0)])
 def test_method_04_03_nothing_to_select_is_legal(shape):
     chosen = select_top(torch.zeros(shape), torch.ones(shape), 0.6)
-    assert chosen.mask.shape == shape and chosen.kept == chosen.eligible == 0 and chosen.threshold == math.inf
+    assert (
+        chosen.mask.shape == shape
+        and chosen.kept == chosen.eligible == 0
+        and chosen.threshold == math.inf
+    )
     nothing = select_top(torch.zeros(4), torch.zeros(4), 0.6)
-    assert not nothing.mask.any() and int(nothing.selected_count) == 0 and float(nothing.weight_sum) == 0.0
+    assert (
+        not nothing.mask.any()
+        and int(nothing.selected_count) == 0
+        and float(nothing.weight_sum) == 0.0
+    )
 
 
 def test_keep_fraction_one_selects_every_eligible_token():
@@ -110,14 +141,19 @@ def test_keep_fraction_one_selects_every_eligible_token():
 
 
 def test_negative_and_positive_zero_tie():
-    chosen = select_top(torch.tensor([0.0, -0.0]), torch.ones(2), 0.5, token_id=torch.tensor([8, 4]))
+    chosen = select_top(
+        torch.tensor([0.0, -0.0]), torch.ones(2), 0.5, token_id=torch.tensor([8, 4])
+    )
     assert chosen.mask.tolist() == [False, True] and chosen.ties == 2
 
 
 def test_more_tokens_than_torch_quantile_can_take():
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(2**24 + 5, generator=generator)
-    assert int(select_top(score, torch.ones_like(score, dtype=torch.bool), 0.5).mask.sum()) == 2**23 + 3
+    assert (
+        int(select_top(score, torch.ones_like(score, dtype=torch.bool), 0.5).mask.sum())
+        == 2**23 + 3
+    )
 
 
 def test_half_precision_scores_are_ranked_as_stored():
@@ -132,7 +168,9 @@ def test_keep_fraction_out_of_range_says_so(keep_fraction):
 
 
 def test_wrong_shapes_and_types_say_so():
-    with pytest.raises(ValueError, match=r"eligible must have the shape of score \(2,\), got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"eligible must have the shape of score \(2,\), got \(3,\)"
+    ):
         select_top(torch.zeros(2), torch.ones(3), 0.5)
     with pytest.raises(ValueError, match="token_id must be int64"):
         select_top(torch.zeros(2), torch.ones(2), 0.5, token_id=torch.zeros(2, dtype=torch.int32))
@@ -140,7 +178,10 @@ def test_wrong_shapes_and_types_say_so():
         select_top(torch.zeros(2, dtype=torch.int64), torch.ones(2), 0.5)
     with pytest.raises(ValueError, match="backend must be one of"):
         select_top(torch.zeros(2), torch.ones(2), 0.5, backend="fast")
-    with pytest.raises(ValueError, match="capacity must be the most tokens that any rank holds, got 1, but this rank holds 2"):
+    with pytest.raises(
+        ValueError,
+        match="capacity must be the most tokens that any rank holds, got 1, but this rank holds 2",
+    ):
         select_top(torch.zeros(2), torch.ones(2), 0.5, capacity=1)
 
 

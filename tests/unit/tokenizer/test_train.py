@@ -12,8 +12,10 @@ from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
 from tokenizer.train import main, sentences
 
 WORDS = ["".join(random.Random(n).choices("abdeimnorstuy", k=3 + n % 6)) for n in range(300)]
-LINES = [f"def {WORDS[n]}_{n}({WORDS[n * 7 % 300]}):\n    return {WORDS[n * 11 % 300]} * {n}  # {WORDS[n * 13 % 300]}\n"
-         for n in range(300)]
+LINES = [
+    f"def {WORDS[n]}_{n}({WORDS[n * 7 % 300]}):\n    return {WORDS[n * 11 % 300]} * {n}  # {WORDS[n * 13 % 300]}\n"
+    for n in range(300)
+]
 
 
 @pytest.fixture
@@ -24,8 +26,19 @@ def corpus(tmp_path):
 
 
 def train(corpus, prefix, *more, size=500):
-    return main(["--input", str(corpus), "--output-prefix", str(prefix), "--vocab-size", str(size), "--threads", "1",
-                 *map(str, more)])
+    return main(
+        [
+            "--input",
+            str(corpus),
+            "--output-prefix",
+            str(prefix),
+            "--vocab-size",
+            str(size),
+            "--threads",
+            "1",
+            *map(str, more),
+        ]
+    )
 
 
 @pytest.mark.parametrize("model_type, size", [("bpe", 500), ("unigram", 400)])
@@ -34,11 +47,19 @@ def test_round_trip_and_special_ids(tmp_path, corpus, model_type, size):
     tokenizer = load_tokenizer(tmp_path / "v.model")
     assert tokenizer.vocabulary_size == size
     assert round_trip_failures(tokenizer, AWKWARD_TEXTS + tuple(LINES[:20])) == []
-    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eod_id) == (0, 1, 2, 3, 2)
+    assert (
+        tokenizer.unk_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.eod_id,
+    ) == (0, 1, 2, 3, 2)
     assert all(len(tokenizer.encode(digits)) >= len(digits) for digits in ("1234", "99"))
     assert not {0, 1, 2, 3} & set(tokenizer.encode("<s> </s> <unk> <pad>"))
     manifest = json.loads((tmp_path / "v.manifest.json").read_text())
-    assert manifest["fingerprint"] == tokenizer.fingerprint and manifest["sample"]["documents"] == len(LINES)
+    assert manifest["fingerprint"] == tokenizer.fingerprint and manifest["sample"][
+        "documents"
+    ] == len(LINES)
 
 
 def test_same_inputs_same_file_and_seed_matters(tmp_path, corpus):
@@ -81,9 +102,16 @@ def test_refuses_to_overwrite(tmp_path, corpus, capsys):
 
 
 def test_errors_are_sentences(tmp_path, corpus, capsys):
-    assert train(corpus, tmp_path / "v", "--sample-bytes", "-1", "--character-coverage", "7", size=10) == 2
+    assert (
+        train(corpus, tmp_path / "v", "--sample-bytes", "-1", "--character-coverage", "7", size=10)
+        == 2
+    )
     message = capsys.readouterr().err
-    assert "--vocab-size 10" in message and "--sample-bytes -1" in message and "--character-coverage 7" in message
+    assert (
+        "--vocab-size 10" in message
+        and "--sample-bytes -1" in message
+        and "--character-coverage 7" in message
+    )
     assert train(corpus, tmp_path / "v", size=50_000) == 3
     assert "too high" in capsys.readouterr().err
     assert train(corpus, tmp_path / "v", "--text-key", "body") == 3
@@ -96,4 +124,6 @@ def test_sentences_keep_every_character():
     text = "a line\n\n" + "word " * 3000 + "\n" + "x" * 5000 + "é" * 3000
     pieces = list(sentences(text))
     assert "".join(pieces) == text.replace("\n", "")
-    assert max(len(piece.encode()) for piece in pieces) <= 4000 and all("\n" not in piece for piece in pieces)
+    assert max(len(piece.encode()) for piece in pieces) <= 4000 and all(
+        "\n" not in piece for piece in pieces
+    )

@@ -7,18 +7,37 @@ from megatron_slm.training.choose import head_on_selected_rows, make_scorer
 
 
 def settings(scorer, *, scores=(), checkpoint=None, **rest) -> SelectionConfig:
-    return SelectionConfig(scorer=scorer, reference=ReferenceConfig(list(scores), checkpoint=checkpoint), **rest)
+    return SelectionConfig(
+        scorer=scorer, reference=ReferenceConfig(list(scores), checkpoint=checkpoint), **rest
+    )
 
 
-@pytest.mark.parametrize("given", [settings("none"), settings("random"), settings("own_loss"), settings("excess_loss", scores=["s"]), settings("excess_loss", checkpoint="r"),
-                                   settings("reference_loss", scores=["s"]), settings("excess_loss", scores=["s"], keep_fraction={"style": "linear", "start": 1.0, "end": 0.6, "tokens": 10})])
+@pytest.mark.parametrize(
+    "given",
+    [
+        settings("none"),
+        settings("random"),
+        settings("own_loss"),
+        settings("excess_loss", scores=["s"]),
+        settings("excess_loss", checkpoint="r"),
+        settings("reference_loss", scores=["s"]),
+        settings(
+            "excess_loss",
+            scores=["s"],
+            keep_fraction={"style": "linear", "start": 1.0, "end": 0.6, "tokens": 10},
+        ),
+    ],
+)
 def test_good_settings(given):
     assert make_scorer(given).needs is not None
 
 
 @pytest.mark.parametrize("scorer", ["excess_loss", "reference_loss"])
 def test_a_missing_reference_says_how_to_get_one(scorer):
-    with pytest.raises(ValueError, match=rf"{scorer} reads reference_loss; give selection.reference.scores \(python -m megatron_slm.score"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{scorer} reads reference_loss; give selection.reference.scores \(python -m megatron_slm.score",
+    ):
         make_scorer(settings(scorer))
 
 
@@ -44,18 +63,32 @@ def test_a_schedule_that_makes_no_sense():
 
 def test_plain_loss_is_mixed_in_when_asked():
     assert make_scorer(settings("excess_loss", scores=["s"])).name == "excess_loss"
-    assert make_scorer(settings("excess_loss", scores=["s"], clm_weight=0.25)).name == "mixed_with_clm"
+    assert (
+        make_scorer(settings("excess_loss", scores=["s"], clm_weight=0.25)).name == "mixed_with_clm"
+    )
 
 
-@pytest.mark.parametrize("scorer, scope, head_rows, selected_rows", [
-    ("excess_loss", "data_parallel", "auto", False), ("excess_loss", "global_batch", "auto", True), ("excess_loss", "global_batch", "all", False),
-    ("reference_loss", "global_batch", "auto", False), ("reference_loss", "running_threshold", "selected", True), ("random", "sequence", "selected", True),
-    ("none", "data_parallel", "auto", False)])
-def test_the_head_leaves_rows_out_where_every_loss_is_known_anyway_or_when_asked(scorer, scope, head_rows, selected_rows):
+@pytest.mark.parametrize(
+    "scorer, scope, head_rows, selected_rows",
+    [
+        ("excess_loss", "data_parallel", "auto", False),
+        ("excess_loss", "global_batch", "auto", True),
+        ("excess_loss", "global_batch", "all", False),
+        ("reference_loss", "global_batch", "auto", False),
+        ("reference_loss", "running_threshold", "selected", True),
+        ("random", "sequence", "selected", True),
+        ("none", "data_parallel", "auto", False),
+    ],
+)
+def test_the_head_leaves_rows_out_where_every_loss_is_known_anyway_or_when_asked(
+    scorer, scope, head_rows, selected_rows
+):
     given = settings(scorer, scores=["s"], scope=scope, head_rows=head_rows)
     assert head_on_selected_rows(given, make_scorer(given)) is selected_rows
 
 
 def test_a_head_on_selected_rows_needs_a_choice_before_it():
-    with pytest.raises(ValueError, match="scope data_parallel are known only after the head; use head_rows auto"):
+    with pytest.raises(
+        ValueError, match="scope data_parallel are known only after the head; use head_rows auto"
+    ):
         make_scorer(settings("excess_loss", scores=["s"], head_rows="selected"))

@@ -14,15 +14,29 @@ from megatron_slm.training.setup import DataError, open_materials
 
 def word_tokenizer(path, words=50):
     from tokenizers import Tokenizer, models
-    Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, words)}}, unk_token="<unk>")).save(str(path))
+
+    Tokenizer(
+        models.WordLevel(
+            {"</s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, words)}}, unk_token="<unk>"
+        )
+    ).save(str(path))
     return load_tokenizer(path)
 
 
 def checkpoint(folder, tokenizer_fingerprint, **model):
     step = folder / "checkpoints" / "step_00000001"
     step.mkdir(parents=True)
-    (step / "model.json").write_text(json.dumps({"model": asdict(ModelConfig(**model)), "sequence_length": 16, "step": 1, "tokens_processed": 1,
-                                                 "tokenizer": {"path": "theirs.model", "fingerprint": tokenizer_fingerprint}}))
+    (step / "model.json").write_text(
+        json.dumps(
+            {
+                "model": asdict(ModelConfig(**model)),
+                "sequence_length": 16,
+                "step": 1,
+                "tokens_processed": 1,
+                "tokenizer": {"path": "theirs.model", "fingerprint": tokenizer_fingerprint},
+            }
+        )
+    )
     (step / "checksums.json").write_text("{}")
     return str(folder)
 
@@ -30,9 +44,18 @@ def checkpoint(folder, tokenizer_fingerprint, **model):
 @pytest.fixture
 def config(tmp_path) -> Config:
     tokenizer = word_tokenizer(tmp_path / "tokenizer.json")
-    write_corpus(tmp_path / "c", random_documents(9, 20, vocabulary_size=50), vocabulary_size=50, tokenizer_fingerprint=tokenizer.fingerprint)
+    write_corpus(
+        tmp_path / "c",
+        random_documents(9, 20, vocabulary_size=50),
+        vocabulary_size=50,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
     made = Config()
-    made.run.folder, made.data.tokenizer, made.data.train = str(tmp_path / "run"), str(tmp_path / "tokenizer.json"), [str(tmp_path / "c")]
+    made.run.folder, made.data.tokenizer, made.data.train = (
+        str(tmp_path / "run"),
+        str(tmp_path / "tokenizer.json"),
+        [str(tmp_path / "c")],
+    )
     return made
 
 
@@ -49,22 +72,38 @@ def test_a_sound_run_is_opened(config):
 
 def test_a_bad_selection_and_bad_files_are_listed_together(config):
     config.selection.scorer = "exces_loss"
-    config.data.tokenizer, config.data.validation = "nowhere.model", [CorpusConfig("target", "nowhere")]
-    config.checkpoint.initialize_from, config.selection.reference.checkpoint = "no_run", "no_reference"
+    config.data.tokenizer, config.data.validation = (
+        "nowhere.model",
+        [CorpusConfig("target", "nowhere")],
+    )
+    config.checkpoint.initialize_from, config.selection.reference.checkpoint = (
+        "no_run",
+        "no_reference",
+    )
     said = problems_of(config, ConfigError)
-    for part in ("did you mean 'excess_loss'", "data.tokenizer: nowhere.model", "data.validation target", "checkpoint.initialize_from: no_run",
-                 "selection.reference.checkpoint: no_reference"):
+    for part in (
+        "did you mean 'excess_loss'",
+        "data.tokenizer: nowhere.model",
+        "data.validation target",
+        "checkpoint.initialize_from: no_run",
+        "selection.reference.checkpoint: no_reference",
+    ):
         assert part in said
     assert "data.train" not in said, "the corpus itself is sound"
 
 
 def test_a_reference_of_another_tokenizer_or_for_another_layout_is_refused(config, tmp_path):
     config.selection.scorer = "excess_loss"
-    config.selection.reference.checkpoint = checkpoint(tmp_path / "reference", "sha256:another", attention_heads=3, hidden_size=96)
+    config.selection.reference.checkpoint = checkpoint(
+        tmp_path / "reference", "sha256:another", attention_heads=3, hidden_size=96
+    )
     config.parallel.tensor = 2
     said = problems_of(config, DataError, world_size=2)
     assert "was trained with another tokenizer (theirs.model)" in said
-    assert "cannot be run in this layout: parallel.tensor: got 2; it must divide model.attention_heads (3)" in said
+    assert (
+        "cannot be run in this layout: parallel.tensor: got 2; it must divide model.attention_heads (3)"
+        in said
+    )
 
 
 def test_a_resumed_run_no_longer_needs_what_it_started_from(config, tmp_path):
@@ -77,5 +116,7 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(config, tmp_path):
 def test_a_dense_reference_stands_beside_experts_and_needs_no_backward(config, tmp_path):
     config.selection.scorer, config.model.experts, config.parallel.expert = "excess_loss", 4, 2
     config.device.head_engine, config.device.precision = "liger", "bf16"
-    config.selection.reference.checkpoint = checkpoint(tmp_path / "reference", load_tokenizer(config.data.tokenizer).fingerprint, hidden_size=96)
+    config.selection.reference.checkpoint = checkpoint(
+        tmp_path / "reference", load_tokenizer(config.data.tokenizer).fingerprint, hidden_size=96
+    )
     open_materials(config, world_size=2)

@@ -41,7 +41,7 @@ def test_the_file_asks_and_is_cleared(stop, tmp_path):
     assert stop.agreed() is True
     stop.clear()
     assert not (tmp_path / STOP_FILE).exists() and stop.agreed() is False
-    stop.clear()      # nothing to remove is no error
+    stop.clear()  # nothing to remove is no error
 
 
 def test_the_names_that_batch_scripts_rely_on():
