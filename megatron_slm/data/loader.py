@@ -146,7 +146,10 @@ class ValidationLoader:
 
 
 class _Reader:
-    """Calls `read(sample)` for sample = start, start + stride, ... in a thread, at most `depth` ahead."""
+    """Calls `read(sample)` for sample = start, start + stride, ... in a thread.
+
+    At most `depth` steps wait to be handed out, and one more is being read.
+    """
 
     def __init__(self, read, start: int, stride: int, depth: int):
         self._queue: queue.Queue = queue.Queue(maxsize=depth)

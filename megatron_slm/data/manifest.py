@@ -206,10 +206,15 @@ def _check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
         if remembered.get(suffix) == verified[suffix]:
             continue
         found = sha256_of_file(path)
-        if found != sha256 or _stamp(path) != before:
+        if _stamp(path) != before:
             raise ValueError(
-                f"{path}: the content has changed since the corpus was made (sha256 {found[:16]}…, its manifest "
-                f"says {sha256[:16]}…). Copy it again, or make the corpus again."
+                f"{path}: the file was written to while it was being checked. Wait until whatever "
+                "writes it has ended, then start again."
+            )
+        if found != sha256:
+            raise ValueError(
+                f"{path}: the content has changed since the corpus was made (sha256 {found[:16]}…, "
+                f"its manifest says {sha256[:16]}…). Copy it again, or make the corpus again."
             )
     if verified != remembered:
         try:

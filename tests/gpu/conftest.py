@@ -1,6 +1,13 @@
 """What the GPU tests share."""
 
+import os
+
 import pytest
+
+# fp32 comparisons need fp32 products. torch leaves TF32 off by itself, but Transformer Engine asks
+# cuBLAS for it in every fp32 product (4e-4 relative error); this variable overrules any library's
+# choice. cuBLAS reads it when it is first used, so it is set before any test runs.
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,35 @@ def test_close_leaves_no_thread_and_can_go_on(dataset):
     loader.close()
     assert not thread.is_alive()
     np.testing.assert_array_equal(loader.next_step()[0].offsets_BS[0], dataset[2]["offsets"])
+    loader.close()
+
+
+def test_reading_ahead_is_bounded(dataset):
+    """Steps that nobody asked for stay within prefetch_steps, and one that is being read."""
+    read = []
+    idle = threading.Event()
+
+    class Counted:
+        def __getitem__(self, index):
+            read.append(index)
+            if len(read) > 4:  # one step handed out, two waiting, one being read: all that may be
+                idle.set()
+            return dataset[index]
+
+        def __len__(self):
+            return len(dataset)
+
+    loader = TrainingLoader(
+        Counted(),
+        global_batch_size=1,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        prefetch_steps=2,
+    )
+    loader.next_step()
+    assert not idle.wait(0.5), "a fifth step was read though only one was handed out"
+    assert read == [0, 1, 2, 3]
     loader.close()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_slm.data import manifest as manifest_module
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import (
     CorpusManifest,
@@ -148,3 +149,18 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
     with pytest.raises(TypeError):
         write_json_atomically(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_refused(prefix, monkeypatch):
+    """The bytes hashed may be the right ones and yet not those that training will read."""
+
+    def hash_and_meanwhile_write(path):
+        found = sha256_of_file(path)
+        with open(path, "r+b") as stream:
+            stream.write(b"\xff")
+        return found
+
+    monkeypatch.setattr(manifest_module, "sha256_of_file", hash_and_meanwhile_write)
+    with pytest.raises(ValueError, match="written to while it was being checked"):
+        check_corpus(prefix)
+    assert not Path(f"{prefix}.verified.json").exists()

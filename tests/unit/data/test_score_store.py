@@ -1,8 +1,10 @@
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +269,21 @@ def test_markers_describe_what_is_on_disk(tmp_path, corpus):
     assert (marker.shard, marker.start, marker.end) == (2, 128, 192) and set(marker.sha256) == {
         "loss"
     }
+
+
+def test_scores_are_on_disk_before_their_marker_says_so(tmp_path, corpus, monkeypatch):
+    """A marker without its scores would be believed after a power cut."""
+    store = ScoreStore.create(tmp_path / "s", score_manifest(corpus))
+    synced = []
+    plain_fsync = os.fsync
+
+    def recorded_fsync(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        plain_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    store.write_shard(0, shard_values(store.manifest, 0))
+    column = tmp_path / "s" / "loss.bin"
+    markers = [path for path in synced if path.parent == tmp_path / "s" / "shards" and path.suffix]
+    assert column in synced
+    assert synced.index(column) < synced.index(markers[0])

@@ -166,6 +166,15 @@ def test_rho_loss_keeps_whole_sequences_by_their_mean(columns, everyone):
         build_scorer("rho_loss").choose(columns, everyone, 0.4, Population("sequence"), START)
 
 
+def test_rho_loss_completes_a_sequence_of_which_one_token_was_chosen(columns, everyone):
+    columns["loss"] = columns["reference_loss"] + torch.tensor([[1.0], [3.0], [-1.0], [2.0]])
+    one_more_than_a_sequence = 33 / 128
+    chosen = build_scorer("rho_loss").choose(
+        columns, everyone, one_more_than_a_sequence, micro_batch(columns), START
+    )
+    assert chosen.mask.sum(1).tolist() == [0, 32, 0, 32]
+
+
 def test_stored_mask_and_weights_decide_alone(columns, everyone):
     columns["mine"] = torch.tensor([0.0, 1.0, math.nan, -2.0] * 8).expand(4, 32).clone()
     mask = build_scorer("stored_mask", column="mine").choose(
