@@ -5,13 +5,14 @@
 #   bash launch/local.sh 2 score --checkpoint runs/reference --corpus data/corpus --output data/corpus_scores
 #
 # Ctrl-C (or SIGTERM) asks a training run to stop with a checkpoint after the step it is in; a second one stops at once.
-# Exit codes are the program's: 0 done, 2 bad configuration, 3 bad data, 85 stopped with a checkpoint (the same command continues).
+# Exit codes are the program's: 0 done, 2 bad configuration, 3 bad data, 4 training failed or could not be saved,
+# 85 stopped on request (the same command continues; a training run has saved its checkpoint).
 set -euo pipefail
 
 SLM_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export SLM_ROOT
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 export SLM_PROCESSES_PER_NODE=$1

@@ -1,7 +1,7 @@
 """torchrun that passes on its workers' exit code.
 
 `torchrun` itself ends with 1 whatever its workers ended with, and prints a traceback even when they stopped on request. Batch
-scripts must tell "stopped with a checkpoint, run me again" (85) from a failure, so they start processes through this:
+scripts must tell "stopped on request, run me again" (85) from a failure, so they start processes through this:
 
     python launch/processes.py TORCHRUN_OPTIONS -m megatron_slm.train --config RECIPE.yaml
 
@@ -10,7 +10,7 @@ It takes torchrun's own options. Exit code: the first failing worker's (128 + n 
 
 import sys
 
-STOPPED_WITH_A_CHECKPOINT = 85
+STOPPED_ON_REQUEST = 85
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        if code == STOPPED_WITH_A_CHECKPOINT:
+        if code == STOPPED_ON_REQUEST:
             print(
-                "stopped on request with a checkpoint; start the same command again to continue",
+                "stopped on request; start the same command again to continue",
                 file=sys.stderr,
             )
         else:

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m megatron_slm.train --config RECIPE.yaml --parallel.tensor 2 --selection.keep_fraction 0.6
 
 A run folder that holds a checkpoint is resumed. Exit codes: 0 done, 2 bad configuration, 3 bad data, 4 training
-diverged or its last checkpoint could not be saved, 85 stopped on request with a checkpoint (start the same command again).
+diverged, or the checkpoint it ended or stopped with could not be saved, 85 stopped on request with a checkpoint (start
+the same command again).
 """
 
 import os

@@ -46,7 +46,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class NotSaved(RuntimeError):
-    """The run reached its end, and its last checkpoint could not be written."""
+    """The run reached its end or was asked to stop, and the checkpoint of its last step could not be written."""
 
 
 class Run:
@@ -130,7 +130,10 @@ class Run:
             self.reporter.message(text, level)
 
     def run(self) -> int:
-        """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from."""
+        """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from.
+
+        NotSaved: the checkpoint of the step it ended with could not be written.
+        """
         stop = StopRequest(self.folder, self.groups.device)
         flops = model_flops_per_token(
             self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size
@@ -182,21 +185,33 @@ class Run:
                 self._after_step(stopping)
         self.store.close()
         self.loader.close()
-        if stopping and self.step < self.steps:
-            stop.clear()
-            self.reporter.message(
-                f"stopped on request after step {self.step} of {self.steps}; start the same command again to continue",
-                "warning",
-            )
+        return self._end(stopped=stopping and self.step < self.steps, stop=stop)
+
+    def _end(self, stopped: bool, stop: StopRequest) -> int:
+        """Say how the run ended and close the sinks; its exit code. NotSaved: there is no checkpoint of the last step."""
+        saved = self.store.saved_step == self.step
+        if stopped:
+            if problem := stop.clear():
+                self.reporter.message(problem, "warning")
+            if saved:
+                self.reporter.message(
+                    f"stopped on request after step {self.step} of {self.steps}; start the same command again to continue",
+                    "warning",
+                )
         else:
             self.reporter.write_token_view(self.probe.view(self._progress()))
         self.reporter.close()
-        if self.step == self.steps != self.store.saved_step:
+        if not saved:
+            reached = (
+                f"the run stopped on request after step {self.step} of {self.steps}"
+                if stopped
+                else f"the run reached its last step {self.steps}"
+            )
             raise NotSaved(
-                f"the run reached its last step {self.steps}, but its checkpoint could not be saved (see the errors above); free space or fix "
+                f"{reached}, but the checkpoint of that step could not be saved (see the errors above); free space or fix "
                 f"{self.store.checkpoints}, then start the same command again: it goes on from step {self.store.saved_step or 0}"
             )
-        return EXIT_RESUME if self.step < self.steps else 0
+        return EXIT_RESUME if stopped else 0
 
     def _progress(self) -> Progress:
         return Progress(self.step, self.step * self.step_tokens)

@@ -116,11 +116,16 @@ class Reporter:
         self.sink.close()
 
     def write_token_view(self, lines: list[dict]) -> None:
-        """token_view.jsonl: real text with what the model would select from it now."""
+        """token_view.jsonl: real text with what the model would select from it now; a disk that cannot take it costs a warning."""
         if self.groups.is_logger and lines:
             path = self.folder / "token_view.jsonl"
-            path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            path.with_suffix(".tmp").replace(path)
+            try:
+                path.with_suffix(".tmp").write_text(
+                    "".join(json.dumps(line) + "\n" for line in lines)
+                )
+                path.with_suffix(".tmp").replace(path)
+            except OSError as error:
+                self.message(f"{path} could not be written ({error})", "warning")
 
     def _layout(self) -> dict:
         groups = self.groups

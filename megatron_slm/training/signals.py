@@ -1,7 +1,8 @@
 """Asking a run to stop: by signal, or by a file, agreed on by all ranks at the end of a step.
 
 torchrun and mpirun swallow or repeat signals, so a batch system's warning is best passed on as a file: whoever writes
-`stop_requested` into the run folder makes the run save a checkpoint and leave with exit code 85 ("run me again").
+`stop_requested` into the run folder makes the run save a checkpoint and leave with exit code 85 ("run me again"). A run
+that is asked to stop and cannot save leaves with 4, as one does that cannot save at its end.
 """
 
 import faulthandler
@@ -39,7 +40,13 @@ class StopRequest:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def clear(self) -> None:
-        """Remove the stop file, so that the restarted run does not stop at once."""
+    def clear(self) -> str:
+        """Remove the stop file, so that the restarted run does not stop at once; on rank 0, why it could not ("" = done)."""
         if dist.get_rank() == 0:
-            self.file.unlink(missing_ok=True)
+            try:
+                self.file.unlink(missing_ok=True)
+            except (
+                OSError
+            ) as error:  # a folder that became read-only, which is also why nothing was saved
+                return f"{self.file} could not be removed ({error}); remove it, or the next start stops after one step"
+        return ""

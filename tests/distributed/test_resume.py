@@ -1,7 +1,9 @@
 """A run that stopped and went on is the run that never stopped: bit for bit in its layout, within rounding in another."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -117,7 +119,28 @@ def interrupt_and_compare(groups, folder: Path) -> None:
         dist.barrier()
         assert train(groups, folder, run, case) == 0
     if groups.dp_size == 1:
+        stop_where_nothing_can_be_saved(groups, folder / "full disk", CASES[ANOTHER_LAYOUT])
         stop_and_end_with_weights_only(groups, folder / "weights only", CASES[ANOTHER_LAYOUT])
+
+
+def stop_where_nothing_can_be_saved(groups, run: Path, case: dict) -> None:
+    """A run that is asked to stop while its disk is full did not stop "with a checkpoint", and says so."""
+    from megatron_slm.training.loop import NotSaved
+
+    run.mkdir()
+    (run / "stop_requested").touch()
+    with pytest.MonkeyPatch.context() as storage:
+        storage.setattr(Path, "rename", full_disk)
+        with pytest.raises(NotSaved, match="stopped on request after step 1 of 8.*from step 0"):
+            train(groups, run.parent, run.name, case)
+    assert not (run / "stop_requested").exists()
+    told = [json.loads(line)["text"] for line in (run / "warnings.jsonl").read_text().splitlines()]
+    assert any("could not be saved" in text for text in told)
+    assert not any("stopped on request" in text for text in told)
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def stop_and_end_with_weights_only(groups, run: Path, case: dict) -> None:

@@ -298,4 +298,5 @@ def test_processes_passes_on_the_workers_exit_code(tmp_path):
             text=True,
         )
         assert done.returncode == int(wanted), done.stderr
-    assert "start the same command again" in done.stderr and "Traceback" not in done.stderr
+    assert "stopped on request; start the same command again" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,7 +1,9 @@
 """A request to stop, by signal or by file, is heard once, after a step, on a world of one process."""
 
+import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,9 +41,18 @@ def test_a_signal_does_not_end_the_process_but_asks(stop, number):
 def test_the_file_asks_and_is_cleared(stop, tmp_path):
     (tmp_path / STOP_FILE).touch()
     assert stop.agreed() is True
-    stop.clear()
+    assert stop.clear() == ""
     assert not (tmp_path / STOP_FILE).exists() and stop.agreed() is False
     stop.clear()  # nothing to remove is no error
+
+
+def test_a_file_that_cannot_be_removed_is_named(stop, tmp_path, monkeypatch):
+    def read_only(self, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    problem = stop.clear()
+    assert str(tmp_path / STOP_FILE) in problem and "Read-only" in problem
 
 
 def test_the_names_that_batch_scripts_rely_on():
