@@ -9,11 +9,12 @@ B: sequences, S: tokens of a sequence on this rank. A column is one value per to
 
 A scorer is a function. This is a whole one, options included:
 
-    @register_scorer("harder_than", needs=("loss", "{column}"))
-    def harder_than(columns, progress, *, column="reference_loss", margin=0.0):
-        return columns["loss"] - columns[column] - margin
+    @register_scorer("relative_excess", needs=("loss", "{column}"))
+    def relative_excess(columns, progress, *, column="reference_loss", floor_nats=0.1):
+        excess_BS = columns["loss"] - columns[column]
+        return excess_BS / (columns[column] + floor_nats)
 
-`build_scorer("harder_than", margin=0.1)` makes it; the configuration names it the same way. A package of your own names the module that
+`build_scorer("relative_excess", floor_nats=0.5)` makes it; the configuration names it the same way. A package of your own names the module that
 registers it under the entry point group "megatron_slm.scorers". The scorers of the literature are in catalogue.py; those that weigh tokens
 against each other, or make more than one choice, are classes in combinators.py.
 """

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -257,18 +258,54 @@ def test_static_scorers_know_the_choice_before_the_model_runs():
     assert not build_scorer("excess_loss").is_static and not build_scorer("own_entropy").is_static
 
 
-def test_a_scorer_of_one_s_own_in_ten_lines(columns, everyone, monkeypatch):
+@pytest.fixture
+def guide_scorer(monkeypatch) -> str:
+    """The scorer that docs/selection.md writes in ten lines, registered for one test; its source."""
     monkeypatch.setattr(scorers_room, "SCORERS", dict(SCORERS))
+    guide = (Path(__file__).parents[3] / "docs" / "selection.md").read_text()
+    section = guide[guide.index("## A scorer of your own") :]
+    source = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    exec(compile(source, "docs/selection.md", "exec"), {})
+    return source
 
-    @register_scorer("harder_than", needs=("loss", "{column}"))
-    def harder_than(columns, progress, *, column="reference_loss", margin=0.0):
-        return columns["loss"] - columns[column] - margin
 
-    scorer = build_scorer("harder_than", column="mine", margin=1.0)
-    assert scorer.needs == {"loss", "mine"} and scorer.uses_keep_fraction
+def test_the_guide_s_scorer_changes_the_selection(guide_scorer, columns, everyone):
+    def chosen(name, **options):
+        scorer = build_scorer(name, **options)
+        return scorer.choose(columns, everyone, 0.5, micro_batch(columns), START).mask > 0
+
+    own = chosen("relative_excess")
+    assert own.sum() == 64
+    assert (own != chosen("excess_loss")).any()
+    assert (own != chosen("relative_excess", floor_nats=5.0)).any(), "the option does nothing"
+    assert (own != chosen("relative_excess", column="mine")).any()
+
+
+def test_the_guide_s_scorer_does_what_its_sentence_says(guide_scorer):
+    columns = {"loss": torch.tensor([[0.4, 4.2]]), "reference_loss": torch.tensor([[0.2, 4.0]])}
+    sure, unsure = build_scorer("relative_excess")(columns, START)[0].tolist()
+    assert sure > unsure
+    without_score = {**columns, "reference_loss": torch.full((1, 2), torch.nan)}
+    assert build_scorer("relative_excess")(without_score, START).isnan().all()
+
+
+def test_the_module_shows_the_same_scorer_as_the_guide(guide_scorer):
+    lines = [line.strip() for line in guide_scorer.splitlines()]
+    code = [line for line in lines if line and not line.startswith(("#", '"""', "from "))]
+    shown = [line.strip() for line in scorers_room.__doc__.splitlines()]
+    assert [line for line in code if line not in shown] == []
+
+
+def test_options_of_a_function_name_the_column_it_needs(guide_scorer, columns, everyone):
+    scorer = build_scorer("relative_excess", column="mine", floor_nats=1.0)
+    assert scorer.needs == {"loss", "mine"}
+    assert scorer.uses_keep_fraction
     assert scorer.choose(columns, everyone, 0.5, micro_batch(columns), START).kept == 64
+
+
+def test_a_name_is_registered_once(guide_scorer):
     with pytest.raises(ValueError, match="registered already"):
-        register_scorer("harder_than")(harder_than)
+        register_scorer("relative_excess")(lambda columns, progress: columns["loss"])
 
 
 def install(site: Path, name: str, module: str, source: str) -> None:
