@@ -58,7 +58,6 @@ LONGER_SINCE_FORMATTED = {
     "megatron_slm/device.py": 408,
     "benchmarks/preprocess.py": 448,
     "benchmarks/selection.py": 465,
-    "tests/unit/planning/test_plan.py": 451,
     "tests/unit/config/test_check.py": 479,
     "tests/distributed/test_experts.py": 457,
     "tests/distributed/test_layouts.py": 512,
