@@ -46,6 +46,7 @@ MAY_IMPORT_MEGATRON = {"device", "parallel", "data", "model", "checkpoint", "tes
 WITHOUT_TORCH = (
     "config/",
     "planning/",
+    "selection/alarms.py",
     "data/manifest.py",
     "tokenization.py",
     "checkpoint/folder.py",
