@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.indexed import sync_folder, write_index
+from data_tools.writer import UNFINISHED, lock_of_partial_folder
+from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, manifest_path
+from megatron_slm.files.atomic import sync_folder
 
 _COPY_BYTES = 16 << 20
 
@@ -35,20 +37,29 @@ class CorpusCopy:
             )
         self.prefix, self._dtype = prefix, np.dtype(dtype)
         self._folder = Path(f"{prefix}.partial")
+        self._lock = lock_of_partial_folder(self._folder)
         self.documents = 0
 
     def __enter__(self) -> CorpusCopy:
+        self._lock.acquire()
         try:
-            self._folder.mkdir(parents=True)
-        except FileExistsError:
-            raise ValueError(
-                f"{self._folder} exists: another program is writing this corpus, or one was killed. If none runs, "
-                "delete that folder."
-            ) from None
+            unfinished = [name for name in UNFINISHED if (self._folder / name).exists()]
+            if unfinished:
+                raise ValueError(
+                    f"{self._folder} holds an unfinished run of data_tools.preprocess ({unfinished[0]}). Let that "
+                    "command finish, delete the folder, or give another output prefix."
+                )
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        """Begin anew; what a killed run left in the folder is overwritten."""
         self._bin = open(self._folder / "tokens.bin", "wb")
         self._lengths = open(self._folder / "lengths.i32", "wb")
         self._sha256 = hashlib.sha256()
-        return self
 
     def __exit__(self, *_: object) -> None:
         for stream in (self._bin, self._lengths):
@@ -57,6 +68,7 @@ class CorpusCopy:
             except OSError:
                 pass  # a full disk: the folder goes anyway
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.release()
 
     def copy_file(self, path: str | Path) -> str:
         """Append the whole token file; returns the sha256 of what was read."""

@@ -10,7 +10,8 @@ from typing import Any, Sequence
 import numpy as np
 
 from data_tools.run_state import RunState, SourceCounts
-from megatron_slm.data.manifest import CorpusManifest, write_json_atomically
+from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.files.atomic import write_json_atomically
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 

@@ -7,7 +7,6 @@ run therefore continues exactly, and ends in the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,11 +16,16 @@ from typing import Any, Callable
 
 import numpy as np
 
-from megatron_slm.data.indexed import sync_folder, write_index
-from megatron_slm.data.manifest import CorpusManifest, manifest_path, write_json_atomically
+from megatron_slm.data.indexed import write_index
+from megatron_slm.data.manifest import CorpusManifest, manifest_path
+from megatron_slm.files.atomic import sync_folder, write_json_atomically
+from megatron_slm.files.folder_lock import FolderLock
 
 _STREAMS = ("tokens.bin", "lengths.i32", "rejects.jsonl", "hashes.bin")
 _FINISHED = "finished.json"
+_PROGRESS = "progress.json"
+UNFINISHED = (_PROGRESS, _FINISHED)
+"""Files of PREFIX.partial/ that a run can be continued from."""
 _HASH_BYTES = 8 << 20
 
 
@@ -34,6 +38,15 @@ def existing_output(prefix: str) -> list[Path]:
     ]
 
 
+def lock_of_partial_folder(folder: Path) -> FolderLock:
+    """The lock of PREFIX.partial/: one program at a time writes a corpus."""
+    return FolderLock(
+        folder,
+        "another run",
+        "Wait until it is done, or end it and start this command again; or give another output prefix",
+    )
+
+
 class CorpusWriter:
     """Append documents, save progress, finish. Use as a context manager; leaving it early keeps what was saved."""
 
@@ -42,6 +55,7 @@ class CorpusWriter:
     ) -> None:
         self.prefix, self._dtype, self._identity = prefix, np.dtype(dtype), identity
         self.folder = Path(f"{prefix}.partial")
+        self._lock = lock_of_partial_folder(self.folder)
         self._restart = restart
         self.documents = self.tokens = 0
         self.state: dict[str, Any] | None = None
@@ -50,24 +64,16 @@ class CorpusWriter:
         """Set when the run before was killed while it moved finished files out: that was completed on entering."""
 
     def __enter__(self) -> CorpusWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(
-                f"{self.prefix}: another run is writing this corpus now (it holds {self.folder}/lock)"
-            ) from None
+        self._lock.acquire()
         try:
             self._open()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return self
 
     def _open(self) -> None:
-        progress_path = self.folder / "progress.json"
+        progress_path = self.folder / _PROGRESS
         progress = None
         self._streams = {}
         if (self.folder / _FINISHED).exists():
@@ -109,7 +115,7 @@ class CorpusWriter:
                 stream.close()
             except OSError:
                 pass  # the disk is full: what was saved stands
-        self._lock.close()
+        self._lock.release()
 
     def append(self, tokens: bytes) -> None:
         """Add tokens of whole documents; `add_documents` says how long those are."""
@@ -140,7 +146,7 @@ class CorpusWriter:
             stream.flush()
             os.fsync(stream.fileno())
         write_json_atomically(
-            self.folder / "progress.json",
+            self.folder / _PROGRESS,
             {
                 "identity": self._identity,
                 "documents": self.documents,
@@ -209,7 +215,7 @@ class CorpusWriter:
         sync_folder(Path(self.prefix).parent)
         manifest.write(self.prefix)
         for name in (
-            "progress.json",
+            _PROGRESS,
             _FINISHED,
         ):  # in this order: a kill here leaves a publication that can be repeated
             (self.folder / name).unlink(missing_ok=True)

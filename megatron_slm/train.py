@@ -8,19 +8,28 @@ diverged, or the checkpoint it ended or stopped with could not be saved, 85 stop
 the same command again).
 """
 
+import contextlib
 import os
 import sys
 
 from megatron_slm.config.check import check
 from megatron_slm.config.load import parse
+from megatron_slm.files.folder_lock import FolderLock
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check everything that can be checked alone, then join the job and train; returns the exit code."""
+    with contextlib.ExitStack() as held:
+        return _main(argv, held)
+
+
+def _main(argv: list[str] | None, held: contextlib.ExitStack) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         config = parse(argv, "slm-train", __doc__)
         check(config, world_size)
+        if rank == 0:
+            _keep_others_out(config.run.folder, held)
         from megatron_slm import device as device_room
 
         device = device_room.choose(config.device.kind)  # before anything imports megatron.core
@@ -50,6 +59,20 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     finally:
         parallel.stop()
+
+
+def _keep_others_out(run_folder: str, held: contextlib.ExitStack) -> None:
+    """Lock the run folder until `held` is left: two runs in one would write over each other's metrics and checkpoints."""
+    advice = (
+        f"Let it end, ask it to stop with a checkpoint (touch {os.path.join(run_folder, 'stop_requested')}), "
+        "or give this run another run.folder"
+    )
+    try:
+        held.enter_context(FolderLock(run_folder, "a training run", advice))
+    except OSError as error:
+        raise ValueError(
+            f"run.folder {run_folder}: cannot be written ({error.strerror}); give another, or make it writable"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from data_tools.documents import DataError, text_bytes
 from data_tools.reading import read_documents
-from megatron_slm.data.manifest import write_json_atomically
+from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 from tokenizer.round_trip import round_trip_failures
 

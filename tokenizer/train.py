@@ -22,7 +22,8 @@ from typing import Any, Iterator
 from data_tools.documents import DataError
 from data_tools.reading import read_documents, total_input_bytes
 from megatron_slm import __version__
-from megatron_slm.data.manifest import sha256_of_file, write_json_atomically
+from megatron_slm.data.manifest import sha256_of_file
+from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
 

@@ -9,7 +9,6 @@ megatron-core checks none of the sizes when it opens a pair, so `read_index` che
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,12 +184,3 @@ def write_index(
         offset_bytes = int(ends[-1])
     for start in range(0, documents + 1, _PIECE):
         put(np.arange(start, min(start + _PIECE, documents + 1), dtype="<i8").tobytes())
-
-
-def sync_folder(folder: str | Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.data.indexed import check_bin_size, read_index, sync_folder
+from megatron_slm.data.indexed import check_bin_size, read_index
+from megatron_slm.files.atomic import write_json_atomically
 
 FORMAT_VERSION = 1
 
@@ -231,23 +231,6 @@ def _stamp(path: Path) -> list[int]:
 def sha256_of_file(path: str | Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json_atomically(path: str | Path, obj: Any) -> None:
-    """Write `obj` as JSON so that `path` holds either its old content or all of the new, even across a power cut."""
-    path = Path(path)
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _short(fingerprint: str) -> str:

@@ -23,7 +23,7 @@ from typing import Mapping
 
 import numpy as np
 
-from megatron_slm.data.manifest import CorpusManifest, sync_folder, write_json_atomically
+from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_manifest import (
     ScoreManifest,
     ShardMarker,
@@ -31,6 +31,7 @@ from megatron_slm.data.score_manifest import (
     presented_name,
     sha256_of,
 )
+from megatron_slm.files.atomic import sync_folder, write_json_atomically
 
 
 class ScoreStore:

@@ -1,12 +1,14 @@
 """python -m megatron_slm.train with a bad configuration: every problem, exit code 2, and nothing started."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_slm.files.folder_lock import FolderLock
 from megatron_slm.train import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,6 +71,27 @@ def test_only_the_first_process_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert main(["--parallel.tensor", "2"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def settings_that_pass(folder) -> list[str]:
+    """Settings in which nothing is wrong that can be seen without opening a file."""
+    names = ["--data.train", f"[{folder}/corpus]", "--data.tokenizer", f"{folder}/vocabulary.model"]
+    return ["--run.folder", f"{folder}/run", "--schedule.train_steps", "5", *names]
+
+
+def test_a_run_folder_has_one_run_at_a_time(tmp_path, capsys):
+    with FolderLock(tmp_path / "run", "a training run", ""):
+        assert main(settings_that_pass(tmp_path)) == 2
+        said = capsys.readouterr().err
+        assert f"process {os.getpid()} on {socket.gethostname()}, since " in said
+        assert f"touch {tmp_path}/run/stop_requested" in said
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "run").write_text("a file")
+    assert main(settings_that_pass(tmp_path)) == 2
+    assert f"run.folder {tmp_path}/run: cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--print_config"], 0)])

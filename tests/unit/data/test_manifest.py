@@ -15,8 +15,8 @@ from megatron_slm.data.manifest import (
     CorpusManifest,
     check_corpus,
     sha256_of_file,
-    write_json_atomically,
 )
+from megatron_slm.files.atomic import write_json_atomically
 
 
 @pytest.fixture

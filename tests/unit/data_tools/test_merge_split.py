@@ -165,6 +165,25 @@ def test_split(tmp_path, corpus):
     assert Path(f"{tmp_path}/s_train.bin").read_bytes() != before
 
 
+def test_what_a_killed_merge_left_is_in_nobodys_way(tmp_path, corpus):
+    whole, _ = corpus
+    (tmp_path / "copy.partial").mkdir()
+    (tmp_path / "copy.partial" / "tokens.bin").write_bytes(b"left behind")
+    merge = ["--input", str(whole), "--output-prefix", str(tmp_path / "copy")]
+    assert merge_program.main(merge) == 0
+    assert documents(tmp_path / "copy") == documents(whole)
+
+
+def test_a_merge_neither_joins_nor_removes_an_unfinished_preprocess(tmp_path, corpus, capsys):
+    whole, _ = corpus
+    (tmp_path / "c.partial").mkdir()
+    (tmp_path / "c.partial" / "progress.json").write_text("{}")
+    merge = ["--input", str(whole), "--output-prefix", str(tmp_path / "c")]
+    assert merge_program.main(merge) == 3
+    assert "unfinished run of data_tools.preprocess" in capsys.readouterr().err
+    assert (tmp_path / "c.partial" / "progress.json").exists()
+
+
 def test_a_larger_share_contains_the_smaller():
     tokens = [np.arange(n, dtype=np.uint16).tobytes() for n in range(1, 500)]
     small = {t for t in tokens if split_program.is_held_out(t, 1, 0.1)}
