@@ -42,16 +42,36 @@ def shuffled_epoch(
     lengths: np.ndarray, tokens: int, sequence_length: int, seed: int, epoch: int
 ) -> EpochIndex:
     """Epoch `epoch` of a corpus whose documents have `lengths` (int32, tokens): depends on nothing else."""
-    # RandomState, not Generator: numpy promises never to change its streams, and a resumed run may meet a newer numpy.
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+    random = _random([seed, epoch])
     document_index = np.arange(len(lengths), dtype=np.int32)
     random.shuffle(document_index)
-    sample_index = helpers.build_sample_idx(
-        np.array(lengths), document_index, sequence_length, 1, tokens, True, True
-    )
-    shuffle_index = _sample_order(len(sample_index) - 1)
+    sample_index = cut_in_order(lengths, document_index, tokens, sequence_length)
+    shuffle_index = _numbers(len(sample_index) - 1)
     random.shuffle(shuffle_index)
     return EpochIndex(document_index, sample_index, shuffle_index)
+
+
+def cut_in_order(
+    lengths: np.ndarray, document_index: np.ndarray, tokens: int, sequence_length: int
+) -> np.ndarray:
+    """Where each sample begins (EpochIndex.sample_index) when documents of `tokens` tokens in all are laid end to end in this order."""
+    if tokens <= sequence_length:
+        return np.zeros((1, 2), np.int32)
+    return helpers.build_sample_idx(
+        np.array(lengths), document_index, sequence_length, 1, tokens, True, True
+    )
+
+
+def sample_order(samples: int, entropy: list[int]) -> np.ndarray:
+    """The numbers of `samples` samples in an order that depends on `entropy` alone."""
+    order = _numbers(samples)
+    _random(entropy).shuffle(order)
+    return order
+
+
+def _random(entropy: list[int]) -> np.random.RandomState:
+    # RandomState, not Generator: numpy promises never to change its streams, and a resumed run may meet a newer numpy.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
 
 
 def whole_corpus(lengths: np.ndarray, tokens: int, sequence_length: int) -> EpochIndex:
@@ -60,21 +80,19 @@ def whole_corpus(lengths: np.ndarray, tokens: int, sequence_length: int) -> Epoc
     The order makes the first n samples a fair picture of a corpus that is sorted by source.
     """
     document_index = np.arange(len(lengths), dtype=np.int32)
-    sample_index = helpers.build_sample_idx(
-        np.array(lengths), document_index, sequence_length, 1, tokens, True, True
-    )
+    sample_index = cut_in_order(lengths, document_index, tokens, sequence_length)
     if (tokens - 1) % sequence_length:
         sample_index = np.append(
             sample_index,
             np.array([[len(lengths) - 1, lengths[-1] - 1]], sample_index.dtype),
             axis=0,
         )
-    shuffle_index = _sample_order(len(sample_index) - 1)
+    shuffle_index = _numbers(len(sample_index) - 1)
     np.random.RandomState(0).shuffle(shuffle_index)
     return EpochIndex(document_index, sample_index, shuffle_index)
 
 
-def _sample_order(samples: int) -> np.ndarray:
+def _numbers(samples: int) -> np.ndarray:
     return np.arange(samples, dtype=np.uint32 if samples < 2**32 - 1 else np.int64)
 
 

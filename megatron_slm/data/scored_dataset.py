@@ -8,7 +8,6 @@ S = sequence length in tokens.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,18 +20,15 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_slm.data.epoch_index import (
-    EpochIndex,
-    build_once,
-    samples_per_epoch,
-    shuffled_epoch,
-    whole_corpus,
-)
+from megatron_slm.data.corpus_order import CorpusOrder, Documents, Stretch
+from megatron_slm.data.epoch_index import build_once
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.data.score_manifest import presented_name
 
 Sample = dict[str, np.ndarray]
+COUNTED_AT_ONCE = 1 << 24
+"""Entries of a blend's index that are copied to count them: 128 MiB as int64."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def open_corpora(
 
 
 class ScoredDataset(GPTDataset):
-    """Endless samples of one corpus. `dataset[i]` is sample i modulo the epoch, of epoch i // samples_per_epoch.
+    """Endless samples of one corpus, epoch after epoch. `dataset[i]` is sample i after those of `past`.
 
     Returns numpy arrays, fresh for every call (GPTDataset hands out its cached loss mask once and then edits it):
     tokens, labels, position_ids int64 [S]; loss_mask fp32 [S], 0 where the label is the first token of a document and at
@@ -95,36 +91,35 @@ class ScoredDataset(GPTDataset):
         seed: int = 0,
         corpus_id: int = 0,
         shuffle: bool = True,
+        past: Sequence[Stretch] = (),
         index_cache: str | Path | None = None,
         with_offsets: bool = False,
         isolate_documents: bool = False,
     ):
         self.isolate_documents = isolate_documents
-        self.scores, self.corpus_id, self.shuffle, self.with_offsets = (
-            corpus.scores,
-            corpus_id,
-            shuffle,
-            with_offsets,
-        )
-        self.sequence_length, self.seed = sequence_length, seed
-        # Keyed by content: megatron-core keys its cache by path alone and reuses the index of a corpus that was made again.
-        self.cache = (
-            Path(index_cache) / corpus.manifest.fingerprint.removeprefix("sha256:")[:16]
-            if index_cache
-            else None
-        )
-        self.epochs: dict[int, EpochIndex] = {}
-        self.tokens_total = corpus.manifest.tokens
-        self.samples_per_epoch = samples_per_epoch(self.tokens_total, sequence_length)
-        if shuffle and not self.samples_per_epoch:
+        self.scores, self.corpus_id, self.with_offsets = corpus.scores, corpus_id, with_offsets
+        self.sequence_length = sequence_length
+        tokens = corpus.manifest.tokens
+        if shuffle and tokens <= sequence_length:
             raise ValueError(
-                f"{corpus.prefix} has {self.tokens_total} tokens, too few for one sample of sequence_length + 1 = "
+                f"{corpus.prefix} has {tokens} tokens, too few for one sample of sequence_length + 1 = "
                 f"{sequence_length + 1}. Use a larger corpus or a shorter data.sequence_length."
             )
         self.token_map = np.memmap(
             f"{corpus.prefix}.bin", np.dtype(corpus.manifest.token_dtype), mode="r"
         )
         low_level = IndexedDataset(corpus.prefix)
+        index = low_level.index
+        # Keyed by content: megatron-core keys its cache by path alone and reuses the index of a corpus that was made again.
+        content = corpus.manifest.fingerprint.removeprefix("sha256:")[:16]
+        self.order = CorpusOrder(
+            Documents(index.sequence_pointers, index.sequence_lengths, index.dtype_size, tokens),
+            sequence_length=sequence_length,
+            seed=seed,
+            shuffle=shuffle,
+            past=past,
+            cache=Path(index_cache) / content if index_cache else None,
+        )
         everything = np.arange(len(low_level), dtype=np.int32)
         # The tokenizer shim has no pad id: a pad id that also occurs in text must not mask that text.
         tokenizer = SimpleNamespace(
@@ -143,61 +138,18 @@ class ScoredDataset(GPTDataset):
             create_attention_mask=False,
         )
         super().__init__(low_level, corpus.prefix, everything, None, Split.train, config)
-        self.itemsize = low_level.index.dtype_size
 
     def _build_document_sample_shuffle_indices(self):
-        """The first epoch, as GPTDataset wants it at construction; see epoch_index.py for why epochs are built one by one."""
-        first = self.epoch(0)
-        if not self.shuffle:
-            self.samples_per_epoch = len(first.shuffle_index)
+        """The first epoch, as GPTDataset wants it at construction; what is read comes from corpus_order.py."""
+        first = self.order.epoch(0)
         return first.document_index, first.sample_index, first.shuffle_index
-
-    def epoch(self, number: int) -> EpochIndex:
-        if number not in self.epochs:
-            lengths = self.dataset.sequence_lengths
-            if self.shuffle:
-                name = f"sequence_{self.sequence_length}-seed_{self.seed}-epoch_{number:05d}"
-                build = partial(
-                    shuffled_epoch,
-                    lengths,
-                    self.tokens_total,
-                    self.sequence_length,
-                    self.seed,
-                    number,
-                )
-            else:
-                name = f"sequence_{self.sequence_length}-whole"
-                build = partial(whole_corpus, lengths, self.tokens_total, self.sequence_length)
-            self.epochs = {
-                n: index for n, index in self.epochs.items() if n == number - 1
-            }  # samples come in order: older ones are done
-            self.epochs[number] = build_once(
-                self.cache / name if self.cache else None, EpochIndex, build
-            )
-        return self.epochs[number]
 
     def __len__(self) -> int:
         """Samples of one epoch; larger indices are later epochs."""
-        return self.samples_per_epoch
-
-    def pieces(self, index: int) -> list[tuple[int, int]]:
-        """Absolute token ranges [start, end) of sample `index`, one per document it touches; S + 1 tokens in all.
-
-        The same walk as GPTDataset._query_document_sample_shuffle_indices (a test compares the tokens), by offset.
-        """
-        number, within = divmod(index, self.samples_per_epoch)
-        epoch = self.epoch(number)
-        row = int(epoch.shuffle_index[within])
-        (first, first_offset), (last, last_offset) = epoch.sample_index[row : row + 2].tolist()
-        documents = epoch.document_index[first : last + 1]
-        starts = self.dataset.index.sequence_pointers[documents] // self.itemsize
-        ends = starts + self.dataset.index.sequence_lengths[documents]
-        ends[-1] = starts[-1] + last_offset + 1
-        starts[0] += first_offset
-        return list(zip(starts.tolist(), ends.tolist()))
+        return self.order.samples_per_epoch
 
     def __getitem__(self, index: int) -> Sample:
-        pieces = self.pieces(int(index))
+        pieces = self.order.pieces(int(index))
         whole = np.concatenate([self.token_map[start:end] for start, end in pieces])
         wanted = self.sequence_length
         missing = wanted + 1 - len(whole)
@@ -249,16 +201,11 @@ class BlendedScoredDataset(BlendedDataset):
         size: int,
         index_cache: str | Path | None = None,
     ):
-        self.cache = Path(index_cache) if index_cache else None
+        self.index_cache = index_cache
         super().__init__(datasets, [float(weight) for weight in weights], size, datasets[0].config)
 
     def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
-        key = sha256(repr((self.weights, self.size)).encode()).hexdigest()[:16]
-        arrays = build_once(
-            self.cache / f"blend_{key}" if self.cache else None,
-            BlendIndex,
-            lambda: blend(self.weights, self.size),
-        )
+        arrays = _kept_blend(self.weights, self.size, self.index_cache)
         return arrays.dataset_index, arrays.dataset_sample_index
 
     def __getitem__(self, index: int) -> Sample:
@@ -288,6 +235,31 @@ def blend(weights: Sequence[float], size: int) -> BlendIndex:
     return index
 
 
+def _kept_blend(weights: Sequence[float], size: int, index_cache: str | Path | None) -> BlendIndex:
+    """The blend of weights that BlendedDataset has normalized: to do it once more can move their last bit, and the order."""
+    key = sha256(repr((weights, size)).encode()).hexdigest()[:16]
+    return build_once(
+        Path(index_cache) / f"blend_{key}" if index_cache else None,
+        BlendIndex,
+        lambda: blend(weights, size),
+    )
+
+
+def samples_by_corpus(
+    weights: Sequence[float], samples: int, index_cache: str | Path | None = None
+) -> list[int]:
+    """How many of the first `samples` of a blend are of each corpus; one weight, or none, is one corpus."""
+    if len(weights) < 2:
+        return [samples]
+    counts = np.zeros(len(weights), np.int64)
+    if samples:
+        index = _kept_blend(normalize([float(weight) for weight in weights]), samples, index_cache)
+        for start in range(0, samples, COUNTED_AT_ONCE):
+            part_N = index.dataset_index[start : start + COUNTED_AT_ONCE]
+            counts += np.bincount(part_N, minlength=len(counts))
+    return counts.tolist()
+
+
 def training_dataset(
     corpora: Sequence[Corpus],
     *,
@@ -295,13 +267,15 @@ def training_dataset(
     seed: int,
     samples: int,
     weights: Sequence[float] = (),
+    pasts: Sequence[Sequence[Stretch]] = (),
     index_cache: str | Path | None = None,
     with_offsets: bool = False,
     isolate_documents: bool = False,
 ) -> ScoredDataset | BlendedScoredDataset:
     """The training data: one corpus, or a blend by `weights` (any positive scale; none = by size in tokens).
 
-    samples: how many the run may read; a blend is planned for that many, and a larger number keeps the order of the first.
+    samples: how many may be read; a blend is planned for that many, and a larger number keeps the order of the first.
+    pasts: per corpus, what was read of it before sample 0; none = nothing.
     """
     if weights and len(weights) != len(corpora):
         raise ValueError(f"{len(weights)} blend weights were given for {len(corpora)} corpora.")
@@ -315,6 +289,7 @@ def training_dataset(
             sequence_length=sequence_length,
             seed=seed,
             corpus_id=number,
+            past=pasts[number] if pasts else (),
             index_cache=index_cache,
             with_offsets=with_offsets,
             isolate_documents=isolate_documents,

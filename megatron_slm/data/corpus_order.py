@@ -1,0 +1,210 @@
+"""Sample i of one corpus as token ranges, also after samples of another length or order were read: nothing twice, nothing lost.
+
+A corpus is read epoch after epoch (epoch_index.py). When the sequence length or the seed changes in the middle of an epoch,
+the samples of that epoch that were not read are laid end to end in the order of the epoch, cut anew and put in random order;
+the epochs after it are cut with the new length and seed. What is left over then is less than one sample, as at the end of an epoch.
+
+S = sequence length in tokens.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from megatron_slm.data.epoch_index import (
+    EpochIndex,
+    build_once,
+    cut_in_order,
+    sample_order,
+    samples_per_epoch,
+    shuffled_epoch,
+    whole_corpus,
+)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Samples of a corpus that were read one after the other with one sequence length and one seed."""
+
+    sequence_length: int
+    seed: int
+    samples: int
+
+
+def add_stretch(past: Sequence[Stretch], stretch: Stretch) -> tuple[Stretch, ...]:
+    """`past` and then `stretch`; one that goes on in the order of the last makes that one longer."""
+    if not stretch.samples:
+        return tuple(past)
+    if past and past[-1] == replace(stretch, samples=past[-1].samples):
+        return (*past[:-1], replace(stretch, samples=past[-1].samples + stretch.samples))
+    return (*past, stretch)
+
+
+class Documents(NamedTuple):
+    """Where the documents of a corpus lie in its .bin; the arrays are megatron-core's maps of the .idx."""
+
+    pointers_bytes: np.ndarray
+    """int64 [documents]: where each begins."""
+    lengths: np.ndarray
+    """int32 [documents], tokens."""
+    itemsize: int
+    tokens: int
+    """In all."""
+
+
+@dataclass(frozen=True)
+class RestIndex:
+    """What was not yet read of an epoch, cut anew: as an EpochIndex whose documents are these ranges, in this order."""
+
+    range_start: np.ndarray
+    """int64 [ranges]: absolute offset of its first token."""
+    range_tokens: np.ndarray
+    """int32 [ranges]."""
+    sample_index: np.ndarray
+    shuffle_index: np.ndarray
+
+
+class Place(NamedTuple):
+    """Where a sample is found: in which epoch, in what index, and at which place of its order."""
+
+    epoch: int
+    index: EpochIndex | RestIndex
+    within: int
+
+
+class CorpusOrder:
+    """`pieces(i)` of sample i, counted from the end of `past`; shuffle=False: every token once, in an order that no seed changes.
+
+    cache: folder that keeps the arrays, of this corpus alone; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        sequence_length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        past: Sequence[Stretch] = (),
+        cache: Path | None = None,
+    ):
+        self.documents, self.cache, self.shuffle = documents, cache, shuffle
+        self.sequence_length, self.seed = sequence_length, seed
+        self.epochs: dict[int, EpochIndex] = {}
+        self.first_epoch, self.first_sample, self.rest = 0, 0, None
+        self.samples_per_epoch = samples_per_epoch(documents.tokens, sequence_length)
+        if not shuffle:
+            self.samples_per_epoch = len(self.epoch(0).shuffle_index)
+        if past and (past[-1].sequence_length, past[-1].seed) == (sequence_length, seed):
+            self.first_sample, past = past[-1].samples, past[:-1]
+        if past:
+            self._continue_after(tuple(past))
+
+    def _continue_after(self, past: tuple[Stretch, ...]) -> None:
+        """Begin with what `past`, whose last stretch was of another length or seed, has left of its epoch."""
+        last = past[-1]
+        before = CorpusOrder(
+            self.documents,
+            sequence_length=last.sequence_length,
+            seed=last.seed,
+            past=past,
+            cache=self.cache,
+        )
+        place = before.place(0)
+        self.first_epoch = place.epoch
+        if place.within == 0 and isinstance(place.index, EpochIndex):
+            return  # nothing of this epoch was read
+        self.first_epoch += 1
+        key = sha256(repr(past).encode()).hexdigest()[:16]
+        name = f"sequence_{self.sequence_length}-seed_{self.seed}-after_{key}"
+        build = partial(
+            rest_of_epoch,
+            self.documents,
+            place,
+            self.sequence_length,
+            [self.seed, place.epoch, len(past)],
+        )
+        rest = build_once(self.cache / name if self.cache else None, RestIndex, build)
+        if len(rest.shuffle_index):
+            self.rest = rest
+
+    def place(self, index: int) -> Place:
+        """Where sample `index` is."""
+        index += self.first_sample
+        rest_samples = len(self.rest.shuffle_index) if self.rest else 0
+        if index < rest_samples:
+            return Place(self.first_epoch - 1, self.rest, index)
+        number, within = divmod(index - rest_samples, self.samples_per_epoch)
+        return Place(self.first_epoch + number, self.epoch(self.first_epoch + number), within)
+
+    def epoch(self, number: int) -> EpochIndex:
+        if number not in self.epochs:
+            lengths, tokens = self.documents.lengths, self.documents.tokens
+            if self.shuffle:
+                name = f"sequence_{self.sequence_length}-seed_{self.seed}-epoch_{number:05d}"
+                build = partial(
+                    shuffled_epoch, lengths, tokens, self.sequence_length, self.seed, number
+                )
+            else:
+                number, name = 0, f"sequence_{self.sequence_length}-whole"
+                build = partial(whole_corpus, lengths, tokens, self.sequence_length)
+            self.epochs = {
+                n: index for n, index in self.epochs.items() if n == number - 1
+            }  # samples come in order: older ones are done
+            self.epochs[number] = build_once(
+                self.cache / name if self.cache else None, EpochIndex, build
+            )
+        return self.epochs[number]
+
+    def pieces(self, index: int) -> list[tuple[int, int]]:
+        """Absolute token ranges [start, end) of sample `index`, one per document it touches; S + 1 tokens in all."""
+        place = self.place(index)
+        row = place.index.shuffle_index[place.within : place.within + 1].astype(np.int64)
+        starts, ends = token_ranges(self.documents, place.index, row, row)
+        return list(zip(starts.tolist(), ends.tolist()))
+
+
+def token_ranges(
+    documents: Documents, index: EpochIndex | RestIndex, first_R: np.ndarray, last_R: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Absolute starts and ends, int64, of the tokens of R runs of neighbouring samples, from row first_R to row last_R inclusive.
+
+    One range per document and run, empty ones too. The same walk as GPTDataset._query_document_sample_shuffle_indices
+    (a test compares the tokens), by offset.
+    """
+    begin_R, begin_offset_R = index.sample_index[first_R].astype(np.int64).T
+    end_R, end_offset_R = index.sample_index[last_R + 1].astype(np.int64).T
+    count_R = end_R - begin_R + 1
+    final_R = np.cumsum(count_R) - 1
+    initial_R = final_R - count_R + 1
+    position = np.repeat(begin_R - initial_R, count_R) + np.arange(count_R.sum())
+    if isinstance(index, RestIndex):
+        starts, lengths = index.range_start[position], index.range_tokens[position]
+    else:
+        numbers = index.document_index[position]
+        starts = documents.pointers_bytes[numbers] // documents.itemsize
+        lengths = documents.lengths[numbers]
+    starts, ends = np.array(starts, np.int64), starts + lengths.astype(np.int64)
+    ends[final_R] = starts[final_R] + end_offset_R + 1  # a sample's last token opens the next one
+    starts[initial_R] += begin_offset_R
+    return starts, ends
+
+
+def rest_of_epoch(
+    documents: Documents, place: Place, sequence_length: int, entropy: list[int]
+) -> RestIndex:
+    """The samples from `place` to the end of its epoch, neighbours joined, cut every `sequence_length` tokens."""
+    rows = np.sort(place.index.shuffle_index[place.within :]).astype(np.int64)
+    breaks = np.flatnonzero(np.diff(rows) != 1)
+    first_R, last_R = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
+    starts, ends = token_ranges(documents, place.index, first_R, last_R)
+    starts, ends = starts[ends > starts], ends[ends > starts]
+    lengths = (ends - starts).astype(np.int32)
+    sample_index = cut_in_order(
+        lengths, np.arange(len(lengths), dtype=np.int32), int(lengths.sum()), sequence_length
+    )
+    return RestIndex(starts, lengths, sample_index, sample_order(len(sample_index) - 1, entropy))
