@@ -8,11 +8,13 @@ from pathlib import Path
 from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError, load_yaml, parse
+from megatron_slm.config.values import whole_number
 from megatron_slm.data.manifest import CorpusManifest, manifest_path
 from megatron_slm.planning.hardware import GPUS, find_gpu
 from megatron_slm.planning.job import Job
+from megatron_slm.planning.propose import alternatives
 from megatron_slm.planning.result import as_json, make_plan
-from megatron_slm.planning.terminal import print_plan
+from megatron_slm.planning.terminal import describe_alternatives, print_plan
 from megatron_slm.tokenization import load_tokenizer
 
 DESCRIPTION = """Compute from a recipe what a run will need: parameters, memory of one GPU by part, FLOPs, traffic per link, the
@@ -28,7 +30,8 @@ examples:
   python -m megatron_slm.plan --config launch/recipes/llama3_8b_slm.yaml --gpu H200 --nodes 16 --parallel.tensor 2 --parallel.sequence true
   python -m megatron_slm.plan --config RECIPE.yaml --json | jq .duration.tokens_per_second
 
-exit codes: 0 it fits, 1 it does not fit (layouts that do are printed), 2 wrong usage or configuration"""
+exit codes: 0 it fits, 1 it does not fit (layouts that do are printed), 2 wrong usage or configuration
+(for a number of GPUs that this configuration cannot use, what train would accept is printed)"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,9 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--corpus-tokens",
-        type=int,
+        type=_count,
         default=0,
-        help="tokens to score before the run (default: of data.train if it is here, else as many as the run)",
+        metavar="N",
+        help="tokens of the training corpora, for epochs and scoring: 100e9, 100B or 100_000_000_000 "
+        "(default: of data.train if it is here, else one epoch)",
     )
     parser.add_argument(
         "--proposals",
@@ -101,13 +106,27 @@ def main(argv: list[str] | None = None) -> int:
             reference=_reference_model(options.reference_config, config),
             corpus_tokens=options.corpus_tokens or _corpus_tokens(config),
         )
-        check(config, job.ranks)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
+        return 2
+    try:
+        check(config, job.ranks)
+    except ConfigError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        found = alternatives(job) if options.proposals else []
+        if found:
+            print(describe_alternatives(found), file=sys.stderr)
         return 2
     plan = make_plan(job, options.proposals)
     print(json.dumps(as_json(plan), indent=1)) if options.json else print_plan(plan)
     return 0 if plan.fits else 1
+
+
+def _count(text: str) -> int:
+    try:
+        return whole_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _check_options(options) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_slm.analysis.run_folder import PROCESSED, Run
 from megatron_slm.analysis.selection_figures import BY_POSITION, BY_REFERENCE_LOSS, selecting
 from megatron_slm.analysis.style import short_count
+from megatron_slm.selection.alarms import reference_overtaken
 
 EQUAL_NATS = 0.005
 """Smaller differences of a validation loss are called equal: other seeds alone move small runs by more."""
@@ -92,7 +93,7 @@ def training(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.is_plain:
             continue
-        parts = _reference_gap(run)
+        parts, overtaken = _reference_gap(run)
         rejected = run.series("loss/rejected")[1]
         if len(rejected) > 1:
             start, end = _end_means(rejected)
@@ -105,26 +106,26 @@ def training(runs: Sequence[Run]) -> str:
                 )
             )
         if parts:
-            sentences.append(f"{run.name}: {'; '.join(parts)}")
-    return ". ".join(sentences) + (
-        "." if sentences else "All tokens are trained on in every run shown."
-    )
+            sentences.append(f"{run.name}: {'; '.join(parts)}.")
+        if overtaken:
+            sentences.append(f"{run.name}: {overtaken}")
+    return " ".join(sentences) or "All tokens are trained on in every run shown."
 
 
-def _reference_gap(run: Run) -> list[str]:
+def _reference_gap(run: Run) -> tuple[list[str], str | None]:
+    """Where the model stands beside the reference on all tokens, and the warning when a run that ranks tokens has overtaken it."""
     (x, all_), (x_reference, reference) = run.series("loss/all"), run.series("loss/reference")
     shared, first, second = np.intersect1d(x, x_reference, return_indices=True)
     if not len(shared):
-        return []
-    start, end = _end_means(all_[first] - reference[second])
-    if end <= 0:
-        return [
-            f"the model has overtaken its reference ({-end:.2f} nats below it at the end), so excess loss "
-            "no longer tells what is worth learning; a better reference would"
-        ]
-    return [
-        f"the reference is {end:.2f} nats ahead of the model at the end, {start:.2f} at the start"
-    ]
+        return [], None
+    all_start, all_end = _end_means(all_[first])
+    reference_start, reference_end = _end_means(reference[second])
+    start, end = all_start - reference_start, all_end - reference_end
+    side = "ahead of" if end > 0 else "behind"
+    gap = f"on all tokens the reference is {abs(end):.2f} nats {side} the model at the end"
+    at_start = f"{abs(start):.2f} {'ahead' if start > 0 else 'behind'} at the start"
+    overtaken = reference_overtaken(all_end, reference_end) if run.ranks_in_nats else None
+    return [f"{gap}, {at_start}"], overtaken
 
 
 def threshold(runs: Sequence[Run]) -> str:

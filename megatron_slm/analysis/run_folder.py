@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+
 from megatron_slm.analysis.token_viewer import TokenView, read_token_views
+from megatron_slm.selection.alarms import ranks_tokens
 
 PROCESSED = "tokens/processed"
 SELECTED = "tokens/selected"
@@ -41,7 +43,7 @@ class Run:
     @property
     def ranks_in_nats(self) -> bool:
         """Whether the run chooses by a score whose threshold means something: random scores are no losses."""
-        return not self.is_plain and self.scorer != "random"
+        return ranks_tokens(self.scorer, self.setting("selection.keep_fraction", 0.6))
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of config.yaml by its dotted name."""

@@ -2,7 +2,9 @@
 
 import typing
 from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
 
+_SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 UNREADABLE = object()
 """Stands for a value that could not be read; the problem is already noted."""
 
@@ -38,20 +40,9 @@ def _as_plain(value, hint):
     if hint is bool:
         return value if isinstance(value, bool) else UNREADABLE
     if hint is int:
-        if isinstance(value, bool):
-            return UNREADABLE
-        if isinstance(value, str):
-            value = value.replace("_", "")
         try:
-            number = float(value)
-            return (
-                int(value)
-                if isinstance(value, int)
-                else int(number)
-                if number.is_integer()
-                else UNREADABLE
-            )
-        except (TypeError, ValueError, OverflowError):
+            return whole_number(value)
+        except ValueError:
             return UNREADABLE
     if hint is float:  # YAML 1.1 reads 3e-4 as text
         try:
@@ -78,6 +69,25 @@ def _as_plain(value, hint):
     if origin is dict:
         return dict(value) if isinstance(value, Mapping) else UNREADABLE
     return value
+
+
+def whole_number(value: int | float | str) -> int:
+    """A count as people write it: 15000000000, 15_000_000_000, 15e9 or 15B are the same number.
+
+    A suffix k, M, B (or G) or T multiplies by 10^3, 10^6, 10^9 or 10^12. ValueError for anything
+    that is not a whole number; nothing is rounded.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"got {value!r}; expected a whole number")
+    text = str(value).strip().replace("_", "")
+    factor = _SUFFIXES.get(text[-1:], 1)
+    try:
+        number = Decimal(text[:-1] if factor > 1 else text) * factor
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not number.is_finite() or number != number.to_integral_value():
+        raise ValueError(f"got {value!r}; expected a whole number (15_000_000_000, 15e9 or 15B)")
+    return int(number)
 
 
 def _words(hint) -> str:

@@ -125,6 +125,12 @@ class Job:
         )
 
     @property
+    def epochs(self) -> float | None:
+        """Passes over the training corpora; None when their size is not known."""
+        run_tokens = self.steps * self.step_tokens
+        return run_tokens / self.corpus_tokens if self.corpus_tokens else None
+
+    @property
     def step_tokens(self) -> int:
         return tokens_per_step(self.config)
 

@@ -63,6 +63,52 @@ def propose(job: Job, count: int) -> list[Proposal]:
     return sorted(best.values(), key=rank)[:count]
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """A job near one that train refuses: what to change, and the fastest layout after the change."""
+
+    change: str
+    """Options of plan and train beside the layout's; "" = the layout alone."""
+    proposal: Proposal
+
+
+def alternatives(job: Job) -> list[Alternative]:
+    """What train would accept near a job that it refuses for its number of GPUs.
+
+    First another layout of the same GPUs and batch. Where there is none (3 nodes and a batch that
+    3 does not divide), the nearest batches above and below on these GPUs, and the nearest numbers
+    of nodes with this batch. Empty when the configuration is wrong for another reason.
+    """
+    same = propose(job, 1)
+    if same:
+        return [Alternative("", same[0])]
+    found = [_other_batch(job, step) for step in (-1, 1)]
+    found += [_other_nodes(job, step) for step in (-1, 1)]
+    return [each for each in found if each is not None]
+
+
+def _other_batch(job: Job, step: int) -> Alternative | None:
+    """The nearest larger (step 1) or smaller (-1) global batch that the number of GPUs divides."""
+    batch = job.config.data.global_batch_size
+    rounded = (-(-batch // job.ranks) if step > 0 else batch // job.ranks) * job.ranks
+    if rounded in (0, batch):
+        return None
+    data = replace(job.config.data, global_batch_size=rounded)
+    found = propose(replace(job, config=replace(job.config, data=data)), 1)
+    return Alternative(f"--data.global_batch_size {rounded}", found[0]) if found else None
+
+
+def _other_nodes(job: Job, step: int) -> Alternative | None:
+    """The nearest larger (step 1) or smaller (-1) number of nodes, up to twice or down to one."""
+    nodes = job.nodes + step
+    while 1 <= nodes <= 2 * job.nodes:
+        found = propose(replace(job, nodes=nodes), 1)
+        if found:
+            return Alternative(f"--nodes {nodes}", found[0])
+        nodes += step
+    return None
+
+
 def candidates(job: Job) -> Iterator[Job]:
     """Every layout of the job's GPUs that train would accept. Tensor and expert groups stay inside a node, where the links are fast."""
     config = job.config

@@ -112,6 +112,8 @@ def as_json(plan: Plan) -> dict:
         "micro_batches": job.micro_batches,
         "step_tokens": job.step_tokens,
         "steps": job.steps,
+        "corpus_tokens": job.corpus_tokens,
+        "epochs": job.epochs,
         "trained_fraction": job.trained_fraction,
         "vocabulary_size": job.vocabulary_size,
     }

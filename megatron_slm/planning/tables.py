@@ -82,6 +82,7 @@ def job_table(plan: Plan) -> Table:
                 f"{job.micro_batches} micro-batches of {data.micro_batch_size} per data-parallel rank",
             ),
             ("run", f"{job.steps:,} steps, {_count(job.steps * job.step_tokens)} tokens"),
+            ("data", describe_data(job)),
             (
                 "selection",
                 f"{job.config.selection.scorer}, {job.trained_fraction:.0%} of the tokens trained on"
@@ -258,6 +259,13 @@ def proposal_table(proposals: list[Proposal], job: Job) -> Table:
         headings,
         rows,
     )
+
+
+def describe_data(job: Job) -> str:
+    """Size of the training corpora, and how often the run passes over them."""
+    if job.epochs is None:
+        return "size not known: data.train is not on this machine; give --corpus-tokens"
+    return f"{_count(job.corpus_tokens)} tokens: {job.epochs:,.3g} epochs"
 
 
 def layout_words(job: Job) -> str:

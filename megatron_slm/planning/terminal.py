@@ -4,8 +4,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from megatron_slm.planning.memory import rank_memory
+from megatron_slm.planning.propose import Alternative
 from megatron_slm.planning.result import Plan
 from megatron_slm.planning.tables import Table, tables
+
+
+MANY_EPOCHS = 4
+"""Repeating data up to about four times costs little (Muennighoff et al., arXiv 2305.16264)."""
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -33,16 +38,25 @@ def rich_table(table: Table) -> RichTable:
 
 def advice(plan: Plan) -> list[str]:
     """Whether it fits, and the best layout as options."""
+    lines = []
+    epochs = plan.job.epochs
+    if epochs is not None and epochs > MANY_EPOCHS:
+        lines.append(
+            f"WARNING: the run passes {epochs:,.0f} times over its data: the corpora of data.train "
+            f"hold {plan.job.corpus_tokens:,} tokens. If the run will read another corpus, give its "
+            "size as --corpus-tokens (100e9); else lower schedule.train_tokens."
+        )
     memory = rank_memory(plan.job, plan.fullest_stage)
     need, there = memory.total / 2**30, plan.usable_bytes / 2**30
     if plan.fits:
-        lines = [
+        lines.append(
             f"It fits: {need:,.1f} of {there:,.1f} GiB at the fullest stage ({plan.fullest_stage})."
-        ]
+        )
     else:
-        lines = [
-            f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {need:,.1f} GiB, and {there:,.1f} GiB are usable."
-        ]
+        lines.append(
+            f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {need:,.1f} GiB, and "
+            f"{there:,.1f} GiB are usable."
+        )
     if plan.proposals:
         best = plan.proposals[0]
         gain = best.duration.tokens_per_second / plan.duration.tokens_per_second - 1
@@ -56,3 +70,13 @@ def advice(plan: Plan) -> list[str]:
             "No layout of these GPUs fits: take more nodes, a GPU with more memory, shorter sequences, or a smaller model."
         )
     return lines
+
+
+def describe_alternatives(found: list[Alternative]) -> str:
+    """Sentences for a job that train refuses: what it would accept instead."""
+    lines = ["What train accepts instead and what fits, the fastest layout of each:"]
+    for each in found:
+        speed = each.proposal.duration.tokens_per_second
+        options = " ".join(word for word in (each.change, each.proposal.overrides) if word)
+        lines.append(f"  {speed:,.0f} tokens/s predicted: {options}")
+    return "\n".join(lines)

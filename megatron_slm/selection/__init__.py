@@ -6,36 +6,38 @@ combinators.py  scorers made of scorers: both, either, band, mixtures
 select.py       the exact top-k of a population spread over ranks        threshold.py, radix.py: how ranks agree on it
 scope.py        which tokens compete with which                          running.py: a threshold carried over steps
 schedule.py     keep fraction over training
-diagnostics.py  sums and counts that describe a choice                   alarms.py: what they warn of
+diagnostics.py  sums and counts that describe a choice                   alarms.py: what they warn of, without torch
 """
 
-from megatron_slm.selection import catalogue, combinators  # noqa: F401  (importing them registers their scorers)
-from megatron_slm.selection.running import RunningThreshold
-from megatron_slm.selection.schedule import Progress, Schedule, build_schedule
-from megatron_slm.selection.scope import SCOPES, Population, select_in_scope
-from megatron_slm.selection.scorers import (
-    SCORERS,
-    Scorer,
-    build_scorer,
-    excess_loss,
-    register_scorer,
-)
-from megatron_slm.selection.select import Selection, kept_tokens, select_top
+from importlib import import_module
 
-__all__ = [
-    "SCOPES",
-    "SCORERS",
-    "Population",
-    "Progress",
-    "RunningThreshold",
-    "Schedule",
-    "Scorer",
-    "Selection",
-    "build_schedule",
-    "build_scorer",
-    "excess_loss",
-    "kept_tokens",
-    "register_scorer",
-    "select_in_scope",
-    "select_top",
-]
+MODULES = {
+    "RunningThreshold": "running",
+    "Progress": "schedule",
+    "Schedule": "schedule",
+    "build_schedule": "schedule",
+    "SCOPES": "scope",
+    "Population": "scope",
+    "select_in_scope": "scope",
+    "SCORERS": "scorers",
+    "Scorer": "scorers",
+    "build_scorer": "scorers",
+    "excess_loss": "scorers",
+    "register_scorer": "scorers",
+    "Selection": "select",
+    "kept_tokens": "select",
+    "select_top": "select",
+}
+"""Where each public name is defined."""
+
+__all__ = list(MODULES)
+
+
+def __getattr__(name: str):
+    """A public name, loaded when it is first asked for: alarms.py alone is read without torch."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if MODULES[name] == "scorers":
+        for module in ("catalogue", "combinators"):  # importing them registers their scorers
+            import_module(f"{__name__}.{module}")
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -1,4 +1,7 @@
-"""Warnings that think: pure functions of reduced sums, each returning a sentence that says what was seen and what to do."""
+"""Warnings that think: pure functions of reduced sums, each returning a sentence that says what was seen and what to do.
+
+No torch: the report, which needs none, asks the same functions as the run.
+"""
 
 from collections.abc import Mapping
 
@@ -13,11 +16,15 @@ KEPT_TOLERANCE = 0.02
 
 
 def warnings_of(
-    summary: Mapping[str, float | list[float]], keep_fraction: float | None = None
+    summary: Mapping[str, float | list[float]],
+    keep_fraction: float | None = None,
+    *,
+    ranked: bool = True,
 ) -> dict[str, str]:
     """name -> sentence for everything in `summary` (from diagnostics.summarise, over one interval) that needs a person.
 
     keep_fraction  what was configured for the interval; None when the scorer has no use for it or its choice is meant to differ (union).
+    ranked         whether tokens are chosen for what they are (`ranks_tokens`): what a reference is worth to the choice is else no question.
     """
     findings = {
         "reference_is_the_model": _reference_is_the_model(summary),
@@ -25,7 +32,7 @@ def warnings_of(
         "coverage_hole": _coverage_hole(summary),
         "scores_not_finite": _scores_not_finite(summary),
         "keep_fraction_not_met": _keep_fraction_not_met(summary, keep_fraction),
-        "reference_overtaken": _reference_overtaken(summary),
+        "reference_overtaken": _reference_overtaken(summary) if ranked else None,
     }
     return {name: sentence for name, sentence in findings.items() if sentence}
 
@@ -84,18 +91,31 @@ def _keep_fraction_not_met(summary: Mapping, keep_fraction: float | None) -> str
     )
 
 
-def _reference_overtaken(summary: Mapping) -> str | None:
-    """On the tokens it selects the model is already as good as the reference: nothing is left to learn from the ranking."""
-    names = ("loss/selected", "loss/reference_selected", "loss/all", "loss/reference")
-    if any(name not in summary for name in names):
-        return None
-    selected, reference_selected, everywhere, reference = (summary[name] for name in names)
-    if selected > reference_selected:
+def ranks_tokens(scorer: str, keep_fraction: object = None) -> bool:
+    """Whether a run of this scorer prefers some tokens to others: not when it trains on all of them, nor when chance chooses.
+
+    keep_fraction: a number, or anything else (a schedule, None) for one that is not 1 all the time.
+    """
+    return scorer not in ("none", "random") and keep_fraction != 1.0
+
+
+def reference_overtaken(all_nats: float, reference_nats: float) -> str | None:
+    """The sentence to say when the model has overtaken its reference, else None: the one rule of run and report.
+
+    Both losses are means over all tokens, never over the selected ones. Those are selected because the model is behind on
+    them, so on them it stays behind for as long as the losses of single tokens scatter, however far ahead it is on the rest.
+    """
+    if all_nats > reference_nats:
         return None
     return (
-        f"The model has overtaken the reference: {selected:.3f} against {reference_selected:.3f} nats on the selected tokens "
-        f"({everywhere:.3f} against {reference:.3f} on all). The ranking has little left to teach: train a better reference, or go on with plain CLM."
+        f"The model has overtaken the reference: {all_nats:.3f} against {reference_nats:.3f} nats on all tokens. Excess loss no longer "
+        "tells which tokens are worth learning: train a better reference, or go on with plain training."
     )
+
+
+def _reference_overtaken(summary: Mapping) -> str | None:
+    losses = summary.get("loss/all"), summary.get("loss/reference")
+    return None if None in losses else reference_overtaken(*losses)
 
 
 def smallest_population(keep_fraction: float) -> int:

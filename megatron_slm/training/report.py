@@ -19,7 +19,7 @@ from megatron_slm.monitoring import (
 )
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
-from megatron_slm.selection.alarms import smallest_population, warnings_of
+from megatron_slm.selection.alarms import ranks_tokens, smallest_population, warnings_of
 from megatron_slm.training.choose import make_scorer
 from megatron_slm.training.start_table import start_table
 
@@ -107,7 +107,12 @@ class Reporter:
     def think(self, summary: dict, keep_fraction: float, scorer) -> None:
         """Say what the interval's metrics warn of; each kind of warning once per start of the run."""
         own_count = scorer.uses_keep_fraction and scorer.name not in ("union", "intersection")
-        for name, sentence in warnings_of(summary, keep_fraction if own_count else None).items():
+        found = warnings_of(
+            summary,
+            keep_fraction if own_count else None,
+            ranked=ranks_tokens(self.config.selection.scorer, keep_fraction),
+        )
+        for name, sentence in found.items():
             if name not in self.warned:
                 self.warned.add(name)
                 self.message(sentence, "warning")

@@ -12,6 +12,7 @@ import yaml
 from megatron_slm import report
 from megatron_slm.analysis import readings
 from megatron_slm.analysis.run_folder import read_run, read_runs
+from megatron_slm.selection.alarms import reference_overtaken
 
 
 def write_run(folder, *, scorer, losses, name="", rejected=(2.0, 2.5), ahead=(1.0, 0.5), keep=0.6):
@@ -161,7 +162,8 @@ def test_words_follow_the_numbers(tmp_path):
         and "slm is 0.200 higher" in text
         and "lowest" not in text
     )
-    assert "overtaken its reference (0.25 nats below it at the end)" in readings.training(runs)
+    assert f"slm: {reference_overtaken(4.0, 4.25)}" in readings.training(runs)
+    assert "The model has overtaken the reference: 4.000 against 4.250" in readings.training(runs)
     assert "expected" not in readings.training(runs[:2]), "rejected loss fell"
     rising = read_run(
         write_run(
@@ -174,6 +176,13 @@ def test_words_follow_the_numbers(tmp_path):
     assert "90% of class 2" in readings.by_reference_loss(
         runs
     ) and "20% of class 1" in readings.by_reference_loss(runs)
+
+
+def test_a_random_choice_is_not_told_to_change_its_reference(tmp_path):
+    folder = write_run(tmp_path / "random", scorer="random", losses=[4.0, 3.5], ahead=(0.5, -0.25))
+    text = readings.training([read_run(folder)])
+    assert "on all tokens the reference is" in text
+    assert "overtaken" not in text
 
 
 def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path):

@@ -76,11 +76,27 @@ def test_yaml_reads_numbers_with_an_exponent(recipe, text, number):
 
 @pytest.mark.parametrize(
     "text, number",
-    [("1_000_000", 1_000_000), ("1e6", 1_000_000), ("15e9", 15_000_000_000), ("64.0", 64)],
+    [
+        ("1_000_000", 1_000_000),
+        ("1e6", 1_000_000),
+        ("15e9", 15_000_000_000),
+        ("64.0", 64),
+        ("15B", 15_000_000_000),
+        ("1.5M", 1_500_000),
+        ("4k", 4_000),
+        ("2T", 2_000_000_000_000),
+    ],
 )
 def test_whole_numbers_may_be_written_large(text, number):
     config = read("--schedule.train_tokens", text)
     assert config.schedule.train_tokens == number and type(config.schedule.train_tokens) is int
+
+
+@pytest.mark.parametrize("text", ["1.5", "15BB", "B", "1e-3", "nan", "inf", "many", "1.2345k"])
+def test_what_is_no_whole_number_is_refused(text):
+    (problem,) = problems_of("--schedule.train_tokens", text)
+    assert "schedule.train_tokens" in problem
+    assert "expected a whole number" in problem
 
 
 @pytest.mark.parametrize("text", ["yes", "007", "2026-01-31", "name: mine", "[draft", "#1", "null"])

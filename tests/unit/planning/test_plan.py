@@ -1,15 +1,11 @@
-"""The plan by hand for small cases, its proposals, its program."""
+"""The plan by hand for small cases, and its proposals."""
 
 import importlib.util
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_slm import plan as program
 from megatron_slm.config.check import check
 from megatron_slm.config.load import load_yaml, parse
 from megatron_slm.data.score_manifest import ScoreManifest
@@ -263,165 +259,6 @@ def test_no_layout_fits_a_model_that_is_too_large():
         "64",
     )
     assert not fits(planned) and propose(planned, 3) == []
-
-
-# The program
-
-
-def run(*words: str) -> int:
-    return program.main(["--config", str(RECIPES / "tinyllama_1.1b_math_slm.yaml"), *words])
-
-
-def test_a_plan_that_fits(capsys):
-    assert run("--gpu", "h100", "--nodes", "4", "--proposals", "2") == 0
-    printed = capsys.readouterr().out
-    for words in (
-        "1,100,048,384",
-        "32 H100",
-        "gradients, fp32",
-        "FLOPs per token",
-        "reduce-scatter of gradients",
-        "GPU-hours",
-        "score store",
-        "It fits",
-    ):
-        assert words in printed
-
-
-def test_a_plan_that_does_not_fit_says_what_does(capsys):
-    assert run("--gpu", "A100 40GB", "--nodes", "4", "--data.micro_batch_size", "16") == 1
-    printed = capsys.readouterr().out
-    assert "does not fit" in printed and "--data.micro_batch_size 8" in printed
-
-
-def test_json_holds_everything(capsys):
-    assert run("--nodes", "4", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (
-        found["parameters"]["total"] == 1_100_048_384
-        and found["fits"]
-        and found["job"]["layout"]["data"] == 32
-    )
-    assert found["memory"][0]["total"] == sum(
-        value for part, value in found["memory"][0].items() if part != "total"
-    )
-    assert (
-        found["duration"]["tokens_per_second"] > 0
-        and found["proposals"][0]["overrides"]
-        and found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
-    )
-
-
-def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
-    """The corpus's tokens from its manifest; the shape of an online reference from its checkpoint, of another one from its recipe."""
-    step = tmp_path / "reference" / "checkpoints" / "step_00000001"
-    step.mkdir(parents=True)
-    (step / "model.json").write_text(
-        json.dumps(
-            {
-                "model": {
-                    "layers": 2,
-                    "hidden_size": 256,
-                    "ffn_hidden_size": 512,
-                    "attention_heads": 4,
-                    "vocabulary_size": 32000,
-                },
-                "sequence_length": 2048,
-                "tokenizer": {},
-                "step": 1,
-                "tokens_processed": 1,
-            }
-        )
-    )
-    (step / "checksums.json").write_text("{}")
-    online = (
-        "--selection.reference.scores",
-        "[]",
-        "--selection.reference.checkpoint",
-        str(tmp_path / "reference"),
-    )
-    assert run("--nodes", "4", "--json", "--proposals", "0", *online) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["memory"][0]["reference"] == 2 * (
-        2 * 32000 * 256 + 2 * (4 * 256 * 256 + 3 * 512 * 256 + 2 * 256) + 256
-    )
-    manifest = {
-        "format_version": 1,
-        "documents": 1,
-        "tokens": 5_000_000,
-        "token_dtype": "uint16",
-        "bin_bytes": 0,
-        "idx_bytes": 0,
-        "bin_sha256": "",
-        "idx_sha256": "",
-        "tokenizer": dict.fromkeys(("eod_id", "fingerprint", "kind", "path", "vocabulary_size"), 0),
-        "append_eod": True,
-        "sources": [],
-        "created_by": {},
-        "rejected": {},
-    }
-    (tmp_path / "corpus.manifest.json").write_text(json.dumps(manifest))
-    small = ("--reference-config", str(RECIPES / "quickstart.yaml"))
-    assert (
-        run(
-            "--nodes",
-            "4",
-            "--json",
-            "--proposals",
-            "0",
-            "--data.train",
-            f"[{tmp_path / 'corpus'}]",
-            *small,
-        )
-        == 0
-    )
-    scoring = json.loads(capsys.readouterr().out)["scoring"]
-    assert scoring["tokens"] == 5_000_000 and scoring["store_bytes"] == 10_000_000
-    assert scoring["flops_per_token"] < 4 * 128 * 32000
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (["--gpu", "TPU"], "--gpu: got 'TPU'; expected one of B200"),
-        (["--nodes", "3"], "data.global_batch_size: got 512"),
-        (["--nodes", "0"], "--nodes"),
-        (["--efficiency", "50"], "--efficiency"),
-        (["--parallel.tensr", "2"], "did you mean parallel.tensor"),
-        (["--model.vocabulary_size", "0"], "give the size"),
-    ],
-)
-def test_what_cannot_be_planned(words, expected, capsys):
-    assert run(*words) == 2
-    assert expected in capsys.readouterr().err
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        program.main(["--help"])
-    printed = capsys.readouterr().out
-    assert stopped.value.code == 0
-    assert all(
-        word in printed
-        for word in (
-            "--gpu",
-            "--nodes",
-            "--efficiency",
-            "examples:",
-            "exit codes:",
-            "Nothing is started",
-        )
-    )
-
-
-def test_planning_loads_no_torch():
-    code = (
-        "import sys; from megatron_slm import plan; "
-        f"code = plan.main(['--config', {str(RECIPES / 'tinyllama_1.1b_math_slm.yaml')!r}, '--nodes', '4']); "
-        "assert code == 0 and not [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules]"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_every_gpu_is_found_by_its_name():

@@ -1,7 +1,12 @@
 import torch
 
 from megatron_slm.selection import excess_loss, select_top
-from megatron_slm.selection.alarms import smallest_population, warnings_of
+from megatron_slm.selection.alarms import (
+    ranks_tokens,
+    reference_overtaken,
+    smallest_population,
+    warnings_of,
+)
 from megatron_slm.selection.diagnostics import describe, summarise
 
 
@@ -60,11 +65,46 @@ def test_a_keep_fraction_that_cannot_be_met_is_noticed():
     assert smallest_population(0.6) == 20 and smallest_population(1.0) == 1
 
 
-def test_a_reference_that_the_model_has_overtaken_is_noticed():
+def test_a_model_ahead_on_all_tokens_has_overtaken_though_it_is_behind_on_those_it_selects():
     loss, _ = healthy()
     generator = torch.Generator().manual_seed(1)
-    reference = loss + 1.0 + torch.randn(loss.shape, generator=generator) * 0.3
+    # 0.75 nats ahead in the mean, yet behind on a third of the tokens, which are most of the selected ones.
+    reference = loss + 0.75 + torch.randn(loss.shape, generator=generator) * 2.0
+    summary = summary_of(loss, reference, keep_fraction=0.2)
+    assert summary["loss/selected"] > summary["loss/reference_selected"]
+    sentence = warnings_of(summary, 0.2)["reference_overtaken"]
+    assert sentence == reference_overtaken(summary["loss/all"], summary["loss/reference"])
     assert (
-        "has overtaken the reference"
-        in warnings_of(summary_of(loss, reference), 0.6)["reference_overtaken"]
+        f"{summary['loss/all']:.3f} against {summary['loss/reference']:.3f} nats on all" in sentence
     )
+
+
+def test_a_model_behind_on_all_tokens_has_not_overtaken_whatever_was_selected():
+    loss, reference = healthy()
+    # Chosen where the model is ahead: as the band scorer, a mask, or a threshold that lags may choose.
+    selection = select_top(-excess_loss(loss, reference), torch.ones_like(loss).bool(), 0.1)
+    columns = {"loss": loss, "reference_loss": reference}
+    summary = summarise(describe(columns, None, torch.ones_like(loss).bool(), selection))
+    assert summary["loss/selected"] < summary["loss/reference_selected"]
+    assert "reference_overtaken" not in warnings_of(summary)
+
+
+def test_only_a_choice_that_ranks_tokens_is_told_of_its_reference():
+    loss, _ = healthy()
+    assert "reference_overtaken" in warnings_of(summary_of(loss, loss + 1.0))
+    assert "reference_overtaken" not in warnings_of(summary_of(loss, loss + 1.0), ranked=False)
+    assert [name for name in ("none", "random", "excess_loss") if ranks_tokens(name)] == [
+        "excess_loss"
+    ]
+    assert not ranks_tokens("excess_loss", 1.0)
+    assert ranks_tokens("excess_loss", {"style": "linear", "end": 0.6})
+
+
+def test_nothing_is_said_of_a_reference_without_the_loss_of_all_tokens():
+    loss, _ = healthy()
+    selection = select_top(-loss, torch.ones_like(loss).bool(), 0.6)
+    columns = {"loss": loss, "reference_loss": loss + 1.0}
+    measured = describe(
+        columns, None, torch.ones_like(loss).bool(), selection, loss_of_selected_only=True
+    )
+    assert "reference_overtaken" not in warnings_of(summarise(measured))
