@@ -12,7 +12,8 @@ also works on runs that are still going or were stopped, without a GPU, and on a
 EXAMPLE = """example:
   python -m megatron_slm.report --runs runs/plain runs/slm runs/random --output report.html
 
-Put the plain run among them: the others' "tokens to reach its final loss" are then in the table.
+Put a plain run (scorer none) of the same data, initial weights and tokens per step among them: it becomes the baseline, and
+the others' "tokens to reach its final loss" are in the table. The report says which run is the baseline, or why there is none.
 exit codes: 0 done, 2 bad usage, 3 a run folder that cannot be read"""
 
 
@@ -80,6 +81,7 @@ def _print_table(runs, corpus: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from megatron_slm.analysis.baseline import find_baseline
     from megatron_slm.analysis.readings import outcomes
     from megatron_slm.analysis.style import short_count
 
@@ -92,7 +94,7 @@ def _print_table(runs, corpus: str | None) -> None:
         "tokens processed",
         "tokens selected",
         "tokens/s",
-        "tokens to the plain run's final loss",
+        "tokens to the baseline's final loss",
     ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
 
@@ -104,10 +106,14 @@ def _print_table(runs, corpus: str | None) -> None:
             line.run.name,
             cell(line.final_loss, "{:.4f}".format),
             *map(
-                cell, (line.processed, line.selected, line.tokens_per_second, line.tokens_to_plain)
+                cell,
+                (line.processed, line.selected, line.tokens_per_second, line.tokens_to_baseline),
             ),
         )
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if corpus:
+        console.print(find_baseline(runs, corpus).sentence, markup=False)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_slm.analysis.baseline import find_baseline
 from megatron_slm.analysis.run_folder import PROCESSED, Run
 from megatron_slm.analysis.selection_figures import BY_POSITION, BY_REFERENCE_LOSS, selecting
 from megatron_slm.analysis.style import short_count
@@ -23,18 +24,16 @@ class Outcome:
     processed: float | None
     selected: float | None
     tokens_per_second: float | None
-    tokens_to_plain: float | None
-    """Processed tokens at which this run's validation loss first was at or below the plain run's final one."""
-
-
-def plain_run(runs: Sequence[Run]) -> Run | None:
-    return next((run for run in runs if run.is_plain), None)
+    tokens_to_baseline: float | None
+    """Processed tokens at which this run's validation loss first was at or below the baseline's final one."""
+    measured: bool
+    """Whether this run is measured against the baseline: it shares its data, model and start."""
 
 
 def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
     name = f"validation/{corpus}/loss"
-    plain = plain_run(runs)
-    goal = plain.last(name) if plain else None
+    baseline = find_baseline(runs, corpus)
+    goal = baseline.run.last(name) if baseline.run else None
     return [
         Outcome(
             run,
@@ -42,7 +41,8 @@ def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
             _reached(run, PROCESSED),
             _reached(run, "tokens/selected"),
             _median(run, "throughput/tokens_per_second"),
-            tokens_to_reach(run, name, goal),
+            tokens_to_reach(run, name, goal) if baseline.measures(run) else None,
+            baseline.measures(run),
         )
         for run in runs
     ]
@@ -199,13 +199,14 @@ def optimization(runs: Sequence[Run]) -> str:
 
 def throughput(runs: Sequence[Run]) -> str:
     speeds = [(run, _median(run, "throughput/tokens_per_second")) for run in runs]
-    plain = next((speed for run, speed in speeds if run.is_plain and speed), None)
+    baseline = find_baseline(runs)
+    own = next((speed for run, speed in speeds if run is baseline.run and speed), None)
     sentences = []
     for run, speed in speeds:
         if speed:
             beside = (
-                f" ({speed / plain - 1:+.0%} beside the plain run)"
-                if plain and not run.is_plain
+                f" ({speed / own - 1:+.0%} beside {baseline.run.name})"
+                if own and run is not baseline.run and baseline.measures(run)
                 else ""
             )
             mfu = run.series("throughput/mfu_fraction")[1]

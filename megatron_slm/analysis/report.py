@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.analysis import figures, readings, selection_figures, token_viewer
+from megatron_slm.analysis.baseline import find_baseline
 from megatron_slm.analysis.page import page, picture, table
 from megatron_slm.analysis.readings import Outcome
 from megatron_slm.analysis.run_folder import Run
@@ -78,13 +79,9 @@ def _summary(runs: Sequence[Run], corpus: str | None) -> str:
     lines = readings.outcomes(runs, corpus)
     losses = [line.final_loss for line in lines if line.final_loss is not None]
     best = min(losses) if len(losses) > 1 else None
+    baseline = find_baseline(runs, corpus)
     goal = next(
-        (
-            line
-            for line in lines
-            if line.run is readings.plain_run(runs) and line.final_loss is not None
-        ),
-        None,
+        (line for line in lines if line.run is baseline.run and line.final_loss is not None), None
     )
     header = [
         "run",
@@ -94,7 +91,7 @@ def _summary(runs: Sequence[Run], corpus: str | None) -> str:
         "tokens per second",
     ] + (
         [f"tokens to reach {goal.final_loss:.3f}, the final loss of {goal.run.name}"]
-        if goal and len(runs) > 1
+        if goal
         else []
     )
     rows = []
@@ -112,9 +109,10 @@ def _summary(runs: Sequence[Run], corpus: str | None) -> str:
             and line.final_loss - best < readings.EQUAL_NATS
         ):
             cells[1] = "*" + cells[1]
-        rows.append(cells + ([_to_goal(line, goal)] if goal and len(runs) > 1 else []))
+        rows.append(cells + ([_to_goal(line, goal)] if goal else []))
     reading = (
         f'<p class="lead">{escape(readings.validation(runs, corpus))}</p>'
+        f'<p class="note">{escape(baseline.sentence)}</p>'
         if corpus
         else '<p class="note">No run was validated; set data.validation to compare them.</p>'
     )
@@ -131,11 +129,11 @@ def _summary(runs: Sequence[Run], corpus: str | None) -> str:
 
 
 def _to_goal(line: Outcome, goal: Outcome) -> str:
-    if line.tokens_to_plain is None:
-        return "not reached" if line.final_loss is not None else "–"
-    own = goal.tokens_to_plain
-    beside = f" ({line.tokens_to_plain / own:.2f}×)" if own and line is not goal else ""
-    return short_count(line.tokens_to_plain) + beside
+    if line.tokens_to_baseline is None:
+        return "not reached" if line.measured and line.final_loss is not None else "–"
+    own = goal.tokens_to_baseline
+    beside = f" ({line.tokens_to_baseline / own:.2f}×)" if own and line is not goal else ""
+    return short_count(line.tokens_to_baseline) + beside
 
 
 def _validation(runs: Sequence[Run], corpus: str | None) -> str:

@@ -15,8 +15,19 @@ from megatron_slm.analysis.run_folder import read_run, read_runs
 from megatron_slm.selection.alarms import reference_overtaken
 
 
-def write_run(folder, *, scorer, losses, name="", rejected=(2.0, 2.5), ahead=(1.0, 0.5), keep=0.6):
-    """A run of len(losses) - 1 intervals of 1000 tokens; `ahead`: model loss minus reference loss at start and end."""
+def write_run(
+    folder,
+    *,
+    scorer,
+    losses,
+    name="",
+    rejected=(2.0, 2.5),
+    ahead=(1.0, 0.5),
+    keep=0.6,
+    settings=None,
+):
+    """A run of len(losses) - 1 intervals of 1000 tokens; `ahead`: model loss minus reference loss at start and end;
+    `settings`: more of its config.yaml, by section."""
     folder.mkdir(parents=True)
     config = {
         "run": {"folder": str(folder), "name": name},
@@ -24,6 +35,8 @@ def write_run(folder, *, scorer, losses, name="", rejected=(2.0, 2.5), ahead=(1.
         "data": {"train": ["a/web", "b/code"]},
         "selection": {"scorer": scorer, "keep_fraction": keep},
     }
+    for section, values in (settings or {}).items():
+        config[section] = config.get(section, {}) | values
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "versions.txt").write_text("torch 2.13.0 <cpu>\n")
     records, last = [], len(losses) - 1
@@ -172,7 +185,7 @@ def test_words_follow_the_numbers(tmp_path):
     )
     assert "went from 2.00 to 2.50 nats (a rise is expected" in readings.training([rising])
     outcome = readings.outcomes(runs, "curated")
-    assert [line.tokens_to_plain for line in outcome] == [2000.0, None, None]
+    assert [line.tokens_to_baseline for line in outcome] == [2000.0, None, None]
     assert "90% of class 2" in readings.by_reference_loss(
         runs
     ) and "20% of class 1" in readings.by_reference_loss(runs)
