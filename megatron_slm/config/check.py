@@ -3,26 +3,39 @@
 import math
 
 from megatron_slm.config.load import ConfigError
+from megatron_slm.config.ranges import out_of_range
 from megatron_slm.config.schema import Config, ModelConfig
 
 
 def check(config: Config, world_size: int, *, training: bool = True) -> None:
-    """Raise ConfigError listing every broken rule; `world_size` is the number of processes of the job."""
-    problems = [
-        *_model(config),
-        *_parallel(config, world_size),
-        *_head_engine(config),
-        *_fp8(config),
-    ]
-    if training:
-        problems += [
-            *_data(config, world_size),
-            *_selection(config),
-            *_schedule(config),
-            *_numbers(config),
-        ]
+    """Raise ConfigError listing every number out of range and every broken rule between settings.
+
+    `world_size` is the number of processes of the job.
+    """
+    found = dict(out_of_range(config))
+    wrong_sections = {name.split(".")[0] for name in found}
+    problems = list(found.values())
+    for rule, sections in _rules(training):
+        # A rule divides by sizes: it is asked only where the numbers of its sections are in range.
+        if not wrong_sections & set(sections):
+            problems += rule(config, world_size)
     if problems:
         raise ConfigError(problems)
+
+
+def _rules(training: bool):
+    """The rules between settings, each with the sections whose numbers it reads."""
+    yield _model, ("model", "parallel")
+    yield _parallel, ("model", "parallel", "data")
+    yield _head_engine, ("model",)
+    yield _fp8, ("model", "parallel", "data")
+    if training:
+        yield _data, ()
+        yield _batch, ("data", "parallel")
+        yield _selection, ()
+        yield _schedule, ()
+        yield _optimizer, ("optimizer",)
+        yield _checkpoint, ()
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -54,20 +67,8 @@ def tokens_per_step(config: Config) -> int:
     return config.data.global_batch_size * config.data.sequence_length
 
 
-def _model(config: Config):
+def _model(config: Config, world_size: int):
     model, parallel = config.model, config.parallel
-    if parallel.tensor < 1:
-        return  # _parallel says so; nothing below can be computed
-    for name in (
-        "layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "attention_heads",
-        "pad_vocabulary_to_multiple_of",
-    ):
-        if getattr(model, name) < 1:
-            yield f"model.{name}: got {getattr(model, name)}; expected at least 1"
-            return
     if not model.head_size and model.hidden_size % model.attention_heads:
         yield (
             f"model.hidden_size: got {model.hidden_size}, which {model.attention_heads} attention heads do not divide; "
@@ -86,40 +87,27 @@ def _model(config: Config):
             yield f"parallel.tensor: got {parallel.tensor}; it must divide model.{name} ({size})"
     yield from _rope(model)
     yield from _experts(model)
-    if not 0 <= model.dropout < 1:
-        yield f"model.dropout: got {model.dropout}; expected 0 up to (not including) 1"
 
 
 def _rope(model: ModelConfig):
-    if model.rope_scaling == "none":
-        return
-    if model.rope_scaling_factor < 1:
-        yield f"model.rope_scaling_factor: got {model.rope_scaling_factor}; expected at least 1 (2 = twice the sequence length)"
-    if model.rope_scaling == "llama3":
-        if model.rope_original_sequence_length < 1:
-            yield f"model.rope_original_sequence_length: got {model.rope_original_sequence_length}; expected at least 1 token"
-        if not 0 < model.rope_low_frequency_factor < model.rope_high_frequency_factor:
-            yield (
-                f"model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; expected above 0 and below model.rope_high_frequency_factor "
-                f"({model.rope_high_frequency_factor})"
-            )
+    low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+    if model.rope_scaling == "llama3" and low >= high:
+        yield (
+            f"model.rope_low_frequency_factor: got {low}; expected below "
+            f"model.rope_high_frequency_factor ({high})"
+        )
 
 
 def _experts(model: ModelConfig):
-    if model.experts < 0:
-        yield f"model.experts: got {model.experts}; expected 0 (dense) or more"
-    if model.experts < 1:
+    if not model.experts:
         return
-    if not 1 <= model.experts_per_token <= model.experts:
+    if model.experts_per_token > model.experts:
         yield f"model.experts_per_token: got {model.experts_per_token}; expected 1 up to model.experts ({model.experts})"
     if model.experts_per_token == 1 and model.renormalize_experts:
         yield (
             "model.renormalize_experts: got true with experts_per_token 1; the one expert's weight would always be 1 and the router would learn nothing: "
             "set it to false"
         )
-    for name in ("load_balancing_coefficient", "router_z_loss_coefficient"):
-        if getattr(model, name) < 0:
-            yield f"model.{name}: got {getattr(model, name)}; expected 0 or more"
 
 
 def _expert_parallel(config: Config, world_size: int):
@@ -152,13 +140,6 @@ def _expert_parallel(config: Config, world_size: int):
 
 def _parallel(config: Config, world_size: int):
     parallel, model = config.parallel, config.model
-    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
-        if getattr(parallel, name) < 1:
-            yield f"parallel.{name}: got {getattr(parallel, name)}; expected at least 1"
-            return
-    if parallel.expert_tensor < 0:
-        yield f"parallel.expert_tensor: got {parallel.expert_tensor}; expected 0 (= parallel.tensor) or more"
-        return
     yield from _expert_parallel(config, world_size)
     cell = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % cell:
@@ -186,7 +167,7 @@ def _parallel(config: Config, world_size: int):
         yield "parallel.overlap_param_gather: got true; it needs distributed_optimizer: true and overlap_grad_reduce: true"
 
 
-def _head_engine(config: Config):
+def _head_engine(config: Config, world_size: int):
     device, hidden_size = config.device, config.model.hidden_size
     if device.head_engine == "torch":
         return
@@ -199,7 +180,7 @@ def _head_engine(config: Config):
         yield f"model.hidden_size: got {hidden_size}; device.head_engine liger needs a multiple of 64: change it, or use torch"
 
 
-def _fp8(config: Config):
+def _fp8(config: Config, world_size: int):
     device, model, parallel = config.device, config.model, config.parallel
     if device.fp8 == "none":
         return
@@ -214,11 +195,11 @@ def _fp8(config: Config):
     tokens = (
         config.data.micro_batch_size
         * config.data.sequence_length
-        // max(1, parallel.context * (parallel.tensor if parallel.sequence else 1))
+        // (parallel.context * (parallel.tensor if parallel.sequence else 1))
     )
     sizes = {
         "model.hidden_size": model.hidden_size,
-        "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // max(1, parallel.tensor),
+        "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // parallel.tensor,
         "tokens of a micro-batch on one process": tokens,
     }
     for name, size in sizes.items():
@@ -227,15 +208,13 @@ def _fp8(config: Config):
 
 
 def _data(config: Config, world_size: int):
-    data, parallel = config.data, config.parallel
+    data = config.data
     if not data.train:
         yield "data.train: empty; give at least one corpus prefix (python -m data_tools.preprocess makes one)"
     if not data.tokenizer:
         yield "data.tokenizer: empty; give the SentencePiece .model or tokenizer.json the corpora were made with"
     if data.weights and len(data.weights) != len(data.train):
         yield f"data.weights: got {len(data.weights)} for {len(data.train)} corpora; give one per corpus, or none"
-    if any(weight <= 0 for weight in data.weights):
-        yield f"data.weights: got {data.weights}; every weight must be positive (leave a corpus out of data.train instead)"
     if data.document_policy == "isolated" and config.device.layers == "transformer_engine":
         yield (
             "data.document_policy: got isolated with device.layers transformer_engine; its attention takes no mask of documents here: "
@@ -247,13 +226,12 @@ def _data(config: Config, world_size: int):
     for i, corpus in enumerate(data.validation):
         if not corpus.corpus:
             yield f"data.validation[{i}].corpus: empty; give a corpus prefix"
-    for name in ("sequence_length", "micro_batch_size", "global_batch_size"):
-        if getattr(data, name) < 1:
-            yield f"data.{name}: got {getattr(data, name)}; expected at least 1"
-            return
-    cell = parallel.tensor * parallel.pipeline * parallel.context
-    if min(parallel.tensor, parallel.pipeline, parallel.context) < 1 or world_size % cell:
-        return
+
+
+def _batch(config: Config, world_size: int):
+    data, parallel = config.data, config.parallel
+    if world_size % (parallel.tensor * parallel.pipeline * parallel.context):
+        return  # _parallel says so; there is no whole number of data-parallel ranks
     replicas = data_parallel_size(config, world_size)
     per_pass = data.micro_batch_size * replicas
     if data.global_batch_size % per_pass:
@@ -268,12 +246,8 @@ def _data(config: Config, world_size: int):
         )
 
 
-def _selection(config: Config):
+def _selection(config: Config, world_size: int):
     selection, reference = config.selection, config.selection.reference
-    if isinstance(selection.keep_fraction, float) and not 0 < selection.keep_fraction <= 1:
-        yield f"selection.keep_fraction: got {selection.keep_fraction}; expected above 0 and at most 1 (0.6 keeps 60 % of the tokens)"
-    if isinstance(selection.clm_weight, float) and not 0 <= selection.clm_weight <= 1:
-        yield f"selection.clm_weight: got {selection.clm_weight}; expected 0 to 1"
     if reference.scores and reference.checkpoint:
         yield "selection.reference: both scores and checkpoint are given; stored scores and an online reference exclude each other: remove one"
     if reference.scores and len(reference.scores) != len(config.data.train):
@@ -301,47 +275,30 @@ def _selection(config: Config):
         yield f"model.dropout: got {config.model.dropout} with scorer {selection.scorer}; dropout noise raises the current loss and biases the choice: set it to 0"
 
 
-def _schedule(config: Config):
+def _schedule(config: Config, world_size: int):
     schedule = config.schedule
     if (schedule.train_steps > 0) == (schedule.train_tokens > 0):
         yield (
-            f"schedule: got train_steps {schedule.train_steps} and train_tokens {schedule.train_tokens}; give exactly one of them, above 0"
+            f"schedule: got train_steps {schedule.train_steps} and train_tokens "
+            f"{schedule.train_tokens}; give exactly one of them, above 0"
         )
-        return
-    for name in ("warmup_fraction", "decay_fraction"):
-        if not 0 <= getattr(schedule, name) <= 1:
-            yield f"schedule.{name}: got {getattr(schedule, name)}; expected 0 to 1"
 
 
-def _numbers(config: Config):
+def _optimizer(config: Config, world_size: int):
     optimizer = config.optimizer
-    if optimizer.learning_rate <= 0:
-        yield f"optimizer.learning_rate: got {optimizer.learning_rate}; expected above 0"
-    if not 0 <= optimizer.min_learning_rate <= optimizer.learning_rate:
-        yield f"optimizer.min_learning_rate: got {optimizer.min_learning_rate}; expected 0 to learning_rate ({optimizer.learning_rate})"
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected 0 up to (not including) 1"
-    for section, name in (
-        ("optimizer", "clip_grad_norm"),
-        ("optimizer", "weight_decay"),
-        ("checkpoint", "interval_steps"),
-        ("checkpoint", "keep_last"),
-        ("checkpoint", "keep_every_steps"),
-        ("checkpoint", "keep_best"),
-        ("monitoring", "validation_interval_steps"),
-        ("monitoring", "validation_batches"),
-    ):
-        if getattr(getattr(config, section), name) < 0:
-            yield f"{section}.{name}: got {getattr(getattr(config, section), name)}; expected 0 or more"
-    if not 0 < optimizer.min_loss_scale <= optimizer.initial_loss_scale:
+    if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
-            f"optimizer.min_loss_scale: got {optimizer.min_loss_scale} with initial_loss_scale {optimizer.initial_loss_scale}; expected above 0 and at most "
-            "the initial one"
+            f"optimizer.min_learning_rate: got {optimizer.min_learning_rate}; "
+            f"expected at most learning_rate ({optimizer.learning_rate})"
         )
-    for name in ("loss_scale_window_steps", "loss_scale_hysteresis_steps"):
-        if getattr(optimizer, name) < 1:
-            yield f"optimizer.{name}: got {getattr(optimizer, name)}; expected at least 1"
+    if optimizer.min_loss_scale > optimizer.initial_loss_scale:
+        yield (
+            f"optimizer.min_loss_scale: got {optimizer.min_loss_scale} with initial_loss_scale "
+            f"{optimizer.initial_loss_scale}; expected at most the initial one"
+        )
+
+
+def _checkpoint(config: Config, world_size: int):
     checkpoint, names = config.checkpoint, [corpus.name for corpus in config.data.validation]
     if checkpoint.keep_best and not names:
         yield f"checkpoint.keep_best: got {checkpoint.keep_best} without a validation corpus; give one in data.validation, or set it to 0"
@@ -349,5 +306,3 @@ def _numbers(config: Config):
         yield f"checkpoint.best_validation: got {checkpoint.best_validation}; expected one of data.validation ({', '.join(names) or 'empty'})"
     if checkpoint.best_validation and not checkpoint.keep_best:
         yield f"checkpoint.best_validation: got {checkpoint.best_validation} with keep_best 0, which keeps none for it; set checkpoint.keep_best, or leave it empty"
-    if config.monitoring.log_interval_steps < 1:
-        yield f"monitoring.log_interval_steps: got {config.monitoring.log_interval_steps}; expected at least 1"

@@ -4,18 +4,18 @@
 """
 
 import dataclasses
-import difflib
 import sys
 import typing
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from megatron_slm import __version__
+from megatron_slm.config.help import help_text
+from megatron_slm.config.nearest import nearest
 from megatron_slm.config.schema import Config
-from megatron_slm.config.values import UNREADABLE, convert
+from megatron_slm.config.values import UNREADABLE, alternatives, convert, require_known
 
 
 class ConfigError(ValueError):
@@ -27,10 +27,6 @@ class ConfigError(ValueError):
         super().__init__(
             f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
         )
-
-
-class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the examples of a program's description on their own lines."""
 
 
 class _ExactDumper(yaml.SafeDumper):
@@ -45,40 +41,33 @@ class _ExactDumper(yaml.SafeDumper):
 _ExactDumper.add_representer(str, _ExactDumper.represent_str)
 
 
-def build_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser with --config and one documented option per field of Config; programs add their own options to it."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=prog,
-        description=description,
-        exit_on_error=False,
-        formatter_class=HelpFormatter,
-        usage="%(prog)s [--config FILE] [--section.field VALUE ...]",
-    )
-    parser.add_argument(
-        "--config",
-        type=str,
-        default=None,
-        help="YAML file with any of the settings below (see launch/recipes/).",
-    )
-    parser.add_argument(
-        "--print_config",
-        action="store_true",
-        help="Print the resulting configuration as YAML and stop.",
-    )
-    parser.add_class_arguments(Config, None, fail_untyped=False)
-    return parser
+OWN_OPTIONS = {
+    "-h, --help": "Show this text and stop.",
+    "--version": "Show the version and stop.",
+    "--config FILE": "YAML file with any of the settings below (see launch/recipes/).",
+    "--print_config": "Print the resulting configuration as YAML and stop.",
+}
+"""Options that are no settings."""
 
 
-def parse(argv: list[str] | None, prog: str, description: str) -> Config:
-    """The configuration of a program started with `argv` (None = sys.argv). Prints help or the config when asked to.
+def parse(
+    argv: list[str] | None,
+    prog: str,
+    description: str,
+    settings_class=Config,
+    usage: str = "[--config FILE] [--section.field VALUE ...]",
+):
+    """The settings of a program started with `argv` (None = sys.argv), as a `settings_class`.
 
-    Raises ConfigError with every unreadable field, before anything is started.
+    Prints the help, the version or the settings when asked to, and exits. Raises ConfigError with
+    every unreadable, unknown or missing setting, before anything is started.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(prog, description)
     if "-h" in argv or "--help" in argv:
-        parser.print_help()
+        print(help_text(settings_class, f"{prog} {usage}", description, OWN_OPTIONS), end="")
+        raise SystemExit(0)
+    if "--version" in argv:
+        print(f"{prog} {__version__}")
         raise SystemExit(0)
     given, problems = split_arguments(argv)
     path = given.pop("config", None)
@@ -91,15 +80,15 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Config:
             _set(
                 values,
                 key.split("."),
-                text if _is_text(Config, key.split(".")) else yaml.safe_load(text),
+                text if _is_text(settings_class, key.split("."), text) else yaml.safe_load(text),
             )
         except yaml.YAMLError as error:
             problems.append(
                 f"--{key}: got {text!r}, which is not readable as YAML: {' '.join(str(error).split())}"
             )
-    config, more = from_mapping(values)
-    if problems or more:
-        raise ConfigError(problems + more)
+    config = _build(settings_class, values, "", problems)
+    if problems:
+        raise ConfigError(problems)
     if print_only:
         print(to_yaml(config), end="")
         raise SystemExit(0)
@@ -171,12 +160,14 @@ def _merge_file(values: dict, path: str) -> list[str]:
     return []
 
 
-def _is_text(cls, keys: list[str]) -> bool:
+def _is_text(cls, keys: list[str], text: str) -> bool:
     """Whether the field takes text as it stands: `--run.name 007` is a name, not the number 7."""
     hint = typing.get_type_hints(cls).get(keys[0])
     if len(keys) > 1:
-        return dataclasses.is_dataclass(hint) and _is_text(hint, keys[1:])
-    return hint is str
+        return dataclasses.is_dataclass(hint) and _is_text(hint, keys[1:], text)
+    if hint is str:
+        return True
+    return str in alternatives(hint) and text not in ("null", "~", "")
 
 
 def _set(values: dict, keys: list[str], value) -> None:
@@ -195,24 +186,43 @@ def _build(cls, values, where: str, problems: list[str]):
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(fields)}"
+            hint = _nearest_setting(key, hints, where) or f"known here: {', '.join(fields)}"
             problems.append(f"{where}{key}: unknown field (got {values[key]!r}); {hint}")
     made = {}
-    for name, field in fields.items():
+    for name, hint in hints.items():
+        entries = _entry_class(hint)
+        if not dataclasses.is_dataclass(hint) and entries is None:
+            require_known(hint, f"{where}{name}")
         if name not in values:
+            if fields[name].default is fields[name].default_factory is dataclasses.MISSING:
+                problems.append(f"{where}{name}: missing; it must be given")
+                made[name] = ""
             continue
-        if dataclasses.is_dataclass(hints[name]):
-            made[name] = _build(hints[name], values[name] or {}, f"{where}{name}.", problems)
-        elif typing.get_origin(hints[name]) is list and dataclasses.is_dataclass(
-            typing.get_args(hints[name])[0]
-        ):
-            made[name] = _build_list(
-                typing.get_args(hints[name])[0], values[name], f"{where}{name}", problems
-            )
+        if dataclasses.is_dataclass(hint):
+            made[name] = _build(hint, values[name] or {}, f"{where}{name}.", problems)
+        elif entries is not None:
+            made[name] = _build_list(entries, values[name], f"{where}{name}", problems)
         else:
-            made[name] = convert(values[name], hints[name], f"{where}{name}", problems)
+            made[name] = convert(values[name], hint, f"{where}{name}", problems)
     return cls(**{name: value for name, value in made.items() if value is not UNREADABLE})
+
+
+def _nearest_setting(key, hints: dict, where: str) -> str:
+    """`did you mean model.layers?` for `modle.layers` and `layer`: names here, and those one section further in."""
+    places = {name: [f"{where}{name}"] for name in hints}
+    for section, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            for name in typing.get_type_hints(hint):
+                places.setdefault(name, []).append(f"{where}{section}.{name}")
+    name = nearest(key, places)
+    return f"did you mean {' or '.join(places[name])}?" if name else ""
+
+
+def _entry_class(hint):
+    """The dataclass whose entries a `list[...]` holds; None for any other annotation."""
+    arguments = typing.get_args(hint)
+    is_list = typing.get_origin(hint) is list
+    return arguments[0] if is_list and dataclasses.is_dataclass(arguments[0]) else None
 
 
 def _build_list(cls, values, where: str, problems: list[str]):

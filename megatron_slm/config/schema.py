@@ -1,11 +1,26 @@
-"""Every setting of a run, its type, its default, and its help text (the string under each field).
+"""Every setting of a run, its type, its range, its default, and its help text (the string under each field).
 
 Sizes carry their unit in the name. Nothing here imports torch: launchers and data programs read it too.
 Cross-field rules live in check.py, reading and overriding in load.py.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal
+
+from megatron_slm.config.ranges import (
+    BelowOne,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Range,
+    Size,
+)
+
+KeepFraction = Annotated[float, Range(above=0, at_most=1, note="0.6 keeps 60 % of the tokens")]
+Weight = Annotated[
+    float, Range(above=0, at_most=1e18, note="to leave a corpus out, remove it from data.train")
+]
 
 
 @dataclass
@@ -16,7 +31,7 @@ class RunConfig:
     """Run folder: config.yaml, versions.txt, metrics.jsonl, checkpoints/, wandb/. A folder with a checkpoint is resumed."""
     name: str = ""
     """Name shown in W&B and reports; empty = the folder's name."""
-    seed: int = 1234
+    seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)] = 1234
     """Seed of initial weights, data order and random selectors. The same seed gives the same weights in every parallel layout."""
 
 
@@ -36,9 +51,9 @@ class DeviceConfig:
     """Layer implementation; auto = Transformer Engine when it is installed and the device is CUDA, else torch-native."""
     head_engine: Literal["torch", "liger"] = "torch"
     """Who computes the head's backward; liger = Liger-Kernel's Hopper kernels on the selected rows (H100, H200; bf16; liger-kernel[cutedsl])."""
-    threads_per_process: int = 0
+    threads_per_process: Annotated[int, Range(at_least=0, at_most=4096)] = 0
     """CPU threads of each process; 0 = cores / processes on this machine."""
-    timeout_minutes: int = 30
+    timeout_minutes: Annotated[int, Range(at_least=1, at_most=525_600)] = 30
     """How long a collective may wait for the slowest rank before the job is stopped."""
 
 
@@ -46,35 +61,35 @@ class DeviceConfig:
 class ModelConfig:
     """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
 
-    layers: int = 4
+    layers: Size = 4
     """Transformer layers."""
-    hidden_size: int = 256
+    hidden_size: Size = 256
     """Width of the residual stream."""
-    ffn_hidden_size: int = 704
+    ffn_hidden_size: Size = 704
     """Width of the SwiGLU feed-forward layer; in a mixture of experts, of each expert."""
-    attention_heads: int = 4
+    attention_heads: Size = 4
     """Query heads; must divide hidden_size unless head_size is set."""
-    query_groups: int = 0
+    query_groups: Count = 0
     """Key/value heads of grouped-query attention; 0 = one per query head (multi-head attention)."""
-    head_size: int = 0
+    head_size: Count = 0
     """Size of one head; 0 = hidden_size / attention_heads."""
-    vocabulary_size: int = 0
+    vocabulary_size: Count = 0
     """True vocabulary size; 0 = the tokenizer's."""
-    pad_vocabulary_to_multiple_of: int = 128
+    pad_vocabulary_to_multiple_of: Size = 128
     """The embedding is padded to a multiple of this and of the tensor-parallel size; padded columns are excluded from every loss."""
-    rope_base: float = 10000.0
+    rope_base: Positive = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
     """Stretching of the rotary embedding for longer sequences: linear = every frequency / factor; llama3 = only slow frequencies (Llama 3.1's rule)."""
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: Annotated[float, Range(at_least=1)] = 8.0
     """How far rope_scaling stretches; at least 1."""
-    rope_original_sequence_length: int = 8192
+    rope_original_sequence_length: Size = 8192
     """Sequence length in tokens before stretching (llama3 only): wavelengths are compared with it."""
-    rope_low_frequency_factor: float = 1.0
+    rope_low_frequency_factor: Positive = 1.0
     """Wavelengths above rope_original_sequence_length / this are stretched fully (llama3 only)."""
-    rope_high_frequency_factor: float = 4.0
+    rope_high_frequency_factor: Positive = 4.0
     """Wavelengths below rope_original_sequence_length / this are left alone (llama3 only); between the two, a linear blend."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Positive = 1e-5
     """Epsilon of RMSNorm."""
     tied_embeddings: bool = False
     """Share the input embedding with the output head."""
@@ -82,21 +97,21 @@ class ModelConfig:
     """Bias on the query, key and value projections (Qwen-2 style)."""
     qk_norm: bool = False
     """RMSNorm on queries and keys (Qwen-3 style)."""
-    experts: int = 0
+    experts: Count = 0
     """Experts of the mixture that replaces every feed-forward layer (Mixtral, Qwen3-MoE); 0 = one dense feed-forward layer."""
-    experts_per_token: int = 2
+    experts_per_token: Size = 2
     """Experts each token is sent to (top-k of the router). Nothing is dropped: an expert takes every token that chooses it."""
     renormalize_experts: bool = True
     """Weights of a token's experts sum to 1 (softmax over the chosen ones); false = their share of the softmax over all experts."""
     load_balancing: Literal["sequence", "micro_batch"] = "micro_batch"
     """Tokens over which the load of the experts is balanced; sequence = the same in every layout, micro_batch = changes with micro_batch_size."""
-    load_balancing_coefficient: float = 0.01
+    load_balancing_coefficient: NotNegative = 0.01
     """Weight of the load-balancing loss, over all tokens whether selected or not; 0 = none."""
-    router_z_loss_coefficient: float = 0.0
+    router_z_loss_coefficient: NotNegative = 0.0
     """Weight of the router z-loss (mean squared logsumexp of the router's logits), over all tokens; 0 = none."""
-    initialization_std: float = 0.02
+    initialization_std: NotNegative = 0.02
     """Standard deviation of the initial weights."""
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
     """Dropout; keep 0 for selective training: dropout noise raises the current loss and biases the excess."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in backward: the attention core (selective) or every layer (full)."""
@@ -106,17 +121,17 @@ class ModelConfig:
 class ParallelConfig:
     """How the model and the batch are spread; data parallelism takes the processes that remain."""
 
-    tensor: int = 1
+    tensor: Size = 1
     """Tensor-parallel size: each layer's matrices are split over this many processes."""
-    pipeline: int = 1
+    pipeline: Size = 1
     """Pipeline-parallel size: the layers are split over this many processes."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: Size = 1
     """Model chunks per pipeline rank (interleaved schedule); 1 = plain 1F1B."""
-    context: int = 1
+    context: Size = 1
     """Context-parallel size: each sequence is split over this many processes."""
-    expert: int = 1
+    expert: Size = 1
     """Expert-parallel size: the experts of each layer are spread over this many processes, taken from the data, context (and tensor) ranks."""
-    expert_tensor: int = 0
+    expert_tensor: Count = 0
     """Tensor-parallel size inside an expert; 0 = parallel.tensor. 1 keeps experts whole, which suits many small ones (needs expert > 1)."""
     sequence: bool = False
     """Sequence parallelism: split norms and residuals over the tensor group (needs tensor > 1)."""
@@ -146,17 +161,17 @@ class DataConfig:
     """SentencePiece .model or Hugging Face tokenizer.json the corpora were made with."""
     train: list[str] = field(default_factory=list)
     """Corpus prefixes to train on (data_tools.preprocess makes them)."""
-    weights: list[float] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
     """Share of each corpus in the blend, any positive scale; empty = by size in tokens."""
     validation: list[CorpusConfig] = field(default_factory=list)
     """Validation corpora, each {name, corpus}; each is reported apart, always by plain loss."""
-    sequence_length: int = 256
+    sequence_length: Size = 256
     """Tokens per training sequence."""
     document_policy: Literal["packed", "isolated"] = "packed"
     """packed = attention runs across the documents of a sequence; isolated = no token sees another document, positions restart with each."""
-    micro_batch_size: int = 4
+    micro_batch_size: Size = 4
     """Sequences per forward pass of one data-parallel rank."""
-    global_batch_size: int = 8
+    global_batch_size: Size = 8
     """Sequences per optimizer step, over all ranks."""
     index_cache: str = ""
     """Folder of the sample indices; empty = index_cache/ in the run folder. Keyed by corpus content."""
@@ -170,7 +185,7 @@ class ReferenceConfig:
     """Score-store folders, one per training corpus in the same order (python -m megatron_slm.score makes them)."""
     allow_missing_scores: bool = False
     """Train although a score store is incomplete; tokens without a score are never selected."""
-    checkpoint: Optional[str] = None
+    checkpoint: str | None = None
     """Checkpoint folder of a frozen reference model that is run forward-only in every step (costs about a third more)."""
 
 
@@ -182,9 +197,9 @@ class SelectionConfig:
     """none = plain CLM; excess_loss = Rho-1's loss minus reference loss; random, reference_loss, ... see docs/selection.md."""
     scorer_options: dict[str, Any] = field(default_factory=dict)
     """Options of the scorer, for example {of: own_loss, skip_fraction: 0.1} for band; see docs/selection.md."""
-    keep_fraction: Union[float, dict[str, Any]] = 0.6
+    keep_fraction: KeepFraction | dict[str, Any] = 0.6
     """Share of the competing tokens that is kept (0..1], or a schedule such as {style: linear, start: 1.0, end: 0.6, tokens: 1000000}."""
-    clm_weight: Union[float, dict[str, Any]] = 0.0
+    clm_weight: Fraction | dict[str, Any] = 0.0
     """lambda of lambda * CLM + (1 - lambda) * SLM: weight of the plain loss beside the selective one, 0 = selective only."""
     scope: Literal[
         "sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold"
@@ -204,27 +219,27 @@ class SelectionConfig:
 class OptimizerConfig:
     """AdamW (Transformer Engine's or apex's fused one where installed, else torch's)."""
 
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Peak learning rate."""
-    min_learning_rate: float = 3e-5
+    min_learning_rate: NotNegative = 3e-5
     """Learning rate at the end of the schedule."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Decoupled weight decay; biases and norm weights are not decayed."""
-    beta1: float = 0.9
+    beta1: BelowOne = 0.9
     """Adam's first moment decay."""
-    beta2: float = 0.95
+    beta2: BelowOne = 0.95
     """Adam's second moment decay."""
-    epsilon: float = 1e-8
+    epsilon: Positive = 1e-8
     """Adam's epsilon."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: NotNegative = 1.0
     """Global gradient norm is clipped to this; 0 = never."""
-    initial_loss_scale: float = 4096.0
+    initial_loss_scale: Positive = 4096.0
     """fp16 only: what losses are multiplied with before backward, at first. A token's gradient is not yet divided by the tokens of a step, so this is small."""
-    min_loss_scale: float = 1.0
+    min_loss_scale: Positive = 1.0
     """fp16 only: the scale is never halved below this; gradients that overflow even there end the run as diverged."""
-    loss_scale_window_steps: int = 1000
+    loss_scale_window_steps: Size = 1000
     """fp16 only: steps without overflow after which the scale doubles."""
-    loss_scale_hysteresis_steps: int = 2
+    loss_scale_hysteresis_steps: Size = 2
     """fp16 only: overflowing steps it takes until each further one halves the scale; counted anew when the scale doubles."""
 
 
@@ -232,15 +247,15 @@ class OptimizerConfig:
 class ScheduleConfig:
     """How long the run is and how the learning rate moves."""
 
-    train_steps: int = 0
+    train_steps: Count = 0
     """Optimizer steps of the run; give this or train_tokens."""
-    train_tokens: int = 0
+    train_tokens: Count = 0
     """Processed tokens of the run (rounded up to whole steps); give this or train_steps."""
     style: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """Shape after warm-up; wsd = constant, then a decay over decay_fraction of the run."""
-    warmup_fraction: float = 0.02
+    warmup_fraction: Fraction = 0.02
     """Share of the run with linear warm-up."""
-    decay_fraction: float = 0.2
+    decay_fraction: Fraction = 0.2
     """Share of the run that decays at its end (wsd only)."""
 
 
@@ -248,13 +263,13 @@ class ScheduleConfig:
 class CheckpointConfig:
     """Saving and loading."""
 
-    interval_steps: int = 0
+    interval_steps: Count = 0
     """Save every so many steps; 0 = only at the end."""
-    keep_last: int = 3
+    keep_last: Count = 3
     """Checkpoints kept; older ones are removed after a newer one is complete. 0 = keep all."""
-    keep_every_steps: int = 0
+    keep_every_steps: Count = 0
     """Checkpoints at multiples of this are kept for good; 0 = none."""
-    keep_best: int = 0
+    keep_best: Count = 0
     """Checkpoints kept for their low validation loss, beside the newest; 0 = none. Every scheduled checkpoint is then validated; the file checkpoints/best names the best."""
     best_validation: str = ""
     """Name of the validation corpus whose loss decides what is best; empty = the first of data.validation."""
@@ -286,11 +301,11 @@ class WandbConfig:
 class MonitoringConfig:
     """What is written, how often."""
 
-    log_interval_steps: int = 10
+    log_interval_steps: Size = 10
     """Steps between two lines of metrics."""
-    validation_interval_steps: int = 0
+    validation_interval_steps: Count = 0
     """Steps between two validations; 0 = only at the end."""
-    validation_batches: int = 8
+    validation_batches: Count = 8
     """Global batches per validation corpus; 0 = the whole corpus."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""

@@ -1,74 +1,151 @@
-"""One plain value from YAML or the command line as the type its field declares; no guessing beyond number formats."""
+"""One plain value from YAML or the command line as the type its field declares.
 
+Nothing is guessed beyond number formats. An annotation is a plain type (bool, int, float, str), a
+Literal, dict[str, Any], list[...] of these, several joined by `|`, Optional or Union, and any of
+them inside Annotated. Every other one is refused when the schema is first used.
+"""
+
+import types
 import typing
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
+
+from megatron_slm.config.nearest import did_you_mean
 
 _SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 UNREADABLE = object()
 """Stands for a value that could not be read; the problem is already noted."""
 
+NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+"""What a plain type is called in front of a person."""
+
+
+def plain(hint):
+    """The annotation without Annotated around it."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def alternatives(hint) -> tuple:
+    """The members of `X | Y`, Union[X, Y] and Optional[X]; of another annotation, itself alone."""
+    inner = plain(hint)
+    if typing.get_origin(inner) in (typing.Union, types.UnionType):
+        return tuple(part for member in typing.get_args(inner) for part in alternatives(member))
+    return (hint,)
+
+
+def require_known(hint, where: str) -> None:
+    """TypeError for an annotation whose values `convert` could not check."""
+    for member in map(plain, alternatives(hint)):
+        arguments = typing.get_args(member)
+        if typing.get_origin(member) is list and len(arguments) == 1:
+            require_known(arguments[0], where)
+            continue
+        known = (
+            member in NAMES
+            or typing.get_origin(member) is typing.Literal
+            or member == dict[str, typing.Any]
+        )
+        if not known:
+            raise TypeError(
+                f"{where}: its annotation {member} is none that config/values.py can check"
+            )
+
 
 def convert(value, hint, where: str, problems: list[str]):
-    """`value` as the type `hint`, or UNREADABLE with a problem noted."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        if value in arguments:
-            return value
-        if (
-            isinstance(value, bool) or value is None
-        ):  # YAML reads off/no/none-like words as booleans or null
-            value = {True: "true", False: "false", None: "none"}[value]
-            if value in arguments:
-                return value
-        problems.append(f"{where}: got {value!r}; it can be {', '.join(map(str, arguments))}")
-        return UNREADABLE
-    if value is None and type(None) in arguments:
+    """`value` as the type `hint`, or UNREADABLE with a problem noted; TypeError for an unknown `hint`."""
+    if value is None and type(None) in alternatives(hint):
         return None
-    for accepted in arguments if origin is typing.Union else (hint,):
-        converted = _as_plain(value, accepted)
+    for accepted in alternatives(hint):
+        converted = _as_one(value, plain(accepted))
         if converted is not UNREADABLE:
             return converted
-    problems.append(f"{where}: got {value!r} ({type(value).__name__}); expected {_words(hint)}")
+    problems.append(f"{where}: got {value!r}{_expected(value, hint)}")
     return UNREADABLE
 
 
-def _as_plain(value, hint):
+def _as_one(value, hint):
+    """`value` as an annotation that is no union, or UNREADABLE."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return _as_literal(value, arguments)
+    if origin is list:
+        return _as_list(value, arguments[0])
+    if hint == dict[str, typing.Any]:
+        return dict(value) if isinstance(value, Mapping) else UNREADABLE
     if hint is type(None):
         return None if value is None else UNREADABLE
     if hint is bool:
         return value if isinstance(value, bool) else UNREADABLE
     if hint is int:
-        try:
-            return whole_number(value)
-        except ValueError:
-            return UNREADABLE
-    if hint is float:  # YAML 1.1 reads 3e-4 as text
-        try:
-            return UNREADABLE if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            return UNREADABLE
+        return _as_whole_number(value)
+    if hint is float:
+        return _as_number(value)
     if hint is str:
-        return (
-            value
-            if isinstance(value, str)
-            else ""
-            if value is None
-            else str(value)
-            if isinstance(value, (int, float))
-            else UNREADABLE
-        )
-    if origin is list:
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list):
-            return UNREADABLE
-        items = [_as_plain(item, arguments[0]) for item in value]
-        return UNREADABLE if UNREADABLE in items else items
-    if origin is dict:
-        return dict(value) if isinstance(value, Mapping) else UNREADABLE
-    return value
+        return _as_text(value)
+    raise TypeError(f"the annotation {hint} is none that config/values.py can check")
+
+
+def _as_literal(value, choices: tuple):
+    if value in choices:
+        return value
+    # YAML reads words like off, no and none as booleans or null.
+    if isinstance(value, bool) or value is None:
+        word = {True: "true", False: "false", None: "none"}[value]
+        return word if word in choices else UNREADABLE
+    return UNREADABLE
+
+
+def _as_whole_number(value):
+    try:
+        return whole_number(value)
+    except ValueError:
+        return UNREADABLE
+
+
+def _as_number(value):
+    if isinstance(value, bool):
+        return UNREADABLE
+    try:
+        return float(value)  # also of text: YAML 1.1 reads 3e-4 as text
+    except (TypeError, ValueError, OverflowError):
+        return UNREADABLE
+
+
+def _as_text(value):
+    if value is None:
+        return ""
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    return UNREADABLE
+
+
+def _as_list(value, hint):
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list):
+        return UNREADABLE
+    converted = [convert(item, hint, "", []) for item in items]
+    return UNREADABLE if UNREADABLE in converted else converted
+
+
+def _expected(value, hint) -> str:
+    """The rest of a sentence that starts with the value got."""
+    choices = [str(choice) for choice in _choices(hint)]
+    if len(alternatives(hint)) == 1 and choices:
+        near = did_you_mean(value, choices)
+        known = f"it can be {', '.join(choices)}"
+        return f"; {near} ({known})" if near else f"; {known}"
+    return f" ({type(value).__name__}); expected {_words(hint)}"
+
+
+def _choices(hint) -> tuple:
+    inner = plain(hint)
+    return typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else ()
 
 
 def whole_number(value: int | float | str) -> int:
@@ -85,25 +162,25 @@ def whole_number(value: int | float | str) -> int:
         number = Decimal(text[:-1] if factor > 1 else text) * factor
     except InvalidOperation:
         number = Decimal("NaN")
-    if not number.is_finite() or number != number.to_integral_value():
+    # 1e999999999 is a whole number too, and writing it out takes minutes.
+    sensible = number.is_finite() and number.adjusted() < 40
+    if not sensible or number != number.to_integral_value():
         raise ValueError(f"got {value!r}; expected a whole number (15_000_000_000, 15e9 or 15B)")
     return int(number)
 
 
 def _words(hint) -> str:
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null",
-    }
+    return " or ".join(_words_of_one(plain(member)) for member in alternatives(hint))
+
+
+def _words_of_one(hint) -> str:
     several = {int: "whole numbers", float: "numbers", str: "texts"}
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Union:
-        return " or ".join(_words(argument) for argument in arguments)
-    if origin is list:
-        return f"a list of {several.get(arguments[0], arguments[0])}"
-    if origin is dict:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if typing.get_origin(hint) is list:
+        item = plain(arguments[0])
+        return f"a list of {several.get(item, item)}"
+    if typing.get_origin(hint) is dict:
         return "a mapping"
-    return names.get(hint, str(hint))
+    return NAMES[hint]

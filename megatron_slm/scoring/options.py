@@ -2,13 +2,14 @@
 
 import dataclasses
 import shlex
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse import ArgumentParser, set_parsing_settings
-
 from megatron_slm.config.check import check
-from megatron_slm.config.load import ConfigError, HelpFormatter
+from megatron_slm.config import load
+from megatron_slm.config.load import ConfigError
+from megatron_slm.config.ranges import Count, Size, out_of_range
 from megatron_slm.config.schema import Config, DeviceConfig, ParallelConfig
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
@@ -38,9 +39,9 @@ class ScoreOptions:
     """Score-store folder to write. An unfinished one with the same settings is continued."""
     tokenizer: str = ""
     """Checked against the corpus and the reference when given; scoring itself needs none."""
-    window_tokens: int = 0
+    window_tokens: Count = 0
     """Tokens the reference reads at once; 0 = the length it was trained with. Use the length you will train with."""
-    stride_tokens: int = 0
+    stride_tokens: Count = 0
     """New tokens per window; 0 = window_tokens (no overlap). Half a window costs twice as much and gives every token half a window of context."""
     document_policy: Literal["packed", "isolated"] = "packed"
     """packed = windows run across documents, as training sequences do; isolated = no token sees another document."""
@@ -48,9 +49,9 @@ class ScoreOptions:
     """Stored precision, 2 or 4 bytes per token; fp16 swaps under 0.1 % of the selection."""
     columns: str = "loss"
     """Columns to store, separated by commas: loss, entropy (both in nats)."""
-    micro_batch_size: int = 8
+    micro_batch_size: Size = 8
     """Windows per forward pass."""
-    shard_tokens: int = 0
+    shard_tokens: Count = 0
     """Tokens per shard, the unit of resuming and of sharing work; 0 = at least 262,144 and at most 4096 shards."""
     shard: str = "0/1"
     """This job's share, i/n with i from 0 (array jobs: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT): it takes shards i, i+n, i+2n, ..."""
@@ -61,21 +62,17 @@ class ScoreOptions:
 
 
 def parse(argv: list[str], description: str) -> ScoreOptions:
-    """The settings on the command line and in --config; prints help or a problem and exits like argparse (code 2)."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="score",
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s --checkpoint RUN --corpus PREFIX --output STORE [options]",
-    )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the settings below."
-    )
-    parser.add_class_arguments(ScoreOptions, None)
-    given = vars(parser.instantiate(parser.parse_args([_with_underscores(word) for word in argv])))
-    return ScoreOptions(**{f.name: given[f.name] for f in fields(ScoreOptions)})
+    """The settings on the command line and in --config.
+
+    Prints the help when asked to; prints every problem and exits with code 2 where there are some.
+    """
+    words = [_with_underscores(word) for word in argv]
+    usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
+    try:
+        return load.parse(words, "score", description, ScoreOptions, usage)
+    except ConfigError as error:
+        print(f"score: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _with_underscores(word: str) -> str:
@@ -157,7 +154,7 @@ def resume_command(argv: list[str]) -> list[str]:
 
 
 def _own_problems(options: ScoreOptions) -> list[str]:
-    problems = []
+    problems = [sentence for _, sentence in out_of_range(options)]
     columns = column_names(options.columns)
     if (
         "loss" not in columns
@@ -165,17 +162,10 @@ def _own_problems(options: ScoreOptions) -> list[str]:
         or len(set(columns)) != len(columns)
     ):
         problems.append(f"columns: got {options.columns!r}; expected loss, or loss,entropy")
-    for name in ("window_tokens", "stride_tokens", "shard_tokens"):
-        if getattr(options, name) < 0:
-            problems.append(
-                f"{name}: got {getattr(options, name)}; expected a positive number, or 0 for the default"
-            )
-    if options.window_tokens and options.stride_tokens > options.window_tokens:
+    if 0 < options.window_tokens < options.stride_tokens:
         problems.append(
             f"stride_tokens: got {options.stride_tokens}, above window_tokens ({options.window_tokens}); tokens between windows would get no score"
         )
-    if options.micro_batch_size < 1:
-        problems.append(f"micro_batch_size: got {options.micro_batch_size}; expected at least 1")
     unused = [
         name
         for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")

@@ -106,7 +106,7 @@ def _token_count(value: object, name: str) -> int:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or value < 0
+        or not 0 <= value < math.inf
         or value != int(value)
     ):
         raise ValueError(f"{name} must be a whole number of tokens, at least 0, got {value!r}")

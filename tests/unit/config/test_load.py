@@ -92,7 +92,9 @@ def test_whole_numbers_may_be_written_large(text, number):
     assert config.schedule.train_tokens == number and type(config.schedule.train_tokens) is int
 
 
-@pytest.mark.parametrize("text", ["1.5", "15BB", "B", "1e-3", "nan", "inf", "many", "1.2345k"])
+@pytest.mark.parametrize(
+    "text", ["1.5", "15BB", "B", "1e-3", "nan", "inf", "1e999999999", "many", "1.2345k"]
+)
 def test_what_is_no_whole_number_is_refused(text):
     (problem,) = problems_of("--schedule.train_tokens", text)
     assert "schedule.train_tokens" in problem
@@ -139,6 +141,10 @@ def test_scorer_none_and_flags_without_a_value():
         (["--modle.layers", 3], "did you mean model?"),
         (["--selection.reference.score", "[x]"], "did you mean selection.reference.scores?"),
         (["--model.banana", 3], "known here: layers, hidden_size"),
+        (["--keep_fractions", 0.5], "did you mean selection.keep_fraction?"),
+        (["--layers", 3], "did you mean device.layers or model.layers?"),
+        (["--device.kind", "gpu"], "it can be auto, cpu, cuda"),
+        (["--selection.scope", "global"], "did you mean global_batch?"),
         (
             ["--data.validation", "[{nmae: a, corpus: c}]"],
             "data.validation[0].nmae: unknown field (got 'a'); did you mean data.validation[0].name?",

@@ -2,12 +2,15 @@
 
 import ast
 import dataclasses
+import json
+import re
 import typing
 from pathlib import Path
 
 import pytest
 
 from megatron_slm.config import schema
+from megatron_slm.config.help import help_text
 from megatron_slm.config.schema import Config
 
 
@@ -61,9 +64,39 @@ def test_help_of_train_names_and_explains_every_field(capsys):
         main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert not [name for name in field_names() if f"--{name} " not in printed]
+    assert not [name for name in field_names() if f"--{name} VALUE" not in printed]
     assert "Share of the competing tokens that is kept" in printed
     assert "torchrun --nproc-per-node 2 -m megatron_slm.train" in printed  # an example to copy
+
+
+def test_every_option_that_help_lists_is_taken(capsys):
+    """Each with its own default for a value: none is refused as unknown."""
+    from megatron_slm.config.load import parse
+    from megatron_slm.train import main
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"^  (--[\w.+]+)", capsys.readouterr().out, re.MULTILINE)
+    settings = set(listed) - {"--config", "--print_config", "--version"}
+    assert settings == {f"--{name}" for name in field_names()}
+    words = [word for name in sorted(settings) for word in (name, default_text(name[2:]))]
+    assert parse(words, "test", "") == Config()
+
+
+def default_text(name: str) -> str:
+    value = Config()
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def test_help_names_type_range_and_default():
+    printed = " ".join(help_text(Config, "train", "about", {}).split())
+    assert (
+        "--model.layers VALUE Transformer layers. (whole number, at least 1; default: 4)" in printed
+    )
+    assert "(auto, cpu, cuda; default: auto)" in printed
+    assert "(text; default: empty)" in printed
 
 
 def test_defaults_are_of_the_declared_types():

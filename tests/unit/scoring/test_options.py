@@ -6,7 +6,7 @@ import pytest
 
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import ParallelConfig
-from megatron_slm.scoring.options import ScoreDevice, ScoreOptions, prepare
+from megatron_slm.scoring.options import ScoreDevice, ScoreOptions, parse, prepare
 
 SOUND = ScoreOptions(checkpoint="none", corpus="none", output="none")
 
@@ -28,9 +28,44 @@ SOUND = ScoreOptions(checkpoint="none", corpus="none", output="none")
             "device.head_engine: got liger; it computes the head's backward, and scoring has none",
         ),
         (dict(window_tokens=8, stride_tokens=9), "stride_tokens: got 9, above window_tokens (8)"),
+        (dict(shard_tokens=-1), "shard_tokens: got -1; expected at least 0"),
+        (dict(parallel=ParallelConfig(tensor=0)), "parallel.tensor: got 0; expected at least 1"),
     ],
 )
 def test_what_scoring_cannot_honour_is_a_sentence(changed, sentence):
     with pytest.raises(ConfigError) as caught:
         prepare(replace(SOUND, **changed), 1, [])
     assert sentence in str(caught.value)
+
+
+def test_every_problem_of_the_command_line_is_said(capsys):
+    words = ["--corpuss", "c", "--window-tokens=many", "--checkpoint", "r", "--output", "o"]
+    with pytest.raises(SystemExit) as stopped:
+        parse(words, "about")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "did you mean corpus?" in said
+    assert "window_tokens: got 'many'" in said
+    assert "corpus: missing; it must be given" in said
+
+
+def test_settings_come_from_the_command_line_and_a_file(tmp_path):
+    path = tmp_path / "score.yaml"
+    path.write_text("checkpoint: runs/reference\noutput: a\nparallel: {tensor: 2}\n")
+    words = [
+        "--config",
+        str(path),
+        "--corpus",
+        "data/corpus",
+        "--output=b",
+        "--window-tokens",
+        "64",
+    ]
+    options = parse(words, "about")
+    assert (options.checkpoint, options.output, options.corpus) == (
+        "runs/reference",
+        "b",
+        "data/corpus",
+    )
+    assert (options.window_tokens, options.parallel.tensor) == (64, 2)
+    assert options.device == ScoreDevice()
