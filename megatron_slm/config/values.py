@@ -8,7 +8,7 @@ them inside Annotated. Every other one is refused when the schema is first used.
 import types
 import typing
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 
 from megatron_slm.config.nearest import did_you_mean
 
@@ -160,7 +160,7 @@ def whole_number(value: int | float | str) -> int:
     factor = _SUFFIXES.get(text[-1:], 1)
     try:
         number = Decimal(text[:-1] if factor > 1 else text) * factor
-    except InvalidOperation:
+    except (InvalidOperation, Overflow):
         number = Decimal("NaN")
     # 1e999999999 is a whole number too, and writing it out takes minutes.
     sensible = number.is_finite() and number.adjusted() < 40
