@@ -34,7 +34,7 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack) -> int:
 
         device = device_room.choose(config.device.kind)  # before anything imports megatron.core
         from megatron_slm import parallel
-        from megatron_slm.training import loop, setup
+        from megatron_slm.training import ending, loop, setup
 
         # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once.
         materials = setup.open_materials(config, world_size) if rank == 0 else None
@@ -47,16 +47,11 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack) -> int:
         config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes
     )
     try:
-        run = loop.Run(config, groups, materials or setup.open_materials(config, world_size))
-        run.start()
-        return run.run()
-    except (loop.NonFiniteLoss, loop.NotSaved) as error:
-        print(f"slm-train: {error}", file=sys.stderr)
-        return 4
-    except ValueError as error:
-        if groups.is_logger:
-            print(f"slm-train: {error}", file=sys.stderr)
-        return 3
+        return ending.train_to_an_end(
+            config,
+            groups,
+            lambda: loop.Run(config, groups, materials or setup.open_materials(config, world_size)),
+        )
     finally:
         parallel.stop()
 

@@ -49,6 +49,7 @@ WITHOUT_TORCH = (
     "config/",
     "planning/",
     "selection/alarms.py",
+    "monitoring/run_status.py",
     "data/manifest.py",
     "tokenization.py",
     "checkpoint/folder.py",

@@ -1,25 +1,30 @@
-"""Metrics of a run: record sums and counts (metrics.py), time steps (throughput.py), write them (sinks.py and friends)."""
+"""Metrics of a run: record sums and counts (metrics.py), time steps (throughput.py), write them (sinks.py and friends).
 
-from megatron_slm.monitoring.console import ConsoleSink
-from megatron_slm.monitoring.metrics import Metrics
-from megatron_slm.monitoring.sinks import JsonlSink, MultiSink, NullSink, Sink
-from megatron_slm.monitoring.throughput import (
-    Throughput,
-    model_flops_per_token,
-    peak_flops_per_second,
-)
-from megatron_slm.monitoring.wandb_sink import WandbSink, wandb_run_id
+run_status.py says in one small file whether a run is running, done, stopped or failed; it needs no torch.
+"""
 
-__all__ = [
-    "ConsoleSink",
-    "JsonlSink",
-    "Metrics",
-    "MultiSink",
-    "NullSink",
-    "Sink",
-    "Throughput",
-    "WandbSink",
-    "model_flops_per_token",
-    "peak_flops_per_second",
-    "wandb_run_id",
-]
+from importlib import import_module
+
+MODULES = {
+    "ConsoleSink": "console",
+    "Metrics": "metrics",
+    "JsonlSink": "sinks",
+    "MultiSink": "sinks",
+    "NullSink": "sinks",
+    "Sink": "sinks",
+    "Throughput": "throughput",
+    "model_flops_per_token": "throughput",
+    "peak_flops_per_second": "throughput",
+    "WandbSink": "wandb_sink",
+    "wandb_run_id": "wandb_sink",
+}
+"""Where each public name is defined."""
+
+__all__ = list(MODULES)
+
+
+def __getattr__(name: str):
+    """A public name, loaded when it is first asked for: metrics.py needs torch, and run_status.py is read without it."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

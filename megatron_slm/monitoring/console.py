@@ -61,7 +61,7 @@ class ConsoleSink:
         prefix = "" if level == "info" else f"{level}: "
         self._console.print(prefix + text, style=_STYLE[level], markup=False)
 
-    def close(self) -> None:
+    def close(self, state: str = "done", exit_code: int = 0) -> None:
         if self._progress is not None:
             self._progress.stop()
 

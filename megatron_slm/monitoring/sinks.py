@@ -14,11 +14,12 @@ LEVELS = ("info", "warning", "error")
 
 
 class Sink(Protocol):
-    """One destination. `log` gets one interval's metrics; `message` a sentence for a person, level info, warning or error."""
+    """One destination. `log` gets one interval's metrics; `message` a sentence for a person, level info, warning or error;
+    `close` how the run ended: its state (done, stopped, failed) and exit code."""
 
     def log(self, record: Mapping[str, Any], step: int) -> None: ...
     def message(self, text: str, level: str = "info") -> None: ...
-    def close(self) -> None: ...
+    def close(self, state: str = "done", exit_code: int = 0) -> None: ...
 
 
 class NullSink:
@@ -30,7 +31,7 @@ class NullSink:
     def message(self, text: str, level: str = "info") -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, state: str = "done", exit_code: int = 0) -> None:
         pass
 
 
@@ -57,10 +58,10 @@ class MultiSink:
             raise ValueError(f"message level is {level!r}; it can be one of {', '.join(LEVELS)}")
         self._send(text, level, skip=None)
 
-    def close(self) -> None:
+    def close(self, state: str = "done", exit_code: int = 0) -> None:
         for index, sink in enumerate(self._sinks):
             try:
-                sink.close()
+                sink.close(state, exit_code)
             except Exception as error:
                 self._report_failure(index, error)
 
@@ -121,15 +122,17 @@ class JsonlSink:
 
     def message(self, text: str, level: str = "info") -> None:
         if level != "info":
-            _append_durably(
-                self._warnings_path,
-                json.dumps({"step": self._step, "level": level, "text": text}) + "\n",
-            )
+            append_warning(self._warnings_path, self._step, level, text)
 
-    def close(self) -> None:
+    def close(self, state: str = "done", exit_code: int = 0) -> None:
         if self._unwritten:
             _append_durably(self.path, "".join(self._unwritten))
             self._unwritten.clear()
+
+
+def append_warning(path: Path, step: int, level: str, text: str) -> None:
+    """Add one line to a warnings.jsonl. OSError when it cannot be written."""
+    _append_durably(path, json.dumps({"step": step, "level": level, "text": text}) + "\n")
 
 
 def cut_after_step(path: Path, step: int) -> int:

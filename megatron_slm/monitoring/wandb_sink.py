@@ -16,6 +16,8 @@ from megatron_slm.config.schema import WandbConfig
 
 RUN_ID_FILE = "wandb_run_id"
 X_AXIS = "tokens/processed"
+STATE = "run/state"
+"""Name in the run's summary: running, done, stopped or failed. W&B's own state knows no stop that is to be continued."""
 _CONNECT_SECONDS = 45
 _FINISH_SECONDS = 60
 
@@ -74,10 +76,15 @@ class WandbSink:
         if self._run is not None and level != "info":
             self._attempt(lambda: self._run.alert(title=level, text=text), last=True)
 
-    def close(self) -> None:
+    def close(self, state: str = "done", exit_code: int = 0) -> None:
+        """Finish the W&B run: crossed out there after a failure; a stop on request is an end in good order."""
         if self._run is not None:
-            self._attempt(self._run.finish, last=True)
+            self._attempt(lambda: self._finish(state, exit_code), last=True)
             self._run = None
+
+    def _finish(self, state: str, exit_code: int) -> None:
+        self._run.summary[STATE] = state
+        self._run.finish(exit_code=exit_code if state == "failed" else 0)
 
     def _open(self, options: dict[str, Any]) -> None:
         wandb = _import_wandb()
@@ -97,6 +104,7 @@ class WandbSink:
         )
         self._run.define_metric(X_AXIS)
         self._run.define_metric("*", step_metric=X_AXIS)
+        self._run.summary[STATE] = "running"
 
     def _attempt(self, action: Callable[[], Any], last: bool) -> bool:
         try:

@@ -32,6 +32,7 @@ from megatron_slm.selection import Progress
 from megatron_slm.selection.diagnostics import summarise
 from megatron_slm.training import setup
 from megatron_slm.training.choose import Chooser
+from megatron_slm.training.ending import NonFiniteLoss, NotSaved
 from megatron_slm.training.evaluate import validate
 from megatron_slm.training.learning_rate import learning_rate
 from megatron_slm.training.probe import Probe
@@ -39,14 +40,6 @@ from megatron_slm.training.reference import load_reference
 from megatron_slm.training.report import Reporter
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
 from megatron_slm.training.step import StepReport, Trainer, train_step
-
-
-class NonFiniteLoss(RuntimeError):
-    """Training diverged; the last checkpoint is the last good state."""
-
-
-class NotSaved(RuntimeError):
-    """The run reached its end or was asked to stop, and the checkpoint of its last step could not be written."""
 
 
 class Run:
@@ -81,6 +74,7 @@ class Run:
         self.tokens_selected = 0  # up to the last log line; known on last-stage ranks
         self.skipped_steps = 0  # fp16 overflows
         self.wandb_id = ""
+        self.reporter: Reporter | None = None
 
     def start(self) -> None:
         """Resume from the newest good checkpoint, or take initial weights; then open the sinks."""
@@ -188,7 +182,7 @@ class Run:
         return self._end(stopped=stopping and self.step < self.steps, stop=stop)
 
     def _end(self, stopped: bool, stop: StopRequest) -> int:
-        """Say how the run ended and close the sinks; its exit code. NotSaved: there is no checkpoint of the last step."""
+        """Say how the run ended; its exit code. NotSaved: there is no checkpoint of the last step."""
         saved = self.store.saved_step == self.step
         if stopped:
             if problem := stop.clear():
@@ -200,7 +194,6 @@ class Run:
                 )
         else:
             self.reporter.write_token_view(self.probe.view(self._progress()))
-        self.reporter.close()
         if not saved:
             reached = (
                 f"the run stopped on request after step {self.step} of {self.steps}"

@@ -16,6 +16,7 @@ from megatron_slm.monitoring import (
     NullSink,
     WandbSink,
     peak_flops_per_second,
+    run_status,
 )
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
@@ -101,8 +102,10 @@ class Reporter:
         self.sink.message(text, level)
 
     def log(self, record: dict, step: int) -> None:
-        """Write one line of metrics (last rank of the world only)."""
+        """Write one line of metrics (last rank of the world only), and in status.json how far the run is (rank 0)."""
         self.sink.log(record, step)
+        if self.groups.world_rank == 0:
+            run_status.progress(self.folder, step)
 
     def think(self, summary: dict, keep_fraction: float, scorer) -> None:
         """Say what the interval's metrics warn of; each kind of warning once per start of the run."""
@@ -117,8 +120,9 @@ class Reporter:
                 self.warned.add(name)
                 self.message(sentence, "warning")
 
-    def close(self) -> None:
-        self.sink.close()
+    def close(self, state: str, exit_code: int) -> None:
+        """Close the sinks of a run that is done, stopped or failed."""
+        self.sink.close(state, exit_code)
 
     def write_token_view(self, lines: list[dict]) -> None:
         """token_view.jsonl: real text with what the model would select from it now; a disk that cannot take it costs a warning."""

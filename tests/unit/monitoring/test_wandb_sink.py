@@ -55,7 +55,7 @@ def test_an_offline_run_is_written_and_a_resumed_one_has_the_same_id(tmp_path, c
 
 class FakeRun:
     def __init__(self):
-        self.calls = 0
+        self.calls, self.summary, self.finished_with = 0, {}, None
 
     def define_metric(self, *args, **kwargs):
         pass
@@ -63,6 +63,9 @@ class FakeRun:
     def log(self, values):
         self.calls += 1
         raise ConnectionError("server gone")
+
+    def finish(self, exit_code):
+        self.finished_with = exit_code
 
 
 class FakeWandb:
@@ -101,6 +104,19 @@ def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, monkeypat
     sink.close()
     assert len(warnings) == 1 and "server gone" in warnings[0]
     assert fake.run.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "finished_with"), [("done", 0, 0), ("stopped", 85, 0), ("failed", 4, 4)]
+)
+def test_the_end_of_the_run_is_told(state, exit_code, finished_with, tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = open_sink(tmp_path, [])
+    assert fake.run.summary == {"run/state": "running"}
+    sink.close(state, exit_code)
+    assert fake.run.summary == {"run/state": state}
+    assert fake.run.finished_with == finished_with
 
 
 def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):

@@ -1,0 +1,110 @@
+"""How a run ends. Whichever way it is, status.json says it, and after a failure every sink has heard of it."""
+
+import contextlib
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_slm.config.check import train_steps
+from megatron_slm.config.schema import Config
+from megatron_slm.monitoring import run_status
+from megatron_slm.monitoring.sinks import append_warning
+from megatron_slm.parallel import Groups
+
+EXIT_BAD_DATA = 3
+EXIT_TRAINING_FAILED = 4
+EXIT_UNEXPECTED = 1
+"""Python's own, after a traceback."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; every rank of the job raises this at the same step."""
+
+
+class NonFiniteLoss(TrainingFailed):
+    """Training diverged; the last checkpoint is the last good state."""
+
+
+class NotSaved(TrainingFailed):
+    """The run reached its end or was asked to stop, and the checkpoint of its last step could not be written."""
+
+
+def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
+    """Make a loop.Run, train it, and tell how it ended; the exit code.
+
+    What is neither bad data nor a failure of training is raised again once it is told, for its traceback.
+    """
+    folder, steps = config.run.folder, train_steps(config)
+    if groups.world_rank == 0:
+        run_status.begin(folder, steps)
+    if groups.world_size > 1:
+        torch.distributed.barrier()  # a rank that fails at once finds the status of this start
+    run = None
+    try:
+        run = make_run()
+        run.start()
+        if groups.world_rank == 0:
+            run_status.progress(folder, run.step)
+        exit_code = run.run()
+    except BaseException as error:
+        exit_code = _exit_code_of(error)
+        if exit_code == 0:
+            raise
+        _tell_of_failure(error, exit_code, config, groups, run)
+        if not isinstance(error, (TrainingFailed, ValueError)):
+            raise
+        return exit_code
+    state, reason = ("done", f"trained to its last step, {steps}")
+    if exit_code:
+        state, reason = ("stopped", f"stopped on request after step {run.step} of {steps}")
+    if groups.world_rank == 0:
+        run_status.end(folder, state, reason, step=run.step, exit_code=exit_code)
+    run.reporter.close(state, exit_code)
+    return exit_code
+
+
+def _exit_code_of(error: BaseException) -> int:
+    if isinstance(error, TrainingFailed):
+        return EXIT_TRAINING_FAILED
+    if isinstance(error, ValueError):
+        return EXIT_BAD_DATA
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return EXIT_UNEXPECTED
+
+
+def _tell_of_failure(error: BaseException, exit_code: int, config: Config, groups: Groups, run):
+    """status.json, standard error, and the sinks where this rank has them; else the file of warnings.
+
+    A rank that fails alone breaks the others' connections, and they fail in turn. The rank with the sinks then tells the
+    reason that the first one left in status.json. (It may be ended before it can: then status.json and warnings.jsonl have it.)
+    """
+    together = isinstance(error, TrainingFailed)
+    if together and not groups.is_logger:
+        return
+    sentence = _words(error)
+    if not together and groups.world_size > 1:
+        sentence = f"process {groups.world_rank} on {socket.gethostname()} failed: {sentence}"
+    step = run.step if run is not None else 0
+    status = run_status.end(config.run.folder, "failed", sentence, step=step, exit_code=exit_code)
+    first = status.reason if status is not None and status.state == "failed" else sentence
+    if first == sentence or not first.endswith(_words(error)):  # else another rank has said it
+        print(f"slm-train: {sentence}", file=sys.stderr, flush=True)
+    if run is not None and run.reporter is not None and groups.is_logger:
+        run.reporter.message(first, "error")
+        run.reporter.close("failed", exit_code)
+    elif first == sentence:
+        with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
+            append_warning(Path(config.run.folder) / "warnings.jsonl", step, "error", sentence)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, (TrainingFailed, ValueError)):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted from the keyboard"
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first_line}"
