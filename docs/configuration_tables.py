@@ -36,7 +36,8 @@ def table(cls, prefix: str) -> list[str]:
     ]
     for field in dataclasses.fields(cls):
         if field not in nested:
-            text = texts[field.name].replace("|", "\\|").replace("<name>", "`<name>`")
+            text = " ".join(texts[field.name].split())
+            text = text.replace("|", "\\|").replace("<name>", "`<name>`")
             default = f"`{default_of(field)}`" if default_of(field) else "empty"
             values = values_of(hints[field.name])
             lines.append(f"| `{prefix}.{field.name}` | {default} | {values} | {text} |")

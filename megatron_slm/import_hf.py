@@ -3,7 +3,6 @@
 import argparse
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron_slm.checkpoint import folder as folders
@@ -91,7 +90,7 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
         "eod_id": tokenizer.eod_id,
     }
     info = folders.CheckpointInfo(
-        model=asdict(model),
+        model=folders.describe_model(model, model.vocabulary_size),
         sequence_length=sequence_length,
         tokenizer=described,
         step=0,

@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_slm.checkpoint.architecture import differing_settings, take_architecture
 from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError, load_yaml, parse
@@ -95,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             [*(["--config", options.config] if options.config else []), *settings],
             "slm-plan",
             DESCRIPTION,
+            fill=take_architecture,
         )
         job = Job(
             config,
@@ -117,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         if found:
             print(describe_alternatives(found), file=sys.stderr)
         return 2
+    for problem in _start_problems(config, job.vocabulary_size):
+        print(f"plan: train would refuse this: {problem}", file=sys.stderr)
     plan = make_plan(job, options.proposals)
     print(json.dumps(as_json(plan), indent=1)) if options.json else print_plan(plan)
     return 0 if plan.fits else 1
@@ -164,11 +169,26 @@ def _vocabulary_size(config) -> int:
     return load_tokenizer(config.data.tokenizer).vocabulary_size
 
 
+def _start_problems(config, vocabulary_size: int) -> list[str]:
+    """How this model differs from the checkpoint it would start from, where that lies here."""
+    start, tokenizer = Path(config.checkpoint.initialize_from), Path(config.data.tokenizer)
+    if not config.checkpoint.initialize_from or not start.exists():
+        return []
+    try:
+        return differing_settings(
+            replace(config, run=replace(config.run, folder="")),  # the start, not a resumed run
+            vocabulary_size,
+            load_tokenizer(tokenizer) if tokenizer.is_file() else None,
+        )
+    except ValueError as error:
+        return [str(error)]
+
+
 def _reference_model(recipe: str | None, config):
     """The reference's shape where it is known: from its recipe, or from an online reference's checkpoint."""
     checkpoint = config.selection.reference.checkpoint
     if recipe:
-        return load_yaml(recipe).model
+        return load_yaml(recipe, take_architecture).model
     return (
         read_checkpoint_info(checkpoint).reference_model()
         if checkpoint and Path(checkpoint).exists()

@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 
+from megatron_slm.checkpoint.architecture import take_architecture
 from megatron_slm.config.check import check
 from megatron_slm.config.load import parse
 from megatron_slm.files.folder_lock import FolderLock
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None, held: contextlib.ExitStack) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        config = parse(argv, "slm-train", __doc__)
+        config = parse(argv, "slm-train", __doc__, fill=take_architecture)
         check(config, world_size)
         if rank == 0:
             _keep_others_out(config.run.folder, held)

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_slm.config.schema import ModelConfig
@@ -41,14 +41,31 @@ class CheckpointInfo:
     """Plain loss in nats of each validation corpus at this very step; empty where it was not measured."""
     extra: dict = field(default_factory=dict)
 
+    def model_config(self) -> ModelConfig:
+        """The trained model. ValueError: this version cannot build what model.json says."""
+        from megatron_slm.config.load import from_mapping
+
+        config, problems = from_mapping({"model": self.model})
+        if problems:
+            raise ValueError(
+                "model.json describes a model that this version cannot build: "
+                f"{'; '.join(problems)}. Use the version that wrote it, or another checkpoint"
+            )
+        return config.model
+
     def reference_model(self) -> ModelConfig:
-        """The model as a frozen reference: no dropout, nothing recomputed (METHOD 4.18)."""
-        known = {each.name for each in fields(ModelConfig)}
-        return replace(
-            ModelConfig(**{name: value for name, value in self.model.items() if name in known}),
-            dropout=0.0,
-            recompute="none",
-        )
+        """The model as a frozen reference: without dropout and recomputation."""
+        return replace(self.model_config(), dropout=0.0, recompute="none")
+
+
+def describe_model(model: ModelConfig, vocabulary_size: int) -> dict:
+    """What model.json says of a model: its settings, with the true vocabulary size.
+
+    Where they were taken from is left out: the checkpoint stands alone.
+    """
+    described = {**asdict(model), "vocabulary_size": vocabulary_size}
+    del described["from_checkpoint"]
+    return described
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -135,16 +152,26 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
-    """model.json of the checkpoint meant by `path`; its fingerprint comes from checksums.json. ValueError when unreadable."""
+    """model.json of the checkpoint meant by `path`; its fingerprint comes from checksums.json.
+
+    ValueError when one of the two is unreadable, or model.json is not what checksums.json says.
+    """
     folder = resolve_checkpoint(path)
     try:
-        info = json.loads((folder / "model.json").read_text())
-        checksums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:  # a flipped byte may be no JSON, or no UTF-8
+        content = (folder / "model.json").read_bytes()
+        checksums = dict(json.loads((folder / "checksums.json").read_text()))
+        info = CheckpointInfo(**{**json.loads(content), "fingerprint": _fingerprint(checksums)})
+    # A flipped byte may be no JSON, no UTF-8, or another key.
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{folder}: damaged checkpoint, {error}; use an older step_* folder"
         ) from error
-    return CheckpointInfo(**{**info, "fingerprint": _fingerprint(checksums)})
+    if checksums.get("model.json", "") not in ("", hashlib.sha256(content).hexdigest()):
+        raise ValueError(
+            f"{folder}: model.json differs from its checksum in checksums.json; use an older "
+            "step_* folder, or copy it again"
+        )
+    return info
 
 
 def _fingerprint(checksums: dict[str, str]) -> str:

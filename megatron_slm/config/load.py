@@ -6,7 +6,7 @@
 import dataclasses
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
@@ -50,17 +50,25 @@ OWN_OPTIONS = {
 """Options that are no settings."""
 
 
+Fill = Callable[[dict], list[str]]
+"""Completes the given settings (nested plain values) in place from files that they name.
+
+It returns what is wrong, one sentence each."""
+
+
 def parse(
     argv: list[str] | None,
     prog: str,
     description: str,
     settings_class=Config,
     usage: str = "[--config FILE] [--section.field VALUE ...]",
+    fill: Fill = lambda values: [],
 ):
     """The settings of a program started with `argv` (None = sys.argv), as a `settings_class`.
 
     Prints the help, the version or the settings when asked to, and exits. Raises ConfigError with
-    every unreadable, unknown or missing setting, before anything is started.
+    every unreadable, unknown or missing setting and what `fill` finds wrong, before anything is
+    started.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -86,9 +94,10 @@ def parse(
             problems.append(
                 f"--{key}: got {text!r}, which is not readable as YAML: {' '.join(str(error).split())}"
             )
+    refused = fill(values)
     config = _build(settings_class, values, "", problems)
-    if problems:
-        raise ConfigError(problems)
+    if problems or refused:
+        raise ConfigError(problems + refused)
     if print_only:
         print(to_yaml(config), end="")
         raise SystemExit(0)
@@ -101,13 +110,17 @@ def from_mapping(values: Mapping) -> tuple[Config, list[str]]:
     return _build(Config, values, "", problems), problems
 
 
-def load_yaml(path: str | Path) -> Config:
-    """The configuration in a YAML file alone; ConfigError with every problem."""
+def load_yaml(path: str | Path, fill: Fill = lambda values: []) -> Config:
+    """The configuration in a YAML file alone; ConfigError with every problem.
+
+    A run folder's config.yaml is complete and needs no `fill`.
+    """
     values: dict = {}
     problems = _merge_file(values, str(path))
+    refused = fill(values)
     config, more = from_mapping(values)
-    if problems or more:
-        raise ConfigError(problems + more)
+    if problems or more or refused:
+        raise ConfigError(problems + more + refused)
     return config
 
 

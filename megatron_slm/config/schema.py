@@ -61,6 +61,10 @@ class DeviceConfig:
 class ModelConfig:
     """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
 
+    from_checkpoint: str = ""
+    """Run folder or checkpoint whose architecture this model has: every setting of this section
+    that says what weights mean is taken from it. One that is given as well and differs is refused.
+    Weights are not taken: checkpoint.initialize_from does that."""
     layers: Size = 4
     """Transformer layers."""
     hidden_size: Size = 256
@@ -274,7 +278,9 @@ class CheckpointConfig:
     best_validation: str = ""
     """Name of the validation corpus whose loss decides what is best; empty = the first of data.validation."""
     initialize_from: str = ""
-    """Checkpoint whose weights (only) start this run, as for continual pretraining; ignored when the run folder has its own checkpoint."""
+    """Checkpoint whose weights (only) start this run, as for continual pretraining; ignored when
+    the run folder has its own checkpoint. A model or tokenizer that differs from the checkpoint's
+    is refused; model.from_checkpoint takes the model from it."""
     save_optimizer: bool = True
     """Save optimizer state; without it a checkpoint cannot be resumed, only used as weights. One made because the run is asked to stop always has it."""
     asynchronous: bool = False

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, sync_path
-from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
 from megatron_slm.convert.names import Geometry, to_huggingface
@@ -44,7 +43,7 @@ def export(
     """
     output = Path(os.path.abspath(output))
     check_output(output, overwrite)
-    model = ModelConfig(**info.model)
+    model = info.model_config()
     config = huggingface_config(model, info.sequence_length, tokenizer, dtype)
     writing = output.with_name(f".writing_{output.name}")
     shutil.rmtree(writing, ignore_errors=True)

@@ -5,12 +5,11 @@ writes the metrics.
 """
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_slm.checkpoint.folder import CheckpointInfo, complete_checkpoints
+from megatron_slm.checkpoint.folder import CheckpointInfo, complete_checkpoints, describe_model
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
 from megatron_slm.config.check import tokens_per_step, train_steps
@@ -276,7 +275,7 @@ class Run:
         )
 
     def _save(self, with_optimizer: bool) -> None:
-        model = {**asdict(self.config.model), "vocabulary_size": self.materials.vocabulary_size}
+        model = describe_model(self.config.model, self.materials.vocabulary_size)
         tokenizer = self.materials.corpora[0].manifest.tokenizer
         optimizer = self.trainer.optimizer if with_optimizer else None
         # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.

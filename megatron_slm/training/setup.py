@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.checkpoint.folder import complete_checkpoints, read_checkpoint_info
+from megatron_slm.checkpoint.architecture import differing_settings
+from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.check import check, train_steps
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
@@ -79,7 +80,11 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
         )
     if scorer is not None:
         problems += _missing_columns(config, scorer, corpora)
-    problems += _checkpoints(config, world_size, fingerprint)
+    try:
+        bad_settings += differing_settings(config, size, tokenizer)
+    except ValueError as error:
+        problems.append(str(error))
+    problems += _online_reference(config, world_size, fingerprint)
     if bad_settings:
         raise ConfigError(bad_settings + problems)
     if problems:
@@ -87,23 +92,18 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
     return Materials(tokenizer, corpora, validation, size)
 
 
-def _checkpoints(config: Config, world_size: int, tokenizer_fingerprint: str | None) -> list[str]:
-    """What is wrong with the checkpoints that the configuration names, seen before any process waits for another."""
+def _online_reference(
+    config: Config, world_size: int, tokenizer_fingerprint: str | None
+) -> list[str]:
+    """What is wrong with the online reference, seen before any process waits for another."""
     problems = []
-    if (start := config.checkpoint.initialize_from) and not complete_checkpoints(
-        Path(config.run.folder, "checkpoints")
-    ):
-        try:
-            read_checkpoint_info(start)
-        except ValueError as error:
-            problems.append(f"checkpoint.initialize_from: {error}")
     if reference := config.selection.reference.checkpoint:
         try:
             info = read_checkpoint_info(reference)
-            if tokenizer_fingerprint not in (None, info.tokenizer["fingerprint"]):
+            if tokenizer_fingerprint not in (None, info.tokenizer.get("fingerprint")):
                 problems.append(
-                    f"selection.reference.checkpoint {reference} was trained with another tokenizer ({info.tokenizer['path']}); its losses price "
-                    "other tokens: train a reference with this run's tokenizer"
+                    f"selection.reference.checkpoint {reference} was trained with another tokenizer "
+                    f"({info.tokenizer.get('path')}); its losses price other tokens: train a reference with this run's tokenizer"
                 )
             check(reference_config(config, info), world_size, training=False)
         except ConfigError as error:

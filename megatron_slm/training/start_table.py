@@ -13,6 +13,7 @@ def start_table(config: Config, groups: Groups, layers: str) -> dict[str, str]:
     """Rows name -> state, with the reason in brackets; `layers` is "torch" or "transformer_engine"."""
     rows = {
         "run folder": config.run.folder,
+        **_origin_words(config),
         "processes": str(groups.world_size),
         "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {tokens_per_step(config)} tokens per step, {train_steps(config)} steps",
         "selection": _selection_words(config),
@@ -98,6 +99,12 @@ def layout_rows(config: Config, dp_size: int) -> list[tuple[str, str, str]]:
             {"selective": "attention cores", "full": "every layer"}[config.model.recompute],
         ),
     ]
+
+
+def _origin_words(config: Config) -> dict[str, str]:
+    """Where the architecture comes from, when it is not written in the configuration."""
+    source = config.model.from_checkpoint
+    return {"architecture": f"that of {source} (model.from_checkpoint)"} if source else {}
 
 
 def _selection_words(config: Config) -> str:

@@ -140,7 +140,7 @@ def test_scorer_none_and_flags_without_a_value():
         (["--model.layer", 3], "did you mean model.layers?"),
         (["--modle.layers", 3], "did you mean model?"),
         (["--selection.reference.score", "[x]"], "did you mean selection.reference.scores?"),
-        (["--model.banana", 3], "known here: layers, hidden_size"),
+        (["--model.banana", 3], "known here: from_checkpoint, layers, hidden_size"),
         (["--keep_fractions", 0.5], "did you mean selection.keep_fraction?"),
         (["--layers", 3], "did you mean device.layers or model.layers?"),
         (["--device.kind", "gpu"], "it can be auto, cpu, cuda"),

@@ -1,10 +1,10 @@
 """What a run reads is opened before any process group starts, and everything that is wrong with it is said together."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 
+from megatron_slm.checkpoint.folder import describe_model
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config, CorpusConfig, ModelConfig
 from megatron_slm.testing.corpora import random_documents, write_corpus
@@ -23,13 +23,13 @@ def word_tokenizer(path, words=50):
     return load_tokenizer(path)
 
 
-def checkpoint(folder, tokenizer_fingerprint, **model):
+def checkpoint(folder, tokenizer_fingerprint, vocabulary_size=50, **model):
     step = folder / "checkpoints" / "step_00000001"
     step.mkdir(parents=True)
     (step / "model.json").write_text(
         json.dumps(
             {
-                "model": asdict(ModelConfig(**model)),
+                "model": describe_model(ModelConfig(**model), vocabulary_size),
                 "sequence_length": 16,
                 "step": 1,
                 "tokens_processed": 1,
@@ -109,8 +109,30 @@ def test_a_reference_of_another_tokenizer_or_for_another_layout_is_refused(confi
 def test_a_resumed_run_no_longer_needs_what_it_started_from(config, tmp_path):
     config.checkpoint.initialize_from = "gone"
     assert "checkpoint.initialize_from: gone" in problems_of(config, DataError)
-    checkpoint(tmp_path / "run", "any")
+    checkpoint(tmp_path / "run", load_tokenizer(config.data.tokenizer).fingerprint)
     open_materials(config)
+
+
+def test_a_start_from_another_model_is_a_wrong_configuration(config, tmp_path):
+    """Exit code 2 and every difference, where weights were once loaded as far as they fitted."""
+    config.checkpoint.initialize_from = checkpoint(
+        tmp_path / "base", "sha256:another", vocabulary_size=60, qkv_bias=True, layers=3
+    )
+    said = problems_of(config, ConfigError)
+    for part in (
+        "model.layers 3",
+        "model.qkv_bias true",
+        "model.vocabulary_size 60",
+        "theirs.model",
+    ):
+        assert part in said
+
+
+def test_a_run_is_not_resumed_as_another_model(config, tmp_path):
+    fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
+    checkpoint(tmp_path / "run", fingerprint, tied_embeddings=True)
+    said = problems_of(config, ConfigError)
+    assert "set model.tied_embeddings to true, or give another run.folder" in said
 
 
 def test_a_dense_reference_stands_beside_experts_and_needs_no_backward(config, tmp_path):

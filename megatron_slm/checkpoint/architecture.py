@@ -1,0 +1,162 @@
+"""A configuration held against the checkpoint that its weights come from, or filled from one.
+
+Both happen before anything is started, and without torch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_slm.checkpoint.folder import (
+    CheckpointInfo,
+    complete_checkpoints,
+    read_checkpoint_info,
+)
+from megatron_slm.config.architecture import ARCHITECTURE, Difference, differences, written
+from megatron_slm.config.load import from_mapping
+from megatron_slm.config.schema import Config, RunConfig
+from megatron_slm.tokenization import Tokenizer
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A checkpoint that says what this run's weights mean."""
+
+    words: str
+    """How a sentence names it."""
+    info: CheckpointInfo
+    otherwise: str = ""
+    """What can be done instead of changing a setting."""
+    has_weights: bool = True
+    """Whether weights are taken too: they belong to a tokenizer."""
+
+
+def take_architecture(values: dict) -> list[str]:
+    """Fill the section `model` of the given settings from what model.from_checkpoint names.
+
+    For config.load.parse. Returns the architecture settings that were given as well and differ, one
+    sentence each, or why the checkpoint cannot be read.
+    """
+    given = values.get("model")
+    path = given.get("from_checkpoint") if isinstance(given, Mapping) else None
+    if not isinstance(path, str) or not path:
+        return []
+    run = values.get("run")
+    folder = run.get("folder", RunConfig.folder) if isinstance(run, Mapping) else RunConfig.folder
+    try:
+        theirs = _architecture_source(path, folder).model_config()
+    except ValueError as error:
+        return [f"model.from_checkpoint: {error}"]
+    # 0 means the tokenizer's size, not known yet; it is compared when the tokenizer is opened.
+    chosen = {name for name in ARCHITECTURE if name in given} - (
+        {"vocabulary_size"} if not given.get("vocabulary_size") else set()
+    )
+    taken = {name: getattr(theirs, name) for name in ARCHITECTURE if name not in chosen}
+    values["model"] = {**given, **taken}
+    config, unreadable = from_mapping({"model": values["model"]})
+    return [
+        f"model.{each.field}: got {written(each.configuration)}, but model.from_checkpoint "
+        f"({path}) has {written(each.checkpoint)}; leave one of the two settings out"
+        for each in differences(theirs, config.model)
+        if each.field in chosen
+        and not any(problem.startswith(f"model.{each.field}:") for problem in unreadable)
+    ]
+
+
+def differing_settings(
+    config: Config, vocabulary_size: int, tokenizer: Tokenizer | None
+) -> list[str]:
+    """What differs from the checkpoint that this run's weights come from, one sentence each.
+
+    That is the newest of its own, else checkpoint.initialize_from. `vocabulary_size` is the run's
+    true one; 0, like None for `tokenizer`, where it is not known. ValueError: a checkpoint cannot
+    be read.
+    """
+    problems = []
+    for origin in _origins(config):
+        try:
+            theirs = origin.info.model_config()
+        except ValueError as error:
+            raise ValueError(f"{origin.words}: {error}") from error
+        ours = replace(config.model, vocabulary_size=vocabulary_size or theirs.vocabulary_size)
+        problems += [
+            f"{origin.words} has model.{each.field} {written(each.checkpoint)}, "
+            f"this configuration {_ours(each, config)}; "
+            f"{_remedy(each, tokenizer)}{origin.otherwise}"
+            for each in differences(theirs, ours)
+        ]
+        if origin.has_weights and tokenizer is not None:
+            problems += _tokenizer_problems(origin, tokenizer)
+    return problems
+
+
+def _origins(config: Config) -> Iterator[_Origin]:
+    """The checkpoints that bind this configuration. ValueError names one that cannot be read."""
+    own = _own_checkpoint(config.run.folder)
+    start, architecture = config.checkpoint.initialize_from, config.model.from_checkpoint
+    if own is not None:
+        yield _Origin(
+            f"the checkpoint that run.folder {config.run.folder} resumes from",
+            own,
+            otherwise=", or give another run.folder",
+        )
+    elif start:
+        try:
+            info = read_checkpoint_info(start)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.initialize_from: {error}") from error
+        yield _Origin(
+            f"checkpoint.initialize_from {start}",
+            info,
+            otherwise=f", or take all of its architecture: model.from_checkpoint: {start}",
+        )
+    if architecture:
+        try:
+            info = _architecture_source(architecture, config.run.folder)
+        except ValueError as error:
+            raise ValueError(f"model.from_checkpoint: {error}") from error
+        yield _Origin(f"model.from_checkpoint {architecture}", info, has_weights=False)
+
+
+def _architecture_source(path: str, run_folder: str) -> CheckpointInfo:
+    """model.json of `path`, or of the run's own checkpoint where `path` is gone.
+
+    So a run goes on without the checkpoint that it started from. ValueError: there is neither.
+    """
+    own = None if Path(path).exists() else _own_checkpoint(run_folder)
+    return own or read_checkpoint_info(path)
+
+
+def _own_checkpoint(run_folder: str) -> CheckpointInfo | None:
+    """model.json of a run's newest checkpoint; damaged ones are passed over, as resuming does."""
+    for folder in reversed(complete_checkpoints(Path(run_folder, "checkpoints"))):
+        try:
+            return read_checkpoint_info(folder)
+        except ValueError:
+            continue
+    return None
+
+
+def _ours(difference: Difference, config: Config) -> str:
+    counted = difference.field == "vocabulary_size" and not config.model.vocabulary_size
+    return written(difference.configuration) + (" (the tokenizer has so many)" if counted else "")
+
+
+def _remedy(difference: Difference, tokenizer: Tokenizer | None) -> str:
+    if difference.field == "vocabulary_size" and tokenizer is not None:
+        ids = tokenizer.vocabulary_size
+        if difference.checkpoint < ids:
+            return f"{tokenizer.path} has {ids} ids: use the tokenizer of the checkpoint"
+    return f"set model.{difference.field} to {written(difference.checkpoint)}"
+
+
+def _tokenizer_problems(origin: _Origin, tokenizer: Tokenizer) -> list[str]:
+    theirs = origin.info.tokenizer
+    if theirs.get("fingerprint") == tokenizer.fingerprint:
+        return []
+    return [
+        f"{origin.words} was trained with the tokenizer {theirs.get('path')} "
+        f"({theirs.get('fingerprint')}), data.tokenizer is {tokenizer.path} "
+        f"({tokenizer.fingerprint}): the same ids mean other text; use the checkpoint's tokenizer "
+        "and corpora made with it"
+    ]

@@ -1,0 +1,107 @@
+"""Which settings of a model say what its weights mean, and in which of them two models differ.
+
+This is decided here and nowhere else. Weights of a checkpoint that are put into a model of another
+architecture fit in part (a bias that nobody asks for is left behind, tied embeddings take one of
+two matrices), or fit whole and compute something else (another rotary base), without any error.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_slm.config.schema import ModelConfig
+
+ROPE_SCALING = {
+    "none": (),
+    "linear": ("rope_scaling_factor",),
+    "llama3": (
+        "rope_scaling_factor",
+        "rope_original_sequence_length",
+        "rope_low_frequency_factor",
+        "rope_high_frequency_factor",
+    ),
+}
+"""The fields that each kind of scaling reads."""
+EXPERTS = ("experts_per_token", "renormalize_experts")
+"""The fields that a mixture of experts reads, beside the number of experts."""
+ARCHITECTURE = (
+    "layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "attention_heads",
+    "query_groups",
+    "head_size",
+    "vocabulary_size",
+    "rope_base",
+    "rope_scaling",
+    *ROPE_SCALING["llama3"],
+    "norm_epsilon",
+    "tied_embeddings",
+    "qkv_bias",
+    "qk_norm",
+    "experts",
+    *EXPERTS,
+)
+"""Shape, presence and meaning of the weights: only the checkpoint's values are right for them."""
+RUN_CHOICES = (
+    "from_checkpoint",
+    "pad_vocabulary_to_multiple_of",
+    "load_balancing",
+    "load_balancing_coefficient",
+    "router_z_loss_coefficient",
+    "initialization_std",
+    "dropout",
+    "recompute",
+)
+"""How weights are begun, padded and trained: free to differ between a checkpoint and a run that
+starts from it. Rows of padding are in no loss: with another padding the rows both have are loaded."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One architecture field with two values, defaults resolved."""
+
+    field: str
+    checkpoint: Any
+    configuration: Any
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """The architecture fields that have an effect in `model`, with every "0 = default" resolved.
+
+    Only vocabulary_size stays as it is: what 0 means there, a tokenizer decides.
+    """
+    unused = {*ROPE_SCALING["llama3"]} - {*ROPE_SCALING[model.rope_scaling]}
+    if not model.experts:
+        unused |= {*EXPERTS}
+    return {name: value for name, value in _resolved(model).items() if name not in unused}
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    values = {name: getattr(model, name) for name in ARCHITECTURE}
+    values["query_groups"] = model.query_groups or model.attention_heads
+    values["head_size"] = model.head_size or model.hidden_size // max(1, model.attention_heads)
+    return values
+
+
+def differences(checkpoint: ModelConfig, configuration: ModelConfig) -> list[Difference]:
+    """Every field that has to change for `configuration` to be the model of `checkpoint`.
+
+    Fields that have no effect in the checkpoint's model (experts_per_token of a dense one) are left
+    out, and so is what follows from another field on both sides.
+    """
+    theirs, ours = architecture(checkpoint), _resolved(configuration)
+    derived = {
+        name
+        for name in ("query_groups", "head_size")
+        if not getattr(checkpoint, name) and not getattr(configuration, name)
+    }  # both follow from fields that are compared themselves
+    return [
+        Difference(name, value, ours[name])
+        for name, value in theirs.items()
+        if ours[name] != value and name not in derived
+    ]
+
+
+def written(value: Any) -> str:
+    """A value as YAML has it: true, 10000.0, none."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,77 @@
+"""A setting of a model is its architecture or a choice of the run; the first kind is compared."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from megatron_slm.config.architecture import ARCHITECTURE, RUN_CHOICES, differences
+from megatron_slm.config.schema import ModelConfig
+
+# A model in which every field has an effect, and another value of each.
+MODEL = ModelConfig(
+    query_groups=2, head_size=64, vocabulary_size=500, rope_scaling="llama3", experts=4
+)
+OTHER = {
+    "layers": 5,
+    "hidden_size": 128,
+    "ffn_hidden_size": 512,
+    "attention_heads": 2,
+    "query_groups": 1,
+    "head_size": 32,
+    "vocabulary_size": 501,
+    "rope_base": 500000.0,
+    "rope_scaling": "none",
+    "rope_scaling_factor": 2.0,
+    "rope_original_sequence_length": 4096,
+    "rope_low_frequency_factor": 2.0,
+    "rope_high_frequency_factor": 8.0,
+    "norm_epsilon": 1e-6,
+    "tied_embeddings": True,
+    "qkv_bias": True,
+    "qk_norm": True,
+    "experts": 0,
+    "experts_per_token": 1,
+    "renormalize_experts": False,
+    "from_checkpoint": "runs/base",
+    "pad_vocabulary_to_multiple_of": 64,
+    "load_balancing": "sequence",
+    "load_balancing_coefficient": 0.0,
+    "router_z_loss_coefficient": 0.1,
+    "initialization_std": 0.01,
+    "dropout": 0.1,
+    "recompute": "full",
+}
+
+
+def test_every_setting_is_architecture_or_a_choice_of_the_run():
+    """A new field has to be put into one of the two, so that nobody forgets to compare it."""
+    named = [*ARCHITECTURE, *RUN_CHOICES]
+    assert sorted(named) == sorted(each.name for each in fields(ModelConfig))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE)
+def test_another_architecture_is_seen(name):
+    found = differences(MODEL, replace(MODEL, **{name: OTHER[name]}))
+    assert [(each.field, each.checkpoint, each.configuration) for each in found] == [
+        (name, getattr(MODEL, name), OTHER[name])
+    ]
+
+
+@pytest.mark.parametrize("name", RUN_CHOICES)
+def test_a_choice_of_the_run_is_free(name):
+    assert not differences(MODEL, replace(MODEL, **{name: OTHER[name]}))
+
+
+def test_defaults_are_resolved_before_they_are_compared():
+    written_out = ModelConfig(attention_heads=4, query_groups=4, head_size=64)
+    assert not differences(ModelConfig(), written_out)
+    assert not differences(written_out, ModelConfig())
+    heads = differences(ModelConfig(), ModelConfig(attention_heads=8))
+    assert [each.field for each in heads] == ["attention_heads"], "what follows from it is not said"
+
+
+def test_what_has_no_effect_in_the_checkpoint_is_not_compared():
+    dense, mixture = ModelConfig(), ModelConfig(experts=8, experts_per_token=3)
+    assert [each.field for each in differences(dense, mixture)] == ["experts"]
+    assert {each.field for each in differences(mixture, dense)} == {"experts", "experts_per_token"}
+    assert not differences(dense, ModelConfig(rope_scaling_factor=2.0))
