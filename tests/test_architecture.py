@@ -17,8 +17,8 @@ PACKAGE = ROOT / "megatron_slm"
 ROOMS = (
     "files",
     "config",
-    "planning",
     "selection",
+    "planning",
     "ops",
     "device",
     "parallel",
@@ -50,6 +50,8 @@ WITHOUT_TORCH = (
     "planning/",
     "selection/alarms.py",
     "monitoring/run_status.py",
+    "selection/rules.py",
+    "training/scorer_settings.py",
     "data/manifest.py",
     "tokenization.py",
     "checkpoint/folder.py",

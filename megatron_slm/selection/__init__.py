@@ -3,20 +3,26 @@
 scorers.py      columns -> score: what a scorer is, and the registry that other packages extend
 catalogue.py    the scorers of the literature, one function each
 combinators.py  scorers made of scorers: both, either, band, mixtures
+rules.py        what a scorer, a scope and the head's rows decide before any token is seen
 select.py       the exact top-k of a population spread over ranks        threshold.py, radix.py: how ranks agree on it
 scope.py        which tokens compete with which                          running.py: a threshold carried over steps
 schedule.py     keep fraction over training
-diagnostics.py  sums and counts that describe a choice                   alarms.py: what they warn of, without torch
+diagnostics.py  sums and counts that describe a choice                   alarms.py: what they warn of
+
+Scorers and rules, schedules and alarms import no torch: a configuration is checked and planned, and a
+report written, with the very scorers that train. A public name is loaded when it is first asked for.
 """
 
 from importlib import import_module
+
+from megatron_slm.selection import catalogue, combinators  # noqa: F401  (registers their scorers)
 
 MODULES = {
     "RunningThreshold": "running",
     "Progress": "schedule",
     "Schedule": "schedule",
     "build_schedule": "schedule",
-    "SCOPES": "scope",
+    "SCOPES": "rules",
     "Population": "scope",
     "select_in_scope": "scope",
     "SCORERS": "scorers",
@@ -34,10 +40,7 @@ __all__ = list(MODULES)
 
 
 def __getattr__(name: str):
-    """A public name, loaded when it is first asked for: alarms.py alone is read without torch."""
+    """A public name, loaded when it is first asked for: half of them need torch."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if MODULES[name] == "scorers":
-        for module in ("catalogue", "combinators"):  # importing them registers their scorers
-            import_module(f"{__name__}.{module}")
     return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

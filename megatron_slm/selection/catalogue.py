@@ -1,9 +1,13 @@
 """The scorers of the literature, one function each (equations and sources: docs/selection.md). B, S and columns: see scorers.py."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from megatron_slm.selection.scorers import excess_loss, register_scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # ---- ranked by the model's own loss and the reference's ----
 
@@ -71,7 +75,8 @@ def _stored_score(columns, progress, *, column):
 @register_scorer("none", needs=("token_id",), kind="mask")
 def _none(columns, progress):
     """Every eligible token: plain causal language modeling."""
-    return torch.ones_like(columns["token_id"], dtype=torch.float32)
+    token_id = columns["token_id"]
+    return (token_id == token_id).float()
 
 
 @register_scorer("stored_mask", needs=("{column}",), kind="mask")
@@ -98,7 +103,7 @@ def _entropy_weight(columns, progress, *, gamma=1.0):
 @register_scorer("long_context_weight", needs=("loss", "{column}"), kind="weight")
 def _long_context_weight(columns, progress, *, column="short_context_loss", cap=5.0):
     """min(exp(L_short - L_theta), cap): tokens that the long context helps weigh more. LongCE; `column` holds short-context losses."""
-    return torch.exp(columns[column] - columns["loss"]).clamp(max=cap)
+    return (columns[column] - columns["loss"]).exp().clamp(max=cap)
 
 
 # ---- baseline ----
@@ -108,7 +113,7 @@ def _long_context_weight(columns, progress, *, column="short_context_loss", cap=
 def _random(columns, progress, *, seed=0):
     """Uniform in [0, 1) from (seed, step, token id): the same draw on whichever rank the token lies."""
     token_id = columns["token_id"]
-    stream = _mix(_mix(torch.tensor([seed], device=token_id.device)) + progress.step)
+    stream = _mix(_mix(token_id.new_tensor([seed])) + progress.step)
     return ((_mix(token_id + stream) >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 

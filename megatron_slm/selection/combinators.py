@@ -3,13 +3,16 @@
 A child is given by its name or by a mapping: {name: reference_entropy} or {name: own_loss, keep_fraction: 0.8} where a choice is made.
 """
 
+from __future__ import annotations
+
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from typing import TYPE_CHECKING
 
-import torch
-
-from megatron_slm.selection.schedule import build_schedule
+from megatron_slm.selection.schedule import build_schedule, check_keep_fraction
 from megatron_slm.selection.scorers import (
     Scorer,
     build_scorer,
@@ -17,7 +20,9 @@ from megatron_slm.selection.scorers import (
     excess_loss,
     register_scorer,
 )
-from megatron_slm.selection.select import Selection, check_keep_fraction
+
+if TYPE_CHECKING:
+    from megatron_slm.selection.select import Selection
 
 
 def _ranking_child(setting) -> Scorer:
@@ -91,10 +96,10 @@ class RhoLoss(Scorer):
     def rank(self, columns, eligible_BS, population, progress):
         excess_BS = excess_loss(columns["loss"], columns[self.column])
         known_BS = eligible_BS.bool() & excess_BS.isfinite()
-        mean_B1 = population.of_sequence(
-            torch.where(known_BS, excess_BS, 0.0)
-        ) / population.of_sequence(known_BS)
-        return torch.where(known_BS, mean_B1.float(), math.nan)
+        mean_B1 = population.of_sequence(excess_BS.where(known_BS, 0.0)) / population.of_sequence(
+            known_BS
+        )
+        return mean_B1.float().expand_as(excess_BS).where(known_BS, math.nan)
 
     def check_scope(self, scope):
         if scope == "sequence":
@@ -139,10 +144,8 @@ class Intersection(_OfChoices):
     """Tokens that every child chooses: fewer than keep_fraction. Default: Rho-1's self-reference, lowest L_ref and lowest H_ref."""
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
-        masks = torch.stack(
-            [*self._masks(columns, eligible_BS, keep_fraction, population, progress)]
-        )
-        return population.chosen(masks.all(0), eligible_BS)
+        masks = self._masks(columns, eligible_BS, keep_fraction, population, progress)
+        return population.chosen(reduce(operator.and_, masks), eligible_BS)
 
 
 @register_scorer("union")
@@ -150,10 +153,8 @@ class Union(_OfChoices):
     """Tokens that any child chooses: more than keep_fraction. Default: Rho-1's self-reference."""
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
-        masks = torch.stack(
-            [*self._masks(columns, eligible_BS, keep_fraction, population, progress)]
-        )
-        return population.chosen(masks.any(0), eligible_BS)
+        masks = self._masks(columns, eligible_BS, keep_fraction, population, progress)
+        return population.chosen(reduce(operator.or_, masks), eligible_BS)
 
 
 @register_scorer("band")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.selection.schedule import check_keep_fraction
 from megatron_slm.selection.select import (
     Selection,
-    check_keep_fraction,
     check_same_shape,
     rankable,
     select_top,

@@ -92,6 +92,16 @@ def _from_mapping(setting: Mapping, name: str, allow_zero: bool) -> Schedule:
     return Schedule(style, start, end, ramp_tokens, hold_tokens)
 
 
+def check_keep_fraction(keep_fraction: float) -> float:
+    """The keep fraction as a Python float. Raises ValueError unless 0 < keep_fraction <= 1."""
+    value = float(keep_fraction)
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"keep_fraction must be above 0 and at most 1, got {keep_fraction!r}; 1.0 keeps every eligible token (plain CLM)"
+        )
+    return value
+
+
 def _share(value: object, name: str, allow_zero: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number or a mapping with a style, got {value!r}")

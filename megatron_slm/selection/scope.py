@@ -17,18 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.selection.rules import SCOPES
 from megatron_slm.selection.running import RunningThreshold
+from megatron_slm.selection.schedule import check_keep_fraction
 from megatron_slm.selection.select import (
     Selection,
-    check_keep_fraction,
     check_same_shape,
     kept_tokens,
     rankable,
     select_top,
 )
 from megatron_slm.selection.threshold import all_gather, other_ranks
-
-SCOPES = ("sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold")
 
 
 @dataclass(frozen=True)

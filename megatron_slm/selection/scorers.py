@@ -17,26 +17,32 @@ A scorer is a function. This is a whole one, options included:
 `build_scorer("relative_excess", floor_nats=0.5)` makes it; the configuration names it the same way. A package of your own names the module that
 registers it under the entry point group "megatron_slm.scorers". The scorers of the literature are in catalogue.py; those that weigh tokens
 against each other, or make more than one choice, are classes in combinators.py.
+
+None of these files imports torch: a scorer works through the methods of the tensors it is given, so what
+it is and what it needs can be asked, and its options checked, before torch is loaded.
 """
+
+from __future__ import annotations
 
 import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import entry_points
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_slm.selection.schedule import Progress
-from megatron_slm.selection.scope import Population
-from megatron_slm.selection.select import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_slm.selection.scope import Population
+    from megatron_slm.selection.select import Selection
 
 ENTRY_POINT_GROUP = "megatron_slm.scorers"
 KINDS = ("score", "mask", "weight")
 SCORERS: dict[str, Callable[..., "Scorer"]] = {}
-Columns = Mapping[str, Tensor]
+Columns = Mapping[str, "Tensor"]
 
 
 class Scorer:
@@ -128,9 +134,7 @@ def choose_by_weight(
     """Keep the eligible tokens with a positive finite value; soft keeps the value as the weight, a mask (0 or 1) does not."""
     value_BS = value_BS.detach().float()
     mask_BS = eligible_BS.bool() & (value_BS > 0) & (value_BS < math.inf)
-    return population.chosen(
-        mask_BS, eligible_BS, torch.where(mask_BS, value_BS, 0.0) if soft else None
-    )
+    return population.chosen(mask_BS, eligible_BS, value_BS.where(mask_BS, 0.0) if soft else None)
 
 
 def register_scorer(name: str, *, needs: tuple[str, ...] = ("loss",), kind: str = "score"):
@@ -199,6 +203,8 @@ def child_scorer(setting: str | Mapping | Scorer) -> Scorer:
 
 
 def _load_entry_point(name: str) -> None:
+    from importlib.metadata import entry_points
+
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if name in found:
         try:

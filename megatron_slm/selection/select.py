@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.selection.schedule import check_keep_fraction
 from megatron_slm.selection.threshold import (
     Threshold,
     find_threshold,
@@ -26,7 +27,7 @@ from megatron_slm.selection.threshold import (
     tokens_of_ranks,
 )
 
-__all__ = ["Selection", "check_keep_fraction", "kept_tokens", "select_top"]
+__all__ = ["Selection", "kept_tokens", "select_top"]
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,6 @@ class Selection:
         ]
         pieces = zip(*(getattr(self, name).split(rows) for name in names), strict=True)
         return [replace(self, **dict(zip(names, piece, strict=True))) for piece in pieces]
-
-
-def check_keep_fraction(keep_fraction: float) -> float:
-    """The keep fraction as a Python float. Raises ValueError unless 0 < keep_fraction <= 1."""
-    value = float(keep_fraction)
-    if not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"keep_fraction must be above 0 and at most 1, got {keep_fraction!r}; 1.0 keeps every eligible token (plain CLM)"
-        )
-    return value
 
 
 def select_top(

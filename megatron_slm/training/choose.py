@@ -14,15 +14,12 @@ from megatron_slm.selection import (
     Population,
     Progress,
     RunningThreshold,
-    Scorer,
     Selection,
     build_schedule,
-    build_scorer,
 )
 from megatron_slm.selection.diagnostics import Measured, describe
-
-MODEL_COLUMNS = frozenset({"loss", "entropy"})
-BATCH_COLUMNS = frozenset({"token_id", "position", "corpus_id"})
+from megatron_slm.selection.rules import MODEL_COLUMNS
+from megatron_slm.training.scorer_settings import choice_rules
 
 
 class Chooser:
@@ -31,28 +28,26 @@ class Chooser:
     def __init__(
         self, settings: SelectionConfig, groups: Groups, *, sequence_length: int, corpora: int
     ):
-        self.scorer = make_scorer(settings)
+        self.rules = choice_rules(settings)
+        self.scorer = self.rules.scorer
         self.keep_fraction = build_schedule(settings.keep_fraction)
         self.scope, self.groups = settings.scope, groups
         self.sequence_length, self.corpora = sequence_length, corpora
         self.running = RunningThreshold() if settings.scope == "running_threshold" else None
         self.extras = tuple(sorted(self.scorer.needs & MODEL_COLUMNS - {"loss"}))
-        self.head_on_selected_rows = head_on_selected_rows(settings, self.scorer)
+        self.head_on_selected_rows = self.rules.head_on_selected_rows
         self.weight_needed_ahead = False
         """Whether the divisor of a step must be known before its first backward: in a mixture of experts (model/router.py)."""
 
     @property
     def needs_whole_step(self) -> bool:
         """Whether every loss of the optimizer step must be known before the first backward."""
-        if self.scope == "global_batch" and self.scorer.kind != "mask":
-            return True
-        return self.weight_needed_ahead and not self.knows_weight_ahead
+        return self.rules.needs_whole_step(weight_needed_ahead=self.weight_needed_ahead)
 
     @property
     def knows_weight_ahead(self) -> bool:
         """Whether the losses cannot change the sum of the weights."""
-        tracks_threshold = self.scope == "running_threshold" and self.scorer.uses_keep_fraction
-        return self.scorer.keeps_fixed_weight and not tracks_threshold
+        return self.rules.knows_weight_ahead
 
     def weight_ahead(self, batch: Batch, progress: Progress) -> torch.Tensor:
         """The sum of the weights that `choose` will give this micro-batch (float64, 0-d), found with zeros for losses; needs knows_weight_ahead."""
@@ -67,7 +62,7 @@ class Chooser:
     @property
     def loss_of_selected_only(self) -> bool:
         """Whether nobody computes the loss of tokens that are not selected, so that nothing can be said of it."""
-        return self.head_on_selected_rows and self.scorer.is_static and self.scorer.name != "none"
+        return self.rules.loss_of_selected_only
 
     def choose(
         self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress
@@ -175,43 +170,3 @@ class Chooser:
             running=self.running,
             capacity=token_id_BS.numel(),
         )
-
-
-def make_scorer(settings: SelectionConfig):
-    """The configured scorer; ValueError for an unknown name, a wrong option, or a reference that is missing or unused."""
-    scorer = build_scorer(settings.scorer, **settings.scorer_options)
-    if settings.clm_weight != 0.0:
-        scorer = build_scorer("mixed_with_clm", of=scorer, clm_weight=settings.clm_weight)
-    reference = settings.reference
-    stored = scorer.needs - MODEL_COLUMNS - BATCH_COLUMNS
-    if stored and not (reference.scores or reference.checkpoint):
-        raise ValueError(
-            f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; give selection.reference.scores "
-            "(python -m megatron_slm.score makes them) or selection.reference.checkpoint"
-        )
-    if reference.checkpoint and stored - {"reference_loss", "reference_entropy"}:
-        raise ValueError(
-            f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; an online reference gives "
-            "reference_loss and reference_entropy only: use stored scores"
-        )
-    build_schedule(settings.keep_fraction)
-    scorer.check_scope(settings.scope)
-    head_on_selected_rows(settings, scorer)
-    return scorer
-
-
-def head_on_selected_rows(settings: SelectionConfig, scorer: Scorer) -> bool:
-    """Whether the training pass's head computes selected tokens only; ValueError where that is asked for and the choice comes after the head."""
-    known_before = scorer.is_static or settings.scope == "global_batch" and scorer.kind != "mask"
-    if settings.head_rows == "selected" and not known_before:
-        raise ValueError(
-            f"selection.head_rows is selected, but scorer {settings.scorer} reads the model's own losses, which under scope {settings.scope} are "
-            "known only after the head; use head_rows auto, a static scorer, or scope global_batch"
-        )
-    # auto never takes the losses of unselected tokens away from the metrics: only a forward pass before the step has given them already.
-    return (
-        settings.head_rows == "selected"
-        or settings.head_rows == "auto"
-        and known_before
-        and not scorer.is_static
-    )

@@ -21,7 +21,7 @@ from megatron_slm.monitoring import (
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
 from megatron_slm.selection.alarms import ranks_tokens, smallest_population, warnings_of
-from megatron_slm.training.choose import make_scorer
+from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.start_table import start_table
 
 
@@ -70,7 +70,7 @@ class Reporter:
                     config.data.sequence_length, config.data.document_policy
                 ):
                     self.message(sentence, "warning")
-        if make_scorer(config.selection).uses_keep_fraction:
+        if choice_rules(config.selection).scorer.uses_keep_fraction:
             self._warn_of_small_population()
 
     def _warn_of_small_population(self) -> None:

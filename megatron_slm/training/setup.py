@@ -18,10 +18,10 @@ from megatron_slm.data.scored_dataset import (
     validation_dataset,
 )
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import Scorer
+from megatron_slm.selection.rules import ChoiceRules
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
-from megatron_slm.training.choose import BATCH_COLUMNS, MODEL_COLUMNS, make_scorer
 from megatron_slm.training.reference import reference_config
+from megatron_slm.training.scorer_settings import choice_rules
 
 
 class DataError(ConfigError):
@@ -41,9 +41,9 @@ class Materials:
 def open_materials(config: Config, world_size: int = 1) -> Materials:
     """Open scorer, tokenizer, corpora, score stores and what the run starts from. ConfigError (a bad selection among them) or DataError
     lists every problem in one go; `world_size` is that of the job, for the layout of an online reference."""
-    scorer, bad_settings = None, []
+    rules, bad_settings = None, []
     try:
-        scorer = make_scorer(config.selection)
+        rules = choice_rules(config.selection)
     except ValueError as error:
         bad_settings.append(str(error))
     problems: list[str] = []
@@ -78,8 +78,8 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
         problems.append(
             f"model.vocabulary_size: got {size}, below the tokenizer's {smallest}; raise it, or set it to 0"
         )
-    if scorer is not None:
-        problems += _missing_columns(config, scorer, corpora)
+    if rules is not None:
+        problems += _missing_columns(config, rules, corpora)
     try:
         bad_settings += differing_settings(config, size, tokenizer)
     except ValueError as error:
@@ -116,9 +116,9 @@ def _online_reference(
     return problems
 
 
-def _missing_columns(config: Config, scorer: Scorer, corpora: list[Corpus]) -> list[str]:
+def _missing_columns(config: Config, rules: ChoiceRules, corpora: list[Corpus]) -> list[str]:
     """Stored columns the scorer reads and the score stores do not have."""
-    wanted = scorer.needs - MODEL_COLUMNS - BATCH_COLUMNS
+    wanted = rules.stored_columns
     if config.selection.reference.checkpoint:
         return []
     missing = []

@@ -6,7 +6,7 @@ from megatron_slm import device as device_room
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.schema import Config
 from megatron_slm.parallel import Groups
-from megatron_slm.training.choose import head_on_selected_rows, make_scorer
+from megatron_slm.training.scorer_settings import choice_rules
 
 
 def start_table(config: Config, groups: Groups, layers: str) -> dict[str, str]:
@@ -124,16 +124,14 @@ def _selection_words(config: Config) -> str:
 
 def _rows_words(config: Config) -> dict[str, str]:
     """What the head and backward leave out, in so many words: an approximation is never silent."""
-    selection, scorer = config.selection, make_scorer(config.selection)
+    selection, rules = config.selection, choice_rules(config.selection)
     unseen = (
         " (loss/all, loss/rejected and the excess are not logged: a static scorer never sees them)"
-        if scorer.is_static and scorer.name != "none"
+        if rules.scorer.is_static and rules.scorer.name != "none"
         else ""
     )
     return {
-        "head": f"selected tokens only{unseen}"
-        if head_on_selected_rows(selection, scorer)
-        else "every token",
+        "head": f"selected tokens only{unseen}" if rules.head_on_selected_rows else "every token",
         "backward": {
             "all": "every token in every layer",
             "last_layer": "the last layer leaves unselected tokens out (exact)",

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_slm.config.schema import ReferenceConfig, SelectionConfig
-from megatron_slm.training.choose import head_on_selected_rows, make_scorer
+from megatron_slm.training.scorer_settings import choice_rules
 
 
 def settings(scorer, *, scores=(), checkpoint=None, **rest) -> SelectionConfig:
@@ -29,7 +29,7 @@ def settings(scorer, *, scores=(), checkpoint=None, **rest) -> SelectionConfig:
     ],
 )
 def test_good_settings(given):
-    assert make_scorer(given).needs is not None
+    assert choice_rules(given).scorer.needs is not None
 
 
 @pytest.mark.parametrize("scorer", ["excess_loss", "reference_loss"])
@@ -38,33 +38,34 @@ def test_a_missing_reference_says_how_to_get_one(scorer):
         ValueError,
         match=rf"{scorer} reads reference_loss; give selection.reference.scores \(python -m megatron_slm.score",
     ):
-        make_scorer(settings(scorer))
+        choice_rules(settings(scorer))
 
 
 def test_an_online_reference_has_no_other_columns():
     with pytest.raises(ValueError, match="use stored scores"):
-        make_scorer(settings("stored_score", checkpoint="r", scorer_options={"column": "quality"}))
+        choice_rules(settings("stored_score", checkpoint="r", scorer_options={"column": "quality"}))
 
 
 def test_an_unknown_scorer_names_the_known_ones():
     with pytest.raises(ValueError, match="excess_loss"):
-        make_scorer(settings("exces_loss", scores=["s"]))
+        choice_rules(settings("exces_loss", scores=["s"]))
 
 
 def test_a_wrong_option_names_the_right_ones():
     with pytest.raises(ValueError, match="banana"):
-        make_scorer(settings("excess_loss", scores=["s"], scorer_options={"banana": 1}))
+        choice_rules(settings("excess_loss", scores=["s"], scorer_options={"banana": 1}))
 
 
 def test_a_schedule_that_makes_no_sense():
     with pytest.raises(ValueError, match="style|start|end"):
-        make_scorer(settings("none", keep_fraction={"style": "sideways"}))
+        choice_rules(settings("none", keep_fraction={"style": "sideways"}))
 
 
 def test_plain_loss_is_mixed_in_when_asked():
-    assert make_scorer(settings("excess_loss", scores=["s"])).name == "excess_loss"
+    assert choice_rules(settings("excess_loss", scores=["s"])).scorer.name == "excess_loss"
     assert (
-        make_scorer(settings("excess_loss", scores=["s"], clm_weight=0.25)).name == "mixed_with_clm"
+        choice_rules(settings("excess_loss", scores=["s"], clm_weight=0.25)).scorer.name
+        == "mixed_with_clm"
     )
 
 
@@ -84,11 +85,11 @@ def test_the_head_leaves_rows_out_where_every_loss_is_known_anyway_or_when_asked
     scorer, scope, head_rows, selected_rows
 ):
     given = settings(scorer, scores=["s"], scope=scope, head_rows=head_rows)
-    assert head_on_selected_rows(given, make_scorer(given)) is selected_rows
+    assert choice_rules(given).head_on_selected_rows is selected_rows
 
 
 def test_a_head_on_selected_rows_needs_a_choice_before_it():
     with pytest.raises(
         ValueError, match="scope data_parallel are known only after the head; use head_rows auto"
     ):
-        make_scorer(settings("excess_loss", scores=["s"], head_rows="selected"))
+        choice_rules(settings("excess_loss", scores=["s"], head_rows="selected"))

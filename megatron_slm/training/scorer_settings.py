@@ -1,0 +1,30 @@
+"""The selection section of a configuration as a scorer and its rules; no torch, so it is checked before torch is imported."""
+
+from megatron_slm.config.schema import SelectionConfig
+from megatron_slm.selection.rules import ONLINE_COLUMNS, ChoiceRules, configured_scorer
+from megatron_slm.selection.schedule import build_schedule
+
+
+def choice_rules(settings: SelectionConfig) -> ChoiceRules:
+    """The configured choice.
+
+    Raises ValueError for an unknown scorer, a wrong option, a keep fraction or scope that does not fit,
+    and a reference that is missing or cannot give what the scorer reads.
+    """
+    scorer = configured_scorer(settings.scorer, settings.scorer_options, settings.clm_weight)
+    rules = ChoiceRules(scorer, settings.scope, settings.head_rows)
+    stored, reference = rules.stored_columns, settings.reference
+    if stored and not (reference.scores or reference.checkpoint):
+        raise ValueError(
+            f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; give "
+            "selection.reference.scores (python -m megatron_slm.score makes them) or "
+            "selection.reference.checkpoint"
+        )
+    if reference.checkpoint and stored - ONLINE_COLUMNS:
+        raise ValueError(
+            f"selection.scorer {settings.scorer} reads {', '.join(sorted(stored))}; an online "
+            "reference gives reference_loss and reference_entropy only: use stored scores"
+        )
+    build_schedule(settings.keep_fraction)
+    rules.check()
+    return rules
