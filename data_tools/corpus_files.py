@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.writer import UNFINISHED, lock_of_partial_folder
+from megatron_slm.data.file_array import open_array
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, manifest_path
 from megatron_slm.files.atomic import sync_folder
@@ -94,11 +95,7 @@ class CorpusCopy:
         for stream in (self._bin, self._lengths):
             stream.flush()
             os.fsync(stream.fileno())
-        lengths = (
-            np.memmap(self._folder / "lengths.i32", mode="r", dtype="<i4")
-            if self.documents
-            else np.empty(0, "<i4")
-        )
+        lengths = open_array(self._folder / "lengths.i32", np.dtype("<i4"))
         index_sha256 = hashlib.sha256()
         with open(self._folder / "corpus.idx", "wb", buffering=1 << 20) as stream:
             write_index(stream, self._dtype, lengths, index_sha256.update)

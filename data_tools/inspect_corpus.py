@@ -22,6 +22,7 @@ from rich.table import Table
 from data_tools.score_checks import show_scores
 from data_tools.statistics_report import length_summary, read_statistics
 from data_tools.verify import find_tokenizer
+from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_store import ScoreStore
@@ -156,7 +157,7 @@ def draw(path: str, statistics: dict[str, Any]) -> None:
 
 def show_document(
     number: int,
-    tokens: np.ndarray,
+    tokens: FileArray,
     index: CorpusIndex,
     tokenizer: Tokenizer,
     by_token: bool,

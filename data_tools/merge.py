@@ -132,7 +132,7 @@ def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -
                 raise ValueError(
                     f"{prefix}.bin: the content has changed since the corpus was made. Make it again."
                 )
-            copy.add_lengths(indexes[prefix].sequence_lengths_tokens)
+            copy.add_lengths(indexes[prefix].sequence_lengths_tokens[:])
         manifest = copy.finish(corpora[prefixes[0]], **_history(prefixes, corpora))
     parts = [
         (indexes[prefix].sequence_lengths_tokens, read_statistics(prefix, corpora[prefix]))

@@ -23,9 +23,7 @@ def check_scores(
     """Problems of the store at `folder` as scores of this corpus; reads and hashes all of it. ValueError when it cannot be read."""
     store = ScoreStore.open(folder, allow_missing_scores=True)
     store.check_against(manifest)
-    lengths_tokens = index.sequence_lengths_tokens
-    first_tokens = index.sequence_offsets_bytes[lengths_tokens > 0] // index.dtype.itemsize
-    without = store.verify(first_tokens)
+    without = store.verify(index.non_empty_starts_tokens())
     if store.missing:
         return [store.describe_missing()]
     console.print(

@@ -25,10 +25,12 @@ from rich.progress import Progress
 from data_tools.corpus_files import CorpusCopy
 from data_tools.split_scores import carry_scores, open_scores
 from megatron_slm import __version__
+from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 
 _STEP_DOCUMENTS = 4096
+_COPY_TOKENS = 4 << 20
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,9 +141,10 @@ def _runs(held_out: np.ndarray) -> list[tuple[int, int]]:
     return list(zip([0, *changes.tolist()], [*changes.tolist(), len(held_out)]))
 
 
-def _append(side: CorpusCopy, tokens: np.ndarray, bounds: np.ndarray) -> None:
-    """Give documents in a row to a side in one piece."""
-    side.add_bytes(memoryview(tokens[bounds[0] : bounds[-1]]).cast("B"))
+def _append(side: CorpusCopy, tokens: FileArray, bounds: np.ndarray) -> None:
+    """Give documents in a row to a side, in pieces of bounded size."""
+    for start in range(int(bounds[0]), int(bounds[-1]), _COPY_TOKENS):
+        side.add_bytes(tokens[start : min(start + _COPY_TOKENS, int(bounds[-1]))].tobytes())
     side.add_lengths(np.diff(bounds))
 
 

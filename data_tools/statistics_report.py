@@ -10,6 +10,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from data_tools.run_state import RunState, SourceCounts
+from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.files.atomic import write_json_atomically
 
@@ -17,7 +18,7 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 def statistics_of(
-    lengths_tokens: np.ndarray, names: Sequence[str], state: RunState
+    lengths_tokens: np.ndarray | FileArray, names: Sequence[str], state: RunState
 ) -> dict[str, Any]:
     """Numbers of each source and of the whole. Documents lie in the order of their sources, so lengths need no labels."""
     sources = []
@@ -34,7 +35,7 @@ def statistics_of(
         rejected=dict(state.rejected()),
         filtered=dict(state.filtered()),
     )
-    return {"sources": sources, "total": _numbers(lengths_tokens, total)}
+    return {"sources": sources, "total": _numbers(lengths_tokens[:], total)}
 
 
 def read_statistics(prefix: str, manifest: CorpusManifest) -> dict[str, Any] | None:
@@ -52,7 +53,7 @@ def read_statistics(prefix: str, manifest: CorpusManifest) -> dict[str, Any] | N
 
 
 def merged_statistics(
-    parts: Sequence[tuple[np.ndarray, dict[str, Any]]], *, shards: bool
+    parts: Sequence[tuple[np.ndarray | FileArray, dict[str, Any]]], *, shards: bool
 ) -> dict[str, Any]:
     """Numbers of corpora joined in this order, from each one's document lengths and statistics; rows of shards of one run are added up."""
     rows: dict[Any, list[tuple[np.ndarray, dict[str, Any]]]] = {}
@@ -67,7 +68,7 @@ def merged_statistics(
     return {
         "sources": sources,
         "total": _added(
-            [(lengths_tokens, statistics["total"]) for lengths_tokens, statistics in parts]
+            [(lengths_tokens[:], statistics["total"]) for lengths_tokens, statistics in parts]
         ),
     }
 

@@ -28,6 +28,7 @@ from rich.progress import Progress
 from data_tools import score_checks
 from data_tools.documents import DataError
 from megatron_slm import __version__
+from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import (
     FORMAT_VERSION,
@@ -101,9 +102,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_tokens(tokens: np.ndarray, index: CorpusIndex, eod_id: int) -> Findings:
+def read_tokens(tokens: FileArray, index: CorpusIndex, eod_id: int) -> Findings:
     """One pass over all tokens: id range, and whether documents end with `eod_id`."""
     findings = Findings()
+    starts_tokens = index.document_starts_tokens()
+    lengths_tokens = np.diff(starts_tokens)
+    findings.empty_documents = int(np.count_nonzero(lengths_tokens == 0))
+    last_places = starts_tokens[1:][lengths_tokens > 0] - 1
     pieces = range(0, len(tokens), _PIECE_TOKENS)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         for start in progress.track(pieces, description="reading tokens"):
@@ -111,14 +116,11 @@ def read_tokens(tokens: np.ndarray, index: CorpusIndex, eod_id: int) -> Findings
             findings.largest_id = max(findings.largest_id, int(piece.max()))
             findings.smallest_id = min(findings.smallest_id, int(piece.min()))
             findings.closing_tokens += int(np.count_nonzero(piece == eod_id))
-    starts_tokens = index.document_starts_tokens()
-    lengths_tokens = np.diff(starts_tokens)
-    findings.empty_documents = int(np.count_nonzero(lengths_tokens == 0))
-    last_places = starts_tokens[1:][lengths_tokens > 0] - 1
-    if len(last_places):
-        not_closed = np.flatnonzero(tokens[last_places] != eod_id)
-        findings.documents_not_closed = len(not_closed)
-        findings.first_not_closed = int(not_closed[0]) if len(not_closed) else -1
+            low, high = np.searchsorted(last_places, (start, start + len(piece)))
+            not_closed = low + np.flatnonzero(piece[last_places[low:high] - start] != eod_id)
+            if len(not_closed) and not findings.documents_not_closed:
+                findings.first_not_closed = int(not_closed[0])
+            findings.documents_not_closed += len(not_closed)
     return findings
 
 
@@ -163,7 +165,7 @@ def find_tokenizer(prefix: str, manifest: CorpusManifest, path: str | None) -> T
 
 
 def decode_sample(
-    tokens: np.ndarray, index: CorpusIndex, tokenizer: Tokenizer, count: int
+    tokens: FileArray, index: CorpusIndex, tokenizer: Tokenizer, count: int
 ) -> list[tuple[int, str]]:
     """(document number, text) of `count` documents spread evenly. Raises DataError where decoding gives no text."""
     starts_tokens = index.document_starts_tokens()

@@ -16,6 +16,7 @@ from typing import Any, Callable
 
 import numpy as np
 
+from megatron_slm.data.file_array import FileArray, open_array
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import CorpusManifest, manifest_path
 from megatron_slm.files.atomic import sync_folder, write_json_atomically
@@ -155,14 +156,10 @@ class CorpusWriter:
             },
         )
 
-    def lengths_tokens(self) -> np.ndarray:
-        """Lengths of all documents so far, mapped from disk."""
+    def lengths_tokens(self) -> FileArray:
+        """Lengths of all documents so far, read from disk where they are asked for."""
         self._streams["lengths.i32"].flush()
-        if not self.documents:
-            return np.empty(0, "<i4")
-        return np.memmap(
-            self.folder / "lengths.i32", mode="r", dtype="<i4", shape=(self.documents,)
-        )
+        return open_array(self.folder / "lengths.i32", np.dtype("<i4"))
 
     def finish(
         self,

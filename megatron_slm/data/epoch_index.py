@@ -19,6 +19,8 @@ from typing import Callable, Iterator, TypeVar
 import numpy as np
 from megatron.core.datasets import helpers
 
+from megatron_slm.data.file_array import FileArray, open_npy
+
 Arrays = TypeVar("Arrays")
 
 
@@ -26,11 +28,11 @@ Arrays = TypeVar("Arrays")
 class EpochIndex:
     """The arrays of one epoch, in GPTDataset's meaning."""
 
-    document_index: np.ndarray
+    document_index: np.ndarray | FileArray
     """int32 [documents]: order in which the documents are laid end to end."""
-    sample_index: np.ndarray
+    sample_index: np.ndarray | FileArray
     """int32 or int64 [samples + 1, 2]: position in document_index and token offset in that document where a sample begins."""
-    shuffle_index: np.ndarray
+    shuffle_index: np.ndarray | FileArray
     """uint32 or int64 [samples]: order in which the samples are read."""
 
 
@@ -39,7 +41,7 @@ def samples_per_epoch(tokens: int, sequence_length: int) -> int:
 
 
 def shuffled_epoch(
-    lengths: np.ndarray, tokens: int, sequence_length: int, seed: int, epoch: int
+    lengths: np.ndarray | FileArray, tokens: int, sequence_length: int, seed: int, epoch: int
 ) -> EpochIndex:
     """Epoch `epoch` of a corpus whose documents have `lengths` (int32, tokens): depends on nothing else."""
     random = _random([seed, epoch])
@@ -52,7 +54,7 @@ def shuffled_epoch(
 
 
 def cut_in_order(
-    lengths: np.ndarray, document_index: np.ndarray, tokens: int, sequence_length: int
+    lengths: np.ndarray | FileArray, document_index: np.ndarray, tokens: int, sequence_length: int
 ) -> np.ndarray:
     """Where each sample begins (EpochIndex.sample_index) when documents of `tokens` tokens in all are laid end to end in this order."""
     if tokens <= sequence_length:
@@ -74,7 +76,7 @@ def _random(entropy: list[int]) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
 
 
-def whole_corpus(lengths: np.ndarray, tokens: int, sequence_length: int) -> EpochIndex:
+def whole_corpus(lengths: np.ndarray | FileArray, tokens: int, sequence_length: int) -> EpochIndex:
     """Every token once as a label: documents in file order, the last sample shorter than S; samples in a fixed random order.
 
     The order makes the first n samples a fair picture of a corpus that is sorted by source.
@@ -97,11 +99,12 @@ def _numbers(samples: int) -> np.ndarray:
 
 
 def build_once(folder: Path | None, kind: type[Arrays], build: Callable[[], Arrays]) -> Arrays:
-    """`build()`, kept in `folder` as one .npy per field of the dataclass `kind` and mapped from there ever after.
+    """`build()`, kept in `folder` as one .npy per field of the dataclass `kind` and read from there ever after.
 
     The first process on a file system builds while the others wait for its lock; the folder is renamed into place whole,
     so a killed build leaves nothing that could be read. Machines without a shared file system each build their own: the
     arrays are a pure function of what the folder's name says. folder=None, or one that cannot be written, keeps them in memory.
+    ValueError names a file of the folder that is damaged.
     """
     if folder is None:
         return build()
@@ -111,7 +114,10 @@ def build_once(folder: Path | None, kind: type[Arrays], build: Callable[[], Arra
                 return build()
             if not folder.exists():
                 _save(folder, build())
-    return kind(*(np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in fields(kind)))
+    try:
+        return kind(*(open_npy(folder / f"{f.name}.npy") for f in fields(kind)))
+    except ValueError as error:
+        raise ValueError(f"{error}. Delete the folder {folder}; it is built again.") from None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from typing import BinaryIO, Callable
 
 import numpy as np
 
+from megatron_slm.data.file_array import FileArray, ReadOnlyFile
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
 DTYPE_OF_CODE = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
@@ -26,12 +28,12 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """What an .idx says. Arrays are read-only views of the mapped file."""
+    """What an .idx says. Its arrays stay in the file: a slice reads what it covers, `np.asarray` reads everything."""
 
     dtype: np.dtype
-    sequence_lengths_tokens: np.ndarray  # int32, S
-    sequence_offsets_bytes: np.ndarray  # int64, S
-    document_indices: np.ndarray  # int64, documents + 1; counts sequences
+    sequence_lengths_tokens: FileArray  # int32, S
+    sequence_offsets_bytes: FileArray  # int64, S
+    document_indices: FileArray  # int64, documents + 1; counts sequences
 
     @property
     def documents(self) -> int:
@@ -53,23 +55,27 @@ class CorpusIndex:
 
     def document_starts_tokens(self) -> np.ndarray:
         """Token offset at which each document begins, and the total at the end (int64, documents + 1)."""
-        bounds_tokens = np.append(self.sequence_offsets_bytes // self.dtype.itemsize, self.tokens)
-        return bounds_tokens[self.document_indices]
+        bounds_tokens = np.append(
+            self.sequence_offsets_bytes[:] // self.dtype.itemsize, self.tokens
+        )
+        return bounds_tokens[self.document_indices[:]]
+
+    def non_empty_starts_tokens(self) -> np.ndarray:
+        """Token offset at which each sequence with tokens begins (int64)."""
+        offsets_bytes = self.sequence_offsets_bytes[:]
+        return offsets_bytes[self.sequence_lengths_tokens[:] > 0] // self.dtype.itemsize
 
 
 def read_index(path: str | Path) -> CorpusIndex:
-    """Map an .idx and check it in full: magic, version, dtype, file size, lengths, offsets and document order.
+    """Open an .idx and check it in full: magic, version, dtype, file size, lengths, offsets and document order.
 
     Raises ValueError with a sentence naming the file and what is wrong. Codes other than uint16 and int32 are refused: float
     codes mean different things in Megatron and NeoX, and no token file uses them.
     """
     path = Path(path)
-    try:
-        size_bytes = path.stat().st_size
-        with open(path, "rb") as stream:
-            header = stream.read(HEADER_BYTES)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the index ({error.strerror})") from None
+    file = ReadOnlyFile(path)
+    size_bytes = file.size_bytes
+    header = FileArray(file, np.uint8, min(size_bytes, HEADER_BYTES))[:].tobytes()
     if len(header) < HEADER_BYTES or header[:9] != MAGIC:
         raise ValueError(
             f"{path}: not a megatron-core index (it has {size_bytes} bytes and begins {header[:9]!r})"
@@ -86,20 +92,17 @@ def read_index(path: str | Path) -> CorpusIndex:
             f"{path}: the index is {word}: {size_bytes} bytes, but {sequences} sequences and {bounds} document "
             f"bounds need {expected_bytes}"
         )
-    index = _map_index(path, DTYPE_OF_CODE[code], sequences, bounds)
+    index = _index_of(file, DTYPE_OF_CODE[code], sequences, bounds)
     _check_index(path, index)
     return index
 
 
-def _map_index(path: Path, dtype: np.dtype, sequences: int, bounds: int) -> CorpusIndex:
-    mapped = np.memmap(path, mode="r", dtype=np.uint8)
+def _index_of(file: ReadOnlyFile, dtype: np.dtype, sequences: int, bounds: int) -> CorpusIndex:
     return CorpusIndex(
         dtype=dtype,
-        sequence_lengths_tokens=np.frombuffer(mapped, "<i4", sequences, HEADER_BYTES),
-        sequence_offsets_bytes=np.frombuffer(
-            mapped, "<i8", sequences, HEADER_BYTES + 4 * sequences
-        ),
-        document_indices=np.frombuffer(mapped, "<i8", bounds, HEADER_BYTES + 12 * sequences),
+        sequence_lengths_tokens=FileArray(file, "<i4", sequences, HEADER_BYTES),
+        sequence_offsets_bytes=FileArray(file, "<i8", sequences, HEADER_BYTES + 4 * sequences),
+        document_indices=FileArray(file, "<i8", bounds, HEADER_BYTES + 12 * sequences),
     )
 
 
@@ -146,12 +149,10 @@ def check_bin_size(prefix: str | Path, index: CorpusIndex) -> None:
         )
 
 
-def open_tokens(prefix: str | Path, index: CorpusIndex) -> np.ndarray:
-    """All tokens of PREFIX.bin as one read-only mapped array, after its size was checked against the index."""
+def open_tokens(prefix: str | Path, index: CorpusIndex) -> FileArray:
+    """All tokens of PREFIX.bin, read where they are asked for, after the file's size was checked against the index."""
     check_bin_size(prefix, index)
-    if index.bin_bytes == 0:
-        return np.empty(0, dtype=index.dtype)
-    return np.memmap(f"{prefix}.bin", mode="r", dtype=index.dtype)
+    return FileArray(ReadOnlyFile(f"{prefix}.bin"), index.dtype, index.tokens)
 
 
 def write_index(
@@ -162,7 +163,7 @@ def write_index(
 ) -> None:
     """Write an .idx of documents that are one sequence each, the way megatron-core's builder does.
 
-    `lengths_tokens` (int32, may be a mapped file) is passed over in pieces, so memory does not grow with the corpus.
+    `lengths_tokens` (int32, an array or a FileArray) is passed over in pieces, so memory does not grow with the corpus.
     `update` sees every written piece; give a hash's update method to have the checksum without a second pass.
     """
 

@@ -23,6 +23,7 @@ from typing import Mapping
 
 import numpy as np
 
+from megatron_slm.data.file_array import FileArray, ReadOnlyFile
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_manifest import (
     ScoreManifest,
@@ -45,10 +46,10 @@ class ScoreStore:
         self.manifest = manifest
         self.missing = missing
         """Shards without a marker, as last seen by this process; their tokens read as NaN."""
-        self._maps: dict[str, np.memmap] = {}
+        self._opened: dict[str, FileArray] = {}
 
     def __getstate__(self):
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_opened": {}}
 
     @classmethod
     def create(cls, folder: str | Path, manifest: ScoreManifest) -> "ScoreStore":
@@ -149,10 +150,7 @@ class ScoreStore:
 
     def read_pieces(self, column: str, pieces: list[tuple[int, int]]) -> np.ndarray:
         """fp32 values of the token ranges [start, end) back to back: the pieces of documents that make up one sample."""
-        values = self._map(column)
-        read = np.concatenate([values[start:end] for start, end in pieces]).astype(
-            np.float32, copy=False
-        )
+        read = self._values(column).read_pieces(pieces).astype(np.float32)
         if self.missing:
             shards = np.concatenate(
                 [np.arange(start, end) // self.manifest.shard_tokens for start, end in pieces]
@@ -177,7 +175,7 @@ class ScoreStore:
                     f"{ShardMarker.path(self.folder, shard)} does not describe shard {shard} of this store. {self._redo(shard)}"
                 )
             for name in self.columns:
-                values = np.array(self._map(name)[marker.start : marker.end])
+                values = self._values(name)[marker.start : marker.end]
                 if sha256_of(values) != marker.sha256[name]:
                     raise ValueError(
                         f"{self.column_path(name)}: the scores of tokens {marker.start:,} to {marker.end:,} (shard {shard}) "
@@ -262,16 +260,18 @@ class ScoreStore:
     def column_path(self, column: str) -> Path:
         return self.folder / f"{column}.bin"
 
-    def _map(self, column: str) -> np.memmap:
+    def _values(self, column: str) -> FileArray:
         if column not in self.columns:
             raise ValueError(
                 f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}."
             )
-        if column not in self._maps:
-            self._maps[column] = np.memmap(
-                self.column_path(column), self.manifest.numpy_dtype, mode="r"
+        if column not in self._opened:
+            self._opened[column] = FileArray(
+                ReadOnlyFile(self.column_path(column)),
+                self.manifest.numpy_dtype,
+                self.manifest.corpus_tokens,
             )
-        return self._maps[column]
+        return self._opened[column]
 
     def _stored(self, name: str, values: np.ndarray, count: int) -> np.ndarray:
         if values.shape != (count,):

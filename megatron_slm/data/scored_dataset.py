@@ -22,6 +22,8 @@ from megatron.core.datasets.utils import Split, normalize
 
 from megatron_slm.data.corpus_order import CorpusOrder, Documents, Stretch
 from megatron_slm.data.epoch_index import build_once
+from megatron_slm.data.file_array import FileArray
+from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.data.score_manifest import presented_name
@@ -105,15 +107,14 @@ class ScoredDataset(GPTDataset):
                 f"{corpus.prefix} has {tokens} tokens, too few for one sample of sequence_length + 1 = "
                 f"{sequence_length + 1}. Use a larger corpus or a shorter data.sequence_length."
             )
-        self.token_map = np.memmap(
-            f"{corpus.prefix}.bin", np.dtype(corpus.manifest.token_dtype), mode="r"
-        )
+        # megatron-core maps both files; samples are read from these instead, which name a file that is cut short meanwhile.
+        index = read_index(f"{corpus.prefix}.idx")
+        self.tokens = open_tokens(corpus.prefix, index)
         low_level = IndexedDataset(corpus.prefix)
-        index = low_level.index
         # Keyed by content: megatron-core keys its cache by path alone and reuses the index of a corpus that was made again.
         content = corpus.manifest.fingerprint.removeprefix("sha256:")[:16]
         self.order = CorpusOrder(
-            Documents(index.sequence_pointers, index.sequence_lengths, index.dtype_size, tokens),
+            Documents.of(index),
             sequence_length=sequence_length,
             seed=seed,
             shuffle=shuffle,
@@ -150,7 +151,7 @@ class ScoredDataset(GPTDataset):
 
     def __getitem__(self, index: int) -> Sample:
         pieces = self.order.pieces(int(index))
-        whole = np.concatenate([self.token_map[start:end] for start, end in pieces])
+        whole = self.tokens.read_pieces(pieces)
         wanted = self.sequence_length
         missing = wanted + 1 - len(whole)
         inputs, labels = whole[:-1].astype(np.int64), whole[1:].astype(np.int64)
@@ -216,9 +217,9 @@ class BlendedScoredDataset(BlendedDataset):
 
 @dataclass(frozen=True)
 class BlendIndex:
-    dataset_index: np.ndarray
+    dataset_index: np.ndarray | FileArray
     """int16 [samples]: the corpus of each sample."""
-    dataset_sample_index: np.ndarray
+    dataset_sample_index: np.ndarray | FileArray
     """int64 [samples]: how many samples of that corpus came before."""
 
 

@@ -28,9 +28,7 @@ class TokenStream:
     def __init__(self, prefix: str):
         index = read_index(f"{prefix}.idx")
         self.tokens = open_tokens(prefix, index)
-        self.document_starts = (
-            index.sequence_offsets_bytes[index.sequence_lengths_tokens > 0] // index.dtype.itemsize
-        )
+        self.document_starts = index.non_empty_starts_tokens()
 
     def plan(self, manifest: ScoreManifest) -> WindowPlan:
         return WindowPlan(
@@ -100,8 +98,9 @@ class Scorer:
         tokens_BS = np.zeros((self.micro_batch_size, length), np.int64)
         labels_BS = np.zeros_like(tokens_BS)
         for row, window in enumerate(windows):
-            tokens_BS[row, : window.inputs] = self.stream.tokens[window.first : window.last]
-            labels_BS[row, : window.inputs] = self.stream.tokens[window.first + 1 : window.last + 1]
+            read = self.stream.tokens[window.first : window.last + 1]
+            tokens_BS[row, : window.inputs] = read[:-1]
+            labels_BS[row, : window.inputs] = read[1:]
         positions_BS = torch.arange(length).repeat(self.micro_batch_size, 1)
         return Batch(
             tokens_BS=torch.from_numpy(tokens_BS),

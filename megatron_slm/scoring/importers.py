@@ -12,6 +12,7 @@ from typing import Iterator
 import numpy as np
 
 from megatron_slm.data.batch import Batch
+from megatron_slm.data.file_array import FileArray, ReadOnlyFile, open_npy
 from megatron_slm.data.manifest import sha256_of_file
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import Scorer, TokenStream
@@ -21,17 +22,18 @@ from megatron_slm.scoring.windows import WindowPlan
 _RAW_DTYPES = {2: np.dtype("<f2"), 4: np.dtype("<f4")}
 
 
-def read_array(path: str | Path, tokens: int) -> np.ndarray:
-    """A mapped 1-D array of one value per token: .npy of any float dtype, or raw little-endian fp16 or fp32 (told apart by size)."""
+def read_array(path: str | Path, tokens: int) -> FileArray:
+    """A 1-D array of one value per token, read where it is asked for: .npy of any float dtype, or raw little-endian fp16 or fp32 (told apart by size)."""
     path = Path(path)
     if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r")
+        array = open_npy(path)
         if array.shape != (tokens,) or array.dtype.kind not in "fiub":
             raise ValueError(
                 f"{path}: shape {array.shape}, dtype {array.dtype}; expected one number for each of the corpus's {tokens} tokens, shape ({tokens},)"
             )
         return array
-    size_bytes = path.stat().st_size
+    file = ReadOnlyFile(path)
+    size_bytes = file.size_bytes
     dtype = next(
         (dtype for width, dtype in _RAW_DTYPES.items() if size_bytes == width * tokens), None
     )
@@ -39,13 +41,13 @@ def read_array(path: str | Path, tokens: int) -> np.ndarray:
         raise ValueError(
             f"{path}: {size_bytes} bytes; the corpus has {tokens} tokens, so raw scores take {2 * tokens} (fp16) or {4 * tokens} (fp32) bytes"
         )
-    return np.memmap(path, dtype, mode="r")
+    return FileArray(file, dtype, tokens)
 
 
 def import_arrays(
     store: ScoreStore,
     stream: TokenStream,
-    arrays: dict[str, np.ndarray],
+    arrays: dict[str, FileArray],
     *,
     show_progress: bool = False,
 ) -> None:

@@ -92,7 +92,7 @@ def write_scores(
     """A complete store whose value at each token is value(absolute offset), NaN at the first token of each document."""
     manifest = score_manifest(CorpusManifest.read(prefix), **settings)
     index = read_index(f"{prefix}.idx")
-    starts = index.sequence_offsets_bytes[index.sequence_lengths_tokens > 0] // index.dtype.itemsize
+    starts = index.non_empty_starts_tokens()
     store = ScoreStore.create(folder, manifest)
     for shard in range(manifest.shard_count):
         start, end = manifest.shard_range(shard)

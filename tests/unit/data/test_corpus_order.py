@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from megatron_slm.data.corpus_order import CorpusOrder, Documents, Stretch, add_stretch
+from megatron_slm.data.corpus_order import (
+    CorpusOrder,
+    Documents,
+    Stretch,
+    add_stretch,
+    token_ranges,
+)
 from megatron_slm.data.scored_dataset import (
     open_corpora,
     samples_by_corpus,
@@ -100,6 +106,17 @@ def test_what_is_left_of_an_epoch_is_read_before_the_next_one_from_the_cache_too
         assert kept.pieces(index) == built.pieces(index) == again.pieces(index)
     assert built.place(rest_samples - 1).epoch == 0
     assert built.place(rest_samples).epoch == 1
+
+
+def test_one_sample_is_found_as_runs_of_samples_are():
+    documents = documents_of([9, 4, 30, 0, 17, 22])
+    for past in ((), (Stretch(6, 0, 3),)):
+        order = CorpusOrder(documents, sequence_length=8, seed=0, past=past)
+        for number in range(12):
+            _, index, within = order.place(number)
+            row = np.array([index.shuffle_index[within]], np.int64)
+            starts, ends = token_ranges(documents, index, row, row)
+            assert order.pieces(number) == list(zip(starts.tolist(), ends.tolist()))
 
 
 @pytest.fixture(scope="module")

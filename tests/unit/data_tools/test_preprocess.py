@@ -193,7 +193,7 @@ def test_text_the_tokenizer_makes_nothing_of(tmp_path, model, reason):
 def test_prepend_bos(tmp_path, corpus_file, vocabulary):
     assert preprocess([corpus_file], vocabulary, tmp_path / "c", "--prepend-bos") == 0
     index = read_index(tmp_path / "c.idx")
-    tokens = open_tokens(tmp_path / "c", index)
+    tokens = open_tokens(tmp_path / "c", index)[:]
     tokenizer = load_tokenizer(vocabulary)
     assert (tokens[index.document_starts_tokens()[:-1]] == tokenizer.bos_id).all()
     assert check_corpus(tmp_path / "c").prepend_bos

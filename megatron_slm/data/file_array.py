@@ -1,0 +1,150 @@
+"""Arrays that lie in files and are read by position, only where they are asked for. No torch.
+
+They are not mapped. When a file is cut short while a process has it mapped, touching what is gone kills the process with
+SIGBUS and not a word; a read by position comes back short instead, so the file can be named. The cost is one system call
+for each range that is read, under a microsecond when the page is in memory, about what slicing a numpy memmap costs.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import weakref
+from math import prod
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+
+class UnreadableFile(ValueError):
+    """A file of tokens, scores or indices that was sound when it was opened cannot be read any more. Names the file."""
+
+
+class ReadOnlyFile:
+    """An open file that any number of threads and forked processes read at once. Pickles by its path."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UnreadableFile(f"{self.path}: cannot be read ({error.strerror})") from None
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __reduce__(self):
+        return ReadOnlyFile, (self.path,)
+
+    @property
+    def size_bytes(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, count_bytes: int, offset_bytes: int) -> bytes:
+        """`count_bytes` from `offset_bytes` on. UnreadableFile when the file ends before them or the disk fails."""
+        parts, end_bytes = [], offset_bytes + count_bytes
+        while True:  # once round, but for reads beyond the 2 GiB at which the kernel stops
+            try:
+                part = os.pread(self._descriptor, end_bytes - offset_bytes, offset_bytes)
+            except OSError as error:
+                raise UnreadableFile(
+                    f"{self.path}: bytes {offset_bytes:,} to {end_bytes:,} cannot be read ({error.strerror}). Look at the disk "
+                    "or the network file system, then start the same command again."
+                ) from None
+            if not parts and len(part) == count_bytes:
+                return part
+            if not part:
+                raise UnreadableFile(
+                    f"{self.path}: the file was cut short while it was in use. It ends at byte {self.size_bytes:,}, and bytes "
+                    f"{offset_bytes:,} to {end_bytes:,} are needed. Copy it again or make it again, then start the same "
+                    "command again."
+                )
+            parts.append(part)
+            offset_bytes += len(part)
+            if offset_bytes == end_bytes:
+                return b"".join(parts)
+
+
+class FileArray:
+    """A read-only array in part of a file: `len`, one row, slices of rows, `np.asarray` for all of it.
+
+    What is read is a copy, and cannot be written to. UnreadableFile, a ValueError, names the file when it no longer holds what it held.
+    """
+
+    def __init__(
+        self,
+        file: ReadOnlyFile,
+        dtype: np.dtype,
+        shape: int | tuple[int, ...],
+        offset_bytes: int = 0,
+    ):
+        self.file, self.dtype, self._offset_bytes = file, np.dtype(dtype), offset_bytes
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self._row_bytes = self.dtype.itemsize * prod(self.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        """One row, or the rows of a slice without a step."""
+        if isinstance(rows, slice):
+            start, end, step = rows.indices(len(self))
+            if step != 1:
+                raise IndexError(f"{self.file.path}: read by slices without a step, not [::{step}]")
+            return self.read_pieces([(start, max(start, end))])
+        row = operator.index(rows)
+        row = row + len(self) if row < 0 else row
+        return self.read_pieces([(row, row + 1)])[0]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:] if dtype is None else self[:].astype(dtype, copy=False)
+
+    def read_pieces(self, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The rows [start, end) of every piece, back to back. IndexError outside the array."""
+        read, rows, width, base = (
+            self.file.read,
+            self.shape[0],
+            self._row_bytes,
+            self._offset_bytes,
+        )
+        found = []
+        for start, end in pieces:
+            if not 0 <= start <= end <= rows:
+                raise IndexError(f"{self.file.path}: rows {start} to {end} of {rows}")
+            found.append(read((end - start) * width, base + start * width))
+        content = found[0] if len(found) == 1 else b"".join(found)
+        values = np.frombuffer(content, self.dtype)
+        return values if len(self.shape) == 1 else values.reshape(-1, *self.shape[1:])
+
+
+def open_array(path: str | Path, dtype: np.dtype) -> FileArray:
+    """A file that is nothing but values of `dtype`, back to back, for as many as it has room for now."""
+    file = ReadOnlyFile(path)
+    return FileArray(file, dtype, file.size_bytes // np.dtype(dtype).itemsize)
+
+
+def open_npy(path: str | Path) -> FileArray:
+    """The array in a .npy file. ValueError names a file that is none, that holds Python objects or that ends too early."""
+    try:
+        with open(path, "rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, by_columns, dtype = read_header(stream)
+            offset_bytes = stream.tell()
+    except OSError as error:
+        raise UnreadableFile(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a .npy file ({error})") from None
+    if dtype.hasobject or not shape or (by_columns and len(shape) > 1):
+        raise ValueError(
+            f"{path}: dtype {dtype}, shape {shape}; expected an array of numbers, by rows"
+        )
+    file = ReadOnlyFile(path)
+    expected_bytes = offset_bytes + dtype.itemsize * prod(shape)
+    if file.size_bytes < expected_bytes:
+        raise UnreadableFile(
+            f"{path}: the file is truncated: {file.size_bytes} bytes, its header asks for {expected_bytes}"
+        )
+    return FileArray(file, dtype, shape, offset_bytes)
