@@ -22,6 +22,7 @@ from rich.table import Table
 from data_tools.score_checks import show_scores
 from data_tools.statistics_report import length_summary, read_statistics
 from data_tools.verify import find_tokenizer
+from megatron_slm.config.arguments import Program
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest
@@ -29,8 +30,8 @@ from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.tokenization import Tokenizer
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         prog="python -m data_tools.inspect_corpus",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -23,12 +23,13 @@ from rich.progress import Progress
 from data_tools.corpus_files import CorpusCopy
 from data_tools.statistics_report import merged_statistics, read_statistics, write_statistics
 from megatron_slm import __version__
+from megatron_slm.config.arguments import Program
 from megatron_slm.data.indexed import check_bin_size, read_index
 from megatron_slm.data.manifest import CorpusManifest
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         prog="python -m data_tools.merge",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

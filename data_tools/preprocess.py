@@ -19,10 +19,11 @@ from data_tools.filters import FilterSettings, load_predicate
 from data_tools.pool import WorkerDied
 from data_tools.run import RunSettings, run
 from data_tools.worker import EncodeSettings
+from megatron_slm.config.arguments import Program
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         prog="python -m data_tools.preprocess",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -68,7 +68,8 @@ def _rescore_with_transformers(
     import torch
 
     from megatron_slm.scoring.corpus import TokenStream, rescore
-    from megatron_slm.scoring.importers import huggingface_fingerprint, transformers_scorer
+    from megatron_slm.scoring.foreign_model import huggingface_fingerprint
+    from megatron_slm.scoring.importers import transformers_scorer
 
     _same_reference(store, huggingface_fingerprint(reference), reference)
     stream = TokenStream(prefix)

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from data_tools.corpus_files import CorpusCopy
 from data_tools.split_scores import carry_scores, open_scores
 from megatron_slm import __version__
+from megatron_slm.config.arguments import Program
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
@@ -33,8 +34,8 @@ _STEP_DOCUMENTS = 4096
 _COPY_TOKENS = 4 << 20
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         prog="python -m data_tools.split",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -28,6 +28,7 @@ from rich.progress import Progress
 from data_tools import score_checks
 from data_tools.documents import DataError
 from megatron_slm import __version__
+from megatron_slm.config.arguments import Program
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import (
@@ -55,8 +56,8 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         prog="python -m data_tools.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,6 +2,9 @@
 
 import argparse
 import sys
+from pathlib import Path
+
+from megatron_slm.config.arguments import Program
 
 DESCRIPTION = """Compare the logits of a checkpoint with those of its Hugging Face export, position by position, in fp32.
 
@@ -10,8 +13,8 @@ EXAMPLE = """example:
   python -m megatron_slm.check_export --checkpoint runs/slm --export exports/slm --corpus data/held_out"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         "check_export",
         description=DESCRIPTION,
         epilog=EXAMPLE,
@@ -36,13 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    from megatron_slm import device as device_room
-
-    device = device_room.choose(
-        "cpu"
-    )  # fp32 on the CPU: what is compared is the conversion, not the kernels
     try:
-        difference, generated = compare(options, device)
+        difference, generated = compare(options)
     except (ValueError, OSError) as error:
         print(f"check_export: {error}", file=sys.stderr)
         return 3
@@ -53,27 +51,35 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if difference < options.tolerance else 1
 
 
-def compare(options, device) -> tuple[float, str]:
-    """(largest absolute difference of a logit, a few generated words)."""
+def compare(options) -> tuple[float, str]:
+    """(largest absolute difference of a logit, a few generated words). ValueError says what cannot be opened."""
+    from megatron_slm.config.schema import DeviceConfig, ParallelConfig
+    from megatron_slm.convert.model_folder import read_json
+    from megatron_slm.data.corpora import open_corpora
+    from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
+
+    [corpus] = open_corpora([options.corpus])
+    reference = open_reference(options.checkpoint, corpus.manifest)
+    read_json(Path(options.export, "config.json"))
+
+    # The rest loads torch, so it waits until everything has been found.
+    from megatron_slm import device as device_room
+
+    # fp32 on the CPU: what is compared is the conversion, not the kernels
+    device = device_room.choose("cpu")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_slm import parallel
-    from megatron_slm.config.schema import DeviceConfig, ParallelConfig
-    from megatron_slm.data.manifest import check_corpus
-    from megatron_slm.data.scored_dataset import open_corpora, validation_dataset
-    from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
+    from megatron_slm.data.scored_dataset import validation_dataset
 
-    reference = open_reference(options.checkpoint, check_corpus(options.corpus))
     config = reference_config(
         reference, reference.info.sequence_length, ParallelConfig(), DeviceConfig(kind="cpu")
     )
     groups = parallel.start(ParallelConfig(), device, seed=0, rank=0, world_size=1)
     try:
         model = load_reference(reference, config, groups)[0].float()
-        dataset = validation_dataset(
-            open_corpora([options.corpus])[0], sequence_length=reference.info.sequence_length
-        )
+        dataset = validation_dataset(corpus, sequence_length=reference.info.sequence_length)
         tokens_BS = torch.stack(
             [
                 torch.from_numpy(dataset[i]["tokens"])

@@ -10,6 +10,7 @@ from megatron_slm.checkpoint.folder import (
     read_checkpoint_info,
     resolve_checkpoint,
 )
+from megatron_slm.config.arguments import Program
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).
@@ -23,8 +24,8 @@ EXAMPLE = """example:
 exit codes: 0 done, 2 bad usage, 3 bad checkpoint or tokenizer"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         "export_hf",
         description=DESCRIPTION,
         epilog=EXAMPLE,
@@ -59,8 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    from megatron_slm.convert.huggingface import check_output, export
-    from megatron_slm.convert.stored_state import read_full_state
+    from megatron_slm.convert.model_folder import check_output
 
     try:
         check_output(Path(options.output), options.overwrite)
@@ -77,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = (
             None if options.tokenizer == "none" else find_tokenizer(options.tokenizer, info, folder)
         )
+        # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
+        from megatron_slm.convert.huggingface import export
+        from megatron_slm.convert.stored_state import read_full_state
+
         output = export(
             read_full_state(folder),
             info,

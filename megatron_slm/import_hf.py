@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from megatron_slm.checkpoint import folder as folders
+from megatron_slm.config.arguments import Program
 from megatron_slm.tokenization import load_tokenizer
 
 DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE; safetensors) into a weights checkpoint of ours.
@@ -20,8 +21,8 @@ EXAMPLE = """example:
 exit codes: 0 done, 2 bad usage, 3 a model or tokenizer that cannot be read here"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         "import_hf",
         description=DESCRIPTION,
         epilog=EXAMPLE,
@@ -70,9 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: str = "") -> Path:
     """Write the model in `source` as the step-0 checkpoint in `checkpoints`; returns its folder. ValueError says what cannot be read."""
     from megatron_slm.convert.hf_config import model_config
-    from megatron_slm.convert.huggingface import DTYPES, SafetensorsFolder, read_json
-    from megatron_slm.convert.names import FromHuggingface, Geometry
-    from megatron_slm.convert.stored_state import write_full_state
+    from megatron_slm.convert.model_folder import read_json
 
     model, sequence_length = model_config(read_json(source / "config.json"))
     tokenizer = load_tokenizer(tokenizer_path or source)
@@ -80,6 +79,11 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only {model.vocabulary_size}; give its own --tokenizer"
         )
+    # These load torch, so they wait until the folder's own files have been read.
+    from megatron_slm.convert.huggingface import DTYPES, SafetensorsFolder
+    from megatron_slm.convert.names import FromHuggingface, Geometry
+    from megatron_slm.convert.stored_state import write_full_state
+
     geometry = Geometry.from_model(model)
     state = FromHuggingface(SafetensorsFolder(source), geometry)
     described = {

@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from megatron_slm.config.arguments import Program
 from megatron_slm.data.manifest import CorpusManifest, check_corpus, sha256_of_file
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
@@ -23,8 +24,8 @@ EXAMPLE = """examples:
 exit codes: 0 done, 2 bad usage, 3 bad data. Started again after a kill, it continues."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         "import_scores",
         description=DESCRIPTION,
         epilog=EXAMPLE,
@@ -181,7 +182,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
 def _manifest(
     options: argparse.Namespace, argv: list[str], corpus: CorpusManifest, columns: tuple[str, ...]
 ) -> ScoreManifest:
-    from megatron_slm.scoring.importers import huggingface_fingerprint
+    from megatron_slm.scoring.foreign_model import huggingface_fingerprint
 
     files = [pair.partition("=")[2] for pair in options.column] or [
         options.jsonl or options.huggingface

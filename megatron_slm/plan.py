@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import differing_settings, take_architecture
 from megatron_slm.checkpoint.folder import read_checkpoint_info
+from megatron_slm.config.arguments import Program
 from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError, load_yaml, parse
 from megatron_slm.config.values import whole_number
@@ -36,8 +37,8 @@ exit codes: 0 it fits, 1 it does not fit (layouts that do are printed), 2 wrong 
 (for a number of GPUs that this configuration cannot use, what train would accept is printed)"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         "plan",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -90,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, settings = build_parser().parse_known_args(argv)
+    parser = build_parser()
+    options, settings = parser.parse_known_args(argv)
+    parser.refuse_misspelled(settings)
     try:
         _check_options(options)
         config = parse(

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_slm.config.arguments import Program
+
 DESCRIPTION = """Write one self-contained HTML file that compares training runs: a summary table, validation and training
 losses, what was selected, real text with the selected tokens marked, warnings, differing settings, versions.
 
@@ -17,8 +19,8 @@ the others' "tokens to reach its final loss" are in the table. The report says w
 exit codes: 0 done, 2 bad usage, 3 a run folder that cannot be read"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         "report",
         description=DESCRIPTION,
         epilog=EXAMPLE,
@@ -51,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    from megatron_slm.analysis.report import choose_corpus, write_report
     from megatron_slm.analysis.run_folder import read_runs
 
     try:
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"report: {line}", file=sys.stderr)
         return 3
+    from megatron_slm.analysis.report import choose_corpus, write_report  # these load matplotlib
+
     try:
         choose_corpus(runs, options.corpus)
     except ValueError as error:

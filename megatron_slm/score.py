@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv, __doc__)
     try:
         job = prepare(options, world_size, argv)
+        store = ScoreStore.create(job.options.output, job.manifest)
         from megatron_slm import device as device_room
 
         device = device_room.choose(job.config.device.kind)  # before anything imports megatron.core
-        store = ScoreStore.create(job.options.output, job.manifest)
     except ConfigError as error:
         if rank == 0:
             print(f"score: {error}", file=sys.stderr)

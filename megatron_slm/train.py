@@ -16,6 +16,7 @@ from megatron_slm.checkpoint.architecture import take_architecture
 from megatron_slm.config.check import check
 from megatron_slm.config.load import parse
 from megatron_slm.files.folder_lock import FolderLock
+from megatron_slm.training import setup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,18 +32,18 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack) -> int:
         check(config, world_size)
         if rank == 0:
             _keep_others_out(config.run.folder, held)
+        # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once. It looks before torch is imported,
+        # so that a missing file is named at once.
+        materials = setup.open_materials(config, world_size) if rank == 0 else None
         from megatron_slm import device as device_room
 
         device = device_room.choose(config.device.kind)  # before anything imports megatron.core
         from megatron_slm import parallel
-        from megatron_slm.training import ending, loop, setup
-
-        # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once.
-        materials = setup.open_materials(config, world_size) if rank == 0 else None
+        from megatron_slm.training import ending, loop
     except ValueError as error:
         if rank == 0:
             print(f"slm-train: {error}", file=sys.stderr)
-        return 3 if type(error).__name__ == "DataError" else 2
+        return 3 if isinstance(error, setup.DataError) else 2
     device_room.set_threads(config.device.threads_per_process)
     groups = parallel.start(
         config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from data_tools.documents import DataError, text_bytes
 from data_tools.reading import read_documents
+from megatron_slm.config.arguments import Program
 from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 from tokenizer.round_trip import round_trip_failures
@@ -56,8 +57,8 @@ class Fit:
         }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         prog="python -m tokenizer.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

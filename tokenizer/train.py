@@ -22,6 +22,7 @@ from typing import Any, Iterator
 from data_tools.documents import DataError
 from data_tools.reading import read_documents, total_input_bytes
 from megatron_slm import __version__
+from megatron_slm.config.arguments import Program
 from megatron_slm.data.manifest import sha256_of_file
 from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
@@ -31,8 +32,8 @@ _SENTENCE_BYTES = 4000
 """SentencePiece drops longer sentences than its limit; lines are cut below it instead."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Program:
+    parser = Program(
         prog="python -m tokenizer.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

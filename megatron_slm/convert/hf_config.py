@@ -5,7 +5,6 @@ Mistral folders are read as Llama.
 """
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.names import Geometry
 from megatron_slm.tokenization import Tokenizer
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -52,6 +51,8 @@ def huggingface_config(
     model: ModelConfig, sequence_length: int, tokenizer: Tokenizer | None, dtype: str
 ) -> dict:
     """config.json of an exported model, in the field names that transformers 4 and 5 both read."""
+    from megatron_slm.convert.names import Geometry  # which loads torch
+
     geometry = Geometry.from_model(model)
     name, model_type = architecture(model)
     config = {

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, sync_path
+from megatron_slm.convert.model_folder import LAST_FILE, check_output
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
 from megatron_slm.convert.names import Geometry, to_huggingface
@@ -22,8 +23,6 @@ from megatron_slm.tokenization import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGEST_SHARD_BYTES = 5 * 10**9
-# Written last: a folder that has it is a complete export.
-LAST_FILE = "config.json"
 
 
 def export(
@@ -62,21 +61,6 @@ def export(
     write_json(writing / LAST_FILE, config)
     _replace(writing, output)
     return output
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """ValueError unless `output` is free, or is an earlier export that may be replaced."""
-    if not output.exists():
-        return
-    content = [path.name for path in output.iterdir()] if output.is_dir() else [output.name]
-    if content and not overwrite:
-        raise ValueError(
-            f"{output} already holds {', '.join(sorted(content)[:3])}; give another --output, or --overwrite to replace an earlier export"
-        )
-    if content and LAST_FILE not in content:
-        raise ValueError(
-            f"{output} is not a model folder (no {LAST_FILE} in it), so --overwrite will not remove it; give another --output"
-        )
 
 
 def _replace(writing: Path, output: Path) -> None:
@@ -139,19 +123,6 @@ def _write_shard(shard: dict[str, Tensor], folder: Path, number: int) -> list[st
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    """ValueError when the file is missing or no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not readable ({error}); expected the config.json of a Hugging Face model"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):

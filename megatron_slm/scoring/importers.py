@@ -4,7 +4,6 @@ A store from here is as good as one of our own: same layout, same shards, same c
 likely the token (a loss); first tokens of documents are set to NaN like everywhere.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Iterator
@@ -13,7 +12,6 @@ import numpy as np
 
 from megatron_slm.data.batch import Batch
 from megatron_slm.data.file_array import FileArray, ReadOnlyFile, open_npy
-from megatron_slm.data.manifest import sha256_of_file
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import Scorer, TokenStream
 from megatron_slm.scoring.progress import Progress
@@ -156,26 +154,6 @@ def _write(store: ScoreStore, plan: WindowPlan, shard: int, values: dict[str, np
 
 def _missing_tokens(store: ScoreStore) -> int:
     return sum(end - start for start, end in store.missing_ranges())
-
-
-def huggingface_fingerprint(folder: str | Path) -> str:
-    """The identity of a local model folder: its weights and its config."""
-    folder = Path(folder)
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in (".safetensors", ".bin") or path.name == "config.json"
-    )
-    if not any(path.suffix != ".json" for path in files) or not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is no local Hugging Face model: it needs config.json and its weights (*.safetensors or *.bin)"
-        )
-    return (
-        "sha256:"
-        + hashlib.sha256(
-            "\n".join(f"{path.name} {sha256_of_file(path)}" for path in files).encode()
-        ).hexdigest()
-    )
 
 
 def transformers_scorer(

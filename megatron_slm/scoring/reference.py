@@ -1,11 +1,16 @@
 """The reference model: what it is, read without torch, and its weights in eval mode in a parallel layout."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, read_checkpoint_info, resolve_checkpoint
 from megatron_slm.config.schema import Config, DataConfig, DeviceConfig, ParallelConfig
 from megatron_slm.data.manifest import CorpusManifest
-from megatron_slm.parallel import Groups
+
+if TYPE_CHECKING:
+    from megatron_slm.parallel import Groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """A frozen reference model beside the model in training: same parallel layout, its own (same or smaller) architecture."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, read_checkpoint_info
-from megatron_slm.checkpoint.store import load_weights
 from megatron_slm.config.schema import Config
-from megatron_slm.model.build import build_model
-from megatron_slm.parallel import Groups
+
+if TYPE_CHECKING:
+    from megatron_slm.parallel import Groups
 
 
 def reference_config(config: Config, info: CheckpointInfo) -> Config:
@@ -30,6 +33,9 @@ def load_reference(config: Config, groups: Groups) -> list | None:
 
     setup.open_materials has seen that its tokenizer is the run's and that it fits the layout.
     """
+    from megatron_slm.checkpoint.store import load_weights
+    from megatron_slm.model.build import build_model
+
     checkpoint = config.selection.reference.checkpoint
     if checkpoint is None:
         return None

@@ -1,27 +1,27 @@
-"""Everything a run reads, opened and checked before any process group starts."""
+"""Everything a run reads, opened and checked before any process group starts, and before torch is imported."""
+
+from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_slm.checkpoint.architecture import differing_settings
 from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.check import check, train_steps
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
-from megatron_slm.data.loader import TrainingLoader, ValidationLoader
+from megatron_slm.data.corpora import Corpus, open_corpora
 from megatron_slm.data.score_manifest import presented_name
-from megatron_slm.data.scored_dataset import (
-    Corpus,
-    open_corpora,
-    training_dataset,
-    validation_dataset,
-)
-from megatron_slm.parallel import Groups
 from megatron_slm.selection.rules import ChoiceRules
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 from megatron_slm.training.reference import reference_config
 from megatron_slm.training.scorer_settings import choice_rules
+
+if TYPE_CHECKING:
+    from megatron_slm.data.loader import TrainingLoader, ValidationLoader
+    from megatron_slm.parallel import Groups
 
 
 class DataError(ConfigError):
@@ -136,6 +136,9 @@ def _missing_columns(config: Config, rules: ChoiceRules, corpora: list[Corpus]) 
 
 def training_loader(config: Config, materials: Materials, groups: Groups) -> TrainingLoader:
     """This rank's micro-batches of every step, in an order that a longer run only extends."""
+    from megatron_slm.data.loader import TrainingLoader
+    from megatron_slm.data.scored_dataset import training_dataset
+
     data = config.data
     dataset = training_dataset(
         materials.corpora,
@@ -159,6 +162,9 @@ def validation_loaders(
     config: Config, materials: Materials, groups: Groups
 ) -> dict[str, ValidationLoader]:
     """One loader per validation corpus: the same global batches at every validation."""
+    from megatron_slm.data.loader import ValidationLoader
+    from megatron_slm.data.scored_dataset import validation_dataset
+
     data = config.data
     cache = data.index_cache or Path(config.run.folder, "index_cache")
     return {

@@ -6,8 +6,8 @@ import torch
 
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import TokenStream, rescore, score_corpus
+from megatron_slm.scoring.foreign_model import huggingface_fingerprint
 from megatron_slm.scoring.importers import (
-    huggingface_fingerprint,
     import_arrays,
     import_jsonl,
     read_array,

@@ -11,7 +11,8 @@ from data_tools import verify
 from data_tools.score_checks import show_scores
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import TokenStream, score_corpus
-from megatron_slm.scoring.importers import huggingface_fingerprint, transformers_scorer
+from megatron_slm.scoring.foreign_model import huggingface_fingerprint
+from megatron_slm.scoring.importers import transformers_scorer
 from megatron_slm.testing.corpora import (
     random_documents,
     score_manifest,

@@ -1,0 +1,48 @@
+"""The argument parser of the programs that have options of their own."""
+
+import argparse
+from collections.abc import Iterable
+
+from megatron_slm import __version__
+from megatron_slm.config.nearest import did_you_mean, nearest
+
+
+class Program(argparse.ArgumentParser):
+    """argparse with --version, and with the nearest known option or value where one is unknown."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.add_argument(
+            "--version",
+            action="version",
+            version=f"%(prog)s {__version__}",
+            help="show the version and stop",
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; an unknown option ends the program with exit code 2 and the nearest one's name."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        return options
+
+    def refuse_misspelled(self, unknown: Iterable[str]) -> None:
+        """End with exit code 2 where a word left over by parse_known_args is nearly an option of this program."""
+        for word in unknown:
+            name = word.partition("=")[0]
+            if name.startswith("--") and nearest(name, self._option_string_actions):
+                self.error(f"unrecognized arguments: {word}{self._meant([name])}")
+
+    def _meant(self, unknown: Iterable[str]) -> str:
+        words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        found = (did_you_mean(word, self._option_string_actions) for word in words)
+        return "".join(f"; {sentence}" for sentence in found if sentence)
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = did_you_mean(value, map(str, action.choices))
+            if meant:
+                error.message += f"; {meant}"
+            raise
