@@ -80,6 +80,10 @@ class BlockEncoder:
             )
         self._head = np.array([tokenizer.bos_id], dtype).tobytes() if settings.prepend_bos else b""
         self._tail = np.array([tokenizer.eod_id], dtype).tobytes() if settings.append_eod else b""
+        self._dtype = dtype
+        self._control_ids = (
+            sorted(tokenizer.control_ids) if tokenizer.text_may_hold_control_ids else []
+        )
 
     def __call__(self, block: Block) -> BlockResult:
         work = _Work(BlockResult(block.number))
@@ -129,12 +133,26 @@ class BlockEncoder:
                     )
                 )
                 continue
+            if found := self._control_ids_in(content):
+                work.reject(
+                    Reject(
+                        record.path,
+                        record.line,
+                        "control token in the text",
+                        f"the tokenizer makes the control ids {found} of it, which would begin or end a document in its middle",
+                    )
+                )
+                continue
             work.pieces += (self._head, content, self._tail)
             work.count(
                 (len(self._head) + len(content) + len(self._tail)) // self._itemsize,
                 text_bytes(record.text),
                 self._filters.hash_of(record.text) if self._filters.wants_hashes else b"",
             )
+
+    def _control_ids_in(self, content: bytes) -> list[int]:
+        tokens = np.frombuffer(content, self._dtype)
+        return [token_id for token_id in self._control_ids if (tokens == token_id).any()]
 
     def _tokens_of(self, batch: list[Record], work: _Work) -> list[bytes | None]:
         """Tokens of each record; None, and a reject, where the tokenizer itself fails on a text."""

@@ -35,7 +35,8 @@ class Tokenizer:
     """A vocabulary with its encoder. Make one with `load_tokenizer`; a pickle holds the path only and loads again.
 
     Literal control strings in a text (`</s>`, `<|endoftext|>`) are encoded as ordinary characters, never as the control id:
-    a document cannot end itself. `eod_id`, which closes documents, is the end-of-sequence id, else the begin-of-sequence id.
+    a document cannot end itself. Where the unknown token is a control token, texts can still give its id: preprocessing
+    rejects such documents. `eod_id`, which closes documents, is the end-of-sequence id, else the begin-of-sequence id.
     """
 
     path: Path
@@ -46,6 +47,10 @@ class Tokenizer:
     pad_id: int | None
     unk_id: int | None
     eod_id: int
+    control_ids: frozenset[int]
+    """Ids that begin, end or pad a document, which no text may give. The unknown id is among them only where it is eod_id."""
+    text_may_hold_control_ids: bool
+    """Whether nothing proves that texts never give a control id. SentencePiece gives none: only its control pieces are special."""
     fingerprint: str
 
     def __init__(
@@ -56,8 +61,10 @@ class Tokenizer:
         special_ids: dict[str, int | None],
         vocabulary_size: int,
         content: bytes,
+        encoder: Any = None,
     ) -> None:
         self.path, self.kind, self._backend = path, kind, backend
+        self._encoder = backend if encoder is None else encoder
         self.bos_id, self.eos_id = special_ids["bos_token"], special_ids["eos_token"]
         self.pad_id, self.unk_id = special_ids["pad_token"], special_ids["unk_token"]
         self.vocabulary_size = vocabulary_size
@@ -69,6 +76,11 @@ class Tokenizer:
                 "closed. Train it with such a token, or name one as eos_token in a tokenizer_config.json beside it."
             )
         self.eod_id = eod_id
+        self.control_ids = frozenset({self.bos_id, self.eos_id, self.pad_id}) - {None, self.unk_id}
+        self.control_ids |= {eod_id}
+        self.text_may_hold_control_ids = kind != "sentencepiece" or not all(
+            backend.is_control(control_id) for control_id in self.control_ids
+        )
 
     def __reduce__(self):
         return load_tokenizer, (str(self.path),)
@@ -88,17 +100,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no begin or end token is added."""
         if self.kind == "sentencepiece":
-            return self._backend.encode(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+            return self._encoder.encode(text)
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back (`token_dtype`) and how many each text gave (int64). No begin or end tokens."""
         if self.kind == "sentencepiece":
-            pieces = [self._backend.encode_as_numpy(text) for text in texts]
+            pieces = [self._encoder.encode_as_numpy(text) for text in texts]
         else:
             pieces = [
                 encoding.ids
-                for encoding in self._backend.encode_batch_fast(
+                for encoding in self._encoder.encode_batch_fast(
                     list(texts), add_special_tokens=False
                 )
             ]
@@ -191,22 +203,75 @@ def _load_sentencepiece(path: Path, content: bytes) -> Tokenizer:
 
 
 def _load_huggingface(path: Path, content: bytes) -> Tokenizer:
-    import tokenizers
-
     try:
-        backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        backend = _encodes_text_only(text)
     except Exception as error:  # the Rust side raises plain Exception
         raise ValueError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
-    backend.no_truncation()  # a saved truncation or padding setting would cut or fill documents
-    backend.no_padding()
-    backend.encode_special_tokens = True  # literal control strings stay text
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise ValueError(f"{path}: the vocabulary is empty")
     special_ids = _special_ids(path, vocabulary)
+    control_ids = {special_ids[name] for name in ("bos_token", "eos_token", "pad_token")} - {None}
+    controls = {name for name, token_id in vocabulary.items() if token_id in control_ids}
     return Tokenizer(
-        path, "huggingface", backend, special_ids, max(vocabulary.values()) + 1, content
+        path,
+        "huggingface",
+        backend,
+        special_ids,
+        max(vocabulary.values()) + 1,
+        content,
+        encoder=_without_controls(backend, text, controls),
     )
+
+
+def _encodes_text_only(settings: str) -> Any:
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(settings)
+    backend.no_truncation()  # a saved truncation or padding setting would cut or fill documents
+    backend.no_padding()
+    backend.encode_special_tokens = True  # literal strings of special added tokens stay text
+    return backend
+
+
+def _without_controls(backend: Any, text: str, controls: set[str]) -> Any:
+    """`backend`, or one made for encoding alone: equal ids for every text, but control strings in it are its characters.
+
+    encode_special_tokens is not enough where a control string is an added token without the mark `special`, or an entry of
+    the model's own vocabulary (Unigram, WordLevel, WordPiece, BPE that merges up to it or ignores merges). Added tokens get
+    the mark here; entries are renamed to a string that begins with NUL, which no document holds, so every id stays.
+    """
+    own = backend.get_vocab(with_added_tokens=False).keys() & controls
+    unmarked = {
+        token.content for token in backend.get_added_tokens_decoder().values() if not token.special
+    }
+    if not own and not unmarked & controls:
+        return backend
+    settings = json.loads(text)
+    model = settings["model"]
+    # An added token takes its id from the model's vocabulary, or the next free one: renamed, it would move those after it.
+    settings["added_tokens"] = [
+        {**token, "special": token["special"] or token["content"] in controls}
+        for token in settings["added_tokens"]
+        if token["content"] not in own
+    ]
+    renamed = {name: f"\0{name}" for name in own if name != model.get("unk_token")}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {
+            renamed.get(name, name): token_id for name, token_id in model["vocab"].items()
+        }
+    else:
+        model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [
+            [left, right]
+            for left, right in pairs
+            if not {left, right, left + right.removeprefix(prefix)} & renamed.keys()
+        ]
+    return _encodes_text_only(json.dumps(settings, ensure_ascii=False))
 
 
 def _special_ids(path: Path, vocabulary: dict[str, int]) -> dict[str, int | None]:
