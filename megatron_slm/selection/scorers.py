@@ -101,6 +101,14 @@ class Scorer:
         """
         return self.kind == "score" or self.is_static
 
+    def kept_fraction_at_most(self, keep_fraction: float) -> float:
+        """The largest share of the eligible tokens that a choice can keep; 1.0 where only the data decide.
+
+        keep_fraction is the last value of the configured schedule. The planner counts backward
+        work by it; what is really kept is in the metric selection/kept_fraction.
+        """
+        return keep_fraction if self.uses_keep_fraction else 1.0
+
     def check_scope(self, scope: str) -> None:
         """Raises ValueError when the scorer cannot work in this scope."""
         if scope == "running_threshold" and self.choices > 1:
