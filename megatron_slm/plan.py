@@ -18,6 +18,7 @@ from megatron_slm.planning.job import Job
 from megatron_slm.planning.propose import alternatives
 from megatron_slm.planning.result import as_json, make_plan
 from megatron_slm.planning.terminal import describe_alternatives, print_plan
+from megatron_slm.selection.scorer_files import load_scorer_files
 from megatron_slm.tokenization import load_tokenizer
 from megatron_slm.training.scorer_settings import choice_rules
 
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             DESCRIPTION,
             fill=take_architecture,
         )
+        load_scorer_files(config.selection.scorer, config.selection.scorer_options)
         job = Job(
             config,
             _vocabulary_size(config),
