@@ -29,11 +29,9 @@ def load_scorer_files(name: str, options: Mapping[str, object] | None = None) ->
 
 
 def loaded_scorer_files() -> list[str]:
-    """`PATH sha256:...` of every file that was run here, as it is on disk now."""
-    paths = [m.__file__ for name, m in sys.modules.items() if name.startswith(_MODULE_PREFIX)]
-    return [
-        f"{path} sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}" for path in paths
-    ]
+    """`PATH sha256:...` of every file that was run in this process, as it was when it was run."""
+    modules = [part for name, part in sys.modules.items() if name.startswith(_MODULE_PREFIX)]
+    return [f"{module.__file__} sha256:{module.source_sha256}" for module in modules]
 
 
 def _named(name: object, options: Mapping) -> Iterator[str]:
@@ -60,13 +58,14 @@ def _load(setting: str) -> None:
     module_name = _MODULE_PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     specification = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(specification)
+    module.source_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     sys.modules[module_name] = module  # dataclasses in the user's file look themselves up here
     try:
         with scorers.registered_as(f"{file_name}:") as found:
             specification.loader.exec_module(module)
-    except (
-        Exception
-    ) as error:  # the user's code: whatever it raises, the file is what can be changed
+    except Exception as error:
+        # The user's code: whatever it raises, the file is what can be changed.
+        del sys.modules[module_name]
         raise ValueError(
             f"scorer {setting}: running {path} failed: {type(error).__name__}: {error}"
         ) from error

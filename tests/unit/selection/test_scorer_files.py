@@ -123,3 +123,17 @@ def test_what_names_no_file_is_an_unknown_scorer(name):
     load_scorer_files(name)
     with pytest.raises(ValueError, match="unknown scorer .* or PATH.py:NAME"):
         build_scorer(name)
+
+
+def test_only_programs_that_a_person_gives_a_configuration_load_files():
+    """report, score and export read configurations that others wrote."""
+    package = Path(scorers_room.__file__).parents[1]
+    sources = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    loading = {
+        path.relative_to(package).as_posix()
+        for path in sources
+        if "load_scorer_files(" in sources[path]
+    }
+    assert loading == {"selection/scorer_files.py", "training/scorer_settings.py", "plan.py"}
+    asking = [path.parent.name for path in sources if "import choice_rules" in sources[path]]
+    assert set(asking) == {"training"}
