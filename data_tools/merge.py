@@ -26,6 +26,7 @@ from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.indexed import check_bin_size, read_index
 from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.tokenization import tokenizer_differences
 
 
 def build_parser() -> Program:
@@ -98,8 +99,12 @@ def check_alike(corpora: dict[str, CorpusManifest]) -> None:
     """Raises ValueError unless all corpora have one tokenizer, token dtype and document policy."""
     first_prefix, first = next(iter(corpora.items()))
     for prefix, manifest in corpora.items():
+        if differences := tokenizer_differences(manifest.tokenizer, first.tokenizer):
+            raise ValueError(
+                f"{prefix} and {first_prefix} cannot be joined: they have different tokenizers, "
+                f"{manifest.tokenizer['path']} and {first.tokenizer['path']}: {'; '.join(differences)}"
+            )
         for name, ours, theirs in (
-            ("tokenizer", manifest.tokenizer["fingerprint"], first.tokenizer["fingerprint"]),
             ("token dtype", manifest.token_dtype, first.token_dtype),
             ("append_eod", manifest.append_eod, first.append_eod),
             ("prepend_bos", manifest.prepend_bos, first.prepend_bos),

@@ -96,6 +96,8 @@ def identity_of(
         "files": plan_fingerprint(files),
         "format": settings.form,
         "tokenizer": tokenizer.fingerprint,
+        "eod_id": tokenizer.eod_id,
+        "bos_id": tokenizer.bos_id,
         "shard": list(settings.shard) if settings.shard else None,
         **encode,
         **filters,
@@ -273,13 +275,7 @@ class _Run:
         return CorpusManifest(
             format_version=FORMAT_VERSION,
             **sizes,
-            tokenizer={
-                "path": str(tokenizer.path.resolve()),
-                "kind": tokenizer.kind,
-                "fingerprint": tokenizer.fingerprint,
-                "vocabulary_size": tokenizer.vocabulary_size,
-                "eod_id": tokenizer.eod_id,
-            },
+            tokenizer=tokenizer.entry,
             append_eod=settings.encode.append_eod,
             prepend_bos=settings.encode.prepend_bos,
             sources=self._sources,

@@ -38,7 +38,7 @@ from megatron_slm.data.manifest import (
     manifest_path,
     sha256_of_file,
 )
-from megatron_slm.tokenization import Tokenizer, load_tokenizer
+from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 
 _PIECE_TOKENS = 8 << 20
 
@@ -149,18 +149,9 @@ def find_tokenizer(prefix: str, manifest: CorpusManifest, path: str | None) -> T
     if path is None and not Path(manifest.tokenizer["path"]).exists():
         return None
     tokenizer = load_tokenizer(path or manifest.tokenizer["path"])
-    if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
+    if differences := tokenizer_differences(tokenizer.entry, manifest.tokenizer):
         raise ValueError(
-            f"{tokenizer.path} is not the tokenizer of {prefix}: its fingerprint is {tokenizer.fingerprint[:19]}…, the "
-            f"manifest says {manifest.tokenizer['fingerprint'][:19]}…"
-        )
-    if (tokenizer.vocabulary_size, tokenizer.eod_id) != (
-        manifest.tokenizer["vocabulary_size"],
-        manifest.tokenizer["eod_id"],
-    ):
-        raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocabulary_size} ids and end-of-document {tokenizer.eod_id}; the manifest "
-            f"of {prefix} says {manifest.tokenizer['vocabulary_size']} and {manifest.tokenizer['eod_id']}"
+            f"{tokenizer.path} is not the tokenizer of {prefix}; it and the manifest say: {'; '.join(differences)}"
         )
     return tokenizer
 
@@ -205,13 +196,7 @@ def manifest_for_foreign(prefix: str, tokenizer: Tokenizer) -> CorpusManifest:
         idx_bytes=Path(f"{prefix}.idx").stat().st_size,
         bin_sha256=sha256_of_file(f"{prefix}.bin"),
         idx_sha256=sha256_of_file(f"{prefix}.idx"),
-        tokenizer={
-            "path": str(tokenizer.path.resolve()),
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "vocabulary_size": tokenizer.vocabulary_size,
-            "eod_id": tokenizer.eod_id,
-        },
+        tokenizer=tokenizer.entry,
         append_eod=findings.documents_not_closed == 0 and index.documents > 0,
         sources=[{"input": "unknown"}],
         created_by={"program": "data_tools.verify", "version": __version__},

@@ -11,7 +11,7 @@ from megatron_slm.checkpoint.folder import (
     resolve_checkpoint,
 )
 from megatron_slm.config.arguments import Program
-from megatron_slm.tokenization import Tokenizer, load_tokenizer
+from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).
 
@@ -105,10 +105,9 @@ def find_tokenizer(given: str, info: CheckpointInfo, folder: Path) -> Tokenizer:
         raise ValueError(
             f"{error} (the checkpoint {folder} was trained with it; say where it is now with --tokenizer, or --tokenizer none)"
         ) from None
-    expected = info.tokenizer.get("fingerprint")
-    if expected and tokenizer.fingerprint != expected:
+    if differences := tokenizer_differences(tokenizer.entry, info.tokenizer):
         raise ValueError(
-            f"{path} is not the tokenizer this model was trained with: its fingerprint is {tokenizer.fingerprint}, the checkpoint says {expected}"
+            f"{path} is not the tokenizer this model was trained with; it and the checkpoint say: {'; '.join(differences)}"
         )
     return tokenizer
 

@@ -86,17 +86,10 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
 
     geometry = Geometry.from_model(model)
     state = FromHuggingface(SafetensorsFolder(source), geometry)
-    described = {
-        "path": str(tokenizer.path.resolve()),
-        "kind": tokenizer.kind,
-        "fingerprint": tokenizer.fingerprint,
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "eod_id": tokenizer.eod_id,
-    }
     info = folders.CheckpointInfo(
         model=folders.describe_model(model, model.vocabulary_size),
         sequence_length=sequence_length,
-        tokenizer=described,
+        tokenizer=tokenizer.entry,
         step=0,
         tokens_processed=0,
         precision=dtype,

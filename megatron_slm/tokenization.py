@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -89,6 +89,18 @@ class Tokenizer:
         return f"Tokenizer({str(self.path)!r}, {self.kind}, {self.vocabulary_size} ids, eod {self.eod_id})"
 
     @property
+    def entry(self) -> dict[str, Any]:
+        """What manifests and checkpoints keep of it; `tokenizer_differences` compares two of them."""
+        return {
+            "path": str(self.path.resolve()),
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "vocabulary_size": self.vocabulary_size,
+            "eod_id": self.eod_id,
+            "bos_id": self.bos_id,
+        }
+
+    @property
     def token_dtype(self) -> np.dtype:
         return token_dtype(self.vocabulary_size)
 
@@ -143,6 +155,26 @@ class Tokenizer:
             return piece if self._backend.is_control(token_id) else piece.replace("\u2581", " ")
         text = self._backend.decode([token_id], skip_special_tokens=False)
         return (self._backend.id_to_token(token_id) or "") if "\ufffd" in text or not text else text
+
+
+IDENTITY = ("fingerprint", "eod_id", "bos_id")
+
+
+def tokenizer_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """One phrase with both values per field in which two tokenizers, as their entries say, are not the same.
+
+    The file's fingerprint is not all of it: which tokens begin and end documents is read from the files beside a
+    tokenizer.json. A field that an entry lacks, as bos_id in entries of earlier versions, is not compared.
+    """
+    return [
+        f"{name} {_brief(ours[name])} and {_brief(theirs[name])}"
+        for name in IDENTITY
+        if name in ours and name in theirs and ours[name] != theirs[name]
+    ]
+
+
+def _brief(value: Any) -> str:
+    return f"{value[:19]}…" if isinstance(value, str) and len(value) > 20 else str(value)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

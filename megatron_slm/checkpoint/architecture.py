@@ -15,7 +15,7 @@ from megatron_slm.checkpoint.folder import (
 from megatron_slm.config.architecture import ARCHITECTURE, Difference, differences, written
 from megatron_slm.config.load import from_mapping
 from megatron_slm.config.schema import Config, RunConfig
-from megatron_slm.tokenization import Tokenizer
+from megatron_slm.tokenization import Tokenizer, tokenizer_differences
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,11 @@ def _remedy(difference: Difference, tokenizer: Tokenizer | None) -> str:
 
 def _tokenizer_problems(origin: _Origin, tokenizer: Tokenizer) -> list[str]:
     theirs = origin.info.tokenizer
-    if theirs.get("fingerprint") == tokenizer.fingerprint:
+    differences = tokenizer_differences({"fingerprint": "unknown", **theirs}, tokenizer.entry)
+    if not differences:
         return []
     return [
-        f"{origin.words} was trained with the tokenizer {theirs.get('path')} "
-        f"({theirs.get('fingerprint')}), data.tokenizer is {tokenizer.path} "
-        f"({tokenizer.fingerprint}): the same ids mean other text; use the checkpoint's tokenizer "
-        "and corpora made with it"
+        f"{origin.words} was trained with the tokenizer {theirs.get('path')}, data.tokenizer is "
+        f"{tokenizer.path}: {'; '.join(differences)}: the same ids mean other text; use the "
+        "checkpoint's tokenizer and corpora made with it"
     ]

@@ -50,15 +50,6 @@ OWN_OPTIONS = {
 """Options that are no settings."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PrintedPath:
-    """An option without a value that prints where the program writes; scripts must not read YAML to know."""
-
-    option: str
-    of: Callable[[typing.Any], str]
-
-
-RUN_FOLDER = PrintedPath("print_run_folder", lambda config: config.run.folder)
 Fill = Callable[[dict], list[str]]
 """Completes the given settings (nested plain values) in place from files that they name.
 
@@ -72,7 +63,6 @@ def parse(
     settings_class=Config,
     usage: str = "[--config FILE] [--section.field VALUE ...]",
     fill: Fill = lambda values: [],
-    printed_path: PrintedPath = RUN_FOLDER,
 ):
     """The settings of a program started with `argv` (None = sys.argv), as a `settings_class`.
 
@@ -82,8 +72,7 @@ def parse(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
-        own = OWN_OPTIONS | {f"--{printed_path.option}": "Print that path and stop, for scripts."}
-        print(help_text(settings_class, f"{prog} {usage}", description, own), end="")
+        print(help_text(settings_class, f"{prog} {usage}", description, OWN_OPTIONS), end="")
         raise SystemExit(0)
     if "--version" in argv:
         print(f"{prog} {__version__}")
@@ -91,7 +80,6 @@ def parse(
     given, problems = split_arguments(argv)
     path = given.pop("config", None)
     print_only = given.pop("print_config", None) is not None
-    path_only = given.pop(printed_path.option, None) is not None
     values: dict = {}
     if path is not None:
         problems += _merge_file(values, path)
@@ -112,9 +100,6 @@ def parse(
         raise ConfigError(problems + refused)
     if print_only:
         print(to_yaml(config), end="")
-        raise SystemExit(0)
-    if path_only:
-        print(printed_path.of(config))
         raise SystemExit(0)
     return config
 
@@ -169,9 +154,8 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             takes_value = position < len(argv) and not (
                 argv[position].startswith("--") and len(argv[position]) > 2
             )
-            takes_value = takes_value and not name.startswith("print_")
-            value = argv[position] if takes_value else "true"
-            position += takes_value
+            value = argv[position] if takes_value and name != "print_config" else "true"
+            position += takes_value and name != "print_config"
         given[name] = value
     return given, problems
 

@@ -1,10 +1,14 @@
 """Corpora and the scores of their tokens, opened and compared; no torch, so what is wrong is said at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -16,34 +20,92 @@ class Corpus:
     scores: ScoreStore | None = None
 
 
+class UnusableData(ValueError):
+    """Everything that is wrong with corpora, and apart from it with their score stores."""
+
+    def __init__(self, corpora: list[str], scores: list[str]):
+        super().__init__("\n".join(corpora + scores))
+        self.corpora, self.scores = corpora, scores
+
+
 def open_corpora(
     prefixes: Sequence[str],
     scores: Sequence[str] = (),
     *,
-    tokenizer_fingerprint: str | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     allow_missing_scores: bool = False,
 ) -> list[Corpus]:
-    """Open corpora and their score stores (one per corpus, same order, or none). ValueError lists every problem found."""
-    problems, corpora = [], []
+    """Open corpora and their score stores (one per corpus, same order, or none). UnusableData lists every problem found.
+
+    tokenizer: the entry of the tokenizer that all corpora must have been made with.
+    """
     if scores and len(scores) != len(prefixes):
-        raise ValueError(
-            f"{len(scores)} score stores were given for {len(prefixes)} training corpora; give one per corpus, in the same order."
+        raise UnusableData(
+            [],
+            [
+                f"{len(scores)} score stores were given for {len(prefixes)} training corpora; give one per corpus, in the same order."
+            ],
         )
-    for prefix, folder in zip(prefixes, list(scores) or [None] * len(prefixes)):
-        try:
-            manifest = check_corpus(prefix, tokenizer_fingerprint=tokenizer_fingerprint)
-            store = None
-            if folder is not None:
-                store = ScoreStore.open(folder, allow_missing_scores=allow_missing_scores)
-                store.check_against(manifest, tokenizer_fingerprint)
-            corpora.append(Corpus(str(prefix), manifest, store))
-        except ValueError as error:
-            problems.append(str(error))
-    sets = {corpus.scores.columns for corpus in corpora if corpus.scores}
+    of_corpora: list[str] = []
+    of_scores: list[str] = []
+    manifests = [
+        _or_problem(of_corpora, partial(check_corpus, prefix, tokenizer=tokenizer))
+        for prefix in prefixes
+    ]
+    stores = [
+        _or_problem(
+            of_scores, partial(ScoreStore.open, folder, allow_missing_scores=allow_missing_scores)
+        )
+        for folder in scores
+    ]
+    of_scores += _stores_of_other_corpora(prefixes, manifests, stores)
+    sets = {store.columns for store in stores if store}
     if len(sets) > 1:
-        problems.append(
+        of_scores.append(
             f"The score stores have different columns: {sorted(sets)}; every corpus of a blend needs the same."
         )
-    if problems:
-        raise ValueError("\n".join(problems))
-    return corpora
+    if of_corpora or of_scores:
+        raise UnusableData(of_corpora, of_scores)
+    return [
+        Corpus(str(prefix), manifest, store)
+        for prefix, manifest, store in zip(prefixes, manifests, stores or [None] * len(prefixes))
+    ]
+
+
+def _or_problem(problems: list[str], opened: Callable[[], Opened]) -> Opened | None:
+    try:
+        return opened()
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def _stores_of_other_corpora(
+    prefixes: Sequence[str],
+    manifests: Sequence[CorpusManifest | None],
+    stores: Sequence[ScoreStore | None],
+) -> list[str]:
+    """One sentence per store that belongs to another corpus than the one in its place, or one for all when they are only out of order."""
+    place_of = {m.fingerprint: place for place, m in reversed([*enumerate(manifests)]) if m}
+    owners = [store and place_of.get(store.manifest.corpus_fingerprint) for store in stores]
+    if None not in owners and sorted(owners) == list(range(len(manifests))) != owners:
+        in_order = [str(stores[owners.index(place)].folder) for place in range(len(stores))]
+        return [
+            f"The score stores are in another order than the corpora. Give them in this one: [{', '.join(in_order)}]"
+        ]
+    problems = []
+    for place, (store, owner) in enumerate(zip(stores, owners)):
+        manifest = manifests[place]
+        if store is None or manifest is None:
+            continue
+        if store.manifest.corpus_fingerprint != manifest.fingerprint and owner is not None:
+            problems.append(
+                f"The scores in {store.folder} are those of {prefixes[owner]}, and stand in the place of {prefixes[place]}: give "
+                "one store per corpus, in the order of the corpora."
+            )
+            continue
+        try:
+            store.check_against(manifest)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems

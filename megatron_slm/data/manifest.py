@@ -10,10 +10,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from megatron_slm.data.indexed import check_bin_size, read_index
 from megatron_slm.files.atomic import write_json_atomically
+from megatron_slm.tokenization import tokenizer_differences
 
 FORMAT_VERSION = 1
 
@@ -32,7 +33,7 @@ class CorpusManifest:
     bin_sha256: str
     idx_sha256: str
     tokenizer: dict[str, Any]
-    """path, kind, fingerprint, vocabulary_size, eod_id."""
+    """path, kind, fingerprint, vocabulary_size, eod_id, bos_id (absent in corpora of earlier versions)."""
     append_eod: bool
     sources: list[dict[str, Any]]
     created_by: dict[str, Any]
@@ -139,24 +140,23 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
-def check_corpus(prefix: str | Path, *, tokenizer_fingerprint: str | None = None) -> CorpusManifest:
+def check_corpus(
+    prefix: str | Path, *, tokenizer: Mapping[str, Any] | None = None
+) -> CorpusManifest:
     """The manifest of a corpus whose files are whole and unchanged since it was written.
 
     Sizes and structure are checked every time. Content is hashed when a file's stamp (size, modification and change time,
     inode) is not the one remembered in PREFIX.verified.json; in a folder that cannot be written the stamp is not remembered.
 
     Raises ValueError with a sentence: files missing, truncated or too long, index and manifest disagreeing, content changed,
-    no manifest, or another tokenizer than `tokenizer_fingerprint`.
+    no manifest, or another tokenizer than `tokenizer`, a tokenizer's entry.
     """
     manifest = CorpusManifest.read(prefix)
-    if (
-        tokenizer_fingerprint is not None
-        and manifest.tokenizer["fingerprint"] != tokenizer_fingerprint
-    ):
+    if differences := tokenizer_differences(manifest.tokenizer, tokenizer or {}):
         raise ValueError(
-            f"{prefix}: the corpus was made with the tokenizer {manifest.tokenizer['path']} "
-            f"({_short(manifest.tokenizer['fingerprint'])}), not with this one ({_short(tokenizer_fingerprint)}). "
-            "Use the corpus's own tokenizer, or preprocess the text again with this one."
+            f"{prefix}: the corpus was made with the tokenizer {manifest.tokenizer['path']}, not with "
+            f"{tokenizer.get('path', 'this one')}: {'; '.join(differences)}. Use the corpus's own tokenizer (and the files beside "
+            "it, which name its special tokens), or preprocess the text again with this one."
         )
     for suffix, expected_bytes in ((".idx", manifest.idx_bytes), (".bin", manifest.bin_bytes)):
         _check_size(Path(f"{prefix}{suffix}"), expected_bytes)
@@ -231,10 +231,6 @@ def _stamp(path: Path) -> list[int]:
 def sha256_of_file(path: str | Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint[:19] + "…"
 
 
 def _no_manifest(prefix: str | Path) -> str:

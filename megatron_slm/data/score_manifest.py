@@ -139,7 +139,7 @@ class ScoreManifest:
                 if key not in ("format_version", "corpus", "tokenizer", "reference")
             }
             return cls(**sections, **{**rest, "columns": tuple(rest["columns"])})
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{Path(path).parent} is no score store: it has no manifest.json. "
                 "Make one with: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S"
@@ -194,7 +194,13 @@ def sha256_of(array: np.ndarray) -> str:
 
 def finished_shards(folder: Path) -> set[int]:
     """Numbers of the shards that have a marker; one directory listing, no file is opened."""
-    names = (entry.name for entry in os.scandir(folder / "shards"))
+    try:
+        names = os.listdir(folder / "shards")
+    except OSError as error:
+        raise ValueError(
+            f"{folder / 'shards'}: the markers of the finished shards cannot be read ({error.strerror}). Copy the store again, or "
+            "score again into another folder."
+        ) from None
     return {
         int(name[6:12]) for name in names if name.startswith("shard_") and name.endswith(".json")
     }

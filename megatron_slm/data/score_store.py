@@ -188,10 +188,8 @@ class ScoreStore:
                 without[name] += int(unpriced.sum())
         return without
 
-    def check_against(
-        self, corpus: CorpusManifest, tokenizer_fingerprint: str | None = None
-    ) -> None:
-        """ValueError unless these scores are of exactly this corpus and this tokenizer."""
+    def check_against(self, corpus: CorpusManifest) -> None:
+        """ValueError unless these scores are of exactly this corpus and its tokenizer."""
         problems = []
         for what, got, wanted in (
             ("tokens", self.manifest.corpus_tokens, corpus.tokens),
@@ -202,14 +200,13 @@ class ScoreStore:
                 self.manifest.tokenizer_fingerprint,
                 corpus.tokenizer["fingerprint"],
             ),
-            ("tokenizer fingerprint", self.manifest.tokenizer_fingerprint, tokenizer_fingerprint),
         ):
-            if wanted is not None and got != wanted:
+            if got != wanted:
                 problems.append(f"{what}: the scores have {got}, the training data {wanted}")
         if problems:
             raise ValueError(
                 f"The scores in {self.folder} are of another corpus or tokenizer. "
-                + "; ".join(dict.fromkeys(problems))
+                + "; ".join(problems)
                 + ". Score this corpus again: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S"
             )
 

@@ -17,7 +17,6 @@ from megatron_slm.scoring.reference import Reference, open_reference, reference_
 from megatron_slm.tokenization import load_tokenizer
 
 EXTRA_COLUMNS = ("entropy",)
-STORE = load.PrintedPath("print_output", lambda options: options.output)
 
 
 @dataclass
@@ -70,7 +69,7 @@ def parse(argv: list[str], description: str) -> ScoreOptions:
     words = [_with_underscores(word) for word in argv]
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
-        return load.parse(words, "score", description, ScoreOptions, usage, printed_path=STORE)
+        return load.parse(words, "score", description, ScoreOptions, usage)
     except ConfigError as error:
         print(f"score: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -103,8 +102,8 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
         problems.append(str(error))
     if problems:
         raise ConfigError(problems)
-    wanted = load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None
-    corpus = check_corpus(options.corpus, tokenizer_fingerprint=wanted)
+    wanted = load_tokenizer(options.tokenizer).entry if options.tokenizer else None
+    corpus = check_corpus(options.corpus, tokenizer=wanted)
     reference = open_reference(options.checkpoint, corpus)
     window_tokens = options.window_tokens or reference.info.sequence_length
     device = dataclasses.asdict(options.device)

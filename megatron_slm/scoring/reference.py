@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_slm.checkpoint.folder import CheckpointInfo, read_checkpoint_info, resolve_checkpoint
 from megatron_slm.config.schema import Config, DataConfig, DeviceConfig, ParallelConfig
 from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.tokenization import tokenizer_differences
 
 if TYPE_CHECKING:
     from megatron_slm.parallel import Groups
@@ -34,10 +35,11 @@ def open_reference(checkpoint: str, corpus: CorpusManifest) -> Reference:
     """The newest checkpoint at `checkpoint`. ValueError when there is none, or it knows other tokens than the corpus has."""
     folder = resolve_checkpoint(checkpoint)
     info = read_checkpoint_info(folder)
-    if info.tokenizer.get("fingerprint") != corpus.tokenizer["fingerprint"]:
+    trained_with = {"fingerprint": "unknown", **info.tokenizer}
+    if differences := tokenizer_differences(trained_with, corpus.tokenizer):
         raise ValueError(
-            f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')} ({info.tokenizer.get('fingerprint')}), the corpus "
-            f"was made with {corpus.tokenizer['path']} ({corpus.tokenizer['fingerprint']}). Preprocess the text with the reference's tokenizer."
+            f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')}, the corpus was made with "
+            f"{corpus.tokenizer['path']}: {'; '.join(differences)}. Preprocess the text with the reference's tokenizer."
         )
     return Reference(str(folder), info)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
@@ -20,8 +20,9 @@ def write_corpus(
     *,
     vocabulary_size: int = 1000,
     tokenizer_fingerprint: str = TOKENIZER_FINGERPRINT,
+    **tokenizer: Any,
 ) -> CorpusManifest:
-    """PREFIX.bin, .idx and .manifest.json of documents given as token ids."""
+    """PREFIX.bin, .idx and .manifest.json of documents given as token ids; `tokenizer`: fields of the manifest's entry, like eod_id."""
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
@@ -46,6 +47,7 @@ def write_corpus(
             "fingerprint": tokenizer_fingerprint,
             "vocabulary_size": vocabulary_size,
             "eod_id": 0,
+            **tokenizer,
         },
         append_eod=True,
         sources=[],

@@ -5,18 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Mapping
 
 from megatron_slm.checkpoint.architecture import differing_settings
 from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.check import check, train_steps
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
-from megatron_slm.data.corpora import Corpus, open_corpora
+from megatron_slm.data.corpora import Corpus, UnusableData, open_corpora
 from megatron_slm.data.score_manifest import presented_name
 from megatron_slm.selection.rules import ChoiceRules
-from megatron_slm.selection.scorer_files import loaded_scorer_files
-from megatron_slm.tokenization import Tokenizer, load_tokenizer
+from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 from megatron_slm.training.reference import reference_config
 from megatron_slm.training.scorer_settings import choice_rules
 
@@ -53,26 +52,23 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
         tokenizer = load_tokenizer(config.data.tokenizer)
     except (ValueError, OSError) as error:
         problems.append(f"data.tokenizer: {error}")
-    fingerprint = tokenizer.fingerprint if tokenizer else None
+    entry = tokenizer.entry if tokenizer else None
     corpora, validation = [], {}
     try:
         corpora = open_corpora(
             config.data.train,
             config.selection.reference.scores,
-            tokenizer_fingerprint=fingerprint,
+            tokenizer=entry,
             allow_missing_scores=config.selection.reference.allow_missing_scores,
         )
-    except ValueError as error:
-        problems += [f"data.train: {line}" for line in str(error).splitlines()]
-    for entry in config.data.validation:
+    except UnusableData as error:
+        problems += [f"data.train: {problem}" for problem in error.corpora]
+        problems += [f"selection.reference.scores: {problem}" for problem in error.scores]
+    for held_out in config.data.validation:
         try:
-            validation[entry.name] = open_corpora(
-                [entry.corpus], tokenizer_fingerprint=fingerprint
-            )[0]
-        except ValueError as error:
-            problems += [
-                f"data.validation {entry.name}: {line}" for line in str(error).splitlines()
-            ]
+            (validation[held_out.name],) = open_corpora([held_out.corpus], tokenizer=entry)
+        except UnusableData as error:
+            problems += [f"data.validation {held_out.name}: {each}" for each in error.corpora]
     smallest = tokenizer.vocabulary_size if tokenizer else 0
     size = config.model.vocabulary_size or smallest
     if size < smallest:
@@ -85,7 +81,7 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
         bad_settings += differing_settings(config, size, tokenizer)
     except ValueError as error:
         problems.append(str(error))
-    problems += _online_reference(config, world_size, fingerprint)
+    problems += _online_reference(config, world_size, entry)
     if bad_settings:
         raise ConfigError(bad_settings + problems)
     if problems:
@@ -94,17 +90,19 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
 
 
 def _online_reference(
-    config: Config, world_size: int, tokenizer_fingerprint: str | None
+    config: Config, world_size: int, tokenizer: Mapping[str, Any] | None
 ) -> list[str]:
     """What is wrong with the online reference, seen before any process waits for another."""
     problems = []
     if reference := config.selection.reference.checkpoint:
         try:
             info = read_checkpoint_info(reference)
-            if tokenizer_fingerprint not in (None, info.tokenizer.get("fingerprint")):
+            trained_with = {"fingerprint": "unknown", **info.tokenizer}
+            if differences := tokenizer_differences(trained_with, tokenizer or {}):
                 problems.append(
                     f"selection.reference.checkpoint {reference} was trained with another tokenizer "
-                    f"({info.tokenizer.get('path')}); its losses price other tokens: train a reference with this run's tokenizer"
+                    f"({info.tokenizer.get('path')}; {'; '.join(differences)}); its losses price other tokens: train a reference "
+                    "with this run's tokenizer"
                 )
             check(reference_config(config, info), world_size, training=False)
         except ConfigError as error:
@@ -214,7 +212,6 @@ def write_versions(folder: Path) -> None:
             lines.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{package} not installed")
-    lines += [f"scorer file {line}" for line in loaded_scorer_files()]
     source = Path(megatron_slm.__file__).parent
     revision = subprocess.run(
         ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"],

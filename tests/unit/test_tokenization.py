@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import tokenizers
 
-from megatron_slm.tokenization import load_tokenizer
+from megatron_slm.tokenization import load_tokenizer, tokenizer_differences
 from tokenizer.train import main as train
 
 TEXTS = [
@@ -114,6 +115,24 @@ def test_special_ids(sentencepiece_path, huggingface_path):
             load_tokenizer(huggingface_path)
     finally:
         config.unlink()
+
+
+def test_the_tokens_that_begin_and_end_documents_are_part_of_the_identity(
+    tmp_path, huggingface_path
+):
+    """Two folders with one tokenizer.json, of which one names another end in tokenizer_config.json."""
+    for name, settings in (("ours", {}), ("theirs", {"eos_token": "<|stop|>"})):
+        (tmp_path / name).mkdir()
+        shutil.copy(huggingface_path, tmp_path / name)
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = (load_tokenizer(tmp_path / name).entry for name in ("ours", "theirs"))
+    assert ours["fingerprint"] == theirs["fingerprint"]
+    assert tokenizer_differences(ours, theirs) == ["eod_id 0 and 1"]
+    assert tokenizer_differences(ours, {**ours, "path": "moved", "bos_id": 7}) == [
+        "bos_id None and 7"
+    ]
+    of_an_earlier_version = {name: value for name, value in ours.items() if name != "bos_id"}
+    assert tokenizer_differences(ours, of_an_earlier_version) == []
 
 
 def test_saved_truncation_is_not_applied(tmp_path, huggingface_path):

@@ -14,7 +14,7 @@ from megatron_slm.config.schema import Config, ModelConfig
 
 def tokenizer(fingerprint: str = "sha256:ours", vocabulary_size: int = 300) -> SimpleNamespace:
     return SimpleNamespace(
-        fingerprint=fingerprint, path="our.model", vocabulary_size=vocabulary_size
+        path="our.model", vocabulary_size=vocabulary_size, entry={"fingerprint": fingerprint}
     )
 
 
@@ -68,7 +68,7 @@ def test_every_difference_is_listed_with_both_values_and_what_to_change(base, tm
         "model.rope_base 5000.0, this configuration 10000.0; set model.rope_base to 5000.0",
         "model.tied_embeddings false, this configuration true; set model.tied_embeddings to false",
         "model.qkv_bias true, this configuration false; set model.qkv_bias to true",
-        "the tokenizer our.model (sha256:ours), data.tokenizer is our.model (sha256:other)",
+        "the tokenizer our.model, data.tokenizer is our.model: fingerprint sha256:ours and sha256:other",
     ):
         assert any(part in problem for problem in said), part
     assert len(said) == 7

@@ -17,6 +17,7 @@ from megatron_slm.data.manifest import (
     sha256_of_file,
 )
 from megatron_slm.files.atomic import write_json_atomically
+from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, write_corpus
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def prefix(tmp_path) -> Path:
 
 
 def test_sound(prefix):
-    manifest = check_corpus(prefix, tokenizer_fingerprint="sha256:aa")
+    manifest = check_corpus(prefix, tokenizer={"fingerprint": "sha256:aa"})
     assert manifest.documents == 3 and manifest.fingerprint.startswith("sha256:")
     assert (
         json.loads(Path(f"{prefix}.manifest.json").read_text())["fingerprint"]
@@ -103,7 +104,16 @@ def test_remembered_stamp_saves_hashing(prefix, monkeypatch):
 
 def test_other_tokenizer(prefix):
     with pytest.raises(ValueError, match="preprocess the text again"):
-        check_corpus(prefix, tokenizer_fingerprint="sha256:bb")
+        check_corpus(prefix, tokenizer={"fingerprint": "sha256:bb"})
+
+
+def test_a_corpus_whose_documents_another_token_ends_is_refused_with_both(tmp_path):
+    write_corpus(tmp_path / "c", [[5, 6, 2]], eod_id=2, bos_id=1)
+    same_file = {"fingerprint": TOKENIZER_FINGERPRINT, "path": "theirs.json", "eod_id": 2}
+    check_corpus(tmp_path / "c", tokenizer={**same_file, "bos_id": 1})
+    check_corpus(tmp_path / "c", tokenizer=same_file)
+    with pytest.raises(ValueError, match="not with theirs.json: eod_id 2 and 3; bos_id 1 and None"):
+        check_corpus(tmp_path / "c", tokenizer={**same_file, "eod_id": 3, "bos_id": None})
 
 
 def test_no_manifest_says_how_to_make_one(prefix):

@@ -218,11 +218,11 @@ def test_verify_counts_tokens_without_score_beyond_first_tokens(tmp_path, corpus
 def test_scores_of_another_corpus_or_tokenizer_are_refused(tmp_path, corpus):
     """METHOD 4.12: bound by fingerprint to corpus and tokenizer."""
     store = write_scores(tmp_path / "s", tmp_path / "corpus")
-    store.check_against(corpus, corpus.tokenizer["fingerprint"])
+    store.check_against(corpus)
     with pytest.raises(ValueError, match="corpus fingerprint"):
         store.check_against(replace(corpus, bin_sha256="other"))
     with pytest.raises(ValueError, match="tokenizer fingerprint"):
-        store.check_against(corpus, "sha256:another")
+        store.check_against(replace(corpus, tokenizer={"fingerprint": "sha256:another"}))
 
 
 def test_another_training_context_is_said(tmp_path, corpus):

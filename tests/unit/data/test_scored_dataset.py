@@ -297,7 +297,7 @@ def test_changed_corpus_or_tokenizer_is_refused(tmp_path):
     """METHOD 4.12: one byte of the corpus, or another tokenizer, and training refuses with a sentence."""
     make(tmp_path, "x")
     with pytest.raises(ValueError, match="tokenizer"):
-        open_corpora([str(tmp_path / "x")], tokenizer_fingerprint="sha256:another")
+        open_corpora([str(tmp_path / "x")], tokenizer={"fingerprint": "sha256:another"})
     content = bytearray((tmp_path / "x.bin").read_bytes())
     content[20] ^= 1
     (tmp_path / "x.bin").write_bytes(content)

@@ -15,7 +15,7 @@ from data_tools.run import shard_prefix
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore
-from megatron_slm.testing.corpora import write_scores
+from megatron_slm.testing.corpora import write_corpus, write_scores
 
 
 def documents(prefix):
@@ -144,6 +144,18 @@ def test_whole_corpora_are_joined_in_the_order_given(tmp_path, corpus):
     assert joined["total"]["document_tokens"]["quantiles"]["1"] == max(
         len(tokens) // 2 for tokens in documents(tmp_path / "j")
     )
+
+
+def test_corpora_whose_documents_different_tokens_end_are_not_joined(tmp_path, capsys):
+    """One tokenizer.json, and files beside it that name another end: the manifests tell them apart."""
+    for name, eod_id in (("a", 2), ("b", 3)):
+        write_corpus(tmp_path / name, [[5, 6, eod_id]], eod_id=eod_id)
+    write_corpus(tmp_path / "of_an_earlier_version", [[7, 2]], eod_id=2)
+    write_corpus(tmp_path / "now", [[8, 2]], eod_id=2, bos_id=1)
+    with pytest.raises(ValueError, match="b and .*a cannot be joined.*eod_id 3 and 2"):
+        merge_program.merge([f"{tmp_path}/a", f"{tmp_path}/b"], f"{tmp_path}/c")
+    earlier, now = f"{tmp_path}/of_an_earlier_version", f"{tmp_path}/now"
+    assert merge_program.merge([earlier, now], f"{tmp_path}/d").tokenizer["eod_id"] == 2
 
 
 def test_split(tmp_path, corpus):

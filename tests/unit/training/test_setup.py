@@ -1,13 +1,14 @@
 """What a run reads is opened before any process group starts, and everything that is wrong with it is said together."""
 
 import json
+import shutil
 
 import pytest
 
 from megatron_slm.checkpoint.folder import describe_model
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config, CorpusConfig, ModelConfig
-from megatron_slm.testing.corpora import random_documents, write_corpus
+from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.tokenization import load_tokenizer
 from megatron_slm.training.setup import DataError, open_materials
 
@@ -92,6 +93,68 @@ def test_a_bad_selection_and_bad_files_are_listed_together(config):
     assert "data.train" not in said, "the corpus itself is sound"
 
 
+def test_a_corpus_whose_documents_another_token_ends_is_refused_with_both_values(config, tmp_path):
+    write_corpus(
+        tmp_path / "b",
+        random_documents(9, 20, vocabulary_size=50),
+        vocabulary_size=50,
+        tokenizer_fingerprint=load_tokenizer(config.data.tokenizer).fingerprint,
+        eod_id=7,
+    )
+    config.data.train.append(str(tmp_path / "b"))
+    config.data.validation = [CorpusConfig("target", str(tmp_path / "b"))]
+    said = problems_of(config, DataError)
+    assert f"data.train: {tmp_path}/b: the corpus was made with the tokenizer none, not" in said
+    assert f"data.validation target: {tmp_path}/b" in said
+    assert said.count("eod_id 7 and 0") == 2
+
+
+@pytest.fixture
+def with_scores(config, tmp_path) -> Config:
+    """Two corpora, and their scores."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    write_corpus(
+        tmp_path / "b",
+        random_documents(9, 20, vocabulary_size=50, seed=1),
+        vocabulary_size=50,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    config.data.train.append(str(tmp_path / "b"))
+    config.selection.scorer = "excess_loss"
+    config.selection.reference.scores = [f"{tmp_path}/c_scores", f"{tmp_path}/b_scores"]
+    for name in "cb":
+        write_scores(tmp_path / f"{name}_scores", tmp_path / name)
+    return config
+
+
+def test_what_is_wrong_with_scores_is_told_under_their_own_setting(with_scores, tmp_path):
+    (tmp_path / "c_scores" / "loss.bin").write_bytes(b"")
+    shutil.rmtree(tmp_path / "b_scores" / "shards")
+    said = problems_of(with_scores, DataError)
+    assert f"selection.reference.scores: {tmp_path}/c_scores/loss.bin: 0 bytes, expected" in said
+    assert f"selection.reference.scores: {tmp_path}/b_scores/shards: the markers" in said
+    assert "data.train" not in said, "the corpora are sound"
+
+
+def test_stores_in_the_wrong_order_are_told_to_be_swapped(with_scores, tmp_path):
+    scores = with_scores.selection.reference.scores
+    open_materials(with_scores)
+    with_scores.selection.reference.scores = scores[::-1]
+    said = problems_of(with_scores, DataError)
+    assert "selection.reference.scores: The score stores are in another order" in said
+    assert f"Give them in this one: [{tmp_path}/c_scores, {tmp_path}/b_scores]" in said
+    assert "core this corpus again" not in said
+
+
+def test_one_store_for_two_corpora_is_told_whose_it_is(with_scores, tmp_path):
+    with_scores.selection.reference.scores = [f"{tmp_path}/b_scores"] * 2
+    said = problems_of(with_scores, DataError)
+    assert (
+        f"The scores in {tmp_path}/b_scores are those of {tmp_path}/b, and stand in the place of "
+        f"{tmp_path}/c" in said
+    )
+
+
 def test_a_reference_of_another_tokenizer_or_for_another_layout_is_refused(config, tmp_path):
     config.selection.scorer = "excess_loss"
     config.selection.reference.checkpoint = checkpoint(
@@ -99,7 +162,9 @@ def test_a_reference_of_another_tokenizer_or_for_another_layout_is_refused(confi
     )
     config.parallel.tensor = 2
     said = problems_of(config, DataError, world_size=2)
-    assert "was trained with another tokenizer (theirs.model)" in said
+    assert (
+        "was trained with another tokenizer (theirs.model; fingerprint sha256:another and" in said
+    )
     assert (
         "cannot be run in this layout: parallel.tensor: got 2; it must divide model.attention_heads (3)"
         in said
