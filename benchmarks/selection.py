@@ -28,9 +28,9 @@ import torch.multiprocessing as multiprocessing
 from megatron_slm.selection import select_top
 from megatron_slm.selection.diagnostics import describe
 from megatron_slm.selection.radix import kth_largest_score
+from megatron_slm.selection.rules import GATHER_MAX_TOKENS_ACCELERATOR
 from megatron_slm.selection.select import rankable
 from megatron_slm.selection.threshold import (
-    GATHER_MAX_TOKENS_ACCELERATOR,
     find_threshold,
     kept_tokens,
     quickselect,

@@ -1,16 +1,87 @@
-"""torchrun that passes on its workers' exit code.
+"""torchrun that passes requests to stop on to its workers, and their exit code back.
 
-`torchrun` itself ends with 1 whatever its workers ended with, and prints a traceback even when they stopped on request. Batch
-scripts must tell "stopped on request, run me again" (85) from a failure, so they start processes through this:
+`torchrun` itself kills its workers 30 seconds after a signal, ends with 1 whatever they ended with, and prints a traceback
+even when they stopped on request. Scripts must tell "stopped, run me again" (85) from a failure, so they start processes
+through this:
 
     python launch/processes.py TORCHRUN_OPTIONS -m megatron_slm.train --config RECIPE.yaml
 
-It takes torchrun's own options. Exit code: the first failing worker's (128 + n when it was killed by signal n), 0 when none failed.
+It takes torchrun's own options. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the workers to stop, for as long as that takes; a
+SIGINT after the first request kills them. With SLM_LAUNCHER_PID set to the process that started this one, its death is a
+request too. Exit code: the first failing worker's (128 + n when it was killed by signal n), 0 when none failed.
 """
 
+import contextlib
+import logging
+import os
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
-STOPPED_ON_REQUEST = 85
+STOPPED = 85
+POLL_SECONDS = 0.5
+LEFT_TO_TORCHRUN = "--signals-to-handle=SIGQUIT"
+"""It takes over the signals in this list, which cannot be empty."""
+
+
+class StopRequests:
+    """Hears requests to stop and tells them to the workers, those that start later included."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._launcher = os.environ.get("SLM_LAUNCHER_PID", "")
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup is respected
+            signal.signal(signal.SIGHUP, self._on_signal)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.asked.is_set() and number == signal.SIGINT:
+            for worker in workers():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker, signal.SIGKILL)  # torchrun gives each worker its group
+            os._exit(128 + signal.SIGINT)
+        self.asked.set()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(POLL_SECONDS)
+            if self._launcher and str(os.getppid()) != self._launcher:
+                self.asked.set()
+            if self.asked.is_set():
+                # Again and again: one that is just being started does not hear the first time.
+                for worker in workers():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGTERM)
+
+
+def workers() -> list[int]:
+    """The living children of this process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # "pid (name) state parent ...", and a name may hold spaces and brackets
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            except OSError:  # it ended in the meantime
+                continue
+            if int(parent) == os.getpid() and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def quieten(logger: str, requests: StopRequests) -> None:
+    """Keep torchrun from reporting workers that stopped as failures; real failures stay."""
+    stopped = f"exitcode: {STOPPED}"
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    logging.getLogger(logger).addFilter(
+        lambda record: not requests.asked.is_set() and stopped not in record.getMessage()
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,29 +89,33 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if argv else 2
+    requests = StopRequests()
+    requests.listen()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    quieten("torch.distributed.elastic.multiprocessing.api", requests)
     try:
-        run(parse_args(argv))
+        if not requests.asked.is_set():
+            run(parse_args([LEFT_TO_TORCHRUN, *argv]))
+            return 0
+        code = STOPPED
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        if code == STOPPED_ON_REQUEST:
-            print(
-                "stopped on request; start the same command again to continue",
-                file=sys.stderr,
-            )
-        else:
-            print(
-                f"process {rank} failed first, with exit code {code}; its message is above",
-                file=sys.stderr,
-            )
-        return code
+        if requests.asked.is_set() and failure.exitcode == -signal.SIGTERM:
+            code = STOPPED  # asked before it could listen, so before it had done anything
     except SignalException as error:
         return 128 + int(error.sigval)
-    return 0
+    if code == STOPPED:
+        print("stopped on request; start the same command again to continue", file=sys.stderr)
+    else:
+        print(
+            f"process {rank} failed first, with exit code {code}; its message is above",
+            file=sys.stderr,
+        )
+    return code
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from megatron_slm.planning.job import Job
 from megatron_slm.planning.propose import alternatives
 from megatron_slm.planning.result import as_json, make_plan
 from megatron_slm.planning.terminal import describe_alternatives, print_plan
+from megatron_slm.selection.scorer_files import load_scorer_files
 from megatron_slm.tokenization import load_tokenizer
+from megatron_slm.training.scorer_settings import choice_rules
 
 DESCRIPTION = """Compute from a recipe what a run will need: parameters, memory of one GPU by part, FLOPs, traffic per link, the
 pipeline bubble, predicted tokens per second, GPU-hours, the sizes of checkpoints and scores, and other layouts that fit.
@@ -102,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             DESCRIPTION,
             fill=take_architecture,
         )
+        load_scorer_files(config.selection.scorer, config.selection.scorer_options)
         job = Job(
             config,
             _vocabulary_size(config),
@@ -117,9 +120,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         check(config, job.ranks)
-    except ConfigError as error:
+        choice_rules(config.selection)
+    except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
-        found = alternatives(job) if options.proposals else []
+        found = alternatives(job) if options.proposals and isinstance(error, ConfigError) else []
         if found:
             print(describe_alternatives(found), file=sys.stderr)
         return 2

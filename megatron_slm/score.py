@@ -10,12 +10,12 @@ Exit codes: 0 done, 2 bad usage, 3 bad data, 85 stopped by a signal (start the s
 """
 
 import os
-import signal
 import sys
 
 from megatron_slm.config.load import ConfigError
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.options import ScoringJob, parse, prepare
+from megatron_slm.training.stop_signals import StopSignals
 
 STOPPED = 85
 
@@ -70,12 +70,20 @@ def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
     return 0
 
 
-def stop(number: int, frame) -> None:
+def leave() -> None:
     # Finished shards are on disk and the unfinished one is redone: there is nothing to save.
     raise SystemExit(STOPPED)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Score, listening for requests to stop from the first line on; returns the exit code."""
+    sentence = "score: stopped; finished shards are kept, and the same command continues"
+    with StopSignals(sentence, on_request=leave):
+        return score(argv)
+
+
+def score(argv: list[str] | None) -> int:
+    """Check everything that can be checked alone, then join the job and score; returns the exit code."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv, __doc__)
@@ -94,8 +102,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"score: {error}", file=sys.stderr)
         return 3
     device_room.set_threads(job.config.device.threads_per_process)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
     try:
         return run(job, store, device, rank)
     except ValueError as error:

@@ -17,15 +17,22 @@ from megatron_slm.config.check import check
 from megatron_slm.config.load import parse
 from megatron_slm.files.folder_lock import FolderLock
 from megatron_slm.training import setup
+from megatron_slm.training.stop_signals import StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check everything that can be checked alone, then join the job and train; returns the exit code."""
-    with contextlib.ExitStack() as held:
-        return _main(argv, held)
+    """Parse, check everything that can be checked alone, then join the job and train; returns the exit code.
+
+    Requests to stop are heard from the first line on.
+    """
+    with (
+        contextlib.ExitStack() as held,
+        StopSignals("stopping with a checkpoint after this step") as signals,
+    ):
+        return _main(argv, held, signals)
 
 
-def _main(argv: list[str] | None, held: contextlib.ExitStack) -> int:
+def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSignals) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         config = parse(argv, "slm-train", __doc__, fill=take_architecture)
@@ -52,7 +59,9 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack) -> int:
         return ending.train_to_an_end(
             config,
             groups,
-            lambda: loop.Run(config, groups, materials or setup.open_materials(config, world_size)),
+            lambda: loop.Run(
+                config, groups, materials or setup.open_materials(config, world_size), signals
+            ),
         )
     finally:
         parallel.stop()

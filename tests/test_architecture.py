@@ -55,6 +55,7 @@ WITHOUT_TORCH = (
     "data/manifest.py",
     "tokenization.py",
     "checkpoint/folder.py",
+    "training/stop_signals.py",
 )
 REGISTRIES = {"selection/scorers.py": {"SCORERS"}}
 """Module-level containers that code may add to: everything else at module level is a constant."""

@@ -56,6 +56,12 @@ RUN_CHOICES = (
 starts from it. Rows of padding are in no loss: with another padding the rows both have are loaded."""
 
 
+def has_auxiliary_losses(model: ModelConfig) -> bool:
+    """Whether the routers add losses of their own, whose scale in backward is a step's divisor."""
+    coefficients = (model.load_balancing_coefficient, model.router_z_loss_coefficient)
+    return model.experts > 0 and any(coefficients)
+
+
 @dataclass(frozen=True)
 class Difference:
     """One architecture field with two values, defaults resolved."""

@@ -50,6 +50,15 @@ OWN_OPTIONS = {
 """Options that are no settings."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PrintedPath:
+    """An option without a value that prints where the program writes; scripts must not read YAML to know."""
+
+    option: str
+    of: Callable[[typing.Any], str]
+
+
+RUN_FOLDER = PrintedPath("print_run_folder", lambda config: config.run.folder)
 Fill = Callable[[dict], list[str]]
 """Completes the given settings (nested plain values) in place from files that they name.
 
@@ -63,6 +72,7 @@ def parse(
     settings_class=Config,
     usage: str = "[--config FILE] [--section.field VALUE ...]",
     fill: Fill = lambda values: [],
+    printed_path: PrintedPath = RUN_FOLDER,
 ):
     """The settings of a program started with `argv` (None = sys.argv), as a `settings_class`.
 
@@ -72,7 +82,8 @@ def parse(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
-        print(help_text(settings_class, f"{prog} {usage}", description, OWN_OPTIONS), end="")
+        own = OWN_OPTIONS | {f"--{printed_path.option}": "Print that path and stop, for scripts."}
+        print(help_text(settings_class, f"{prog} {usage}", description, own), end="")
         raise SystemExit(0)
     if "--version" in argv:
         print(f"{prog} {__version__}")
@@ -80,6 +91,7 @@ def parse(
     given, problems = split_arguments(argv)
     path = given.pop("config", None)
     print_only = given.pop("print_config", None) is not None
+    path_only = given.pop(printed_path.option, None) is not None
     values: dict = {}
     if path is not None:
         problems += _merge_file(values, path)
@@ -100,6 +112,9 @@ def parse(
         raise ConfigError(problems + refused)
     if print_only:
         print(to_yaml(config), end="")
+        raise SystemExit(0)
+    if path_only:
+        print(printed_path.of(config))
         raise SystemExit(0)
     return config
 
@@ -154,8 +169,9 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             takes_value = position < len(argv) and not (
                 argv[position].startswith("--") and len(argv[position]) > 2
             )
-            value = argv[position] if takes_value and name != "print_config" else "true"
-            position += takes_value and name != "print_config"
+            takes_value = takes_value and not name.startswith("print_")
+            value = argv[position] if takes_value else "true"
+            position += takes_value
         given[name] = value
     return given, problems
 

@@ -12,9 +12,8 @@ from typing import Literal
 
 from megatron_slm.planning.job import Job, head_size, query_groups
 from megatron_slm.planning.parameters import stage_parameters
+from megatron_slm.selection.rules import GATHER_MAX_TOKENS_ACCELERATOR
 
-GATHER_MAX_TOKENS = 4_194_304
-"""Up to this population the selection gathers all scores (selection/threshold.py, accelerators); above, three all-reduces of counts."""
 LINK_FRACTION = 0.8
 """Share of a link's data-sheet rate that large messages reach: an assumption."""
 
@@ -258,14 +257,15 @@ def _selection(job: Job, stage: int):
         "micro_batch": parallel.context,
         "sequence": parallel.context,
     }.get(selection.scope, 1)
-    if selection.scorer in ("none", "stored_mask") or stage != parallel.pipeline - 1 or ranks == 1:
+    searches = job.rules.scorer.choices if job.rules.scorer.uses_keep_fraction else 0
+    if not searches or stage != parallel.pipeline - 1 or ranks == 1:
         return
     calls, tokens = (
         (1, job.rank_tokens * job.micro_batches)
         if selection.scope == "global_batch"
         else (job.micro_batches, job.rank_tokens)
     )
-    gathers = tokens * ranks <= GATHER_MAX_TOKENS
+    gathers = tokens * ranks <= GATHER_MAX_TOKENS_ACCELERATOR
     sent = 4 * tokens * (ranks - 1) if gathers else 3 * 2 * 2048 * 8 * (ranks - 1) / ranks
     yield _one(
         job,
@@ -273,5 +273,5 @@ def _selection(job: Job, stage: int):
         "all-gather of scores" if gathers else "3 all-reduces of counts",
         ranks,
         parallel.tensor,
-        sent * calls,
+        sent * calls * searches,
     )

@@ -1,8 +1,9 @@
 """One planned job: a configuration, a machine, and the sizes that follow from the two."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+from megatron_slm.config.architecture import has_auxiliary_losses
 from megatron_slm.config.check import (
     data_parallel_size,
     padded_vocabulary_size,
@@ -11,6 +12,8 @@ from megatron_slm.config.check import (
 )
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.planning.hardware import GPU
+from megatron_slm.selection.rules import ChoiceRules, configured_scorer, population_sequences
+from megatron_slm.selection.schedule import build_schedule
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,28 @@ class Job:
 
     @property
     def trained_fraction(self) -> float:
-        """Share of the tokens whose loss has a gradient; of a schedule, its last value."""
+        """Largest share of the tokens whose loss has a gradient; of a schedule, its last value."""
+        keep_fraction = build_schedule(self.config.selection.keep_fraction).end
+        return self.rules.scorer.kept_fraction_at_most(keep_fraction)
+
+    @cached_property
+    def rules(self) -> ChoiceRules:
+        """What the configured choice needs, by the rules that training asks."""
         selection = self.config.selection
-        if selection.scorer == "none" or last_value(selection.clm_weight) > 0:
-            return 1.0
-        return last_value(selection.keep_fraction)
+        scorer = configured_scorer(selection.scorer, selection.scorer_options, selection.clm_weight)
+        return ChoiceRules(scorer, selection.scope, selection.head_rows)
+
+    @property
+    def competing_tokens(self) -> int:
+        """Tokens of the population that one choice is made in."""
+        data = self.config.data
+        sequences = population_sequences(
+            self.config.selection.scope,
+            micro_batch_size=data.micro_batch_size,
+            data_parallel_size=self.data_parallel,
+            global_batch_size=data.global_batch_size,
+        )
+        return sequences * data.sequence_length
 
     @property
     def reference_model(self) -> ModelConfig:
@@ -118,11 +138,9 @@ class Job:
 
     @property
     def scores_before_backward(self) -> bool:
-        """Whether every step runs the model forward once more to know all losses first (training/choose.py, needs_whole_step)."""
-        return (
-            self.config.selection.scope == "global_batch"
-            and self.config.selection.scorer not in ("none", "stored_mask")
-        )
+        """Whether every step runs the model forward once more to know all losses first."""
+        ahead = has_auxiliary_losses(self.config.model)
+        return self.rules.runs_forward_first(weight_needed_ahead=ahead)
 
     @property
     def epochs(self) -> float | None:
@@ -137,15 +155,6 @@ class Job:
     @property
     def steps(self) -> int:
         return train_steps(self.config)
-
-
-def last_value(setting: float | Mapping) -> float:
-    """A number, or where a schedule ends."""
-    return (
-        float(setting.get("end", setting.get("value", 1.0)))
-        if isinstance(setting, Mapping)
-        else float(setting)
-    )
 
 
 def head_size(model: ModelConfig) -> int:

@@ -85,13 +85,11 @@ def job_table(plan: Plan) -> Table:
             ("data", describe_data(job)),
             (
                 "selection",
-                f"{job.config.selection.scorer}, {job.trained_fraction:.0%} of the tokens trained on"
-                if job.config.selection.scorer != "none"
-                else "none",
+                describe_selection(job),
             ),
             (
                 "tokens that compete",
-                f"{_competing(job):,}" if job.config.selection.scorer != "none" else "-",
+                f"{job.competing_tokens:,}" if job.rules.scorer.uses_keep_fraction else "-",
             ),
             (
                 "optimizer",
@@ -221,7 +219,7 @@ def storage_table(plan: Plan) -> Table:
 
 def proposal_table(proposals: list[Proposal], job: Job) -> Table:
     """Layouts that fit, the fastest first."""
-    selects, mixture = job.config.selection.scorer != "none", bool(job.config.model.experts)
+    selects, mixture = job.rules.scorer.uses_keep_fraction, bool(job.config.model.experts)
     rows = []
     for each in proposals:
         own, parallel = each.job.config, each.job.config.parallel
@@ -238,7 +236,7 @@ def proposal_table(proposals: list[Proposal], job: Job) -> Table:
                 _gib(each.memory.total),
                 _count(each.duration.tokens_per_second),
                 f"{each.duration.model_flops_utilization:.1%}",
-                *((_count(_competing(each.job)),) if selects else ()),
+                *((_count(each.job.competing_tokens),) if selects else ()),
             )
         )
     headings = (
@@ -259,6 +257,17 @@ def proposal_table(proposals: list[Proposal], job: Job) -> Table:
         headings,
         rows,
     )
+
+
+def describe_selection(job: Job) -> str:
+    """The scorer, and the share of the tokens whose backward is counted."""
+    scorer = job.rules.scorer
+    if scorer.name == "none":
+        return "none"
+    if not scorer.uses_keep_fraction:
+        return f"{scorer.name}, which decides alone: every token is counted as trained on"
+    at_most = "" if scorer.kind == "score" else "at most "
+    return f"{scorer.name}, {at_most}{job.trained_fraction:.0%} of the tokens trained on"
 
 
 def describe_data(job: Job) -> str:
@@ -282,17 +291,6 @@ def layout_words(job: Job) -> str:
     if job.config.model.experts:
         words.append(f"expert {parallel.expert} (each over {job.expert_tensor})")
     return ", ".join(words)
-
-
-def _competing(job: Job) -> int:
-    """Size of the population one choice is made in."""
-    ranks = job.data_parallel * job.config.parallel.context
-    whole = {
-        "sequence": job.config.data.sequence_length,
-        "micro_batch": job.rank_tokens * job.config.parallel.context,
-        "data_parallel": job.rank_tokens * ranks,
-    }
-    return whole.get(job.config.selection.scope, job.step_tokens)
 
 
 def _gib(value: float) -> str:

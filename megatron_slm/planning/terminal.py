@@ -8,7 +8,6 @@ from megatron_slm.planning.propose import Alternative
 from megatron_slm.planning.result import Plan
 from megatron_slm.planning.tables import Table, tables
 
-
 MANY_EPOCHS = 4
 """Repeating data up to about four times costs little (Muennighoff et al., arXiv 2305.16264)."""
 

@@ -17,6 +17,7 @@ from megatron_slm.scoring.reference import Reference, open_reference, reference_
 from megatron_slm.tokenization import load_tokenizer
 
 EXTRA_COLUMNS = ("entropy",)
+STORE = load.PrintedPath("print_output", lambda options: options.output)
 
 
 @dataclass
@@ -69,7 +70,7 @@ def parse(argv: list[str], description: str) -> ScoreOptions:
     words = [_with_underscores(word) for word in argv]
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
-        return load.parse(words, "score", description, ScoreOptions, usage)
+        return load.parse(words, "score", description, ScoreOptions, usage, printed_path=STORE)
     except ConfigError as error:
         print(f"score: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,6 +3,7 @@
 scorers.py      columns -> score: what a scorer is, and the registry that other packages extend
 catalogue.py    the scorers of the literature, one function each
 combinators.py  scorers made of scorers: both, either, band, mixtures
+scorer_files.py a scorer in a file of the user's own: PATH.py:NAME
 rules.py        what a scorer, a scope and the head's rows decide before any token is seen
 select.py       the exact top-k of a population spread over ranks        threshold.py, radix.py: how ranks agree on it
 scope.py        which tokens compete with which                          running.py: a threshold carried over steps

@@ -138,6 +138,12 @@ class _OfChoices(Scorer):
             fraction = keep_fraction if own is None else own
             yield child.choose(columns, eligible_BS, fraction, population, progress).mask
 
+    def _children_keep_at_most(self, keep_fraction: float) -> list[float]:
+        return [
+            child.kept_fraction_at_most(keep_fraction if own is None else own)
+            for child, own in zip(self.children, self.keep_fractions, strict=True)
+        ]
+
 
 @register_scorer("intersection")
 class Intersection(_OfChoices):
@@ -147,6 +153,9 @@ class Intersection(_OfChoices):
         masks = self._masks(columns, eligible_BS, keep_fraction, population, progress)
         return population.chosen(reduce(operator.and_, masks), eligible_BS)
 
+    def kept_fraction_at_most(self, keep_fraction):
+        return min(self._children_keep_at_most(keep_fraction))
+
 
 @register_scorer("union")
 class Union(_OfChoices):
@@ -155,6 +164,9 @@ class Union(_OfChoices):
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
         masks = self._masks(columns, eligible_BS, keep_fraction, population, progress)
         return population.chosen(reduce(operator.or_, masks), eligible_BS)
+
+    def kept_fraction_at_most(self, keep_fraction):
+        return min(1.0, sum(self._children_keep_at_most(keep_fraction)))
 
 
 @register_scorer("band")
@@ -213,6 +225,11 @@ class MixedWithClm(Scorer):
     @property
     def keeps_fixed_weight(self) -> bool:
         return self.child.keeps_fixed_weight
+
+    def kept_fraction_at_most(self, keep_fraction):
+        if self.clm_weight.end > 0.0:
+            return 1.0  # every token has a weight
+        return self.child.kept_fraction_at_most(keep_fraction)
 
     def check_scope(self, scope):
         self.child.check_scope(scope)

@@ -14,6 +14,12 @@ MODEL_COLUMNS = frozenset({"loss", "entropy"})
 """Columns that the model itself gives in its forward pass."""
 BATCH_COLUMNS = frozenset({"token_id", "position", "corpus_id"})
 """Columns that every batch has."""
+GATHER_MAX_TOKENS_ACCELERATOR = 4_194_304
+"""On accelerators, up to this population all scores are gathered; above, three all-reduces of counts.
+
+By the cost model of benchmarks/selection.py: the links of accelerators are faster than a CPU's, and
+the latency of a collective weighs more.
+"""
 ONLINE_COLUMNS = frozenset({"reference_loss", "reference_entropy"})
 """Columns that a reference model gives when it is run in the same step."""
 
@@ -91,6 +97,22 @@ class ChoiceRules:
                 f"own losses, which under scope {self.scope} are known only after the head; "
                 "use head_rows auto, a static scorer, or scope global_batch"
             )
+
+
+def population_sequences(
+    scope: str, *, micro_batch_size: int, data_parallel_size: int, global_batch_size: int
+) -> int:
+    """Whole sequences whose tokens compete in one choice.
+
+    A running threshold is compared with the past, but is meant to keep the share of a global batch.
+    """
+    return {
+        "sequence": 1,
+        "micro_batch": micro_batch_size,
+        "data_parallel": micro_batch_size * data_parallel_size,
+        "global_batch": global_batch_size,
+        "running_threshold": global_batch_size,
+    }[scope]
 
 
 def configured_scorer(

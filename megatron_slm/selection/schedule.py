@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_slm.selection.naming import meant
+
 STYLES = ("constant", "linear", "cosine", "warmup")
 
 
@@ -69,7 +71,9 @@ def build_schedule(
 def _from_mapping(setting: Mapping, name: str, allow_zero: bool) -> Schedule:
     style = setting.get("style")
     if style not in STYLES:
-        raise ValueError(f"{name}.style must be one of {', '.join(STYLES)}, got {style!r}")
+        raise ValueError(
+            f"{name}.style must be one of {', '.join(STYLES)}, got {style!r}{meant(style, STYLES)}"
+        )
     given = {key for key, value in setting.items() if key != "style" and value is not None}
     required, optional = _KEYS[style]
     if given - required - optional:

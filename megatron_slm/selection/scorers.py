@@ -24,13 +24,14 @@ it is and what it needs can be asked, and its options checked, before torch is l
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from megatron_slm.selection.naming import meant
 from megatron_slm.selection.schedule import Progress
 
 if TYPE_CHECKING:
@@ -101,6 +102,14 @@ class Scorer:
         """
         return self.kind == "score" or self.is_static
 
+    def kept_fraction_at_most(self, keep_fraction: float) -> float:
+        """The largest share of the eligible tokens that a choice can keep; 1.0 where only the data decide.
+
+        keep_fraction is the last value of the configured schedule. The planner counts backward
+        work by it; what is really kept is in the metric selection/kept_fraction.
+        """
+        return keep_fraction if self.uses_keep_fraction else 1.0
+
     def check_scope(self, scope: str) -> None:
         """Raises ValueError when the scorer cannot work in this scope."""
         if scope == "running_threshold" and self.choices > 1:
@@ -166,10 +175,7 @@ def _bind(
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     known = {**defaults, **options}
     missing = [option for option, value in known.items() if value is inspect.Parameter.empty]
-    if unknown := sorted(set(options) - set(defaults)):
-        raise TypeError(
-            f"unknown option {', '.join(unknown)}; its options are: {', '.join(defaults) or 'none'}"
-        )
+    _refuse_unknown(options, defaults)
     if missing:
         raise TypeError(f"option {', '.join(missing)} must be given")
     return FunctionScorer(
@@ -181,12 +187,23 @@ def build_scorer(name: str, **options) -> Scorer:
     """The scorer registered as `name`, here or by an installed package. Raises ValueError for an unknown name or option."""
     if name not in SCORERS:
         _load_entry_point(name)
+    made_by = SCORERS[name]
     try:
-        scorer = SCORERS[name](**options)
+        if isinstance(made_by, type):
+            _refuse_unknown(options, inspect.signature(made_by).parameters)
+        scorer = made_by(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"scorer {name}: {error}") from None
     scorer.name = name
     return scorer
+
+
+def _refuse_unknown(options: Mapping[str, object], known: Mapping[str, object]) -> None:
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(
+            f"unknown option {', '.join(unknown)}{meant(unknown[0], known)}; "
+            f"its options are: {', '.join(known) or 'none'}"
+        )
 
 
 def child_scorer(setting: str | Mapping | Scorer) -> Scorer:
@@ -219,10 +236,32 @@ def _load_entry_point(name: str) -> None:
             )
         return
     known = sorted({*SCORERS, *found})
-    close = difflib.get_close_matches(name, known, n=1)
+    if in_file(name):
+        raise ValueError(
+            f"scorer {name} is code in a file, which only train and plan run, and only when their own "
+            "configuration names it"
+        )
     raise ValueError(
-        f"unknown scorer {name!r}{f', did you mean {close[0]!r}?' if close else ''}; known: {', '.join(known)}"
+        f"unknown scorer {name!r}{meant(name, known)}; known: {', '.join(known)}, or PATH.py:NAME"
     )
+
+
+def in_file(name: str) -> bool:
+    """Whether a scorer is named by a file and its name in there: PATH.py:NAME."""
+    path, colon, inside = name.rpartition(":")
+    return bool(colon) and path.endswith(".py") and inside.isidentifier()
+
+
+@contextmanager
+def registered_as(prefix: str) -> Iterator[list[str]]:
+    """Scorers registered inside the block are known by `prefix` and their name; yields the names."""
+    before, found = set(SCORERS), []
+    try:
+        yield found
+    finally:
+        for name in [name for name in SCORERS if name not in before]:
+            SCORERS[prefix + name] = SCORERS.pop(name)
+            found.append(name)
 
 
 def excess_loss(loss: Tensor, reference_loss: Tensor) -> Tensor:

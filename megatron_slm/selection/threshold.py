@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.selection.radix import kept_on_device, kth_largest_score, kth_smallest_id
+from megatron_slm.selection.rules import GATHER_MAX_TOKENS_ACCELERATOR
 
 BACKENDS = ("auto", "gather", "radix")
 # Measured over gloo with 2 to 8 processes (benchmarks/selection.py): up to this many tokens an all-gather beats three all-reduces.
 GATHER_MAX_TOKENS = 262_144
-# On accelerators, by the model of the same benchmark: links are faster there, and the latency of a collective weighs more.
-GATHER_MAX_TOKENS_ACCELERATOR = 4_194_304
 # Scores that travel with the sizes, over all ranks: 128 KB is where a gloo collective begins to cost more than its start.
 FIRST_MESSAGE_TOKENS = 32_768
 

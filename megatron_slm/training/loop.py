@@ -39,12 +39,20 @@ from megatron_slm.training.reference import load_reference
 from megatron_slm.training.report import Reporter
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
 from megatron_slm.training.step import StepReport, Trainer, train_step
+from megatron_slm.training.stop_signals import StopSignals
 
 
 class Run:
-    """One run folder being trained."""
+    """One run folder being trained. signals: what this process hears of requests to stop; None = only the stop file counts."""
 
-    def __init__(self, config: Config, groups: Groups, materials: setup.Materials):
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        materials: setup.Materials,
+        signals: StopSignals | None = None,
+    ):
+        self.signals = signals
         self.config, self.groups, self.materials = config, groups, materials
         self.folder = Path(config.run.folder)
         self.steps, self.step_tokens = train_steps(config), tokens_per_step(config)
@@ -127,7 +135,7 @@ class Run:
 
         NotSaved: the checkpoint of the step it ended with could not be written.
         """
-        stop = StopRequest(self.folder, self.groups.device)
+        stop = StopRequest(self.folder, self.groups.device, self.signals)
         flops = model_flops_per_token(
             self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size
         )

@@ -21,6 +21,7 @@ from megatron_slm.monitoring import (
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
 from megatron_slm.selection.alarms import ranks_tokens, smallest_population, warnings_of
+from megatron_slm.selection.rules import population_sequences
 from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.start_table import start_table
 
@@ -78,15 +79,13 @@ class Reporter:
         keep = min(
             keep_fraction(0), keep_fraction(train_steps(self.config) * tokens_per_step(self.config))
         )  # schedules are monotone
-        sequences = {
-            "sequence": 1,
-            "micro_batch": data.micro_batch_size,
-            "data_parallel": data.micro_batch_size * self.groups.dp_size,
-        }
-        tokens = (
-            sequences.get(self.config.selection.scope, data.global_batch_size)
-            * data.sequence_length
+        sequences = population_sequences(
+            self.config.selection.scope,
+            micro_batch_size=data.micro_batch_size,
+            data_parallel_size=self.groups.dp_size,
+            global_batch_size=data.global_batch_size,
         )
+        tokens = sequences * data.sequence_length
         if tokens < smallest_population(keep):
             self.message(
                 f"selection.keep_fraction {keep} of a population of {tokens} tokens cannot be met closely: ceil({keep} x {tokens}) keeps too many. "

@@ -15,6 +15,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import Corpus, UnusableData, open_corpora
 from megatron_slm.data.score_manifest import presented_name
 from megatron_slm.selection.rules import ChoiceRules
+from megatron_slm.selection.scorer_files import loaded_scorer_files
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 from megatron_slm.training.reference import reference_config
 from megatron_slm.training.scorer_settings import choice_rules
@@ -212,6 +213,7 @@ def write_versions(folder: Path) -> None:
             lines.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{package} not installed")
+    lines += [f"scorer file {line}" for line in loaded_scorer_files()]
     source = Path(megatron_slm.__file__).parent
     revision = subprocess.run(
         ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"],

@@ -1,16 +1,17 @@
 """Asking a run to stop: by signal, or by a file, agreed on by all ranks at the end of a step.
 
-torchrun and mpirun swallow or repeat signals, so a batch system's warning is best passed on as a file: whoever writes
-`stop_requested` into the run folder makes the run save a checkpoint and leave with exit code 85 ("run me again"). A run
-that is asked to stop and cannot save leaves with 4, as one does that cannot save at its end.
+srun and mpirun swallow or repeat signals, and torchrun kills its workers 30 seconds after it passed one on, so a batch
+system's warning is best passed on as a file: whoever writes `stop_requested` into the run folder makes the run save a
+checkpoint and leave with exit code 85 ("run me again"). A run that is asked to stop and cannot save leaves with 4, as one
+does that cannot save at its end.
 """
 
-import faulthandler
-import signal
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from megatron_slm.training.stop_signals import StopSignals
 
 EXIT_RESUME = 85
 """Exit code of a run that saved a checkpoint and wants to be started again."""
@@ -18,24 +19,22 @@ STOP_FILE = "stop_requested"
 
 
 class StopRequest:
-    """Becomes true on every rank at the same step, once any rank got SIGTERM or SIGUSR1 or the stop file exists."""
+    """Becomes true on every rank at the same step, once any rank was asked by a signal or the stop file exists.
 
-    def __init__(self, run_folder: str | Path, device: torch.device):
+    signals: what this process hears; None = it listens to the file alone.
+    """
+
+    def __init__(
+        self, run_folder: str | Path, device: torch.device, signals: StopSignals | None = None
+    ):
         self.file = Path(run_folder) / STOP_FILE
         self.device = device
-        self.signalled = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        faulthandler.register(
-            signal.SIGUSR2, all_threads=True
-        )  # a hung rank tells where it hangs: kill -USR2 PID
-
-    def _on_signal(self, number, frame):
-        self.signalled = True
+        self.signals = signals
 
     def agreed(self) -> bool:
         """Whether to stop after this step; one 4-byte all-reduce over the world. Only rank 0 looks at the file."""
-        asked = self.signalled or (dist.get_rank() == 0 and self.file.exists())
+        signalled = self.signals is not None and bool(self.signals.asked)
+        asked = signalled or (dist.get_rank() == 0 and self.file.exists())
         flag = torch.tensor(int(asked), dtype=torch.int32, device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

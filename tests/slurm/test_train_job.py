@@ -21,8 +21,8 @@ TRAINER = """
 import os, sys, time
 from pathlib import Path
 folder = Path(os.environ["RUN_FOLDER"])
-if "--print_config" in sys.argv:
-    print(f"run:\\n  folder: {folder}\\n  name: x")
+if "--print_run_folder" in sys.argv:
+    print(folder)
     sys.exit(0)
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")

@@ -233,6 +233,14 @@ def test_an_empty_file_or_section_is_the_defaults(recipe, text):
     assert read("--config", recipe(text)) == Config()
 
 
+@pytest.mark.parametrize("folder", ["the lab's runs/a", "long " * 60 + "name", "# x: [1]", "007"])
+def test_scripts_are_told_the_run_folder_as_it_is(recipe, capsys, folder):
+    """YAML would quote some of these and fold the long one."""
+    with pytest.raises(SystemExit):
+        read("--print_run_folder", "--run.folder", folder)
+    assert capsys.readouterr().out == f"{folder}\n"
+
+
 def test_print_config_is_what_the_program_would_use(recipe, capsys):
     with pytest.raises(SystemExit) as stopped:
         read("--config", recipe("model: {layers: 7}"), "--print_config", "--run.name", "mine")

@@ -4,12 +4,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 LAUNCH = Path(__file__).parents[3] / "launch"
+
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 SRUN = r"""#!/bin/bash
 # Runs the command as the first node would, after noting the options.
@@ -22,15 +25,17 @@ SCONTROL = r"""#!/bin/bash
 printf '%s\n' "$*" >> "$SCRATCH/scontrol.log"
 if [ "$1" = show ]; then printf 'node07\nnode08\n'; fi
 """
-# Plays the trainer and the scorer. WORK says how it ends: a number = at once with that exit code; save, stall = when asked to stop.
+# Plays processes.py with its trainers or scorers. WORK says how it ends: a number = at once with that exit code; save, stall = when asked to stop.
 PYTHON = r"""#!/bin/bash
-if [[ "$*" == *--print_config* ]]; then
+if [[ "$*" == *programs.py* ]]; then exec "$REAL_PYTHON" "$@"; fi
+if [[ "$*" == *--print_run_folder* ]]; then
     if [[ "$*" == *--nonsense* ]]; then echo "nonsense: unknown field" >&2; exit 2; fi
-    printf 'run:\n  folder: %s\n  name: x\ndevice:\n  folder: wrong\n' "$RUN_FOLDER"
+    printf '%s\n' "$RUN_FOLDER"
     exit 0
 fi
+if [[ "$*" == *--print_output* ]]; then printf '%s\n' "$STORE"; exit "${NO_STORE:-0}"; fi
 printf '%s\n' "$*" >> "$SCRATCH/python.log"
-trap 'echo terminated >> "$SCRATCH/signals.log"; exit 143' TERM
+trap 'echo asked >> "$SCRATCH/signals.log"; exit "${WHEN_ASKED:-143}"' TERM
 [ -e "$RUN_FOLDER/stop_requested" ] && touch "$SCRATCH/stale_stop_file_seen"
 [ "$WORK" = score ] && mkdir -p "$STORE/shards" && touch "$STORE/shards/shard_000001.json"
 touch "$SCRATCH/started"
@@ -49,8 +54,17 @@ class Cluster:
     """A checkout and a PATH of stand-ins in a temporary folder."""
 
     def __init__(self, folder: Path):
-        self.folder, self.run_folder = folder, folder / "shared disk" / "run"
+        # Quotes, and so long that YAML would fold it at its spaces.
+        self.folder = folder
+        self.run_folder = folder / 'the lab\'s "shared" disk' / " and on".join(["on"] * 20) / "run"
         shutil.copytree(LAUNCH, folder / "launch")
+        for program in (
+            "megatron_slm/train.py",
+            "megatron_slm/report.py",
+            "data_tools/preprocess.py",
+        ):
+            (folder / program).parent.mkdir(exist_ok=True)
+            shutil.copy(LAUNCH.parent / program, folder / program)
         programs = folder / "bin"
         programs.mkdir()
         for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": PYTHON}.items():
@@ -59,8 +73,9 @@ class Cluster:
         self.environment = {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "SCRATCH": str(folder),
+            "REAL_PYTHON": sys.executable,
             "RUN_FOLDER": str(self.run_folder),
-            "STORE": str(folder / "store"),
+            "STORE": str(folder / "the lab's store"),
             "SLM_VENV": "/nonexistent",
             "SLURM_SUBMIT_DIR": str(folder),
             "SLURM_JOB_ID": "123456",
@@ -120,8 +135,9 @@ class Cluster:
 
 
 def _take_interrupts() -> None:
-    """A test run in the background of a shell ignores SIGINT, and bash cannot trap what was ignored when it started."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """A test run in the background of a shell, or under nohup, ignores signals, and bash cannot trap what was ignored when it started."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -169,8 +185,11 @@ def test_a_start_that_saved_nothing_new_is_not_requeued(cluster):
     assert code == 85 and "made no progress" in output
 
 
-def test_scancel_or_preemption_saves_and_leaves_requeueing_to_slurm(cluster):
-    code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=signal.SIGTERM)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
+)
+def test_scancel_or_preemption_saves_and_leaves_requeueing_to_slurm(cluster, number):
+    code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=number)
     assert not cluster.requeued()
     assert code == 85 and "step_00000042" in output
 
@@ -233,16 +252,16 @@ def test_shares_need_all_array_ids(cluster):
         "score.sbatch", "--output=scores", work="0", **{**ARRAY, "SLURM_ARRAY_TASK_MIN": "2"}
     )
     assert code == 2 and "without gaps" in output
-    code, output = cluster.run("score.sbatch", "--corpus", "c", work="0", **ARRAY)
-    assert code == 2 and "--output is missing" in output
+    code, output = cluster.run("score.sbatch", "--corpus", "c", work="0", NO_STORE="2", **ARRAY)
+    assert (code, cluster.log("python")) == (2, []), output
 
 
 def test_scoring_is_stopped_and_requeued_when_shards_were_finished(cluster):
-    store = str(cluster.folder / "store")
+    store = cluster.environment["STORE"]
     code, output = cluster.run(
         "score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY
     )
-    assert cluster.log("signals") == ["terminated"]
+    assert cluster.log("signals") == ["asked"]
     assert code == 0 and cluster.requeued() == ["requeue 123456"], output
     code, output = cluster.run(
         "score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY
@@ -250,15 +269,40 @@ def test_scoring_is_stopped_and_requeued_when_shards_were_finished(cluster):
     assert code != 0 and len(cluster.requeued()) == 1 and "made no progress" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_local_runs_stop_with_a_checkpoint(cluster, number):
-    code, output = cluster.run("local.sh", "2", "train", *TRAIN, work="save", send=number)
-    assert code == 85 and "stopping with a checkpoint" in output
-    assert (
-        "--standalone --nproc-per-node=2 --max-restarts=0 -m megatron_slm.train --config recipe with spaces.yaml"
-        in cluster.log("python")[0]
+@pytest.mark.parametrize("program", ["train", "score"])
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_local_runs_are_asked_to_stop_and_waited_for(cluster, program, number):
+    code, output = cluster.run(
+        "local.sh", "2", program, *TRAIN, work="stall", send=number, WHEN_ASKED="85"
     )
-    assert not cluster.log("signals")
+    assert code == 85, output
+    assert f"stopping {program}; once more to stop at once" in output
+    assert cluster.log("signals") == ["asked"]
+    assert cluster.log("python")[0].endswith(
+        f"--standalone --nproc-per-node=2 --max-restarts=0 -m megatron_slm.{program} "
+        "--config recipe with spaces.yaml --selection.keep_fraction 0.6"
+    )
+
+
+def test_a_stop_file_left_by_a_killed_local_run_does_not_stop_the_next(cluster):
+    cluster.run_folder.mkdir(parents=True)
+    (cluster.run_folder / "stop_requested").touch()
+    assert cluster.run("local.sh", "2", "train", *TRAIN, work="0")[0] == 0
+    assert not (cluster.folder / "stale_stop_file_seen").exists()
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("trian", "no program is called 'trian'; did you mean train?"),
+        ("report", "report runs in one process: python -m megatron_slm.report"),
+        ("preprocess", "preprocess runs in one process: python -m data_tools.preprocess"),
+    ],
+)
+def test_only_programs_of_several_processes_are_started(cluster, name, sentence):
+    code, output = cluster.run("local.sh", "2", name, "--runs", "x", work="0")
+    assert (code, sentence in output) == (2, True), output
+    assert not cluster.log("python")
 
 
 def test_local_usage_is_shown(cluster):
@@ -276,27 +320,3 @@ def test_bash_and_shellcheck_accept_it(script):
         subprocess.run(
             [checker, "--shell=bash", "--exclude=SC1091,SC2034,SC2317", script], check=True
         )
-
-
-def test_processes_passes_on_the_workers_exit_code(tmp_path):
-    """With the real torchrun: itself it would end with 1 whatever the workers said."""
-    import sys
-
-    worker = tmp_path / "worker.py"
-    worker.write_text("import os, sys\nsys.exit(int(os.environ['CODE']))\n")
-    for wanted in ("0", "85"):
-        done = subprocess.run(
-            [
-                sys.executable,
-                LAUNCH / "processes.py",
-                "--standalone",
-                "--nproc-per-node=2",
-                str(worker),
-            ],
-            env={**os.environ, "CODE": wanted, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == int(wanted), done.stderr
-    assert "stopped on request; start the same command again" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -40,6 +40,7 @@ def test_warmup_holds_plain_clm_first_and_may_jump():
         (True, "must be a number"),
         ({"style": "step"}, "style must be one of constant, linear, cosine, warmup, got 'step'"),
         ({"start": 1.0}, "style must be one of"),
+        ({"style": "linea", "start": 1.0}, "got 'linea', did you mean 'linear'?"),
         (float("nan"), "keep_fraction must be above 0"),
         (
             {"style": "linear", "start": 1.0, "end": 0.6, "tokens": float("inf")},

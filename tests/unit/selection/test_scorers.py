@@ -359,7 +359,7 @@ def theirs(columns, progress, *, column="reference_loss", margin=0.0):
     ("name", "options", "message"),
     [
         ("exces_loss", {}, "did you mean 'excess_loss'"),
-        ("random", {"sed": 1}, "unknown option sed; its options are: seed"),
+        ("random", {"sed": 1}, "unknown option sed, did you mean 'seed'.; its options are: seed"),
         ("stored_mask", {}, "option column must be given"),
         ("reverse", {"of": "none"}, "'none' does not rank tokens"),
         ("union", {"of": ["excess_loss"]}, "at least two scorers"),
@@ -367,7 +367,7 @@ def theirs(columns, progress, *, column="reference_loss", margin=0.0):
         ("band", {"skip_fraction": 0.0}, "skip_fraction must be above 0"),
         ("mixed_with_clm", {"clm_weight": 1.5}, "clm_weight must be at least 0 and at most 1"),
         ("mixed_with_clm", {"of": "stored_weight"}, "option column must be given"),
-        ("reverse", {"off": "none"}, "unexpected keyword argument 'off'"),
+        ("reverse", {"off": "none"}, "unknown option off, did you mean 'of'.; its options are: of"),
     ],
 )
 def test_mistakes_are_explained(name, options, message):

@@ -93,3 +93,18 @@ def test_a_head_on_selected_rows_needs_a_choice_before_it():
         ValueError, match="scope data_parallel are known only after the head; use head_rows auto"
     ):
         choice_rules(settings("excess_loss", scores=["s"], head_rows="selected"))
+
+
+def test_a_scorer_in_a_file_is_loaded_from_there(tmp_path):
+    source = """
+from megatron_slm.selection import register_scorer
+
+@register_scorer("doubt", needs=("loss", "quality"))
+def doubt(columns, progress):
+    return columns["loss"] - columns["quality"]
+"""
+    (tmp_path / "mine.py").write_text(source)
+    rules = choice_rules(settings(f"{tmp_path}/mine.py:doubt", scores=["s"], clm_weight=0.1))
+    assert rules.stored_columns == {"quality"}
+    with pytest.raises(ValueError, match="reads quality; an online reference gives"):
+        choice_rules(settings(f"{tmp_path}/mine.py:doubt", checkpoint="r"))

@@ -1,21 +1,25 @@
 """A request to stop, by signal or by file, is heard once, after a step, on a world of one process."""
 
-import errno
 import os
 import signal
-from pathlib import Path
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_slm.training.signals import EXIT_RESUME, STOP_FILE, StopRequest
+from megatron_slm.training.stop_signals import STOP_SIGNALS, StopSignals
 
 
 @pytest.fixture(autouse=True)
 def world_of_one():
     """A process group of this process alone; the signal handlers of the test process are put back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # a test run under nohup ignores some
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -25,35 +29,85 @@ def world_of_one():
 
 @pytest.fixture
 def stop(tmp_path):
-    return StopRequest(tmp_path, torch.device("cpu"))
+    with StopSignals("stopping") as signals:
+        yield StopRequest(tmp_path, torch.device("cpu"), signals)
 
 
 def test_nobody_asked(stop):
     assert stop.agreed() is False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_does_not_end_the_process_but_asks(stop, number):
     os.kill(os.getpid(), number)
-    assert stop.agreed() is True and stop.agreed() is True
+    assert stop.agreed() is True
+    assert stop.agreed() is True
 
 
 def test_the_file_asks_and_is_cleared(stop, tmp_path):
     (tmp_path / STOP_FILE).touch()
     assert stop.agreed() is True
-    assert stop.clear() == ""
+    stop.clear()
     assert not (tmp_path / STOP_FILE).exists() and stop.agreed() is False
     stop.clear()  # nothing to remove is no error
 
 
-def test_a_file_that_cannot_be_removed_is_named(stop, tmp_path, monkeypatch):
-    def read_only(self, missing_ok=False):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(Path, "unlink", read_only)
-    problem = stop.clear()
-    assert str(tmp_path / STOP_FILE) in problem and "Read-only" in problem
-
-
 def test_the_names_that_batch_scripts_rely_on():
     assert (EXIT_RESUME, STOP_FILE) == (85, "stop_requested")
+
+
+def test_ctrl_c_says_what_happens_and_how_to_end_at_once(stop, capfd):
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.agreed() is True
+    assert "stopping; Ctrl-C again ends it at once" in capfd.readouterr().err
+
+
+def test_what_was_ignored_at_the_start_stays_ignored():
+    """nohup ignores SIGHUP, and a shell ignores the SIGINT of what it starts in the background."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals("stopping") as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.asked == ""
+
+
+def test_a_request_may_end_the_program_where_it_stands():
+    def leave() -> None:
+        raise SystemExit(85)
+
+    with pytest.raises(SystemExit) as left, StopSignals("stopping", on_request=leave):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 85
+
+
+def run(program: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+
+
+def test_a_second_ctrl_c_ends_the_process_by_the_signal():
+    done = run("""
+        import os, signal, time
+        from megatron_slm.training.stop_signals import StopSignals
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with StopSignals("stopping"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    """)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_was_asked_keeps_its_exit_code_when_it_is_signalled_while_it_ends():
+    """torchrun signals the other workers as soon as the first has ended."""
+    done = run("""
+        import atexit, os, signal, sys
+        from megatron_slm.training.stop_signals import StopSignals
+
+        with StopSignals("stopping"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+        sys.exit(85)
+    """)
+    assert done.returncode == 85, done.stderr

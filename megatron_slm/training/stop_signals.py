@@ -1,0 +1,89 @@
+"""Hearing that this process should stop: signals, a second Ctrl-C, and the death of the torchrun that started it.
+
+Used by training and by scoring, from their first line on, so it imports no torch.
+"""
+
+import faulthandler
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Each asks for a stop. One that was ignored when the process started (nohup, a background job) stays ignored."""
+STDERR = 2
+LAUNCHER_POLL_SECONDS = 1.0
+
+
+class StopSignals:
+    """A context manager: within it the first stop signal is a request, and a SIGINT after that ends the process at once.
+
+    sentence: written to stderr by the job's first process when it is asked by Ctrl-C or by losing its launcher; whoever
+    sends another signal says so himself. on_request: called by the first signal, between two instructions of the main
+    thread; it may raise. `asked` names what was heard ("" = nothing yet).
+
+    A process of torchrun whose parent is gone sends itself SIGTERM: nobody is left to pass on a request to stop, to
+    notice that another process failed, or to free the machine. Watched by a thread; PR_SET_PDEATHSIG would fire when the
+    parent's starting *thread* ends, and only reaches handlers that are installed by then.
+    """
+
+    def __init__(self, sentence: str, on_request: Callable[[], None] | None = None):
+        self.sentence, self.on_request = sentence, on_request
+        self.asked = ""
+        self._process = os.getpid()  # a forked writer of checkpoints inherits the handlers
+        self._handlers_before: dict[int, object] = {}
+        self._closed = threading.Event()
+
+    def __enter__(self) -> "StopSignals":
+        # A hung process tells where its threads stand: kill -USR2 PID.
+        faulthandler.register(signal.SIGUSR2, file=STDERR, all_threads=True)
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers_before[number] = signal.signal(number, self._on_signal)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # Without torchrun the parent is a shell or slurmstepd: it may end before a run under nohup, and SLURM ends
+            # the processes of a job itself.
+            threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self.asked:
+            # torchrun signals the others when the first has ended, and they must not die of it while the interpreter ends,
+            # which puts every handler but "ignore" back.
+            for number in set(self._handlers_before) - {signal.SIGINT}:
+                signal.signal(number, signal.SIG_IGN)
+            return
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            # Dies by the signal, so that a shell loop around the program ends as well.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.asked:
+            return
+        self.asked = signal.Signals(number).name
+        if os.getpid() != self._process:
+            return
+        if number == signal.SIGINT:
+            self._say(self.sentence + "; Ctrl-C again ends it at once")
+        if self.on_request is not None:
+            self.on_request()
+
+    def _watch(self, launcher: int) -> None:
+        while not self._closed.wait(LAUNCHER_POLL_SECONDS):
+            if os.getppid() != launcher:
+                self._say("the torchrun that started this process is gone: " + self.sentence)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    def _say(self, sentence: str) -> None:
+        """Past Python's buffers: a handler may interrupt a write to them. A closed terminal is no reason to fail."""
+        if os.environ.get("RANK", "0") == "0":
+            try:
+                os.write(STDERR, f"\n{sentence}\n".encode())
+            except OSError:
+                pass
