@@ -32,13 +32,14 @@ child=
 asked=
 stop() {
     SLM_INTERRUPTED=yes
+    local now_us=${EPOCHREALTIME/[.,]/}
     if [ -z "$asked" ]; then
-        asked=yes
+        asked=$now_us
         # The terminal may be closed.
         echo "stopping $program${child:+; once more to stop at once}" >&2 2>/dev/null || true
         [ -n "$child" ] || exit 85
         kill -TERM "$child" 2>/dev/null || true
-    else
+    elif [ $((now_us - asked)) -gt 500000 ]; then # `timeout` and others send one request twice
         kill -INT "$child" 2>/dev/null || true
     fi
 }

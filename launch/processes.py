@@ -22,6 +22,8 @@ from pathlib import Path
 
 STOPPED = 85
 POLL_SECONDS = 0.5
+REPEAT_SECONDS = 0.5
+"""Signals closer together are one request."""
 LEFT_TO_TORCHRUN = "--signals-to-handle=SIGQUIT"
 """It takes over the signals in this list, which cannot be empty."""
 
@@ -31,6 +33,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.asked = threading.Event()
+        self._asked_at = 0.0
         self._launcher = os.environ.get("SLM_LAUNCHER_PID", "")
 
     def listen(self) -> None:
@@ -41,11 +44,14 @@ class StopRequests:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked.is_set() and number == signal.SIGINT:
+        again = self.asked.is_set() and time.monotonic() - self._asked_at > REPEAT_SECONDS
+        if again and number == signal.SIGINT:
             for worker in workers():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(worker, signal.SIGKILL)  # torchrun gives each worker its group
             os._exit(128 + signal.SIGINT)
+        if not self.asked.is_set():
+            self._asked_at = time.monotonic()
         self.asked.set()
 
     def _watch(self) -> None:

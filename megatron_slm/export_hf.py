@@ -72,8 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         info = read_checkpoint_info(folder)
         if damaged := damaged_files(folder):
             raise ValueError(
-                f"{folder}: {', '.join(damaged)} missing, no plain files, or different from what checksums.json says; use another "
-                "step_* folder, or copy it again"
+                f"{folder}: {', '.join(damaged)} differ from checksums.json; use another step_* folder, or copy it again"
             )
         tokenizer = (
             None if options.tokenizer == "none" else find_tokenizer(options.tokenizer, info, folder)

@@ -7,12 +7,15 @@ import faulthandler
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Each asks for a stop. One that was ignored when the process started (nohup, a background job) stays ignored."""
 STDERR = 2
 LAUNCHER_POLL_SECONDS = 1.0
+REPEAT_SECONDS = 0.5
+"""Signals closer together are one request: `timeout` and some shells send each twice."""
 
 
 class StopSignals:
@@ -30,6 +33,7 @@ class StopSignals:
     def __init__(self, sentence: str, on_request: Callable[[], None] | None = None):
         self.sentence, self.on_request = sentence, on_request
         self.asked = ""
+        self._asked_at = 0.0
         self._process = os.getpid()  # a forked writer of checkpoints inherits the handlers
         self._handlers_before: dict[int, object] = {}
         self._closed = threading.Event()
@@ -59,13 +63,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
+        again = self.asked and time.monotonic() - self._asked_at > REPEAT_SECONDS
+        if again and number == signal.SIGINT:
             # Dies by the signal, so that a shell loop around the program ends as well.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         if self.asked:
             return
-        self.asked = signal.Signals(number).name
+        self.asked, self._asked_at = signal.Signals(number).name, time.monotonic()
         if os.getpid() != self._process:
             return
         if number == signal.SIGINT:

@@ -127,7 +127,7 @@ def test_a_second_request_ends_everything_at_once(checkout):
     process = checkout.start(DEAF="yes")
     trainers, torchrun = checkout.processes()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)  # bash hears two signals of one kind at once as one
+    time.sleep(0.7)  # closer together they are one request
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 130, output

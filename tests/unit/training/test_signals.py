@@ -92,11 +92,20 @@ def test_a_second_ctrl_c_ends_the_process_by_the_signal():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with StopSignals("stopping"):
             os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)  # the same request, as `timeout` would send it
+            time.sleep(0.6)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
     """)
     assert done.returncode == -signal.SIGINT, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_signals_close_together_are_one_request():
+    with StopSignals("stopping") as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked == "SIGINT"
 
 
 def test_a_process_that_was_asked_keeps_its_exit_code_when_it_is_signalled_while_it_ends():

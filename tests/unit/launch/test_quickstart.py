@@ -1,0 +1,175 @@
+"""launch/quickstart.sh with a stand-in for every program: which stages run, again or not, on whose text, and what is moved aside."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+# Plays every program: notes its words, and makes what they say it writes. A text that says "bad" fails its reader.
+PYTHON = r"""#!/bin/bash
+case "$*" in
+    -c* | *programs.py* | *pip*) exit 0 ;;
+    *--print_run_folder*) echo unused; exit 0 ;;
+esac
+printf '%s\n' "$*" >> "$SCRATCH/programs.log"
+program=$2
+[ "$program" != --standalone ] || program=$6
+while [ $# -gt 0 ]; do
+    case $1 in
+        --input) input=$2 ;;
+        --output-prefix | --output | --run.folder | --output-folder) output=$2 ;;
+    esac
+    shift
+done
+if [ -n "${input:-}" ] && grep -q bad "$input"; then mkdir -p "$output.partial"; exit 3; fi
+case $program in
+    tokenizer.train) touch "$output.model" ;;
+    data_tools.preprocess) touch "$output.bin" ;;
+    data_tools.split) touch "${output}_train.bin" "${output}_held_out.bin" ;;
+    megatron_slm.report) touch "$output" ;;
+    megatron_slm.check_export | data_tools.verify) ;;
+    *) mkdir -p "$output"; for name in corpus curated held_out; do echo "$output" > "$output/$name.jsonl"; done ;;
+esac
+"""
+ALWAYS = ["megatron_slm.check_export", "megatron_slm.report"]
+
+
+class Checkout:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.here = folder / "the lab's texts"
+        self.here.mkdir()
+        shutil.copytree(ROOT / "launch", folder / "launch")
+        for name in ("requirements.txt", "pyproject.toml"):
+            (folder / name).touch()
+        environment = folder / "venv" / "bin"
+        environment.mkdir(parents=True)
+        (environment / "python").write_text(PYTHON)
+        (environment / "python").chmod(0o755)
+
+    def write(self, corpus: str, curated: str) -> None:
+        (self.here / "corpus.jsonl").write_text(corpus)
+        (self.here / "curated.jsonl").write_text(curated)
+
+    def run(self, *arguments: str) -> tuple[int, str, list[str]]:
+        """Exit code, output, and the programs that ran, in order; called from the folder of the texts."""
+        log = self.folder / "programs.log"
+        log.unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", self.folder / "launch" / "quickstart.sh", *arguments],
+            cwd=self.here,
+            env={
+                "PATH": os.environ["PATH"],
+                "VIRTUAL_ENV": str(self.folder / "venv"),
+                "SLM_VENV": "/nonexistent",
+                "SCRATCH": str(self.folder),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        lines = log.read_text().splitlines() if log.exists() else []
+        return done.returncode, done.stdout, [named(line) for line in lines]
+
+    def own_text(self) -> tuple[int, str, list[str]]:
+        return self.run("--corpus", "corpus.jsonl", "--curated", "curated.jsonl", "--folder", "out")
+
+    def log(self) -> str:
+        return (self.folder / "programs.log").read_text()
+
+
+def named(line: str) -> str:
+    """The program of a line of the log, with the run folder's name where it trains."""
+    words = line.split()
+    module = words[words.index("-m") + 1] if "-m" in words else Path(words[0]).name
+    if module == "megatron_slm.train":
+        return line.split("--run.folder ")[1].split(" --")[0].rpartition("/")[2]
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_a_second_call_keeps_every_stage(checkout):
+    code, output, programs = checkout.run("--quick")
+    assert code == 0, output
+    assert programs[:2] == ["stdlib_corpus.py", "tokenizer.train"]
+    assert [name for name in programs if name in ("base", "reference", "plain", "slm", "random")]
+    code, output, programs = checkout.run("--quick")
+    assert (code, programs) == (0, ALWAYS), output
+    assert "done before: slm" in output
+    assert not list(checkout.folder.glob("runs/*/earlier_*"))
+
+
+def test_own_text_in_the_folder_of_an_earlier_quickstart_is_what_the_report_shows(checkout):
+    checkout.run("--quick", "--folder", "out")
+    checkout.write("my text", "good text")
+    code, output, programs = checkout.run(
+        "--quick", "--folder", "out", "--corpus", "corpus.jsonl", "--curated", "curated.jsonl"
+    )
+    assert code == 0, output
+    assert [name for name in programs if name in ("base", "reference", "plain", "slm", "random")]
+    assert "done before" not in output
+    assert "slm: its inputs or options have changed, so it is made again" in output
+    out = checkout.here / "out"
+    kept = {path.name for path in (out / "earlier_1").iterdir()}
+    assert {"tokenizer.model", "corpus.bin", "held_out.bin", "slm", "scores", "huggingface"} <= kept
+    assert not (out / "held_out.bin").exists()
+
+
+def test_a_changed_text_redoes_what_depends_on_it_and_nothing_else(checkout):
+    checkout.write("my text", "good text")
+    assert checkout.own_text()[0] == 0
+    checkout.write("my text", "better text")
+    code, output, programs = checkout.own_text()
+    assert code == 0, output
+    assert "done before: tokenizer" in output and "done before: corpus" in output
+    assert [name for name in programs if name.startswith("data_tools")] == [
+        "data_tools.preprocess",
+        "data_tools.split",
+    ]
+    assert {"base", "reference", "megatron_slm.score", "slm"} <= set(programs)
+
+
+def test_after_a_bad_text_the_good_one_works(checkout):
+    checkout.write("my text", "bad text")
+    code, output, _ = checkout.own_text()
+    assert (code, "the same command continues from here" in output) == (3, True), output
+    checkout.write("my text", "good text")
+    code, output, _ = checkout.own_text()
+    assert code == 0, output
+    assert (checkout.here / "out" / "earlier_1" / "all_curated.partial").exists()
+
+
+def test_what_no_stage_is_known_to_have_made_is_moved_aside(checkout):
+    """The folder of a quickstart from before its stages remembered what they were made from."""
+    checkout.run("--quick", "--folder", "out")
+    out = checkout.here / "out"
+    (out / ".stage_slm").unlink()
+    code, output, programs = checkout.run("--quick", "--folder", "out")
+    assert code == 0, output
+    assert "slm: nothing says what it was made from, so it is made again" in output
+    assert programs == ["slm", *ALWAYS]
+    assert (out / "earlier_1" / "slm").is_dir()
+
+
+def test_paths_are_seen_from_where_the_caller_stands(checkout):
+    checkout.write("my text", "good text")
+    code, output, _ = checkout.own_text()
+    assert code == 0, output
+    assert f"--input {checkout.here}/corpus.jsonl " in checkout.log()
+    assert (checkout.here / "out" / "slm").is_dir()
+    quoted = str(checkout.here).replace("'", "''")
+    assert f"--data.train ['{quoted}/out/corpus'] " in checkout.log()
+
+
+def test_a_missing_text_is_named_before_anything_starts(checkout):
+    checkout.write("my text", "good text")
+    code, output, programs = checkout.run("--corpus", "corpus.jsonl", "--curated", "nowhere.jsonl")
+    assert (code, programs) == (2, []), output
+    assert f"{checkout.here}/nowhere.jsonl: no such file" in output
