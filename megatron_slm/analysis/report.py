@@ -158,7 +158,7 @@ def _selection(runs: Sequence[Run]) -> str:
         + picture(selection_figures.rate_by_position(runs), readings.by_position(runs))
         + picture(
             selection_figures.rate_by_corpus(runs),
-            "Share of tokens selected in each training corpus, last record.",
+            "Share of tokens selected in each training corpus, as last recorded; a run has bars for its own corpora only.",
         )
     )
 

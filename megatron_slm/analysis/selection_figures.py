@@ -3,6 +3,7 @@
 Q: 20 classes of reference loss that hold equally many tokens each. R: records over training.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ from megatron_slm.analysis.style import (
 BY_REFERENCE_LOSS = "selection/rate_by_reference_loss"
 BY_POSITION = "selection/rate_by_position"
 BY_CORPUS = "selection/rate_by_corpus"
+UPRIGHT_NAMES = 5
+"""More names of corpora than these are written aslant, or they would run into each other."""
 
 
 def selecting(runs: Sequence[Run], name: str) -> list[tuple[int, Run]]:
@@ -104,65 +107,96 @@ def final_rate(runs: Sequence[Run]) -> Figure | None:
 
 def rate_by_position(runs: Sequence[Run]) -> Figure | None:
     """The last record: share selected by place in the sequence."""
-    return _by_bucket(runs, BY_POSITION, "place in the sequence (0 = start, 1 = end)", "line")
-
-
-def rate_by_corpus(runs: Sequence[Run]) -> Figure | None:
-    """The last record: share selected of each training corpus; None with fewer than two corpora."""
-    if all(run.vectors(BY_CORPUS)[1].shape[1] < 2 for run in runs):
-        return None
-    return _by_bucket(runs, BY_CORPUS, "training corpus", "bars")
-
-
-def _by_bucket(runs: Sequence[Run], name: str, label: str, kind: str) -> Figure | None:
-    shown = selecting(runs, name)
+    shown = selecting(runs, BY_POSITION)
     if not shown:
         return None
     with house_style():
         figure, (axes,) = new_figure(height=2.8)
         ends = []
-        for order, (index, run) in enumerate(shown):
-            rate_n = run.vectors(name)[1][-1]
-            if kind == "line":
-                places = (np.arange(len(rate_n)) + 0.5) / len(rate_n)
-                axes.plot(
-                    places,
-                    rate_n,
-                    color=colour(index),
-                    linestyle=dash(index),
-                    marker="o",
-                    markersize=3,
-                )
-                ends.append(
-                    (run.name, colour(index), float(places[-1]), float(np.nan_to_num(rate_n[-1])))
-                )
-            else:
-                width = 0.8 / len(shown)
-                axes.bar(
-                    np.arange(len(rate_n)) - 0.4 + width * (order + 0.5),
-                    rate_n,
-                    width=0.92 * width,
-                    color=colour(index),
-                    label=run.name,
-                )
-                _name_corpora(axes, run, len(rate_n))
+        for index, run in shown:
+            rate_n = run.vectors(BY_POSITION)[1][-1]
+            places = (np.arange(len(rate_n)) + 0.5) / len(rate_n)
+            axes.plot(
+                places,
+                rate_n,
+                color=colour(index),
+                linestyle=dash(index),
+                marker="o",
+                markersize=3,
+            )
+            end = float(np.nan_to_num(rate_n[-1]))
+            ends.append((run.name, colour(index), float(places[-1]), end))
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel(label)
+        axes.set_xlabel("place in the sequence (0 = start, 1 = end)")
         axes.set_ylabel("share selected (0..1)")
-        if kind == "line":
-            label_lines(axes, ends)
-        else:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        label_lines(axes, ends)
         return figure
 
 
-def _name_corpora(axes, run: Run, corpora: int) -> None:
-    prefixes = run.setting("data.train") or []
-    names = [str(prefix).rstrip("/").rsplit("/", 1)[-1] for prefix in prefixes]
-    axes.set_xticks(
-        range(corpora), names if len(names) == corpora else [f"corpus {i}" for i in range(corpora)]
+def rate_by_corpus(runs: Sequence[Run]) -> Figure | None:
+    """The last rate of each training corpus, each under its own name; None where no run has two."""
+    rates = [(index, run, rates_of_corpora(run)) for index, run in enumerate(runs)]
+    shown = [(index, run, rate) for index, run, rate in rates if rate and not run.is_plain]
+    if all(len(rate) < 2 for _, _, rate in shown):
+        return None
+    corpora = list(dict.fromkeys(corpus for _, _, rate in shown for corpus in rate))
+    width = 0.8 / len(shown)
+    with house_style():
+        figure, (axes,) = new_figure(height=2.8)
+        for order, (index, run, rate) in enumerate(shown):
+            axes.bar(
+                [corpora.index(corpus) - 0.4 + width * (order + 0.5) for corpus in rate],
+                list(rate.values()),
+                width=0.92 * width,
+                color=colour(index),
+                label=run.name,
+            )
+        steep = len(corpora) > UPRIGHT_NAMES
+        axes.set_xticks(
+            range(len(corpora)),
+            shortest_names(corpora),
+            rotation=30 if steep else 0,
+            ha="right" if steep else "center",
+        )
+        axes.grid(axis="x", visible=False)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("training corpus")
+        axes.set_ylabel("share selected (0..1)")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return figure
+
+
+def rates_of_corpora(run: Run) -> dict[str, float]:
+    """Corpus -> share of its tokens selected, as last recorded. A corpus is known by its absolute prefix, the same in every run."""
+    recorded = dict.fromkeys(
+        name for line in run.training for name in line if name.startswith(BY_CORPUS + "/")
     )
-    axes.grid(axis="x", visible=False)
+    rates = {name.removeprefix(BY_CORPUS + "/"): run.last(name) for name in recorded}
+    if not rates and len(
+        run.vectors(BY_CORPUS)[0]
+    ):  # older runs: a list in the order of data.train
+        rate_n = run.vectors(BY_CORPUS)[1][-1]
+        prefixes = run.setting("data.train") or []
+        if len(prefixes) != len(rate_n):
+            prefixes = [f"corpus {number + 1} of {run.name}" for number in range(len(rate_n))]
+        rates = dict(zip(map(str, prefixes), rate_n))
+    return {
+        os.path.abspath(prefix): float(rate)
+        for prefix, rate in rates.items()
+        if rate is not None and np.isfinite(rate)
+    }
+
+
+def shortest_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of different paths, in whole parts, that tell them apart."""
+    parts = [path.split(os.sep) for path in paths]
+    names = []
+    for own in parts:
+        length = 1
+        while length < len(own) and sum(part[-length:] == own[-length:] for part in parts) > 1:
+            length += 1
+        names.append(os.sep.join(own[-length:]))
+    return names
 
 
 def _edges(x_R: np.ndarray) -> np.ndarray:

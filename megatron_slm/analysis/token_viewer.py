@@ -1,17 +1,21 @@
 """Real text with the selected tokens marked, as HTML: what Selective Language Modeling chooses, seen with one's own eyes.
 
-token_view.jsonl in a run folder holds one document per line:
-{"corpus": str, "document": int, "tokens": [str], "loss": [nats], "reference_loss": [nats or null], "selected": [bool]}
+token_view.jsonl in a run folder holds one sequence per line:
+{"corpus": str, "first_token": offset of its first token in the corpus, "documents": [[document, place of its first token in the lists]],
+ "tokens": [str], "loss": [nats], "reference_loss": [nats or null] or null, "selected": [bool]}
+Documents are numbered as data_tools.inspect_corpus numbers them. Files of older runs have one number, "document", that numbers the
+lines of the file; it is not shown.
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 MINIMUM_TOKENS = 64
+NAMED_DOCUMENTS = 4
 
 STYLE = """
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font: 13px/1.75 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
@@ -31,10 +35,13 @@ STYLE = """
 
 @dataclass(frozen=True)
 class TokenView:
-    """One document with what was measured for each token; lists of equal length. reference_loss None = no score."""
+    """One sequence with what was measured for each token; lists of equal length. reference_loss None = no score."""
 
     corpus: str
-    document: int
+    first_token: int | None
+    """Offset of its first token in the corpus; None where it was not recorded."""
+    documents: list[tuple[int, int]]
+    """(number of a document, place of its first token in the lists), in order; empty where they were not recorded."""
     tokens: list[str]
     loss: list[float | None]
     reference_loss: list[float | None]
@@ -47,8 +54,24 @@ class TokenView:
         }
         if len(set(lengths.values())) != 1:
             raise ValueError(
-                f"token view of {self.corpus} document {self.document}: the lists differ in length: {lengths}"
+                f"token view of {self.corpus}{self.origin}: the lists differ in length: {lengths}"
             )
+
+    @property
+    def origin(self) -> str:
+        """Where in its corpus the text stands: its documents and its first token, to follow the name of the corpus."""
+        if not self.documents:
+            return ", documents not recorded"
+        numbers = list(dict.fromkeys(number for number, _ in self.documents))
+        shown = [str(number) for number in numbers[:NAMED_DOCUMENTS]]
+        if len(numbers) > len(shown):
+            shown.append(f"{len(numbers) - len(shown)} more")
+        if len(shown) > 1:
+            shown[-2:] = [" and ".join(shown[-2:])]
+        start = (
+            "" if self.first_token is None else f", from token {self.first_token:,} of the corpus"
+        )
+        return f", document{'s' * (len(numbers) > 1)} {', '.join(shown)}{start}"
 
     @property
     def excess(self) -> list[float | None]:
@@ -65,7 +88,8 @@ class TokenView:
         """Its first tokens."""
         return TokenView(
             self.corpus,
-            self.document,
+            self.first_token,
+            [(number, place) for number, place in self.documents if place < maximum_tokens],
             *(
                 getattr(self, name)[:maximum_tokens]
                 for name in ("tokens", "loss", "reference_loss", "selected")
@@ -73,48 +97,46 @@ class TokenView:
         )
 
 
-def write_token_views(path: str | Path, views: Iterable[TokenView]) -> None:
-    """Write token_view.jsonl, aside and renamed; numbers are rounded to 4 digits, NaN becomes null."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w") as file:
-        for view in views:
-            record = asdict(view) | {
-                name: [
-                    None if value is None or not math.isfinite(value) else round(float(value), 4)
-                    for value in getattr(view, name)
-                ]
-                for name in ("loss", "reference_loss")
-            }
-            record["selected"] = [bool(value) for value in view.selected]
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    aside.replace(path)
-
-
 def read_token_views(path: str | Path) -> list[TokenView]:
-    """The documents of a token_view.jsonl; none when the file is absent; lines that are no token view are left out."""
+    """The sequences of a token_view.jsonl; none when the file is absent; lines that are no token view are left out."""
     path = Path(path)
     views = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            record = json.loads(line)
-            views.append(
-                TokenView(**{name: record[name] for name in TokenView.__dataclass_fields__})
-            )
+            views.append(_token_view(json.loads(line)))
         except (ValueError, KeyError, TypeError):
             continue
     return views
 
 
+def _token_view(record: dict) -> TokenView:
+    tokens = record["tokens"]
+    return TokenView(
+        corpus=record["corpus"],
+        first_token=record.get("first_token"),
+        documents=[(int(number), int(place)) for number, place in record.get("documents", [])],
+        tokens=tokens,
+        loss=record["loss"],
+        reference_loss=record["reference_loss"] or [None] * len(tokens),
+        selected=record["selected"],
+    )
+
+
 def select_example(
     views: Sequence[TokenView], count: int = 3, maximum_tokens: int = 400
 ) -> list[TokenView]:
-    """The documents that show a choice best, cut to `maximum_tokens`: long enough, with both fates, and most different in
-    excess loss between selected and rejected tokens. Deterministic; ties go to the earlier document.
+    """The sequences that show a choice best, cut to `maximum_tokens`: long enough, with both fates, and most different in
+    excess loss between selected and rejected tokens; the best of each corpus before the second of any. Deterministic; ties go to
+    the earlier sequence.
     """
     candidates = [view.cut(maximum_tokens) for view in views]
-    order = sorted(range(len(candidates)), key=lambda index: (-_shows(candidates[index]), index))
-    return [candidates[index] for index in order[:count]]
+    best_first = sorted(candidates, key=lambda view: -_shows(view))
+    of_corpus: dict[str, int] = {}
+    order = []
+    for place, view in enumerate(best_first):
+        of_corpus[view.corpus] = of_corpus.get(view.corpus, 0) + 1
+        order.append((of_corpus[view.corpus], place))
+    return [best_first[place] for _, place in sorted(order)[:count]]
 
 
 def _shows(view: TokenView) -> float:
@@ -134,10 +156,10 @@ def _shows(view: TokenView) -> float:
 
 
 def render(view: TokenView) -> str:
-    """One document as an HTML fragment (needs STYLE on the page): a heading line and its text, whitespace kept."""
+    """One sequence as an HTML fragment (needs STYLE on the page): a heading line and its text, whitespace kept."""
     spans = "".join(map(_span, view.tokens, view.loss, view.reference_loss, view.selected))
     return (
-        f'<p class="note"><b>{escape(view.corpus)}</b>, document {view.document}: {sum(view.selected)} of {len(view.tokens)} tokens '
+        f'<p class="note"><b>{escape(view.corpus)}</b>{escape(view.origin)}: {sum(view.selected)} of {len(view.tokens)} tokens '
         f'selected ({view.kept_fraction:.0%})</p>\n<div class="tokens">{spans}</div>\n'
     )
 

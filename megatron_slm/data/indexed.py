@@ -10,6 +10,7 @@ megatron-core checks none of the sizes when it opens a pair, so `read_index` che
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Callable
@@ -59,6 +60,12 @@ class CorpusIndex:
             self.sequence_offsets_bytes[:] // self.dtype.itemsize, self.tokens
         )
         return bounds_tokens[self.document_indices[:]]
+
+    def document_at(self, offset_tokens: int) -> int:
+        """The number of the document that holds this token, in a few dozen small reads."""
+        offset_bytes = offset_tokens * self.dtype.itemsize
+        sequence = bisect_right(self.sequence_offsets_bytes, offset_bytes) - 1
+        return bisect_right(self.document_indices, sequence) - 1
 
     def non_empty_starts_tokens(self) -> np.ndarray:
         """Token offset at which each sequence with tokens begins (int64)."""

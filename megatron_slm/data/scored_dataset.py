@@ -65,7 +65,7 @@ class ScoredDataset(GPTDataset):
                 f"{sequence_length + 1}. Use a larger corpus or a shorter data.sequence_length."
             )
         # megatron-core maps both files; samples are read from these instead, which name a file that is cut short meanwhile.
-        index = read_index(f"{corpus.prefix}.idx")
+        self.corpus_index = index = read_index(f"{corpus.prefix}.idx")
         self.tokens = open_tokens(corpus.prefix, index)
         low_level = IndexedDataset(corpus.prefix)
         # Keyed by content: megatron-core keys its cache by path alone and reuses the index of a corpus that was made again.

@@ -4,6 +4,7 @@ B: the probe's sequences, S: their tokens on this context-parallel rank, T: whol
 """
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ class Seen:
 
 
 class Probe:
-    """The first micro-batch of the first corpus, the same on every data-parallel rank; chosen from by itself (scope micro_batch).
+    """One micro-batch, dealt over the corpora in turn, the same on every data-parallel rank; chosen from by itself (scope micro_batch).
 
-    Every rank of the model calls `look`. A plain run has nothing to look at.
+    Of the n first corpora, where n is their number or the micro-batch's sequences, whichever is smaller, it holds the first samples in
+    training order. Every rank of the model calls `look`. A plain run has nothing to look at.
     """
 
     def __init__(self, config: Config, materials, trainer):
@@ -42,15 +44,21 @@ class Probe:
         self.usable = trainer.chooser.scorer.name != "none"
         if self.usable:
             data, groups = config.data, trainer.groups
-            dataset = ScoredDataset(
-                materials.corpora[0],
-                sequence_length=data.sequence_length,
-                seed=config.run.seed,
-                index_cache=data.index_cache or Path(config.run.folder, "index_cache"),
-                isolate_documents=data.document_policy == "isolated",
-            )
-            rows = list(range(data.micro_batch_size))
-            self.whole = collate([dataset[i] for i in rows], rows)
+            self.sources = [
+                ScoredDataset(
+                    corpus,
+                    sequence_length=data.sequence_length,
+                    seed=config.run.seed,
+                    corpus_id=number,
+                    index_cache=data.index_cache or Path(config.run.folder, "index_cache"),
+                    with_offsets=True,
+                    isolate_documents=data.document_policy == "isolated",
+                )
+                for number, corpus in enumerate(materials.corpora[: data.micro_batch_size])
+            ]
+            rows, dealt = list(range(data.micro_batch_size)), len(self.sources)
+            self.whole = collate([self.sources[row % dealt][row // dealt] for row in rows], rows)
+            self.text = sha256(self.whole.labels_BS.numpy().tobytes()).hexdigest()
             self.batch = slice_for_context_parallel(self.whole, groups.cp_rank, groups.cp_size).to(
                 groups.device
             )
@@ -99,34 +107,43 @@ class Probe:
         seen = self.look(progress)
         if seen is None:
             return []
-        batch, tokenizer = self.whole, self.materials.tokenizer
-        reference_BT = seen.reference_loss_BT
+        tokenizer, reference_BT = self.materials.tokenizer, seen.reference_loss_BT
         return [
             {
-                "corpus": self.materials.corpora[0].prefix,
-                "document": row,
-                "tokens": [tokenizer.piece(int(token)) for token in batch.labels_BS[row]],
+                **self._origin(row),
+                "tokens": [tokenizer.piece(int(token)) for token in self.whole.labels_BS[row]],
                 "loss": seen.loss_BT[row].tolist(),
                 "reference_loss": None
                 if reference_BT is None
                 else [None if value != value else value for value in reference_BT[row].tolist()],
                 "selected": seen.selected_BT[row].tolist(),
             }
-            for row in range(min(VIEWED_SEQUENCES, len(batch.tokens_BS)))
+            for row in range(min(VIEWED_SEQUENCES, len(self.whole.tokens_BS)))
         ]
 
+    def _origin(self, row: int) -> dict:
+        """Where the labels of a sequence stand: their corpus, the offset of the first, and [document, place of its first label here]."""
+        number = int(self.whole.corpus_id_B[row])
+        index, offset_T = self.sources[number].corpus_index, self.whole.offsets_BS[row].tolist()
+        # The first token of a document is no target; a window is never padded, so nothing else is masked in it.
+        begins = {0, *np.flatnonzero(self.whole.loss_mask_BS[row] == 0).tolist()}
+        return {
+            "corpus": self.materials.corpora[number].prefix,
+            "first_token": offset_T[0],
+            "documents": [[index.document_at(offset_T[place]), place] for place in sorted(begins)],
+        }
+
     def state_dict(self) -> dict:
-        """The last choice, as hex of its bits."""
+        """The last choice, as hex of its bits, and the digest of the tokens it was made from."""
         mask = self.overlap.mask
-        return (
-            {}
-            if mask is None
-            else {"shape": list(mask.shape), "bits": np.packbits(mask.numpy()).tobytes().hex()}
-        )
+        if mask is None:
+            return {}
+        bits = np.packbits(mask.numpy()).tobytes().hex()
+        return {"shape": list(mask.shape), "bits": bits, "text": self.text}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the last choice; another micro-batch size begins anew."""
-        if self.usable and state and tuple(state["shape"]) == tuple(self.whole.tokens_BS.shape):
+        """Restore the last choice; where the probe now holds other tokens, comparing begins anew."""
+        if self.usable and state and state.get("text") == self.text:
             bits = np.unpackbits(
                 np.frombuffer(bytes.fromhex(state["bits"]), np.uint8),
                 count=int(np.prod(state["shape"])),

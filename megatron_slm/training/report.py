@@ -1,6 +1,7 @@
 """What a run tells: the start table, metrics to every sink, warnings that think, and a page of text with its selected tokens."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -24,6 +25,18 @@ from megatron_slm.selection.alarms import ranks_tokens, smallest_population, war
 from megatron_slm.selection.rules import population_sequences
 from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.start_table import start_table
+
+BY_CORPUS = "selection/rate_by_corpus"
+
+
+def rates_of_corpora(prefixes: list[str], rates: list[float]) -> dict[str, float]:
+    """The rate of each corpus under its name; a corpus without a token in the interval (not a number) has none."""
+    named = {}
+    for place, (prefix, rate) in enumerate(zip(prefixes, rates, strict=True)):
+        before = prefixes[:place].count(prefix)  # a corpus may be in the blend twice
+        if math.isfinite(rate):
+            named[f"{BY_CORPUS}/{prefix}" + (f" ({before + 1})" if before else "")] = rate
+    return named
 
 
 class Reporter:
@@ -101,7 +114,14 @@ class Reporter:
         self.sink.message(text, level)
 
     def log(self, record: dict, step: int) -> None:
-        """Write one line of metrics (last rank of the world only), and in status.json how far the run is (rank 0)."""
+        """Write one line of metrics (last rank of the world only), and in status.json how far the run is (rank 0).
+
+        Rates of the corpora go under the corpora's names.
+        """
+        record = dict(record)
+        if rates := record.pop(BY_CORPUS, None):
+            prefixes = [corpus.prefix for corpus in self.materials.corpora]
+            record |= rates_of_corpora(prefixes, rates)
         self.sink.log(record, step)
         if self.groups.world_rank == 0:
             run_status.progress(self.folder, step)

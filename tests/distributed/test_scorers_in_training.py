@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,11 @@ from megatron_slm.testing.corpora import random_documents, write_corpus, write_s
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 2, 8, 16, 50
+PROBED = {
+    name: random_documents(12, 20, vocabulary_size=VOCABULARY, seed=seed)
+    for seed, name in enumerate(("web", "code"), start=4)
+}
+"""The documents of the probe's corpora."""
 LAYOUTS = {
     "single": dict(),
     "dp2": dict(dp=2),
@@ -193,7 +199,11 @@ def probed(groups, folder):
     config.run.folder = str(folder)
     trainer = make_trainer(groups, config)
     materials = SimpleNamespace(
-        corpora=open_corpora([f"{folder}/c"], [f"{folder}/s"]), tokenizer=SimpleNamespace(piece=str)
+        corpora=open_corpora(
+            [f"{folder}/{name}" for name in PROBED],
+            [f"{folder}/{name}_scores" for name in PROBED],
+        ),
+        tokenizer=SimpleNamespace(piece=str),
     )
     probe, start, later = (
         Probe(config, materials, trainer),
@@ -204,7 +214,23 @@ def probed(groups, folder):
     train(groups, trainer, local_steps(groups, config, SyntheticColumns()))
     resumed = Probe(config, materials, trainer)
     resumed.load_state_dict(probe.state_dict())
+    of_other_text = Probe(config, materials, trainer)
+    of_other_text.load_state_dict({**probe.state_dict(), "text": "digest of other tokens"})
+    assert of_other_text.compare(later) == {}
     return first, (probe.compare(later), probe.view(later)), resumed.compare(later)
+
+
+def text_named_by(line):
+    """The tokens that a line of the token view names by corpus, first token and documents, as the corpus has them."""
+    documents = PROBED[Path(line["corpus"]).name]
+    starts = np.cumsum([0, *map(len, documents)])
+    text, places = [], [place for _, place in line["documents"]]
+    for (number, place), end in zip(line["documents"], [*places[1:], LENGTH], strict=True):
+        # The first document may be entered anywhere, the others at their beginning.
+        begin = line["first_token"] - starts[number] if place == 0 else 0
+        assert 0 <= begin < len(documents[number])
+        text += documents[number][begin : begin + end - place].tolist()
+    return text
 
 
 def online_and_stored(groups):
@@ -238,12 +264,11 @@ def online_and_stored(groups):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    write_corpus(
-        folder / "c",
-        random_documents(12, 20, vocabulary_size=VOCABULARY),
-        vocabulary_size=VOCABULARY,
-    )
-    write_scores(folder / "s", folder / "c", lambda offsets: 3.0 + np.sin(offsets))
+    for name, documents in PROBED.items():
+        write_corpus(folder / name, documents, vocabulary_size=VOCABULARY)
+        write_scores(
+            folder / f"{name}_scores", folder / name, lambda offsets: 3.0 + np.sin(offsets)
+        )
     return run_layouts_on_cpu(every_case, LAYOUTS, folder)
 
 
@@ -319,6 +344,9 @@ def test_the_probe_sees_whole_sequences_and_the_same_choice_in_every_layout(layo
         sets = []
         for lines, expected in ((seen, single[0][1]), (again, single[1][1])):
             assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+            assert [Path(line["corpus"]).name for line in lines] == list(PROBED)
+            for line in lines:
+                assert line["tokens"] == [str(token) for token in text_named_by(line)]
             excess = {
                 (row, i): loss - reference
                 for row, line in enumerate(lines)

@@ -90,7 +90,8 @@ def folders(tmp_path_factory):
     random = write_run(tmp_path / "random", scorer="random", losses=[4.0, 3.7, 3.55])
     view = {
         "corpus": "web",
-        "document": 3,
+        "first_token": 77,
+        "documents": [[1010, 0]],
         "tokens": ["for", " x<y", "\n"],
         "loss": [1.0, 2.0, 3.0],
         "reference_loss": [None, 1.0, 2.5],
@@ -140,7 +141,8 @@ def test_the_program_writes_one_file_with_the_numbers(pages):
         and "beware of &lt;i&gt;" in page
     )
     assert page.count("<figure>") == 9
-    assert " x&lt;y" in page and "1 of 3 tokens selected" in page
+    assert " x&lt;y" in page
+    assert "<b>web</b>, document 1010, from token 77 of the corpus: 1 of 3 tokens selected" in page
 
 
 def test_it_stands_alone(pages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,6 +47,19 @@ def test_documents_of_several_sequences(tmp_path):
     builder.finalize(str(tmp_path / "c.idx"))
     index = read_index(tmp_path / "c.idx")
     assert index.documents == 2 and index.document_starts_tokens().tolist() == [0, 3, 4]
+
+
+def test_the_document_of_a_token_is_the_one_that_inspect_corpus_shows(tmp_path):
+    """Documents of one sequence, some of them empty, and documents of several."""
+    lengths = np.array([3, 0, 40, 1, 0, 0, 25], np.int32)
+    with open(tmp_path / "c.idx", "wb") as stream:
+        write_index(stream, np.dtype(np.uint16), lengths)
+    index = read_index(tmp_path / "c.idx")
+    expected = np.repeat(np.arange(len(lengths)), lengths).tolist()
+    assert [index.document_at(offset) for offset in range(index.tokens)] == expected
+    joined = replace(index, document_indices=np.array([0, 3, 3, 7]))
+    expected = np.repeat([0, 2], [43, 26]).tolist()
+    assert [joined.document_at(offset) for offset in range(joined.tokens)] == expected
 
 
 def test_many_documents_cross_the_internal_pieces(tmp_path, monkeypatch):

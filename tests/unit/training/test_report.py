@@ -1,5 +1,6 @@
 """What the run says of an interval, to whom and how often."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,18 +17,22 @@ class Heard:
     """A sink that keeps what it is told."""
 
     def __init__(self):
-        self.messages = []
+        self.messages, self.records = [], []
+
+    def log(self, record, step):
+        self.records.append(record)
 
     def message(self, text, level):
         self.messages.append((text, level))
 
 
-def reporter_of(scorer, tmp_path):
+def reporter_of(scorer, tmp_path, corpora=()):
     config, _ = from_mapping(
         {"run": {"folder": str(tmp_path)}, "selection": {"scorer": scorer, "keep_fraction": 0.6}}
     )
-    groups = SimpleNamespace(is_logger=False, device=torch.device("cpu"))
-    reporter = Reporter(config, groups, None, resume_step=None, wandb_id="")
+    groups = SimpleNamespace(is_logger=False, world_rank=1, device=torch.device("cpu"))
+    materials = SimpleNamespace(corpora=[SimpleNamespace(prefix=prefix) for prefix in corpora])
+    reporter = Reporter(config, groups, materials, resume_step=None, wandb_id="")
     reporter.sink = Heard()
     return reporter
 
@@ -41,3 +46,17 @@ def test_a_run_that_ranks_tokens_is_told_once_that_its_reference_is_overtaken(
         reporter.think(OVERTAKEN, 0.6, build_scorer(scorer))
     told = [text for text, level in reporter.sink.messages if "overtaken the reference" in text]
     assert len(told) == warned
+
+
+def test_rates_by_corpus_bear_the_names_of_their_corpora(tmp_path):
+    reporter = reporter_of("random", tmp_path, ["data/web", "data/code", "data/books", "data/web"])
+    record = {"kind": "train", "selection/rate_by_corpus": [0.5, 0.7, math.nan, 0.6]}
+    reporter.log(record, 10)
+    assert reporter.sink.records == [
+        {
+            "kind": "train",
+            "selection/rate_by_corpus/data/web": 0.5,
+            "selection/rate_by_corpus/data/code": 0.7,
+            "selection/rate_by_corpus/data/web (2)": 0.6,
+        }
+    ]
