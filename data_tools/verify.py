@@ -50,6 +50,7 @@ class Findings:
     largest_id: int = -1
     smallest_id: int = 0
     closing_tokens: int = 0
+    documents_not_begun: int = 0
     documents_not_closed: int = 0
     first_not_closed: int = -1
     empty_documents: int = 0
@@ -103,12 +104,15 @@ def build_parser() -> Program:
     return parser
 
 
-def read_tokens(tokens: FileArray, index: CorpusIndex, eod_id: int) -> Findings:
-    """One pass over all tokens: id range, and whether documents end with `eod_id`."""
+def read_tokens(
+    tokens: FileArray, index: CorpusIndex, eod_id: int, bos_id: int | None = None
+) -> Findings:
+    """One pass over all tokens: id range, and whether documents begin with `bos_id` and end with `eod_id`."""
     findings = Findings()
     starts_tokens = index.document_starts_tokens()
     lengths_tokens = np.diff(starts_tokens)
     findings.empty_documents = int(np.count_nonzero(lengths_tokens == 0))
+    first_places = starts_tokens[:-1][lengths_tokens > 0]
     last_places = starts_tokens[1:][lengths_tokens > 0] - 1
     pieces = range(0, len(tokens), _PIECE_TOKENS)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
@@ -117,6 +121,9 @@ def read_tokens(tokens: FileArray, index: CorpusIndex, eod_id: int) -> Findings:
             findings.largest_id = max(findings.largest_id, int(piece.max()))
             findings.smallest_id = min(findings.smallest_id, int(piece.min()))
             findings.closing_tokens += int(np.count_nonzero(piece == eod_id))
+            low, high = np.searchsorted(first_places, (start, start + len(piece)))
+            begins = piece[first_places[low:high] - start]
+            findings.documents_not_begun += int(np.count_nonzero(begins != bos_id))
             low, high = np.searchsorted(last_places, (start, start + len(piece)))
             not_closed = low + np.flatnonzero(piece[last_places[low:high] - start] != eod_id)
             if len(not_closed) and not findings.documents_not_closed:
@@ -183,10 +190,13 @@ def decode_sample(
 
 
 def manifest_for_foreign(prefix: str, tokenizer: Tokenizer) -> CorpusManifest:
-    """A manifest for a .bin/.idx pair another tool wrote; whether documents are closed is read from the data."""
+    """A manifest for a .bin/.idx pair another tool wrote.
+
+    How documents begin and end is read from the data.
+    """
     index = read_index(f"{prefix}.idx")
     tokens = open_tokens(prefix, index)
-    findings = read_tokens(tokens, index, tokenizer.eod_id)
+    findings = read_tokens(tokens, index, tokenizer.eod_id, tokenizer.bos_id)
     return CorpusManifest(
         format_version=FORMAT_VERSION,
         documents=index.documents,
@@ -198,6 +208,7 @@ def manifest_for_foreign(prefix: str, tokenizer: Tokenizer) -> CorpusManifest:
         idx_sha256=sha256_of_file(f"{prefix}.idx"),
         tokenizer=tokenizer.entry,
         append_eod=findings.documents_not_closed == 0 and index.documents > 0,
+        prepend_bos=findings.documents_not_begun == 0 and index.documents > 0,
         sources=[{"input": "unknown"}],
         created_by={"program": "data_tools.verify", "version": __version__},
         rejected={"records": 0, "reasons": {}},

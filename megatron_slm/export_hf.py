@@ -93,7 +93,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"export_hf: {error}", file=sys.stderr)
         return 3
     print(f"exported step {info.step} of {folder} to {output}")
+    if tokenizer is not None:
+        _say_what_it_adds(tokenizer, info)
     return 0
+
+
+def _say_what_it_adds(tokenizer: Tokenizer, info: CheckpointInfo) -> None:
+    """Say what the exported tokenizer adds to a text, or that the checkpoint does not know."""
+    from megatron_slm.convert.begin_of_text import begin_token
+
+    prepend_bos = info.tokenizer.get("prepend_bos")
+    if prepend_bos is None:
+        print(
+            "export_hf: warning: the checkpoint does not say whether documents begin with the "
+            "begin-of-text token (its corpora differ in --prepend-bos, or it was not recorded), so "
+            "what the tokenizer adds to a text was left as it was",
+            file=sys.stderr,
+        )
+    elif prepend_bos:
+        print(f"the tokenizer begins texts with {begin_token(tokenizer)[0]}, as the corpora do")
+    else:
+        print("the tokenizer adds no begin or end token to a text, as in the corpora")
 
 
 def find_tokenizer(given: str, info: CheckpointInfo, folder: Path) -> Tokenizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_slm.checkpoint import folder as folders
 from megatron_slm.config.arguments import Program
+from megatron_slm.files.export_note import read_export_note
 from megatron_slm.tokenization import load_tokenizer
 
 DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE; safetensors) into a weights checkpoint of ours.
@@ -65,7 +66,24 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"imported {options.input} to {folder}; start from it with --checkpoint.initialize_from {options.output}"
     )
+    if _begins_texts(folders.read_checkpoint_info(folder).tokenizer):
+        print(
+            "its tokenizer begins every text with a begin-of-text token: to go on as the model was "
+            "trained, make the corpora with --prepend-bos"
+        )
     return 0
+
+
+def _begins_texts(tokenizer: dict) -> bool:
+    """Whether the model's own tokenizer begins texts with a token.
+
+    A SentencePiece file does not say so itself; the note in an export of ours does.
+    """
+    from megatron_slm.convert.begin_of_text import begins_texts
+
+    if tokenizer["prepend_bos"] is None and tokenizer["kind"] == "huggingface":
+        return bool(begins_texts(Path(tokenizer["path"]).read_text(encoding="utf-8")))
+    return bool(tokenizer["prepend_bos"])
 
 
 def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: str = "") -> Path:
@@ -86,10 +104,11 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
 
     geometry = Geometry.from_model(model)
     state = FromHuggingface(SafetensorsFolder(source), geometry)
+    note = None if tokenizer_path else read_export_note(source)
     info = folders.CheckpointInfo(
         model=folders.describe_model(model, model.vocabulary_size),
         sequence_length=sequence_length,
-        tokenizer=tokenizer.entry,
+        tokenizer={**tokenizer.entry, "prepend_bos": note and note["prepend_bos"]},
         step=0,
         tokens_processed=0,
         precision=dtype,

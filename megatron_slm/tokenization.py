@@ -13,6 +13,8 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
+from megatron_slm.files.export_note import read_export_note
+
 # megatron-core's writer takes uint16 below this and int32 from here on (DType.optimal_dtype), although its fast-load path
 # assumes uint16 up to 65536. Following the writer, and recording the dtype in the manifest, keeps 65500..65536 unambiguous.
 UINT16_VOCABULARY_LIMIT = 65_500
@@ -180,6 +182,8 @@ def _brief(value: Any) -> str:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one of them.
 
+    Of a folder that export_hf wrote, it is the file that the model's corpora were made with.
+
     Raises ValueError with a sentence when the file is missing, is neither kind, or has no token that can end a document.
     """
     path = _resolve(Path(path))
@@ -191,6 +195,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _resolve(path: Path) -> Path:
     if path.is_dir():
+        note = read_export_note(path)
+        if note is not None:
+            return path / note["tokenizer_file"]
         found = [path / "tokenizer.json", path / "tokenizer.model", *sorted(path.glob("*.model"))]
         for candidate in found:
             if candidate.is_file():

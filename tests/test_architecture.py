@@ -55,6 +55,7 @@ WITHOUT_TORCH = (
     "data/manifest.py",
     "tokenization.py",
     "checkpoint/folder.py",
+    "checkpoint/architecture.py",
     "training/stop_signals.py",
 )
 REGISTRIES = {"selection/scorers.py": {"SCORERS"}}

@@ -31,7 +31,10 @@ class CheckpointInfo:
     """Fields of ModelConfig, with the true vocabulary_size."""
     sequence_length: int
     tokenizer: dict
-    """path, fingerprint, vocabulary_size, and what else the tokenizer's manifest says."""
+    """path, fingerprint, vocabulary_size, and what else the corpora's manifests say of it.
+
+    prepend_bos: whether their documents begin with the begin token; None, or absent in an older
+    checkpoint, when they differ or it is not known."""
     step: int
     tokens_processed: int
     precision: str = "fp32"

@@ -5,9 +5,10 @@ PreTrainedTokenizerFast, which runs tokenizer.json as it stands. The ids are com
 """
 
 import json
-import shutil
 from pathlib import Path
 
+from megatron_slm.convert.begin_of_text import begin_token, with_beginning
+from megatron_slm.files.export_note import write_export_note
 from megatron_slm.tokenization import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space so
@@ -45,40 +46,56 @@ AWKWARD_TEXTS = (
 )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, sequence_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json (and the SentencePiece model itself, for programs that read it) into `folder`.
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, sequence_length: int, *, prepend_bos: bool | None = None
+) -> None:
+    """Write the vocabulary into `folder` for transformers, and the file the corpora were made with.
 
-    No begin or end token is added on encoding: corpora are made so. ValueError when the vocabulary cannot be expressed exactly.
+    On encoding it adds what preprocessing added: the begin token where `prepend_bos` says so, and
+    no end token. None, where that is not known, leaves a tokenizer.json as it is and gives a
+    SentencePiece model no begin token. ValueError: the vocabulary cannot be expressed exactly.
     """
+    original = tokenizer.path.read_bytes()
     if tokenizer.kind == "huggingface":
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
-        names = _copied_config(tokenizer)
+        content, kept, settings = original.decode(), "tokenizer.json", _settings_beside(tokenizer)
     else:
-        rewritten = from_sentencepiece(tokenizer)
-        check_same_ids(rewritten, tokenizer)
-        rewritten.save(str(folder / "tokenizer.json"))
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-        names = _special_names(tokenizer)
-    settings = {
+        content, kept, settings = _rewritten(tokenizer), "tokenizer.model", {}
+    if prepend_bos is not None:
+        content = with_beginning(content, begin_token(tokenizer) if prepend_bos else None)
+    if prepend_bos is not None or tokenizer.kind == "sentencepiece":
+        settings |= {"add_bos_token": bool(prepend_bos), "add_eos_token": False}
+    if kept == "tokenizer.json" and content.encode() != original:
+        kept = "corpus_tokenizer.json"
+    (folder / kept).write_bytes(original)
+    (folder / "tokenizer.json").write_bytes(content.encode())
+    fixed = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": sequence_length,
         "clean_up_tokenization_spaces": False,
     }
-    if tokenizer.kind == "sentencepiece":
-        settings |= {"add_bos_token": False, "add_eos_token": False}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings | names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    _write_json(folder / "tokenizer_config.json", _special_names(tokenizer, settings) | fixed)
+    write_export_note(folder, kept, prepend_bos)
 
 
-def _copied_config(tokenizer: Tokenizer) -> dict:
+def _rewritten(tokenizer: Tokenizer) -> str:
+    """A SentencePiece model as the text of a tokenizer.json."""
+    fast = from_sentencepiece(tokenizer)
+    check_same_ids(fast, tokenizer)
+    return fast.to_str(pretty=True)
+
+
+def _settings_beside(tokenizer: Tokenizer) -> dict:
+    """The tokenizer_config.json that lies beside a tokenizer.json, if one does."""
     beside = tokenizer.path.with_name("tokenizer_config.json")
-    settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    names = {name: text for name, text in _special_names(tokenizer).items() if name not in settings}
-    return settings | names
+    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
 
 
-def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _special_names(tokenizer: Tokenizer, settings: dict) -> dict:
+    """`settings` with the special tokens of `tokenizer`; an entry that says the same stays."""
     ids = {
         "bos_token": tokenizer.bos_id,
         "eos_token": tokenizer.eos_id,
@@ -90,7 +107,15 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
         if tokenizer.kind == "sentencepiece"
         else tokenizer.backend.id_to_token
     )
-    return {name: name_of(token_id) for name, token_id in ids.items() if token_id is not None}
+    named = {name: name_of(token_id) for name, token_id in ids.items() if token_id is not None}
+    return settings | {
+        name: text for name, text in named.items() if _content(settings.get(name)) != text
+    }
+
+
+def _content(entry) -> str | None:
+    """The text of a special token in tokenizer_config.json, which is a string or a mapping."""
+    return entry.get("content") if isinstance(entry, dict) else entry
 
 
 def from_sentencepiece(tokenizer: Tokenizer):

@@ -48,7 +48,9 @@ def export(
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     if tokenizer is not None:
-        write_tokenizer(tokenizer, writing, info.sequence_length)
+        write_tokenizer(
+            tokenizer, writing, info.sequence_length, prepend_bos=info.tokenizer.get("prepend_bos")
+        )
     tensors = (
         (name, tensor.to(DTYPES[dtype]))
         for name, tensor in to_huggingface(state, Geometry.from_model(model))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Mapping
@@ -134,6 +135,12 @@ class CorpusManifest:
 
     def to_json(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint, **asdict(self)}
+
+
+def tokenizer_of(manifests: Sequence[CorpusManifest]) -> dict[str, Any]:
+    """What corpora of one tokenizer say of it, and of prepend_bos: None when they differ in it."""
+    answers = {manifest.prepend_bos for manifest in manifests}
+    return {**manifests[0].tokenizer, "prepend_bos": answers.pop() if len(answers) == 1 else None}
 
 
 def manifest_path(prefix: str | Path) -> Path:

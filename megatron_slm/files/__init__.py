@@ -1,1 +1,1 @@
-"""Files that survive kills and have one writer: atomic.py writes a file whole or not at all, folder_lock.py keeps a second writer out. No torch."""
+"""Files that survive kills and have one writer: atomic.py writes a file whole or not at all, folder_lock.py keeps a second writer out. export_note.py: what an export says of its tokenizer. No torch."""

@@ -16,6 +16,7 @@ from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.load import load_yaml, to_mapping, to_yaml
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batch import slice_for_context_parallel
+from megatron_slm.data.manifest import tokenizer_of
 from megatron_slm.model.build import build_model
 from megatron_slm.model.optimizer import (
     build_optimizer,
@@ -284,7 +285,7 @@ class Run:
 
     def _save(self, with_optimizer: bool) -> None:
         model = describe_model(self.config.model, self.materials.vocabulary_size)
-        tokenizer = self.materials.corpora[0].manifest.tokenizer
+        tokenizer = tokenizer_of([corpus.manifest for corpus in self.materials.corpora])
         optimizer = self.trainer.optimizer if with_optimizer else None
         # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.
         told = [

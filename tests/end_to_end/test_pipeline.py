@@ -157,6 +157,14 @@ def chain(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def reference_hf(chain) -> Path:
+    """The reference as a Hugging Face folder."""
+    run, output = chain / "reference", chain / "reference_hf"
+    program("megatron_slm.export_hf", "--checkpoint", run, "--output", output)
+    return output
+
+
 def records(run: Path, kind: str) -> list[dict]:
     return [
         record
@@ -193,25 +201,18 @@ def test_run_folder_stands_alone(chain):
     assert "torch 2.13.0" in (run / "versions.txt").read_text()
 
 
-def test_scores_are_the_references_own_losses(chain):
+def test_scores_are_the_references_own_losses(chain, reference_hf):
     """Every stored score of the first window (tokens 1 to 63), against plain torch on the exported reference."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    program(
-        "megatron_slm.export_hf",
-        "--checkpoint",
-        chain / "reference",
-        "--output",
-        chain / "reference_hf",
-    )
     manifest = check_corpus(chain / "corpus")
     tokens = torch.from_numpy(
         np.fromfile(chain / "corpus.bin", manifest.token_dtype)[:64].astype(np.int64)
     )
     stored = np.fromfile(chain / "scores" / "loss.bin", np.float16)
     assert len(stored) == manifest.tokens and np.isnan(stored[0])
-    logits = AutoModelForCausalLM.from_pretrained(chain / "reference_hf", dtype=torch.float32)(
+    logits = AutoModelForCausalLM.from_pretrained(reference_hf, dtype=torch.float32)(
         tokens[None, :-1]
     ).logits[0]
     expected = (
@@ -223,7 +224,10 @@ def test_scores_are_the_references_own_losses(chain):
 
 
 def test_export_has_our_logits(chain):
-    program("megatron_slm.export_hf", "--checkpoint", chain / "slm", "--output", chain / "hf")
+    done = program(
+        "megatron_slm.export_hf", "--checkpoint", chain / "slm", "--output", chain / "hf"
+    )
+    assert "adds no begin or end token to a text, as in the corpora" in done.stdout
     done = program(
         "megatron_slm.check_export",
         "--checkpoint",
@@ -234,6 +238,25 @@ def test_export_has_our_logits(chain):
         chain / "held_out",
     )
     assert "logits agree" in done.stdout
+
+
+def test_our_export_imported_again_prices_tokens_as_the_reference_did(chain, reference_hf):
+    """Its tokenizer is known as the corpus's, although the export holds it in another form."""
+    program("megatron_slm.import_hf", "--input", reference_hf, "--output", chain / "again")
+    program(
+        "megatron_slm.score",
+        "--checkpoint",
+        chain / "again",
+        "--corpus",
+        chain / "corpus",
+        "--output",
+        chain / "again_scores",
+    )
+    first, again = (
+        np.fromfile(chain / folder / "loss.bin", np.float16).astype(np.float32)
+        for folder in ("scores", "again_scores")
+    )
+    np.testing.assert_allclose(again, first, atol=5e-3)
 
 
 def test_report_is_one_page(chain):

@@ -1,6 +1,7 @@
 """Whole folders: checkpoints of real megatron-core layouts out to Hugging Face and its models in, compared by logits."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from megatron_slm.checkpoint.folder import (
     read_checkpoint_info,
     resolve_checkpoint,
 )
+from megatron_slm.config.architecture import differences
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_slm.convert.huggingface import SafetensorsFolder, export, write_safetensors
 from megatron_slm.convert.stored_state import FullState, read_full_state
 from megatron_slm.testing.spawn import run_on_cpu
+from megatron_slm.tokenization import load_tokenizer
 from megatron_slm import export_hf, import_hf
 
 # B = 2 sequences, S = 24 tokens, V = 101 of 128 embedding rows.
@@ -180,6 +183,22 @@ def runs(tmp_path_factory):
     return folder, run_on_cpu(save_and_run, str(folder), tp=2)[0]
 
 
+def small_sentencepiece_model() -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e f g h ab ba abc"] * 20),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
 def small_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models
 
@@ -245,6 +264,42 @@ def test_the_layout_of_the_checkpoint_does_not_matter(runs, tmp_path, variant, l
         assert torch.equal(before[name], after[name]), name
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_our_own_export_comes_back_as_the_same_model(runs, tmp_path, variant, capsys):
+    """With the tokenizer of its corpora, although the export holds another form of it."""
+    folder, _ = runs
+    vocabulary = tmp_path / "t.model"
+    vocabulary.write_bytes(small_sentencepiece_model())
+    export_it = ["--checkpoint", str(folder / variant), "--output", str(tmp_path / "export")]
+    assert export_hf.main([*export_it, "--tokenizer", str(vocabulary)]) == 0
+    assert "does not say whether documents begin" in capsys.readouterr().err
+    import_it = ["--input", str(tmp_path / "export"), "--output", str(tmp_path / "back")]
+    assert import_hf.main(import_it) == 0
+    before, after = read_checkpoint_info(folder / variant), read_checkpoint_info(tmp_path / "back")
+    assert not differences(before.model_config(), after.model_config())
+    assert after.sequence_length == before.sequence_length
+    assert after.tokenizer["fingerprint"] == load_tokenizer(vocabulary).fingerprint
+    states = [
+        read_full_state(resolve_checkpoint(run)) for run in (folder / variant, tmp_path / "back")
+    ]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor[:101], states[1][name][:101]), name
+
+
+def test_an_import_says_how_its_corpora_are_begun(runs, tmp_path, capsys):
+    from tokenizers import Tokenizer, processors
+
+    source = tmp_path / "peer"
+    shutil.copytree(runs[0] / "peer_qwen2", source)
+    fast = Tokenizer.from_file(str(source / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 1)]
+    )
+    fast.save(str(source / "tokenizer.json"))
+    assert import_hf.main(["--input", str(source), "--output", str(tmp_path / "imported")]) == 0
+    assert "make the corpora with --prepend-bos" in capsys.readouterr().out
+
+
 def test_export_is_written_whole_or_not_at_all(runs, tmp_path, capsys):
     folder, _ = runs
     run, output = str(folder / "Qwen3ForCausalLM"), tmp_path / "export"
@@ -289,8 +344,6 @@ def test_large_models_are_sharded_with_an_index(tmp_path):
 
 
 def test_a_damaged_or_unfinished_checkpoint_is_a_sentence(runs, tmp_path, capsys):
-    import shutil
-
     source = resolve_checkpoint(runs[0] / "LlamaForCausalLM")
     copy = tmp_path / "checkpoints" / source.name
     shutil.copytree(source, copy)

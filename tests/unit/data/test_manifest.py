@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,22 @@ from megatron_slm.data.manifest import (
     CorpusManifest,
     check_corpus,
     sha256_of_file,
+    tokenizer_of,
 )
 from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, write_corpus
+
+
+def test_corpora_agree_on_how_their_documents_begin_or_nobody_knows(prefix):
+    """What an export goes by: one answer for all of a run's corpora, or none."""
+    plain = CorpusManifest.read(prefix)
+    begun = replace(plain, prepend_bos=True)
+    answers = [
+        tokenizer_of(blend)["prepend_bos"]
+        for blend in ([plain, plain], [begun, begun], [plain, begun])
+    ]
+    assert answers == [False, True, None]
+    assert tokenizer_of([plain])["fingerprint"] == "sha256:aa"
 
 
 @pytest.fixture

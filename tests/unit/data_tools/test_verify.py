@@ -13,6 +13,7 @@ from data_tools.preprocess import main as preprocess
 from data_tools.verify import main
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import CorpusManifest, sha256_of_file
+from megatron_slm.tokenization import load_tokenizer
 
 
 @pytest.fixture
@@ -96,8 +97,14 @@ def test_manifest_for_a_corpus_of_another_tool(tmp_path, vocabulary, capsys):
     assert "--write-manifest" in capsys.readouterr().err
     assert main([str(tmp_path / "m"), "--write-manifest"]) == 3
     assert main([str(tmp_path / "m"), "--write-manifest", "--tokenizer", str(vocabulary)]) == 0
-    assert CorpusManifest.read(tmp_path / "m").append_eod
+    made = CorpusManifest.read(tmp_path / "m")
+    assert made.append_eod and not made.prepend_bos
     assert main([str(tmp_path / "m")]) == 0
+    bos_id = load_tokenizer(vocabulary).bos_id
+    np.array([bos_id, 6, 2, bos_id, 2], "<u2").tofile(tmp_path / "m.bin")
+    os.unlink(tmp_path / "m.manifest.json")
+    assert main([str(tmp_path / "m"), "--write-manifest", "--tokenizer", str(vocabulary)]) == 0
+    assert CorpusManifest.read(tmp_path / "m").prepend_bos
     np.array([5, 6, 2, 9999, 2], "<u2").tofile(tmp_path / "m.bin")
     os.unlink(tmp_path / "m.manifest.json")
     assert main([str(tmp_path / "m"), "--write-manifest", "--tokenizer", str(vocabulary)]) == 3
