@@ -1,12 +1,13 @@
 """Metrics of a run: record sums and counts (metrics.py), time steps (throughput.py), write them (sinks.py and friends).
 
-run_status.py says in one small file whether a run is running, done, stopped or failed; it needs no torch.
+loss_spikes.py is the alarm for a loss that jumps; run_status.py says in one small file whether a run is running, done, stopped or failed; it needs no torch.
 """
 
 from importlib import import_module
 
 MODULES = {
     "ConsoleSink": "console",
+    "LossSpikes": "loss_spikes",
     "Metrics": "metrics",
     "JsonlSink": "sinks",
     "MultiSink": "sinks",

@@ -87,6 +87,10 @@ def _tell_of_failure(error: BaseException, exit_code: int, config: Config, group
         return
     sentence = _words(error)
     if not together and groups.world_size > 1:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            sentence = (
+                f"lost another process of the job, which was killed or failed first ({sentence})"
+            )
         sentence = f"process {groups.world_rank} on {socket.gethostname()} failed: {sentence}"
     step = run.step if run is not None else 0
     status = run_status.end(config.run.folder, "failed", sentence, step=step, exit_code=exit_code)

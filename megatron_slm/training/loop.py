@@ -26,7 +26,13 @@ from megatron_slm.model.optimizer import (
     wrap_data_parallel,
 )
 from megatron_slm.model.router import summarise_routing
-from megatron_slm.monitoring import Metrics, Throughput, model_flops_per_token, wandb_run_id
+from megatron_slm.monitoring import (
+    LossSpikes,
+    Metrics,
+    Throughput,
+    model_flops_per_token,
+    wandb_run_id,
+)
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Progress
 from megatron_slm.selection.diagnostics import summarise
@@ -75,6 +81,7 @@ class Run:
         }
         self.probe = Probe(config, materials, self.trainer)
         self.metrics = Metrics(groups.device)
+        self.loss_spikes = LossSpikes()
         self.validated: tuple[int, dict[str, float]] = (
             0,
             {},
@@ -255,11 +262,10 @@ class Run:
             },
             self.step,
         )
-        self.reporter.think(
-            summary,
-            self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens),
-            self.trainer.chooser.scorer,
-        )
+        keep_fraction = self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens)
+        self.reporter.think(summary, keep_fraction, self.trainer.chooser.scorer)
+        if spike := self.loss_spikes.look(summary, keep_fraction, self.step):
+            self.reporter.message(spike, "warning")
 
     def _summarise(self, reduced: dict) -> dict:
         return {
@@ -294,6 +300,7 @@ class Run:
                 "tokens_selected": self.tokens_selected,
                 "selection": self.trainer.chooser.state_dict(),
                 "probe": self.probe.state_dict(),
+                "loss_spikes": self.loss_spikes.state_dict(),
             },
             self.validated[1] if self.validated[0] == self.step else {},
         ]
@@ -334,6 +341,9 @@ class Run:
             self.metrics.load_state_dict(state["metrics"])
             self.tokens_selected = state["tokens_selected"]
             self.probe.load_state_dict(state["probe"])
+            self.loss_spikes.load_state_dict(
+                state.get("loss_spikes", {})
+            )  # absent before there was this alarm
         self.wandb_id = state["wandb_id"]
 
     def _agreed_wandb_id(self) -> str:
