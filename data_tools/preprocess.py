@@ -10,6 +10,7 @@ whatever the number of workers. One document of the input is one document of the
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -178,8 +179,8 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
         problems.append(
             f"--max-characters {arguments.max_characters} is below --min-characters {arguments.min_characters}"
         )
-    if arguments.save_every_seconds < 0:
-        problems.append(f"--save-every-seconds {arguments.save_every_seconds}: cannot be negative")
+    if not 0 <= arguments.save_every_seconds < math.inf:
+        problems.append(f"--save-every-seconds {arguments.save_every_seconds}: at least 0")
     if arguments.shard and "-" in arguments.input:
         problems.append(
             "--shard: standard input cannot be cut into shards; write it to a file first"

@@ -25,7 +25,8 @@ from rich.progress import Progress
 from data_tools.corpus_files import CorpusCopy
 from data_tools.split_scores import carry_scores, open_scores
 from megatron_slm import __version__
-from megatron_slm.config.arguments import Program
+from megatron_slm.config.arguments import Program, number_in
+from megatron_slm.config.ranges import Count
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
@@ -51,7 +52,7 @@ def build_parser() -> Program:
     parser.add_argument(
         "--output-prefix", required=True, metavar="D", help="writes D_train and D_held_out"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=number_in(Count), default=0, help="default: %(default)s")
     parser.add_argument(
         "--scores",
         nargs="+",

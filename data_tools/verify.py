@@ -28,7 +28,8 @@ from rich.progress import Progress
 from data_tools import score_checks
 from data_tools.documents import DataError
 from megatron_slm import __version__
-from megatron_slm.config.arguments import Program
+from megatron_slm.config.arguments import Program, number_in
+from megatron_slm.config.ranges import Count, NotNegative
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import (
@@ -72,7 +73,7 @@ def build_parser() -> Program:
     )
     parser.add_argument(
         "--sample-documents",
-        type=int,
+        type=number_in(Count),
         default=3,
         metavar="N",
         help="how many to decode (default: %(default)s)",
@@ -85,7 +86,7 @@ def build_parser() -> Program:
     )
     parser.add_argument(
         "--rescore",
-        type=int,
+        type=number_in(Count),
         default=0,
         metavar="N",
         help="with --scores: price N random windows again and compare",
@@ -97,7 +98,7 @@ def build_parser() -> Program:
     )
     parser.add_argument(
         "--rescore-tolerance-nats",
-        type=float,
+        type=number_in(NotNegative),
         default=0.05,
         help="largest difference allowed (default: %(default)s)",
     )
@@ -289,9 +290,6 @@ def verify_scores(
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.sample_documents < 0:
-        print("verify: --sample-documents cannot be negative", file=sys.stderr)
-        return 2
     if arguments.rescore and not (arguments.scores and arguments.reference):
         print(
             "verify: --rescore needs --scores S and --reference RUN, the model that made them",

@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_slm.config.arguments import Program
+from megatron_slm.config.arguments import Program, number_in
+from megatron_slm.config.ranges import Positive, Size
 
 DESCRIPTION = """Compare the logits of a checkpoint with those of its Hugging Face export, position by position, in fp32.
 
@@ -27,10 +28,12 @@ def build_parser() -> Program:
     )
     parser.add_argument("--export", required=True, help="folder that export_hf wrote")
     parser.add_argument("--corpus", required=True, help="prefix of a corpus to take text from")
-    parser.add_argument("--sequences", type=int, default=4, help="sequences compared (default: 4)")
+    parser.add_argument(
+        "--sequences", type=number_in(Size), default=4, help="sequences compared (default: 4)"
+    )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number_in(Positive),
         default=1e-3,
         help="largest allowed difference of a logit (default: 1e-3)",
     )

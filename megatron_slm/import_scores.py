@@ -5,7 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_slm.config.arguments import Program
+from megatron_slm.config.arguments import Program, number_in
+from megatron_slm.config.ranges import Count, Size
 from megatron_slm.data.manifest import CorpusManifest, check_corpus, sha256_of_file
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
@@ -62,10 +63,16 @@ def build_parser() -> Program:
         "context the tokens were (or will be) scored in; kept in the manifest, compared with training"
     )
     context.add_argument(
-        "--window-tokens", type=int, required=True, help="tokens the reference reads at once"
+        "--window-tokens",
+        type=number_in(Size),
+        required=True,
+        help="tokens the reference reads at once",
     )
     context.add_argument(
-        "--stride-tokens", type=int, default=0, help="new tokens per window (default: the window)"
+        "--stride-tokens",
+        type=number_in(Count),
+        default=0,
+        help="new tokens per window (default: the window)",
     )
     context.add_argument(
         "--document-policy",
@@ -83,7 +90,7 @@ def build_parser() -> Program:
     )
     stored.add_argument(
         "--shard-tokens",
-        type=int,
+        type=number_in(Count),
         default=0,
         help="tokens per shard (default: at least 262,144, at most 4096 shards)",
     )
@@ -102,7 +109,7 @@ def build_parser() -> Program:
     )
     model.add_argument(
         "--micro-batch-size",
-        type=int,
+        type=number_in(Size),
         default=1,
         help="windows per forward pass (default: %(default)s)",
     )

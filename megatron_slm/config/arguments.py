@@ -1,10 +1,25 @@
 """The argument parser of the programs that have options of their own."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from megatron_slm import __version__
+from megatron_slm.config.help import values_of
 from megatron_slm.config.nearest import did_you_mean, nearest
+from megatron_slm.config.ranges import range_of
+from megatron_slm.config.values import UNREADABLE, convert
+
+
+def number_in(hint) -> Callable[[str], int | float]:
+    """What argparse reads an option with, from an annotation with a range: type=number_in(Count)."""
+
+    def read(text: str) -> int | float:
+        value = convert(text, hint, "", [])
+        if value is UNREADABLE or value not in range_of(hint):
+            raise argparse.ArgumentTypeError(f"got {text}; expected {values_of(hint)}")
+        return value
+
+    return read
 
 
 class Program(argparse.ArgumentParser):

@@ -67,6 +67,25 @@ FAULTS = [
         3,
         "nowhere",
     ),
+    ("data_tools.verify", "c --rescore-tolerance-nats nan".split(), 2, "got nan; expected number"),
+    (
+        "data_tools.preprocess",
+        "--input n --tokenizer t --output-prefix o --save-every-seconds nan".split(),
+        2,
+        "--save-every-seconds nan",
+    ),
+    (
+        "megatron_slm.check_export",
+        "--checkpoint c --export e --corpus c --sequences 0".split(),
+        2,
+        "got 0; expected whole number, at least 1",
+    ),
+    (
+        "megatron_slm.import_scores",
+        "--corpus c --output s --jsonl j --window-tokens 0".split(),
+        2,
+        "got 0; expected whole number, at least 1",
+    ),
     ("megatron_slm.import_hf", "--input nowhere --output runs/n".split(), 3, "nowhere"),
     (
         "megatron_slm.check_export",
