@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import differing_settings, take_architecture
@@ -183,9 +182,10 @@ def _start_problems(config, vocabulary_size: int) -> list[str]:
         return []
     try:
         return differing_settings(
-            replace(config, run=replace(config.run, folder="")),  # the start, not a resumed run
+            config,
             vocabulary_size,
             load_tokenizer(tokenizer) if tokenizer.is_file() else None,
+            resumable=False,  # it is asked how the run would start
         )
     except ValueError as error:
         return [str(error)]

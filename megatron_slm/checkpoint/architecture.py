@@ -12,9 +12,9 @@ from megatron_slm.checkpoint.folder import (
     complete_checkpoints,
     read_checkpoint_info,
 )
-from megatron_slm.config.architecture import ARCHITECTURE, Difference, differences, written
+from megatron_slm.config.architecture import ARCHITECTURE, ROPE, Difference, differences, written
 from megatron_slm.config.load import from_mapping
-from megatron_slm.config.schema import Config, RunConfig
+from megatron_slm.config.schema import Config
 from megatron_slm.tokenization import Tokenizer, tokenizer_differences
 
 
@@ -29,6 +29,8 @@ class _Origin:
     """What can be done instead of changing a setting."""
     has_weights: bool = True
     """Whether weights are taken too: they belong to a tokenizer."""
+    is_start: bool = True
+    """Whether the run only starts from it: checkpoint.allow_other_rope is about a start."""
 
 
 def take_architecture(values: dict) -> list[str]:
@@ -41,10 +43,10 @@ def take_architecture(values: dict) -> list[str]:
     path = given.get("from_checkpoint") if isinstance(given, Mapping) else None
     if not isinstance(path, str) or not path:
         return []
-    run = values.get("run")
-    folder = run.get("folder", RunConfig.folder) if isinstance(run, Mapping) else RunConfig.folder
+    sections = {name: values.get(name) for name in ("run", "checkpoint")}
+    others, _ = from_mapping({name: value for name, value in sections.items() if value is not None})
     try:
-        theirs = _architecture_source(path, folder).model_config()
+        theirs = _architecture_source(path, others.run.folder).model_config()
     except ValueError as error:
         return [f"model.from_checkpoint: {error}"]
     # 0 means the tokenizer's size, not known yet; it is compared when the tokenizer is opened.
@@ -58,22 +60,22 @@ def take_architecture(values: dict) -> list[str]:
         f"model.{each.field}: got {written(each.configuration)}, but model.from_checkpoint "
         f"({path}) has {written(each.checkpoint)}; leave one of the two settings out"
         for each in differences(theirs, config.model)
-        if each.field in chosen
+        if each.field in chosen - _allowed(others)
         and not any(problem.startswith(f"model.{each.field}:") for problem in unreadable)
     ]
 
 
 def differing_settings(
-    config: Config, vocabulary_size: int, tokenizer: Tokenizer | None
+    config: Config, vocabulary_size: int, tokenizer: Tokenizer | None, *, resumable: bool = True
 ) -> list[str]:
     """What differs from the checkpoint that this run's weights come from, one sentence each.
 
-    That is the newest of its own, else checkpoint.initialize_from. `vocabulary_size` is the run's
-    true one; 0, like None for `tokenizer`, where it is not known. ValueError: a checkpoint cannot
-    be read.
+    That is the newest of its own (unless `resumable` is off), else checkpoint.initialize_from.
+    `vocabulary_size` is the run's true one; 0, like None for `tokenizer`, where it is not known.
+    ValueError: a checkpoint cannot be read.
     """
     problems = []
-    for origin in _origins(config):
+    for origin in _origins(config, _own_checkpoint(config.run.folder) if resumable else None):
         try:
             theirs = origin.info.model_config()
         except ValueError as error:
@@ -82,23 +84,40 @@ def differing_settings(
         problems += [
             f"{origin.words} has model.{each.field} {written(each.checkpoint)}, "
             f"this configuration {_ours(each, config)}; "
-            f"{_remedy(each, tokenizer)}{origin.otherwise}"
+            f"{_remedy(each, tokenizer, origin.is_start)}{origin.otherwise}"
             for each in differences(theirs, ours)
+            if not (origin.is_start and each.field in _allowed(config))
         ]
         if origin.has_weights and tokenizer is not None:
             problems += _tokenizer_problems(origin, tokenizer)
     return problems
 
 
-def _origins(config: Config) -> Iterator[_Origin]:
+def allowed_differences(config: Config) -> list[str]:
+    """What checkpoint.allow_other_rope lets differ where a run starts, one phrase each."""
+    start = config.checkpoint.initialize_from
+    if not start or not _allowed(config) or _own_checkpoint(config.run.folder) is not None:
+        return []
+    return [
+        f"model.{each.field} {written(each.configuration)}, in {start} {written(each.checkpoint)}"
+        for each in differences(read_checkpoint_info(start).model_config(), config.model)
+        if each.field in _allowed(config)
+    ]
+
+
+def _allowed(config: Config) -> frozenset[str]:
+    return frozenset(ROPE) if config.checkpoint.allow_other_rope else frozenset()
+
+
+def _origins(config: Config, own: CheckpointInfo | None) -> Iterator[_Origin]:
     """The checkpoints that bind this configuration. ValueError names one that cannot be read."""
-    own = _own_checkpoint(config.run.folder)
     start, architecture = config.checkpoint.initialize_from, config.model.from_checkpoint
     if own is not None:
         yield _Origin(
             f"the checkpoint that run.folder {config.run.folder} resumes from",
             own,
             otherwise=", or give another run.folder",
+            is_start=False,
         )
     elif start:
         try:
@@ -142,12 +161,15 @@ def _ours(difference: Difference, config: Config) -> str:
     return written(difference.configuration) + (" (the tokenizer has so many)" if counted else "")
 
 
-def _remedy(difference: Difference, tokenizer: Tokenizer | None) -> str:
+def _remedy(difference: Difference, tokenizer: Tokenizer | None, is_start: bool) -> str:
     if difference.field == "vocabulary_size" and tokenizer is not None:
         ids = tokenizer.vocabulary_size
         if difference.checkpoint < ids:
             return f"{tokenizer.path} has {ids} ids: use the tokenizer of the checkpoint"
-    return f"set model.{difference.field} to {written(difference.checkpoint)}"
+    remedy = f"set model.{difference.field} to {written(difference.checkpoint)}"
+    if is_start and difference.field in ROPE:
+        remedy += " (on purpose: checkpoint.allow_other_rope)"
+    return remedy
 
 
 def _tokenizer_problems(origin: _Origin, tokenizer: Tokenizer) -> list[str]:

@@ -21,6 +21,7 @@ ROPE_SCALING = {
     ),
 }
 """The fields that each kind of scaling reads."""
+ROPE = ("rope_base", "rope_scaling", *ROPE_SCALING["llama3"])
 EXPERTS = ("experts_per_token", "renormalize_experts")
 """The fields that a mixture of experts reads, beside the number of experts."""
 ARCHITECTURE = (
@@ -31,9 +32,7 @@ ARCHITECTURE = (
     "query_groups",
     "head_size",
     "vocabulary_size",
-    "rope_base",
-    "rope_scaling",
-    *ROPE_SCALING["llama3"],
+    *ROPE,
     "norm_epsilon",
     "tied_embeddings",
     "qkv_bias",

@@ -282,6 +282,9 @@ class CheckpointConfig:
     """Checkpoint whose weights (only) start this run, as for continual pretraining; ignored when
     the run folder has its own checkpoint. A model or tokenizer that differs from the checkpoint's
     is refused; model.from_checkpoint takes the model from it."""
+    allow_other_rope: bool = False
+    """Start although the rotary embedding (model.rope_*) is not that of initialize_from, as for
+    longer sequences; what differs is said when the run starts. Everything else must be the same."""
     save_optimizer: bool = True
     """Save optimizer state; without it a checkpoint cannot be resumed, only used as weights. One made because the run is asked to stop always has it."""
     asynchronous: bool = False

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_slm import device as device_room
+from megatron_slm.checkpoint.architecture import allowed_differences
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.schema import Config
 from megatron_slm.parallel import Groups
@@ -102,9 +103,13 @@ def layout_rows(config: Config, dp_size: int) -> list[tuple[str, str, str]]:
 
 
 def _origin_words(config: Config) -> dict[str, str]:
-    """Where the architecture comes from, when it is not written in the configuration."""
-    source = config.model.from_checkpoint
-    return {"architecture": f"that of {source} (model.from_checkpoint)"} if source else {}
+    """Where the architecture comes from, and what is changed in it on purpose."""
+    source, rows = config.model.from_checkpoint, {}
+    if source:
+        rows["architecture"] = f"that of {source} (model.from_checkpoint)"
+    if other := allowed_differences(config):
+        rows["rotary embedding"] = f"{'; '.join(other)} (checkpoint.allow_other_rope)"
+    return rows
 
 
 def _selection_words(config: Config) -> str:

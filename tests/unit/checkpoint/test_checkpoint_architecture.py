@@ -6,7 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_slm.checkpoint.architecture import differing_settings, take_architecture
+from megatron_slm.checkpoint.architecture import (
+    allowed_differences,
+    differing_settings,
+    take_architecture,
+)
 from megatron_slm.checkpoint.folder import describe_model, read_checkpoint_info
 from megatron_slm.config.load import ConfigError, load_yaml, parse, to_yaml
 from megatron_slm.config.schema import Config, ModelConfig
@@ -96,6 +100,39 @@ def test_a_resumed_run_is_held_against_its_own_checkpoint(base, tmp_path):
     (problem,) = differing_settings(config, 300, OURS)
     assert problem.startswith(f"the checkpoint that run.folder {config.run.folder} resumes from")
     assert "set model.rope_base to 10000.0, or give another run.folder" in problem
+
+
+def test_another_rotary_embedding_may_be_meant_and_is_then_said(base, tmp_path):
+    """Longer sequences are learned so. Nothing else may differ with it, nor a resumed run."""
+    stretched = {**BASE, "rope_base": 80000.0, "rope_scaling": "linear"}
+    config = starting(base, tmp_path, **stretched, tied_embeddings=True)
+    assert len(differing_settings(config, 300, OURS)) == 3
+    config.checkpoint.allow_other_rope = True
+    (problem,) = differing_settings(config, 300, OURS)
+    assert "model.tied_embeddings" in problem
+    assert allowed_differences(config) == [
+        f"model.rope_base 80000.0, in {base} 5000.0",
+        f"model.rope_scaling linear, in {base} none",
+    ]
+    checkpoint(tmp_path / "run", **BASE, tied_embeddings=True)
+    assert len(differing_settings(config, 300, OURS)) == 2
+    assert not allowed_differences(config), "a resumed run starts from nothing else"
+
+
+def test_a_rotary_embedding_beside_an_architecture_that_is_taken(base):
+    given = ("--model.from_checkpoint", base, "--model.rope_base", "8e4")
+    with pytest.raises(ConfigError, match="model.rope_base: got 80000.0"):
+        read(*given)
+    config = read(*given, "--checkpoint.allow_other_rope", "true")
+    assert (config.model.rope_base, config.model.qkv_bias) == (80000.0, True)
+    assert not differing_settings(config, 300, OURS)
+
+
+def test_the_plan_of_a_start_leaves_what_the_run_folder_holds_alone(base, tmp_path):
+    config = starting(base, tmp_path, **BASE)
+    checkpoint(tmp_path / "run", layers=7)
+    assert differing_settings(config, 300, OURS)
+    assert not differing_settings(config, 300, OURS, resumable=False)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_as_resuming_does(base, tmp_path):
