@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,27 @@ import numpy as np
 from data_tools.writer import UNFINISHED, lock_of_partial_folder
 from megatron_slm.data.file_array import open_array
 from megatron_slm.data.indexed import write_index
-from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, manifest_path
+from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus, manifest_path
 from megatron_slm.files.atomic import sync_folder
+from megatron_slm.files.made_from import refuse_other_origin
 
 _COPY_BYTES = 16 << 20
+_ADVICE = "Give --overwrite to replace it, or another --output-prefix."
+
+
+def finished_before(
+    prefix: str, program: str, made_from: Callable[[CorpusManifest], Mapping[str, Any]], now: dict
+) -> CorpusManifest | None:
+    """The whole corpus under `prefix` when `program` made it from `now` before; None when there is no finished corpus.
+
+    made_from: what a manifest of that program says the corpus was made from. ValueError when it is another corpus, or damaged.
+    """
+    if not manifest_path(prefix).exists():
+        return None
+    manifest = CorpusManifest.read(prefix)
+    before = made_from(manifest) if manifest.created_by.get("program") == program else None
+    refuse_other_origin(f"{prefix}.bin", before, now, _ADVICE)
+    return check_corpus(prefix)
 
 
 class CorpusCopy:
@@ -33,9 +51,7 @@ class CorpusCopy:
             if path.exists()
         ]
         if existing and not overwrite:
-            raise ValueError(
-                f"{existing[0]} exists already. Give --overwrite to replace it, or another output prefix."
-            )
+            raise ValueError(f"{existing[0]} exists already. {_ADVICE}")
         self.prefix, self._dtype = prefix, np.dtype(dtype)
         self._folder = Path(f"{prefix}.partial")
         self._lock = lock_of_partial_folder(self._folder)

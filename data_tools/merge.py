@@ -20,13 +20,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from data_tools.corpus_files import CorpusCopy
+from data_tools.corpus_files import CorpusCopy, finished_before
 from data_tools.statistics_report import merged_statistics, read_statistics, write_statistics
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.indexed import check_bin_size, read_index
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.tokenization import tokenizer_differences
+
+PROGRAM = "data_tools.merge"
 
 
 def build_parser() -> Program:
@@ -122,6 +124,8 @@ def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -
     check_alike(corpora)
     if output_prefix in prefixes:
         raise ValueError(f"--output-prefix {output_prefix} is one of the inputs")
+    if not overwrite and (finished := _finished_before(output_prefix, prefixes, corpora)):
+        return finished
     indexes = {}
     for prefix in prefixes:
         indexes[prefix] = read_index(f"{prefix}.idx")
@@ -152,6 +156,21 @@ def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -
     return manifest
 
 
+def _finished_before(
+    output_prefix: str, prefixes: list[str], corpora: dict[str, CorpusManifest]
+) -> CorpusManifest | None:
+    """The joined corpus when an earlier call made it from these very parts. ValueError when it was made from others."""
+    manifest = finished_before(
+        output_prefix,
+        PROGRAM,
+        lambda made: {"parts": [part["fingerprint"] for part in made.created_by["parts"]]},
+        {"parts": [corpora[prefix].fingerprint for prefix in prefixes]},
+    )
+    if manifest is not None:
+        print(f"{output_prefix}: done before, from the same parts")
+    return manifest
+
+
 def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[str, Any]:
     """What the manifests of the parts say, put together."""
     manifests = [corpora[prefix] for prefix in prefixes]
@@ -168,7 +187,7 @@ def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[st
         "rejected": {"records": sum(reasons.values()), "reasons": dict(reasons)},
         "filters": dict(filters),
         "created_by": {
-            "program": "data_tools.merge",
+            "program": PROGRAM,
             "version": __version__,
             "parts": [
                 {

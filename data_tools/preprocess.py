@@ -135,7 +135,8 @@ def build_parser() -> Program:
     scale.add_argument(
         "--skip-complete",
         action="store_true",
-        help="succeed at once when the corpus is complete already",
+        help="succeed at once when the corpus is complete already, whatever it was made from (without this: when it "
+        "was made from the same inputs and options, and else fail)",
     )
     scale.add_argument(
         "--restart", action="store_true", help="throw away an unfinished run under this prefix"

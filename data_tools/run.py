@@ -15,7 +15,15 @@ import numpy as np
 
 from data_tools.blocks import Block
 from data_tools.documents import HASH_BYTES, DataError
-from data_tools.inputs import SourceFile, Unit, find_files, plan_fingerprint, plan_units, shard_of
+from data_tools.inputs import (
+    STDIN,
+    SourceFile,
+    Unit,
+    find_files,
+    plan_fingerprint,
+    plan_units,
+    shard_of,
+)
 from data_tools.pool import ordered_map
 from data_tools.progress import RunProgress, print_summary
 from data_tools.run_state import RunState, SourceCounts
@@ -24,9 +32,11 @@ from data_tools.streams import blocks_of_units
 from data_tools.worker import BlockEncoder, BlockResult, EncodeSettings, Part
 from data_tools.writer import CorpusWriter, existing_output
 from megatron_slm import __version__
-from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus
+from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus, manifest_path
+from megatron_slm.files.made_from import refuse_other_origin
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
+PROGRAM = "data_tools.preprocess"
 _HOPELESS_RECORDS = 10_000
 
 
@@ -66,9 +76,7 @@ def run(settings: RunSettings) -> CorpusManifest:
     if (found := existing_output(prefix)) and not settings.overwrite and not unfinished:
         if settings.skip_complete:
             return check_corpus(prefix)
-        raise ValueError(
-            f"{found[0]} exists already. Give --overwrite to replace it, or another --output-prefix."
-        )
+        return _finished_before(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     files = find_files(settings.inputs, settings.form, settings.include)
     units = plan_units(files)
@@ -79,6 +87,30 @@ def run(settings: RunSettings) -> CorpusManifest:
         if writer.published is None:
             return _Run(settings, tokenizer, files, units, identity, writer).make()
         return writer.published
+
+
+def _finished_before(settings: RunSettings) -> CorpusManifest:
+    """The corpus under the prefix, which an earlier run of this very command made. ValueError when it is another one."""
+    advice = "Give --overwrite to replace it, or another --output-prefix."
+    before, now = None, {}
+    if manifest_path(settings.prefix).exists() and STDIN not in settings.inputs:
+        # What was read from standard input cannot be compared with what comes from it now.
+        created_by = CorpusManifest.read(settings.prefix).created_by
+        if created_by.get("program") == PROGRAM:
+            files = find_files(settings.inputs, settings.form, settings.include)
+            before = created_by.get("options")
+            identity = identity_of(settings, load_tokenizer(settings.tokenizer), files)
+            now = finished_identity(settings, identity)
+    refuse_other_origin(f"{settings.prefix}.bin", before, now, advice)
+    try:
+        manifest = check_corpus(settings.prefix)
+    except ValueError as error:
+        raise DataError(f"{error} ({advice})") from None
+    print(
+        f"{settings.prefix}: done before, from the same inputs and options; "
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
+    )
+    return manifest
 
 
 def identity_of(
@@ -102,6 +134,11 @@ def identity_of(
         **encode,
         **filters,
     }
+
+
+def finished_identity(settings: RunSettings, identity: dict[str, Any]) -> dict[str, Any]:
+    """What a finished corpus was made from: also the limit it kept, which an unfinished run may be continued with another of."""
+    return {**identity, "max_bad_fraction": settings.max_bad_fraction}
 
 
 class _Run:
@@ -280,10 +317,10 @@ class _Run:
             prepend_bos=settings.encode.prepend_bos,
             sources=self._sources,
             created_by={
-                "program": "data_tools.preprocess",
+                "program": PROGRAM,
                 "version": __version__,
                 library: version(library),
-                "options": self._identity,
+                "options": finished_identity(settings, self._identity),
             },
             rejected={"records": sum(state.rejected().values()), "reasons": dict(state.rejected())},
             filters=dict(state.filtered()),

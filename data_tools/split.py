@@ -17,20 +17,22 @@ import hashlib
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from data_tools.corpus_files import CorpusCopy
-from data_tools.split_scores import carry_scores, open_scores
+from data_tools.corpus_files import CorpusCopy, finished_before
+from data_tools.split_scores import carried_before, carry_scores, open_scores
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Count
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import open_tokens, read_index
-from megatron_slm.data.manifest import CorpusManifest, check_corpus
+from megatron_slm.data.manifest import CorpusManifest, check_corpus, manifest_path
 
+PROGRAM = "data_tools.split"
 _STEP_DOCUMENTS = 4096
 _COPY_TOKENS = 4 << 20
 
@@ -89,14 +91,21 @@ def split(
         raise ValueError(f"--held-out-fraction {fraction}: a share between 0 and 1, such as 0.01")
     manifest = check_corpus(prefix)
     prefixes = [f"{output_prefix}_{name}" for name in ("train", "held_out")]
+    if not overwrite and (
+        finished := _finished_before(prefixes, manifest, fraction, seed, scores or [])
+    ):
+        return finished
     stores = open_scores(scores or [], manifest, prefixes)
     runs: tuple[list, list] = ([], [])
     index = read_index(f"{prefix}.idx")
     tokens = open_tokens(prefix, index)
     starts_tokens = index.document_starts_tokens()
     with ExitStack() as stack:
+        # A part that is there, and was not refused, is what this call makes: an earlier one was killed before the rest.
         sides = [
-            stack.enter_context(CorpusCopy(part, index.dtype, overwrite=overwrite))
+            stack.enter_context(
+                CorpusCopy(part, index.dtype, overwrite=overwrite or manifest_path(part).exists())
+            )
             for part in prefixes
         ]
         progress = stack.enter_context(
@@ -124,7 +133,7 @@ def split(
             "sources": [{"input": str(prefix), "fingerprint": manifest.fingerprint}],
             "rejected": {"records": 0, "reasons": {}},
             "created_by": {
-                "program": "data_tools.split",
+                "program": PROGRAM,
                 "version": __version__,
                 "held_out_fraction": fraction,
                 "seed": seed,
@@ -135,6 +144,33 @@ def split(
         for part_prefix, part, ranges in zip(prefixes, parts, runs):
             carry_scores(store, part_prefix, part, np.array(ranges, np.int64))
     return parts
+
+
+def _finished_before(
+    prefixes: list[str], manifest: CorpusManifest, fraction: float, seed: int, scores: list[str]
+) -> tuple[CorpusManifest, CorpusManifest] | None:
+    """Both parts, with all their scores, when an earlier call made them in the same way; None when there are none.
+
+    ValueError when they were made from something else.
+    """
+    now = {"corpus": manifest.fingerprint, "held_out_fraction": fraction, "seed": seed}
+    parts = [finished_before(prefix, PROGRAM, _made_from, now) for prefix in prefixes]
+    if None in parts or not all(
+        carried_before(folder, prefix, part)
+        for folder in scores
+        for prefix, part in zip(prefixes, parts)
+    ):
+        return None
+    print("done before, from the same corpus and options:")
+    return parts[0], parts[1]
+
+
+def _made_from(part: CorpusManifest) -> dict[str, Any]:
+    return {
+        "corpus": part.sources[0]["fingerprint"],
+        "held_out_fraction": part.created_by["held_out_fraction"],
+        "seed": part.created_by["seed"],
+    }
 
 
 def _runs(held_out: np.ndarray) -> list[tuple[int, int]]:

@@ -36,6 +36,20 @@ def scores_of_part(prefix: str, store: ScoreStore) -> Path:
     return Path(f"{prefix}.{store.folder.name}")
 
 
+def carried_before(folder: str, prefix: str, part: CorpusManifest) -> bool:
+    """Whether the part at `prefix` has the scores of the store `folder` from an earlier call, whole."""
+    store = ScoreStore.open(folder)
+    there = scores_of_part(prefix, store)
+    if not (there / "manifest.json").exists():
+        return False
+    carried = ScoreStore.open(there, allow_missing_scores=True)
+    return (
+        carried.manifest.complete
+        and carried.manifest.corpus_fingerprint == part.fingerprint
+        and carried.manifest.reference_fingerprint == store.manifest.reference_fingerprint
+    )
+
+
 def carry_scores(
     store: ScoreStore, prefix: str, part: CorpusManifest, runs: np.ndarray
 ) -> ScoreStore:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import os
 import sys
 from collections import Counter
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from data_tools.documents import DataError
+from data_tools.inputs import find_files, plan_fingerprint
 from data_tools.reading import read_documents, total_input_bytes
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.manifest import sha256_of_file
 from megatron_slm.files.atomic import write_json_atomically
+from megatron_slm.files.made_from import refuse_other_origin
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
 
@@ -153,13 +156,40 @@ def check(arguments: argparse.Namespace) -> None:
         token for token in arguments.special_token if not token or " " in token or "," in token
     ]:
         problems.append(f"--special-token {problems_of_characters}: no spaces or commas")
-    if Path(f"{arguments.output_prefix}.model").exists() and not arguments.overwrite:
-        problems.append(
-            f"{arguments.output_prefix}.model exists already. Give --overwrite to replace it, or another "
-            "--output-prefix"
-        )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def made_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that decides the vocabulary: options, and the paths, sizes and times of the input files."""
+    options = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("overwrite", "output_prefix")
+    }
+    files = find_files(arguments.input, include=arguments.include)
+    return {**options, "files": plan_fingerprint(files)}
+
+
+def finished_before(arguments: argparse.Namespace) -> Tokenizer | None:
+    """The vocabulary under the output prefix, when an earlier run of this very command made it; None when there is none.
+
+    ValueError when there is one that was made from something else, or that has changed since.
+    """
+    path = Path(f"{arguments.output_prefix}.model")
+    if arguments.overwrite or not path.exists():
+        return None
+    advice = "Give --overwrite to replace it, or another --output-prefix."
+    try:
+        manifest = json.loads(Path(f"{arguments.output_prefix}.manifest.json").read_text("utf-8"))
+        before = manifest["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    refuse_other_origin(path, before, made_from(arguments), advice)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.fingerprint != manifest["fingerprint"]:
+        raise ValueError(f"{path} has changed since it was made. {advice}")
+    return tokenizer
 
 
 class Sample:
@@ -170,6 +200,7 @@ class Sample:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
+        self.made_from = made_from(arguments)
         total_bytes = total_input_bytes(arguments.input, include=arguments.include)
         self._share = (
             min(1.0, arguments.sample_bytes / total_bytes)
@@ -265,7 +296,7 @@ def _last_sentence(error: Exception) -> str:
 
 
 def publish(arguments: argparse.Namespace, model: bytes, sample: Sample) -> Tokenizer:
-    """Write the model aside, prove the round trip on it, then move it to its name; the manifest comes last."""
+    """Write the model aside, prove the round trip on it, then move it to its name; it comes last, so it is finished where it stands."""
     prefix = arguments.output_prefix
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     aside = Path(f"{prefix}.model.{os.getpid()}.tmp")
@@ -281,16 +312,14 @@ def publish(arguments: argparse.Namespace, model: bytes, sample: Sample) -> Toke
             raise DataError(
                 f"the vocabulary does not give these texts back: {failures}; it was not written"
             )
-        Path(f"{prefix}.manifest.json").unlink(missing_ok=True)
         _write_vocabulary(Path(f"{prefix}.vocab"), tokenizer)
+        write_json_atomically(
+            f"{prefix}.manifest.json", manifest_of(arguments, tokenizer, sample, failures)
+        )
         os.replace(aside, f"{prefix}.model")
     finally:
         aside.unlink(missing_ok=True)
-    tokenizer = load_tokenizer(f"{prefix}.model")
-    write_json_atomically(
-        f"{prefix}.manifest.json", manifest_of(arguments, tokenizer, sample, failures)
-    )
-    return tokenizer
+    return load_tokenizer(f"{prefix}.model")
 
 
 def _write_vocabulary(path: Path, tokenizer: Tokenizer) -> None:
@@ -303,11 +332,6 @@ def _write_vocabulary(path: Path, tokenizer: Tokenizer) -> None:
 def manifest_of(
     arguments: argparse.Namespace, tokenizer: Tokenizer, sample: Sample, failures: list[str]
 ) -> dict[str, Any]:
-    options = {
-        name: value
-        for name, value in vars(arguments).items()
-        if name not in ("overwrite", "output_prefix")
-    }
     return {
         "format_version": 1,
         "fingerprint": tokenizer.fingerprint,
@@ -324,7 +348,7 @@ def manifest_of(
             "sha256": sample.sha256.hexdigest(),
             "rejected": dict(sample.rejects),
         },
-        "options": options,
+        "options": sample.made_from,
         "vocab_sha256": sha256_of_file(f"{arguments.output_prefix}.vocab"),
         "round_trip_failures": failures,
         "created_by": {
@@ -339,6 +363,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         check(arguments)
+        if finished := finished_before(arguments):
+            print(
+                f"{arguments.output_prefix}.model: done before, from the same inputs and options; "
+                f"{finished.vocabulary_size} pieces"
+            )
+            return 0
         model, sample = train(arguments)
         tokenizer = publish(arguments, model, sample)
     except DataError as error:

@@ -86,6 +86,26 @@ def test_shards_joined_are_the_whole(tmp_path, corpus, count):
         ]
 
 
+def test_a_second_merge_of_the_same_parts_does_nothing(tmp_path, corpus, capsys):
+    whole, _ = corpus
+    write_corpus(tmp_path / "a", [[5, 6, 2]], eod_id=2)
+    write_corpus(tmp_path / "b", [[7, 2]], eod_id=2)
+
+    def merge(*names: str) -> int:
+        inputs = [str(tmp_path / name) for name in names]
+        return merge_program.main(["--input", *inputs, "--output-prefix", str(tmp_path / "j")])
+
+    assert merge("a", "b") == 0
+    stamp = Path(f"{tmp_path}/j.bin").stat().st_mtime_ns
+    assert merge("a", "b") == 0
+    assert "done before, from the same parts" in capsys.readouterr().out
+    assert Path(f"{tmp_path}/j.bin").stat().st_mtime_ns == stamp
+    assert merge("b", "a") == 3
+    assert "made from other inputs or options" in capsys.readouterr().err
+    Path(f"{tmp_path}/j.bin").write_bytes(bytes(10))
+    assert merge("a", "b") == 3  # not what was made
+
+
 def test_missing_damaged_or_foreign_parts(tmp_path, corpus, capsys):
     whole, arguments = corpus
     prefixes = [shard_prefix(str(tmp_path / "c"), index, 3) for index in range(3)]
@@ -158,7 +178,7 @@ def test_corpora_whose_documents_different_tokens_end_are_not_joined(tmp_path, c
     assert merge_program.merge([earlier, now], f"{tmp_path}/d").tokenizer["eod_id"] == 2
 
 
-def test_split(tmp_path, corpus):
+def test_split(tmp_path, corpus, capsys):
     whole, _ = corpus
     run = ["--held-out-fraction", "0.2", "--output-prefix", str(tmp_path / "s")]
     assert split_program.main([str(whole), *run]) == 0
@@ -170,7 +190,16 @@ def test_split(tmp_path, corpus):
     assert 0.1 < len(held_out) / len(everything) < 0.3
     check_corpus(tmp_path / "s_train"), check_corpus(tmp_path / "s_held_out")
     before = Path(f"{tmp_path}/s_train.bin").read_bytes()
-    assert split_program.main([str(whole), *run]) == 3  # exists
+    stamp = Path(f"{tmp_path}/s_train.bin").stat().st_mtime_ns
+    assert split_program.main([str(whole), *run]) == 0
+    assert "done before, from the same corpus and options" in capsys.readouterr().out
+    assert Path(f"{tmp_path}/s_train.bin").stat().st_mtime_ns == stamp
+    assert split_program.main([str(whole), *run, "--seed", "3"]) == 3
+    assert "seed: it has 0, this command has 3" in capsys.readouterr().err
+    for suffix in (".bin", ".idx", ".manifest.json"):  # killed before the second part was published
+        Path(f"{tmp_path}/s_held_out{suffix}").unlink()
+    assert split_program.main([str(whole), *run]) == 0
+    check_corpus(tmp_path / "s_held_out")
     assert split_program.main([str(whole), *run, "--overwrite"]) == 0
     assert Path(f"{tmp_path}/s_train.bin").read_bytes() == before
     assert split_program.main([str(whole), *run, "--overwrite", "--seed", "9"]) == 0

@@ -112,6 +112,36 @@ def test_refuses_to_overwrite(tmp_path, corpus_file, vocabulary, capsys):
     assert not (tmp_path / "c.partial").exists()
 
 
+def test_a_second_run_of_the_same_command_does_nothing(tmp_path, corpus_file, vocabulary, capsys):
+    assert preprocess([corpus_file], vocabulary, tmp_path / "c") == 0
+    stamp = (tmp_path / "c.bin").stat().st_mtime_ns
+    assert preprocess([corpus_file], vocabulary, tmp_path / "c") == 0
+    assert "done before, from the same inputs and options" in capsys.readouterr().out
+    assert (tmp_path / "c.bin").stat().st_mtime_ns == stamp
+
+
+def test_a_second_run_from_other_text_or_options_is_refused_by_name(
+    tmp_path, corpus_file, vocabulary, capsys
+):
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(Path(corpus_file).read_bytes())
+    assert preprocess([text], vocabulary, tmp_path / "c") == 0
+    assert preprocess([text], vocabulary, tmp_path / "c", "--max-bad-fraction", "0") == 2
+    assert "max_bad_fraction: it has 0.05, this command has 0.0" in capsys.readouterr().err
+    text.write_bytes(text.read_bytes() * 2)
+    assert preprocess([text], vocabulary, tmp_path / "c") == 2
+    assert "files: it has" in capsys.readouterr().err
+
+
+def test_a_finished_corpus_that_was_damaged_is_not_done(tmp_path, corpus_file, vocabulary, capsys):
+    assert preprocess([corpus_file], vocabulary, tmp_path / "c") == 0
+    tokens = bytearray((tmp_path / "c.bin").read_bytes())
+    tokens[0] ^= 1
+    (tmp_path / "c.bin").write_bytes(tokens)
+    assert preprocess([corpus_file], vocabulary, tmp_path / "c") == 3
+    assert "content has changed" in capsys.readouterr().err
+
+
 def test_all_wrong_options_at_once(tmp_path, corpus_file, vocabulary, capsys):
     assert (
         preprocess(

@@ -96,9 +96,21 @@ def test_normalisation_is_a_choice(tmp_path, corpus):
 def test_refuses_to_overwrite(tmp_path, corpus, capsys):
     assert train(corpus, tmp_path / "v") == 0
     assert train(corpus, tmp_path / "v", size=450) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "vocab_size: it has 500, this command has 450" in refused and "--overwrite" in refused
     assert load_tokenizer(tmp_path / "v.model").vocabulary_size == 500
     assert train(corpus, tmp_path / "v", "--overwrite", size=450) == 0
+
+
+def test_a_second_run_of_the_same_command_does_nothing(tmp_path, corpus, capsys):
+    assert train(corpus, tmp_path / "v") == 0
+    stamp = (tmp_path / "v.model").stat().st_mtime_ns
+    assert train(corpus, tmp_path / "v") == 0
+    assert "done before, from the same inputs and options" in capsys.readouterr().out
+    assert (tmp_path / "v.model").stat().st_mtime_ns == stamp
+    (tmp_path / "v.manifest.json").unlink()
+    assert train(corpus, tmp_path / "v") == 2
+    assert "nothing says what it was made from" in capsys.readouterr().err
 
 
 def test_errors_are_sentences(tmp_path, corpus, capsys):
