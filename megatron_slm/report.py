@@ -9,7 +9,7 @@ from megatron_slm.config.arguments import Program
 DESCRIPTION = """Write one self-contained HTML file that compares training runs: a summary table, validation and training
 losses, what was selected, real text with the selected tokens marked, warnings, differing settings, versions.
 
-Reads only the run folders' own files (metrics.jsonl, config.yaml, versions.txt, warnings.jsonl, token_view.jsonl), so it
+Reads only the run folders' own files (metrics.jsonl, config.yaml, status.json, versions.txt, warnings.jsonl, token_view.jsonl), so it
 also works on runs that are still going or were stopped, without a GPU, and on another machine."""
 EXAMPLE = """example:
   python -m megatron_slm.report --runs runs/plain runs/slm runs/random --output report.html
@@ -85,38 +85,44 @@ def _print_table(runs, corpus: str | None) -> None:
     from rich.table import Table
 
     from megatron_slm.analysis.baseline import find_baseline
-    from megatron_slm.analysis.readings import outcomes
+    from megatron_slm.analysis.readings import outcomes, unfinished
     from megatron_slm.analysis.style import short_count
+    from megatron_slm.analysis.summary import goal_of, goal_words
 
-    table = Table(
-        title=f"plain loss on {corpus}, nats per token" if corpus else None, title_justify="left"
-    )
+    lines = outcomes(runs, corpus)
+    goal = goal_of(lines, runs, corpus)
+    titles = [f"plain loss on {corpus}, nats per token"] if corpus else []
+    titles += [f"goal: {goal_words(goal)}"] if goal else []
+    table = Table(title="; ".join(titles) or None, title_justify="left")
     for heading in (
         "run",
-        "final loss",
-        "tokens processed",
-        "tokens selected",
+        "status",
+        "last loss" if any(line.not_final for line in lines) else "final loss",
+        "tokens",
+        "selected",
         "tokens/s",
-        "tokens to the baseline's final loss",
+        *(["to the goal"] if goal else []),
     ):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+        table.add_column(heading, justify="left" if heading in ("run", "status") else "right")
 
     def cell(value: float | None, form=short_count) -> str:
         return "-" if value is None else form(value)
 
-    for line in outcomes(runs, corpus):
+    for line in lines:
         table.add_row(
             line.run.name,
-            cell(line.final_loss, "{:.4f}".format),
-            *map(
-                cell,
-                (line.processed, line.selected, line.tokens_per_second, line.tokens_to_baseline),
-            ),
+            line.run.state.short,
+            cell(line.loss, "{:.4f}".format),
+            cell(line.processed),
+            cell(line.selected),
+            cell(line.tokens_per_second),
+            *([cell(line.tokens_to_baseline)] if goal else []),
         )
     console = Console(soft_wrap=True)
     console.print(table)
-    if corpus:
-        console.print(find_baseline(runs, corpus).sentence, markup=False)
+    for sentence in (unfinished(runs), find_baseline(runs, corpus).sentence if corpus else ""):
+        if sentence:
+            console.print(sentence, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_slm.analysis.run_folder import Run
+from megatron_slm.config.architecture import ARCHITECTURE
 
 SHARED_DATA = (
     "data.tokenizer",
@@ -14,8 +15,6 @@ SHARED_DATA = (
     "data.global_batch_size",
 )
 """Settings in which a run and its baseline agree, beside the corpora, the initial weights and the model."""
-FREE_IN_MODEL = ("recompute", "pad_vocabulary_to_multiple_of", "from_checkpoint")
-"""Settings of the model that say how it is computed or where its shape was found, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _conditions(run: Run, corpus: str | None) -> dict[str, Any]:
     told |= {
         f"model.{name}": value
         for name, value in (run.setting("model") or {}).items()
-        if name not in FREE_IN_MODEL
+        if name in ARCHITECTURE
     }
     if start is not None:
         told["checkpoint.initialize_from"] = os.path.abspath(start) if start else "random weights"
@@ -110,8 +109,8 @@ def _why(baseline: Run, like_it: Sequence[Run], runs: Sequence[Run], corpus: str
     others = _names([run for run in like_it if run is not baseline])
     data = ", ".join(map(str, baseline.setting("data.train")))
     parts = [
-        f"Baseline: {baseline.name}. It trains on every token, and shares data ({data}), tokens per step, model and initial "
-        f"weights with {others}."
+        f"Baseline: {baseline.name}. It trains on every token, and shares data ({data}), tokens per step, model and start "
+        f"({_start(like_it)}) with {others}."
     ]
     parts += [
         f"{run.name} is not measured against it: {differences(run, baseline, corpus)[0]}."
@@ -119,6 +118,14 @@ def _why(baseline: Run, like_it: Sequence[Run], runs: Sequence[Run], corpus: str
         if not any(run is each for each in like_it)
     ]
     return " ".join(parts)
+
+
+def _start(like_it: Sequence[Run]) -> str:
+    """The initial weights that runs share, or that they are random ones."""
+    if start := like_it[0].setting("checkpoint.initialize_from"):
+        return f"the weights of {start}"
+    seeds = {run.setting("run.seed") for run in like_it}
+    return "random weights" if len(seeds) == 1 else "random weights, of different seeds"
 
 
 def _why_none(runs: Sequence[Run], plain: Sequence[Run], corpus: str | None) -> str:

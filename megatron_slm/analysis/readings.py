@@ -20,12 +20,15 @@ class Outcome:
     """A run's line in the summary. Losses in nats per token; None = not measured or not reached."""
 
     run: Run
-    final_loss: float | None
+    loss: float | None
+    """The last that was validated."""
+    not_final: str
+    """What to say of `loss` where it is not the final one: "last, at step 60 of 120"; else empty."""
     processed: float | None
     selected: float | None
     tokens_per_second: float | None
     tokens_to_baseline: float | None
-    """Processed tokens at which this run's validation loss first was at or below the baseline's final one."""
+    """Processed tokens at which this run's validation loss first was at or below the baseline's last one."""
     measured: bool
     """Whether this run is measured against the baseline: it shares its data, model and start."""
 
@@ -38,6 +41,7 @@ def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
         Outcome(
             run,
             run.last(name),
+            run.not_final(name),
             _reached(run, PROCESSED),
             _reached(run, "tokens/selected"),
             _median(run, "throughput/tokens_per_second"),
@@ -87,6 +91,12 @@ def validation(runs: Sequence[Run], corpus: str) -> str:
     return f"{where} {'; '.join([first, *behind])}. One run each: how much chance moves these numbers is not measured here."
 
 
+def unfinished(runs: Sequence[Run]) -> str:
+    """Which runs did not come to their end, and how they ended; empty when all did."""
+    sentences = [f"{run.name}: {run.state.words}" for run in runs if not run.state.is_finished]
+    return f"Not finished: {'; '.join(sentences)}." if sentences else ""
+
+
 def training(runs: Sequence[Run]) -> str:
     """How rejected tokens fared and whether the model has overtaken its reference, for each run that selects."""
     sentences = []
@@ -121,8 +131,9 @@ def _reference_gap(run: Run) -> tuple[list[str], str | None]:
     all_start, all_end = _end_means(all_[first])
     reference_start, reference_end = _end_means(reference[second])
     start, end = all_start - reference_start, all_end - reference_end
+    when = "at the end" if run.state.is_finished else "at its last logged steps"
     side = "ahead of" if end > 0 else "behind"
-    gap = f"on all tokens the reference is {abs(end):.2f} nats {side} the model at the end"
+    gap = f"on all tokens the reference is {abs(end):.2f} nats {side} the model {when}"
     at_start = f"{abs(start):.2f} {'ahead' if start > 0 else 'behind'} at the start"
     overtaken = reference_overtaken(all_end, reference_end) if run.ranks_in_nats else None
     return [f"{gap}, {at_start}"], overtaken

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.analysis import figures, readings, selection_figures, token_viewer
-from megatron_slm.analysis.baseline import find_baseline
 from megatron_slm.analysis.page import page, picture, table
-from megatron_slm.analysis.readings import Outcome
 from megatron_slm.analysis.run_folder import Run
-from megatron_slm.analysis.style import colour, short_count
+from megatron_slm.analysis.summary import summary
 
 SHOWN_DOCUMENTS = 3
 SHOWN_TOKENS = 400
@@ -58,7 +56,7 @@ def build_report(runs: Sequence[Run], corpus: str | None, title: str) -> str:
         title,
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {names}",
         [
-            ("Summary", _summary(runs, corpus)),
+            ("Summary", summary(runs, corpus)),
             ("Validation loss", _validation(runs, corpus)),
             ("Training loss", picture(figures.training_loss(runs), readings.training(runs))),
             ("What was selected", _selection(runs)),
@@ -73,67 +71,6 @@ def build_report(runs: Sequence[Run], corpus: str | None, title: str) -> str:
             ("Versions and commands", _provenance(runs)),
         ],
     )
-
-
-def _summary(runs: Sequence[Run], corpus: str | None) -> str:
-    lines = readings.outcomes(runs, corpus)
-    losses = [line.final_loss for line in lines if line.final_loss is not None]
-    best = min(losses) if len(losses) > 1 else None
-    baseline = find_baseline(runs, corpus)
-    goal = next(
-        (line for line in lines if line.run is baseline.run and line.final_loss is not None), None
-    )
-    header = [
-        "run",
-        f"final loss on {corpus} (nats per token)" if corpus else "final validation loss",
-        "tokens processed",
-        "tokens selected",
-        "tokens per second",
-    ] + (
-        [f"tokens to reach {goal.final_loss:.3f}, the final loss of {goal.run.name}"]
-        if goal
-        else []
-    )
-    rows = []
-    for index, line in enumerate(lines):
-        cells = [
-            f'<span class="swatch" style="background:{colour(index)}"></span>{escape(line.run.name)}',
-            _cell(line.final_loss, "{:.3f}".format),
-            _cell(line.processed, short_count),
-            _cell(line.selected, short_count),
-            _cell(line.tokens_per_second, short_count),
-        ]
-        if (
-            line.final_loss is not None
-            and best is not None
-            and line.final_loss - best < readings.EQUAL_NATS
-        ):
-            cells[1] = "*" + cells[1]
-        rows.append(cells + ([_to_goal(line, goal)] if goal else []))
-    reading = (
-        f'<p class="lead">{escape(readings.validation(runs, corpus))}</p>'
-        f'<p class="note">{escape(baseline.sentence)}</p>'
-        if corpus
-        else '<p class="note">No run was validated; set data.validation to compare them.</p>'
-    )
-    return (
-        reading
-        + table(header, rows)
-        + (
-            '<p class="note">Validation is always the plain loss of all tokens. Marked: the lowest, and those less than '
-            f"{readings.EQUAL_NATS} nats above it. Tokens per second: median over log intervals.</p>"
-            if corpus
-            else ""
-        )
-    )
-
-
-def _to_goal(line: Outcome, goal: Outcome) -> str:
-    if line.tokens_to_baseline is None:
-        return "not reached" if line.measured and line.final_loss is not None else "–"
-    own = goal.tokens_to_baseline
-    beside = f" ({line.tokens_to_baseline / own:.2f}×)" if own and line is not goal else ""
-    return short_count(line.tokens_to_baseline) + beside
 
 
 def _validation(runs: Sequence[Run], corpus: str | None) -> str:
@@ -180,7 +117,7 @@ def _warnings(runs: Sequence[Run]) -> str:
     items = [
         f"<li><b>{escape(run.name)}</b>: {escape(text)}</li>"
         for run in runs
-        for text in run.warnings
+        for text in [*_ending(run), *run.warnings]
     ]
     items += [
         f"<li><b>{escape(run.name)}</b>: {run.unreadable_lines} unreadable line{'s' if run.unreadable_lines > 1 else ''} in metrics.jsonl left out</li>"
@@ -192,6 +129,18 @@ def _warnings(runs: Sequence[Run]) -> str:
         if items
         else '<p class="note">None of the runs gave a warning.</p>'
     )
+
+
+def _ending(run: Run) -> list[str]:
+    """How an unfinished run ended, with its reason unless that is among its warnings: a failure is told there too."""
+    if run.state.is_finished:
+        return []
+    told = any(run.state.reason in text for text in run.warnings)
+    return [
+        run.state.words
+        if told or not run.state.reason
+        else f"{run.state.words}: {run.state.reason}"
+    ]
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -241,7 +190,3 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _value(value: Any) -> str:
     return "–" if value is None else str(value)
-
-
-def _cell(value: float | None, form) -> str:
-    return "–" if value is None else form(value)

@@ -1,4 +1,4 @@
-"""Read a run folder as it is, finished or not: metrics.jsonl, config.yaml, versions.txt, warnings.jsonl, token_view.jsonl."""
+"""Read a run folder as it is, finished or not: metrics.jsonl, config.yaml, status.json, versions.txt, warnings.jsonl, token_view.jsonl."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 
+from megatron_slm.analysis.run_state import RunState, place, read_state
 from megatron_slm.analysis.token_viewer import TokenView, read_token_views
 from megatron_slm.selection.alarms import ranks_tokens
 
@@ -26,6 +27,7 @@ class Run:
     config: Mapping[str, Any]
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    state: RunState = RunState("unknown", 0)
     versions: str = ""
     warnings: list[str] = field(default_factory=list)
     token_views: list[TokenView] = field(default_factory=list)
@@ -104,6 +106,13 @@ class Run:
         values = self.series(name, x="step")[1]
         return float(values[-1]) if len(values) else None
 
+    def not_final(self, name: str) -> str:
+        """What to say of `last(name)` where the run did not end there: "last, at step 60 of 120". Empty for a final value."""
+        steps = self.series(name, x="step")[0]
+        if not len(steps) or self.state.is_finished and steps[-1] >= self.state.step:
+            return ""
+        return f"last, at {place(int(steps[-1]), self.state.steps)}"
+
     def _x(self, record: Mapping[str, Any], x: str) -> float | None:
         if _is_number(record.get(x)):
             return record[x]
@@ -127,19 +136,21 @@ def read_run(folder: str | Path) -> Run:
     metrics = folder / "metrics.jsonl"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the run.folder of a training run")
-    if not metrics.is_file():
+    config = _read_config(folder / "config.yaml")
+    records, unreadable = read_jsonl(metrics)
+    records = [record for record in records if _is_number(record.get("step"))]
+    state = read_state(folder, config, max((record["step"] for record in records), default=0))
+    if not metrics.is_file() and not state.is_told:
         raise ValueError(
             f"{folder}: holds no metrics.jsonl, so it is not a run folder of megatron_slm.train (or the run never started)"
         )
-    records, unreadable = read_jsonl(metrics)
-    records = [record for record in records if _is_number(record.get("step"))]
     training, validation = (_by_step(records, kind) for kind in ("train", "validation"))
     if not training and not validation:
+        status = f" Its status: {state.words}" if state.is_told else ""
         raise ValueError(
-            f"{metrics}: holds no metrics yet; the run was stopped before its first log interval "
-            "(monitoring.log_interval_steps), or is still starting"
+            f"{metrics}: holds no metrics yet; the run ended before its first log interval (monitoring.log_interval_steps), "
+            f"or is still starting.{status}" + f": {state.reason}" * bool(state.reason)
         )
-    config = _read_config(folder / "config.yaml")
     name = (config.get("run") or {}).get("name") or folder.resolve().name
     warnings, _ = read_jsonl(folder / "warnings.jsonl")
     versions = folder / "versions.txt"
@@ -149,6 +160,7 @@ def read_run(folder: str | Path) -> Run:
         config=config,
         training=training,
         validation=validation,
+        state=state,
         unreadable_lines=unreadable,
         versions=versions.read_text(errors="replace").strip() if versions.is_file() else "",
         warnings=list(

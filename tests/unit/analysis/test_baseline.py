@@ -25,6 +25,7 @@ SHARED = {
         "global_batch_size": 32,
     },
     "checkpoint": {"initialize_from": "runs/base"},
+    "run": {"seed": 0},
 }
 
 
@@ -70,8 +71,8 @@ def test_the_plain_arm_is_found_among_other_plain_runs():
     assert baseline.run.name == "plain"
     assert [run.name for run in baseline.measured] == ["plain", "slm", "random"]
     assert (
-        "Baseline: plain. It trains on every token, and shares data (data/corpus), tokens per step, model and initial weights "
-        "with slm and random." in baseline.sentence
+        "Baseline: plain. It trains on every token, and shares data (data/corpus), tokens per step, model and start "
+        "(the weights of runs/base) with slm and random." in baseline.sentence
     )
     assert (
         "base is not measured against it: checkpoint.initialize_from is not set in base and runs/base in plain"
@@ -141,6 +142,14 @@ def test_settings_that_an_older_run_does_not_tell_are_no_difference_but_data_are
     untold = find_baseline([replace(plain, config={}), slm], "target")
     assert untold.run is None
     assert "the config.yaml of plain names no data.train" in untold.sentence
+
+
+def test_random_weights_of_different_seeds_are_a_start_that_is_named():
+    plain, slm = (
+        run_of(name, scorer, checkpoint__initialize_from="", run__seed=seed)
+        for name, scorer, seed in (("plain", "none", 1), ("slm", "excess_loss", 2))
+    )
+    assert "(random weights, of different seeds) with slm" in find_baseline([plain, slm]).sentence
 
 
 def test_without_a_plain_run_the_report_says_how_to_get_one():

@@ -34,6 +34,7 @@ def write_run(
         "optimizer": {"clip_grad_norm": 1.0},
         "data": {"train": ["a/web", "b/code"]},
         "selection": {"scorer": scorer, "keep_fraction": keep},
+        "schedule": {"train_steps": 10 * (len(losses) - 1)},
     }
     for section, values in (settings or {}).items():
         config[section] = config.get(section, {}) | values
@@ -127,9 +128,9 @@ def test_the_program_writes_one_file_with_the_numbers(pages):
     page = pages[0]
     # 3.4 is crossed between 3.5 at 1000 and 3.3 at 2000 tokens: at 1500, 0.75 of the plain run's 2000.
     assert cells(page) == [
-        ["plain", "3.400", "2k", "2k", "1.23k", "2k"],
-        ["slm &lt;0.6&gt;", "3.300", "2k", "1.2k", "1.23k", "1.5k (0.75×)"],
-        ["random", "3.550", "2k", "1.2k", "1.23k", "not reached"],
+        ["plain", "done by its metrics", "3.400", "2k", "2k", "1.23k", "2k"],
+        ["slm &lt;0.6&gt;", "done by its metrics", "3.300", "2k", "1.2k", "1.23k", "1.5k (0.75×)"],
+        ["random", "done by its metrics", "3.550", "2k", "1.2k", "1.23k", "not reached"],
     ]
     assert (
         "slm &lt;0.6&gt; has the lowest loss on curated, 3.300 nats per token; plain is 0.100 higher; random is 0.250 higher"
