@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.monitoring.console import format_duration
+from megatron_slm.monitoring.progress_line import BAR, Part, fitted_progress
 
 
 class RunProgress:
@@ -23,18 +24,12 @@ class RunProgress:
 
     def __enter__(self) -> RunProgress:
         self._started_at = time.monotonic()
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.percentage:3.0f}%"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            refresh_per_second=2,
-        )
+        self._bar = fitted_progress(self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(
-            "", total=self._total_bytes or None, completed=self._done_bytes, rate=""
+            "",
+            total=self._total_bytes or None,
+            completed=self._done_bytes,
+            parts=[self._share_done(), BAR],
         )
         self._bar.start()
         return self
@@ -48,11 +43,21 @@ class RunProgress:
         if self._bar.disable:
             return
         seconds = max(time.monotonic() - self._started_at, 1e-3)
-        rate = (
-            f"{(self._done_bytes - self._first_bytes) / seconds / 1e6:.1f} MB/s  "
-            f"{(tokens - self._first_tokens) / seconds / 1e6:.2f} M tokens/s  {documents:,} documents"
-        )
-        self._bar.update(self._task, completed=self._done_bytes, rate=rate)
+        bytes_per_second = (self._done_bytes - self._first_bytes) / seconds
+        parts = [self._share_done(), BAR]
+        if bytes_per_second:
+            left = max(self._total_bytes - self._done_bytes, 0) / bytes_per_second
+            parts.append(Part(1, f"{format_duration(left)} left"))
+        parts += [
+            Part(3, f"{bytes_per_second / 1e6:.1f} MB/s"),
+            Part(4, f"{(tokens - self._first_tokens) / seconds / 1e6:.2f} M tokens/s"),
+            Part(5, f"{documents:,} documents"),
+        ]
+        self._bar.update(self._task, completed=self._done_bytes, parts=parts)
+
+    def _share_done(self) -> Part:
+        share = self._done_bytes / self._total_bytes if self._total_bytes else 0.0
+        return Part(0, f"{share:4.0%}")
 
 
 def print_summary(

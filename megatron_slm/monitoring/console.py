@@ -1,14 +1,29 @@
-"""Metrics for a person at a terminal: a progress bar with rate, ETA and losses; plain lines in a log file."""
+"""Metrics for a person at a terminal: a progress bar with rate, time left and losses; plain lines in a log file."""
 
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
 _STYLE = {"info": "none", "warning": "yellow", "error": "bold red"}
+_TITLE_LONGEST = 24
+_RANKS = {
+    "time left": 1,
+    "loss": 3,
+    "kept": 4,
+    "speed": 5,
+    "title": 6,
+    "other losses": 7,
+    "learning rate": 8,
+    "gradient norm": 9,
+}
+"""The higher, the sooner a part of the progress line goes on a narrow terminal; step and total have 0, the bar 2."""
 
 
 class ConsoleSink:
-    """A rich progress bar where `stream` is a terminal, otherwise one plain line per record (good in a SLURM log)."""
+    """A progress bar where `stream` is a terminal, otherwise one plain line per record (good in a SLURM log).
+
+    On a narrow terminal step, total, time left and bar stay longest (progress_line.py).
+    """
 
     def __init__(
         self,
@@ -55,7 +70,7 @@ class ConsoleSink:
                 f"step {step}/{self._total_steps}  {_describe_training(record)}", markup=False
             )
         else:
-            self._progress.update(self._task, completed=step, figures=_describe_training(record))
+            self._progress.update(self._task, completed=step, parts=self._line(record, step))
 
     def message(self, text: str, level: str = "info") -> None:
         prefix = "" if level == "info" else f"{level}: "
@@ -66,24 +81,33 @@ class ConsoleSink:
             self._progress.stop()
 
     def _open_progress(self, title: str, start_step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from megatron_slm.monitoring.progress_line import fitted_progress
 
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            refresh_per_second=2,
-        )
+        self._title = title if len(title) <= _TITLE_LONGEST else title[: _TITLE_LONGEST - 1] + "…"
+        self._progress = fitted_progress(self._console)
         self._task = self._progress.add_task(
-            title, total=self._total_steps, completed=start_step, figures=""
+            title,
+            total=self._total_steps,
+            completed=start_step,
+            parts=self._line({}, start_step),
         )
         self._progress.start()
+
+    def _line(self, record: Mapping[str, Any], step: int) -> list:
+        from megatron_slm.monitoring.progress_line import BAR, Part
+
+        done = Part(0, f"{step}/{self._total_steps}")
+        figures = [Part(_RANKS[name], text) for name, text in _figures(record)]
+        return [Part(_RANKS["title"], self._title), BAR, done, *figures]
 
 
 def _describe_training(record: Mapping[str, Any]) -> str:
     """loss 3.412 (all 3.702, reference 3.1)  kept 60%  lr 3e-4  |grad| 0.81  12.3k tokens/s  0:01:22 left"""
+    return "  ".join(text for _, text in _figures(record)).replace("  (", " (")
+
+
+def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name in _RANKS, words) of what a training record has, in the order of a line."""
     parts = []
     loss = _number(record, "loss/selected", "loss/all")
     if loss is not None:
@@ -92,18 +116,20 @@ def _describe_training(record: Mapping[str, Any]) -> str:
             for name in ("all", "reference")
             if "loss/selected" in record and (value := _number(record, f"loss/{name}")) is not None
         ]
-        parts.append(f"loss {loss:.4f}" + (f" ({', '.join(beside)})" if beside else ""))
+        parts.append(("loss", f"loss {loss:.4f}"))
+        if beside:
+            parts.append(("other losses", f"({', '.join(beside)})"))
     if (kept := _number(record, "selection/kept_fraction")) is not None:
-        parts.append(f"kept {kept:.0%}")
+        parts.append(("kept", f"kept {kept:.0%}"))
     if (rate := _number(record, "optimizer/learning_rate")) is not None:
-        parts.append(f"lr {rate:.2e}")
+        parts.append(("learning rate", f"lr {rate:.2e}"))
     if (norm := _number(record, "optimizer/grad_norm")) is not None:
-        parts.append(f"|grad| {norm:.3g}")
+        parts.append(("gradient norm", f"|grad| {norm:.3g}"))
     if (speed := _number(record, "throughput/tokens_per_second")) is not None:
-        parts.append(f"{_short(speed)} tokens/s")
+        parts.append(("speed", f"{short_number(speed)} tokens/s"))
     if (left := _number(record, "throughput/eta_seconds")) is not None:
-        parts.append(f"{format_duration(left)} left")
-    return "  ".join(parts)
+        parts.append(("time left", f"{format_duration(left)} left"))
+    return parts
 
 
 def _describe_validation(record: Mapping[str, Any]) -> str:
@@ -124,7 +150,8 @@ def _number(record: Mapping[str, Any], *names: str) -> float | None:
     )
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
+    """12345678 -> 12.3M"""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"

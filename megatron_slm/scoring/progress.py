@@ -3,6 +3,8 @@
 import sys
 import time
 
+from megatron_slm.monitoring.console import format_duration, short_number
+
 LINE_INTERVAL_SECONDS = 60
 
 
@@ -18,18 +20,12 @@ class Progress:
         self.started_at = self.printed_at = time.monotonic()
         if self.shown and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+            from megatron_slm.monitoring.progress_line import fitted_progress
 
-            self.bar = Bar(
-                TextColumn("scoring"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("tokens  {task.fields[rate]:,.0f} tokens/s  left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
+            self.bar = fitted_progress(Console(stderr=True))
+            self.task = self.bar.add_task(
+                "scoring", total=self.total_tokens, parts=self._line(0.0, 0.0)
             )
-            self.task = self.bar.add_task("scoring", total=self.total_tokens, rate=0.0)
             self.bar.start()
         return self
 
@@ -39,7 +35,7 @@ class Progress:
         now = time.monotonic()
         rate = done / max(1e-9, now - self.started_at)
         if self.bar is not None:
-            self.bar.update(self.task, completed=int(done), rate=rate)
+            self.bar.update(self.task, completed=int(done), parts=self._line(done, rate))
         elif self.shown and now - self.printed_at >= LINE_INTERVAL_SECONDS:
             self.printed_at = now
             left_minutes = (self.total_tokens - done) / rate / 60
@@ -48,6 +44,17 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _line(self, done_tokens: float, rate: float) -> list:
+        from megatron_slm.monitoring.progress_line import BAR, Part
+
+        parts = [Part(4, "scoring"), BAR]
+        done, total = short_number(done_tokens), short_number(self.total_tokens)
+        parts.append(Part(0, f"{done}/{total} tokens"))
+        if rate:
+            left = format_duration((self.total_tokens - done_tokens) / rate)
+            parts += [Part(3, f"{short_number(rate)} tokens/s"), Part(1, f"{left} left")]
+        return parts
 
     def __exit__(self, *_) -> None:
         if self.bar is not None:
