@@ -183,7 +183,7 @@ def started_reporter(monkeypatch, config, corpora, **sizes):
     )
     report.Reporter(
         config, groups, SimpleNamespace(corpora=corpora), resume_step=None, wandb_id=""
-    ).close()
+    ).close("done", 0)
     return " ".join(said)
 
 
