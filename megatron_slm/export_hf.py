@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_slm.checkpoint.folder import (
     CheckpointInfo,
     damaged_files,
+    file_sha256,
     read_checkpoint_info,
     resolve_checkpoint,
 )
@@ -39,7 +40,7 @@ def build_parser() -> Program:
     parser.add_argument(
         "--output",
         required=True,
-        help="folder to write; it must not hold anything, unless --overwrite is given",
+        help="folder to write; it must not hold anything but this very export, unless --overwrite is given",
     )
     parser.add_argument(
         "--dtype",
@@ -60,23 +61,36 @@ def build_parser() -> Program:
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    from megatron_slm.convert.model_folder import check_output
+    from megatron_slm.convert.model_folder import check_output, exported_before
 
     try:
+        folder = resolve_checkpoint(options.checkpoint)
+        info = read_checkpoint_info(folder)
+        tokenizer = (
+            None if options.tokenizer == "none" else find_tokenizer(options.tokenizer, info, folder)
+        )
+    except ValueError as error:
+        print(f"export_hf: {error}", file=sys.stderr)
+        return 3
+    made_from = {
+        "checkpoint": f"sha256:{file_sha256(folder / 'checksums.json')}",
+        "step": info.step,
+        "dtype": options.dtype,
+        "tokenizer": tokenizer and tokenizer.fingerprint,
+    }
+    try:
+        if not options.overwrite and exported_before(Path(options.output), made_from):
+            print(f"{options.output}: done before, from step {info.step} of {folder}")
+            return 0
         check_output(Path(options.output), options.overwrite)
     except ValueError as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return 2
     try:
-        folder = resolve_checkpoint(options.checkpoint)
-        info = read_checkpoint_info(folder)
         if damaged := damaged_files(folder):
             raise ValueError(
                 f"{folder}: {', '.join(damaged)} differ from checksums.json; use another step_* folder, or copy it again"
             )
-        tokenizer = (
-            None if options.tokenizer == "none" else find_tokenizer(options.tokenizer, info, folder)
-        )
         # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
         from megatron_slm.convert.huggingface import export
         from megatron_slm.convert.stored_state import read_full_state
@@ -88,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             options.output,
             dtype=options.dtype,
             overwrite=options.overwrite,
+            made_from=made_from,
         )
     except ValueError as error:
         print(f"export_hf: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_slm.checkpoint import folder as folders
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.export_note import read_export_note
+from megatron_slm.files.made_from import refuse_other_origin
 from megatron_slm.tokenization import load_tokenizer
 
 DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE; safetensors) into a weights checkpoint of ours.
@@ -52,13 +53,9 @@ def build_parser() -> Program:
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     checkpoints = Path(options.output) / "checkpoints"
-    if folders.complete_checkpoints(checkpoints):
-        print(
-            f"import_hf: {checkpoints} already holds a checkpoint; give another --output",
-            file=sys.stderr,
-        )
-        return 2
     try:
+        if folders.complete_checkpoints(checkpoints):
+            return _imported_before(options, checkpoints)
         folder = import_folder(Path(options.input), checkpoints, options.dtype, options.tokenizer)
     except ValueError as error:
         print(f"import_hf: {error}", file=sys.stderr)
@@ -72,6 +69,32 @@ def main(argv: list[str] | None = None) -> int:
             "trained, make the corpora with --prepend-bos"
         )
     return 0
+
+
+def _imported_before(options: argparse.Namespace, checkpoints: Path) -> int:
+    """Exit code for a run folder that has checkpoints: 0 when step 0 is this very import, 2 when it is not."""
+    imported = folders.step_folder(checkpoints, 0)
+    before = None
+    if imported in folders.complete_checkpoints(checkpoints):
+        before = folders.read_checkpoint_info(imported).extra.get("made_from")
+    try:
+        now = _made_from(Path(options.input), options.dtype, options.tokenizer)
+        refuse_other_origin(imported, before, now, "Give another --output.")
+    except (ValueError, OSError) as error:
+        print(f"import_hf: {error}", file=sys.stderr)
+        return 2
+    print(f"{imported}: done before, from {options.input}")
+    return 0
+
+
+def _made_from(source: Path, dtype: str, tokenizer_path: str) -> dict:
+    from megatron_slm.convert.model_folder import files_fingerprint
+
+    return {
+        "files": files_fingerprint(source),
+        "dtype": dtype,
+        "tokenizer": load_tokenizer(tokenizer_path or source).fingerprint,
+    }
 
 
 def _begins_texts(tokenizer: dict) -> bool:
@@ -112,7 +135,10 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
         step=0,
         tokens_processed=0,
         precision=dtype,
-        extra={"imported_from": str(source)},
+        extra={
+            "imported_from": str(source),
+            "made_from": _made_from(source, dtype, tokenizer_path),
+        },
     )
     writing = folders.writing_folder(checkpoints, 0)
     shutil.rmtree(writing, ignore_errors=True)

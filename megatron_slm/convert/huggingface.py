@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, sync_path
-from megatron_slm.convert.model_folder import LAST_FILE, check_output
+from megatron_slm.convert.model_folder import LAST_FILE, MADE_FROM, check_output, made_from_note
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
 from megatron_slm.convert.names import Geometry, to_huggingface
@@ -34,11 +34,12 @@ def export(
     dtype: str = "fp32",
     overwrite: bool = False,
     largest_shard_bytes: int = LARGEST_SHARD_BYTES,
+    made_from: dict | None = None,
 ) -> Path:
     """Write `state` (whole tensors under our names, read one at a time) as a Hugging Face model folder `output`.
 
     Everything is written beside `output` and renamed, so `output` is either absent, what it was, or complete. tokenizer=None leaves the
-    tokenizer out. ValueError when `output` holds something and `overwrite` is off, or is on but `output` is not an export.
+    tokenizer out. made_from: kept beside the model, so that a second run knows that it is one. ValueError when `output` holds something and `overwrite` is off, or is on but `output` is not an export.
     """
     output = Path(os.path.abspath(output))
     check_output(output, overwrite)
@@ -60,6 +61,8 @@ def export(
         writing / "generation_config.json",
         special_ids(tokenizer) | {"do_sample": False, "_from_model_config": True},
     )
+    if made_from is not None:
+        write_json(writing / MADE_FROM, made_from_note(writing, made_from))
     write_json(writing / LAST_FILE, config)
     _replace(writing, output)
     return output

@@ -1,10 +1,51 @@
 """A Hugging Face model folder before anything of it is loaded: may it be written, can it be read; no torch."""
 
+import hashlib
 import json
 from pathlib import Path
 
+from megatron_slm.files.made_from import refuse_other_origin
+
 LAST_FILE = "config.json"
 """Written last: a folder that has it is a complete export."""
+
+
+MADE_FROM = "made_from.json"
+"""In an export: what it was made from, and the sizes of its files."""
+
+
+def made_from_note(folder: Path, made_from: dict) -> dict:
+    """The content of MADE_FROM for the export in `folder`, whose files are all there but for MADE_FROM and LAST_FILE."""
+    return {"made_from": made_from, "bytes": _sizes_bytes(folder)}
+
+
+def exported_before(output: Path, now: dict) -> bool:
+    """Whether `output` is a whole export that was made from `now`. ValueError when it is one of something else, or has changed."""
+    if not (output / MADE_FROM).exists() or not (output / LAST_FILE).exists():
+        return False
+    note = read_json(output / MADE_FROM)
+    advice = "Give --overwrite to replace it, or another --output."
+    refuse_other_origin(output, note.get("made_from"), now, advice)
+    if note.get("bytes") != _sizes_bytes(output):
+        raise ValueError(f"{output} has changed since it was exported. {advice}")
+    return True
+
+
+def _sizes_bytes(folder: Path) -> dict[str, int]:
+    return {
+        path.name: path.stat().st_size
+        for path in sorted(folder.iterdir())
+        if path.name not in (MADE_FROM, LAST_FILE)
+    }
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Identity of the files in a folder: names, sizes and modification times; reading models whole would take minutes."""
+    state = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        status = path.stat()
+        state.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return "sha256:" + state.hexdigest()
 
 
 def check_output(output: Path, overwrite: bool) -> None:

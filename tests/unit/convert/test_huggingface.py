@@ -239,12 +239,6 @@ def test_imported_logits_are_those_of_the_hugging_face_model(runs, name):
         info.tokenizer["vocabulary_size"],
         info.model["vocabulary_size"],
     ) == (64, 28, 101)
-    assert (
-        import_hf.main(
-            ["--input", str(folder / f"peer_{name}"), "--output", str(folder / f"imported_{name}")]
-        )
-        == 2
-    )
 
 
 @pytest.mark.parametrize(
@@ -300,12 +294,32 @@ def test_an_import_says_how_its_corpora_are_begun(runs, tmp_path, capsys):
     assert "make the corpora with --prepend-bos" in capsys.readouterr().out
 
 
+def test_a_second_import_does_nothing_and_another_one_is_refused(runs, capsys):
+    folder, _ = runs
+    source, imported = folder / "peer_qwen2", folder / "imported_qwen2"
+    arguments = ["--input", str(source), "--output", str(imported)]
+    before = resolve_checkpoint(imported).stat().st_mtime_ns
+    assert import_hf.main(arguments) == 0
+    assert "done before" in capsys.readouterr().out
+    assert resolve_checkpoint(imported).stat().st_mtime_ns == before
+    assert import_hf.main([*arguments, "--dtype", "bf16"]) == 2
+    assert "dtype: it has 'fp32', this command has 'bf16'" in capsys.readouterr().err
+
+
 def test_export_is_written_whole_or_not_at_all(runs, tmp_path, capsys):
     folder, _ = runs
     run, output = str(folder / "Qwen3ForCausalLM"), tmp_path / "export"
     arguments = ["--checkpoint", run, "--output", str(output), "--tokenizer", "none"]
     assert export_hf.main(arguments) == 0
-    assert export_hf.main(arguments) == 2 and "already holds" in capsys.readouterr().err
+    stamp = (output / "config.json").stat().st_mtime_ns
+    assert export_hf.main(arguments) == 0
+    assert "done before, from step" in capsys.readouterr().out
+    assert (output / "config.json").stat().st_mtime_ns == stamp
+    assert export_hf.main([*arguments, "--dtype", "bf16"]) == 2
+    assert "dtype: it has 'fp32', this command has 'bf16'" in capsys.readouterr().err
+    (output / "model.safetensors").write_bytes(b"cut")
+    assert export_hf.main(arguments) == 2
+    assert "has changed since it was exported" in capsys.readouterr().err
     assert export_hf.main([*arguments, "--overwrite", "--dtype", "bf16"]) == 0
     assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert SafetensorsFolder(output)["model.norm.weight"].dtype == torch.bfloat16
