@@ -39,8 +39,8 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
         check(config, world_size)
         if rank == 0:
             _keep_others_out(config.run.folder, held)
-        # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once. It looks before torch is imported,
-        # so that a missing file is named at once.
+        # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once,
+        # and before torch is imported, so that a missing file is named at once.
         materials = setup.open_materials(config, world_size) if rank == 0 else None
         from megatron_slm import device as device_room
 

@@ -11,7 +11,7 @@ from megatron_slm.config.values import UNREADABLE, convert
 
 
 def number_in(hint) -> Callable[[str], int | float]:
-    """What argparse reads an option with, from an annotation with a range: type=number_in(Count)."""
+    """What argparse reads an option with, from an annotation: type=number_in(Count)."""
 
     def read(text: str) -> int | float:
         value = convert(text, hint, "", [])
@@ -35,14 +35,14 @@ class Program(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's; an unknown option ends the program with exit code 2 and the nearest one's name."""
+        """As argparse's, but an unknown option ends the program with the nearest one's name."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
         return options
 
     def refuse_misspelled(self, unknown: Iterable[str]) -> None:
-        """End with exit code 2 where a word left over by parse_known_args is nearly an option of this program."""
+        """End with exit code 2 where a word that parse_known_args left over is nearly an option."""
         for word in unknown:
             name = word.partition("=")[0]
             if name.startswith("--") and nearest(name, self._option_string_actions):

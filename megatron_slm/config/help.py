@@ -1,4 +1,4 @@
-"""What --help and the page of settings say of a setting: its text, the values it takes, its default."""
+"""What --help and the page of settings say of a setting: text, values, default."""
 
 import ast
 import dataclasses
@@ -57,7 +57,7 @@ def _values_of_one(hint) -> str:
 
 
 def default_of(field: dataclasses.Field) -> str:
-    """The default as it would be written in YAML; empty text for empty text, and where there is no default."""
+    """The default as it would be written in YAML; empty text where there is none."""
     if field.default_factory is not dataclasses.MISSING:
         return str(field.default_factory())
     value = field.default

@@ -237,7 +237,7 @@ def _build(cls, values, where: str, problems: list[str]):
 
 
 def _nearest_setting(key, hints: dict, where: str) -> str:
-    """`did you mean model.layers?` for `modle.layers` and `layer`: names here, and those one section further in."""
+    """`did you mean model.layers?` for `layer`: names here, and those one section further in."""
     places = {name: [f"{where}{name}"] for name in hints}
     for section, hint in hints.items():
         if dataclasses.is_dataclass(hint):

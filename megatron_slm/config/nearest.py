@@ -11,6 +11,6 @@ def nearest(word: object, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: object, known: Iterable[str], prefix: str = "") -> str:
-    """`did you mean PREFIXname?` for the nearest of the known names, or empty text where none is near."""
+    """`did you mean PREFIXname?` for the nearest of the known names; empty where none is near."""
     near = nearest(word, known)
     return f"did you mean {prefix}{near}?" if near else ""

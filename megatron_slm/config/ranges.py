@@ -1,4 +1,7 @@
-"""The numbers a setting takes. Written into the annotations of schema.py; check.py holds a whole configuration against them."""
+"""The numbers a setting takes.
+
+They stand in the annotations of schema.py; check.py holds a whole configuration against them.
+"""
 
 import dataclasses
 import math
@@ -16,7 +19,10 @@ LARGEST_WHOLE_NUMBER = 2**63 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of finite numbers; a bound that is None does not limit. `note` explains it in the message."""
+    """An interval of finite numbers; a bound that is None does not limit.
+
+    `note` explains it in the message.
+    """
 
     at_least: float | None = None
     above: float | None = None
@@ -59,7 +65,7 @@ def range_of(hint) -> Range | None:
 
 
 def out_of_range(settings, where: str = "") -> Iterator[tuple[str, str]]:
-    """(name, sentence) of every number of a dataclass, and of the dataclasses in it, that is not in its field's range."""
+    """(name, sentence) of every number out of range, in a dataclass and those inside it."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         name = f"{where}{field.name}"

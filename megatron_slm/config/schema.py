@@ -1,4 +1,4 @@
-"""Every setting of a run, its type, its range, its default, and its help text (the string under each field).
+"""Every setting of a run: type, range, default, and its help text (the string under the field).
 
 Sizes carry their unit in the name. Nothing here imports torch: launchers and data programs read it too.
 Cross-field rules live in check.py, reading and overriding in load.py.

@@ -58,7 +58,10 @@ def require_known(hint, where: str) -> None:
 
 
 def convert(value, hint, where: str, problems: list[str]):
-    """`value` as the type `hint`, or UNREADABLE with a problem noted; TypeError for an unknown `hint`."""
+    """`value` as the type `hint`, or UNREADABLE with a problem noted.
+
+    TypeError for an annotation that `require_known` refuses.
+    """
     if value is None and type(None) in alternatives(hint):
         return None
     for accepted in alternatives(hint):

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder before anything of it is loaded: may it be written, can it be read; no torch."""
+"""Whether a Hugging Face model folder may be written or can be read, before torch is loaded."""
 
 import hashlib
 import json

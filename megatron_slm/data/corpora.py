@@ -1,4 +1,4 @@
-"""Corpora and the scores of their tokens, opened and compared; no torch, so what is wrong is said at once."""
+"""Corpora and the scores of their tokens, opened and compared without torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

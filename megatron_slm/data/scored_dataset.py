@@ -20,7 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_slm.data.corpora import Corpus, open_corpora  # noqa: F401  (corpora are opened, then read)
+from megatron_slm.data.corpora import Corpus, open_corpora  # noqa: F401 (opened, then read)
 from megatron_slm.data.corpus_order import CorpusOrder, Documents, Stretch
 from megatron_slm.data.epoch_index import build_once
 from megatron_slm.data.file_array import FileArray

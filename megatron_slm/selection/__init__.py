@@ -10,8 +10,8 @@ scope.py        which tokens compete with which                          running
 schedule.py     keep fraction over training
 diagnostics.py  sums and counts that describe a choice                   alarms.py: what they warn of
 
-Scorers and rules, schedules and alarms import no torch: a configuration is checked and planned, and a
-report written, with the very scorers that train. A public name is loaded when it is first asked for.
+Scorers and rules, schedules and alarms import no torch: a configuration is checked and planned, and
+a report written, with the very scorers that train. A public name is loaded when it is asked for.
 """
 
 from importlib import import_module

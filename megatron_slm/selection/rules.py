@@ -29,8 +29,9 @@ class ChoiceRules:
     """One configured choice.
 
     scope       one of SCOPES.
-    head_rows   the tokens whose rows the loss head computes in the training pass: "all", "selected",
-                or "auto", which is "selected" where a forward pass has given every loss anyway.
+    head_rows   the tokens whose rows the loss head computes in the training pass: "all",
+                "selected", or "auto", which is "selected" where a forward pass has given every
+                loss anyway.
     """
 
     scorer: Scorer
@@ -39,7 +40,7 @@ class ChoiceRules:
 
     @property
     def stored_columns(self) -> frozenset[str]:
-        """Columns that neither the model nor the batch gives: a score store's, or an online reference's."""
+        """Columns that a score store or an online reference gives, not the model or the batch."""
         return frozenset(self.scorer.needs) - MODEL_COLUMNS - BATCH_COLUMNS
 
     @property
@@ -52,8 +53,8 @@ class ChoiceRules:
     def head_on_selected_rows(self) -> bool:
         """Whether the training pass's head computes selected tokens only.
 
-        auto never takes the losses of unselected tokens away from the metrics: it is "selected" only
-        where a forward pass before the step has given them already.
+        auto never takes the losses of unselected tokens away from the metrics: it is "selected"
+        only where a forward pass before the step has given them already.
         """
         if self.head_rows == "auto":
             return self.known_before_head and not self.scorer.is_static
@@ -61,7 +62,7 @@ class ChoiceRules:
 
     @property
     def loss_of_selected_only(self) -> bool:
-        """Whether nobody computes the loss of tokens that are not selected, so nothing can be said of it."""
+        """Whether nobody computes the loss of unselected tokens, so nothing can be said of it."""
         return self.head_on_selected_rows and self.scorer.is_static and self.scorer.name != "none"
 
     @property
@@ -81,7 +82,7 @@ class ChoiceRules:
         return weight_needed_ahead and not self.knows_weight_ahead
 
     def runs_forward_first(self, *, weight_needed_ahead: bool) -> bool:
-        """Whether every step begins with a forward pass of its own, whose losses the choice reads."""
+        """Whether every step begins with a forward pass whose losses the choice reads."""
         chosen_first = (
             self.needs_whole_step(weight_needed_ahead=weight_needed_ahead)
             or self.head_on_selected_rows
@@ -89,7 +90,7 @@ class ChoiceRules:
         return chosen_first and not self.scorer.is_static
 
     def check(self) -> None:
-        """Raises ValueError for a scope the scorer cannot work in, and for rows that nobody knows in time."""
+        """Raises ValueError for a scope that the scorer cannot work in, and rows known too late."""
         self.scorer.check_scope(self.scope)
         if self.head_rows == "selected" and not self.known_before_head:
             raise ValueError(

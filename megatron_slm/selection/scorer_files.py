@@ -1,8 +1,9 @@
 """A scorer in a file of the user's own: `selection.scorer: PATH.py:NAME`.
 
-Loading such a file runs its code. Nothing does that but `load_scorer_files`, which programs call that
-start from a configuration a person gave them (train, plan). Building a scorer never loads a file, so a
-configuration read from a run folder or a checkpoint (by report, score, export) runs nothing.
+Loading such a file runs its code. Nothing does that but `load_scorer_files`, which programs call
+that start from a configuration a person gave them (train, plan). Building a scorer never loads a
+file, so a configuration read from a run folder or a checkpoint (by report, score, export) runs
+nothing.
 """
 
 import hashlib
@@ -18,10 +19,10 @@ _MODULE_PREFIX = "slm_scorers_"
 
 
 def load_scorer_files(name: str, options: Mapping[str, object] | None = None) -> None:
-    """Register the scorers in files that a configuration names: `name`, and the children in its options.
+    """Register the scorers that a configuration takes from files: `name`, and its children.
 
-    A registered name is taken as it is. Raises ValueError for a file that is missing, fails, or registers
-    no scorer of that name.
+    A registered name is taken as it is. Raises ValueError for a file that is missing, fails, or
+    registers no scorer of that name.
     """
     for setting in _named(name, options or {}):
         if setting not in scorers.SCORERS and scorers.in_file(setting):

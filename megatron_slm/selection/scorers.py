@@ -18,8 +18,8 @@ A scorer is a function. This is a whole one, options included:
 registers it under the entry point group "megatron_slm.scorers". The scorers of the literature are in catalogue.py; those that weigh tokens
 against each other, or make more than one choice, are classes in combinators.py.
 
-None of these files imports torch: a scorer works through the methods of the tensors it is given, so what
-it is and what it needs can be asked, and its options checked, before torch is loaded.
+None of these files imports torch: a scorer works through the methods of the tensors it is given, so
+what it is and what it needs can be asked, and its options checked, before torch is loaded.
 """
 
 from __future__ import annotations

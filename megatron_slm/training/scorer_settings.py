@@ -1,4 +1,4 @@
-"""The selection section of a configuration as a scorer and its rules; no torch, so it is checked before torch is imported."""
+"""The selection section of a configuration as a scorer and its rules, checked without torch."""
 
 from megatron_slm.config.schema import SelectionConfig
 from megatron_slm.selection.rules import ONLINE_COLUMNS, ChoiceRules, configured_scorer
@@ -9,8 +9,8 @@ from megatron_slm.selection.scorer_files import load_scorer_files
 def choice_rules(settings: SelectionConfig) -> ChoiceRules:
     """The configured choice. Runs the file of a scorer that is given as PATH.py:NAME, once per process.
 
-    Raises ValueError for an unknown scorer, a wrong option, a keep fraction or scope that does not fit,
-    and a reference that is missing or cannot give what the scorer reads.
+    Raises ValueError for an unknown scorer, a wrong option, a keep fraction or scope that does not
+    fit, and a reference that is missing or cannot give what the scorer reads.
     """
     load_scorer_files(settings.scorer, settings.scorer_options)
     scorer = configured_scorer(settings.scorer, settings.scorer_options, settings.clm_weight)

@@ -1,4 +1,4 @@
-"""Everything a run reads, opened and checked before any process group starts, and before torch is imported."""
+"""Everything a run reads, opened and checked before torch is imported and processes join."""
 
 from __future__ import annotations
 

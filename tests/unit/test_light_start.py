@@ -1,4 +1,4 @@
-"""--help, --version and what is wrong with the input are said before torch and its like are imported, in every program."""
+"""Every program says --help, --version and what is wrong with its input before it loads torch."""
 
 import json
 import subprocess
@@ -131,7 +131,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """(exit code, what was said, heavy modules loaded by then) of every program and argument list, all in one process."""
+    """(exit code, what was said, heavy modules loaded) of every call below, all in one process."""
     calls = [(program, [word]) for program in PROGRAMS for word in ("--help", "--version")]
     calls += [(program, argv) for program, argv, _, _ in FAULTS]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every number of the schema has a range, and a number outside it, NaN and infinity are refused by name."""
+"""Every number of the schema has a range; one outside it, NaN and infinity are refused by name."""
 
 import dataclasses
 import math

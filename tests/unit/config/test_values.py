@@ -1,4 +1,4 @@
-"""Every annotation of the schema is checked, in each of the ways Python writes it; another one is refused at once."""
+"""Every annotation of the schema is checked, however it is written; others are refused at once."""
 
 import dataclasses
 import typing
@@ -76,7 +76,7 @@ def test_a_schema_with_such_an_annotation_is_refused_though_nobody_sets_the_fiel
 
 
 def test_every_annotation_of_the_schema_is_checked():
-    """Reading the defaults back asks for every annotation; nothing of another type passes as it is."""
+    """A value of no known type is refused by every field."""
     assert from_mapping({}) == (Config(), [])
     seen = 0
     for section, section_hint in typing.get_type_hints(Config).items():
