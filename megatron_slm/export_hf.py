@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if damaged := damaged_files(folder):
             raise ValueError(
-                f"{folder}: {', '.join(damaged)} differ from checksums.json; use another step_* folder, or copy it again"
+                f"{folder}: {', '.join(damaged)} missing, no plain files, or different from what checksums.json says; use another "
+                "step_* folder, or copy it again"
             )
         # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
         from megatron_slm.convert.huggingface import export

@@ -451,7 +451,7 @@ def test_random_state_stand_ins_have_the_signature_they_replace(name):
         (p.kind, p.default) for p in ours.parameters.values()
     ]
     written = re.search(
-        rf"megatron_random\.{name} = (lambda [^:]+):", (PACKAGE / "device.py").read_text()
+        rf"megatron_random\.{name} = \(?\s*(lambda [^:]+):", (PACKAGE / "device.py").read_text()
     )[1]
     assert written == "lambda " + ", ".join(
         f"{p.name}" + (f"={p.default!r}".replace("'", '"') if p.default is not p.empty else "")
@@ -606,9 +606,8 @@ def test_the_loss_divisor_may_be_an_integer_zero():
     """We divide gradients ourselves, so megatron-core gets num_tokens = 0 and must leave a sum alone under calculate_per_token_loss."""
     source = inspect.getsource(core("pipeline_parallel.schedules:forward_step_calc_loss"))
     assert "if not config.calculate_per_token_loss:" in source
-    assert (
-        "finalize_model_grads(chunks, None,"
-        in (PACKAGE / "model" / "forward_backward.py").read_text()
+    assert "finalize_model_grads( chunks, None," in " ".join(
+        (PACKAGE / "model" / "forward_backward.py").read_text().split()
     )
 
 

@@ -19,8 +19,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.files.plain import LeadsOutside, is_plain_name, plain_file, read_json_object
 
 _NAME = re.compile(r"step_(\d{8,})$")
+FORMATS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""metadata.json of every checkpoint that is written here: megatron-core's names of the formats beside it."""
 
 
 @dataclass(frozen=True)
@@ -161,15 +169,14 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     """
     folder = resolve_checkpoint(path)
     try:
-        content = (folder / "model.json").read_bytes()
-        checksums = dict(json.loads((folder / "checksums.json").read_text()))
-        info = CheckpointInfo(**{**json.loads(content), "fingerprint": _fingerprint(checksums)})
-    # A flipped byte may be no JSON, no UTF-8, or another key.
-    except (OSError, ValueError, TypeError) as error:
+        stored, checksums = read_json_object(folder, "model.json"), read_checksums(folder)
+        info = CheckpointInfo(**{**stored, "fingerprint": _fingerprint(checksums)})
+    # A flipped byte may be no JSON, no UTF-8, or another key (TypeError).
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder}: damaged checkpoint, {error}; use an older step_* folder"
         ) from error
-    if checksums.get("model.json", "") not in ("", hashlib.sha256(content).hexdigest()):
+    if checksums.get("model.json", "") not in ("", file_sha256(folder / "model.json")):
         raise ValueError(
             f"{folder}: model.json differs from its checksum in checksums.json; use an older "
             "step_* folder, or copy it again"
@@ -233,21 +240,40 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_checksums(folder: Path) -> dict[str, str]:
+    """checksums.json: sha256 by file name. ValueError when it cannot be read, LeadsOutside when it names what is not in the folder."""
+    checksums = read_json_object(folder, "checksums.json")
+    for name, digest in checksums.items():
+        if not is_plain_name(name):
+            raise LeadsOutside(
+                f"{folder / 'checksums.json'} names {name!r}: only files in the checkpoint's own folder are read, so this "
+                "checkpoint is refused"
+            )
+        if not isinstance(digest, str):
+            raise ValueError(f"{folder / 'checksums.json'}: the checksum of {name} is {digest!r}")
+    return checksums
+
+
 def damaged_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Names of files whose content is not what checksums.json says; `share` = (rank, size) checks every size-th file."""
+    """Names of files that are missing, no plain files, or not what checksums.json says; `share` = (rank, size) checks every size-th.
+
+    LeadsOutside, on every rank, when checksums.json names what does not lie in the folder.
+    """
     try:
-        checksums = dict(json.loads((folder / "checksums.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        checksums = read_checksums(folder)
+    except LeadsOutside:
+        raise
+    except ValueError:
         return ["checksums.json"]
     return [
         name
         for name in sorted(checksums)[share[0] :: share[1]]
-        if not _is_whole(folder / name, checksums[name])
+        if not _is_whole(folder, name, checksums[name])
     ]
 
 
-def _is_whole(path: Path, digest: str) -> bool:
+def _is_whole(folder: Path, name: str, digest: str) -> bool:
     try:
-        return file_sha256(path) == digest
-    except OSError:  # missing, or the disk cannot read it
+        return file_sha256(plain_file(folder, name)) == digest
+    except (OSError, ValueError):  # missing, no plain file, or the disk cannot read it
         return False

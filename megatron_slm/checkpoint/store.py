@@ -12,25 +12,23 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
 from megatron_slm.checkpoint import folder as folders
 from megatron_slm.checkpoint.folder import CheckpointInfo
+from megatron_slm.checkpoint.loading import load_state
 from megatron_slm.checkpoint.optimizer_state import (
     adam_steps,
     sharded_optimizer_state,
     take_loaded_state,
 )
+from megatron_slm.checkpoint.plain_reader import RANDOM_KEY
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.writing import Share, plan_save, words
+from megatron_slm.files.plain import read_json_object
 from megatron_slm.parallel import Groups
 
 
@@ -147,7 +145,8 @@ class CheckpointStore:
                 return trainer
             damaged.append(candidate)
             self.report(
-                f"checkpoint {candidate} is damaged ({', '.join(files)}: content differs from its checksum); trying the one before it",
+                f"checkpoint {candidate} is damaged ({', '.join(files)}: missing, no plain file, or content that differs from its "
+                "checksum); trying the one before it",
                 "error",
             )
         return None
@@ -166,9 +165,7 @@ class CheckpointStore:
 
     def load(self, checkpoint: Path, models: list, optimizer) -> dict:
         """Load one checkpoint, saved under any layout, into models (and optimizer); returns its trainer state. ValueError: it has no optimizer state."""
-        import json
-
-        trainer = json.loads((checkpoint / "trainer.json").read_text())
+        trainer = read_json_object(checkpoint, "trainer.json")
         if optimizer is not None and trainer.get("weights_only", False):
             raise ValueError(
                 f"{checkpoint} holds weights only (checkpoint.save_optimizer was false, or it was imported), so no run goes on from it; to train from "
@@ -178,15 +175,12 @@ class CheckpointStore:
         state, placements = self._state(
             models, optimizer, for_loading=True, with_random=same_layout
         )
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(checkpoint)), self.groups.dp_cp
-        )
-        loaded = dist_checkpointing.load(state, str(checkpoint), strategy)
+        loaded = load_state(state, checkpoint, self.groups)
         _take_weights(models, loaded)
         if optimizer is not None:
             take_loaded_state(optimizer, placements, loaded["optimizer"], trainer["adam_steps"])
         if same_layout:
-            _take_random(loaded["random"])
+            _take_random(loaded["random"], checkpoint)
         return trainer
 
     def _state(self, models, optimizer, *, for_loading: bool, with_random: bool = True):
@@ -289,15 +283,13 @@ def load_weights(models: list, checkpoint: str | Path, groups: Groups) -> Checkp
     damaged = sorted({name for part in gathered for name in part})
     if damaged:
         raise ValueError(
-            f"{found}: damaged ({', '.join(damaged)}: content differs from checksums.json); use another checkpoint or copy it again"
+            f"{found}: damaged ({', '.join(damaged)}: missing, no plain file, or content that differs from checksums.json); use "
+            "another checkpoint or copy it again"
         )
     state = {
         f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(unwrap_model(models))
     }
-    strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(found)), groups.dp_cp
-    )
-    _take_weights(models, dist_checkpointing.load(state, str(found), strategy))
+    _take_weights(models, load_state(state, found, groups))
     return folders.read_checkpoint_info(found)
 
 
@@ -326,7 +318,7 @@ def _random_state(groups: Groups) -> ShardedObject:
         "tracker": get_cuda_rng_tracker().get_states(),
     }
     return ShardedObject(
-        "random",
+        RANDOM_KEY,
         state,
         (groups.pp_size, groups.tp_size, groups.dp_cp.size()),
         (groups.pp_rank, groups.tp_rank, groups.dp_cp.rank()),
@@ -334,12 +326,18 @@ def _random_state(groups: Groups) -> ShardedObject:
     )
 
 
-def _take_random(state: dict) -> None:
+def _take_random(state: dict, checkpoint: Path) -> None:
+    """Go on with the stored random states. ValueError when they are none: each library checks what it is given, in its own words."""
     import random
     import numpy as np
 
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    try:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state(state["cuda"])
+        get_cuda_rng_tracker().set_states(state["tracker"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        raise ValueError(
+            f"{checkpoint}: its random states cannot be taken up ({type(error).__name__}: {error}); use another checkpoint"
+        ) from error

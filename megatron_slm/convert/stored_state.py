@@ -34,6 +34,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_slm.checkpoint.folder import FORMATS
+from megatron_slm.checkpoint.metadata_file import read_metadata
+from megatron_slm.checkpoint.plain_reader import PlainReader
+
 LAYERS = "decoder.layers."
 STORED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -60,7 +64,7 @@ def stored_key(name: str, *, mixture: bool = False) -> tuple[str, tuple[int, ...
 class FullState(Mapping[str, Tensor]):
     """The whole, unsharded model tensors of a checkpoint folder under our names; each is read from disk when asked for.
 
-    ValueError when the folder is no complete checkpoint.
+    ValueError when the folder is no complete checkpoint; UnsafeFile when a file of it names something that could run code.
     """
 
     def __init__(self, folder: str | Path):
@@ -72,7 +76,7 @@ class FullState(Mapping[str, Tensor]):
             raise ValueError(
                 f"{self.folder} is not a complete checkpoint: {' and '.join(missing)} not found in it"
             )
-        self._metadata = dcp.FileSystemReader(self.folder).read_metadata()
+        self._metadata = read_metadata(self.folder)
         self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key, stored in self._metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and MODEL_KEY.fullmatch(key):
@@ -100,7 +104,7 @@ class FullState(Mapping[str, Tensor]):
         own_size = stored.size[len(place) :]
         size, offsets = torch.Size([1] * len(place) + [*own_size]), [*place, *[0] * len(own_size)]
         tensor = torch.empty(size, dtype=stored.properties.dtype)
-        reader = dcp.FileSystemReader(self.folder)
+        reader = PlainReader(self.folder, self._metadata)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         items = create_read_items_for_chunk_list(
             key, stored, [ChunkStorageMetadata(torch.Size(offsets), size)]
@@ -167,13 +171,7 @@ def write_full_state(
             no_dist=True,
         )
     torch.save({}, folder / "common.pt")
-    formats = {
-        "sharded_backend": "torch_dist",
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
-    (folder / "metadata.json").write_text(json.dumps(formats))
+    (folder / "metadata.json").write_text(json.dumps(FORMATS))
 
 
 def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:

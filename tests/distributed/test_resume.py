@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.end_to_end.planted import plant
 
 from megatron_slm.config.schema import Config, CorpusConfig
+from megatron_slm.files.inert_pickle import UnsafeFile
 from megatron_slm.testing.corpora import random_documents, write_corpus
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 
@@ -118,9 +120,25 @@ def interrupt_and_compare(groups, folder: Path) -> None:
             cut_back(folder, f"{name}, whole", run)
         dist.barrier()
         assert train(groups, folder, run, case) == 0
+    if groups.dp_size == 2:
+        refuse_code_in_random_states(groups, folder, CASES[ANOTHER_LAYOUT])
     if groups.dp_size == 1:
         stop_where_nothing_can_be_saved(groups, folder / "full disk", CASES[ANOTHER_LAYOUT])
         stop_and_end_with_weights_only(groups, folder / "weights only", CASES[ANOTHER_LAYOUT])
+
+
+def refuse_code_in_random_states(groups, folder: Path, case: dict) -> None:
+    """The object is in the file of one rank; both hear of it, in one sentence, and neither waits for the other."""
+    import torch.distributed as dist
+
+    run = folder / "planted"
+    if groups.world_rank == 0:
+        cut_back(folder, f"{ANOTHER_LAYOUT}, whole", run.name)
+        plant(run / "checkpoints" / f"step_{STOP:08d}", "random", folder / "its code ran")
+    dist.barrier()
+    with pytest.raises(UnsafeFile, match=r"^\S+.*\.distcp: refused, because it names posix.mkdir"):
+        train(groups, folder, run.name, case)
+    assert not (folder / "its code ran").exists()
 
 
 def stop_where_nothing_can_be_saved(groups, run: Path, case: dict) -> None:

@@ -1,0 +1,128 @@
+"""Load a checkpoint's state through megatron-core's dist_checkpointing, with every file read by this room's own readers.
+
+megatron-core's strategies open `.metadata`, common.pt and objects with readers that unpickle. The two strategies here do what
+its own do, in the same order, with `PlainReader` and `load_plain` in their place.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_slm.checkpoint.folder import FORMATS
+from megatron_slm.checkpoint.metadata_file import read_metadata
+from megatron_slm.checkpoint.plain_reader import NOTHING, PlainReader, load_plain
+from megatron_slm.files.plain import plain_file, read_json_object
+from megatron_slm.parallel import Groups
+
+
+def load_state(state: dict, folder: Path, groups: Groups) -> dict:
+    """What the checkpoint in `folder` holds of a sharded state dict, for any layout. Every rank calls it.
+
+    UnsafeFile on every rank when a file names something that could run code, ValueError when one is damaged.
+    """
+    metadata, common = _agreed(lambda: _open(folder))
+    strategy = FullyParallelLoadStrategyWrapper(_PlainSharded(metadata), groups.dp_cp)
+    try:
+        return dist_checkpointing.load(state, str(folder), strategy, _PlainCommon(common))
+    except CheckpointException as error:  # a BaseException, of every rank that failed
+        first = error.failures[min(error.failures)][0]
+        if isinstance(first, ValueError):
+            raise type(first)(str(first)) from None
+        raise
+
+
+def _open(folder: Path) -> tuple[Metadata, dict]:
+    formats = read_json_object(folder, "metadata.json")
+    if formats != FORMATS:
+        raise ValueError(f"{folder / 'metadata.json'}: the format is {formats}, expected {FORMATS}")
+    path = plain_file(folder, "common.pt")
+    with open(path, "rb") as stream:
+        common = load_plain(stream, NOTHING, path)
+    if not isinstance(common, dict):
+        raise ValueError(f"{path}: holds {type(common).__name__}, expected a mapping")
+    return read_metadata(folder), common
+
+
+def _agreed(action: Callable[[], Any]) -> Any:
+    """The action's result; the first rank's ValueError or OSError on every rank, so that none is left waiting."""
+    result, problem = None, None
+    try:
+        result = action()
+    except ValueError as error:
+        problem = error
+    except OSError as error:
+        problem = ValueError(str(error))
+    problems: list[ValueError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem is not None:
+            raise problem
+    return result
+
+
+class _PlainCommon(TorchCommonLoadStrategy):
+    def __init__(self, common: dict):
+        super().__init__()
+        self._common = common
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict:
+        return self._common
+
+
+class _PlainSharded(TorchDistLoadShardedStrategy):
+    def __init__(self, metadata: Metadata):
+        super().__init__()
+        self._metadata = metadata
+
+    def load(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> dict:
+        """As its own, but for the reader."""
+        tensors = [
+            each for each in nested_values(sharded_state_dict) if isinstance(each, ShardedTensor)
+        ]
+        by_key, flat_mapping, renamed = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict
+        )
+        stored = mcore_to_pyt_state_dict(by_key, True)
+        planner = MCoreLoadPlanner(
+            shapes_validation_sharded_tensors=[
+                each for each in tensors if not each.allow_shape_mismatch
+            ],
+            allow_shape_mismatch_sharded_tensors={
+                each.key: each for each in tensors if each.allow_shape_mismatch
+            },
+        )
+        with warnings.catch_warnings():
+            # Its successor wants the same keys on every rank; megatron-core uses this one too.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            dcp.load_state_dict(
+                stored, PlainReader(checkpoint_dir, self._metadata), planner=planner
+            )
+        loaded = _replace_sharded_keys_with_state_dict_keys(
+            {key: _unwrap_pyt_sharded_tensor(value) for key, value in stored.items()},
+            flat_mapping,
+            renamed,
+        )
+        _restore_dict_types(loaded, sharded_state_dict)
+        return loaded

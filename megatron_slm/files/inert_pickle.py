@@ -1,0 +1,77 @@
+"""Read a pickle without making what it names: its objects come back as records of what they were made from. No torch.
+
+A pickle is a program: it may name any function of any module and call it. Here a name has to be on the reader's list, and
+what it gets is not the class of that name but a fresh `Record` type, so nothing that a pickle says is ever called, and no
+class of the program can be changed by it. The reader builds the real objects from the records, field by field.
+"""
+
+import io
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class UnsafeFile(ValueError):
+    """A file names something that could run code."""
+
+
+class Record:
+    """An object that a pickle describes: `name` is its class (or function), `args` it was called with, `state` it was given."""
+
+    name = ""
+
+    def __new__(cls, *args: Any) -> "Record":
+        made = object.__new__(cls)
+        made.args, made.state = args, None
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, data: bytes, names: Collection[str], known: Mapping[str, Any], path: object):
+        super().__init__(io.BytesIO(data))
+        self._names, self._known, self._path = names, known, path
+        self._types: dict[str, type[Record]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name in self._known:
+            return self._known[full_name]
+        refuse_names({full_name} - set(self._names), self._path)
+        return self._types.setdefault(full_name, type("Record", (Record,), {"name": full_name}))
+
+    def persistent_load(self, identity: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to an object outside the file")
+
+
+def load_inert(
+    data: bytes, names: Collection[str], path: str | Path, *, known: Mapping[str, Any] = {}
+) -> Any:
+    """Plain Python values and Records, from a pickle that names nothing but `names` and `known`.
+
+    `known` maps names to immutable values that are handed out as they are (dtypes, say). UnsafeFile says which other name the
+    pickle uses, ValueError that it is no pickle; both name `path`.
+    """
+    try:
+        return _Reader(data, names, known, path).load()
+    except UnsafeFile:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its next byte happens to mean
+        raise ValueError(
+            f"{path}: not readable ({type(error).__name__}: {error}); copy the file again"
+        ) from None
+
+
+def refuse_names(found: Collection[str], path: str | Path) -> None:
+    """UnsafeFile when `found`, what a file names beyond the list of what it may name, is not empty."""
+    if found:
+        raise UnsafeFile(
+            f"{path}: refused, because it names {', '.join(sorted(found))}: loading it could run code, and a checkpoint holds "
+            "plain data only. Use a checkpoint from a source that you trust"
+        )
