@@ -165,12 +165,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     """model.json of the checkpoint meant by `path`; its fingerprint comes from checksums.json.
 
-    ValueError when one of the two is unreadable, or model.json is not what checksums.json says.
+    ValueError when one of the two is unreadable, or model.json is not what checksums.json says; LeadsOutside when
+    checksums.json names what does not lie in the folder.
     """
     folder = resolve_checkpoint(path)
     try:
         stored, checksums = read_json_object(folder, "model.json"), read_checksums(folder)
         info = CheckpointInfo(**{**stored, "fingerprint": _fingerprint(checksums)})
+    except LeadsOutside:
+        raise
     # A flipped byte may be no JSON, no UTF-8, or another key (TypeError).
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -29,9 +29,12 @@ READ_BY = {
     "random": ("resume",),
     "extra state": ("initialize_from", "online reference"),
     "tensor": ("resume", "export"),
+    "checksums.json": READERS,
     "nowhere": READERS,
 }
-"""Places for the object, and who reads them. The last is for comparison: the checkpoint as it was."""
+"""Places for the object, and who reads them. checksums.json takes none: it leads to a file without end instead. The last is for
+comparison: the checkpoint as it was."""
+OUTSIDE = "/dev/zero"
 
 
 class Planted:
@@ -51,6 +54,8 @@ def plant(checkpoint: Path, place: str, marker: Path) -> str:
     if place == ".metadata":
         metadata.planner_data = planted
         changed = ".metadata"
+    elif place == "checksums.json":
+        changed = place
     elif place == "common.pt":
         torch.save({"planted": planted}, checkpoint / place)
         changed = place
@@ -60,6 +65,8 @@ def plant(checkpoint: Path, place: str, marker: Path) -> str:
     checksums = json.loads((checkpoint / "checksums.json").read_text())
     for name in checksums:
         checksums[name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    if place == "checksums.json":
+        checksums[OUTSIDE] = "0" * 64
     (checkpoint / "checksums.json").write_text(json.dumps(checksums))
     return changed
 
