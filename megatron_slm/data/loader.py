@@ -72,13 +72,21 @@ class TrainingLoader:
         self._reader: _Reader | None = None
 
     def next_step(self) -> Step:
+        step = self._reading().get()
+        self.consumed_samples += self.global_batch_size
+        return step
+
+    def fault(self) -> ValueError | OSError | None:
+        """Why the next step cannot be read; None = it can. Waits until it is read, and hands nothing out."""
+        step = self._reading().wait()
+        return step if isinstance(step, (ValueError, OSError)) else None
+
+    def _reading(self) -> "_Reader":
         if self._reader is None:
             self._reader = _Reader(
                 self._read_step, self.consumed_samples, self.global_batch_size, self.prefetch_steps
             )
-        step = self._reader.get()
-        self.consumed_samples += self.global_batch_size
-        return step
+        return self._reader
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed_samples": self.consumed_samples}
@@ -148,10 +156,11 @@ class ValidationLoader:
 class _Reader:
     """Calls `read(sample)` for sample = start, start + stride, ... in a thread.
 
-    At most `depth` steps wait to be handed out, and one more is being read.
+    At most `depth` steps wait to be handed out, and one more is being read; the one that was waited for comes on top.
     """
 
     def __init__(self, read, start: int, stride: int, depth: int):
+        self._next: Step | BaseException | None = None
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
@@ -159,11 +168,17 @@ class _Reader:
         )
         self._thread.start()
 
+    def wait(self) -> Step | BaseException:
+        """The next step, or why there is none."""
+        if self._next is None:
+            self._next = self._queue.get()
+        return self._next
+
     def get(self) -> Step:
-        step = self._queue.get()
+        step = self.wait()
         if isinstance(step, BaseException):
-            self._queue.put(step)  # every later call fails the same way instead of waiting for ever
-            raise step
+            raise step  # and again at every later call, instead of waiting for ever
+        self._next = None
         return step
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.monitoring import run_status
 from megatron_slm.monitoring.sinks import append_warning
 from megatron_slm.parallel import Groups
+from megatron_slm.training.data_fault import DataFault
 
 EXIT_BAD_DATA = 3
 EXIT_TRAINING_FAILED = 4
@@ -82,7 +83,7 @@ def _tell_of_failure(error: BaseException, exit_code: int, config: Config, group
     A rank that fails alone breaks the others' connections, and they fail in turn. The rank with the sinks then tells the
     reason that the first one left in status.json. (It may be ended before it can: then status.json and warnings.jsonl have it.)
     """
-    together = isinstance(error, TrainingFailed)
+    together = isinstance(error, (TrainingFailed, DataFault))
     if together and not groups.is_logger:
         return
     sentence = _words(error)

@@ -15,7 +15,6 @@ from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.load import load_yaml, to_mapping, to_yaml
 from megatron_slm.config.schema import Config
-from megatron_slm.data.batch import slice_for_context_parallel
 from megatron_slm.data.manifest import tokenizer_of
 from megatron_slm.model.build import build_model
 from megatron_slm.model.optimizer import (
@@ -38,10 +37,12 @@ from megatron_slm.selection import Progress
 from megatron_slm.selection.diagnostics import summarise
 from megatron_slm.training import setup
 from megatron_slm.training.choose import Chooser
+from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.ending import NonFiniteLoss, NotSaved
 from megatron_slm.training.evaluate import validate
 from megatron_slm.training.learning_rate import learning_rate
 from megatron_slm.training.probe import Probe
+from megatron_slm.training.rank_batches import ValidationOnThisRank, on_this_rank
 from megatron_slm.training.reference import load_reference
 from megatron_slm.training.report import Reporter
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
@@ -76,7 +77,7 @@ class Run:
         )
         self.loader = setup.training_loader(config, materials, groups)
         self.validation = {
-            name: _OnThisRank(loader, groups)
+            name: ValidationOnThisRank(loader, groups)
             for name, loader in setup.validation_loaders(config, materials, groups).items()
         }
         self.probe = Probe(config, materials, self.trainer)
@@ -141,7 +142,8 @@ class Run:
     def run(self) -> int:
         """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from.
 
-        NotSaved: the checkpoint of the step it ended with could not be written.
+        NotSaved: the checkpoint of the step it ended with could not be written. DataFault: a rank cannot read the next step, or a
+        validation corpus; the steps before it are in a checkpoint.
         """
         stop = StopRequest(self.folder, self.groups.device, self.signals)
         flops = model_flops_per_token(
@@ -155,16 +157,14 @@ class Run:
         )
         if self.step == 0:
             self._validate()
-        throughput.start_interval()
         stopping = False
+        if self.step < self.steps:
+            stop.agreed(self.loader.fault())
+            stopping = stop.fault is not None
+        throughput.start_interval()
         while self.step < self.steps and not stopping:
             with throughput.waiting_for_data():
-                batches = [
-                    slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(
-                        self.groups.device
-                    )
-                    for batch in self.loader.next_step()
-                ]
+                batches = on_this_rank(self.loader.next_step(), self.groups)
             rate = learning_rate(self.config, self.step + 1)
             scale = loss_scale(self.trainer.optimizer)
             report = train_step(self.trainer, batches, self._progress(), rate)
@@ -184,7 +184,9 @@ class Run:
                     f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
                     "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step"
                 )
-            stopping = stop.agreed()
+            with throughput.waiting_for_data():
+                fault = self.loader.fault() if self.step < self.steps else None
+            stopping = stop.agreed(fault)
             if (
                 self.step % self.config.monitoring.log_interval_steps == 0
                 or self.step == self.steps
@@ -194,6 +196,8 @@ class Run:
                 self._after_step(stopping)
         self.store.close()
         self.loader.close()
+        if stop.fault is not None:
+            raise stop.fault
         return self._end(stopped=stopping and self.step < self.steps, stop=stop)
 
     def _end(self, stopped: bool, stop: StopRequest) -> int:
@@ -232,7 +236,12 @@ class Run:
             or _due(self.step, self.config.monitoring.validation_interval_steps)
             or (scheduled and kept.keep_best)
         ):
-            self._validate()
+            try:
+                self._validate()
+            except DataFault:  # of a validation corpus: no trained step is lost for it
+                self._save(with_optimizer=True)
+                self.store.close()
+                raise
         if (
             scheduled or stopping
         ):  # a stop has no time to validate: its checkpoint is nobody's best; but it must be one to resume from
@@ -355,22 +364,6 @@ class Run:
         dist.broadcast_object_list(ids, src=0)
         self.wandb_id = ids[0]
         return self.wandb_id
-
-
-class _OnThisRank:
-    """A validation loader whose batches are cut to this context-parallel rank and moved to its device."""
-
-    def __init__(self, loader, groups: Groups):
-        self.loader, self.groups = loader, groups
-
-    def __iter__(self):
-        for batches in self.loader:
-            yield [
-                slice_for_context_parallel(batch, self.groups.cp_rank, self.groups.cp_size).to(
-                    self.groups.device
-                )
-                for batch in batches
-            ]
 
 
 def _due(step: int, interval_steps: int) -> bool:

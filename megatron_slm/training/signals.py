@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_slm.training.data_fault import DataFault, share_fault
 from megatron_slm.training.stop_signals import StopSignals
 
 EXIT_RESUME = 85
 """Exit code of a run that saved a checkpoint and wants to be started again."""
 STOP_FILE = "stop_requested"
+_CANNOT_READ = 2
+"""What a rank answers that cannot read the next step, above 1 (asked to stop) and 0."""
 
 
 class StopRequest:
@@ -30,13 +33,21 @@ class StopRequest:
         self.file = Path(run_folder) / STOP_FILE
         self.device = device
         self.signals = signals
+        self.fault: DataFault | None = None
+        """What keeps some rank from reading the next step, the same on every rank."""
 
-    def agreed(self) -> bool:
-        """Whether to stop after this step; one 4-byte all-reduce over the world. Only rank 0 looks at the file."""
+    def agreed(self, fault: Exception | None = None) -> bool:
+        """Whether to stop after this step; one 4-byte all-reduce over the world. Only rank 0 looks at the file.
+
+        fault: why this rank cannot read the next step. Where any rank has one, all stop, and `self.fault` says it.
+        """
         signalled = self.signals is not None and bool(self.signals.asked)
         asked = signalled or (dist.get_rank() == 0 and self.file.exists())
-        flag = torch.tensor(int(asked), dtype=torch.int32, device=self.device)
+        answer = _CANNOT_READ if fault is not None else int(asked)
+        flag = torch.tensor(answer, dtype=torch.int32, device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item() == _CANNOT_READ:
+            self.fault = share_fault(fault)
         return bool(flag.item())
 
     def clear(self) -> str:

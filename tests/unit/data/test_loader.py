@@ -156,6 +156,26 @@ def test_an_error_while_reading_reaches_the_trainer(dataset):
     loader.close()
 
 
+def test_a_fault_is_known_before_the_step_is_asked_for(dataset):
+    class Broken:
+        def __getitem__(self, index):
+            if index >= 2:
+                raise ValueError("b.bin: cut short")
+            return dataset[index]
+
+    loader = TrainingLoader(Broken(), global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1)
+    for sample in range(2):
+        assert loader.fault() is None
+        assert loader.state_dict() == {"consumed_samples": sample}
+        np.testing.assert_array_equal(
+            loader.next_step()[0].offsets_BS[0], dataset[sample]["offsets"]
+        )
+    assert str(loader.fault()) == "b.bin: cut short"
+    with pytest.raises(ValueError, match="cut short"):
+        loader.next_step()
+    loader.close()
+
+
 def test_sizes_that_do_not_divide_are_a_sentence(dataset):
     with pytest.raises(ValueError, match="global_batch_size is 9.*2 x 2 = 4"):
         TrainingLoader(dataset, global_batch_size=9, micro_batch_size=2, dp_rank=0, dp_size=2)

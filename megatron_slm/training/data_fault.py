@@ -1,0 +1,44 @@
+"""A file that one process can no longer read ends the run on all of them, at the same step and with the same words.
+
+A rank that failed alone would leave the others waiting in their next collective.
+"""
+
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Read = TypeVar("Read")
+
+
+class DataFault(ValueError):
+    """Data that was sound when the run started cannot be read any more; every rank of the job raises this at the same step."""
+
+
+def share_fault(fault: Exception | None) -> DataFault:
+    """The fault of the first rank that has one, on every rank. Every rank calls it, once any of them is known to have one."""
+    words = (
+        None if fault is None else f"{fault} (process {dist.get_rank()} on {socket.gethostname()})"
+    )
+    told: list = [None] * dist.get_world_size()
+    dist.all_gather_object(told, words)
+    return DataFault(next(each for each in told if each is not None))
+
+
+def read_together(read: Callable[[], Read], device: torch.device) -> Read:
+    """`read()`, called on every rank; DataFault on all of them where a file cannot be read on one.
+
+    One 4-byte all-reduce over the world.
+    """
+    fault, found = None, None
+    try:
+        found = read()
+    except (ValueError, OSError) as error:
+        fault = error
+    flag = torch.tensor(int(fault is not None), dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if flag.item():
+        raise share_fault(fault)
+    return found

@@ -1,0 +1,59 @@
+"""A file that one rank can no longer read: every rank ends at the same step, with the file's name and a checkpoint."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.testing.corpora import random_documents, write_corpus
+from megatron_slm.testing.spawn import run_on_cpu
+from tests.distributed.test_resume import CASES, VOCABULARY, Tokenizer, make_config
+
+CASE = CASES["fp32, own loss"]
+CUT_AT_STEP = 3
+
+
+def train_until_a_file_is_cut(groups, folder: Path, cut: str):
+    """Every rank reads copies of its own; `cut` is cut short on rank 1 after a few steps. (words, last step, saved step)."""
+    from megatron_slm.data.corpora import open_corpora
+    from megatron_slm.training.data_fault import DataFault
+    from megatron_slm.training.loop import Run
+    from megatron_slm.training.setup import Materials
+
+    mine = folder / f"rank{groups.world_rank}"
+    for name in ("train", "target"):
+        write_corpus(
+            mine / name,
+            random_documents(40, 30, vocabulary_size=VOCABULARY),
+            vocabulary_size=VOCABULARY,
+        )
+    corpora = open_corpora([str(mine / "train"), str(mine / "target")])
+    config = make_config(folder, f"run_{cut}", CASE, groups.dp_size)
+    config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    materials = Materials(Tokenizer(), corpora[:1], {"target": corpora[1]}, VOCABULARY)
+    run = Run(config, groups, materials)
+    run.start()
+    hand_out = run.loader.next_step
+
+    def next_step():
+        if groups.world_rank == 1 and run.step == CUT_AT_STEP - 1:
+            os.truncate(mine / f"{cut}.bin", 10)
+        return hand_out()
+
+    run.loader.next_step = next_step
+    with pytest.raises(DataFault) as caught:
+        run.run()
+    return str(caught.value), run.step, run.store.saved_step
+
+
+def cut_one_after_the_other(groups, folder: Path):
+    return [train_until_a_file_is_cut(groups, folder / cut, cut) for cut in ("train", "target")]
+
+
+def test_every_rank_ends_with_the_name_of_the_file_that_one_cannot_read(tmp_path):
+    ours, theirs = run_on_cpu(cut_one_after_the_other, tmp_path, dp=2)
+    for cut, (words, step, saved), told_on_rank_1 in zip(("train", "target"), ours, theirs):
+        assert f"rank1/{cut}.bin: the file was cut short while it was in use" in words
+        assert "(process 1 on " in words
+        assert saved == step >= CUT_AT_STEP, "what was trained before is in a checkpoint"
+        assert told_on_rank_1 == (words, step, saved)
