@@ -34,9 +34,11 @@ class Baseline:
 def find_baseline(runs: Sequence[Run], corpus: str | None = None) -> Baseline:
     """The first plain run that shares data, start and model with a run that selects; failing that, with another plain run.
 
+    One that came to its end goes before one that did not.
     corpus: name of the validation corpus whose losses are compared; it must be the same files in both runs.
     """
     plain = [run for run in runs if run.is_plain]
+    plain.sort(key=lambda run: not run.state.is_finished)
     for want_selecting in (True, False):
         for candidate in plain:
             like_it = [run for run in runs if not differences(run, candidate, corpus)]

@@ -65,18 +65,26 @@ def tokens_to_reach(run: Run, name: str, goal: float | None) -> float | None:
 
 
 def validation(runs: Sequence[Run], corpus: str) -> str:
-    """Who is lowest at the last token count that every run reached, and where the others stand."""
+    """Who is lowest at the last token count that every run reached, and where the others stand.
+
+    A run that failed or was killed does not hold the others back: it is compared only if it came as far as they did.
+    """
     curves = [(run, *run.series(f"validation/{corpus}/loss")) for run in runs]
     curves = [curve for curve in curves if len(curve[1])]
-    common = min(x[-1] for _, x, _ in curves)
+    lasting = [curve for curve in curves if not curve[0].state.is_broken_off] or curves
+    common = min(x[-1] for _, x, _ in lasting)
+    short = [run.name for run, x, _ in curves if x[-1] < common]
+    curves = [curve for curve in curves if curve[1][-1] >= common]
     losses = sorted(
         ((float(np.interp(common, x, y)), run.name) for run, x, y in curves),
         key=lambda pair: pair[0],
     )
     best, name = losses[0]
     where = f"After {short_count(common)} processed tokens"
+    missing = [f"{_list(short)} did not come so far"] if short else []
     if len(losses) == 1:
-        return f"{where} the loss of {name} on {corpus} is {best:.3f} nats per token."
+        alone = f"{where} the loss of {name} on {corpus} is {best:.3f} nats per token"
+        return f"{'; '.join([alone, *missing])}."
     level = [other for loss, other in losses[1:] if loss - best < EQUAL_NATS]
     behind = [
         f"{other} is {loss - best:.3f} higher"
@@ -88,7 +96,7 @@ def validation(runs: Sequence[Run], corpus: str) -> str:
         if not level
         else f"{_list([name, *level])} are level on {corpus} at {best:.3f} nats per token (less than {EQUAL_NATS} apart)"
     )
-    return f"{where} {'; '.join([first, *behind])}. One run each: how much chance moves these numbers is not measured here."
+    return f"{where} {'; '.join([first, *behind, *missing])}. One run each: how much chance moves these numbers is not measured here."
 
 
 def unfinished(runs: Sequence[Run]) -> str:

@@ -32,6 +32,11 @@ class RunState:
         return self.state in FINISHED
 
     @property
+    def is_broken_off(self) -> bool:
+        """Whether it ended where nobody meant it to end."""
+        return self.state in ("failed", "killed")
+
+    @property
     def is_told(self) -> bool:
         """Whether status.json says it, and not the metrics."""
         return self.state not in DERIVED

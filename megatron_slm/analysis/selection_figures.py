@@ -143,9 +143,15 @@ def rate_by_corpus(runs: Sequence[Run]) -> Figure | None:
     width = 0.8 / len(shown)
     with house_style():
         figure, (axes,) = new_figure(height=2.8)
-        for order, (index, run, rate) in enumerate(shown):
+        for index, run, rate in shown:
+            # The bars of a corpus stand around its name, as many as runs read it.
+            readers = [[other for _, other, has in shown if corpus in has] for corpus in rate]
+            order = [next(i for i, other in enumerate(each) if other is run) for each in readers]
             axes.bar(
-                [corpora.index(corpus) - 0.4 + width * (order + 0.5) for corpus in rate],
+                [
+                    corpora.index(corpus) + width * (place - (len(each) - 1) / 2)
+                    for corpus, each, place in zip(rate, readers, order)
+                ],
                 list(rate.values()),
                 width=0.92 * width,
                 color=colour(index),

@@ -9,6 +9,7 @@ import yaml
 
 from megatron_slm import report
 from megatron_slm.analysis import readings
+from megatron_slm.analysis.baseline import find_baseline
 from megatron_slm.analysis.run_folder import read_run, read_runs
 from megatron_slm.analysis.run_state import read_state
 
@@ -164,3 +165,28 @@ def test_a_run_without_metrics_is_refused_with_what_became_of_it(there, tmp_path
         (folder / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="Its status: failed at step 3 of 120: it diverged"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        (
+            "failed",
+            "After 12k processed tokens the loss of plain on target is 3.800 nats per token; slm",
+        ),
+        ("running", "After 6k processed tokens plain and slm are level on target at 4.400"),
+    ],
+)
+def test_a_run_that_failed_early_does_not_hold_the_comparison_back(state, sentence, tmp_path):
+    plain, slm = write_run(tmp_path / "plain", 120), write_run(tmp_path / "slm", 60, "excess_loss")
+    write_status(slm, state, 60)
+    text = readings.validation(read_runs([plain, slm]), "target")
+    assert text.startswith(sentence)
+    assert ("slm did not come so far" in text) == (state == "failed")
+
+
+def test_a_plain_run_that_came_to_its_end_is_the_baseline_before_one_that_did_not(tmp_path):
+    failed, plain = write_run(tmp_path / "failed", 60), write_run(tmp_path / "plain", 120)
+    write_status(failed, "failed", 60)
+    slm = write_run(tmp_path / "slm", 120, "excess_loss")
+    assert find_baseline(read_runs([failed, plain, slm])).run.name == "plain"
