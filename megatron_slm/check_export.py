@@ -90,11 +90,15 @@ def compare(options) -> tuple[float, str]:
             ]
         )
         position_ids_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
-        exported = AutoModelForCausalLM.from_pretrained(options.export, dtype=torch.float32).eval()
+        exported = AutoModelForCausalLM.from_pretrained(
+            options.export, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        ).eval()
         with torch.no_grad():
             ours = model(tokens_BS, position_ids_BS, None)[..., : exported.config.vocab_size]
             difference = float((ours - exported(tokens_BS).logits).abs().max())
-            tokenizer = AutoTokenizer.from_pretrained(options.export)
+            tokenizer = AutoTokenizer.from_pretrained(
+                options.export, trust_remote_code=False, local_files_only=True
+            )
             continued = exported.generate(
                 tokens_BS[:1, :32],
                 max_new_tokens=12,

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_slm.analysis.run_state import RunState, place, read_state
 from megatron_slm.analysis.token_viewer import TokenView, read_token_views
+from megatron_slm.config.yaml_text import read_yaml
 from megatron_slm.selection.alarms import ranks_tokens
 
 PROCESSED = "tokens/processed"
@@ -213,7 +214,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = yaml.safe_load(path.read_text())
+        config = read_yaml(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
     return config if isinstance(config, dict) else {}

@@ -16,6 +16,7 @@ from megatron_slm.config.help import help_text
 from megatron_slm.config.nearest import nearest
 from megatron_slm.config.schema import Config
 from megatron_slm.config.values import UNREADABLE, alternatives, convert, require_known
+from megatron_slm.config.yaml_text import read_yaml
 
 
 class ConfigError(ValueError):
@@ -25,8 +26,14 @@ class ConfigError(ValueError):
         self.problems = problems
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         super().__init__(
-            f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
+            f"{count} in the configuration:\n"
+            + "\n".join(f"  - {_shortened(problem)}" for problem in problems)
         )
+
+
+def _shortened(problem: str) -> str:
+    """The sentence without its middle where it repeats a value of thousands of characters."""
+    return problem if len(problem) <= 2000 else f"{problem[:1500]} … {problem[-400:]}"
 
 
 class _ExactDumper(yaml.SafeDumper):
@@ -100,7 +107,7 @@ def parse(
             _set(
                 values,
                 key.split("."),
-                text if _is_text(settings_class, key.split("."), text) else yaml.safe_load(text),
+                text if _is_text(settings_class, key.split("."), text) else read_yaml(text),
             )
         except yaml.YAMLError as error:
             problems.append(
@@ -178,7 +185,7 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def _merge_file(values: dict, path: str) -> list[str]:
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return [f"--config {path}: no such file"]
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:

@@ -19,6 +19,7 @@ from megatron_slm.convert.model_folder import LAST_FILE, MADE_FROM, check_output
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
 from megatron_slm.convert.names import Geometry, to_huggingface
+from megatron_slm.files.plain import LeadsOutside, is_plain_name
 from megatron_slm.tokenization import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,17 +131,32 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index of shards names. ValueError when it is no index; LeadsOutside when they lie elsewhere.
+
+    They may be links, as in the cache that `hf download` fills: what they lead to is read as safetensors, which holds no code.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index}: no index of safetensors files ({type(error).__name__}: {error})"
+        ) from None
+    outside = [name for name in names if not is_plain_name(name)]
+    if outside:
+        raise LeadsOutside(
+            f"{index} names {outside[0]!r}: only files in the model's own folder are read"
+        )
+    return sorted(names)
+
+
 class SafetensorsFolder(Mapping[str, Tensor]):
     """The tensors of a Hugging Face folder, one file or sharded; each is read when asked for. ValueError when there are none."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         index = folder / "model.safetensors.index.json"
-        files = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.is_file()
-            else ["model.safetensors"]
-        )
+        files = _shards(index) if index.is_file() else ["model.safetensors"]
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise ValueError(

@@ -49,6 +49,7 @@ class ScoreManifest:
     dtype: str = "fp16"
     columns: tuple[str, ...] = ("loss",)
     resume_command: str = field(default="", compare=False)
+    """For a person to read: no program runs it, or prints it as what to run."""
     complete: bool = field(default=False, compare=False)
 
     def __post_init__(self):

@@ -81,7 +81,7 @@ class ScoreStore:
     def open(cls, folder: str | Path, *, allow_missing_scores: bool = False) -> "ScoreStore":
         """A store to read. Sizes are checked; content is hashed when a file's stamp is not the one last verified.
 
-        A store with unfinished shards is refused (ValueError names the missing token ranges and the command that completes
+        A store with unfinished shards is refused (ValueError names the missing token ranges and says how to complete
         it), unless `allow_missing_scores`: then those tokens read as NaN and cannot be selected.
         """
         folder = Path(folder)
@@ -250,7 +250,7 @@ class ScoreStore:
         )
         return (
             f"The scores in {self.folder} are incomplete: {len(self.missing)} of {self.manifest.shard_count} shards are missing, tokens "
-            f"{listed}. Complete them with: {self.manifest.resume_command or 'the command that made them'} (finished shards are kept); "
+            f"{listed}. Complete them: {self._made_by()} (finished shards are kept); "
             "or set selection.reference.allow_missing_scores to train without selecting those tokens."
         )
 
@@ -312,8 +312,15 @@ class ScoreStore:
 
     def _redo(self, shard: int) -> str:
         return (
-            f"Copy the store again, or delete {ShardMarker.path(self.folder, shard)} and run "
-            f"{self.manifest.resume_command or 'the scoring command'} again: only that shard is redone."
+            f"Copy the store again, or delete {ShardMarker.path(self.folder, shard)} and score again: {self._made_by()}; only "
+            "that shard is redone."
+        )
+
+    def _made_by(self) -> str:
+        """How to go on with the store. The command is not printed: whoever made the store wrote it, and people run what they are told."""
+        return (
+            f"run the command that made them again, with --output {self.folder} (resume_command in its manifest.json keeps it; "
+            "read it before you run it)"
         )
 
     def _stamps(self) -> dict:

@@ -177,7 +177,9 @@ def transformers_scorer(
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = (
-        AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+        AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
+        )
         .to(device)
         .eval()
     )

