@@ -176,7 +176,7 @@ def started_reporter(monkeypatch, config, corpora, **sizes):
     from megatron_slm.training import report
 
     said = []
-    monkeypatch.setattr(report.Reporter, "_start_table", lambda self: {})
+    monkeypatch.setattr(report.Reporter, "_show_start_table", lambda *_: None)
     monkeypatch.setattr(report.Reporter, "message", lambda self, text, level: said.append(text))
     groups = SimpleNamespace(
         is_logger=True, device=torch.device("cpu"), dp_size=sizes.get("dp_size", 1)

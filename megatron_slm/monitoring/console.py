@@ -45,26 +45,23 @@ class ConsoleSink:
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """The short table at the start of a run: what runs, on what, how long."""
         if self._progress is None:
-            width = max(map(len, rows), default=0)
-            self._console.print(
-                title,
-                *(f"  {name:<{width}}  {value}" for name, value in rows.items()),
-                sep="\n",
-                markup=False,
-            )
+            self._console.print(title, *lines_of_table(rows), sep="\n", markup=False)
             return
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(
             title=title, title_justify="left", show_header=False, box=None, padding=(0, 2)
         )
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")  # a path that is cut cannot be copied
         for name, value in rows.items():
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))
         self._console.print(table)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         if record.get("kind", "train") == "validation":
-            self._console.print(f"step {step}  {_describe_validation(record)}", markup=False)
+            self._console.print(f"step {step}  {describe_validation(record)}", markup=False)
         elif self._progress is None:
             self._console.print(
                 f"step {step}/{self._total_steps}  {_describe_training(record)}", markup=False
@@ -101,6 +98,17 @@ class ConsoleSink:
         return [Part(_RANKS["title"], self._title), BAR, done, *figures]
 
 
+def lines_of_table(rows: Mapping[str, Any]) -> list[str]:
+    """Plain lines "  name  value" with the values below each other."""
+    width = max(map(len, rows), default=0)
+    return [f"  {name:<{width}}  {value}" for name, value in rows.items()]
+
+
+def losses_in_words(record: Mapping[str, Any]) -> str:
+    """The losses of a training record: loss 3.4120 (all 3.702, reference 3.105); empty when it has none."""
+    return " ".join(text for name, text in _figures(record) if name in ("loss", "other losses"))
+
+
 def _describe_training(record: Mapping[str, Any]) -> str:
     """loss 3.412 (all 3.702, reference 3.1)  kept 60%  lr 3e-4  |grad| 0.81  12.3k tokens/s  0:01:22 left"""
     return "  ".join(text for _, text in _figures(record)).replace("  (", " (")
@@ -132,7 +140,8 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return parts
 
 
-def _describe_validation(record: Mapping[str, Any]) -> str:
+def describe_validation(record: Mapping[str, Any]) -> str:
+    """The losses of a validation record: validation/curated loss 3.3129"""
     losses = {
         name.removesuffix("/loss"): value
         for name, value in record.items()

@@ -7,6 +7,7 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ class WandbSink:
                 "W&B could not be reached, this run is written offline; `wandb sync` uploads it later"
             )
             self._attempt(lambda: self._open(options), last=True)
+
+    @property
+    def location(self) -> str:
+        """Where the W&B run is: its address, or the folder of an offline run and how to upload it."""
+        if self._run is None:
+            return "off"
+        if self.mode == "offline":
+            return f"offline; upload it with: wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+        return self._run.url
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         if self._run is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_slm.config.check import padded_vocabulary_size
-from megatron_slm.config.schema import ModelConfig
+from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.planning.job import Job, head_size, query_groups
 
 
@@ -86,8 +86,15 @@ def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> 
 
 def model_parameters(job: Job, model: ModelConfig | None = None) -> Parameters:
     """The whole model, each parameter once, padded vocabulary rows included: what a checkpoint holds."""
-    model = model or job.config.model
-    rows = padded_vocabulary_size(job.config, job.vocabulary_size) * model.hidden_size
+    return parameters_of_model(job.config, job.vocabulary_size, model)
+
+
+def parameters_of_model(
+    config: Config, vocabulary_size: int, model: ModelConfig | None = None
+) -> Parameters:
+    """As `model_parameters`, of a configuration alone; vocabulary_size is the true one."""
+    model = model or config.model
+    rows = padded_vocabulary_size(config, vocabulary_size) * model.hidden_size
     return Parameters(
         embedding=rows,
         layers=model.layers * layer_parameters(model),

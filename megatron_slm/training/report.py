@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
+from megatron_slm.files.atomic import write_text_atomically
 from megatron_slm.model.build import resolve_layers
 from megatron_slm.monitoring import (
     ConsoleSink,
@@ -19,10 +21,12 @@ from megatron_slm.monitoring import (
     peak_flops_per_second,
     run_status,
 )
+from megatron_slm.monitoring.console import lines_of_table
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
 from megatron_slm.selection.alarms import ranks_tokens, smallest_population, warnings_of
 from megatron_slm.selection.rules import population_sequences
+from megatron_slm.training.closing import closing_lines
 from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.start_table import start_table
 
@@ -52,6 +56,8 @@ class Reporter:
             Path(config.run.folder),
         )
         self.warned: set[str] = set()
+        self.started_at, self.resume_step = time.monotonic(), resume_step
+        self.last: dict[str, dict] = {}  # kind -> the newest record of this start
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
         self.peak_flops_per_second = (
             peak_flops_per_second(name, config.device.precision) if name else None
@@ -62,8 +68,8 @@ class Reporter:
         console = ConsoleSink(
             total_steps=train_steps(config), start_step=resume_step or 0, title=self.name
         )
-        console.table(f"megatron-slm  {self.name}", self._start_table())
         sinks = [JsonlSink(self.folder / "metrics.jsonl", resume_step=resume_step), console]
+        wandb = "off (monitoring.wandb.mode is disabled)"
         if config.monitoring.wandb.mode != "disabled":
             sinks.append(
                 WandbSink(
@@ -75,7 +81,9 @@ class Reporter:
                     warn=lambda text: console.message(text, "warning"),
                 )
             )
+            wandb = sinks[-1].location
         self.sink = MultiSink(sinks)
+        self._show_start_table(console, wandb)
         if resume_step is not None:
             self.message(f"resumed after step {resume_step}", "info")
         for corpus in materials.corpora:
@@ -122,6 +130,7 @@ class Reporter:
         if rates := record.pop(BY_CORPUS, None):
             prefixes = [corpus.prefix for corpus in self.materials.corpora]
             record |= rates_of_corpora(prefixes, rates)
+        self.last[record.get("kind", "train")] = record | {"step": step}
         self.sink.log(record, step)
         if self.groups.world_rank == 0:
             run_status.progress(self.folder, step)
@@ -140,7 +149,11 @@ class Reporter:
                 self.message(sentence, "warning")
 
     def close(self, state: str, exit_code: int) -> None:
-        """Close the sinks of a run that is done, stopped or failed."""
+        """Close the sinks of a run that is done, stopped or failed; one that is done says where everything is."""
+        if state == "done" and self.groups.is_logger:
+            seconds = time.monotonic() - self.started_at
+            for line in closing_lines(self.folder, self.name, self.last, seconds, self.resume_step):
+                self.message(line, "info")
         self.sink.close(state, exit_code)
 
     def write_token_view(self, lines: list[dict]) -> None:
@@ -169,7 +182,13 @@ class Reporter:
             "distributed_optimizer": self.config.parallel.distributed_optimizer,
         }
 
-    def _start_table(self) -> dict[str, str]:
-        return start_table(
-            self.config, self.groups, resolve_layers(self.config, self.groups.device.type == "cuda")
-        )
+    def _show_start_table(self, console: ConsoleSink, wandb: str) -> None:
+        """The short table on the console, the full one in the run folder."""
+        layers = resolve_layers(self.config, self.groups.device.type == "cuda")
+        table = start_table(self.config, self.groups, self.materials, layers, wandb)
+        path = self.folder / "start_table.txt"
+        console.table(f"megatron-slm  {self.name}", table.short(path))
+        try:
+            write_text_atomically(path, "\n".join(lines_of_table(table.full())) + "\n")
+        except OSError as error:
+            self.message(f"{path} could not be written ({error})", "warning")

@@ -1,22 +1,71 @@
 """The table at the start of a run: what runs, in which layout, which accelerations are on, and why the others are not."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
 from megatron_slm import device as device_room
 from megatron_slm.checkpoint.architecture import allowed_differences
 from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.schema import Config
+from megatron_slm.monitoring.console import short_number
 from megatron_slm.parallel import Groups
+from megatron_slm.planning.parameters import parameters_of_model
 from megatron_slm.training.scorer_settings import choice_rules
+from megatron_slm.training.setup import Materials
 
 
-def start_table(config: Config, groups: Groups, layers: str) -> dict[str, str]:
-    """Rows name -> state, with the reason in brackets; `layers` is "torch" or "transformer_engine"."""
-    rows = {
+CORPORA_SHOWN = 4
+"""A blend of more corpora is shown by the least and the most often read one."""
+
+
+@dataclass(frozen=True)
+class StartTable:
+    """What is shown when a run starts, and the whole of it for its folder."""
+
+    facts: dict[str, str]
+    """Rows that are always shown."""
+    layout: list[tuple[str, str, str]]
+    """Rows (feature, state, why): how model and batch are spread."""
+    accelerations: list[tuple[str, str, str]]
+    """Rows (feature, state, why): what the device can do, and why it cannot do the rest."""
+    on_gpu: bool
+
+    def full(self) -> dict[str, str]:
+        """Every row with its reason."""
+        return self.facts | _in_words([*self.layout, *self.accelerations])
+
+    def short(self, full_at: Path) -> dict[str, str]:
+        """The rows of what is on; the names of all that is off in one row that says where the reasons stand.
+
+        On a GPU an acceleration that is off keeps its row: there it is a loss of speed that somebody can do something about.
+        """
+        kept, off = [], []
+        for row in [*self.layout, *self.accelerations]:
+            may_fold = row in self.layout or not self.on_gpu
+            is_off = row[1] in ("off", "absent")
+            (off if is_off and may_fold else kept).append(row)
+        rows = self.facts | _in_words(kept)
+        if off:
+            rows["off"] = f"{_joined([name for name, *_ in off])} (why: {full_at})"
+        return rows
+
+
+def start_table(
+    config: Config, groups: Groups, materials: Materials, layers: str, wandb: str
+) -> StartTable:
+    """`layers` is "torch" or "transformer_engine"; `wandb` says where the Weights & Biases run is."""
+    facts = {
         "run folder": config.run.folder,
+        "W&B": wandb,
         **_origin_words(config),
+        "model": _model_words(config, materials.vocabulary_size),
         "processes": str(groups.world_size),
         "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {tokens_per_step(config)} tokens per step, {train_steps(config)} steps",
+        "data": data_words(
+            config, [(each.prefix, each.manifest.tokens) for each in materials.corpora]
+        ),
         "selection": _selection_words(config),
         "documents": _document_words(config),
         "precision": _precision_words(config),
@@ -26,9 +75,46 @@ def start_table(config: Config, groups: Groups, layers: str) -> dict[str, str]:
     accelerations = device_room.describe_acceleration(
         device, layers, config.device, isolated_documents=config.data.document_policy == "isolated"
     )
-    for feature, state, why in [*layout_rows(config, groups.dp_size), *accelerations]:
-        rows[feature] = f"{state} ({why})" if why else state
-    return rows
+    layout = layout_rows(config, groups.dp_size)
+    return StartTable(facts, layout, accelerations, on_gpu=device.kind == "cuda")
+
+
+def _in_words(rows: list[tuple[str, str, str]]) -> dict[str, str]:
+    return {feature: f"{state} ({why})" if why else state for feature, state, why in rows}
+
+
+def _joined(features: list[str]) -> str:
+    """tensor parallel, pipeline parallel, fp8 -> tensor and pipeline parallel, fp8"""
+    parallel = [name.removesuffix(" parallel") for name in features if name.endswith(" parallel")]
+    others = [name for name in features if not name.endswith(" parallel")]
+    if len(parallel) > 1:
+        parallel = [*parallel[:-2], f"{parallel[-2]} and {parallel[-1]}"]
+    words = [f"{', '.join(parallel)} parallel"] if parallel else []
+    return ", ".join(words + others)
+
+
+def _model_words(config: Config, vocabulary_size: int) -> str:
+    total = parameters_of_model(config, vocabulary_size).total
+    return f"{short_number(total)} parameters, {config.model.layers} layers, vocabulary of {vocabulary_size:,}"
+
+
+def data_words(config: Config, corpora: list[tuple[str, int]]) -> str:
+    """How often the whole run passes over each training corpus. corpora: (prefix, tokens) in the order of data.train."""
+    run_tokens = train_steps(config) * tokens_per_step(config)
+    weights = config.data.weights or [tokens for _, tokens in corpora]
+    passes = [
+        (run_tokens * weight / sum(weights) / max(1, tokens), prefix, tokens)
+        for (prefix, tokens), weight in zip(corpora, weights)
+    ]
+    lead, between = "", ", "
+    if len(passes) > CORPORA_SHOWN:
+        lead, between = f"{len(passes)} corpora, from ", " to "
+        passes = [min(passes), max(passes)]
+    each = [
+        f"{count:.3g} epochs of {prefix} ({short_number(tokens)} tokens)"
+        for count, prefix, tokens in passes
+    ]
+    return f"{short_number(run_tokens)} tokens: {lead}{between.join(each)}"
 
 
 def layout_rows(config: Config, dp_size: int) -> list[tuple[str, str, str]]:

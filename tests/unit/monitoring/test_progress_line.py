@@ -39,6 +39,18 @@ def last_line(width, monkeypatch, title="a-run-with-a-long-name-of-its-own"):
     return re.split(r"[\r\n]+", plain.rstrip())[-1]
 
 
+def test_the_start_table_of_a_narrow_terminal_cuts_no_path(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    path = "runs/" + "a-long-name/" * 8 + "[1.1B]/offline-run-5c002f02"
+    console = ConsoleSink(total_steps=5, stream=stream)
+    console.table("run", {"W&B": path})
+    console.close()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert path in re.sub(r"\s+", "", plain)
+
+
 @pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
 def test_step_total_time_left_and_bar_are_there_at_every_width(width, monkeypatch):
     line = last_line(width, monkeypatch)

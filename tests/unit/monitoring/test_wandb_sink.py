@@ -54,6 +54,8 @@ def test_an_offline_run_is_written_and_a_resumed_one_has_the_same_id(tmp_path, c
 
 
 class FakeRun:
+    url, dir = "https://wandb.example.org/arm", "runs/my run/wandb/offline-run-1/files"
+
     def __init__(self):
         self.calls, self.summary, self.finished_with = 0, {}, None
 
@@ -104,6 +106,16 @@ def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, monkeypat
     sink.close()
     assert len(warnings) == 1 and "server gone" in warnings[0]
     assert fake.run.calls == 1
+
+
+def test_where_the_run_is(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert open_sink(tmp_path, []).location == "https://wandb.example.org/arm"
+    offline = open_sink(tmp_path, [], mode="offline").location
+    assert offline == f"offline; upload it with: wandb sync '{fake.run.dir.removesuffix('/files')}'"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert open_sink(tmp_path, []).location == "off"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The table at the start of a run names every part of the layout: its size, or why it is off."""
 
 import dataclasses
+from pathlib import Path
+
+import pytest
 
 from megatron_slm.config.schema import Config
-from megatron_slm.training.start_table import layout_rows
+from megatron_slm.training.start_table import StartTable, data_words, layout_rows
 
 
 def rows(dp_size: int = 1, recompute: str = "none", **parallel) -> dict[str, tuple[str, str]]:
@@ -72,3 +75,68 @@ def test_what_is_asked_for_and_has_nothing_to_do_is_said():
         rows(2)["sequence parallel"][1] == "parallel.tensor is 1"
         and rows(2, tensor=2)["sequence parallel"][1] == "parallel.sequence is false"
     )
+
+
+ACCELERATIONS = [("device", "cpu", "gloo collectives"), ("fp8", "off", "no CUDA")]
+
+
+def table_of(on_gpu: bool) -> StartTable:
+    return StartTable({"run folder": "runs/a"}, layout_rows(Config(), 1), ACCELERATIONS, on_gpu)
+
+
+def test_the_short_table_names_all_that_is_off_in_one_row():
+    table = table_of(on_gpu=False)
+    full, short = table.full(), table.short(Path("runs/a/start_table.txt"))
+    off = [name for name, words in full.items() if words.startswith("off (")]
+    assert len(off) > 8
+    assert list(short) == ["run folder", "gradient accumulation", "device", "off"]
+    assert [name for name in off if name.removesuffix(" parallel") not in short["off"]] == []
+    assert short["off"].startswith("tensor, sequence, pipeline, virtual pipeline, context and data")
+    assert short["off"].endswith("(why: runs/a/start_table.txt)")
+
+
+def test_on_a_gpu_an_acceleration_that_is_off_keeps_its_reason():
+    short = table_of(on_gpu=True).short(Path("runs/a/start_table.txt"))
+    assert short["fp8"] == "off (no CUDA)"
+
+
+def test_what_is_on_is_shown_as_in_the_full_table():
+    config = Config()
+    config.parallel.tensor = 2
+    table = StartTable({}, layout_rows(config, 2), ACCELERATIONS, on_gpu=False)
+    short = table.short(Path("table"))
+    assert (short["tensor parallel"], short["data parallel"]) == ("2", "2")
+    assert "tensor" not in short["off"]
+
+
+def run_of(steps: int, weights=()) -> Config:
+    config = Config()
+    config.schedule.train_steps = steps
+    config.data.global_batch_size, config.data.sequence_length = 8, 100
+    config.data.weights = list(weights)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "corpora", "words"),
+    [
+        (run_of(50), [("data/a", 10_000)], "40k tokens: 4 epochs of data/a (10k tokens)"),
+        (
+            run_of(50),
+            [("data/a", 10_000), ("data/b", 30_000)],
+            "40k tokens: 1 epochs of data/a (10k tokens), 1 epochs of data/b (30k tokens)",
+        ),
+        (
+            run_of(50, weights=[3, 1]),
+            [("data/a", 10_000), ("data/b", 30_000)],
+            "40k tokens: 3 epochs of data/a (10k tokens), 0.333 epochs of data/b (30k tokens)",
+        ),
+        (
+            run_of(50, weights=[1, 1, 1, 1, 4]),
+            [(f"data/{number}", 10_000) for number in range(5)],
+            "40k tokens: 5 corpora, from 0.5 epochs of data/0 (10k tokens) to 2 epochs of data/4 (10k tokens)",
+        ),
+    ],
+)
+def test_epochs_of_each_corpus(config, corpora, words):
+    assert data_words(config, corpora) == words
