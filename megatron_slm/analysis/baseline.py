@@ -1,4 +1,6 @@
-"""Which run the others are measured against: a plain one that differs from them in the choice of tokens, not in what it read."""
+"""Which run the others are measured against: a plain one that differs from them in the choice of
+tokens, not in what it read.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,13 +16,16 @@ SHARED_DATA = (
     "data.sequence_length",
     "data.global_batch_size",
 )
-"""Settings in which a run and its baseline agree, beside the corpora, the initial weights and the model."""
+"""Settings in which a run and its baseline agree, beside the corpora, the initial weights and the
+model.
+"""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The baseline of a report. `run` is None when there is none; `sentence` says which it is and why, or why there is
-    none; it is empty for a single run."""
+    """The baseline of a report. `run` is None when there is none; `sentence` says which it is and
+    why, or why there is none; it is empty for a single run.
+    """
 
     run: Run | None
     measured: tuple[Run, ...]
@@ -32,10 +37,12 @@ class Baseline:
 
 
 def find_baseline(runs: Sequence[Run], corpus: str | None = None) -> Baseline:
-    """The first plain run that shares data, start and model with a run that selects; failing that, with another plain run.
+    """The first plain run that shares data, start and model with a run that selects; failing that,
+    with another plain run.
 
     One that came to its end goes before one that did not.
-    corpus: name of the validation corpus whose losses are compared; it must be the same files in both runs.
+    corpus: name of the validation corpus whose losses are compared; it must be the same files in
+    both runs.
     """
     plain = [run for run in runs if run.is_plain]
     plain.sort(key=lambda run: not run.state.is_finished)
@@ -50,8 +57,9 @@ def find_baseline(runs: Sequence[Run], corpus: str | None = None) -> Baseline:
 def differences(run: Run, baseline: Run, corpus: str | None = None) -> list[str]:
     """What forbids measuring `run` against `baseline`, as phrases; none for a run and itself.
 
-    Runs compare where they read the same tokens, in steps of the same size, into the same model with the same initial
-    weights. What one of them does not tell (an older config.yaml) is no difference; training data that are not told are.
+    Runs compare where they read the same tokens, in steps of the same size, into the same model
+    with the same initial weights. What one of them does not tell (an older config.yaml) is no
+    difference; training data that are not told are.
     """
     if run is baseline:
         return []
@@ -67,7 +75,9 @@ def differences(run: Run, baseline: Run, corpus: str | None = None) -> list[str]
 
 
 def _conditions(run: Run, corpus: str | None) -> dict[str, Any]:
-    """Setting -> what is compared of it: paths made absolute, corpora with their weights whatever their order."""
+    """Setting -> what is compared of it: paths made absolute, corpora with their weights whatever
+    their order.
+    """
     corpora = [os.path.abspath(str(prefix)) for prefix in run.setting("data.train") or []]
     weights = run.setting("data.weights") or []
     shares = [round(weight / sum(weights), 9) for weight in weights]  # any scale means the same

@@ -1,4 +1,5 @@
-"""Pictures of runs over training. Each function returns a matplotlib Figure, or None where the runs hold nothing to show.
+"""Pictures of runs over training. Each function returns a matplotlib Figure, or None where the runs
+hold nothing to show.
 
 A run keeps its colour in every figure: that of its place in the list.
 """
@@ -47,7 +48,9 @@ def validation_loss(runs: Sequence[Run], corpus: str) -> Figure | None:
 
 
 def training_loss(runs: Sequence[Run]) -> Figure | None:
-    """Training loss of selected, all and rejected tokens, and the reference's on the same tokens: a panel per run."""
+    """Training loss of selected, all and rejected tokens, and the reference's on the same tokens: a
+    panel per run.
+    """
     shown = [run for run in runs if any(len(run.series(name)[0]) for name, _, _ in _FATES)]
     if not shown:
         return None
@@ -57,7 +60,8 @@ def training_loss(runs: Sequence[Run]) -> Figure | None:
             ends = []
             for name, label, color in _FATES:
                 x, y = run.series(name)
-                # A plain run selects everything: "selected" and "all" would be one line drawn twice.
+                # A plain run selects everything: "selected" and "all" would be one line drawn
+                # twice.
                 if len(x) and not (
                     run.is_plain
                     and name in ("loss/selected", "loss/rejected")

@@ -12,7 +12,9 @@ from megatron_slm.analysis.style import short_count
 from megatron_slm.selection.alarms import reference_overtaken
 
 EQUAL_NATS = 0.005
-"""Smaller differences of a validation loss are called equal: other seeds alone move small runs by more."""
+"""Smaller differences of a validation loss are called equal: other seeds alone move small runs by
+more.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class Outcome:
     loss: float | None
     """The last that was validated."""
     not_final: str
-    """What to say of `loss` where it is not the final one: "last, at step 60 of 120"; else empty."""
+    """What to say of `loss` where it is not the final one: "last, at step 60 of 120"; else empty.
+    """
     processed: float | None
     selected: float | None
     tokens_per_second: float | None
     tokens_to_baseline: float | None
-    """Processed tokens at which this run's validation loss first was at or below the baseline's last one."""
+    """Processed tokens at which this run's validation loss first was at or below the baseline's
+    last one.
+    """
     measured: bool
     """Whether this run is measured against the baseline: it shares its data, model and start."""
 
@@ -53,7 +58,9 @@ def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
 
 
 def tokens_to_reach(run: Run, name: str, goal: float | None) -> float | None:
-    """Processed tokens where the loss first is at or below `goal`, linear between validations; None when it never is."""
+    """Processed tokens where the loss first is at or below `goal`, linear between validations; None
+    when it never is.
+    """
     x, y = run.series(name)
     below = np.nonzero(y <= goal)[0] if goal is not None else []
     if not len(below):
@@ -67,7 +74,8 @@ def tokens_to_reach(run: Run, name: str, goal: float | None) -> float | None:
 def validation(runs: Sequence[Run], corpus: str) -> str:
     """Who is lowest at the last token count that every run reached, and where the others stand.
 
-    A run that failed or was killed does not hold the others back: it is compared only if it came as far as they did.
+    A run that failed or was killed does not hold the others back: it is compared only if it came as
+    far as they did.
     """
     curves = [(run, *run.series(f"validation/{corpus}/loss")) for run in runs]
     curves = [curve for curve in curves if len(curve[1])]
@@ -106,7 +114,9 @@ def unfinished(runs: Sequence[Run]) -> str:
 
 
 def training(runs: Sequence[Run]) -> str:
-    """How rejected tokens fared and whether the model has overtaken its reference, for each run that selects."""
+    """How rejected tokens fared and whether the model has overtaken its reference, for each run
+    that selects.
+    """
     sentences = []
     for run in runs:
         if run.is_plain:
@@ -131,7 +141,9 @@ def training(runs: Sequence[Run]) -> str:
 
 
 def _reference_gap(run: Run) -> tuple[list[str], str | None]:
-    """Where the model stands beside the reference on all tokens, and the warning when a run that ranks tokens has overtaken it."""
+    """Where the model stands beside the reference on all tokens, and the warning when a run that
+    ranks tokens has overtaken it.
+    """
     (x, all_), (x_reference, reference) = run.series("loss/all"), run.series("loss/reference")
     shared, first, second = np.intersect1d(x, x_reference, return_indices=True)
     if not len(shared):

@@ -24,7 +24,8 @@ def write_report(
 ) -> Path:
     """Write the report of `runs` to `output` (aside, then renamed).
 
-    corpus: validation corpus the runs are compared on; None = the first one all runs share. ValueError when no run has it.
+    corpus: validation corpus the runs are compared on; None = the first one all runs share.
+    ValueError when no run has it.
     """
     corpus = choose_corpus(runs, corpus)
     output = Path(output)
@@ -102,7 +103,8 @@ def _selection(runs: Sequence[Run]) -> str:
 
 def _text(runs: Sequence[Run]) -> str:
     shown = [run for run in runs if run.token_views and not run.is_plain]
-    # The run whose choice follows the reference first: of the arms it is the one whose marks say most.
+    # The run whose choice follows the reference first: of the arms it is the one whose marks say
+    # most.
     shown.sort(key=lambda run: run.scorer == "random")
     parts = []
     for place, run in enumerate(shown):
@@ -132,7 +134,9 @@ def _warnings(runs: Sequence[Run]) -> str:
 
 
 def _ending(run: Run) -> list[str]:
-    """How an unfinished run ended, with its reason unless that is among its warnings: a failure is told there too."""
+    """How an unfinished run ended, with its reason unless that is among its warnings: a failure is
+    told there too.
+    """
     if run.state.is_finished:
         return []
     told = any(run.state.reason in text for text in run.warnings)

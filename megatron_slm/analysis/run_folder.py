@@ -1,4 +1,6 @@
-"""Read a run folder as it is, finished or not: metrics.jsonl, config.yaml, status.json, versions.txt, warnings.jsonl, token_view.jsonl."""
+"""Read a run folder as it is, finished or not: metrics.jsonl, config.yaml, status.json,
+versions.txt, warnings.jsonl, token_view.jsonl.
+"""
 
 import json
 from collections.abc import Mapping
@@ -45,7 +47,9 @@ class Run:
 
     @property
     def ranks_in_nats(self) -> bool:
-        """Whether the run chooses by a score whose threshold means something: random scores are no losses."""
+        """Whether the run chooses by a score whose threshold means something: random scores are no
+        losses.
+        """
         return ranks_tokens(self.scorer, self.setting("selection.keep_fraction", 0.6))
 
     def setting(self, dotted: str, default: Any = None) -> Any:
@@ -58,7 +62,9 @@ class Run:
         return value
 
     def series(self, name: str, x: str = PROCESSED) -> tuple[np.ndarray, np.ndarray]:
-        """(x, values) of a scalar metric, from training or validation records by its name; records without it are left out."""
+        """(x, values) of a scalar metric, from training or validation records by its name; records
+        without it are left out.
+        """
         records = self.validation if name.startswith("validation/") else self.training
         pairs = [
             (self._x(record, x), record[name]) for record in records if _is_number(record.get(name))
@@ -69,7 +75,9 @@ class Run:
         )
 
     def vectors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(processed tokens [R], values [R, n]) of a metric that is a list of n numbers; null becomes NaN."""
+        """(processed tokens [R], values [R, n]) of a metric that is a list of n numbers; null
+        becomes NaN.
+        """
         rows = [
             (record[PROCESSED], record[name])
             for record in self.training
@@ -108,7 +116,9 @@ class Run:
         return float(values[-1]) if len(values) else None
 
     def not_final(self, name: str) -> str:
-        """What to say of `last(name)` where the run did not end there: "last, at step 60 of 120". Empty for a final value."""
+        """What to say of `last(name)` where the run did not end there: "last, at step 60 of 120".
+        Empty for a final value.
+        """
         steps = self.series(name, x="step")[0]
         if not len(steps) or self.state.is_finished and steps[-1] >= self.state.step:
             return ""
@@ -132,7 +142,9 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder. ValueError, as a sentence, when there is no run with metrics in it; torn lines are counted, not fatal."""
+    """Read a run folder. ValueError, as a sentence, when there is no run with metrics in it; torn
+    lines are counted, not fatal.
+    """
     folder = Path(folder)
     metrics = folder / "metrics.jsonl"
     if not folder.is_dir():
@@ -172,7 +184,9 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_runs(folders: list[str | Path]) -> list[Run]:
-    """Several run folders with names that differ; ValueError with a sentence per folder that cannot be read."""
+    """Several run folders with names that differ; ValueError with a sentence per folder that cannot
+    be read.
+    """
     runs, problems = [], []
     for folder in folders:
         try:

@@ -1,4 +1,6 @@
-"""Whether a run is finished, and in what words to say so: from its status.json, or from its metrics where there is none."""
+"""Whether a run is finished, and in what words to say so: from its status.json, or from its metrics
+where there is none.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ class RunState:
     """How a run stands."""
 
     state: str
-    """done, stopped, failed, running, killed; of a run that tells nothing itself: done by its metrics, unfinished, unknown."""
+    """done, stopped, failed, running, killed; of a run that tells nothing itself: done by its
+    metrics, unfinished, unknown.
+    """
     step: int
     """The last step that is known of."""
     steps: int | None = None
@@ -66,7 +70,9 @@ def place(step: int, steps: int | None) -> str:
 
 
 def read_state(folder: str | Path, config: Mapping[str, Any], logged_step: int) -> RunState:
-    """The state of a run folder. logged_step: the last step in its metrics, which a run that is only starting again is beyond."""
+    """The state of a run folder. logged_step: the last step in its metrics, which a run that is
+    only starting again is beyond.
+    """
     status = read_status(folder)
     if status is None:
         return _derived(config, logged_step)
@@ -76,7 +82,9 @@ def read_state(folder: str | Path, config: Mapping[str, Any], logged_step: int) 
 
 
 def _derived(config: Mapping[str, Any], logged_step: int) -> RunState:
-    """Of a run folder without status.json (an older run): its last step logged against the steps that config.yaml asks for."""
+    """Of a run folder without status.json (an older run): its last step logged against the steps
+    that config.yaml asks for.
+    """
     steps = _configured_steps(config)
     if steps is None:
         return RunState("unknown", logged_step)

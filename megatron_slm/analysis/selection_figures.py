@@ -38,7 +38,9 @@ def selecting(runs: Sequence[Run], name: str) -> list[tuple[int, Run]]:
 
 
 def rate_over_time(runs: Sequence[Run]) -> Figure | None:
-    """Heat map: share of tokens selected, by class of reference loss (bottom = easy for the reference), over training."""
+    """Heat map: share of tokens selected, by class of reference loss (bottom = easy for the
+    reference), over training.
+    """
     shown = [
         pair
         for pair in selecting(runs, BY_REFERENCE_LOSS)
@@ -72,7 +74,9 @@ def rate_over_time(runs: Sequence[Run]) -> Figure | None:
 
 
 def final_rate(runs: Sequence[Run]) -> Figure | None:
-    """The last record: share selected in each class of reference loss; bars, one panel per run, edges in nats below."""
+    """The last record: share selected in each class of reference loss; bars, one panel per run,
+    edges in nats below.
+    """
     shown = selecting(runs, BY_REFERENCE_LOSS)
     if not shown:
         return None
@@ -173,7 +177,9 @@ def rate_by_corpus(runs: Sequence[Run]) -> Figure | None:
 
 
 def rates_of_corpora(run: Run) -> dict[str, float]:
-    """Corpus -> share of its tokens selected, as last recorded. A corpus is known by its absolute prefix, the same in every run."""
+    """Corpus -> share of its tokens selected, as last recorded. A corpus is known by its absolute
+    prefix, the same in every run.
+    """
     recorded = dict.fromkeys(
         name for line in run.training for name in line if name.startswith(BY_CORPUS + "/")
     )

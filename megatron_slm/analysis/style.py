@@ -1,4 +1,6 @@
-"""The look of every figure: colours that colour-blind readers tell apart, units on axes, names beside their lines."""
+"""The look of every figure: colours that colour-blind readers tell apart, units on axes, names
+beside their lines.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +56,8 @@ def house_style() -> Iterator[None]:
 def new_figure(
     panels: int = 1, *, height: float = 3.2, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, at most three in a row of `height` inches; every figure is equally wide, so that text is.
+    """A figure with panels side by side, at most three in a row of `height` inches; every figure is
+    equally wide, so that text is.
 
     Made without pyplot: no global state and no display are involved.
     """
@@ -91,7 +94,9 @@ def short_count(value: float) -> str:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over 1/25 of the points, where there are enough to be noisy; NaN stays out of the mean."""
+    """A centred moving average over 1/25 of the points, where there are enough to be noisy; NaN
+    stays out of the mean.
+    """
     if len(values) < _SMOOTH_FROM:
         return values
     half = max(len(values) // 50, 1)
@@ -125,7 +130,9 @@ def draw(
 
 
 def label_lines(axes: Axes, labels: Sequence[tuple[str, str, float, float]]) -> None:
-    """Names beside the ends of lines: (name, colour, x and y of the line's end), pushed apart where they would overlap."""
+    """Names beside the ends of lines: (name, colour, x and y of the line's end), pushed apart where
+    they would overlap.
+    """
     if not labels:
         return
     low, high = axes.get_ylim()

@@ -1,4 +1,6 @@
-"""The head of a report: who is lowest, against which baseline, how each run stands, and the table of the runs."""
+"""The head of a report: who is lowest, against which baseline, how each run stands, and the table
+of the runs.
+"""
 
 from collections.abc import Sequence
 from html import escape

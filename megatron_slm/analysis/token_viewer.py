@@ -1,10 +1,12 @@
-"""Real text with the selected tokens marked, as HTML: what Selective Language Modeling chooses, seen with one's own eyes.
+"""Real text with the selected tokens marked, as HTML: what Selective Language Modeling chooses,
+seen with one's own eyes.
 
 token_view.jsonl in a run folder holds one sequence per line:
-{"corpus": str, "first_token": offset of its first token in the corpus, "documents": [[document, place of its first token in the lists]],
+{"corpus": str, "first_token": offset of its first token in the corpus,
+ "documents": [[document, place of its first token in the lists]],
  "tokens": [str], "loss": [nats], "reference_loss": [nats or null] or null, "selected": [bool]}
-Documents are numbered as data_tools.inspect_corpus numbers them. Files of older runs have one number, "document", that numbers the
-lines of the file; it is not shown.
+Documents are numbered as data_tools.inspect_corpus numbers them. Files of older runs have one
+number, "document", that numbers the lines of the file; it is not shown.
 """
 
 import json
@@ -35,13 +37,17 @@ STYLE = """
 
 @dataclass(frozen=True)
 class TokenView:
-    """One sequence with what was measured for each token; lists of equal length. reference_loss None = no score."""
+    """One sequence with what was measured for each token; lists of equal length. reference_loss
+    None = no score.
+    """
 
     corpus: str
     first_token: int | None
     """Offset of its first token in the corpus; None where it was not recorded."""
     documents: list[tuple[int, int]]
-    """(number of a document, place of its first token in the lists), in order; empty where they were not recorded."""
+    """(number of a document, place of its first token in the lists), in order; empty where they
+    were not recorded.
+    """
     tokens: list[str]
     loss: list[float | None]
     reference_loss: list[float | None]
@@ -59,7 +65,9 @@ class TokenView:
 
     @property
     def origin(self) -> str:
-        """Where in its corpus the text stands: its documents and its first token, to follow the name of the corpus."""
+        """Where in its corpus the text stands: its documents and its first token, to follow the
+        name of the corpus.
+        """
         if not self.documents:
             return ", documents not recorded"
         numbers = list(dict.fromkeys(number for number, _ in self.documents))
@@ -98,7 +106,9 @@ class TokenView:
 
 
 def read_token_views(path: str | Path) -> list[TokenView]:
-    """The sequences of a token_view.jsonl; none when the file is absent; lines that are no token view are left out."""
+    """The sequences of a token_view.jsonl; none when the file is absent; lines that are no token
+    view are left out.
+    """
     path = Path(path)
     views = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
@@ -125,9 +135,9 @@ def _token_view(record: dict) -> TokenView:
 def select_example(
     views: Sequence[TokenView], count: int = 3, maximum_tokens: int = 400
 ) -> list[TokenView]:
-    """The sequences that show a choice best, cut to `maximum_tokens`: long enough, with both fates, and most different in
-    excess loss between selected and rejected tokens; the best of each corpus before the second of any. Deterministic; ties go to
-    the earlier sequence.
+    """The sequences that show a choice best, cut to `maximum_tokens`: long enough, with both fates,
+    and most different in excess loss between selected and rejected tokens; the best of each corpus
+    before the second of any. Deterministic; ties go to the earlier sequence.
     """
     candidates = [view.cut(maximum_tokens) for view in views]
     best_first = sorted(candidates, key=lambda view: -_shows(view))
@@ -156,7 +166,9 @@ def _shows(view: TokenView) -> float:
 
 
 def render(view: TokenView) -> str:
-    """One sequence as an HTML fragment (needs STYLE on the page): a heading line and its text, whitespace kept."""
+    """One sequence as an HTML fragment (needs STYLE on the page): a heading line and its text,
+    whitespace kept.
+    """
     spans = "".join(map(_span, view.tokens, view.loss, view.reference_loss, view.selected))
     return (
         f'<p class="note"><b>{escape(view.corpus)}</b>{escape(view.origin)}: {sum(view.selected)} of {len(view.tokens)} tokens '

@@ -1,14 +1,18 @@
-"""Token selection: which tokens carry the loss. Needs torch only; process groups are arguments; nothing is logged or configured here.
+"""Token selection: which tokens carry the loss. Needs torch only; process groups are arguments;
+nothing is logged or configured here.
 
 scorers.py      columns -> score: what a scorer is, and the registry that other packages extend
 catalogue.py    the scorers of the literature, one function each
 combinators.py  scorers made of scorers: both, either, band, mixtures
 scorer_files.py a scorer in a file of the user's own: PATH.py:NAME
 rules.py        what a scorer, a scope and the head's rows decide before any token is seen
-select.py       the exact top-k of a population spread over ranks        threshold.py, radix.py: how ranks agree on it
-scope.py        which tokens compete with which                          running.py: a threshold carried over steps
+select.py       the exact top-k of a population spread over ranks
+threshold.py    how ranks agree on it, with radix.py
+scope.py        which tokens compete with which
+running.py      a threshold carried over steps
 schedule.py     keep fraction over training
-diagnostics.py  sums and counts that describe a choice                   alarms.py: what they warn of
+diagnostics.py  sums and counts that describe a choice
+alarms.py       what they warn of
 
 Scorers and rules, schedules and alarms import no torch: a configuration is checked and planned, and
 a report written, with the very scorers that train. A public name is loaded when it is asked for.

@@ -1,17 +1,21 @@
-"""Warnings that think: pure functions of reduced sums, each returning a sentence that says what was seen and what to do.
+"""Warnings that think: pure functions of reduced sums, each returning a sentence that says what was
+seen and what to do.
 
 No torch: the report, which needs none, asks the same functions as the run.
 """
 
 from collections.abc import Mapping
 
-# Mean |excess| below this says that reference and model are the same: fp16 storage rounds a loss of 3 nats by up to 0.001.
+# Mean |excess| below this says that reference and model are the same: fp16 storage rounds a loss of
+# 3 nats by up to 0.001.
 SAME_MODEL_NATS = 5e-3
 # A share of equal scores above this means that token ids, not scores, make much of the choice.
 TIED_FRACTION = 0.5
-# More than this share of trained tokens without a score is a hole in the stored scores, not a rounding.
+# More than this share of trained tokens without a score is a hole in the stored scores, not a
+# rounding.
 UNSCORED_FRACTION = 1e-3
-# Distance of the realised kept fraction from the configured one that the rounding of small populations does not explain.
+# Distance of the realised kept fraction from the configured one that the rounding of small
+# populations does not explain.
 KEPT_TOLERANCE = 0.02
 
 
@@ -21,10 +25,13 @@ def warnings_of(
     *,
     ranked: bool = True,
 ) -> dict[str, str]:
-    """name -> sentence for everything in `summary` (from diagnostics.summarise, over one interval) that needs a person.
+    """name -> sentence for everything in `summary` (from diagnostics.summarise, over one interval)
+    that needs a person.
 
-    keep_fraction  what was configured for the interval; None when the scorer has no use for it or its choice is meant to differ (union).
-    ranked         whether tokens are chosen for what they are (`ranks_tokens`): what a reference is worth to the choice is else no question.
+    keep_fraction  what was configured for the interval; None when the scorer has no use for it or
+                   its choice is meant to differ (union).
+    ranked         whether tokens are chosen for what they are (`ranks_tokens`): what a reference is
+                   worth to the choice is else no question.
     """
     findings = {
         "reference_is_the_model": _reference_is_the_model(summary),
@@ -92,7 +99,8 @@ def _keep_fraction_not_met(summary: Mapping, keep_fraction: float | None) -> str
 
 
 def ranks_tokens(scorer: str, keep_fraction: object = None) -> bool:
-    """Whether a run of this scorer prefers some tokens to others: not when it trains on all of them, nor when chance chooses.
+    """Whether a run of this scorer prefers some tokens to others: not when it trains on all of
+    them, nor when chance chooses.
 
     keep_fraction: a number, or anything else (a schedule, None) for one that is not 1 all the time.
     """
@@ -100,10 +108,12 @@ def ranks_tokens(scorer: str, keep_fraction: object = None) -> bool:
 
 
 def reference_overtaken(all_nats: float, reference_nats: float) -> str | None:
-    """The sentence to say when the model has overtaken its reference, else None: the one rule of run and report.
+    """The sentence to say when the model has overtaken its reference, else None: the one rule of
+    run and report.
 
-    Both losses are means over all tokens, never over the selected ones. Those are selected because the model is behind on
-    them, so on them it stays behind for as long as the losses of single tokens scatter, however far ahead it is on the rest.
+    Both losses are means over all tokens, never over the selected ones. Those are selected because
+    the model is behind on them, so on them it stays behind for as long as the losses of single
+    tokens scatter, however far ahead it is on the rest.
     """
     if all_nats > reference_nats:
         return None
@@ -119,5 +129,7 @@ def _reference_overtaken(summary: Mapping) -> str | None:
 
 
 def smallest_population(keep_fraction: float) -> int:
-    """Eligible tokens from which keeping ceil(k * n) is within KEPT_TOLERANCE of k: smaller populations always keep too many."""
+    """Eligible tokens from which keeping ceil(k * n) is within KEPT_TOLERANCE of k: smaller
+    populations always keep too many.
+    """
     return max(1, round((1.0 - keep_fraction) / KEPT_TOLERANCE)) if keep_fraction < 1.0 else 1

@@ -1,4 +1,5 @@
-"""A few fixed sequences looked at again and again: how much the choice moves between evaluations, and text to show a person.
+"""A few fixed sequences looked at again and again: how much the choice moves between evaluations,
+and text to show a person.
 
 B: the probe's sequences, S: their tokens on this context-parallel rank, T: whole sequences.
 """
@@ -24,7 +25,9 @@ VIEWED_SEQUENCES = 4
 
 @dataclass(frozen=True)
 class Seen:
-    """What the model would choose from the probe now: whole sequences, the same on every rank of the last stage."""
+    """What the model would choose from the probe now: whole sequences, the same on every rank of
+    the last stage.
+    """
 
     selected_BT: torch.Tensor
     loss_BT: torch.Tensor
@@ -32,10 +35,12 @@ class Seen:
 
 
 class Probe:
-    """One micro-batch, dealt over the corpora in turn, the same on every data-parallel rank; chosen from by itself (scope micro_batch).
+    """One micro-batch, dealt over the corpora in turn, the same on every data-parallel rank; chosen
+    from by itself (scope micro_batch).
 
-    Of the n first corpora, where n is their number or the micro-batch's sequences, whichever is smaller, it holds the first samples in
-    training order. Every rank of the model calls `look`. A plain run has nothing to look at.
+    Of the n first corpora, where n is their number or the micro-batch's sequences, whichever is
+    smaller, it holds the first samples in training order. Every rank of the model calls `look`. A
+    plain run has nothing to look at.
     """
 
     def __init__(self, config: Config, materials, trainer):
@@ -91,7 +96,9 @@ class Probe:
         )
 
     def compare(self, progress: Progress) -> dict[str, float]:
-        """selection/probe_overlap_fraction: tokens chosen now and at the last evaluation, over tokens chosen at either."""
+        """selection/probe_overlap_fraction: tokens chosen now and at the last evaluation, over
+        tokens chosen at either.
+        """
         seen = self.look(progress)
         if seen is None:
             return {}
@@ -122,10 +129,13 @@ class Probe:
         ]
 
     def _origin(self, row: int) -> dict:
-        """Where the labels of a sequence stand: their corpus, the offset of the first, and [document, place of its first label here]."""
+        """Where the labels of a sequence stand: their corpus, the offset of the first, and
+        [document, place of its first label here].
+        """
         number = int(self.whole.corpus_id_B[row])
         index, offset_T = self.sources[number].corpus_index, self.whole.offsets_BS[row].tolist()
-        # The first token of a document is no target; a window is never padded, so nothing else is masked in it.
+        # The first token of a document is no target; a window is never padded, so nothing else is
+        # masked in it.
         begins = {0, *np.flatnonzero(self.whole.loss_mask_BS[row] == 0).tolist()}
         return {
             "corpus": self.materials.corpora[number].prefix,

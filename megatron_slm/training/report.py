@@ -1,4 +1,6 @@
-"""What a run tells: the start table, metrics to every sink, warnings that think, and a page of text with its selected tokens."""
+"""What a run tells: the start table, metrics to every sink, warnings that think, and a page of text
+with its selected tokens.
+"""
 
 import json
 import math
@@ -34,7 +36,9 @@ BY_CORPUS = "selection/rate_by_corpus"
 
 
 def rates_of_corpora(prefixes: list[str], rates: list[float]) -> dict[str, float]:
-    """The rate of each corpus under its name; a corpus without a token in the interval (not a number) has none."""
+    """The rate of each corpus under its name; a corpus without a token in the interval (not a
+    number) has none.
+    """
     named = {}
     for place, (prefix, rate) in enumerate(zip(prefixes, rates, strict=True)):
         before = prefixes[:place].count(prefix)  # a corpus may be in the blend twice
@@ -122,7 +126,8 @@ class Reporter:
         self.sink.message(text, level)
 
     def log(self, record: dict, step: int) -> None:
-        """Write one line of metrics (last rank of the world only), and in status.json how far the run is (rank 0).
+        """Write one line of metrics (last rank of the world only), and in status.json how far the
+        run is (rank 0).
 
         Rates of the corpora go under the corpora's names.
         """
@@ -149,7 +154,9 @@ class Reporter:
                 self.message(sentence, "warning")
 
     def close(self, state: str, exit_code: int) -> None:
-        """Close the sinks of a run that is done, stopped or failed; one that is done says where everything is."""
+        """Close the sinks of a run that is done, stopped or failed; one that is done says where
+        everything is.
+        """
         if state == "done" and self.groups.is_logger:
             seconds = time.monotonic() - self.started_at
             for line in closing_lines(self.folder, self.name, self.last, seconds, self.resume_step):
@@ -157,7 +164,9 @@ class Reporter:
         self.sink.close(state, exit_code)
 
     def write_token_view(self, lines: list[dict]) -> None:
-        """token_view.jsonl: real text with what the model would select from it now; a disk that cannot take it costs a warning."""
+        """token_view.jsonl: real text with what the model would select from it now; a disk that
+        cannot take it costs a warning.
+        """
         if self.groups.is_logger and lines:
             path = self.folder / "token_view.jsonl"
             try:

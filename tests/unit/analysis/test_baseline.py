@@ -1,4 +1,6 @@
-"""The plain run that others are measured against read what they read; a report without one says why."""
+"""The plain run that others are measured against read what they read; a report without one says
+why.
+"""
 
 import json
 import re

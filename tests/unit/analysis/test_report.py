@@ -26,8 +26,9 @@ def write_run(
     keep=0.6,
     settings=None,
 ):
-    """A run of len(losses) - 1 intervals of 1000 tokens; `ahead`: model loss minus reference loss at start and end;
-    `settings`: more of its config.yaml, by section."""
+    """A run of len(losses) - 1 intervals of 1000 tokens; `ahead`: model loss minus reference loss
+    at start and end; `settings`: more of its config.yaml, by section.
+    """
     folder.mkdir(parents=True)
     config = {
         "run": {"folder": str(folder), "name": name},
@@ -126,7 +127,8 @@ def cells(page):
 
 def test_the_program_writes_one_file_with_the_numbers(pages):
     page = pages[0]
-    # 3.4 is crossed between 3.5 at 1000 and 3.3 at 2000 tokens: at 1500, 0.75 of the plain run's 2000.
+    # 3.4 is crossed between 3.5 at 1000 and 3.3 at 2000 tokens: at 1500, 0.75 of the plain run's
+    # 2000.
     assert cells(page) == [
         ["plain", "done by its metrics", "3.400", "2k", "2k", "1.23k", "2k"],
         ["slm &lt;0.6&gt;", "done by its metrics", "3.300", "2k", "1.2k", "1.23k", "1.5k (0.75×)"],

@@ -9,7 +9,9 @@ from megatron_slm.analysis.selection_figures import rate_by_corpus, shortest_nam
 
 
 def run_of(name, train, rates):
-    """A selecting run whose last line holds `rates`: a list, as older runs wrote, or a mapping of prefixes."""
+    """A selecting run whose last line holds `rates`: a list, as older runs wrote, or a mapping of
+    prefixes.
+    """
     metrics = (
         {"selection/rate_by_corpus": rates}
         if isinstance(rates, list)

@@ -7,7 +7,9 @@ from megatron_slm.analysis.token_dynamics import CATEGORIES, classify
 
 
 def by_polyfit(loss_TC):
-    """METHOD: l_i ~ a x_i + b, x = 0..n; change = a n; L_mean = mean of all tokens at the last checkpoint."""
+    """METHOD: l_i ~ a x_i + b, x = 0..n; change = a n; L_mean = mean of all tokens at the last
+    checkpoint.
+    """
     n = loss_TC.shape[1] - 1
     mean_last = loss_TC[:, -1].mean()
     names, changes = [], []
@@ -47,7 +49,8 @@ def test_equals_polyfit(checkpoints):
 
 
 def test_borders_and_ties():
-    # A change of exactly 0.2 (here 0.25 with the border moved there: exact in binary) is neither rise nor fall.
+    # A change of exactly 0.2 (here 0.25 with the border moved there: exact in binary) is neither
+    # rise nor fall.
     loss_TC = np.array([[1.0, 1.25], [1.25, 1.0], [1.0, 1.5], [1.5, 1.0]])
     dynamics = classify(loss_TC, change_nats=0.25)
     assert dynamics.mean_last_loss_nats == 1.1875
