@@ -7,7 +7,7 @@ the epochs after it are cut with the new length and seed. What is left over then
 S = sequence length in tokens.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,26 +24,9 @@ from megatron_slm.data.epoch_index import (
     shuffled_epoch,
     whole_corpus,
 )
+from megatron_slm.data.position import Stretch
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Samples of a corpus that were read one after the other with one sequence length and one seed."""
-
-    sequence_length: int
-    seed: int
-    samples: int
-
-
-def add_stretch(past: Sequence[Stretch], stretch: Stretch) -> tuple[Stretch, ...]:
-    """`past` and then `stretch`; one that goes on in the order of the last makes that one longer."""
-    if not stretch.samples:
-        return tuple(past)
-    if past and past[-1] == replace(stretch, samples=past[-1].samples):
-        return (*past[:-1], replace(stretch, samples=past[-1].samples + stretch.samples))
-    return (*past, stretch)
 
 
 class Documents(NamedTuple):

@@ -106,6 +106,12 @@ class ScoreManifest:
             if f.compare and getattr(self, f.name) != getattr(other, f.name)
         ]
 
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the scores: of what, by what and how they were made; the same before and after the last shard."""
+        identity = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return "sha256:" + hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         flat = asdict(self)
         corpus = {key: flat.pop(f"corpus_{key}") for key in ("fingerprint", "tokens", "documents")}

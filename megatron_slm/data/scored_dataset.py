@@ -21,10 +21,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
 from megatron_slm.data.corpora import Corpus, open_corpora  # noqa: F401 (opened, then read)
-from megatron_slm.data.corpus_order import CorpusOrder, Documents, Stretch
+from megatron_slm.data.corpus_order import CorpusOrder, Documents
 from megatron_slm.data.epoch_index import build_once
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import open_tokens, read_index
+from megatron_slm.data.position import Stretch
 from megatron_slm.data.score_manifest import presented_name
 
 Sample = dict[str, np.ndarray]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_slm.config.check import train_steps
 from megatron_slm.config.schema import Config
 from megatron_slm.monitoring import run_status
 from megatron_slm.monitoring.sinks import append_warning
 from megatron_slm.parallel import Groups
+from megatron_slm.training import resume
 from megatron_slm.training.data_fault import DataFault
 
 EXIT_BAD_DATA = 3
@@ -38,9 +38,9 @@ def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
 
     What is neither bad data nor a failure of training is raised again once it is told, for its traceback.
     """
-    folder, steps = config.run.folder, train_steps(config)
+    folder = config.run.folder
     if groups.world_rank == 0:
-        run_status.begin(folder, steps)
+        run_status.begin(folder, resume.planned_length(config).steps)
     if groups.world_size > 1:
         torch.distributed.barrier()  # a rank that fails at once finds the status of this start
     run = None
@@ -58,9 +58,9 @@ def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
         if not isinstance(error, (TrainingFailed, ValueError)):
             raise
         return exit_code
-    state, reason = ("done", f"trained to its last step, {steps}")
+    state, reason = ("done", f"trained to its last step, {run.steps}")
     if exit_code:
-        state, reason = ("stopped", f"stopped on request after step {run.step} of {steps}")
+        state, reason = ("stopped", f"stopped on request after step {run.step} of {run.steps}")
     if groups.world_rank == 0:
         run_status.end(folder, state, reason, step=run.step, exit_code=exit_code)
     run.reporter.close(state, exit_code)

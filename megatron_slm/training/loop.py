@@ -9,19 +9,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_slm.checkpoint.folder import CheckpointInfo, complete_checkpoints, describe_model
+from megatron_slm.checkpoint.folder import complete_checkpoints
 from megatron_slm.checkpoint.retention import Retention
-from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
-from megatron_slm.config.check import tokens_per_step, train_steps
-from megatron_slm.config.load import load_yaml, to_mapping, to_yaml
+from megatron_slm.checkpoint.store import CheckpointStore, load_weights
+from megatron_slm.config.load import to_yaml
 from megatron_slm.config.schema import Config
-from megatron_slm.data.manifest import tokenizer_of
 from megatron_slm.model.build import build_model
 from megatron_slm.model.optimizer import (
     build_optimizer,
-    load_loss_scaler_state,
     loss_scale,
-    loss_scaler_state,
     wrap_data_parallel,
 )
 from megatron_slm.model.router import summarise_routing
@@ -35,7 +31,7 @@ from megatron_slm.monitoring import (
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Progress
 from megatron_slm.selection.diagnostics import summarise
-from megatron_slm.training import setup
+from megatron_slm.training import resume, setup
 from megatron_slm.training.choose import Chooser
 from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.ending import NonFiniteLoss, NotSaved
@@ -45,6 +41,8 @@ from megatron_slm.training.probe import Probe
 from megatron_slm.training.rank_batches import ValidationOnThisRank, on_this_rank
 from megatron_slm.training.reference import load_reference
 from megatron_slm.training.report import Reporter
+from megatron_slm.training.run_length import Done, RunLength
+from megatron_slm.training.saved_state import restore, save
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
 from megatron_slm.training.step import StepReport, Trainer, train_step
 from megatron_slm.training.stop_signals import StopSignals
@@ -63,8 +61,7 @@ class Run:
         self.signals = signals
         self.config, self.groups, self.materials = config, groups, materials
         self.folder = Path(config.run.folder)
-        self.steps, self.step_tokens = train_steps(config), tokens_per_step(config)
-        self.step = 0
+        self.done = Done()
         models = wrap_data_parallel(build_model(config, materials.vocabulary_size, groups), config)
         chooser = Chooser(
             config.selection,
@@ -75,7 +72,6 @@ class Run:
         self.trainer = Trainer(
             models, build_optimizer(models, config), chooser, groups, load_reference(config, groups)
         )
-        self.loader = setup.training_loader(config, materials, groups)
         self.validation = {
             name: ValidationOnThisRank(loader, groups)
             for name, loader in setup.validation_loaders(config, materials, groups).items()
@@ -91,6 +87,10 @@ class Run:
         self.skipped_steps = 0  # fp16 overflows
         self.wandb_id = ""
         self.reporter: Reporter | None = None
+
+    @property
+    def step(self) -> int:
+        return self.done.steps
 
     def start(self) -> None:
         """Resume from the newest good checkpoint, or take initial weights; then open the sinks."""
@@ -109,9 +109,13 @@ class Run:
             asynchronous=kept.asynchronous,
             report=lambda text, level: messages.append((text, level)),
         )
+        self.position = resume.wanted_position(self.config, self.materials.corpora)
+        self.inputs = resume.inputs_of(
+            self.config, self.materials.corpora, self.materials.validation
+        )
         state = self.store.load_latest(self.trainer.models, self.trainer.optimizer)
         if state is not None:
-            self._restore(state)
+            messages += restore(self, state)
         elif complete_checkpoints(self.store.checkpoints):
             raise ValueError(
                 f"{self.store.checkpoints}: every checkpoint is damaged; move them away to start anew, or restore one from a backup"
@@ -124,20 +128,35 @@ class Run:
             messages.append(
                 (f"weights of {self.config.checkpoint.initialize_from}, step {info.step}", "info")
             )
-        if self.groups.world_rank == 0:
-            messages += _changed_settings(self.folder, self.config) if state is not None else []
-            (self.folder / "config.yaml").write_text(to_yaml(self.config))
-            setup.write_versions(self.folder)
+        self.length = RunLength(self.config, self.done)
+        self.steps = self.length.steps
+        self.loader = setup.training_loader(
+            self.config, self.materials, self.groups, self.position, self.length.remaining_samples
+        )
+        messages += self._write_settings(resumed=state is not None)
         self.reporter = Reporter(
             self.config,
             self.groups,
             self.materials,
             resume_step=self.step if state is not None else None,
             wandb_id=self._agreed_wandb_id(),
+            length=self.length,
         )
         self.store.report = self.reporter.message
         for text, level in messages:
             self.reporter.message(text, level)
+
+    def _write_settings(self, resumed: bool) -> list[tuple[str, str]]:
+        """config.yaml and versions.txt, by rank 0; what has changed since the start before, on every rank: another one writes the log."""
+        told = [[]]
+        if self.groups.world_rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if resumed:
+                told = [resume.changed_settings(self.folder, self.config)]
+            (self.folder / "config.yaml").write_text(to_yaml(self.config))
+            setup.write_versions(self.folder)
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
     def run(self) -> int:
         """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from.
@@ -150,7 +169,7 @@ class Run:
             self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size
         )
         throughput = Throughput(
-            total_tokens=self.steps * self.step_tokens,
+            total_tokens=self.length.tokens,
             flops_per_token=flops.training,
             world_size=self.groups.world_size,
             peak_flops_per_second=self.reporter.peak_flops_per_second,
@@ -165,17 +184,18 @@ class Run:
         while self.step < self.steps and not stopping:
             with throughput.waiting_for_data():
                 batches = on_this_rank(self.loader.next_step(), self.groups)
-            rate = learning_rate(self.config, self.step + 1)
+            after = self.length.after(self.done)
+            rate = learning_rate(self.config, *self.length.clock(after))
             scale = loss_scale(self.trainer.optimizer)
             report = train_step(self.trainer, batches, self._progress(), rate)
-            self.step += 1
+            self.done = after
             self.skipped_steps += not report.updated
             self.metrics.add_all(report.measured)
             if report.measured:
                 self.metrics.add_sum(
                     "tokens/selected", report.measured["selection/kept_fraction"][0]
                 )
-            throughput.step_done(self.step_tokens)
+            throughput.step_done(self.length.step_tokens)
             if not math.isfinite(report.grad_norm) and (
                 report.updated or scale <= self.config.optimizer.min_loss_scale
             ):
@@ -226,7 +246,7 @@ class Run:
         return EXIT_RESUME if stopped else 0
 
     def _progress(self) -> Progress:
-        return Progress(self.step, self.step * self.step_tokens)
+        return Progress(self.done.steps, self.done.tokens)
 
     def _after_step(self, stopping: bool) -> None:
         done, kept = self.step == self.steps, self.config.checkpoint
@@ -239,13 +259,13 @@ class Run:
             try:
                 self._validate()
             except DataFault:  # of a validation corpus: no trained step is lost for it
-                self._save(with_optimizer=True)
+                save(self, with_optimizer=True)
                 self.store.close()
                 raise
         if (
             scheduled or stopping
         ):  # a stop has no time to validate: its checkpoint is nobody's best; but it must be one to resume from
-            self._save(with_optimizer=kept.save_optimizer or (stopping and not done))
+            save(self, with_optimizer=kept.save_optimizer or (stopping and not done))
         self.store.finish_pending()
 
     def _log(self, report: StepReport, rate: float, throughput: Throughput) -> None:
@@ -261,17 +281,19 @@ class Run:
         self.reporter.log(
             {
                 "kind": "train",
-                "tokens/processed": self.step * self.step_tokens,
+                "tokens/processed": self.done.tokens,
                 "tokens/selected": self.tokens_selected,
                 **summary,
                 **norm,
                 "optimizer/learning_rate": rate,
                 **fp16,
-                **throughput.interval(self.step * self.step_tokens),
+                **throughput.interval(self.done.tokens),
             },
             self.step,
         )
-        keep_fraction = self.trainer.chooser.keep_fraction((self.step - 1) * self.step_tokens)
+        keep_fraction = self.trainer.chooser.keep_fraction(
+            self.done.tokens - self.length.step_tokens
+        )
         self.reporter.think(summary, keep_fraction, self.trainer.chooser.scorer)
         if spike := self.loss_spikes.look(summary, keep_fraction, self.step):
             self.reporter.message(spike, "warning")
@@ -294,66 +316,9 @@ class Run:
             {name: record[f"validation/{name}/loss"] for name in self.validation},
         )
         self.reporter.log(
-            {"kind": "validation", "tokens/processed": self.step * self.step_tokens, **record},
+            {"kind": "validation", "tokens/processed": self.done.tokens, **record},
             self.step,
         )
-
-    def _save(self, with_optimizer: bool) -> None:
-        model = describe_model(self.config.model, self.materials.vocabulary_size)
-        tokenizer = tokenizer_of([corpus.manifest for corpus in self.materials.corpora])
-        optimizer = self.trainer.optimizer if with_optimizer else None
-        # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.
-        told = [
-            {
-                "metrics": self.metrics.state_dict(self.groups.dp_cp),
-                "tokens_selected": self.tokens_selected,
-                "selection": self.trainer.chooser.state_dict(),
-                "probe": self.probe.state_dict(),
-                "loss_spikes": self.loss_spikes.state_dict(),
-            },
-            self.validated[1] if self.validated[0] == self.step else {},
-        ]
-        dist.broadcast_object_list(told, src=self.groups.world_size - 1)
-        info = CheckpointInfo(
-            model,
-            self.config.data.sequence_length,
-            {**tokenizer, "path": str(Path(self.config.data.tokenizer).resolve())},
-            self.step,
-            self.step * self.step_tokens,
-            precision=self.config.device.precision,
-            validation_loss=told[1],
-        )
-        scaling = {
-            "loss_scaler": loss_scaler_state(self.trainer.optimizer),
-            "skipped_steps": self.skipped_steps,
-        }
-        state = trainer_state(
-            optimizer,
-            self.groups,
-            **scaling,
-            step=self.step,
-            loader=self.loader.state_dict(),
-            wandb_id=self.wandb_id,
-            **told[0],
-        )
-        self.store.save(self.trainer.models, optimizer, info, state)
-
-    def _restore(self, state: dict) -> None:
-        self.step = state["step"]
-        self.loader.load_state_dict(state["loader"])
-        load_loss_scaler_state(
-            self.trainer.optimizer, state.get("loss_scaler", {})
-        )  # absent before fp16 was supported
-        self.skipped_steps = state.get("skipped_steps", 0)
-        self.trainer.chooser.load_state_dict(state["selection"])
-        if self.groups.is_last_stage:
-            self.metrics.load_state_dict(state["metrics"])
-            self.tokens_selected = state["tokens_selected"]
-            self.probe.load_state_dict(state["probe"])
-            self.loss_spikes.load_state_dict(
-                state.get("loss_spikes", {})
-            )  # absent before there was this alarm
-        self.wandb_id = state["wandb_id"]
 
     def _agreed_wandb_id(self) -> str:
         ids = [
@@ -368,26 +333,3 @@ class Run:
 
 def _due(step: int, interval_steps: int) -> bool:
     return bool(interval_steps) and step % interval_steps == 0
-
-
-def _changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
-    """Settings that differ from those the run folder was started with, as warnings: a resumed run may change, but never unseen."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        return []
-    before, now = _flat(to_mapping(load_yaml(path))), _flat(to_mapping(config))
-    return [
-        (f"{name} was {before.get(name)!r} when this run started, and is {value!r} now", "warning")
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-
-
-def _flat(mapping: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

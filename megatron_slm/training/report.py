@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.files.atomic import write_text_atomically
@@ -29,6 +28,7 @@ from megatron_slm.selection import build_schedule
 from megatron_slm.selection.alarms import ranks_tokens, smallest_population, warnings_of
 from megatron_slm.selection.rules import population_sequences
 from megatron_slm.training.closing import closing_lines
+from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.start_table import start_table
 
@@ -51,8 +51,17 @@ class Reporter:
     """Writes on one rank, the last of the world; elsewhere every call is a no-op."""
 
     def __init__(
-        self, config: Config, groups: Groups, materials, *, resume_step: int | None, wandb_id: str
+        self,
+        config: Config,
+        groups: Groups,
+        materials,
+        *,
+        resume_step: int | None,
+        wandb_id: str,
+        length: RunLength | None = None,
     ):
+        """length: None = that of a run which starts anew."""
+        self.length = length or RunLength(config)
         self.config, self.groups, self.materials, self.folder = (
             config,
             groups,
@@ -70,7 +79,7 @@ class Reporter:
             self.sink = NullSink()
             return
         console = ConsoleSink(
-            total_steps=train_steps(config), start_step=resume_step or 0, title=self.name
+            total_steps=self.length.steps, start_step=resume_step or 0, title=self.name
         )
         sinks = [JsonlSink(self.folder / "metrics.jsonl", resume_step=resume_step), console]
         wandb = "off (monitoring.wandb.mode is disabled)"
@@ -102,7 +111,7 @@ class Reporter:
     def _warn_of_small_population(self) -> None:
         data, keep_fraction = self.config.data, build_schedule(self.config.selection.keep_fraction)
         keep = min(
-            keep_fraction(0), keep_fraction(train_steps(self.config) * tokens_per_step(self.config))
+            keep_fraction(self.length.start.tokens), keep_fraction(self.length.tokens)
         )  # schedules are monotone
         sequences = population_sequences(
             self.config.selection.scope,
@@ -194,7 +203,7 @@ class Reporter:
     def _show_start_table(self, console: ConsoleSink, wandb: str) -> None:
         """The short table on the console, the full one in the run folder."""
         layers = resolve_layers(self.config, self.groups.device.type == "cuda")
-        table = start_table(self.config, self.groups, self.materials, layers, wandb)
+        table = start_table(self.config, self.groups, self.materials, layers, wandb, self.length)
         path = self.folder / "start_table.txt"
         console.table(f"megatron-slm  {self.name}", table.short(path))
         try:

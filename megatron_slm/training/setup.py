@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Mapping
 
 from megatron_slm.checkpoint.architecture import differing_settings
 from megatron_slm.checkpoint.folder import read_checkpoint_info
-from megatron_slm.config.check import check, train_steps
+from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import Corpus, UnusableData, open_corpora
+from megatron_slm.data.position import DataPosition
 from megatron_slm.data.score_manifest import presented_name
 from megatron_slm.selection.rules import ChoiceRules
 from megatron_slm.selection.scorer_files import loaded_scorer_files
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
+from megatron_slm.training import resume
 from megatron_slm.training.reference import reference_config
 from megatron_slm.training.scorer_settings import choice_rules
 
@@ -87,7 +89,22 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
         raise ConfigError(bad_settings + problems)
     if problems:
         raise DataError(problems)
-    return Materials(tokenizer, corpora, validation, size)
+    materials = Materials(tokenizer, corpora, validation, size)
+    if (saved := resume.newest_saved(config.run.folder)) is not None:
+        check_resume(config, materials, saved)
+    return materials
+
+
+def check_resume(config: Config, materials: Materials, saved: resume.Saved) -> None:
+    """ConfigError or DataError, with every problem, when the run cannot go on from `saved` with these settings and inputs."""
+    inputs = resume.inputs_of(config, materials.corpora, materials.validation)
+    wanted = resume.wanted_position(config, materials.corpora)
+    bad_settings = resume.bad_settings(saved, config)
+    problems = resume.bad_data(saved, wanted, inputs)
+    if bad_settings:
+        raise ConfigError(bad_settings + problems)
+    if problems:
+        raise DataError(problems)
 
 
 def _online_reference(
@@ -134,19 +151,22 @@ def _missing_columns(config: Config, rules: ChoiceRules, corpora: list[Corpus]) 
     return missing
 
 
-def training_loader(config: Config, materials: Materials, groups: Groups) -> TrainingLoader:
-    """This rank's micro-batches of every step, in an order that a longer run only extends."""
+def training_loader(
+    config: Config, materials: Materials, groups: Groups, position: DataPosition, samples: int
+) -> TrainingLoader:
+    """This rank's micro-batches of the next `samples` samples after `position`, in an order that a longer run only extends."""
     from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.data.scored_dataset import training_dataset
 
     data = config.data
     dataset = training_dataset(
         materials.corpora,
-        sequence_length=data.sequence_length,
-        seed=config.run.seed,
-        samples=train_steps(config) * data.global_batch_size,
-        weights=data.weights,
-        index_cache=data.index_cache or Path(config.run.folder, "index_cache"),
+        sequence_length=position.sequence_length,
+        seed=position.seed,
+        samples=position.samples + samples,
+        weights=position.weights,
+        pasts=position.pasts,
+        index_cache=index_cache(config),
         isolate_documents=data.document_policy == "isolated",
     )
     return TrainingLoader(
@@ -155,7 +175,13 @@ def training_loader(config: Config, materials: Materials, groups: Groups) -> Tra
         micro_batch_size=data.micro_batch_size,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
+        start_sample=position.samples,
     )
+
+
+def index_cache(config: Config) -> Path:
+    """Folder of the sample indices."""
+    return Path(config.data.index_cache or Path(config.run.folder, "index_cache"))
 
 
 def validation_loaders(
@@ -166,13 +192,12 @@ def validation_loaders(
     from megatron_slm.data.scored_dataset import validation_dataset
 
     data = config.data
-    cache = data.index_cache or Path(config.run.folder, "index_cache")
     return {
         name: ValidationLoader(
             validation_dataset(
                 corpus,
                 sequence_length=data.sequence_length,
-                index_cache=cache,
+                index_cache=index_cache(config),
                 isolate_documents=data.document_policy == "isolated",
             ),
             global_batch_size=data.global_batch_size,

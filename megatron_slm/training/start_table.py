@@ -7,11 +7,11 @@ import torch
 
 from megatron_slm import device as device_room
 from megatron_slm.checkpoint.architecture import allowed_differences
-from megatron_slm.config.check import tokens_per_step, train_steps
 from megatron_slm.config.schema import Config
 from megatron_slm.monitoring.console import short_number
 from megatron_slm.parallel import Groups
 from megatron_slm.planning.parameters import parameters_of_model
+from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.setup import Materials
 
@@ -53,7 +53,7 @@ class StartTable:
 
 
 def start_table(
-    config: Config, groups: Groups, materials: Materials, layers: str, wandb: str
+    config: Config, groups: Groups, materials: Materials, layers: str, wandb: str, length: RunLength
 ) -> StartTable:
     """`layers` is "torch" or "transformer_engine"; `wandb` says where the Weights & Biases run is."""
     facts = {
@@ -62,9 +62,11 @@ def start_table(
         **_origin_words(config),
         "model": _model_words(config, materials.vocabulary_size),
         "processes": str(groups.world_size),
-        "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {tokens_per_step(config)} tokens per step, {train_steps(config)} steps",
+        "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {length.step_tokens} tokens per step, {_steps_words(length)}",
         "data": data_words(
-            config, [(each.prefix, each.manifest.tokens) for each in materials.corpora]
+            config,
+            [(each.prefix, each.manifest.tokens) for each in materials.corpora],
+            length.tokens,
         ),
         "selection": _selection_words(config),
         "documents": _document_words(config),
@@ -98,9 +100,8 @@ def _model_words(config: Config, vocabulary_size: int) -> str:
     return f"{short_number(total)} parameters, {config.model.layers} layers, vocabulary of {vocabulary_size:,}"
 
 
-def data_words(config: Config, corpora: list[tuple[str, int]]) -> str:
+def data_words(config: Config, corpora: list[tuple[str, int]], run_tokens: int) -> str:
     """How often the whole run passes over each training corpus. corpora: (prefix, tokens) in the order of data.train."""
-    run_tokens = train_steps(config) * tokens_per_step(config)
     weights = config.data.weights or [tokens for _, tokens in corpora]
     passes = [
         (run_tokens * weight / sum(weights) / max(1, tokens), prefix, tokens)
@@ -115,6 +116,11 @@ def data_words(config: Config, corpora: list[tuple[str, int]]) -> str:
         for count, prefix, tokens in passes
     ]
     return f"{short_number(run_tokens)} tokens: {lead}{between.join(each)}"
+
+
+def _steps_words(length: RunLength) -> str:
+    done = length.start.steps
+    return f"{length.steps} steps, {done} of them done" if done else f"{length.steps} steps"
 
 
 def layout_rows(config: Config, dp_size: int) -> list[tuple[str, str, str]]:

@@ -188,7 +188,7 @@ def steps_of(trainer, config, first: int, count: int):
                 trainer,
                 batches,
                 Progress(step, step * SEQUENCES * LENGTH),
-                learning_rate(config, step + 1),
+                learning_rate(config, step + 1, config.schedule.train_steps),
             )
             yield report, sums[0], sums[-1]
     finally:
@@ -337,7 +337,7 @@ def plain_rows(case, dp, state):
             batch,
             populations,
             None if case == "clm" else 0.6,
-            learning_rate(config, step + 1),
+            learning_rate(config, step + 1, config.schedule.train_steps),
             micro_batches,
         )
         busiest = [

@@ -197,7 +197,7 @@ def train_in_layout(groups, layouts):
                 trainer,
                 batches,
                 Progress(step, step * SEQUENCES * LENGTH),
-                learning_rate(config, step + 1),
+                learning_rate(config, step + 1, config.schedule.train_steps),
             )
             metrics.add_all(report.measured)
             summary = metrics.reduce(groups.dp_cp, summarise=summarise)
@@ -341,7 +341,7 @@ def plain_rows(case, state):
                 batch,
                 populations,
                 None if case == "clm" else config.selection.keep_fraction,
-                learning_rate(config, step + 1),
+                learning_rate(config, step + 1, config.schedule.train_steps),
             )
         )
     return rows, {name: trainer.decoder.weight(name).detach() for name in trainer.decoder.names}

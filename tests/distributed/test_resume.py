@@ -82,20 +82,23 @@ def make_config(folder: Path, run: str, case: dict, dp_size: int) -> Config:
 
 def train(groups, folder: Path, run: str, case: dict, save_optimizer: bool = True) -> int:
     """A whole start of a run, new, or resumed from what its folder holds; its exit code."""
+    config = make_config(folder, run, case, groups.dp_size)
+    config.checkpoint.save_optimizer = save_optimizer
+    return start(groups, config, [str(folder / "corpus")]).run()
+
+
+def start(groups, config: Config, prefixes: list[str]):
+    """A run that is ready for its next step."""
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.parallel import seed_everything
     from megatron_slm.training.loop import Run
     from megatron_slm.training.setup import Materials
 
-    config, corpora = (
-        make_config(folder, run, case, groups.dp_size),
-        open_corpora([str(folder / "corpus")]),
-    )
-    config.checkpoint.save_optimizer = save_optimizer
+    corpora = open_corpora(prefixes)
     seed_everything(config.run.seed, groups)
-    one = Run(config, groups, Materials(Tokenizer(), corpora, {"target": corpora[0]}, VOCABULARY))
-    one.start()
-    return one.run()
+    run = Run(config, groups, Materials(Tokenizer(), corpora, {"target": corpora[0]}, VOCABULARY))
+    run.start()
+    return run
 
 
 def cut_back(folder: Path, whole: str, run: str) -> None:
@@ -125,6 +128,52 @@ def interrupt_and_compare(groups, folder: Path) -> None:
     if groups.dp_size == 1:
         stop_where_nothing_can_be_saved(groups, folder / "full disk", CASES[ANOTHER_LAYOUT])
         stop_and_end_with_weights_only(groups, folder / "weights only", CASES[ANOTHER_LAYOUT])
+    go_on_with_changes(groups, folder)
+
+
+def go_on_with_changes(groups, folder: Path) -> None:
+    """A run of tokens: 2 steps of 8 x 16, 2 more with a second corpus; by one process 4 of 4 x 16, then 4 of 4 x 8."""
+    one, both = [str(folder / "corpus")], [str(folder / "other"), str(folder / "corpus")]
+
+    def settings(tokens: int, batch: int, length: int = LENGTH) -> Config:
+        config = make_config(folder, "changed", CASES[ANOTHER_LAYOUT], groups.dp_size)
+        config.schedule.train_steps, config.schedule.train_tokens = 0, tokens
+        config.data.global_batch_size, config.data.sequence_length = batch, length
+        config.data.index_cache = str(folder / "indices")  # so nothing else makes the run folder
+        return config
+
+    if groups.dp_size == 2:
+        assert start(groups, settings(256, 8), one).run() == 0
+        run = start(groups, settings(512, 8), both)
+        read_on(run.loader, folder)
+        assert run.run() == 0
+        return
+    assert start(groups, settings(768, 4), both).run() == 0
+    assert start(groups, settings(896, 4, 8), both).run() == 0
+    with pytest.raises(ValueError, match="train_tokens: got 768, but the run .* has done 12 steps"):
+        start(groups, settings(768, 4, 8), both)
+    with pytest.raises(ValueError, match="corpus: its content has changed"):
+        for suffix in (".bin", ".idx", ".manifest.json"):
+            shutil.copy(f"{both[0]}{suffix}", f"{both[1]}{suffix}")
+        start(groups, settings(999, 4, 8), both)
+
+
+def read_on(loader, folder: Path) -> None:
+    """After 16 samples of the first corpus, the blend gives its 17th and the first of the other."""
+    from megatron_slm.data.scored_dataset import open_corpora, training_dataset
+
+    order = dict(sequence_length=LENGTH, seed=1234, samples=0)
+    alone = [
+        training_dataset(open_corpora([str(folder / name)]), **order)
+        for name in ("other", "corpus")
+    ]
+    places = [0, 16]
+    for index in range(loader.consumed_samples, loader.consumed_samples + 16):
+        sample = loader.dataset[index]
+        corpus = int(sample["corpus_id"])
+        assert (sample["tokens"] == alone[corpus][places[corpus]]["tokens"]).all()
+        places[corpus] += 1
+    assert min(places) > 0 and places[1] > 16
 
 
 def refuse_code_in_random_states(groups, folder: Path, case: dict) -> None:
@@ -176,11 +225,9 @@ def stop_and_end_with_weights_only(groups, run: Path, case: dict) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    write_corpus(
-        folder / "corpus",
-        random_documents(60, 20, vocabulary_size=VOCABULARY),
-        vocabulary_size=VOCABULARY,
-    )
+    for seed, name in enumerate(("corpus", "other")):
+        documents = random_documents(60, 20, vocabulary_size=VOCABULARY, seed=seed)
+        write_corpus(folder / name, documents, vocabulary_size=VOCABULARY)
     run_layouts_on_cpu(interrupt_and_compare, {"two": dict(dp=2), "one": dict(dp=1)}, folder)
     return folder
 
@@ -205,7 +252,8 @@ def test_the_same_layout_continues_bit_for_bit(name, folder):
         assert read_checkpoint_info(a) == read_checkpoint_info(b)
         assert (a / "trainer.json").read_bytes() == (b / "trainer.json").read_bytes()
     trainer = json.loads((step_folder(resumed / "checkpoints", STEPS) / "trainer.json").read_text())
-    assert trainer["loader"] == {"consumed_samples": STEPS * 8} and len(trainer["wandb_id"]) == 8
+    assert trainer["samples"] == trainer["data"]["samples"] == STEPS * 8
+    assert len(trainer["wandb_id"]) == 8
     assert (trainer["selection"]["running"] is not None) == ("threshold" in name)
     assert (
         resolve_checkpoint(resumed / "checkpoints" / "best").name
@@ -257,3 +305,44 @@ def test_another_data_parallel_size_continues_within_rounding_with_the_same_samp
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (
                     f"{name} of step {ours['step']}"
                 )
+
+
+def test_a_run_with_another_batch_length_blend_and_layout_counts_what_it_reads(folder):
+    run = folder / "changed"
+    trained = {
+        line["step"]: line["tokens/processed"] for line in records(run) if line["kind"] == "train"
+    }
+    assert trained == {
+        2: 256,
+        3: 384,
+        4: 512,
+        6: 640,
+        8: 768,
+        9: 800,
+        12: 896,
+    }
+    last = run / "checkpoints" / "step_00000012"
+    assert json.loads((last / "model.json").read_text())["tokens_processed"] == 896
+    trainer = json.loads((last / "trainer.json").read_text())
+    assert (trainer["samples"], trainer["data"]["samples"]) == (64, 16)
+    read = {
+        Path(corpus["prefix"]).name: [
+            (stretch["sequence_length"], stretch["samples"]) for stretch in corpus["past"]
+        ]
+        for corpus in trainer["data"]["corpora"]
+    }
+    samples_of_other = read["other"][0][1]
+    assert read == {"other": [(16, samples_of_other)], "corpus": [(16, 48 - samples_of_other)]}
+
+
+def test_what_has_changed_between_two_starts_is_told_by_the_rank_that_logs(folder):
+    """The settings are compared by the first rank and written by the last."""
+    lines = (folder / "changed" / "warnings.jsonl").read_text().splitlines()
+    told = [json.loads(line)["text"] for line in lines]
+    assert "schedule.train_tokens was 256 when this run started, and is 512 now" in told
+    assert (
+        f"data.train: {folder / 'other'} is new in this run and is read from its beginning" in told
+    )
+    assert any(
+        "what is left of the present epoch of each corpus is cut anew" in text for text in told
+    )

@@ -7,10 +7,9 @@ from hypothesis import given, settings, strategies
 from megatron_slm.data.corpus_order import (
     CorpusOrder,
     Documents,
-    Stretch,
-    add_stretch,
     token_ranges,
 )
+from megatron_slm.data.position import Stretch, add_stretch
 from megatron_slm.data.scored_dataset import (
     open_corpora,
     samples_by_corpus,

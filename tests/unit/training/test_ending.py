@@ -31,7 +31,7 @@ class ScriptedRun:
 
     def __init__(self, outcome, fails_at_start=False):
         self.outcome, self.fails_at_start = outcome, fails_at_start
-        self.step, self.reporter = 0, None
+        self.step, self.steps, self.reporter = 0, STEPS, None
 
     def start(self):
         if self.fails_at_start:

@@ -1,0 +1,218 @@
+"""What may change between two starts of a run, and what happens then; compared before any process group starts.
+
+A checkpoint knows what the run reads by content: the fingerprints of corpora, scores, reference and validation corpora. The
+same name with other content is refused, because it happens by accident; another name is a change that is made on purpose.
+(Model and tokenizer are compared by checkpoint/architecture.py.)
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_slm.checkpoint.folder import complete_checkpoints, read_checkpoint_info
+from megatron_slm.config.load import ConfigError, load_yaml, to_mapping
+from megatron_slm.config.schema import Config
+from megatron_slm.data.corpora import Corpus
+from megatron_slm.data.position import CorpusPosition, DataPosition
+from megatron_slm.training.run_length import Done, RunLength, shorter_than_done
+
+Inputs = dict[str, dict[str, str]]
+"""Setting -> path, as the configuration has it -> fingerprint of what lies there."""
+ADVICE = {
+    "data.train": "put the old one back, or give the new one another name: it is then read from its beginning",
+    "selection.reference.scores": "put the old ones back, or give the new ones another name",
+    "selection.reference.checkpoint": "name the step_* folder of the old one, or give the new one another name",
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a checkpoint stands, and on what it was trained."""
+
+    done: Done
+    step_tokens: int
+    """Of its last step."""
+    sequence_length: int
+    position: DataPosition | None
+    """None, like `inputs`: saved by a version that did not keep it."""
+    inputs: Inputs | None
+
+
+def read_saved(checkpoint: Path) -> Saved:
+    """What a checkpoint says of its run. OSError, ValueError, KeyError or TypeError when it says nothing that can be read."""
+    info = read_checkpoint_info(checkpoint)
+    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    if "data" in trainer:
+        done = Done(trainer["step"], info.tokens_processed, trainer["samples"])
+        position = DataPosition.from_json(trainer["data"])
+    else:  # tokens_processed was steps x the batch of the last start then; samples were counted
+        samples = trainer["loader"]["consumed_samples"]
+        done = Done(trainer["step"], samples * info.sequence_length, samples)
+        position = None
+    step_tokens = trainer.get("step_tokens", done.tokens // max(1, done.steps))
+    return Saved(done, step_tokens, info.sequence_length, position, trainer.get("inputs"))
+
+
+def newest_saved(run_folder: str | Path) -> Saved | None:
+    """The newest checkpoint of a run folder that can be read; None when there is none. Content is not hashed here."""
+    for checkpoint in reversed(complete_checkpoints(Path(run_folder, "checkpoints"))):
+        try:
+            return read_saved(checkpoint)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: the start of the run says so and takes the one before
+    return None
+
+
+def planned_length(config: Config) -> RunLength:
+    """The length of the run, as far as it can be known before its checkpoint is loaded."""
+    saved = newest_saved(config.run.folder)
+    return RunLength(config, saved.done if saved else Done())
+
+
+def inputs_of(config: Config, corpora: list[Corpus], validation: dict[str, Corpus]) -> Inputs:
+    """Fingerprints of what a run reads beside its training corpora, for its checkpoints."""
+    reference = config.selection.reference
+    return {
+        "data.validation": {each.prefix: each.manifest.fingerprint for each in validation.values()},
+        "selection.reference.scores": {
+            str(path): corpus.scores.manifest.fingerprint
+            for path, corpus in zip(reference.scores, corpora)
+        },
+        "selection.reference.checkpoint": {
+            reference.checkpoint: read_checkpoint_info(reference.checkpoint).fingerprint
+        }
+        if reference.checkpoint
+        else {},
+    }
+
+
+def wanted_position(config: Config, corpora: list[Corpus]) -> DataPosition:
+    """The arrangement of the data that the configuration asks for; nothing of it is read."""
+    weights = config.data.weights or [corpus.manifest.tokens for corpus in corpora]
+    return DataPosition(
+        config.data.sequence_length,
+        config.run.seed,
+        tuple(weights) if len(corpora) > 1 else (),
+        tuple(CorpusPosition(corpus.prefix, corpus.manifest.fingerprint) for corpus in corpora),
+    )
+
+
+def position_before(saved: Saved, wanted: DataPosition) -> DataPosition:
+    """Where the data of the run stood. An old checkpoint says how many samples were read, not of what: of what is read now (bad_data)."""
+    if saved.position is not None:
+        return saved.position
+    return DataPosition(
+        saved.sequence_length, wanted.seed, wanted.weights, wanted.corpora, (), saved.done.samples
+    )
+
+
+def bad_settings(saved: Saved, config: Config) -> list[str]:
+    """Settings with which this run cannot go on."""
+    problem = shorter_than_done(config, saved.done, saved.step_tokens)
+    problems = [problem] if problem else []
+    if saved.position is None:
+        problems += _changed_order(config)
+    return problems
+
+
+def bad_data(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[str]:
+    """What lies under a name of this run and is not what the run was trained on."""
+    step, problems = saved.done.steps, []
+    if saved.position is not None:
+        known = (*saved.position.left_out, *saved.position.corpora)
+        before = {corpus.prefix: corpus.fingerprint for corpus in known}
+        problems += [
+            _other_content("data.train", corpus.prefix, corpus.fingerprint, before, step)
+            for corpus in wanted.corpora
+            if before.get(corpus.prefix, corpus.fingerprint) != corpus.fingerprint
+        ]
+    for setting in ("selection.reference.scores", "selection.reference.checkpoint"):
+        before = (saved.inputs or {}).get(setting, {})
+        problems += [
+            _other_content(setting, path, inputs[setting][path], before, step)
+            for path in _changed(saved, setting, inputs)
+        ]
+    return list(dict.fromkeys(problems))  # a corpus may be named twice
+
+
+def notes(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[tuple[str, str]]:
+    """What is said of changes with which the run goes on: (sentence, level)."""
+    said = [(text, "warning") for text in position_before(saved, wanted).changes(wanted)]
+    said += [
+        (
+            f"data.validation {path}: its content has changed since step {saved.done.steps}; losses before and after are of different text, also those "
+            "that checkpoint.keep_best compares",
+            "warning",
+        )
+        for path in _changed(saved, "data.validation", inputs)
+    ]
+    if saved.position is None:
+        said.append(
+            (
+                "this checkpoint was saved by an earlier version, without the fingerprints of corpora and scores; that they are those it was trained on "
+                "cannot be checked this time",
+                "warning",
+            )
+        )
+    return said
+
+
+def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
+    """Settings that differ from those of the start before, as warnings: a resumed run may change, but never unseen."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return []
+    before, now = _flat(to_mapping(load_yaml(path))), _flat(to_mapping(config))
+    return [
+        (f"{name} was {before.get(name)!r} when this run started, and is {value!r} now", "warning")
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+
+
+def _changed_order(config: Config) -> list[str]:
+    """What an old checkpoint cannot go on from: it does not say how much of each corpus was read, or with which seed."""
+    path = Path(config.run.folder, "config.yaml")
+    try:
+        before = load_yaml(path)
+    except ConfigError:  # none, or not readable: nothing to compare with
+        return []
+    settings = {
+        "run.seed": (before.run.seed, config.run.seed),
+        "data.train": (before.data.train, config.data.train),
+    }
+    if len(config.data.train) > 1:
+        settings["data.weights"] = (before.data.weights, config.data.weights)
+    return [
+        f"{name}: got {now}, and this run was started with {was}; its checkpoint was saved by an earlier version, which did not note what was read "
+        "of each corpus: go on with the old value until a checkpoint is saved, and change it then"
+        for name, (was, now) in settings.items()
+        if was != now
+    ]
+
+
+def _changed(saved: Saved, setting: str, inputs: Inputs) -> list[str]:
+    """Paths of a setting under which other content lies than before."""
+    before = (saved.inputs or {}).get(setting, {})
+    return [path for path, found in inputs[setting].items() if before.get(path, found) != found]
+
+
+def _other_content(setting: str, path: str, found: str, before: dict[str, str], step: int) -> str:
+    return (
+        f"{setting} {path}: its content has changed, it is {_short(found)} and was {_short(before[path])} at step {step} of this run; "
+        f"{ADVICE[setting]}"
+    )
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint.removeprefix("sha256:")[:12]
+
+
+def _flat(mapping: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

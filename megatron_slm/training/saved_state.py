@@ -1,0 +1,91 @@
+"""What a run puts into a checkpoint beside its weights, and takes out of it again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from megatron_slm.checkpoint.folder import CheckpointInfo, describe_model, step_folder
+from megatron_slm.checkpoint.store import trainer_state
+from megatron_slm.data.manifest import tokenizer_of
+from megatron_slm.data.scored_dataset import samples_by_corpus
+from megatron_slm.model.optimizer import load_loss_scaler_state, loss_scaler_state
+from megatron_slm.training import resume, setup
+
+if TYPE_CHECKING:
+    from megatron_slm.training.loop import Run
+
+
+def save(run: Run, with_optimizer: bool) -> None:
+    """Begin the checkpoint of the run's present step; every rank calls it."""
+    config, groups, optimizer = run.config, run.groups, run.trainer.optimizer
+    tokenizer = tokenizer_of([corpus.manifest for corpus in run.materials.corpora])
+    # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.
+    told = [
+        {
+            "metrics": run.metrics.state_dict(groups.dp_cp),
+            "tokens_selected": run.tokens_selected,
+            "selection": run.trainer.chooser.state_dict(),
+            "probe": run.probe.state_dict(),
+            "loss_spikes": run.loss_spikes.state_dict(),
+        },
+        run.validated[1] if run.validated[0] == run.step else {},
+    ]
+    dist.broadcast_object_list(told, src=groups.world_size - 1)
+    info = CheckpointInfo(
+        describe_model(config.model, run.materials.vocabulary_size),
+        config.data.sequence_length,
+        {**tokenizer, "path": str(Path(config.data.tokenizer).resolve())},
+        run.step,
+        run.done.tokens,
+        precision=config.device.precision,
+        validation_loss=told[1],
+    )
+    saved_optimizer = optimizer if with_optimizer else None
+    state = trainer_state(
+        saved_optimizer,
+        groups,
+        loss_scaler=loss_scaler_state(optimizer),
+        skipped_steps=run.skipped_steps,
+        step=run.step,
+        samples=run.done.samples,
+        step_tokens=run.length.step_tokens,
+        data=replace(run.position, samples=run.loader.consumed_samples).to_json(),
+        inputs=run.inputs,
+        wandb_id=run.wandb_id,
+        **told[0],
+    )
+    run.store.save(run.trainer.models, saved_optimizer, info, state)
+
+
+def restore(run: Run, state: dict) -> list[tuple[str, str]]:
+    """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; what is to be said of changes.
+
+    ConfigError or DataError when it cannot go on from there: what was compared before the processes joined was the newest
+    checkpoint, and that may have been damaged.
+    """
+    saved = resume.read_saved(step_folder(run.store.checkpoints, run.store.saved_step))
+    setup.check_resume(run.config, run.materials, saved)
+    wanted, before = run.position, resume.position_before(saved, run.position)
+    run.done = saved.done
+    run.position = before.moved_to(
+        wanted, partial(samples_by_corpus, index_cache=setup.index_cache(run.config))
+    )
+    # Loss scaling and the alarm of spikes are younger than the oldest checkpoints.
+    load_loss_scaler_state(run.trainer.optimizer, state.get("loss_scaler", {}))
+    run.skipped_steps = state.get("skipped_steps", 0)
+    run.trainer.chooser.load_state_dict(state["selection"])
+    if run.groups.is_last_stage:
+        run.tokens_selected = state["tokens_selected"]
+        if before.changes(wanted):  # corpora have other numbers, the probe other sequences
+            state["metrics"]["sums"].pop("selection/by_corpus", None)
+        else:
+            run.probe.load_state_dict(state["probe"])
+        run.metrics.load_state_dict(state["metrics"])
+        run.loss_spikes.load_state_dict(state.get("loss_spikes", {}))
+    run.wandb_id = state["wandb_id"]
+    return resume.notes(saved, wanted, run.inputs)
