@@ -11,6 +11,7 @@ from megatron_slm.data.manifest import CorpusManifest, check_corpus, sha256_of_f
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.options import column_names, parse_share, resume_command
+from megatron_slm.scoring.summary import finish, means, pending_shards
 
 DESCRIPTION = """Take token scores made elsewhere into a score store, checked against the corpus token for token.
 
@@ -135,16 +136,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         corpus = check_corpus(options.corpus)
         store = ScoreStore.create(options.output, _manifest(options, argv, corpus, columns))
-        _fill(store, options, corpus, share)
-        state = (
-            "complete"
-            if store.finish()
-            else f"{len(store.missing)} of {store.manifest.shard_count} shards are still missing"
-        )
+        pending = pending_shards(store, share)
+        if pending:
+            _fill(store, options, corpus, share)
+        state = ("" if pending else "done before, ") + finish(store)
+        described = means(store)
     except (ValueError, OSError) as error:
         print(f"import_scores: {error}", file=sys.stderr)
         return 3
     print(f"{options.output}: {state}")
+    print(f"{options.output}: {described}")
     return 0
 
 

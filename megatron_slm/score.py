@@ -15,6 +15,7 @@ import sys
 from megatron_slm.config.load import ConfigError
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.options import ScoringJob, parse, prepare
+from megatron_slm.scoring.summary import finish, means, pending_shards
 from megatron_slm.training.stop_signals import StopSignals
 
 STOPPED = 85
@@ -55,18 +56,24 @@ def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
         parallel.stop()
     if rank == 0:
         # Reads every byte once more, so outside the process groups and their time limit.
-        state = (
-            "complete"
-            if store.finish()
-            else f"{len(store.missing)} of {store.manifest.shard_count} shards are still missing"
-        )
+        state = finish(store)
         print(f"{job.options.output}: {report.shards_written} shards written, {state}")
+        print(f"{job.options.output}: {means(store)}")
         for column, count in report.without_score.items():
             if count:
                 print(
                     f"score: warning: the reference gave no finite {column} for {count:,} tokens; they will never be selected",
                     file=sys.stderr,
                 )
+    return 0
+
+
+def done_before(job: ScoringJob, store: ScoreStore, rank: int) -> int:
+    """Nothing is left of this job's share: no process waits for another, and no model is loaded."""
+    if rank == 0:
+        done = "done before" if job.share[1] == 1 else f"share {job.options.shard} was done before"
+        print(f"{job.options.output}: {done}, {finish(store)}")
+        print(f"{job.options.output}: {means(store)}")
     return 0
 
 
@@ -90,6 +97,8 @@ def score(argv: list[str] | None) -> int:
     try:
         job = prepare(options, world_size, argv)
         store = ScoreStore.create(job.options.output, job.manifest)
+        if not pending_shards(store, job.share):
+            return done_before(job, store, rank)
         from megatron_slm import device as device_room
 
         device = device_room.choose(job.config.device.kind)  # before anything imports megatron.core

@@ -19,6 +19,7 @@ from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.score_manifest import ScoreManifest
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.progress import Progress
+from megatron_slm.scoring.summary import pending_shards
 from megatron_slm.scoring.windows import Window, WindowPlan, batches, padded_lengths
 
 
@@ -146,7 +147,7 @@ def score_corpus(
 
     job = (i, n): this job takes the shards s with s % n == i; array jobs with the same n never touch the same shard.
     """
-    pending = _agree([shard for shard in sorted(store.missing) if shard % job[1] == job[0]])
+    pending = _agree(pending_shards(store, job))
     mine = pending[dp_rank::dp_size]
     sizes = {
         shard: end - start

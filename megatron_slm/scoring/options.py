@@ -103,9 +103,7 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
         problems.append(str(error))
     if problems:
         raise ConfigError(problems)
-    wanted = load_tokenizer(options.tokenizer).entry if options.tokenizer else None
-    corpus = check_corpus(options.corpus, tokenizer=wanted)
-    reference = open_reference(options.checkpoint, corpus)
+    corpus, reference = _open(options)
     window_tokens = options.window_tokens or reference.info.sequence_length
     device = dataclasses.asdict(options.device)
     if device["precision"] == "checkpoint":
@@ -128,6 +126,29 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
         resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score {shlex.join(resume_command(argv))}",
     )
     return ScoringJob(options, corpus, reference, config, manifest, share)
+
+
+def _open(options: ScoreOptions) -> tuple[CorpusManifest, Reference]:
+    """The corpus and the reference, checked against each other. ValueError with everything that is wrong with them at once."""
+    problems: list[str] = []
+    wanted = corpus = reference = None
+    try:
+        wanted = load_tokenizer(options.tokenizer).entry if options.tokenizer else None
+    except (ValueError, OSError) as error:
+        problems.append(f"tokenizer: {error}")
+    try:
+        corpus = check_corpus(options.corpus, tokenizer=wanted)
+    except (ValueError, OSError) as error:
+        problems.append(f"corpus: {error}")
+    try:
+        reference = open_reference(options.checkpoint, corpus)
+    except (ValueError, OSError) as error:
+        problems.append(f"checkpoint: {error}")
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise ValueError(f"{count} with what scoring reads:{listed}")
+    return corpus, reference
 
 
 def column_names(text: str) -> tuple[str, ...]:

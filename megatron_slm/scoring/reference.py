@@ -31,12 +31,17 @@ class Reference:
         return f"{self.folder} (step {self.info.step}, {self.info.tokens_processed:,} tokens)"
 
 
-def open_reference(checkpoint: str, corpus: CorpusManifest) -> Reference:
-    """The newest checkpoint at `checkpoint`. ValueError when there is none, or it knows other tokens than the corpus has."""
+def open_reference(checkpoint: str, corpus: CorpusManifest | None) -> Reference:
+    """The newest checkpoint at `checkpoint`. ValueError when there is none, or it knows other tokens than the corpus has.
+
+    corpus: None = it could not be opened, and the tokens are not compared.
+    """
     folder = resolve_checkpoint(checkpoint)
     info = read_checkpoint_info(folder)
     trained_with = {"fingerprint": "unknown", **info.tokenizer}
-    if differences := tokenizer_differences(trained_with, corpus.tokenizer):
+    if corpus is not None and (
+        differences := tokenizer_differences(trained_with, corpus.tokenizer)
+    ):
         raise ValueError(
             f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')}, the corpus was made with "
             f"{corpus.tokenizer['path']}: {'; '.join(differences)}. Preprocess the text with the reference's tokenizer."

@@ -303,6 +303,16 @@ def test_a_killed_run_started_again_ends_with_the_same_bytes(data):
     np.testing.assert_array_equal(np.isnan(store.read("loss", 0, len(finite))), ~finite)
 
 
+def test_a_second_run_of_finished_scoring_loads_no_model(data, capsys, monkeypatch):
+    from megatron_slm import score
+
+    folder, _ = data
+    monkeypatch.setattr(score, "run", lambda *_: pytest.fail("scored again"))
+    assert score.main(arguments(folder, "whole")) == 0
+    printed = capsys.readouterr().out
+    assert "done before, complete" in printed and "mean loss" in printed
+
+
 def test_verify_prices_windows_again(data):
     folder, _ = data
     process = start(
@@ -341,4 +351,10 @@ def test_bad_settings_and_data_are_sentences(data, capfd):
     write_corpus(folder / "other", random_documents(3, 9), tokenizer_fingerprint="sha256:other")
     assert score.main([*plain, "--corpus", str(folder / "other")]) == 3
     assert "trained with the tokenizer" in capfd.readouterr().err
+    nowhere = ["--checkpoint", str(folder / "nowhere"), "--corpus", str(folder / "nothing")]
+    assert score.main([*plain, *nowhere]) == 3
+    printed = capfd.readouterr().err
+    assert (
+        "2 problems" in printed and "no such checkpoint" in printed and "no such corpus" in printed
+    )
     assert not (folder / "bad").exists()

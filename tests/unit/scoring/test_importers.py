@@ -219,7 +219,7 @@ def test_a_folder_without_a_model_is_a_sentence(tmp_path):
         huggingface_fingerprint(tmp_path)
 
 
-def test_the_program_joins_columns_of_two_stores(data, capsys):
+def test_the_program_joins_columns_of_two_stores(data, capsys, monkeypatch):
     from megatron_slm import import_scores
 
     folder, documents, corpus = data
@@ -256,6 +256,11 @@ def test_the_program_joins_columns_of_two_stores(data, capsys):
     )
     store = ScoreStore.open(folder / "both")
     assert store.manifest.complete and store.manifest.reference_description == "two references"
+    assert "mean prior" in capsys.readouterr().out
+    monkeypatch.setattr(import_scores, "_fill", lambda *_: pytest.fail("filled again"))
+    first = [*common, "--output", str(folder / "first"), "--column", f"loss={folder}/a.npy"]
+    assert import_scores.main(first) == 0
+    assert "done before, complete" in capsys.readouterr().out
     np.testing.assert_array_equal(
         store.read("prior", 0, corpus.tokens), expected(documents, lambda i: i / 2)
     )
