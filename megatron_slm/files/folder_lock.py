@@ -106,13 +106,16 @@ class FolderLock:
             with contextlib.suppress(FileNotFoundError):  # its owner removed it, or the folder
                 self._descriptor = self._try_once()
         self._owner_pid = os.getpid()
-        threading.Thread(target=self._beat, name="folder lock", daemon=True).start()
+        self._released.clear()
+        self._beating = threading.Thread(target=self._beat, name="folder lock", daemon=True)
+        self._beating.start()
 
     def release(self) -> None:
         """Give the lock back and remove its file, and the folder if `acquire` made it and nothing came into it."""
         if self._descriptor < 0 or self._owner_pid != os.getpid():  # a forked child owns nothing
             return
         self._released.set()
+        self._beating.join()  # or it would touch whatever file is opened next under this descriptor
         with contextlib.suppress(OSError):  # the folder may be gone by now
             if _is_still(self._descriptor, self.path):
                 self.path.unlink()

@@ -43,7 +43,7 @@ def test_the_start_table_of_a_narrow_terminal_cuts_no_path(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    path = "runs/" + "a-long-name/" * 8 + "[1.1B]/offline-run-5c002f02"
+    path = "runs/" + "a-long-name/" * 8 + "[bold]/offline-run-5c002f02"
     console = ConsoleSink(total_steps=5, stream=stream)
     console.table("run", {"W&B": path})
     console.close()

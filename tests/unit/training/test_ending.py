@@ -143,3 +143,10 @@ def test_what_all_ranks_find_together_is_said_once(tmp_path, no_barrier, capsys)
     assert codes == [4, 4]
     assert capsys.readouterr().err.count("diverged") == 1
     assert run_status.read_status(tmp_path).reason == "diverged"
+
+
+def test_a_broken_connection_is_explained_by_the_process_that_is_gone(tmp_path, no_barrier):
+    error = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error")
+    with pytest.raises(RuntimeError):
+        end_of(ScriptedRun(error), tmp_path, rank=0, world_size=2)
+    assert "lost another process of the job" in run_status.read_status(tmp_path).reason
