@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from megatron_slm import __version__
+from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.help import help_text
 from megatron_slm.config.nearest import nearest
 from megatron_slm.config.schema import Config
@@ -102,6 +103,7 @@ def parse(
     values: dict = {}
     if path is not None:
         problems += _merge_file(values, path)
+        problems += code_of_the_file_alone(values, path, given)
     for key, text in given.items():
         try:
             _set(

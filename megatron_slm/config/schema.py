@@ -199,7 +199,7 @@ class SelectionConfig:
 
     scorer: str = "none"
     """none = plain CLM; excess_loss = Rho-1's loss minus reference loss; random, reference_loss, ... see docs/selection.md;
-    PATH.py:NAME = a scorer in a file of your own, whose code is then run."""
+    PATH.py:NAME = a scorer in a file of your own, whose code is then run: it has to be named on the command line."""
     scorer_options: dict[str, Any] = field(default_factory=dict)
     """Options of the scorer, for example {of: own_loss, skip_fraction: 0.1} for band; see docs/selection.md."""
     keep_fraction: KeepFraction | dict[str, Any] = 0.6
