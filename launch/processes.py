@@ -26,6 +26,8 @@ REPEAT_SECONDS = 0.5
 """Signals closer together are one request."""
 LEFT_TO_TORCHRUN = "--signals-to-handle=SIGQUIT"
 """It takes over the signals in this list, which cannot be empty."""
+NO_LOG_FOLDER = f"--log-dir={os.devnull}"
+"""Without one given, torchrun leaves a folder torchelastic_* in the temporary folder at every start."""
 
 
 class StopRequests:
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     quieten("torch.distributed.elastic.multiprocessing.api", requests)
     try:
         if not requests.asked.is_set():
-            run(parse_args([LEFT_TO_TORCHRUN, *argv]))
+            log_folder = [] if "PET_LOG_DIR" in os.environ else [NO_LOG_FOLDER]
+            run(parse_args([LEFT_TO_TORCHRUN, *log_folder, *argv]))  # one in argv counts
             return 0
         code = STOPPED
     except ChildFailedError as error:

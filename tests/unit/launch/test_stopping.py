@@ -145,8 +145,10 @@ def test_trainers_whose_launcher_was_killed_stop_by_themselves(checkout, killed)
     process.communicate(timeout=90)  # nobody holds its output any more
 
 
-def test_processes_passes_on_the_workers_exit_code(tmp_path):
+def test_processes_passes_on_the_workers_exit_code_and_leaves_no_temporary_folder(tmp_path):
     """With the real torchrun: itself it would end with 1 whatever the workers said."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     worker = tmp_path / "worker.py"
     worker.write_text("import sys\nsys.exit(3)\n")
     done = subprocess.run(
@@ -157,9 +159,10 @@ def test_processes_passes_on_the_workers_exit_code(tmp_path):
             "--nproc-per-node=2",
             str(worker),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
     )
+    assert list(temporary.iterdir()) == []
     assert done.returncode == 3, done.stderr
     assert "failed first, with exit code 3" in done.stderr and "Traceback" not in done.stderr
