@@ -118,13 +118,16 @@ def main(argv: list[str] | None = None) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     if code == STOPPED:
-        print("stopped on request; start the same command again to continue", file=sys.stderr)
+        say("stopped on request; start the same command again to continue")
     else:
-        print(
-            f"process {rank} failed first, with exit code {code}; its message is above",
-            file=sys.stderr,
-        )
+        say(f"process {rank} failed first, with exit code {code}; its message is above")
     return code
+
+
+def say(sentence: str) -> None:
+    """To stderr, unbuffered; a closed terminal or pipe must not change the exit code."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{sentence}\n".encode())
 
 
 if __name__ == "__main__":

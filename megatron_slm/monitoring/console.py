@@ -19,6 +19,11 @@ _RANKS = {
 """The higher, the sooner a part of the progress line goes on a narrow terminal; step and total have 0, the bar 2."""
 
 
+def _raise_again() -> None:
+    """The BrokenPipeError that is being handled, for whoever writes to several sinks."""
+    raise  # noqa: PLE0704
+
+
 class ConsoleSink:
     """A progress bar where `stream` is a terminal, otherwise one plain line per record (good in a SLURM log).
 
@@ -37,6 +42,8 @@ class ConsoleSink:
 
         self._total_steps = total_steps
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        # rich would end the process: a `tee` that Ctrl-C took away is no reason to stop before the checkpoint.
+        self._console.on_broken_pipe = _raise_again
         self._progress = None
         self._task = None
         if self._console.is_terminal:

@@ -3,12 +3,15 @@
 Used by training and by scoring, from their first line on, so it imports no torch.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Each asks for a stop. One that was ignored when the process started (nohup, a background job) stays ignored."""
@@ -53,6 +56,8 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
+        for stream in (sys.stdout, sys.stderr):
+            _forget_if_closed(stream)
         if self.asked:
             # torchrun signals the others when the first has ended, and they must not die of it while the interpreter ends,
             # which puts every handler but "ignore" back.
@@ -92,3 +97,12 @@ class StopSignals:
                 os.write(STDERR, f"\n{sentence}\n".encode())
             except OSError:
                 pass
+
+
+def _forget_if_closed(stream: TextIO) -> None:
+    """Where the terminal or the pipe behind `stream` is gone: otherwise its last words would turn the exit code into 120."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

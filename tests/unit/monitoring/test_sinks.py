@@ -1,5 +1,6 @@
 """metrics.jsonl continues as an uninterrupted run's would, and no sink can stop a run."""
 
+import contextlib
 import io
 import json
 import os
@@ -108,6 +109,22 @@ def test_a_failing_sink_is_told_on_the_others_and_stops_nothing(tmp_path):
     ] * 2 + ["a sentence"]
     with pytest.raises(ValueError, match="loud"):
         sinks.message("x", "loud")
+
+
+def test_a_closed_pipe_ends_no_run(tmp_path):
+    """`train | tee log`, and Ctrl-C takes tee away: rich alone would end the process before the checkpoint is saved."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    pipe = open(writing, "w", buffering=1)
+    sinks = MultiSink(
+        [ConsoleSink(total_steps=9, stream=pipe), JsonlSink(tmp_path / "metrics.jsonl")]
+    )
+    sinks.message("stopped on request", "warning")
+    sinks.log({"kind": "train", "loss/selected": 2.0}, 1)
+    with contextlib.suppress(BrokenPipeError):
+        pipe.close()
+    assert "BrokenPipeError" in (tmp_path / "warnings.jsonl").read_text()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
 
 
 def test_console_without_a_terminal_prints_plain_lines():

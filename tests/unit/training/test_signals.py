@@ -80,8 +80,12 @@ def test_a_request_may_end_the_program_where_it_stands():
 
 
 def run(program: str) -> subprocess.CompletedProcess:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=buffered,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -106,6 +110,23 @@ def test_signals_close_together_are_one_request():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.asked == "SIGINT"
+
+
+def test_a_closed_output_does_not_change_the_exit_code():
+    """Python ends with 120 when what it still had to print cannot be written."""
+    done = run("""
+        import os, signal, sys
+        from megatron_slm.training.stop_signals import StopSignals
+
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 1)
+        with StopSignals("stopping"):
+            os.kill(os.getpid(), signal.SIGHUP)
+            print("last words")
+        sys.exit(85)
+    """)
+    assert (done.returncode, done.stderr) == (85, "")
 
 
 def test_a_process_that_was_asked_keeps_its_exit_code_when_it_is_signalled_while_it_ends():
