@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_slm.checkpoint.weights_only import load_weights_only
 from megatron_slm.files.inert_pickle import Record, load_inert
 
 _RECIPES = "transformer_engine.common.recipe"
@@ -76,7 +77,7 @@ def _made(node: Any) -> Any:
     if node.name == _HOOKS:
         return collections.OrderedDict()
     if node.name == _STORAGE:
-        return torch.load(io.BytesIO(arguments[0]), map_location="cpu", weights_only=True)
+        return load_weights_only(io.BytesIO(arguments[0]))
     if node.name == _TENSOR:
         return torch._utils._rebuild_tensor_v2(*arguments)
     return _recipe(node, arguments)

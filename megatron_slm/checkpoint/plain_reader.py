@@ -5,9 +5,8 @@ adds classes of its own to what torch's weights-only loading makes. Here a file 
 weights-only loading reads it with no other additions, and what is no tensor is made anew before anybody else sees it.
 """
 
-import contextlib
 import io
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +20,7 @@ from torch.futures import Future
 
 from megatron_slm.checkpoint.extra_state import plain_extra_state
 from megatron_slm.checkpoint.metadata_file import read_metadata
+from megatron_slm.checkpoint.weights_only import load_weights_only
 from megatron_slm.files.inert_pickle import refuse_names
 from megatron_slm.files.plain import plain_file
 
@@ -118,8 +118,7 @@ def load_plain(
     refuse_names(found - set(names), path)
     stream.seek(0)
     try:
-        with _nothing_added_but(stand_ins):
-            return torch.load(stream, map_location="cpu", weights_only=True)
+        return load_weights_only(stream, stand_ins)
     except Exception as error:
         raise _unreadable(path, error) from None
 
@@ -129,19 +128,6 @@ def _named(stream: BinaryIO) -> set[str]:
     with torch.serialization._open_zipfile_reader(stream) as archive:
         content = io.BytesIO(archive.get_record("data.pkl"))
     return torch._weights_only_unpickler.get_globals_in_pkl(content)
-
-
-@contextlib.contextmanager
-def _nothing_added_but(stand_ins: Collection[tuple[Callable, str]]) -> Iterator[None]:
-    """Weights-only loading as torch made it: without the classes that megatron-core, on import, adds for the whole process."""
-    added = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(list(stand_ins))
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(added)
 
 
 def _unreadable(path: str | Path, error: Exception) -> ValueError:

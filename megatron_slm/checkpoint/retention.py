@@ -1,12 +1,12 @@
 """Which checkpoints are kept: the newest, every n-th step for good, and the best by validation loss. No torch."""
 
-import json
 import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_slm.checkpoint.folder import complete_checkpoints, point_to, step_of
+from megatron_slm.files.plain import read_json_object
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,12 @@ def by_validation_loss(checkpoints: Path, validation: str) -> list[Path]:
     for path in complete_checkpoints(checkpoints):
         try:
             loss = (
-                json.loads((path / "model.json").read_text())
+                read_json_object(path, "model.json")
                 .get("validation_loss", {})
                 .get(validation, math.nan)
             )
         except (
-            OSError,
-            ValueError,
+            ValueError
         ):  # damaged: found by its checksum when it is loaded, and not the best of anything
             continue
         if math.isfinite(loss):

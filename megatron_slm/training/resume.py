@@ -5,7 +5,6 @@ same name with other content is refused, because it happens by accident; another
 (Model and tokenizer are compared by checkpoint/architecture.py.)
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megatron_slm.config.load import ConfigError, load_yaml, to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import Corpus
 from megatron_slm.data.position import CorpusPosition, DataPosition
+from megatron_slm.files.plain import read_json_object
 from megatron_slm.training.run_length import Done, RunLength, shorter_than_done
 
 Inputs = dict[str, dict[str, str]]
@@ -39,9 +39,9 @@ class Saved:
 
 
 def read_saved(checkpoint: Path) -> Saved:
-    """What a checkpoint says of its run. OSError, ValueError, KeyError or TypeError when it says nothing that can be read."""
+    """What a checkpoint says of its run. ValueError, KeyError or TypeError when it says nothing that can be read."""
     info = read_checkpoint_info(checkpoint)
-    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    trainer = read_json_object(checkpoint, "trainer.json")
     if "data" in trainer:
         done = Done(trainer["step"], info.tokens_processed, trainer["samples"])
         position = DataPosition.from_json(trainer["data"])
@@ -58,7 +58,7 @@ def newest_saved(run_folder: str | Path) -> Saved | None:
     for checkpoint in reversed(complete_checkpoints(Path(run_folder, "checkpoints"))):
         try:
             return read_saved(checkpoint)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue  # damaged: the start of the run says so and takes the one before
     return None
 
