@@ -12,6 +12,7 @@ from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.options import column_names, parse_share, resume_command
 from megatron_slm.scoring.summary import finish, means, pending_shards
+from megatron_slm.training.stop_signals import StopSignals
 
 DESCRIPTION = """Take token scores made elsewhere into a score store, checked against the corpus token for token.
 
@@ -23,7 +24,8 @@ EXAMPLE = """examples:
   python -m megatron_slm.import_scores --corpus data/corpus --output data/both --window-tokens 2048 \\
       --column prior=data/prior_scores/loss.bin --column conditional=data/conditional_scores/loss.bin
 
-exit codes: 0 done, 2 bad usage, 3 bad data. Started again after a kill, it continues."""
+exit codes: 0 done, 2 bad usage, 3 bad data, 85 stopped by a signal. Started again, it continues."""
+STOPPED = 85
 
 
 def build_parser() -> Program:
@@ -133,6 +135,19 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"import_scores: {error}", file=sys.stderr)
         return 2
+    sentence = "import_scores: stopped; finished shards are kept, and the same command continues"
+    with StopSignals(sentence, on_request=_leave):
+        return _import(options, argv, columns, share)
+
+
+def _leave() -> None:
+    raise SystemExit(STOPPED)  # finished shards are on disk, and the unfinished one is redone
+
+
+def _import(
+    options: argparse.Namespace, argv: list[str], columns: tuple[str, ...], share: tuple[int, int]
+) -> int:
+    """Fill the store with this job's share and say what it holds; the exit code."""
     try:
         corpus = check_corpus(options.corpus)
         store = ScoreStore.create(options.output, _manifest(options, argv, corpus, columns))

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from megatron_slm.scoring.importers import (
     transformers_scorer,
 )
 from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus
+from megatron_slm.training.stop_signals import STOP_SIGNALS
 
 VOCABULARY = 50
 
@@ -267,6 +270,29 @@ def test_the_program_joins_columns_of_two_stores(data, capsys, monkeypatch):
     np.testing.assert_array_equal(
         store.read("conditional", 0, corpus.tokens), expected(documents, lambda i: i / 4)
     )
+
+
+def test_ctrl_c_ends_an_import_with_its_finished_shards(data, capfd, monkeypatch):
+    from megatron_slm import import_scores
+
+    folder, _, corpus = data
+    np.save(folder / "a.npy", np.arange(corpus.tokens) / 2)
+    monkeypatch.setattr(import_scores, "_fill", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a test run in the background ignores it
+    command = ["--corpus", str(folder / "c"), "--window-tokens", "16"]
+    try:
+        with pytest.raises(SystemExit) as left:
+            import_scores.main(
+                [*command, "--output", str(folder / "s"), "--column", f"loss={folder}/a.npy"]
+            )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert left.value.code == 85
+    assert "finished shards are kept, and the same command continues" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
