@@ -197,8 +197,10 @@ class _CpuStream:
 def _quiet_megatron() -> None:
     """Drop megatron-core's import-time and deprecation warnings: dozens of lines per process, none of them for our users.
 
-    What they say about missing accelerations, describe_acceleration() says once.
+    What they say about missing accelerations, describe_acceleration() says once. Its `import wandb`, for nothing that is
+    used here, is refused: it takes time, and makes temporary folders that stay after a kill (monitoring/wandb_loading.py).
     """
+    sys.modules.setdefault("wandb", None)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed"
@@ -217,9 +219,8 @@ def _on_cpu(factory):
     def on_cpu(*args, **kwargs):
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        kwargs.pop(
-            "pin_memory", None
-        )  # pinning needs CUDA; context parallel RoPE asks for it (rope_utils.py:64)
+        # Pinning needs CUDA; context parallel RoPE asks for it (rope_utils.py:64).
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return on_cpu
@@ -262,9 +263,7 @@ def has_transformer_engine() -> bool:
     """Whether Transformer Engine's torch layers can be imported."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (
-        Exception
-    ):  # a broken build raises anything from ImportError to OSError; all mean "not usable"
+    except Exception:  # a broken build raises anything, from ImportError to OSError
         return False
     return True
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_slm.files.redact import redacted
+
 LEVELS = ("info", "warning", "error")
 
 
@@ -36,11 +38,17 @@ class NullSink:
 
 
 class MultiSink:
-    """Hands each record to several sinks. A sink that raises is reported once on the others and tried again next time."""
+    """Hands each record to several sinks. A sink that raises is reported once on the others and tried again next time.
+
+    Messages go out without the secrets that errors of libraries quote: a proxy's password, a token.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
         self._failing: set[int] = set()
+
+    def add(self, sink: Sink) -> None:
+        self._sinks.append(sink)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         for index, sink in enumerate(self._sinks):
@@ -77,6 +85,7 @@ class MultiSink:
         )
 
     def _send(self, text: str, level: str, skip: int | None) -> None:
+        text = redacted(text)
         for index, sink in enumerate(self._sinks):
             if index == skip:
                 continue

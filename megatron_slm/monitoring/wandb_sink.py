@@ -3,31 +3,37 @@
 The API key is read by wandb itself, from WANDB_API_KEY or the netrc file; it is no setting and is written nowhere.
 """
 
+import contextlib
 import math
-import netrc
-import os
 import secrets
 import shlex
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from megatron_slm.config.schema import WandbConfig
+from megatron_slm.files.redact import redacted_values
+from megatron_slm.monitoring import wandb_loading
+from megatron_slm.monitoring.wandb_server import choose_mode, unreachable
 
 RUN_ID_FILE = "wandb_run_id"
 X_AXIS = "tokens/processed"
 STATE = "run/state"
 """Name in the run's summary: running, done, stopped or failed. W&B's own state knows no stop that is to be continued."""
-_CONNECT_SECONDS = 45
+_CONNECT_SECONDS = 10
+"""For wandb's own start, once something answers at the server's address. Until then no step is trained."""
 _FINISH_SECONDS = 60
+_FLUSH_SECONDS = 1.0
+"""How much of the run's local file a kill may take; wandb's own 15 s would be many log lines."""
 
 
 class WandbSink:
     """Logs to one W&B run, against tokens/processed, whatever happens to the network.
 
-    A failure of W&B is reported once through `warn` and the sink is silent from then on. Where the server cannot be
-    reached at the start, the run is written offline. Steps repeated after a resume are logged again with the same x value.
+    A failure of W&B is reported once through `warn` and the sink is silent from then on. Where the server does not answer
+    at the start, the run is written offline; where it stops answering later, what it has not taken stays in the run's
+    folder, and the end of the run says how to upload it. Steps repeated after a resume are logged again with the same x value.
     """
 
     def __init__(
@@ -51,23 +57,45 @@ class WandbSink:
             dir=str(run_folder),
             id=run_id,
             name=name,
-            config=dict(config),
+            config=redacted_values(config),
             project=settings.project,
             entity=settings.entity or None,
             group=settings.group or None,
             tags=settings.tags or None,
         )
-        if not self._attempt(_import_wandb, last=True):
+        if not self._attempt(self._load):
             return
-        if (
-            not self._attempt(lambda: self._open(options), last=self.mode == "offline")
-            and self.mode == "online"
-        ):
+        if self.mode == "online" and (reason := self._not_online(options)):
             self.mode = "offline"
             self._warn(
-                "W&B could not be reached, this run is written offline; `wandb sync` uploads it later"
+                f"W&B cannot be used online ({reason}): this run is written offline; `wandb sync` uploads it later"
             )
-            self._attempt(lambda: self._open(options), last=True)
+        if self.mode == "offline":
+            self._attempt(lambda: self._open(options))
+
+    def _load(self) -> None:
+        self._temporary = wandb_loading.TemporaryFiles()
+        with self._temporary.used():
+            self._wandb = wandb_loading.load_wandb()
+
+    def _not_online(self, options: dict[str, Any]) -> str:
+        """Open the run online; why that cannot be, "" when it is done."""
+        try:
+            with self._temporary.used():
+                known = self._wandb.setup(settings=self._settings()).settings
+            found = {"http": known.http_proxy, "https": known.https_proxy}
+            proxies = {scheme: proxy for scheme, proxy in found.items() if proxy}
+            reason = unreachable(known.base_url, proxies)
+            if not reason:
+                self._open(options)
+        except Exception as error:  # any: W&B is a convenience, the run is not
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            with contextlib.suppress(Exception):
+                # Its service goes on trying with the run's id in its hands, and would refuse it to
+                # the offline run.
+                self._wandb.teardown()
+        return reason
 
     @property
     def location(self) -> str:
@@ -75,95 +103,100 @@ class WandbSink:
         if self._run is None:
             return "off"
         if self.mode == "offline":
-            return f"offline; upload it with: wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+            return f"offline; upload it with: wandb sync {_folder_of(self._run)}"
         return self._run.url
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         if self._run is not None:
-            self._attempt(lambda: self._run.log({"step": step} | _for_wandb(record)), last=True)
+            self._attempt(lambda: self._run.log({"step": step} | self._values(record)))
 
     def message(self, text: str, level: str = "info") -> None:
         if self._run is not None and level != "info":
-            self._attempt(lambda: self._run.alert(title=level, text=text), last=True)
+            self._attempt(lambda: self._run.alert(title=level, text=text))
 
     def close(self, state: str = "done", exit_code: int = 0) -> None:
         """Finish the W&B run: crossed out there after a failure; a stop on request is an end in good order."""
         if self._run is not None:
-            self._attempt(lambda: self._finish(state, exit_code), last=True)
-            self._run = None
+            run, self._run = self._run, None
+            try:
+                self._finish(run, state, exit_code)
+            except Exception as error:
+                self._warn(
+                    f"W&B has not taken everything at the end of the run ({type(error).__name__}: {error}); upload the rest with: "
+                    f"wandb sync {_folder_of(run)}"
+                )
 
-    def _finish(self, state: str, exit_code: int) -> None:
-        self._run.summary[STATE] = state
-        self._run.finish(exit_code=exit_code if state == "failed" else 0)
+    def _finish(self, run: Any, state: str, exit_code: int) -> None:
+        try:
+            run.summary[STATE] = state
+            run.finish(exit_code=exit_code if state == "failed" else 0)
+        finally:
+            self._wandb.teardown()  # its service ends, and has written all it holds to the run's folder
 
     def _open(self, options: dict[str, Any]) -> None:
-        wandb = _import_wandb()
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            init_timeout=_CONNECT_SECONDS,
-            finish_timeout=_FINISH_SECONDS,
-        )
-        self._run = wandb.init(
-            mode=self.mode,
-            resume="allow",
-            reinit="finish_previous",
-            save_code=False,
-            settings=settings,
-            **options,
-        )
+        with self._temporary.used(), _redacted_command():
+            self._run = self._wandb.init(
+                mode=self.mode,
+                resume="allow",
+                reinit="finish_previous",
+                save_code=False,
+                settings=self._settings(),
+                **options,
+            )
         self._run.define_metric(X_AXIS)
         self._run.define_metric("*", step_metric=X_AXIS)
         self._run.summary[STATE] = "running"
 
-    def _attempt(self, action: Callable[[], Any], last: bool) -> bool:
+    def _settings(self) -> Any:
+        """Those of the wanted settings that this version of wandb knows."""
+        wanted = dict(
+            silent=True,
+            console="off",
+            init_timeout=_CONNECT_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
+        )
+        known = self._wandb.Settings.model_fields
+        return self._wandb.Settings(
+            **{name: value for name, value in wanted.items() if name in known}
+        )
+
+    def _values(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Scalars as they are; a list with NAME_edges... beside it as a histogram over those edges, other lists over 0..n."""
+        return {
+            name: self._wandb.Histogram(np_histogram=_histogram(record, name, value))
+            if isinstance(value, (list, tuple))
+            else value
+            for name, value in record.items()
+            if value is not None and not (isinstance(value, (list, tuple)) and "_edges" in name)
+        }
+
+    def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
             action()
         except Exception as error:  # any: W&B is a convenience, the run is not
-            if last:
-                self._run = None
-                self._warn(
-                    f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}"
-                )
+            self._run = None
+            self._warn(
+                f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}"
+            )
             return False
         return True
 
 
-def _import_wandb() -> Any:
-    import wandb
-
-    return wandb
-
-
-def choose_mode(mode: str, environment: Mapping[str, str] | None = None) -> str:
-    """auto = WANDB_MODE where it is set, else online when there is an API key (WANDB_API_KEY or netrc), else offline."""
-    environment = os.environ if environment is None else environment
-    if mode != "auto":
-        return mode
-    if environment.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return environment["WANDB_MODE"]
-    return "online" if _has_api_key(environment) else "offline"
+@contextlib.contextmanager
+def _redacted_command() -> Iterator[None]:
+    """wandb sends the command line with the run."""
+    command = sys.argv
+    sys.argv = redacted_values(command)
+    try:
+        yield
+    finally:
+        sys.argv = command
 
 
-def _has_api_key(environment: Mapping[str, str]) -> bool:
-    if environment.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    candidates = (
-        [environment["NETRC"]]
-        if environment.get("NETRC")
-        else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    )
-    for path in candidates:
-        try:
-            if host and netrc.netrc(str(path)).authenticators(host):
-                return True
-        except (
-            OSError,
-            netrc.NetrcParseError,
-        ):  # absent, unreadable or malformed: as good as no key
-            continue
-    return False
+def _folder_of(run: Any) -> str:
+    return shlex.quote(str(Path(run.dir).parent))
 
 
 def wandb_run_id(run_folder: str | Path, checkpointed_id: str | None = None) -> str:
@@ -180,19 +213,8 @@ def wandb_run_id(run_folder: str | Path, checkpointed_id: str | None = None) -> 
     return run_id
 
 
-def _for_wandb(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Scalars as they are; a list with NAME_edges... beside it as a histogram over those edges, other lists over 0..n."""
-    values: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, (list, tuple)):
-            if "_edges" not in name:
-                values[name] = _histogram(record, name, value)
-        elif value is not None:
-            values[name] = value
-    return values
-
-
-def _histogram(record: Mapping[str, Any], name: str, heights: Any) -> Any:
+def _histogram(record: Mapping[str, Any], name: str, heights: Any) -> tuple[Any, Any]:
+    """Heights and edges, as numpy arrays; n heights have n + 1 edges."""
     import numpy as np
 
     edges = next((record[other] for other in record if other.startswith(name + "_edges")), None)
@@ -204,9 +226,4 @@ def _histogram(record: Mapping[str, Any], name: str, heights: Any) -> Any:
     heights = [
         height if height is not None and math.isfinite(height) else 0.0 for height in heights
     ]
-    return _import_wandb().Histogram(
-        np_histogram=(
-            np.array(heights),
-            np.array(edges if usable else range(len(heights) + 1), dtype=float),
-        )
-    )
+    return np.array(heights), np.array(edges if usable else range(len(heights) + 1), dtype=float)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_slm.config.schema import Config
+from megatron_slm.files.redact import redacted
 from megatron_slm.monitoring import run_status
 from megatron_slm.monitoring.sinks import append_warning
 from megatron_slm.parallel import Groups
@@ -108,8 +109,8 @@ def _tell_of_failure(error: BaseException, exit_code: int, config: Config, group
 
 def _words(error: BaseException) -> str:
     if isinstance(error, (TrainingFailed, ValueError)):
-        return str(error)
+        return redacted(str(error))
     if isinstance(error, KeyboardInterrupt):
         return "interrupted from the keyboard"
     first_line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first_line}"
+    return redacted(f"{type(error).__name__}: {first_line}")

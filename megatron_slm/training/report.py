@@ -81,22 +81,10 @@ class Reporter:
         console = ConsoleSink(
             total_steps=self.length.steps, start_step=resume_step or 0, title=self.name
         )
-        sinks = [JsonlSink(self.folder / "metrics.jsonl", resume_step=resume_step), console]
-        wandb = "off (monitoring.wandb.mode is disabled)"
-        if config.monitoring.wandb.mode != "disabled":
-            sinks.append(
-                WandbSink(
-                    config.monitoring.wandb,
-                    run_folder=self.folder,
-                    name=self.name,
-                    config={**to_mapping(config), "layout": self._layout()},
-                    run_id=wandb_id,
-                    warn=lambda text: console.message(text, "warning"),
-                )
-            )
-            wandb = sinks[-1].location
-        self.sink = MultiSink(sinks)
-        self._show_start_table(console, wandb)
+        self.sink = MultiSink(
+            [JsonlSink(self.folder / "metrics.jsonl", resume_step=resume_step), console]
+        )
+        self._show_start_table(console, self._open_wandb(wandb_id))
         if resume_step is not None:
             self.message(f"resumed after step {resume_step}", "info")
         for corpus in materials.corpora:
@@ -107,6 +95,21 @@ class Reporter:
                     self.message(sentence, "warning")
         if choice_rules(config.selection).scorer.uses_keep_fraction:
             self._warn_of_small_population()
+
+    def _open_wandb(self, run_id: str) -> str:
+        """Open the W&B run, where there is to be one; where it is, for the start table."""
+        if self.config.monitoring.wandb.mode == "disabled":
+            return "off (monitoring.wandb.mode is disabled)"
+        wandb = WandbSink(
+            self.config.monitoring.wandb,
+            run_folder=self.folder,
+            name=self.name,
+            config={**to_mapping(self.config), "layout": self._layout()},
+            run_id=run_id,
+            warn=lambda text: self.message(text, "warning"),
+        )
+        self.sink.add(wandb)
+        return wandb.location
 
     def _warn_of_small_population(self) -> None:
         data, keep_fraction = self.config.data, build_schedule(self.config.selection.keep_fraction)

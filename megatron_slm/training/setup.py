@@ -15,6 +15,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import Corpus, UnusableData, open_corpora
 from megatron_slm.data.position import DataPosition
 from megatron_slm.data.score_manifest import presented_name
+from megatron_slm.files.redact import redacted
 from megatron_slm.selection.rules import ChoiceRules
 from megatron_slm.selection.scorer_files import loaded_scorer_files
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
@@ -220,7 +221,7 @@ def write_versions(folder: Path) -> None:
 
     lines = [
         f"megatron-slm {megatron_slm.__version__}",
-        f"command {' '.join(sys.argv)}",
+        f"command {redacted(' '.join(sys.argv))}",
         f"python {platform.python_version()}",
         f"platform {platform.platform()}",
     ]

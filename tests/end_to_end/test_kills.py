@@ -64,6 +64,8 @@ def asynchronous(value: bool) -> list[str]:
 
 def test_a_killed_run_continues_with_the_uninterrupted_losses(corpus, whole, tmp_path):
     run = tmp_path / "killed"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     for death, mode, expected in DEATHS:
         words = ":".join(map(str, death))
         done = subprocess.run(
@@ -71,7 +73,7 @@ def test_a_killed_run_continues_with_the_uninterrupted_losses(corpus, whole, tmp
                 corpus, run, *SETTINGS, *asynchronous(mode), module="tests.end_to_end.dying_train"
             ),
             cwd=ROOT,
-            env={**environment(), "SLM_TEST_DEATH": words},
+            env={**environment(), "SLM_TEST_DEATH": words, "TMPDIR": str(temporary)},
             capture_output=True,
             text=True,
             timeout=300,
@@ -80,6 +82,7 @@ def test_a_killed_run_continues_with_the_uninterrupted_losses(corpus, whole, tmp
             f"{words}: did not die\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
         )
         assert newest(run) == expected, words
+    assert [path.name for path in temporary.iterdir() if "wandb" in path.name] == []
     output = run_to_end(command(corpus, run, *SETTINGS))
     assert f"resumed after step {DEATHS[-1][-1]}" in output
     assert compared(run) == compared(whole)

@@ -1,12 +1,12 @@
 """An offline W&B run is really written; a broken W&B is one warning."""
 
-import sys
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_slm.config.schema import WandbConfig
-from megatron_slm.monitoring import WandbSink, wandb_run_id
-from megatron_slm.monitoring.wandb_sink import choose_mode
+from megatron_slm.monitoring import WandbSink, wandb_loading, wandb_run_id, wandb_sink
+from megatron_slm.monitoring.wandb_server import choose_mode
 
 
 @pytest.fixture(autouse=True)
@@ -70,19 +70,47 @@ class FakeRun:
         self.finished_with = exit_code
 
 
-class FakeWandb:
-    """The part of wandb that the sink calls, failing as told."""
+class Settings(SimpleNamespace):
+    """As of a version of wandb that knows none of the newer settings."""
 
-    Settings = staticmethod(lambda **options: options)
+    model_fields = {"silent": None, "console": None}
+
+
+class FakeWandb:
+    """The part of wandb that the sink calls, failing as told; something answers at its address."""
+
+    Settings = Settings
 
     def __init__(self, online_fails=False):
         self.run, self.modes, self.online_fails = FakeRun(), [], online_fails
+        self.busy = False
+
+    def setup(self, settings):
+        known = SimpleNamespace(base_url="http://localhost", http_proxy=None, https_proxy=None)
+        return SimpleNamespace(settings=known)
+
+    def teardown(self):
+        self.busy = False
 
     def init(self, *, mode, **options):
         self.modes.append(mode)
+        assert not self.busy, "run ID abc is in use"
         if mode == "online" and self.online_fails:
+            self.busy = True
             raise TimeoutError("no route")
         return self.run
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Put a FakeWandb in wandb's place."""
+
+    def used(fake):
+        monkeypatch.setattr(wandb_loading, "load_wandb", lambda: fake)
+        monkeypatch.setattr(wandb_sink, "unreachable", lambda *_: "")
+        return fake
+
+    return used
 
 
 def open_sink(tmp_path, warnings, mode="online"):
@@ -96,9 +124,8 @@ def open_sink(tmp_path, warnings, mode="online"):
     )
 
 
-def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, monkeypatch):
-    fake, warnings = FakeWandb(), []
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, use):
+    fake, warnings = use(FakeWandb()), []
     sink = open_sink(tmp_path, warnings)
     for step in range(3):
         sink.log({"loss/all": 1.0}, step)
@@ -108,22 +135,20 @@ def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, monkeypat
     assert fake.run.calls == 1
 
 
-def test_where_the_run_is(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_where_the_run_is(tmp_path, use):
+    fake = use(FakeWandb())
     assert open_sink(tmp_path, []).location == "https://wandb.example.org/arm"
     offline = open_sink(tmp_path, [], mode="offline").location
     assert offline == f"offline; upload it with: wandb sync '{fake.run.dir.removesuffix('/files')}'"
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    use(None)
     assert open_sink(tmp_path, []).location == "off"
 
 
 @pytest.mark.parametrize(
     ("state", "exit_code", "finished_with"), [("done", 0, 0), ("stopped", 85, 0), ("failed", 4, 4)]
 )
-def test_the_end_of_the_run_is_told(state, exit_code, finished_with, tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_the_end_of_the_run_is_told(state, exit_code, finished_with, tmp_path, use):
+    fake = use(FakeWandb())
     sink = open_sink(tmp_path, [])
     assert fake.run.summary == {"run/state": "running"}
     sink.close(state, exit_code)
@@ -131,16 +156,19 @@ def test_the_end_of_the_run_is_told(state, exit_code, finished_with, tmp_path, m
     assert fake.run.finished_with == finished_with
 
 
-def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
-    fake, warnings = FakeWandb(online_fails=True), []
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_an_unreachable_server_falls_back_to_offline(tmp_path, use):
+    fake, warnings = use(FakeWandb(online_fails=True)), []
     sink = open_sink(tmp_path, warnings)
     assert fake.modes == ["online", "offline"] and sink.mode == "offline"
     assert len(warnings) == 1 and "wandb sync" in warnings[0]
 
 
+def _not_installed():
+    raise ModuleNotFoundError("No module named 'wandb'")
+
+
 def test_wandb_not_installed_is_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` raise ImportError
+    monkeypatch.setattr(wandb_loading, "load_wandb", _not_installed)
     warnings = []
     open_sink(tmp_path, warnings).log({"loss/all": 1.0}, 1)
     assert len(warnings) == 1

@@ -1,0 +1,78 @@
+"""Whether there is a Weights & Biases server to talk to: an API key for it, and an answer from it."""
+
+import netrc
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ANSWER_SECONDS = 3.0
+BAD_GATEWAYS = (502, 503, 504)
+"""Answers of a proxy that reaches nobody behind it."""
+
+
+def choose_mode(mode: str, environment: Mapping[str, str] | None = None) -> str:
+    """auto = WANDB_MODE where it is set, else online when there is an API key (WANDB_API_KEY or netrc), else offline."""
+    environment = os.environ if environment is None else environment
+    if mode != "auto":
+        return mode
+    if environment.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return environment["WANDB_MODE"]
+    return "online" if _has_api_key(environment) else "offline"
+
+
+def _has_api_key(environment: Mapping[str, str]) -> bool:
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    candidates = (
+        [environment["NETRC"]]
+        if environment.get("NETRC")
+        else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    )
+    for path in candidates:
+        try:
+            if host and netrc.netrc(str(path)).authenticators(host):
+                return True
+        except (
+            OSError,
+            netrc.NetrcParseError,
+        ):  # absent, unreadable or malformed: as good as no key
+            continue
+    return False
+
+
+def unreachable(address: str, proxies: Mapping[str, str], seconds: float = ANSWER_SECONDS) -> str:
+    """Why nobody answers HTTP at `address` within `seconds`; "" when somebody does.
+
+    wandb itself asks for three quarters of a minute, in which no step is trained. proxies: by
+    scheme, beside those of the environment. Any answer but a proxy's "nobody there" counts, a
+    refused certificate too: wandb has settings for those, and says what is wrong with a key.
+    """
+    answer = [f"no answer within {seconds:g} s"]
+
+    def ask() -> None:
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler(urllib.request.getproxies() | dict(proxies))
+        )
+        try:
+            opener.open(address, timeout=seconds).close()
+            answer[0] = ""
+        except urllib.error.HTTPError as error:
+            answer[0] = f"HTTP {error.code}" if error.code in BAD_GATEWAYS else ""
+        except Exception as error:  # OSError, ValueError, http.client's: whatever a network can do
+            reason = getattr(error, "reason", error)
+            if not isinstance(reason, ssl.SSLError):
+                answer[0] = str(reason) or type(reason).__name__
+            else:
+                answer[0] = ""
+
+    # A thread, because looking up a name knows no time limit, and each read has one of its own.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answer[0]
