@@ -23,9 +23,15 @@ source "${SLM_ENV:-$SLM_ROOT/launch/env.sh}"
 # shellcheck source=launch/slurm.sh
 source "$SLM_ROOT/launch/slurm.sh"
 python "$SLM_ROOT/launch/programs.py" "$program" || exit $?
+for word in "$@"; do
+    case $word in -h | --help | --version | --print_*) exec python -m "megatron_slm.$program" "$@" ;; esac
+done
+# Names every bad setting before torchrun starts anything, and tells where the run folder is.
 if [ "$program" = train ]; then
     run_folder=$(python -m megatron_slm.train "$@" --print_run_folder) || exit $?
     rm -f "$run_folder/stop_requested" # left by a run that was killed before it could stop
+else
+    python -m megatron_slm.score "$@" --print_output >/dev/null || exit $?
 fi
 
 child=

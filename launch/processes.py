@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 STOPPED = 85
+SPOKEN = (2, 3, 4, STOPPED)
+"""Exit codes of a program that has said why it ended: bad configuration, bad data, training failed, stopped."""
 POLL_SECONDS = 0.5
 REPEAT_SECONDS = 0.5
 """Signals closer together are one request."""
@@ -84,11 +86,14 @@ def workers() -> list[int]:
 
 
 def quieten(logger: str, requests: StopRequests) -> None:
-    """Keep torchrun from reporting workers that stopped as failures; real failures stay."""
-    stopped = f"exitcode: {STOPPED}"
+    """Keep torchrun from reporting workers that stopped, or said themselves what is wrong; other failures stay."""
+    spoken = tuple(f"exitcode: {code})" for code in SPOKEN)
     logging.getLogger(logger).setLevel(logging.ERROR)
     logging.getLogger(logger).addFilter(
-        lambda record: not requests.asked.is_set() and stopped not in record.getMessage()
+        lambda record: (
+            not requests.asked.is_set()
+            and not any(words in record.getMessage() for words in spoken)
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """The settings of a scoring run, and every check that needs no process group."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -65,14 +66,15 @@ class ScoreOptions:
 def parse(argv: list[str], description: str) -> ScoreOptions:
     """The settings on the command line and in --config.
 
-    Prints the help when asked to; prints every problem and exits with code 2 where there are some.
+    Prints the help when asked to; prints every problem, on the job's first process, and exits with code 2 where there are some.
     """
     words = [_with_underscores(word) for word in argv]
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
         return load.parse(words, "score", description, ScoreOptions, usage, printed_path=STORE)
     except ConfigError as error:
-        print(f"score: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"score: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -305,6 +305,20 @@ def test_only_programs_of_several_processes_are_started(cluster, name, sentence)
     assert not cluster.log("python")
 
 
+@pytest.mark.parametrize(
+    "program, words", [("train", ("--help",)), ("score", ("--output", "x", "--help"))]
+)
+def test_help_is_shown_by_one_process(cluster, program, words):
+    code, output = cluster.run("local.sh", "2", program, *words, work="0")
+    assert code == 0, output
+    assert cluster.log("python") == [f"-m megatron_slm.{program} {' '.join(words)}"]
+
+
+def test_bad_options_of_score_are_said_before_torchrun_starts(cluster):
+    code, output = cluster.run("local.sh", "2", "score", "--corpus", "c", work="0", NO_STORE="2")
+    assert (code, cluster.log("python")) == (2, []), output
+
+
 def test_local_usage_is_shown(cluster):
     code, output = cluster.run("local.sh", "train", work="0")
     assert code == 2 and "bash launch/local.sh 2 train" in output

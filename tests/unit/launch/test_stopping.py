@@ -166,3 +166,4 @@ def test_processes_passes_on_the_workers_exit_code_and_leaves_no_temporary_folde
     assert list(temporary.iterdir()) == []
     assert done.returncode == 3, done.stderr
     assert "failed first, with exit code 3" in done.stderr and "Traceback" not in done.stderr
+    assert "exitcode" not in done.stderr  # torchrun's words for what the worker has said itself

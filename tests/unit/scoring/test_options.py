@@ -69,3 +69,13 @@ def test_settings_come_from_the_command_line_and_a_file(tmp_path):
     )
     assert (options.window_tokens, options.parallel.tensor) == (64, 2)
     assert options.device == ScoreDevice()
+
+
+@pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])
+def test_every_bad_option_is_said_once_by_the_first_process(monkeypatch, capsys, rank, speaks):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as left:
+        parse(["--checkpont", "run", "--corpus", "c"], "")
+    printed = capsys.readouterr().err
+    assert left.value.code == 2
+    assert ("did you mean checkpoint?" in printed and "output: missing" in printed) is speaks
