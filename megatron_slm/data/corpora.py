@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from megatron_slm.data.indexed import open_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore
 
@@ -18,6 +19,28 @@ class Corpus:
     prefix: str
     manifest: CorpusManifest
     scores: ScoreStore | None = None
+
+
+def too_few_tokens(corpus: Corpus, sequence_length: int) -> str:
+    """Why a corpus gives no sample of this length; "" when it gives one."""
+    tokens = corpus.manifest.tokens
+    if tokens > sequence_length:
+        return ""
+    return (
+        f"{corpus.prefix} has {tokens} tokens, too few for one sample of sequence_length + 1 = {sequence_length + 1}. Use a "
+        "larger corpus or a shorter data.sequence_length."
+    )
+
+
+def nothing_counts(corpus: Corpus) -> str:
+    """Why no token of a corpus can be trained on or measured; "" when one can."""
+    if open_index(f"{corpus.prefix}.idx").has_trainable_tokens():
+        return ""
+    return (
+        f"{corpus.prefix} has {corpus.manifest.tokens} tokens in {corpus.manifest.documents} documents, none of more than one token: "
+        "the first token of a document has no loss that counts, because nothing before it explains it. Look at the text it was "
+        f"made of: python -m data_tools.inspect_corpus {corpus.prefix} --document 0"
+    )
 
 
 class UnusableData(ValueError):

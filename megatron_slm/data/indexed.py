@@ -54,6 +54,16 @@ class CorpusIndex:
     def tokens(self) -> int:
         return self.bin_bytes // self.dtype.itemsize
 
+    def has_trainable_tokens(self) -> bool:
+        """Whether any token has one before it in its sequence. The first of each is never trained on: nothing explains it."""
+        sequences = len(self.sequence_lengths_tokens)
+        if self.tokens > sequences:
+            return True
+        return any(
+            (self.sequence_lengths_tokens[start : start + _PIECE] > 1).any()
+            for start in range(0, sequences, _PIECE)
+        )
+
     def document_starts_tokens(self) -> np.ndarray:
         """Token offset at which each document begins, and the total at the end (int64, documents + 1)."""
         bounds_tokens = np.append(
@@ -74,7 +84,17 @@ class CorpusIndex:
 
 
 def read_index(path: str | Path) -> CorpusIndex:
-    """Open an .idx and check it in full: magic, version, dtype, file size, lengths, offsets and document order.
+    """Open an .idx and check it in full: what `open_index` checks, and lengths, offsets and document order.
+
+    Raises ValueError with a sentence naming the file and what is wrong. Reads all of it: 20 bytes per document.
+    """
+    index = open_index(path)
+    _check_index(Path(path), index)
+    return index
+
+
+def open_index(path: str | Path) -> CorpusIndex:
+    """Open an .idx of a corpus that was checked before: magic, version, dtype and file size are looked at, and no more.
 
     Raises ValueError with a sentence naming the file and what is wrong. Codes other than uint16 and int32 are refused: float
     codes mean different things in Megatron and NeoX, and no token file uses them.
@@ -99,9 +119,7 @@ def read_index(path: str | Path) -> CorpusIndex:
             f"{path}: the index is {word}: {size_bytes} bytes, but {sequences} sequences and {bounds} document "
             f"bounds need {expected_bytes}"
         )
-    index = _index_of(file, DTYPE_OF_CODE[code], sequences, bounds)
-    _check_index(path, index)
-    return index
+    return _index_of(file, DTYPE_OF_CODE[code], sequences, bounds)
 
 
 def _index_of(file: ReadOnlyFile, dtype: np.dtype, sequences: int, bounds: int) -> CorpusIndex:

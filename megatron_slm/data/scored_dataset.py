@@ -7,6 +7,7 @@ shuffling, blend or epoch.
 S = sequence length in tokens.
 """
 
+import math
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +21,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_slm.data.corpora import Corpus, open_corpora  # noqa: F401 (opened, then read)
+from megatron_slm.data.corpora import Corpus, nothing_counts, too_few_tokens
+from megatron_slm.data.corpora import open_corpora  # noqa: F401 (opened, then read)
 from megatron_slm.data.corpus_order import CorpusOrder, Documents
 from megatron_slm.data.epoch_index import build_once
 from megatron_slm.data.file_array import FileArray
-from megatron_slm.data.indexed import open_tokens, read_index
+from megatron_slm.data.indexed import open_index, open_tokens
 from megatron_slm.data.position import Stretch
 from megatron_slm.data.score_manifest import presented_name
 
@@ -59,14 +61,10 @@ class ScoredDataset(GPTDataset):
         self.isolate_documents = isolate_documents
         self.scores, self.corpus_id, self.with_offsets = corpus.scores, corpus_id, with_offsets
         self.sequence_length = sequence_length
-        tokens = corpus.manifest.tokens
-        if shuffle and tokens <= sequence_length:
-            raise ValueError(
-                f"{corpus.prefix} has {tokens} tokens, too few for one sample of sequence_length + 1 = "
-                f"{sequence_length + 1}. Use a larger corpus or a shorter data.sequence_length."
-            )
+        if problem := too_few_tokens(corpus, sequence_length if shuffle else 1):
+            raise ValueError(problem if shuffle else nothing_counts(corpus))
         # megatron-core maps both files; samples are read from these instead, which name a file that is cut short meanwhile.
-        self.corpus_index = index = read_index(f"{corpus.prefix}.idx")
+        self.corpus_index = index = open_index(f"{corpus.prefix}.idx")
         self.tokens = open_tokens(corpus.prefix, index)
         low_level = IndexedDataset(corpus.prefix)
         # Keyed by content: megatron-core keys its cache by path alone and reuses the index of a corpus that was made again.
@@ -238,9 +236,9 @@ def training_dataset(
     """
     if weights and len(weights) != len(corpora):
         raise ValueError(f"{len(weights)} blend weights were given for {len(corpora)} corpora.")
-    if any(weight <= 0 for weight in weights):
+    if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(
-            f"Blend weights must be positive, got {list(weights)}; leave a corpus out of data.train instead of giving it 0."
+            f"Blend weights must be positive and finite, got {list(weights)}; leave a corpus out of data.train instead of giving it 0."
         )
     datasets = [
         ScoredDataset(

@@ -84,6 +84,15 @@ def _scores_not_finite(summary: Mapping) -> str | None:
     )
 
 
+def zero_gradient(step: int) -> str:
+    """Sentence for a step that trained nothing."""
+    return (
+        f"The gradient of step {step} is zero: no token of its global batch was trained on. All of them are the first tokens of "
+        "documents (which are never trained on), have no score, or were given a weight of 0 by the scorer. Look at the corpora of "
+        "data.train for documents of one token, and at the coverage of the stored scores (python -m data_tools.verify C --scores S)."
+    )
+
+
 def _keep_fraction_not_met(summary: Mapping, keep_fraction: float | None) -> str | None:
     kept = summary.get("selection/kept_fraction")
     if keep_fraction is None:

@@ -30,6 +30,7 @@ from megatron_slm.monitoring import (
 )
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Progress
+from megatron_slm.selection.alarms import zero_gradient
 from megatron_slm.selection.diagnostics import summarise
 from megatron_slm.training import resume, setup
 from megatron_slm.training.choose import Chooser
@@ -204,6 +205,8 @@ class Run:
                     f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
                     "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step"
                 )
+            if report.grad_norm == 0.0:
+                self.reporter.warn_once("zero_gradient", zero_gradient(self.step))
             with throughput.waiting_for_data():
                 fault = self.loader.fault() if self.step < self.steps else None
             stopping = stop.agreed(fault)

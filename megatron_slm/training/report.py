@@ -161,9 +161,13 @@ class Reporter:
             ranked=ranks_tokens(self.config.selection.scorer, keep_fraction),
         )
         for name, sentence in found.items():
-            if name not in self.warned:
-                self.warned.add(name)
-                self.message(sentence, "warning")
+            self.warn_once(name, sentence)
+
+    def warn_once(self, name: str, sentence: str) -> None:
+        """A warning of the kind `name`, unless this start of the run has had one."""
+        if name not in self.warned:
+            self.warned.add(name)
+            self.message(sentence, "warning")
 
     def close(self, state: str, exit_code: int) -> None:
         """Close the sinks of a run that is done, stopped or failed; one that is done says where

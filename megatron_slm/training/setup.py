@@ -12,7 +12,13 @@ from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
-from megatron_slm.data.corpora import Corpus, UnusableData, open_corpora
+from megatron_slm.data.corpora import (
+    Corpus,
+    UnusableData,
+    nothing_counts,
+    open_corpora,
+    too_few_tokens,
+)
 from megatron_slm.data.position import DataPosition
 from megatron_slm.data.score_manifest import presented_name
 from megatron_slm.files.redact import redacted
@@ -73,6 +79,17 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
             (validation[held_out.name],) = open_corpora([held_out.corpus], tokenizer=entry)
         except UnusableData as error:
             problems += [f"data.validation {held_out.name}: {each}" for each in error.corpora]
+    length = config.data.sequence_length
+    problems += [
+        f"data.train: {problem}"
+        for corpus in corpora
+        if (problem := too_few_tokens(corpus, length) or nothing_counts(corpus))
+    ]
+    problems += [
+        f"data.validation {name}: {problem}"
+        for name, corpus in validation.items()
+        if (problem := nothing_counts(corpus))
+    ]
     smallest = tokenizer.vocabulary_size if tokenizer else 0
     size = config.model.vocabulary_size or smallest
     if size < smallest:

@@ -1,5 +1,6 @@
 """A file that one rank can no longer read: every rank ends at the same step, with the file's name and a checkpoint."""
 
+import json
 import os
 from pathlib import Path
 
@@ -46,14 +47,45 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
     return str(caught.value), run.step, run.store.saved_step
 
 
-def cut_one_after_the_other(groups, folder: Path):
+def train_on_nothing(groups, folder: Path) -> None:
+    """A run whose corpus has no document of more than one token, which the door of a run would refuse."""
+    from megatron_slm.data.corpora import open_corpora
+    from megatron_slm.training.loop import Run
+    from megatron_slm.training.setup import Materials
+
+    mine = folder / f"rank{groups.world_rank}"
+    write_corpus(mine / "lone", [[token % 50] for token in range(900)], vocabulary_size=VOCABULARY)
+    config = make_config(folder, "run", {**CASE, "scorer": "none"}, groups.dp_size)
+    config.data.validation = []
+    config.checkpoint.keep_best = 0
+    materials = Materials(Tokenizer(), open_corpora([str(mine / "lone")]), {}, VOCABULARY)
+    run = Run(config, groups, materials)
+    run.start()
+    assert run.run() == 0
+
+
+def meet_all_faults(groups, folder: Path):
+    train_on_nothing(groups, folder / "nothing")
     return [train_until_a_file_is_cut(groups, folder / cut, cut) for cut in ("train", "target")]
 
 
-def test_every_rank_ends_with_the_name_of_the_file_that_one_cannot_read(tmp_path):
-    ours, theirs = run_on_cpu(cut_one_after_the_other, tmp_path, dp=2)
+@pytest.fixture(scope="module")
+def met(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    return folder, *run_on_cpu(meet_all_faults, folder, dp=2)
+
+
+def test_every_rank_ends_with_the_name_of_the_file_that_one_cannot_read(met):
+    _, ours, theirs = met
     for cut, (words, step, saved), told_on_rank_1 in zip(("train", "target"), ours, theirs):
         assert f"rank1/{cut}.bin: the file was cut short while it was in use" in words
         assert "(process 1 on " in words
         assert saved == step >= CUT_AT_STEP, "what was trained before is in a checkpoint"
         assert told_on_rank_1 == (words, step, saved)
+
+
+def test_a_step_that_trains_nothing_is_a_warning_once(met):
+    lines = (met[0] / "nothing" / "run" / "warnings.jsonl").read_text().splitlines()
+    told = [json.loads(line)["text"] for line in lines]
+    assert len([text for text in told if "The gradient of step 1 is zero" in text]) == 1
+    assert not any("The gradient of step 2" in text for text in told)

@@ -1,10 +1,13 @@
 """Every token's score is that token's: the fake scores are the absolute offsets, so alignment is an equality."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from megatron_slm.data.corpora import nothing_counts
 from megatron_slm.data.epoch_index import EpochIndex, build_once, shuffled_epoch
 from megatron_slm.data.scored_dataset import (
     ScoredDataset,
@@ -340,10 +343,29 @@ def test_too_small_and_badly_weighted_corpora_are_sentences(tmp_path):
         training_dataset(
             opened(tmp_path, "x"), sequence_length=2, seed=0, samples=1, weights=[1.0, 2.0]
         )
-    with pytest.raises(ValueError, match="positive"):
-        training_dataset(
-            opened(tmp_path, "xx"), sequence_length=2, seed=0, samples=1, weights=[1.0, 0.0]
-        )
+    for weight in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="positive and finite"):
+            training_dataset(
+                opened(tmp_path, "xx"), sequence_length=2, seed=0, samples=1, weights=[1.0, weight]
+            )
+
+
+@pytest.mark.parametrize("documents", [[[5]], [[], [9]]])
+def test_a_validation_corpus_of_one_token_is_a_sentence(tmp_path, documents):
+    write_corpus(tmp_path / "x", documents)
+    (corpus,) = open_corpora([str(tmp_path / "x")])
+    with pytest.raises(ValueError, match="1 tokens in . documents, none of more than one token"):
+        validation_dataset(corpus, sequence_length=8)
+
+
+def test_what_counts_is_found_however_many_documents_are_empty(tmp_path):
+    for name, documents, counts in (
+        ("nothing", [[5], [], [6], [7]], False),
+        ("one", [[], [5, 6], [], [], [7]], True),
+    ):
+        write_corpus(tmp_path / name, documents)
+        (corpus,) = open_corpora([str(tmp_path / name)])
+        assert (nothing_counts(corpus) == "") == counts
 
 
 def test_large_vocabularies_are_read_as_written(tmp_path):

@@ -52,6 +52,7 @@ def config(tmp_path) -> Config:
         tokenizer_fingerprint=tokenizer.fingerprint,
     )
     made = Config()
+    made.data.sequence_length = 16
     made.run.folder, made.data.tokenizer, made.data.train = (
         str(tmp_path / "run"),
         str(tmp_path / "tokenizer.json"),
@@ -107,6 +108,24 @@ def test_a_corpus_whose_documents_another_token_ends_is_refused_with_both_values
     assert f"data.train: {tmp_path}/b: the corpus was made with the tokenizer none, not" in said
     assert f"data.validation target: {tmp_path}/b" in said
     assert said.count("eod_id 7 and 0") == 2
+
+
+def test_corpora_of_which_nothing_can_be_trained_or_measured_are_named(config, tmp_path):
+    same = dict(
+        vocabulary_size=50,
+        tokenizer_fingerprint=load_tokenizer(config.data.tokenizer).fingerprint,
+    )
+    write_corpus(tmp_path / "lone_tokens", [[3]] * 200, **same)
+    write_corpus(tmp_path / "one_token", [[3]], **same)
+    config.data.train.append(str(tmp_path / "lone_tokens"))
+    config.data.validation = [CorpusConfig("target", str(tmp_path / "one_token"))]
+    said = problems_of(config, DataError)
+    assert (
+        f"data.train: {tmp_path}/lone_tokens has 200 tokens in 200 documents, none of more" in said
+    )
+    assert f"data.validation target: {tmp_path}/one_token has 1 tokens in 1 documents" in said
+    config.data.sequence_length, config.data.train = 5000, config.data.train[:1]
+    assert f"data.train: {tmp_path}/c has" in problems_of(config, DataError)
 
 
 @pytest.fixture
