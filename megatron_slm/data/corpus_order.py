@@ -1,8 +1,10 @@
-"""Sample i of one corpus as token ranges, also after samples of another length or order were read: nothing twice, nothing lost.
+"""Sample i of one corpus as token ranges, also after samples of another length or order were read:
+nothing twice, nothing lost.
 
-A corpus is read epoch after epoch (epoch_index.py). When the sequence length or the seed changes in the middle of an epoch,
-the samples of that epoch that were not read are laid end to end in the order of the epoch, cut anew and put in random order;
-the epochs after it are cut with the new length and seed. What is left over then is less than one sample, as at the end of an epoch.
+A corpus is read epoch after epoch (epoch_index.py). When the sequence length or the seed changes in
+the middle of an epoch, the samples of that epoch that were not read are laid end to end in the
+order of the epoch, cut anew and put in random order; the epochs after it are cut with the new
+length and seed. What is left over then is less than one sample, as at the end of an epoch.
 
 S = sequence length in tokens.
 """
@@ -59,7 +61,9 @@ class Documents(NamedTuple):
 
 @dataclass(frozen=True)
 class RestIndex:
-    """What was not yet read of an epoch, cut anew: as an EpochIndex whose documents are these ranges, in this order."""
+    """What was not yet read of an epoch, cut anew: as an EpochIndex whose documents are these
+    ranges, in this order.
+    """
 
     range_start: np.ndarray | FileArray
     """int64 [ranges]: absolute offset of its first token."""
@@ -78,7 +82,8 @@ class Place(NamedTuple):
 
 
 class CorpusOrder:
-    """`pieces(i)` of sample i, counted from the end of `past`; shuffle=False: every token once, in an order that no seed changes.
+    """`pieces(i)` of sample i, counted from the end of `past`; shuffle=False: every token once, in
+    an order that no seed changes.
 
     cache: folder that keeps the arrays, of this corpus alone; None keeps them in memory.
     """
@@ -106,7 +111,9 @@ class CorpusOrder:
             self._continue_after(tuple(past))
 
     def _continue_after(self, past: tuple[Stretch, ...]) -> None:
-        """Begin with what `past`, whose last stretch was of another length or seed, has left of its epoch."""
+        """Begin with what `past`, whose last stretch was of another length or seed, has left of its
+        epoch.
+        """
         last = past[-1]
         before = CorpusOrder(
             self.documents,
@@ -162,7 +169,9 @@ class CorpusOrder:
         return self.epochs[number]
 
     def pieces(self, index: int) -> list[tuple[int, int]]:
-        """Absolute token ranges [start, end) of sample `index`, one per document it touches; S + 1 tokens in all."""
+        """Absolute token ranges [start, end) of sample `index`, one per document it touches; S + 1
+        tokens in all.
+        """
         place = self.place(index)
         row = int(place.index.shuffle_index[place.within])
         return ranges_of_sample(self.documents, place.index, row)
@@ -173,8 +182,9 @@ def ranges_of_sample(
 ) -> list[tuple[int, int]]:
     """Absolute [start, end) of the tokens of one sample, one range per document, empty ones too.
 
-    The same walk as GPTDataset._query_document_sample_shuffle_indices (a test compares the tokens), by offset; and the same
-    as `token_ranges` of one row (a test compares the two), for one sample several times faster.
+    The same walk as GPTDataset._query_document_sample_shuffle_indices (a test compares the tokens),
+    by offset; and the same as `token_ranges` of one row (a test compares the two), for one sample
+    several times faster.
     """
     (begin, begin_offset), (end, end_offset) = index.sample_index[row : row + 2].tolist()
     if isinstance(index, RestIndex):
@@ -192,7 +202,8 @@ def ranges_of_sample(
 def token_ranges(
     documents: Documents, index: EpochIndex | RestIndex, first_R: np.ndarray, last_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Absolute starts and ends, int64, of the tokens of R runs of neighbouring samples, from row first_R to row last_R inclusive.
+    """Absolute starts and ends, int64, of the tokens of R runs of neighbouring samples, from row
+    first_R to row last_R inclusive.
 
     One range per document and run, empty ones too. Holds the arrays that it looks into in memory.
     """
@@ -217,7 +228,9 @@ def token_ranges(
 def rest_of_epoch(
     documents: Documents, place: Place, sequence_length: int, entropy: list[int]
 ) -> RestIndex:
-    """The samples from `place` to the end of its epoch, neighbours joined, cut every `sequence_length` tokens."""
+    """The samples from `place` to the end of its epoch, neighbours joined, cut every
+    `sequence_length` tokens.
+    """
     rows = np.sort(place.index.shuffle_index[place.within :]).astype(np.int64)
     breaks = np.flatnonzero(np.diff(rows) != 1)
     first_R, last_R = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]

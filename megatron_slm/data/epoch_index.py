@@ -56,7 +56,9 @@ def shuffled_epoch(
 def cut_in_order(
     lengths: np.ndarray | FileArray, document_index: np.ndarray, tokens: int, sequence_length: int
 ) -> np.ndarray:
-    """Where each sample begins (EpochIndex.sample_index) when documents of `tokens` tokens in all are laid end to end in this order."""
+    """Where each sample begins (EpochIndex.sample_index) when documents of `tokens` tokens in all
+    are laid end to end in this order.
+    """
     if tokens <= sequence_length:
         return np.zeros((1, 2), np.int32)
     return helpers.build_sample_idx(

@@ -1,8 +1,10 @@
-"""How far the training data of a run has been read, corpus by corpus: what a checkpoint says of it, and what a change does to it.
+"""How far the training data of a run has been read, corpus by corpus: what a checkpoint says of it,
+and what a change does to it.
 
-An arrangement is what decides which sample comes n-th: the corpora in their order, their weights, the sequence length and the
-seed. As long as it stays, the position is one number, whatever the batch size and the layout. When it changes, the samples read
-of each corpus are counted, and the new arrangement begins there. No torch.
+An arrangement is what decides which sample comes n-th: the corpora in their order, their weights,
+the sequence length and the seed. As long as it stays, the position is one number, whatever the
+batch size and the layout. When it changes, the samples read of each corpus are counted, and the new
+arrangement begins there. No torch.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -56,10 +58,12 @@ class DataPosition:
     def moved_to(
         self, wanted: "DataPosition", count: Callable[[tuple[float, ...], int], Sequence[int]]
     ) -> "DataPosition":
-        """This position under the arrangement of `wanted`, each corpus where it was; the same one when nothing has changed.
+        """This position under the arrangement of `wanted`, each corpus where it was; the same one
+        when nothing has changed.
 
-        wanted: a position nothing was read at. count(weights, samples): how many of the first samples of a blend are of each
-        corpus. A corpus is found again by its content, wherever it lies; of two equal ones, the first is the first.
+        wanted: a position nothing was read at. count(weights, samples): how many of the first
+        samples of a blend are of each corpus. A corpus is found again by its content, wherever it
+        lies; of two equal ones, the first is the first.
         """
         if self._arrangement == wanted._arrangement:
             return replace(wanted, corpora=self._renamed(wanted), **self._kept)
@@ -111,7 +115,9 @@ class DataPosition:
 
     @classmethod
     def from_json(cls, stored: dict) -> "DataPosition":
-        """What to_json gave, read from a checkpoint. KeyError or TypeError when it is something else."""
+        """What to_json gave, read from a checkpoint. KeyError or TypeError when it is something
+        else.
+        """
 
         def corpora(name: str) -> tuple[CorpusPosition, ...]:
             return tuple(

@@ -193,7 +193,9 @@ def blend(weights: Sequence[float], size: int) -> BlendIndex:
 
 
 def _kept_blend(weights: Sequence[float], size: int, index_cache: str | Path | None) -> BlendIndex:
-    """The blend of weights that BlendedDataset has normalized: to do it once more can move their last bit, and the order."""
+    """The blend of weights that BlendedDataset has normalized: to do it once more can move their
+    last bit, and the order.
+    """
     key = sha256(repr((weights, size)).encode()).hexdigest()[:16]
     return build_once(
         Path(index_cache) / f"blend_{key}" if index_cache else None,
@@ -205,7 +207,9 @@ def _kept_blend(weights: Sequence[float], size: int, index_cache: str | Path | N
 def samples_by_corpus(
     weights: Sequence[float], samples: int, index_cache: str | Path | None = None
 ) -> list[int]:
-    """How many of the first `samples` of a blend are of each corpus; one weight, or none, is one corpus."""
+    """How many of the first `samples` of a blend are of each corpus; one weight, or none, is one
+    corpus.
+    """
     if len(weights) < 2:
         return [samples]
     counts = np.zeros(len(weights), np.int64)

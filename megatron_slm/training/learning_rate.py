@@ -1,4 +1,6 @@
-"""Learning rate of every step: linear warm-up, then constant, linear, cosine or warm-up-stable-decay."""
+"""Learning rate of every step: linear warm-up, then constant, linear, cosine or
+warm-up-stable-decay.
+"""
 
 import math
 
@@ -6,11 +8,13 @@ from megatron_slm.config.schema import Config
 
 
 def learning_rate(config: Config, position: float, end: float) -> float:
-    """Learning rate of the update with which a run of `end` steps has done `position`: a pure function, resuming needs no state.
+    """Learning rate of the update with which a run of `end` steps has done `position`: a pure
+    function, resuming needs no state.
 
-    Both may be fractions, where steps had another size before (run_length.py). Warm-up rises linearly over warmup_fraction of
-    the run and reaches the peak at its end; the shape then runs from the peak to min_learning_rate at the last step (wsd: only
-    over the last decay_fraction of the run).
+    Both may be fractions, where steps had another size before (run_length.py). Warm-up rises
+    linearly over warmup_fraction of the run and reaches the peak at its end; the shape then runs
+    from the peak to min_learning_rate at the last step (wsd: only over the last decay_fraction of
+    the run).
     """
     schedule, optimizer = config.schedule, config.optimizer
     warmup_steps = math.ceil(schedule.warmup_fraction * end)

@@ -148,7 +148,9 @@ class Run:
             self.reporter.message(text, level)
 
     def _write_settings(self, resumed: bool) -> list[tuple[str, str]]:
-        """config.yaml and versions.txt, by rank 0; what has changed since the start before, on every rank: another one writes the log."""
+        """config.yaml and versions.txt, by rank 0; what has changed since the start before, on
+        every rank: another one writes the log.
+        """
         told = [[]]
         if self.groups.world_rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

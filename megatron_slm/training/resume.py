@@ -1,14 +1,17 @@
-"""What may change between two starts of a run, and what happens then; compared before any process group starts.
+"""What may change between two starts of a run, and what happens then; compared before any process
+group starts.
 
-A checkpoint knows what the run reads by content: the fingerprints of corpora, scores, reference and validation corpora. The
-same name with other content is refused, because it happens by accident; another name is a change that is made on purpose.
-(Model and tokenizer are compared by checkpoint/architecture.py.)
+A checkpoint knows what the run reads by content: the fingerprints of corpora, scores, reference and
+validation corpora. The same name with other content is refused, because it happens by accident;
+another name is a change that is made on purpose. (Model and tokenizer are compared by
+checkpoint/architecture.py.)
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_slm.checkpoint.folder import complete_checkpoints, read_checkpoint_info
+from megatron_slm.config.check import tokens_per_step
 from megatron_slm.config.load import ConfigError, load_yaml, to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import Corpus
@@ -39,7 +42,10 @@ class Saved:
 
 
 def read_saved(checkpoint: Path) -> Saved:
-    """What a checkpoint says of its run. ValueError, KeyError or TypeError when it says nothing that can be read."""
+    """What a checkpoint says of its run.
+
+    ValueError, KeyError or TypeError when it says nothing that can be read.
+    """
     info = read_checkpoint_info(checkpoint)
     trainer = read_json_object(checkpoint, "trainer.json")
     if "data" in trainer:
@@ -54,7 +60,9 @@ def read_saved(checkpoint: Path) -> Saved:
 
 
 def newest_saved(run_folder: str | Path) -> Saved | None:
-    """The newest checkpoint of a run folder that can be read; None when there is none. Content is not hashed here."""
+    """The newest checkpoint of a run folder that can be read; None when there is none. Content is
+    not hashed here.
+    """
     for checkpoint in reversed(complete_checkpoints(Path(run_folder, "checkpoints"))):
         try:
             return read_saved(checkpoint)
@@ -98,7 +106,11 @@ def wanted_position(config: Config, corpora: list[Corpus]) -> DataPosition:
 
 
 def position_before(saved: Saved, wanted: DataPosition) -> DataPosition:
-    """Where the data of the run stood. An old checkpoint says how many samples were read, not of what: of what is read now (bad_data)."""
+    """Where the data of the run stood.
+
+    An old checkpoint says how many samples were read and not of what; `_changed_order` has seen to
+    it that they were of what is read now.
+    """
     if saved.position is not None:
         return saved.position
     return DataPosition(
@@ -135,7 +147,9 @@ def bad_data(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[str]:
     return list(dict.fromkeys(problems))  # a corpus may be named twice
 
 
-def notes(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[tuple[str, str]]:
+def notes(
+    saved: Saved, config: Config, wanted: DataPosition, inputs: Inputs
+) -> list[tuple[str, str]]:
     """What is said of changes with which the run goes on: (sentence, level)."""
     said = [(text, "warning") for text in position_before(saved, wanted).changes(wanted)]
     said += [
@@ -146,6 +160,15 @@ def notes(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[tuple[str,
         )
         for path in _changed(saved, "data.validation", inputs)
     ]
+    batches, step_tokens = config.monitoring.validation_batches, tokens_per_step(config)
+    if config.data.validation and batches and step_tokens != saved.step_tokens:
+        said.append(
+            (
+                f"monitoring.validation_batches: {batches} global batches are {batches * step_tokens:,} tokens now, and were "
+                f"{batches * saved.step_tokens:,} before; where a validation corpus has more, losses before and after are of different text",
+                "warning",
+            )
+        )
     if saved.position is None:
         said.append(
             (
@@ -158,7 +181,9 @@ def notes(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[tuple[str,
 
 
 def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
-    """Settings that differ from those of the start before, as warnings: a resumed run may change, but never unseen."""
+    """Settings that differ from those of the start before, as warnings: a resumed run may change,
+    but never unseen.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         return []
@@ -171,7 +196,9 @@ def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
 
 
 def _changed_order(config: Config) -> list[str]:
-    """What an old checkpoint cannot go on from: it does not say how much of each corpus was read, or with which seed."""
+    """What an old checkpoint cannot go on from: it does not say how much of each corpus was read,
+    or with which seed.
+    """
     path = Path(config.run.folder, "config.yaml")
     try:
         before = load_yaml(path)

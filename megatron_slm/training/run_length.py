@@ -1,4 +1,6 @@
-"""How far a run has come and how far it goes: steps, tokens and samples are counted, for their size may change between starts."""
+"""How far a run has come and how far it goes: steps, tokens and samples are counted, for their size
+may change between starts.
+"""
 
 from dataclasses import dataclass
 
@@ -18,8 +20,8 @@ class Done:
 class RunLength:
     """The length of a run from `start`, what it had done when it was started, to its end.
 
-    With schedule.train_steps the run ends after that many steps, whatever their size; with schedule.train_tokens it ends with
-    the first step that reaches that many tokens.
+    With schedule.train_steps the run ends after that many steps, whatever their size; with
+    schedule.train_tokens it ends with the first step that reaches that many tokens.
     """
 
     def __init__(self, config: Config, start: Done = Done()):
@@ -51,8 +53,9 @@ class RunLength:
     def clock(self, done: Done) -> tuple[float, float]:
         """Where `done` is on the run's way and how long that is, both in steps of the present size.
 
-        In the unit of the run's length: a run of so many tokens is half through when half of them are processed, so a
-        schedule goes on where it was when the batch changes; a run of so many steps is half through after half of them.
+        In the unit of the run's length: a run of so many tokens is half through when half of them
+        are processed, so a schedule goes on where it was when the batch changes; a run of so many
+        steps is half through after half of them.
         """
         if self.in_steps:
             return done.steps, self.steps
@@ -60,7 +63,9 @@ class RunLength:
 
 
 def shorter_than_done(config: Config, done: Done, step_tokens: int) -> str | None:
-    """What is wrong with a configured end that lies before `done`, whose last step had `step_tokens` tokens; None when nothing is."""
+    """What is wrong with a configured end that lies before `done`, whose last step had
+    `step_tokens` tokens; None when nothing is.
+    """
     schedule = config.schedule
     if schedule.train_steps and schedule.train_steps < done.steps:
         wanted = f"schedule.train_steps: got {schedule.train_steps}"

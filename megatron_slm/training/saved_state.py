@@ -24,7 +24,8 @@ def save(run: Run, with_optimizer: bool) -> None:
     """Begin the checkpoint of the run's present step; every rank calls it."""
     config, groups, optimizer = run.config, run.groups, run.trainer.optimizer
     tokenizer = tokenizer_of([corpus.manifest for corpus in run.materials.corpora])
-    # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and trainer.json, so it must hear of them.
+    # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and
+    # trainer.json, so it must hear of them.
     told = [
         {
             "metrics": run.metrics.state_dict(groups.dp_cp),
@@ -63,10 +64,11 @@ def save(run: Run, with_optimizer: bool) -> None:
 
 
 def restore(run: Run, state: dict) -> list[tuple[str, str]]:
-    """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; what is to be said of changes.
+    """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; what is to be
+    said of changes.
 
-    ConfigError or DataError when it cannot go on from there: what was compared before the processes joined was the newest
-    checkpoint, and that may have been damaged.
+    ConfigError or DataError when it cannot go on from there: what was compared before the processes
+    joined was the newest checkpoint, and that may have been damaged.
     """
     saved = resume.read_saved(step_folder(run.store.checkpoints, run.store.saved_step))
     setup.check_resume(run.config, run.materials, saved)
@@ -88,4 +90,4 @@ def restore(run: Run, state: dict) -> list[tuple[str, str]]:
         run.metrics.load_state_dict(state["metrics"])
         run.loss_spikes.load_state_dict(state.get("loss_spikes", {}))
     run.wandb_id = state["wandb_id"]
-    return resume.notes(saved, wanted, run.inputs)
+    return resume.notes(saved, run.config, wanted, run.inputs)

@@ -114,7 +114,9 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
 
 
 def check_resume(config: Config, materials: Materials, saved: resume.Saved) -> None:
-    """ConfigError or DataError, with every problem, when the run cannot go on from `saved` with these settings and inputs."""
+    """ConfigError or DataError, with every problem, when the run cannot go on from `saved` with
+    these settings and inputs.
+    """
     inputs = resume.inputs_of(config, materials.corpora, materials.validation)
     wanted = resume.wanted_position(config, materials.corpora)
     bad_settings = resume.bad_settings(saved, config)

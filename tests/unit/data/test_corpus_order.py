@@ -1,4 +1,6 @@
-"""However often the sequence length or the seed changes: an epoch reads no token twice, and loses less than a sample per cut."""
+"""However often the sequence length or the seed changes: an epoch reads no token twice, and loses
+less than a sample per cut.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ def documents_of(lengths) -> Documents:
 
 
 def labels_of(pieces) -> list[int]:
-    """Tokens that carry a loss: all but the first of every piece, which nothing before it explains or the sample before had."""
+    """Tokens that carry a loss: all but the first of every piece, which nothing before it explains
+    or the sample before had.
+    """
     return [token for start, end in pieces for token in range(start + 1, end)]
 
 

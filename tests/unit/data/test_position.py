@@ -1,4 +1,6 @@
-"""What a change of the corpora, their weights, the sequence length or the seed does to what was read of each corpus."""
+"""What a change of the corpora, their weights, the sequence length or the seed does to what was
+read of each corpus.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""What a checkpoint says of its run is compared with what lies there now, before any process group starts."""
+"""What a checkpoint says of its run is compared with what lies there now, before any process group
+starts.
+"""
 
 import json
 import shutil
@@ -16,6 +18,7 @@ from megatron_slm.training.setup import DataError, open_materials
 from tests.unit.training.test_setup import checkpoint, word_tokenizer
 
 STEPS, SAMPLES = 5, 40
+STEP_TOKENS = 8 * 256  # of the configuration's defaults
 
 
 def write(folder, name, seed=0, words=50) -> str:
@@ -32,7 +35,9 @@ def write(folder, name, seed=0, words=50) -> str:
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    """A run on two corpora with scores that has done some steps; its folder holds what the checks read."""
+    """A run on two corpora with scores that has done some steps; its folder holds what the checks
+    read.
+    """
     made = Config()
     made.run.folder, made.data.tokenizer = str(tmp_path / "run"), str(tmp_path / "tokenizer.json")
     made.data.train = [write(tmp_path, name, seed) for seed, name in enumerate("ab")]
@@ -54,7 +59,7 @@ def save(config, **trainer):
     checkpoint(Path(config.run.folder), fingerprint)
     position = replace(resume.wanted_position(config, materials.corpora), samples=SAMPLES)
     inputs = resume.inputs_of(config, materials.corpora, materials.validation)
-    state = {"step": STEPS, "samples": SAMPLES, "step_tokens": 128, "inputs": inputs}
+    state = {"step": STEPS, "samples": SAMPLES, "step_tokens": STEP_TOKENS, "inputs": inputs}
     write_state(config, **state, data=position.to_json())
     Path(config.run.folder, "config.yaml").write_text(to_yaml(config))
 
@@ -81,7 +86,7 @@ def said(config) -> str:
     wanted = resume.wanted_position(config, materials.corpora)
     inputs = resume.inputs_of(config, materials.corpora, materials.validation)
     saved = resume.newest_saved(config.run.folder)
-    return "\n".join(text for text, _ in resume.notes(saved, wanted, inputs))
+    return "\n".join(text for text, _ in resume.notes(saved, config, wanted, inputs))
 
 
 def test_an_unchanged_run_goes_on_without_a_word(config):
@@ -145,6 +150,14 @@ def test_a_changed_blend_is_told_of(config, tmp_path):
 def test_another_validation_text_is_told_of(config, tmp_path):
     write(tmp_path, "held_out", seed=9)
     assert "losses before and after are of different text" in said(config)
+
+
+def test_another_amount_of_validation_text_is_told_of(config):
+    config.data.global_batch_size = 4
+    config.monitoring.validation_batches = 3
+    assert "3 global batches are 3,072 tokens now, and were 6,144 before" in said(config)
+    config.monitoring.validation_batches = 0  # all of it, then as now
+    assert said(config) == ""
 
 
 def test_a_run_with_fewer_steps_than_it_has_done_is_a_bad_setting(config):

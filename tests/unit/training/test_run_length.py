@@ -1,4 +1,6 @@
-"""Steps, tokens and samples of a run whose batch or sequence length is another than before, and its learning rate."""
+"""Steps, tokens and samples of a run whose batch or sequence length is another than before, and its
+learning rate.
+"""
 
 import pytest
 
@@ -40,7 +42,9 @@ def test_more_steps_of_a_smaller_batch_are_planned_after_the_samples_already_rea
 def test_the_tokens_that_remain_are_trained_whatever_the_step_has(
     batch, sequence_length, steps, tokens
 ):
-    """Half of 1280 tokens are done in 40 steps of 2 sequences; the run ends with the first step that reaches 1280."""
+    """Half of 1280 tokens are done in 40 steps of 2 sequences; the run ends with the first step
+    that reaches 1280.
+    """
     done = trained(config_of(2, train_tokens=1280), steps=40)
     assert done == Done(40, 640, 80)
     length = RunLength(config_of(batch, sequence_length, train_tokens=1280), done)
@@ -78,7 +82,9 @@ def test_an_unchanged_run_has_the_same_curve_in_tokens_and_in_steps():
 
 
 def test_a_finished_run_has_nothing_left_and_a_shorter_one_is_refused():
-    """Finished in 3 steps of 64 tokens: 150 to 192 tokens end with the same step, 128 tokens and 2 steps before it."""
+    """Finished in 3 steps of 64 tokens: 150 to 192 tokens end with the same step, 128 tokens and 2
+    steps before it.
+    """
     done = trained(config_of(8, train_tokens=150))
     assert done == Done(3, 192, 24)
     for schedule in (dict(train_steps=3), dict(train_tokens=192), dict(train_tokens=129)):
