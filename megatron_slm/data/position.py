@@ -11,6 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Callable, Sequence
 
 
+def is_count(value: object) -> bool:
+    """Whether a value from a file is a whole number, at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Samples of a corpus that were read one after the other with one sequence length and one seed."""
@@ -115,8 +120,8 @@ class DataPosition:
 
     @classmethod
     def from_json(cls, stored: dict) -> "DataPosition":
-        """What to_json gave, read from a checkpoint. KeyError or TypeError when it is something
-        else.
+        """What to_json gave, read from a checkpoint. KeyError, TypeError or ValueError when it is
+        something else.
         """
 
         def corpora(name: str) -> tuple[CorpusPosition, ...]:
@@ -130,7 +135,13 @@ class DataPosition:
             "corpora": corpora("corpora"),
             "left_out": corpora("left_out"),
         }
-        return cls(**{**stored, **read})
+        position = cls(**{**stored, **read})
+        stretches = [one for each in (*position.corpora, *position.left_out) for one in each.past]
+        lengths = [each.sequence_length for each in (position, *stretches)]
+        counts = [each.samples for each in (position, *stretches)]
+        if not all(map(is_count, lengths + counts)) or 0 in lengths:
+            raise ValueError(f"{position} has what is no count")
+        return position
 
     @property
     def _arrangement(self) -> tuple:

@@ -10,12 +10,16 @@ checkpoint/architecture.py.)
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.checkpoint.folder import complete_checkpoints, read_checkpoint_info
+from megatron_slm.checkpoint.folder import (
+    CheckpointInfo,
+    complete_checkpoints,
+    read_checkpoint_info,
+)
 from megatron_slm.config.check import tokens_per_step
 from megatron_slm.config.load import ConfigError, load_yaml, to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import Corpus
-from megatron_slm.data.position import CorpusPosition, DataPosition
+from megatron_slm.data.position import CorpusPosition, DataPosition, is_count
 from megatron_slm.files.plain import read_json_object
 from megatron_slm.training.run_length import Done, RunLength, shorter_than_done
 
@@ -42,21 +46,31 @@ class Saved:
 
 
 def read_saved(checkpoint: Path) -> Saved:
-    """What a checkpoint says of its run.
-
-    ValueError, KeyError or TypeError when it says nothing that can be read.
-    """
+    """What a checkpoint says of its run. ValueError when it says nothing that can be read."""
     info = read_checkpoint_info(checkpoint)
     trainer = read_json_object(checkpoint, "trainer.json")
+    try:
+        return _saved(info, trainer)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{checkpoint / 'trainer.json'} does not say where its run stands ({error!r}); use an older step_* folder"
+        ) from error
+
+
+def _saved(info: CheckpointInfo, trainer: dict) -> Saved:
     if "data" in trainer:
-        done = Done(trainer["step"], info.tokens_processed, trainer["samples"])
         position = DataPosition.from_json(trainer["data"])
+        done = Done(trainer["step"], info.tokens_processed, trainer["samples"])
     else:  # tokens_processed was steps x the batch of the last start then; samples were counted
-        samples = trainer["loader"]["consumed_samples"]
+        position, samples = None, trainer["loader"]["consumed_samples"]
         done = Done(trainer["step"], samples * info.sequence_length, samples)
-        position = None
+    if not all(is_count(each) for each in (done.steps, done.tokens, done.samples)):
+        raise ValueError(f"{done} are no counts")
     step_tokens = trainer.get("step_tokens", done.tokens // max(1, done.steps))
-    return Saved(done, step_tokens, info.sequence_length, position, trainer.get("inputs"))
+    inputs = trainer.get("inputs")
+    if inputs is not None:
+        inputs = {setting: dict(found) for setting, found in inputs.items()}
+    return Saved(done, step_tokens, info.sequence_length, position, inputs)
 
 
 def newest_saved(run_folder: str | Path) -> Saved | None:
@@ -66,7 +80,7 @@ def newest_saved(run_folder: str | Path) -> Saved | None:
     for checkpoint in reversed(complete_checkpoints(Path(run_folder, "checkpoints"))):
         try:
             return read_saved(checkpoint)
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue  # damaged: the start of the run says so and takes the one before
     return None
 

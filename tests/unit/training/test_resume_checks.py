@@ -193,3 +193,21 @@ def test_a_checkpoint_that_cannot_be_read_is_left_to_the_start_of_the_run(config
     Path(config.run.folder, "checkpoints/step_00000001/trainer.json").write_text("{")
     assert resume.newest_saved(config.run.folder) is None
     open_materials(config)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"step": 5, "loader": {}},
+        {"step": "5", "loader": {"consumed_samples": 3}},
+        {"step": 5, "samples": 4, "data": []},
+        {"step": 5, "samples": 4, "data": {"weights": [], "corpora": [{"past": 3}]}},
+        {"step": 5, "loader": {"consumed_samples": 3}, "inputs": {"data.train": 7}},
+    ],
+)
+def test_a_trainer_json_that_says_nothing_of_its_run_is_named(config, state):
+    write_state(config, **state)
+    with pytest.raises(ValueError, match="trainer.json does not say where its run stands"):
+        resume.read_saved(Path(config.run.folder, "checkpoints", "step_00000001"))
+    open_materials(config)
