@@ -14,7 +14,9 @@ from megatron_slm.monitoring.progress_line import BAR, Part, fitted_progress
 
 
 class RunProgress:
-    """Bar with MB/s of input, tokens/s, documents and the time left; quiet when stderr is not a terminal."""
+    """Bar with MB/s of input, tokens/s, documents and the time left; quiet when stderr is not a
+    terminal.
+    """
 
     def __init__(self, total_bytes: int, done_bytes: int, documents: int, tokens: int) -> None:
         self._console = Console(stderr=True)

@@ -3,9 +3,9 @@
     python -m megatron_slm.train --config launch/recipes/quickstart.yaml                     one process
     torchrun --nproc-per-node 2 -m megatron_slm.train --config RECIPE.yaml --parallel.tensor 2 --selection.keep_fraction 0.6
 
-A run folder that holds a checkpoint is resumed. Exit codes: 0 done, 2 bad configuration, 3 bad data, 4 training
-diverged, or the checkpoint it ended or stopped with could not be saved, 85 stopped on request with a checkpoint (start
-the same command again).
+A run folder that holds a checkpoint is resumed. Exit codes: 0 done, 2 bad configuration, 3 bad
+data, 4 training diverged, or the checkpoint it ended or stopped with could not be saved, 85 stopped
+on request with a checkpoint (start the same command again).
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from megatron_slm.training.stop_signals import StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check everything that can be checked alone, then join the job and train; returns the exit code.
+    """Parse, check everything that can be checked alone, then join the job and train; returns the
+    exit code.
 
     Requests to stop are heard from the first line on.
     """
@@ -68,7 +69,9 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
 
 
 def _keep_others_out(run_folder: str, held: contextlib.ExitStack) -> None:
-    """Lock the run folder until `held` is left: two runs in one would write over each other's metrics and checkpoints."""
+    """Lock the run folder until `held` is left: two runs in one would write over each other's
+    metrics and checkpoints.
+    """
     advice = (
         f"Let it end, ask it to stop with a checkpoint (touch {os.path.join(run_folder, 'stop_requested')}), "
         "or give this run another run.folder"

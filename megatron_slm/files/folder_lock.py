@@ -1,17 +1,21 @@
-"""One writer per folder: a second process is refused and told who the first is; what a dead process left is taken over.
+"""One writer per folder: a second process is refused and told who the first is; what a dead process
+left is taken over.
 
-FOLDER/lock names its owner as JSON, for people and for the next process. Three things say whether the owner still writes:
+FOLDER/lock names its owner as JSON, for people and for the next process. Three things say whether
+the owner still writes:
 
-  the kernel's lock (flock)  Released by the kernel when the owner dies. NFS passes it on to other machines; some mounts of
-                             Lustre keep it on one machine, and others refuse it. So it is believed on one machine only.
-  the process                On the owner's machine: its process id, with the time at which that process began, because
-                             process ids are used again.
-  the beat                   From another machine: the owner touches the file every BEAT_SECONDS. A lock that is not touched
-                             for SILENCE_SECONDS while somebody watches belongs to nobody: its machine was switched off, or
-                             its job was killed and queued again elsewhere. Watching needs no agreement between clocks.
+  the kernel's lock  (flock) Released by the kernel when the owner dies. NFS passes it on to other
+                     machines; some mounts of Lustre keep it on one machine, and others refuse it.
+                     So it is believed on one machine only.
+  the process        On the owner's machine: its process id, with the time at which that process
+                     began, because process ids are used again.
+  the beat           From another machine: the owner touches the file every BEAT_SECONDS. A lock
+                     that is not touched for SILENCE_SECONDS while somebody watches belongs to
+                     nobody: its machine was switched off, or its job was killed and queued again
+                     elsewhere. Watching needs no agreement between clocks.
 
-Where a mount has no locks at all, two processes that find a dead owner's lock in the same instant on two machines may both
-take it; every other case is decided by what the file says.
+Where a mount has no locks at all, two processes that find a dead owner's lock in the same instant
+on two machines may both take it; every other case is decided by what the file says.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 90.0
 _BEING_WRITTEN_SECONDS = 2.0
 _TAKEN_OVER = 4
-"""Exit code of a process that finds its folder in another's hands: it was frozen for longer than SILENCE_SECONDS."""
+"""Exit code of a process that finds its folder in another's hands: it was frozen for longer than
+SILENCE_SECONDS.
+"""
 
 
 class FolderInUse(ValueError):
@@ -50,7 +56,9 @@ class Owner:
     started_at: str
     """When the lock was taken: UTC, ISO 8601."""
     machine: str
-    """The running kernel and the namespace of its process ids, within which `pid` means something; "" where unknown."""
+    """The running kernel and the namespace of its process ids, within which `pid` means something;
+    "" where unknown.
+    """
     process_began: str
     """When the kernel started the process, in its own ticks."""
 
@@ -75,10 +83,12 @@ class Owner:
 
 
 class FolderLock:
-    """Holds FOLDER/lock from `acquire` to `release`; a context manager. Makes the folder where there is none.
+    """Holds FOLDER/lock from `acquire` to `release`; a context manager. Makes the folder where
+    there is none.
 
-    `what` names the work for the message of a refused second process ("a training run"), `advice` says what to do about it.
-    `report` is told, in a sentence, of a lock that is taken over or watched.
+    `what` names the work for the message of a refused second process ("a training run"), `advice`
+    says what to do about it. `report` is told, in a sentence, of a lock that is taken over or
+    watched.
     """
 
     def __init__(
@@ -99,7 +109,9 @@ class FolderLock:
         self._made_folder = False
 
     def acquire(self) -> None:
-        """Take the lock. FolderInUse when a living process has it; OSError when the folder cannot be written."""
+        """Take the lock. FolderInUse when a living process has it; OSError when the folder cannot
+        be written.
+        """
         while self._descriptor < 0:
             self._made_folder |= not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +123,9 @@ class FolderLock:
         self._beating.start()
 
     def release(self) -> None:
-        """Give the lock back and remove its file, and the folder if `acquire` made it and nothing came into it."""
+        """Give the lock back and remove its file, and the folder if `acquire` made it and nothing
+        came into it.
+        """
         if self._descriptor < 0 or self._owner_pid != os.getpid():  # a forked child owns nothing
             return
         self._released.set()
@@ -132,7 +146,9 @@ class FolderLock:
         self.release()
 
     def _try_once(self) -> int:
-        """The descriptor of the lock file with this process as its owner; -1: the file was replaced, try again."""
+        """The descriptor of the lock file with this process as its owner; -1: the file was
+        replaced, try again.
+        """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         taken = False
         try:
@@ -152,7 +168,9 @@ class FolderLock:
                 os.close(descriptor)
 
     def _written_owner(self, descriptor: int, locked: bool | None) -> Owner | None:
-        """Who the file names; None when nobody has it. An owner that has locked and not yet signed is waited for."""
+        """Who the file names; None when nobody has it. An owner that has locked and not yet signed
+        is waited for.
+        """
         for _ in range(20):
             owner = _read_owner(descriptor)
             if owner is not None or locked is not False:
@@ -172,7 +190,9 @@ class FolderLock:
         self._report(f"{self.path}: taken over from {owner}, which no longer runs")
 
     def _beats(self, owner: Owner) -> bool:
-        """Whether the file is touched within SILENCE_SECONDS. FileNotFoundError: its owner gave it back meanwhile."""
+        """Whether the file is touched within SILENCE_SECONDS. FileNotFoundError: its owner gave it
+        back meanwhile.
+        """
         self._report(
             f"{self.path} is held by {owner}. Another machine cannot see whether that process lives, so the lock is watched "
             f"for up to {self._silence_seconds:.0f} s, and taken over if nothing touches it"
@@ -213,7 +233,9 @@ class FolderLock:
 
 
 def process_began(pid: int) -> str:
-    """When the kernel started process `pid`, in ticks since boot; "" when there is none, or it is dead and not yet collected."""
+    """When the kernel started process `pid`, in ticks since boot; "" when there is none, or it is
+    dead and not yet collected.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -242,12 +264,16 @@ def _try_kernel_lock(descriptor: int) -> bool | None:
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether `path` names the open file: it may have been removed, or replaced, since it was opened."""
+    """Whether `path` names the open file: it may have been removed, or replaced, since it was
+    opened.
+    """
     return os.path.samestat(os.fstat(descriptor), os.stat(path))
 
 
 def _touched_at(path: Path) -> int:
-    """When the file was last touched, in ns; opened anew each time, because NFS then asks the server."""
+    """When the file was last touched, in ns; opened anew each time, because NFS then asks the
+    server.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.fstat(descriptor).st_mtime_ns
@@ -256,7 +282,9 @@ def _touched_at(path: Path) -> int:
 
 
 def _read_owner(descriptor: int) -> Owner | None:
-    """Whom the file names; None for an empty file, and for one whose writer was killed while it wrote."""
+    """Whom the file names; None for an empty file, and for one whose writer was killed while it
+    wrote.
+    """
     try:
         return Owner(**json.loads(os.pread(descriptor, 1 << 16, 0)))
     except (ValueError, TypeError):

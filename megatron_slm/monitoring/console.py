@@ -1,4 +1,6 @@
-"""Metrics for a person at a terminal: a progress bar with rate, time left and losses; plain lines in a log file."""
+"""Metrics for a person at a terminal: a progress bar with rate, time left and losses; plain lines
+in a log file.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -16,7 +18,9 @@ _RANKS = {
     "learning rate": 8,
     "gradient norm": 9,
 }
-"""The higher, the sooner a part of the progress line goes on a narrow terminal; step and total have 0, the bar 2."""
+"""The higher, the sooner a part of the progress line goes on a narrow terminal; step and total have
+0, the bar 2.
+"""
 
 
 def _raise_again() -> None:
@@ -25,7 +29,8 @@ def _raise_again() -> None:
 
 
 class ConsoleSink:
-    """A progress bar where `stream` is a terminal, otherwise one plain line per record (good in a SLURM log).
+    """A progress bar where `stream` is a terminal, otherwise one plain line per record (good in a
+    SLURM log).
 
     On a narrow terminal step, total, time left and bar stay longest (progress_line.py).
     """
@@ -112,12 +117,14 @@ def lines_of_table(rows: Mapping[str, Any]) -> list[str]:
 
 
 def losses_in_words(record: Mapping[str, Any]) -> str:
-    """The losses of a training record: loss 3.4120 (all 3.702, reference 3.105); empty when it has none."""
+    """The losses of a training record: loss 3.4120 (all 3.702, reference 3.105); empty when it has
+    none.
+    """
     return " ".join(text for name, text in _figures(record) if name in ("loss", "other losses"))
 
 
 def _describe_training(record: Mapping[str, Any]) -> str:
-    """loss 3.412 (all 3.702, reference 3.1)  kept 60%  lr 3e-4  |grad| 0.81  12.3k tokens/s  0:01:22 left"""
+    """loss 3.412 (all 3.702, reference 3.1)  kept 60%  lr 3e-4  |grad| 0.81  0:01:22 left"""
     return "  ".join(text for _, text in _figures(record)).replace("  (", " (")
 
 

@@ -1,8 +1,10 @@
-"""The alarm for a training loss that jumps: against the median of the log lines before it and their spread. No torch.
+"""The alarm for a training loss that jumps: against the median of the log lines before it and their
+spread. No torch.
 
-Median and median deviation, because a mean and a standard deviation would be moved by the very spikes they should show. The
-loss of a line is a mean over many tokens, so its noise is near to a normal distribution's, of which 8 spreads are never
-exceeded; a falling loss lies below its recent median. A loss that rises over hundreds of lines is no spike and stays unseen here.
+Median and median deviation, because a mean and a standard deviation would be moved by the very
+spikes they should show. The loss of a line is a mean over many tokens, so its noise is near to a
+normal distribution's, of which 8 spreads are never exceeded; a falling loss lies below its recent
+median. A loss that rises over hundreds of lines is no spike and stays unseen here.
 """
 
 import math
@@ -13,27 +15,34 @@ WINDOW_LINES = 50
 SMALLEST_HISTORY_LINES = 10
 SPREADS = 8.0
 SMALLEST_RISE_NATS = 0.1
-"""A rise below this is no alarm, however quiet the loss was: a run on few distinct tokens has almost no spread."""
+"""A rise below this is no alarm, however quiet the loss was: a run on few distinct tokens has
+almost no spread.
+"""
 CHANGED_KEEP_FRACTION = 0.05
 _NORMAL_DEVIATION = 1.4826
 """Standard deviation of a normal distribution, in units of its median absolute deviation."""
 
 
 class LossSpikes:
-    """Remembers the losses of recent log lines; kept in checkpoints, so that a resumed run warns as an uninterrupted one."""
+    """Remembers the losses of recent log lines; kept in checkpoints, so that a resumed run warns as
+    an uninterrupted one.
+    """
 
     def __init__(self) -> None:
         self._losses: list[float] = []
         self._series: list = []
-        """What the losses are of: the metric's name and, for the loss of selected tokens, the keep fraction."""
+        """What the losses are of: the metric's name and, for the loss of selected tokens, the keep
+        fraction.
+        """
         self._is_high = False
         """Whether the last line was part of a spike that was told already."""
 
     def look(self, summary: Mapping, keep_fraction: float, step: int) -> str | None:
         """A sentence when the loss of this log line is a spike that was not told yet.
 
-        summary: reduced metrics of the interval; loss/all counts, or loss/selected where the other is not computed. A loss that is
-        not finite is left out. keep_fraction: what was configured for the interval; fewer kept tokens have a higher loss by choice.
+        summary: reduced metrics of the interval; loss/all counts, or loss/selected where the other
+        is not computed. A loss that is not finite is left out. keep_fraction: what was configured
+        for the interval; fewer kept tokens have a higher loss by choice.
         """
         name = "loss/all" if "loss/all" in summary else "loss/selected"
         loss = summary.get(name)
@@ -72,7 +81,9 @@ class LossSpikes:
         return {"losses": self._losses, "series": self._series, "is_high": self._is_high}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from a checkpoint; one saved before there was this alarm has {}, and the history begins anew."""
+        """Go on from a checkpoint; one saved before there was this alarm has {}, and the history
+        begins anew.
+        """
         self._losses = list(state.get("losses", []))
         self._series = list(state.get("series", []))
         self._is_high = state.get("is_high", False)

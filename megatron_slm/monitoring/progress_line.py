@@ -1,4 +1,6 @@
-"""One line of progress that fits its terminal: what a person needs most stays longest as the terminal gets narrower. No torch."""
+"""One line of progress that fits its terminal: what a person needs most stays longest as the
+terminal gets narrower. No torch.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +16,9 @@ _BAR_NARROWEST, _BAR_WIDEST = 5, 24
 
 
 class Part(NamedTuple):
-    """A piece of the line. Parts stand in the order they are given and go in the order of `rank`, the highest first."""
+    """A piece of the line. Parts stand in the order they are given and go in the order of `rank`,
+    the highest first.
+    """
 
     rank: int
     text: str
@@ -37,12 +41,16 @@ def fitting(parts: Sequence[Part], width: int) -> list[Part]:
 
 
 def fitted_progress(console: Console, **options) -> Progress:
-    """A rich Progress of one line; give a task its `parts` (with BAR among them), and change them with `update`."""
+    """A rich Progress of one line; give a task its `parts` (with BAR among them), and change them
+    with `update`.
+    """
     return Progress(_FittedLine(console), console=console, refresh_per_second=2, **options)
 
 
 class _FittedLine(ProgressColumn):
-    """The whole line as one column: rich's own columns shrink together, until none of them can be read."""
+    """The whole line as one column: rich's own columns shrink together, until none of them can be
+    read.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__()

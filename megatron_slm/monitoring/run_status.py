@@ -1,7 +1,9 @@
-"""status.json of a run folder: whether the run is running, done, stopped or failed, and why. No torch.
+"""status.json of a run folder: whether the run is running, done, stopped or failed, and why. No
+torch.
 
-It is replaced whole at every log line and when the run ends, so a reader never sees half of it. A process that is killed
-cannot write: the file then still says "running", and `RunStatus.was_killed` tells, on the machine of the run.
+It is replaced whole at every log line and when the run ends, so a reader never sees half of it. A
+process that is killed cannot write: the file then still says "running", and `RunStatus.was_killed`
+tells, on the machine of the run.
 """
 
 import datetime
@@ -23,7 +25,9 @@ class RunStatus:
     """What is known of the newest start of a run."""
 
     state: str
-    """running, done (the last step is trained and saved), stopped (on request, to be continued), failed."""
+    """running, done (the last step is trained and saved), stopped (on request, to be continued),
+    failed.
+    """
     reason: str
     """A sentence; empty while the run is running."""
     step: int
@@ -33,7 +37,9 @@ class RunStatus:
     exit_code: int | None
     """What the program ended with; None while it runs."""
     started_at: str
-    """When this start of the run began: UTC, ISO 8601. A resumed run has a later one than its first start."""
+    """When this start of the run began: UTC, ISO 8601. A resumed run has a later one than its first
+    start.
+    """
     updated_at: str
     """When this was written: UTC, ISO 8601."""
     host: str
@@ -72,7 +78,8 @@ def progress(run_folder: str | Path, step: int) -> None:
 def end(
     run_folder: str | Path, state: str, reason: str, *, step: int, exit_code: int
 ) -> RunStatus | None:
-    """The run ended. The first reason of a failure stays, because a failing rank takes the others with it; what stands then.
+    """The run ended. The first reason of a failure stays, because a failing rank takes the others
+    with it; what stands then.
 
     None: nothing could be read or written.
     """
@@ -88,7 +95,9 @@ def _change(run_folder: str | Path, state: str, **changes) -> RunStatus | None:
 
 
 def _write(run_folder: str | Path, status: RunStatus) -> None:
-    """Storage that fails must not end a run: the status then stays as it was, and metrics.jsonl tells of the storage."""
+    """Storage that fails must not end a run: the status then stays as it was, and metrics.jsonl
+    tells of the storage.
+    """
     try:
         write_json_atomically(Path(run_folder) / STATUS_FILE, asdict(status))
     except OSError:

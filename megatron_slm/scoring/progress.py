@@ -1,4 +1,6 @@
-"""How far scoring is: a bar with tokens/s and the time left on a terminal, a line a minute in a log."""
+"""How far scoring is: a bar with tokens/s and the time left on a terminal, a line a minute in a
+log.
+"""
 
 import sys
 import time
@@ -9,7 +11,9 @@ LINE_INTERVAL_SECONDS = 60
 
 
 class Progress:
-    """Estimates the whole job from this rank's share: shards are dealt out in turn, so ranks advance alike."""
+    """Estimates the whole job from this rank's share: shards are dealt out in turn, so ranks
+    advance alike.
+    """
 
     def __init__(self, total_tokens: int, own_tokens: int, *, shown: bool):
         self.total_tokens, self.own_tokens, self.shown = total_tokens, own_tokens, shown

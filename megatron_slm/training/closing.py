@@ -1,4 +1,6 @@
-"""The last lines of a run that is done: its losses, tokens and time, where everything is, and what to do with it."""
+"""The last lines of a run that is done: its losses, tokens and time, where everything is, and what
+to do with it.
+"""
 
 import shlex
 from collections.abc import Mapping
@@ -16,7 +18,9 @@ def closing_lines(
     seconds: float,
     resume_step: int | None,
 ) -> list[str]:
-    """What to print. last: the newest "train" and "validation" records of this start; seconds: how long it took."""
+    """What to print. last: the newest "train" and "validation" records of this start; seconds: how
+    long it took.
+    """
     return [_outcome(last, seconds, resume_step), *_places(folder, name)]
 
 

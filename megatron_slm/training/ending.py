@@ -1,4 +1,6 @@
-"""How a run ends. Whichever way it is, status.json says it, and after a failure every sink has heard of it."""
+"""How a run ends. Whichever way it is, status.json says it, and after a failure every sink has
+heard of it.
+"""
 
 import contextlib
 import socket
@@ -31,13 +33,16 @@ class NonFiniteLoss(TrainingFailed):
 
 
 class NotSaved(TrainingFailed):
-    """The run reached its end or was asked to stop, and the checkpoint of its last step could not be written."""
+    """The run reached its end or was asked to stop, and the checkpoint of its last step could not
+    be written.
+    """
 
 
 def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
     """Make a loop.Run, train it, and tell how it ended; the exit code.
 
-    What is neither bad data nor a failure of training is raised again once it is told, for its traceback.
+    What is neither bad data nor a failure of training is raised again once it is told, for its
+    traceback.
     """
     folder = config.run.folder
     if groups.world_rank == 0:
@@ -79,10 +84,12 @@ def _exit_code_of(error: BaseException) -> int:
 
 
 def _tell_of_failure(error: BaseException, exit_code: int, config: Config, groups: Groups, run):
-    """status.json, standard error, and the sinks where this rank has them; else the file of warnings.
+    """status.json, standard error, and the sinks where this rank has them; else the file of
+    warnings.
 
-    A rank that fails alone breaks the others' connections, and they fail in turn. The rank with the sinks then tells the
-    reason that the first one left in status.json. (It may be ended before it can: then status.json and warnings.jsonl have it.)
+    A rank that fails alone breaks the others' connections, and they fail in turn. The rank with the
+    sinks then tells the reason that the first one left in status.json. (It may be ended before it
+    can: then status.json and warnings.jsonl have it.)
     """
     together = isinstance(error, (TrainingFailed, DataFault))
     if together and not groups.is_logger:

@@ -1,4 +1,6 @@
-"""The table at the start of a run: what runs, in which layout, which accelerations are on, and why the others are not."""
+"""The table at the start of a run: what runs, in which layout, which accelerations are on, and why
+the others are not.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +39,11 @@ class StartTable:
         return self.facts | _in_words([*self.layout, *self.accelerations])
 
     def short(self, full_at: Path) -> dict[str, str]:
-        """The rows of what is on; the names of all that is off in one row that says where the reasons stand.
+        """The rows of what is on; the names of all that is off in one row that says where the
+        reasons stand.
 
-        On a GPU an acceleration that is off keeps its row: there it is a loss of speed that somebody can do something about.
+        On a GPU an acceleration that is off keeps its row: there it is a loss of speed that
+        somebody can do something about.
         """
         kept, off = [], []
         for row in [*self.layout, *self.accelerations]:
@@ -101,7 +105,9 @@ def _model_words(config: Config, vocabulary_size: int) -> str:
 
 
 def data_words(config: Config, corpora: list[tuple[str, int]], run_tokens: int) -> str:
-    """How often the whole run passes over each training corpus. corpora: (prefix, tokens) in the order of data.train."""
+    """How often the whole run passes over each training corpus. corpora: (prefix, tokens) in the
+    order of data.train.
+    """
     weights = config.data.weights or [tokens for _, tokens in corpora]
     passes = [
         (run_tokens * weight / sum(weights) / max(1, tokens), prefix, tokens)
@@ -124,7 +130,9 @@ def _steps_words(length: RunLength) -> str:
 
 
 def layout_rows(config: Config, dp_size: int) -> list[tuple[str, str, str]]:
-    """Rows (feature, state, why) of how the model and the batch are spread, and of what that hides or recomputes."""
+    """Rows (feature, state, why) of how the model and the batch are spread, and of what that hides
+    or recomputes.
+    """
     parallel = config.parallel
 
     def size(name: str) -> tuple[str, str, str]:

@@ -1,4 +1,6 @@
-"""A run that diverges, or whose loss jumps, is told of everywhere: exit code, status.json, warnings.jsonl, Weights & Biases."""
+"""A run that diverges, or whose loss jumps, is told of everywhere: exit code, status.json,
+warnings.jsonl, Weights & Biases.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""A folder has one writer: a living one is named, a dead one's lock is taken over, whatever the file system can tell."""
+"""A folder has one writer: a living one is named, a dead one's lock is taken over, whatever the
+file system can tell.
+"""
 
 import dataclasses
 import fcntl
@@ -21,7 +23,9 @@ def lock_of(folder, reports=None, **seconds):
 
 
 def leave_lock(folder, **changes):
-    """A lock file as a process of these properties would have left it; nothing holds the kernel's lock."""
+    """A lock file as a process of these properties would have left it; nothing holds the kernel's
+    lock.
+    """
     owner = dataclasses.replace(Owner.this_process(), **changes)
     folder.mkdir(exist_ok=True)
     (folder / "lock").write_text(json.dumps(dataclasses.asdict(owner)))
