@@ -37,8 +37,8 @@ class Tokenizer:
     """A vocabulary with its encoder. Make one with `load_tokenizer`; a pickle holds the path only and loads again.
 
     Literal control strings in a text (`</s>`, `<|endoftext|>`) are encoded as ordinary characters, never as the control id:
-    a document cannot end itself. Where the unknown token is a control token, texts can still give its id: preprocessing
-    rejects such documents. `eod_id`, which closes documents, is the end-of-sequence id, else the begin-of-sequence id.
+    a document cannot end itself. Where the unknown token is a control token, texts can still give
+    its id: preprocessing rejects such documents. `eod_id`, which closes documents, is the end-of-sequence id, else the begin-of-sequence id.
     """
 
     path: Path
@@ -50,9 +50,10 @@ class Tokenizer:
     unk_id: int | None
     eod_id: int
     control_ids: frozenset[int]
-    """Ids that begin, end or pad a document, which no text may give. The unknown id is among them only where it is eod_id."""
+    """Ids that begin, end or pad documents, which no text may give; the unknown id only where it
+    is eod_id."""
     text_may_hold_control_ids: bool
-    """Whether nothing proves that texts never give a control id. SentencePiece gives none: only its control pieces are special."""
+    """Whether nothing proves that texts never give a control id. SentencePiece never gives one."""
     fingerprint: str
 
     def __init__(
@@ -92,7 +93,7 @@ class Tokenizer:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What manifests and checkpoints keep of it; `tokenizer_differences` compares two of them."""
+        """What manifests and checkpoints keep of it; compared by `tokenizer_differences`."""
         return {
             "path": str(self.path.resolve()),
             "kind": self.kind,
@@ -163,10 +164,11 @@ IDENTITY = ("fingerprint", "eod_id", "bos_id")
 
 
 def tokenizer_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """One phrase with both values per field in which two tokenizers, as their entries say, are not the same.
+    """One phrase with both values per field in which two tokenizers' entries differ.
 
-    The file's fingerprint is not all of it: which tokens begin and end documents is read from the files beside a
-    tokenizer.json. A field that an entry lacks, as bos_id in entries of earlier versions, is not compared.
+    The file's fingerprint is not all of it: which tokens begin and end documents is read from the
+    files beside a tokenizer.json. A field that an entry lacks, as bos_id in entries of earlier
+    versions, is not compared.
     """
     return [
         f"{name} {_brief(ours[name])} and {_brief(theirs[name])}"
@@ -275,11 +277,12 @@ def _encodes_text_only(settings: str) -> Any:
 
 
 def _without_controls(backend: Any, text: str, controls: set[str]) -> Any:
-    """`backend`, or one made for encoding alone: equal ids for every text, but control strings in it are its characters.
+    """`backend`, or one for encoding alone: equal ids, but control strings are characters to it.
 
-    encode_special_tokens is not enough where a control string is an added token without the mark `special`, or an entry of
-    the model's own vocabulary (Unigram, WordLevel, WordPiece, BPE that merges up to it or ignores merges). Added tokens get
-    the mark here; entries are renamed to a string that begins with NUL, which no document holds, so every id stays.
+    encode_special_tokens is not enough where a control string is an added token without the mark
+    `special`, or an entry of the model's own vocabulary (Unigram, WordLevel, WordPiece, BPE that
+    merges up to it or ignores merges). Added tokens get the mark here; entries are renamed to a
+    string that begins with NUL, which no document holds, so every id stays.
     """
     own = backend.get_vocab(with_added_tokens=False).keys() & controls
     unmarked = {
@@ -289,7 +292,8 @@ def _without_controls(backend: Any, text: str, controls: set[str]) -> Any:
         return backend
     settings = json.loads(text)
     model = settings["model"]
-    # An added token takes its id from the model's vocabulary, or the next free one: renamed, it would move those after it.
+    # An added token takes its id from the model's vocabulary, or the next free one: renamed, it
+    # would move those after it.
     settings["added_tokens"] = [
         {**token, "special": token["special"] or token["content"] in controls}
         for token in settings["added_tokens"]

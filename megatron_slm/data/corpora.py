@@ -58,9 +58,9 @@ def open_corpora(
     tokenizer: Mapping[str, Any] | None = None,
     allow_missing_scores: bool = False,
 ) -> list[Corpus]:
-    """Open corpora and their score stores (one per corpus, same order, or none). UnusableData lists every problem found.
+    """Open corpora and their score stores (one per corpus, same order, or none).
 
-    tokenizer: the entry of the tokenizer that all corpora must have been made with.
+    UnusableData lists every problem found. tokenizer: the entry of the tokenizer that all corpora must have been made with.
     """
     if scores and len(scores) != len(prefixes):
         raise UnusableData(
@@ -108,7 +108,10 @@ def _stores_of_other_corpora(
     manifests: Sequence[CorpusManifest | None],
     stores: Sequence[ScoreStore | None],
 ) -> list[str]:
-    """One sentence per store that belongs to another corpus than the one in its place, or one for all when they are only out of order."""
+    """One sentence per store of another corpus than the one in its place.
+
+    One for all of them when they are only out of order.
+    """
     place_of = {m.fingerprint: place for place, m in reversed([*enumerate(manifests)]) if m}
     owners = [store and place_of.get(store.manifest.corpus_fingerprint) for store in stores]
     if None not in owners and sorted(owners) == list(range(len(manifests))) != owners:

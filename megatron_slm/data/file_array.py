@@ -1,8 +1,9 @@
 """Arrays that lie in files and are read by position, only where they are asked for. No torch.
 
-They are not mapped. When a file is cut short while a process has it mapped, touching what is gone kills the process with
-SIGBUS and not a word; a read by position comes back short instead, so the file can be named. The cost is one system call
-for each range that is read, under a microsecond when the page is in memory, about what slicing a numpy memmap costs.
+They are not mapped. When a file is cut short while a process has it mapped, touching what is gone
+kills the process with SIGBUS and not a word; a read by position comes back short instead, so the
+file can be named. The cost is one system call for each range that is read, no more than slicing a
+numpy memmap and copying the slice.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import numpy as np
 
 
 class UnreadableFile(ValueError):
-    """A file of tokens, scores or indices that was sound when it was opened cannot be read any more. Names the file."""
+    """A file that was sound when it was opened cannot be read any more. Names the file."""
 
 
 class ReadOnlyFile:
-    """An open file that any number of threads and forked processes read at once. Pickles by its path."""
+    """An open file that threads and forked processes may read at once. Pickles by its path."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -40,7 +41,7 @@ class ReadOnlyFile:
         return os.fstat(self._descriptor).st_size
 
     def read(self, count_bytes: int, offset_bytes: int) -> bytes:
-        """`count_bytes` from `offset_bytes` on. UnreadableFile when the file ends before them or the disk fails."""
+        """`count_bytes` from `offset_bytes` on. UnreadableFile: the file ends, or the disk fails."""
         parts, end_bytes = [], offset_bytes + count_bytes
         while True:  # once round, but for reads beyond the 2 GiB at which the kernel stops
             try:
@@ -65,9 +66,10 @@ class ReadOnlyFile:
 
 
 class FileArray:
-    """A read-only array in part of a file: `len`, one row, slices of rows, `np.asarray` for all of it.
+    """A read-only array in part of a file: `len`, a row, slices of rows, `np.asarray` for all.
 
-    What is read is a copy, and cannot be written to. UnreadableFile, a ValueError, names the file when it no longer holds what it held.
+    What is read is a copy, and cannot be written to. UnreadableFile, a ValueError, names the file
+    when it no longer holds what it held.
     """
 
     def __init__(
@@ -117,13 +119,17 @@ class FileArray:
 
 
 def open_array(path: str | Path, dtype: np.dtype) -> FileArray:
-    """A file that is nothing but values of `dtype`, back to back, for as many as it has room for now."""
+    """A file that is nothing but values of `dtype`, back to back, for as many as it has room for
+    now.
+    """
     file = ReadOnlyFile(path)
     return FileArray(file, dtype, file.size_bytes // np.dtype(dtype).itemsize)
 
 
 def open_npy(path: str | Path) -> FileArray:
-    """The array in a .npy file. ValueError names a file that is none, that holds Python objects or that ends too early."""
+    """The array in a .npy file. ValueError names a file that is none, that holds Python objects or
+    that ends too early.
+    """
     try:
         with open(path, "rb") as stream:
             version = np.lib.format.read_magic(stream)

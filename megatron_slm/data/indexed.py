@@ -29,7 +29,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """What an .idx says. Its arrays stay in the file: a slice reads what it covers, `np.asarray` reads everything."""
+    """What an .idx says. Its arrays stay in the file: a slice reads what it covers."""
 
     dtype: np.dtype
     sequence_lengths_tokens: FileArray  # int32, S
@@ -55,7 +55,10 @@ class CorpusIndex:
         return self.bin_bytes // self.dtype.itemsize
 
     def has_trainable_tokens(self) -> bool:
-        """Whether any token has one before it in its sequence. The first of each is never trained on: nothing explains it."""
+        """Whether any token has one before it in its sequence.
+
+        The first of each is never trained on: nothing explains it.
+        """
         sequences = len(self.sequence_lengths_tokens)
         if self.tokens > sequences:
             return True
@@ -84,9 +87,9 @@ class CorpusIndex:
 
 
 def read_index(path: str | Path) -> CorpusIndex:
-    """Open an .idx and check it in full: what `open_index` checks, and lengths, offsets and document order.
+    """Open an .idx and check all of it: as `open_index`, and lengths, offsets and document order.
 
-    Raises ValueError with a sentence naming the file and what is wrong. Reads all of it: 20 bytes per document.
+    Raises ValueError with a sentence naming the file and what is wrong. Reads 20 bytes per document.
     """
     index = open_index(path)
     _check_index(Path(path), index)
@@ -94,7 +97,7 @@ def read_index(path: str | Path) -> CorpusIndex:
 
 
 def open_index(path: str | Path) -> CorpusIndex:
-    """Open an .idx of a corpus that was checked before: magic, version, dtype and file size are looked at, and no more.
+    """Open an .idx that was checked before: magic, version, dtype and file size are looked at.
 
     Raises ValueError with a sentence naming the file and what is wrong. Codes other than uint16 and int32 are refused: float
     codes mean different things in Megatron and NeoX, and no token file uses them.
@@ -175,7 +178,7 @@ def check_bin_size(prefix: str | Path, index: CorpusIndex) -> None:
 
 
 def open_tokens(prefix: str | Path, index: CorpusIndex) -> FileArray:
-    """All tokens of PREFIX.bin, read where they are asked for, after the file's size was checked against the index."""
+    """All tokens of PREFIX.bin, read where they are asked for; its size is checked here."""
     check_bin_size(prefix, index)
     return FileArray(ReadOnlyFile(f"{prefix}.bin"), index.dtype, index.tokens)
 

@@ -77,7 +77,7 @@ class TrainingLoader:
         return step
 
     def fault(self) -> ValueError | OSError | None:
-        """Why the next step cannot be read; None = it can. Waits until it is read, and hands nothing out."""
+        """Why the next step cannot be read; None = it can. Waits for it, and hands nothing out."""
         step = self._reading().wait()
         return step if isinstance(step, (ValueError, OSError)) else None
 
@@ -156,7 +156,8 @@ class ValidationLoader:
 class _Reader:
     """Calls `read(sample)` for sample = start, start + stride, ... in a thread.
 
-    At most `depth` steps wait to be handed out, and one more is being read; the one that was waited for comes on top.
+    At most `depth` steps wait to be handed out, and one more is being read; the one that was
+    waited for comes on top.
     """
 
     def __init__(self, read, start: int, stride: int, depth: int):

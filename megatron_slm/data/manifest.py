@@ -34,7 +34,7 @@ class CorpusManifest:
     bin_sha256: str
     idx_sha256: str
     tokenizer: dict[str, Any]
-    """path, kind, fingerprint, vocabulary_size, eod_id, bos_id (absent in corpora of earlier versions)."""
+    """path, kind, fingerprint, vocabulary_size, eod_id, bos_id (not in earlier versions)."""
     append_eod: bool
     sources: list[dict[str, Any]]
     created_by: dict[str, Any]

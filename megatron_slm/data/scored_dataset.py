@@ -63,7 +63,8 @@ class ScoredDataset(GPTDataset):
         self.sequence_length = sequence_length
         if problem := too_few_tokens(corpus, sequence_length if shuffle else 1):
             raise ValueError(problem if shuffle else nothing_counts(corpus))
-        # megatron-core maps both files; samples are read from these instead, which name a file that is cut short meanwhile.
+        # megatron-core maps both files; samples are read from these instead, which name a file
+        # that is cut short meanwhile.
         self.corpus_index = index = open_index(f"{corpus.prefix}.idx")
         self.tokens = open_tokens(corpus.prefix, index)
         low_level = IndexedDataset(corpus.prefix)

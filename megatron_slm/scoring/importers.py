@@ -21,7 +21,10 @@ _RAW_DTYPES = {2: np.dtype("<f2"), 4: np.dtype("<f4")}
 
 
 def read_array(path: str | Path, tokens: int) -> FileArray:
-    """A 1-D array of one value per token, read where it is asked for: .npy of any float dtype, or raw little-endian fp16 or fp32 (told apart by size)."""
+    """A 1-D array of one value per token, read where it is asked for.
+
+    It is a .npy of any float dtype, or raw little-endian fp16 or fp32 (told apart by size).
+    """
     path = Path(path)
     if path.suffix == ".npy":
         array = open_npy(path)

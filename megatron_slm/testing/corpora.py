@@ -22,7 +22,10 @@ def write_corpus(
     tokenizer_fingerprint: str = TOKENIZER_FINGERPRINT,
     **tokenizer: Any,
 ) -> CorpusManifest:
-    """PREFIX.bin, .idx and .manifest.json of documents given as token ids; `tokenizer`: fields of the manifest's entry, like eod_id."""
+    """PREFIX.bin, .idx and .manifest.json of documents given as token ids.
+
+    tokenizer: fields of the manifest's tokenizer entry, like eod_id.
+    """
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)

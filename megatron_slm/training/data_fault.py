@@ -1,4 +1,4 @@
-"""A file that one process can no longer read ends the run on all of them, at the same step and with the same words.
+"""A file that one process can no longer read ends the run on all of them, with the same words.
 
 A rank that failed alone would leave the others waiting in their next collective.
 """
@@ -14,11 +14,14 @@ Read = TypeVar("Read")
 
 
 class DataFault(ValueError):
-    """Data that was sound when the run started cannot be read any more; every rank of the job raises this at the same step."""
+    """Data that was sound at the start cannot be read any more; all ranks raise it together."""
 
 
 def share_fault(fault: Exception | None) -> DataFault:
-    """The fault of the first rank that has one, on every rank. Every rank calls it, once any of them is known to have one."""
+    """The fault of the first rank that has one, on every rank.
+
+    Every rank calls it, once any of them is known to have one.
+    """
     words = (
         None if fault is None else f"{fault} (process {dist.get_rank()} on {socket.gethostname()})"
     )

@@ -164,8 +164,8 @@ class Run:
     def run(self) -> int:
         """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from.
 
-        NotSaved: the checkpoint of the step it ended with could not be written. DataFault: a rank cannot read the next step, or a
-        validation corpus; the steps before it are in a checkpoint.
+        NotSaved: the checkpoint of the step it ended with could not be written. DataFault: a rank
+        cannot read the next step, or a validation corpus; the steps before are in a checkpoint.
         """
         stop = StopRequest(self.folder, self.groups.device, self.signals)
         flops = model_flops_per_token(

@@ -18,7 +18,7 @@ def on_this_rank(batches: Sequence[Batch], groups: Groups) -> list[Batch]:
 
 
 class ValidationOnThisRank:
-    """A validation loader's global batches, as this rank feeds them; every rank of the job iterates together.
+    """A validation loader's global batches, as this rank feeds them; all ranks iterate together.
 
     DataFault on all of them when the corpus cannot be read on one.
     """

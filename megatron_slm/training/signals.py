@@ -37,9 +37,10 @@ class StopRequest:
         """What keeps some rank from reading the next step, the same on every rank."""
 
     def agreed(self, fault: Exception | None = None) -> bool:
-        """Whether to stop after this step; one 4-byte all-reduce over the world. Only rank 0 looks at the file.
+        """Whether to stop after this step; one 4-byte all-reduce over the world.
 
-        fault: why this rank cannot read the next step. Where any rank has one, all stop, and `self.fault` says it.
+        Only rank 0 looks at the file. fault: why this rank cannot read the next step. Where any
+        rank has one, all stop, and `self.fault` says it.
         """
         signalled = self.signals is not None and bool(self.signals.asked)
         asked = signalled or (dist.get_rank() == 0 and self.file.exists())

@@ -1,4 +1,4 @@
-"""A file that one rank can no longer read: every rank ends at the same step, with the file's name and a checkpoint."""
+"""A file that one rank can no longer read: all ranks end together, with its name and a checkpoint."""
 
 import json
 import os
@@ -15,7 +15,10 @@ CUT_AT_STEP = 3
 
 
 def train_until_a_file_is_cut(groups, folder: Path, cut: str):
-    """Every rank reads copies of its own; `cut` is cut short on rank 1 after a few steps. (words, last step, saved step)."""
+    """Every rank reads copies of its own; `cut` is cut short on rank 1 after a few steps.
+
+    Returns the words of the fault, the last step and the saved one.
+    """
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.training.data_fault import DataFault
     from megatron_slm.training.loop import Run
@@ -48,7 +51,7 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
 
 
 def train_on_nothing(groups, folder: Path) -> None:
-    """A run whose corpus has no document of more than one token, which the door of a run would refuse."""
+    """A run whose corpus has no document of more than one token, which `train` would refuse."""
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.training.loop import Run
     from megatron_slm.training.setup import Materials

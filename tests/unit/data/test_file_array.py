@@ -1,4 +1,4 @@
-"""Arrays in files are read by position: a file that is cut short while it is in use is named, and the process lives."""
+"""Arrays in files are read by position: a file that is cut short in use is named."""
 
 import os
 import pickle
