@@ -11,15 +11,21 @@ if [ -f "$SLM_VENV/bin/activate" ]; then
 fi
 # 2. Modules.
 # module purge; module load cuda/12.8 python/3.11
-# 3. A container (pyxis/enroot); the image is built by the Dockerfile. The checkout must be visible inside under the same path.
+# 3. A container; the image is built by the Dockerfile. The checkout must be visible inside under the same path.
+# pyxis/enroot, whose options are srun's own:
 # SLM_SRUN_OPTIONS=(--container-image=/shared/images/megatron-slm.sqsh --container-mounts=/shared:/shared --no-container-mount-home)
 declare -p SLM_SRUN_OPTIONS >/dev/null 2>&1 || SLM_SRUN_OPTIONS=()
+# apptainer, a command that starts each node's processes:
+# SLM_CONTAINER=(apptainer exec --nv --bind /shared:/shared /shared/images/megatron-slm.sif)
+declare -p SLM_CONTAINER >/dev/null 2>&1 || SLM_CONTAINER=()
 
 # --- Processes and threads. -------------------------------------------------------------------------------------------------------
 # One process per GPU; without GPUs, say how many CPU processes a node runs.
 : "${SLM_PROCESSES_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 : "${OMP_NUM_THREADS:=$(( ${SLURM_CPUS_ON_NODE:-$(nproc)} / SLM_PROCESSES_PER_NODE ))}"
 [ "$OMP_NUM_THREADS" -ge 1 ] || OMP_NUM_THREADS=1
+: "${SLM_LAUNCH:=torchrun}"          # torchrun: one per node starts the node's processes. srun: SLURM starts every process itself
+: "${SLM_MAX_REQUEUES:=200}"         # a job is not put back into the queue more often than this
 
 # --- Network. ---------------------------------------------------------------------------------------------------------------------
 : "${NCCL_DEBUG:=WARN}"

@@ -24,7 +24,7 @@ source "${SLM_ENV:-$SLM_ROOT/launch/env.sh}"
 source "$SLM_ROOT/launch/slurm.sh"
 python "$SLM_ROOT/launch/programs.py" "$program" || exit $?
 for word in "$@"; do
-    case $word in -h | --help | --version | --print_*) exec python -m "megatron_slm.$program" "$@" ;; esac
+    case $word in -h | --help | --version | --print_* | --check?only) exec python -m "megatron_slm.$program" "$@" ;; esac
 done
 # Names every bad setting before torchrun starts anything, and tells where the run folder is.
 if [ "$program" = train ]; then

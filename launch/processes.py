@@ -6,23 +6,39 @@ through this:
 
     python launch/processes.py TORCHRUN_OPTIONS -m megatron_slm.train --config RECIPE.yaml
 
-It takes torchrun's own options. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the workers to stop, for as long as that takes; a
-SIGINT after the first request kills them. With SLM_LAUNCHER_PID set to the process that started this one, its death is a
-request too. Exit code: the first failing worker's (128 + n when it was killed by signal n), 0 when none failed.
+It takes torchrun's own options. Where SLURM starts every process itself (`srun` with one task per
+process), each task runs
+
+    python launch/processes.py --slurm-task -m megatron_slm.train --config RECIPE.yaml
+
+which is one process of the job, with SLURM's task number as its rank.
+
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the workers to stop, for as long as that takes; a SIGINT
+after the first request kills them. With SLM_LAUNCHER_PID set to the process that started this one,
+its death is a request too. Exit code: the first failing worker's (128 + n when it was killed by
+signal n), 0 when none failed.
+
+How the processes ended also stands in a line on standard error, "processes.py: exit code N: ...",
+which launch/slurm.sh reads: srun makes one number of the exit codes of all nodes, and ends the
+other nodes when one of them fails. So that every node may stop in its own time, 85 is said in that
+line alone where SLM_STOPPED_IS_SUCCESS is set, and the exit code is 0.
 """
 
 import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 STOPPED = 85
-SPOKEN = (2, 3, 4, STOPPED)
-"""Exit codes of a program that has said why it ended: bad configuration, bad data, training failed, stopped."""
+SPOKEN = (2, 3, 4, 86, STOPPED)
+"""Exit codes of a program that has said why it ended: bad configuration or data, training failed,
+hung, stopped."""
 POLL_SECONDS = 0.5
 REPEAT_SECONDS = 0.5
 """Signals closer together are one request."""
@@ -97,13 +113,8 @@ def quieten(logger: str, requests: StopRequests) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if argv else 2
-    requests = StopRequests()
-    requests.listen()
+def run_torchrun(argv: list[str], requests: StopRequests) -> tuple[int, str]:
+    """Start this node's processes through torchrun and wait; the exit code, and whose it is."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -113,20 +124,76 @@ def main(argv: list[str] | None = None) -> int:
         if not requests.asked.is_set():
             log_folder = [] if "PET_LOG_DIR" in os.environ else [NO_LOG_FOLDER]
             run(parse_args([LEFT_TO_TORCHRUN, *log_folder, *argv]))  # one in argv counts
-            return 0
-        code = STOPPED
+            return 0, ""
+        return STOPPED, ""
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        if requests.asked.is_set() and failure.exitcode == -signal.SIGTERM:
-            code = STOPPED  # asked before it could listen, so before it had done anything
+        return exit_code(failure.exitcode, requests), f"process {rank}"
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return 128 + int(error.sigval), "torchrun"
+    except Exception:  # the processes did not find each other, for example
+        traceback.print_exc()
+        return 1, "torchrun"
+
+
+def run_slurm_task(argv: list[str], requests: StopRequests) -> tuple[int, str]:
+    """Run `-m MODULE ARGUMENTS` or a file as the rank that SLURM gave this task.
+
+    Returns its exit code, and which process it was.
+    """
+    try:
+        rank = os.environ["SLURM_PROCID"]
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+            "LOCAL_WORLD_SIZE": os.environ["SLM_PROCESSES_PER_NODE"],
+            "MASTER_ADDR": os.environ["SLM_MASTER_ADDRESS"],
+            "MASTER_PORT": os.environ["SLM_MASTER_PORT"],
+        }
+    except KeyError as missing:
+        print(f"--slurm-task: {missing.args[0]} is not set; see launch/slurm.sh", file=sys.stderr)
+        return 2, "this task"
+    if requests.asked.is_set():
+        return STOPPED, ""
+    # A process group of its own, as torchrun gives: a second Ctrl-C kills the group.
+    process = subprocess.Popen(
+        [sys.executable, *argv], env=os.environ | environment, process_group=0
+    )
+    return exit_code(process.wait(), requests), f"process {rank}"
+
+
+def exit_code(status: int, requests: StopRequests) -> int:
+    """A worker's exit code as a shell shows it; `status` is negative when a signal killed it."""
+    if requests.asked.is_set() and status == -signal.SIGTERM:
+        return STOPPED  # asked before it could listen, so before it had done anything
+    return status if status >= 0 else 128 - status
+
+
+def say_how_it_ended(code: int, process: str) -> None:
     if code == STOPPED:
-        say("stopped on request; start the same command again to continue")
+        ending = "stopped on request; start the same command again to continue"
     else:
-        say(f"process {rank} failed first, with exit code {code}; its message is above")
-    return code
+        node = os.environ.get("SLURMD_NODENAME")
+        where = f" on {node}" if node else ""
+        ending = f"{process}{where} failed first; its message is above"
+    say(f"processes.py: exit code {code}: {ending}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv else 2
+    requests = StopRequests()
+    requests.listen()
+    if argv[0] == "--slurm-task":
+        code, process = run_slurm_task(argv[1:], requests)
+    else:
+        code, process = run_torchrun(argv, requests)
+    if code:
+        say_how_it_ended(code, process)
+    return 0 if code == STOPPED and os.environ.get("SLM_STOPPED_IS_SUCCESS") else code
 
 
 def say(sentence: str) -> None:

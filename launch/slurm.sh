@@ -1,5 +1,60 @@
-# Functions that the batch scripts share. Sourced, after SLM_ROOT and launch/env.sh.
+# Functions that the batch scripts share. Sourced first, after SLM_ROOT is known; launch/env.sh comes after it.
 # shellcheck shell=bash
+
+# How SLURM calls this job. The number of an array's job alone would mean the whole array.
+SLM_JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}}
+SLM_JOB=${SLM_JOB:-${SLURM_JOB_ID:-}}
+SLM_CHILD=
+
+# slm_listen FUNCTION: from now on a signal to this script is kept in SLM_ASKED ("limit": the time limit nears; "ended": SLURM
+# or scancel ends this start), and FUNCTION asks the running step to stop. Until a step runs, the signal is only kept.
+slm_listen() {
+    SLM_STOP_STEP=$1
+    trap 'slm_asked limit' USR1
+    trap 'slm_asked ended' TERM INT HUP
+}
+
+slm_asked() {
+    SLM_INTERRUPTED=yes
+    [ "${SLM_ASKED:-}" = ended ] || SLM_ASKED=$1 # whoever ends the job after a warning does not want it requeued
+    if [ "$1" = limit ]; then echo "the time limit is near"; else echo "SLURM ends this start of the job"; fi
+    [ -z "$SLM_CHILD" ] || "$SLM_STOP_STEP" || true
+}
+
+# slm_leave_if_asked: end here when a signal came before anything was started.
+slm_leave_if_asked() {
+    case ${SLM_ASKED:-} in
+        limit)
+            echo "not started, and not requeued: the warning before the time limit came before the work could begin. Give a longer" \
+                "--time, or a shorter warning (--signal=B:USR1@SECONDS); the same command continues" >&2
+            exit 85 ;;
+        ended)
+            echo "not started: SLURM ended this start before the work could begin; $(slm_what_slurm_does)" >&2
+            exit 85 ;;
+    esac
+}
+
+# slm_preflight MODULE ARGUMENTS...: check the settings, the inputs and the output folder in one task of one node, before the
+# others start anything; prints the folder that the program writes. Exit code: the program's, with its sentence in the log.
+slm_preflight() {
+    if [[ $SLM_LAUNCH != torchrun && $SLM_LAUNCH != srun ]]; then
+        echo "SLM_LAUNCH: got '$SLM_LAUNCH'; expected torchrun or srun" >&2
+        return 2
+    fi
+    if ! [[ $SLM_MAX_REQUEUES =~ ^[0-9]+$ ]]; then
+        echo "SLM_MAX_REQUEUES: got '$SLM_MAX_REQUEUES'; expected a number of starts" >&2
+        return 2
+    fi
+    WORLD_SIZE=$((SLURM_JOB_NUM_NODES * SLM_PROCESSES_PER_NODE)) srun --nodes=1 --ntasks=1 "${SLM_SRUN_OPTIONS[@]}" "${SLM_CONTAINER[@]}" \
+        python -m "$@" --check_only
+}
+
+# slm_not_started CODE: the preflight ended with CODE; end as it did.
+slm_not_started() {
+    slm_leave_if_asked
+    echo "nothing was started: the check of settings and inputs ended with exit code $1; its message is above" >&2
+    exit "$1"
+}
 
 # First node of the allocation and a port that two jobs on it do not share; the port changes with every restart of the same job.
 slm_rendezvous() {
@@ -9,17 +64,71 @@ slm_rendezvous() {
     export SLM_MASTER_ADDRESS SLM_MASTER_PORT
 }
 
-# slm_srun_torchrun MODULE ARGUMENTS...: one torchrun per node, SLM_PROCESSES_PER_NODE processes under each.
-# Node ranks are SLURM's, so rank order follows node order and tensor-parallel neighbours share a node.
-slm_srun_torchrun() {
-    local cpus=()
+# slm_run_step MODULE ARGUMENTS...: SLM_PROCESSES_PER_NODE processes on every node, to their end; SLM_EXIT_CODE is the run's.
+#
+# srun's own exit code is the largest of all nodes': the first node that fails has the others ended, and their 143 hides its
+# code. So launch/processes.py says on standard error how its processes ended, and what it says is read here. It needs no
+# file that every node sees, which a disk that fails would take with it.
+slm_run_step() {
+    local messages answer code='' stopped=''
+    coproc SLM_READER { trap '' TERM INT HUP USR1; slm_read_endings; }
+    exec {messages}>&"${SLM_READER[1]}" {answer}<&"${SLM_READER[0]}" {SLM_READER[1]}>&-
+    slm_srun "$@" 2>&"$messages" {messages}>&- {answer}<&- &
+    SLM_CHILD=$!
+    exec {messages}>&-
+    [ -z "${SLM_ASKED:-}" ] || "$SLM_STOP_STEP" || true # asked between the last look and now
+    slm_wait "$SLM_CHILD"
+    SLM_CHILD=
+    read -r code stopped <&"$answer" || true
+    exec {answer}<&-
+    [ -z "$code" ] || SLM_EXIT_CODE=$code
+    # The processes do not end in the same instant, and one that misses another before it is done says so with a code.
+    if [ -n "${SLM_ASKED:-}" ] && [ -n "$stopped" ]; then
+        case $code in 1 | 134 | 143) SLM_EXIT_CODE=85 ;; esac
+    fi
+}
+
+# One torchrun per node, or (SLM_LAUNCH=srun) one task per process. Node ranks are SLURM's, so rank order follows node order
+# and tensor-parallel neighbours share a node.
+slm_srun() {
+    local tasks_per_node=1 cpus=() processes
+    # shellcheck disable=SC2016  # expanded on each node
+    processes='--nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$SLM_PROCESSES_PER_NODE" '
+    processes+='--max-restarts=0 --master-addr="$SLM_MASTER_ADDRESS" --master-port="$SLM_MASTER_PORT"'
     # Since SLURM 22.05 srun no longer inherits the batch job's --cpus-per-task and would give each node's task a single core.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-    # shellcheck disable=SC2016  # expanded on each node
-    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${cpus[@]}" --kill-on-bad-exit=1 \
-        "${SLM_SRUN_OPTIONS[@]}" bash -c 'exec python "$SLM_ROOT/launch/processes.py" --nnodes="$SLURM_JOB_NUM_NODES" \
-            --node-rank="$SLURM_NODEID" --nproc-per-node="$SLM_PROCESSES_PER_NODE" --max-restarts=0 \
-            --master-addr="$SLM_MASTER_ADDRESS" --master-port="$SLM_MASTER_PORT" -m "$@"' slm "$@"
+    case $SLM_LAUNCH in
+        torchrun) ;;
+        srun)
+            tasks_per_node=$SLM_PROCESSES_PER_NODE processes=--slurm-task
+            cpus=(--cpus-per-task="$(( ${SLURM_CPUS_ON_NODE:-1} / tasks_per_node > 0 ? ${SLURM_CPUS_ON_NODE:-1} / tasks_per_node : 1 ))") ;;
+    esac
+    exec env SLM_STOPPED_IS_SUCCESS=yes srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks_per_node))" \
+        --ntasks-per-node="$tasks_per_node" --distribution=block "${cpus[@]}" --kill-on-bad-exit=1 "${SLM_SRUN_OPTIONS[@]}" "${SLM_CONTAINER[@]}" \
+        bash -c 'exec python "$SLM_ROOT/launch/processes.py" '"$processes"' -m "$@"' slm "$@"
+}
+
+# Copies what the nodes say to the log; at the end, prints the exit code that counts among theirs (nothing if none said one),
+# and "stopped" if one of them said 85.
+#
+# A code that a program gives on purpose (2, 3, 4, 86) is never the consequence of another's end, and neither is a death by
+# SIGKILL, SIGSEGV and the like. A process that lost another one ends with 1, with 134 (NCCL's watchdog), or, told by SLURM
+# to end, with 143 or 85.
+slm_read_endings() {
+    local line code weight best='' best_weight=0 stopped=''
+    while IFS= read -r line || [ -n "$line" ]; do
+        printf '%s\n' "$line" >&2 || true
+        [[ $line =~ ^processes\.py:\ exit\ code\ ([0-9]+): ]] || continue
+        code=${BASH_REMATCH[1]}
+        case $code in
+            2 | 3 | 4 | 86) weight=3 ;;
+            1 | 134 | 143) weight=1 ;;
+            85) weight=1 stopped=stopped ;;
+            *) weight=2 ;;
+        esac
+        [ "$weight" -le "$best_weight" ] || best=$code best_weight=$weight
+    done
+    printf '%s %s\n' "$best" "$stopped"
 }
 
 # slm_wait PID: wait to the end even when signals interrupt; the exit code is in SLM_EXIT_CODE. Traps set SLM_INTERRUPTED=yes.
@@ -32,12 +141,42 @@ slm_wait() {
     done
 }
 
-# slm_requeue BEFORE AFTER: put this job back into the queue, unless nothing was gained since it started (BEFORE equals AFTER).
+# slm_signal_step: ask the processes of the running step to stop, on all nodes. Not through srun, which may swallow or repeat a
+# signal. Without --batch, scancel leaves this script alone.
+slm_signal_step() {
+    scancel --signal=USR1 "$SLM_JOB"
+}
+
+# slm_requeue UNIT BEFORE AFTER [ALL]: put this job back into the queue. Not when this start gained nothing (of the UNITs, BEFORE
+# were done when it began and AFTER are now), nor when SLM_MAX_REQUEUES starts cannot be enough for ALL of them at its pace.
 slm_requeue() {
-    if [ "$1" = "$2" ]; then
-        echo "not requeued: this start of the job made no progress ($2); a longer time limit or a longer warning before it may help" >&2
-        return 1
+    local gained=$(($3 - $2)) left=$(( ${4:-$3} - $3 )) starts=${SLURM_RESTART_COUNT:-0} advice
+    advice="A longer time limit (--time) or a shorter warning before it (--signal=B:USR1@SECONDS) may help; the same command continues"
+    if [ "$gained" -le 0 ]; then
+        echo "not requeued: this start of the job made no progress (at $1 $3). $advice" >&2
+    elif [ "$starts" -ge "$SLM_MAX_REQUEUES" ]; then
+        echo "not requeued: the job was put back $starts times, and SLM_MAX_REQUEUES is $SLM_MAX_REQUEUES. Submit the same command" \
+            "to continue at $1 $3" >&2
+    elif [ $(( (left + gained - 1) / gained )) -gt $(( SLM_MAX_REQUEUES - starts )) ]; then
+        echo "not requeued: this start went from $1 $2 to $3 of $4; at this pace the rest takes $(( (left + gained - 1) / gained ))" \
+            "more starts, and SLM_MAX_REQUEUES ($SLM_MAX_REQUEUES) leaves $(( SLM_MAX_REQUEUES - starts )). $advice" >&2
+    else
+        echo "requeueing job $SLM_JOB, which went from $1 $2 to $3"
+        scontrol requeue "$SLM_JOB" && return
+        echo "not requeued: scontrol refused (its message is above); the same command continues" >&2
     fi
-    echo "requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
+    return 1
+}
+
+# A sentence on what SLURM does with a job that it has told to end: one that goes back into the queue is counted at once.
+slm_what_slurm_does() {
+    local restarts
+    restarts=$(scontrol show job "$SLM_JOB" 2>/dev/null | sed -n 's/.* Restarts=\([0-9]\{1,\}\).*/\1/p') || true
+    if [ -z "$restarts" ]; then
+        echo "this script does not requeue it; if SLURM does not either, submit the same command to continue"
+    elif [ "$restarts" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+        echo "SLURM has put the job back into the queue, where it continues"
+    else
+        echo "SLURM has not put the job back into the queue; submit the same command to continue"
+    fi
 }

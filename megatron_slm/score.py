@@ -12,7 +12,7 @@ Exit codes: 0 done, 2 bad usage, 3 bad data, 85 stopped by a signal (start the s
 import os
 import sys
 
-from megatron_slm.config.load import ConfigError
+from megatron_slm.config.load import ConfigError, take_check_only
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.options import ScoringJob, parse, prepare
 from megatron_slm.scoring.summary import finish, means, pending_shards
@@ -92,11 +92,14 @@ def main(argv: list[str] | None = None) -> int:
 def score(argv: list[str] | None) -> int:
     """Check everything that can be checked alone, then join the job and score; returns the exit code."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    argv = sys.argv[1:] if argv is None else argv
+    argv, check_only = take_check_only(argv)
     options = parse(argv, __doc__)
     try:
         job = prepare(options, world_size, argv)
         store = ScoreStore.create(job.options.output, job.manifest)
+        if check_only:
+            print(job.options.output)
+            return 0
         if not pending_shards(store, job.share):
             return done_before(job, store, rank)
         from megatron_slm import device as device_room

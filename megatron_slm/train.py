@@ -14,7 +14,7 @@ import sys
 
 from megatron_slm.checkpoint.architecture import take_architecture
 from megatron_slm.config.check import check
-from megatron_slm.config.load import parse
+from megatron_slm.config.load import parse, take_check_only
 from megatron_slm.files.folder_lock import FolderLock
 from megatron_slm.training import setup
 from megatron_slm.training.stop_signals import StopSignals
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSignals) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    argv, check_only = take_check_only(argv)
     try:
         config = parse(argv, "slm-train", __doc__, fill=take_architecture)
         check(config, world_size)
@@ -43,6 +44,9 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
         # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once,
         # and before torch is imported, so that a missing file is named at once.
         materials = setup.open_materials(config, world_size) if rank == 0 else None
+        if check_only:
+            print(config.run.folder)
+            return 0
         from megatron_slm import device as device_room
 
         device = device_room.choose(config.device.kind)  # before anything imports megatron.core

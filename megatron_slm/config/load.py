@@ -67,6 +67,8 @@ class PrintedPath:
 
 
 RUN_FOLDER = PrintedPath("print_run_folder", lambda config: config.run.folder)
+CHECK_ONLY = "--check_only"
+"""An option of the programs that start several processes, for the scripts that start them."""
 Fill = Callable[[dict], list[str]]
 """Completes the given settings (nested plain values) in place from files that they name.
 
@@ -90,7 +92,10 @@ def parse(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
-        own = OWN_OPTIONS | {f"--{printed_path.option}": "Print that path and stop, for scripts."}
+        own = OWN_OPTIONS | {
+            f"--{printed_path.option}": "Print that path and stop, for scripts.",
+            CHECK_ONLY: "Check the settings and everything they name, print that path and stop.",
+        }
         print(help_text(settings_class, f"{prog} {usage}", description, own), end="")
         raise SystemExit(0)
     if "--version" in argv:
@@ -126,6 +131,14 @@ def parse(
         print(printed_path.of(config))
         raise SystemExit(0)
     return config
+
+
+def take_check_only(argv: list[str] | None) -> tuple[list[str], bool]:
+    """The words of a command line (None = sys.argv) without --check_only, and whether it was there."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    spellings = (CHECK_ONLY, CHECK_ONLY.replace("_", "-"))
+    rest = [word for word in words if word not in spellings]
+    return rest, len(rest) < len(words)
 
 
 def from_mapping(values: Mapping) -> tuple[Config, list[str]]:

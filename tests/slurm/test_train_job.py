@@ -1,138 +1,171 @@
-"""launch/train.sbatch on a real SLURM of two nodes: rendezvous over srun and torchrun, stop near the limit, requeue, resume, done.
+"""launch/train.sbatch with the real trainer and a tiny model, on a real SLURM of two nodes.
 
-The trainer is a stand-in of thirty lines that keeps the real one's contract (gloo over torchrun's environment, stop file, exit code 85,
-`latest`), so that what is tested is the launching.
+One short test runs every time; the others are marked slow.
 """
 
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+from megatron_slm.monitoring.run_status import read_status
+from tests.end_to_end.small_run import command, compared, environment, lines
+from tests.slurm.cluster import ROOT, Cluster, Job, free_ports
 
-TRAINER = """
-import os, sys, time
-from pathlib import Path
-folder = Path(os.environ["RUN_FOLDER"])
-if "--print_run_folder" in sys.argv:
-    print(folder)
-    sys.exit(0)
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-rank, latest = dist.get_rank(), folder / "checkpoints" / "latest"
-step = int(latest.read_text()) if latest.exists() else 0
-print(f"rank {rank} of {dist.get_world_size()} on {os.environ['SLURMD_NODENAME']} starts at step {step}", flush=True)
-def save():
-    if rank == 0:
-        latest.parent.mkdir(exist_ok=True)
-        latest.write_text(str(step))
-while step < 6:
-    time.sleep(0.5)
-    step += 1
-    # The first start never gets past step 3 by itself: it waits to be stopped there.
-    while step == 3 and not latest.exists() and not (folder / "stop_requested").exists():
-        (folder / "waiting").touch()
-        time.sleep(0.1)
-    asked = torch.tensor(int(rank == 0 and (folder / "stop_requested").exists()))
-    dist.all_reduce(asked)
-    if asked:
-        save()
-        dist.barrier()
-        if rank == 0:
-            (folder / "stop_requested").unlink()
-        sys.exit(85)
-save()
-dist.destroy_process_group()
-print(f"rank {rank} done", flush=True)
-"""
+LONG = 400  # steps: seconds of work on an idle core, so that a signal comes in the middle
 
 
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "megatron_slm").mkdir()
-    (tmp_path / "megatron_slm" / "__init__.py").touch()
-    (tmp_path / "megatron_slm" / "train.py").write_text(TRAINER)
-    return tmp_path
+def settings(corpus: Path, run: Path, steps: int = LONG, *more: str) -> list[str]:
+    """What comes after the script's name."""
+    words = command(corpus, run, processes=1)
+    every = ["--checkpoint.interval_steps", "1000", "--monitoring.log_interval_steps", "10"]
+    return [*words[3:], *every, "--schedule.train_steps", str(steps), *more]
 
 
-def state(job: str, environment: dict) -> dict[str, str]:
-    shown = subprocess.run(
-        ["scontrol", "show", "job", job],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return dict(re.findall(r"(\w+)=(\S+)", shown))
+def submit(cluster: Cluster, *words: str | Path, nodes: str = "2", **variables: str) -> Job:
+    options = [f"--nodes={nodes}", "--time=20"]
+    return cluster.submit(*options, "launch/train.sbatch", *words, **variables)
 
 
-def test_a_job_is_stopped_requeued_resumed_and_done(slurm, checkout):
-    run_folder = checkout / "run"
-    environment = {
-        **slurm,
-        "RUN_FOLDER": str(run_folder),
-        "SLM_VENV": "/nonexistent",
-        "SLM_PROCESSES_PER_NODE": "2",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
-    # Both nodes of this cluster are this machine, so the first node's name must lead here.
-    (checkout / "env.sh").write_text(
-        'source "$SLM_ROOT/launch/env.sh"\nscontrol() { if [ "$1" = show ]; then echo 127.0.0.1; else command scontrol "$@"; fi; }\n'
-    )
-    environment["SLM_ENV"] = str(checkout / "env.sh")
-    submitted = subprocess.run(
+def logged_step(run: Path) -> int:
+    return max((record["step"] for record in lines(run)), default=0)
+
+
+def wait_for_steps(job: Job, run: Path, step: int = 10) -> None:
+    job.wait_for(lambda: logged_step(run) >= step, f"step {step}")
+
+
+def uninterrupted(corpus: Path, run: Path, steps: int) -> list[dict]:
+    """The log of the same run, by launch/processes.py alone and never stopped."""
+    start = [sys.executable, ROOT / "launch" / "processes.py", "--nproc-per-node=2"]
+    [port] = free_ports(1)
+    done = subprocess.run(
         [
-            "sbatch",
-            "--parsable",
-            "--nodes=2",
-            "--time=10",
-            "--output=job.log",
-            "launch/train.sbatch",
-            "--config",
-            "x.yaml",
+            *start,
+            f"--master-port={port}",
+            "-m",
+            "megatron_slm.train",
+            *settings(corpus, run, steps),
         ],
-        cwd=checkout,
-        env=environment,
+        env=environment() | {"CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert submitted.returncode == 0, submitted.stderr
-    job, log = submitted.stdout.strip(), checkout / "job.log"
+    assert done.returncode == 0, done.stderr
+    return compared(run)
 
-    def wait_for(condition, what: str, seconds: float = 300) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            text = log.read_text() if log.exists() else "no output"
-            assert time.monotonic() < deadline, (
-                f"{what} did not happen; {state(job, environment)}\n{text}"
-            )
-            time.sleep(0.5)
 
-    wait_for((run_folder / "waiting").exists, "step 3")
-    # What --signal=B:USR1@300 does near the time limit: the signal goes to the batch script alone.
-    subprocess.run(["scancel", "--signal=USR1", "--batch", job], env=environment, check=True)
-    wait_for(lambda: state(job, environment).get("Restarts") == "1", "the requeue")
-    assert (run_folder / "checkpoints" / "latest").read_text() == "3"
-    wait_for(
-        lambda: state(job, environment)["JobState"] in ("COMPLETED", "FAILED"),
-        "the second start's end",
-    )
+def test_near_the_limit_two_nodes_stop_are_requeued_and_end_with_the_same_losses(
+    cluster, corpus, tmp_path
+):
+    run = tmp_path / "run"
+    job = submit(cluster, *settings(corpus, run, 200))
+    wait_for_steps(job, run)
+    job.warn()
+    expected = uninterrupted(corpus, tmp_path / "whole", 200)  # while SLURM waits to start it again
+    assert job.wait_for_end() == "COMPLETED", job.text
+    assert (job.exit_code, job.restarts) == (0, 1), job.text
+    [stopped] = re.findall(r"went from step 0 to (\d+)", job.text)
+    assert 10 <= int(stopped) < 200
+    assert f"at step {stopped}\n" in job.text and f"resumed after step {stopped}" in job.text
+    assert compared(run) == expected
+    assert not (run / "stop_requested").exists()
 
-    text = log.read_text()
-    assert state(job, environment)["JobState"] == "COMPLETED", text
-    assert state(job, environment)["ExitCode"] == "0:0"
-    for start in (0, 3):
-        ranks = re.findall(rf"rank (\d) of 4 on (n\d) starts at step {start}", text)
-        assert sorted(ranks) == [("0", "n1"), ("1", "n1"), ("2", "n2"), ("3", "n2")], text
-    assert len(re.findall(r"rank \d done", text)) == 4
-    assert "requeueing job" in text and (run_folder / "checkpoints" / "latest").read_text() == "6"
+
+@pytest.mark.slow
+def test_srun_starts_every_process_and_the_job_is_requeued_just_so(cluster, corpus, tmp_path):
+    run = tmp_path / "run"
+    every = {"SLM_LAUNCH": "srun", "SLM_PROCESSES_PER_NODE": "2"}
+    options = ["--nodes=2", "--time=20", "--cpus-per-task=2", "launch/train.sbatch"]
+    job = cluster.submit(*options, *settings(corpus, run, 200), **every)
+    wait_for_steps(job, run)
+    assert len(job.processes("megatron_slm.train")) == 4
+    job.warn()
+    assert job.wait_for_end() == "COMPLETED", job.text
+    assert (job.exit_code, job.restarts) == (0, 1), job.text
+    assert "processes                      4" in job.text
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster, corpus, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, *settings(corpus, run))
+    wait_for_steps(job, run)
+    cluster.call("scancel", job.number)
+    assert job.wait_for_end() == "CANCELLED"
+    job.wait_for(lambda: "stopped at step" in job.text, "the last word of the job")
+    assert "SLURM has not put the job back into the queue" in job.text
+    assert job.restarts == 0 and (run / "checkpoints" / "latest").exists()
+    assert read_status(run).state == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["scontrol requeue", "node down"])
+def test_a_job_that_slurm_takes_back_goes_on(cluster, corpus, tmp_path, how):
+    run = tmp_path / "run"
+    job = submit(cluster, *settings(corpus, run))
+    wait_for_steps(job, run)
+    if how == "node down":
+        cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+        job.wait_for(lambda: job.restarts == 1, "the requeue")
+        cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+    else:
+        cluster.call("scontrol", "requeue", job.number)
+    assert job.wait_for_end(400) == "COMPLETED", job.text
+    assert (job.exit_code, job.restarts) == (0, 1)
+    assert "SLURM has put the job back into the queue, where it continues" in job.text
+    assert logged_step(run) == LONG
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_gives_the_job_its_code(cluster, corpus, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, *settings(corpus, run))
+    wait_for_steps(job, run)
+    os.kill(job.processes("megatron_slm.train")[0], signal.SIGKILL)
+    assert job.wait_for_end() == "FAILED"
+    assert job.exit_code == 137, job.text
+    assert "failed with exit code 137; not requeued" in job.text
+
+
+@pytest.mark.slow
+def test_missing_data_is_said_once_before_the_nodes_start(cluster, corpus, tmp_path):
+    job = submit(cluster, *settings(corpus, tmp_path / "run"), "--data.train", "[nowhere/corpus]")
+    assert job.wait_for_end() == "FAILED"
+    assert job.exit_code == 3, job.text
+    assert job.text.count("nowhere/corpus: no such corpus") == 1
+    assert "nothing was started" in job.text and "rendezvous" not in job.text
+
+
+@pytest.mark.slow
+def test_a_limit_shorter_than_the_warning_is_said_and_not_requeued(cluster, corpus, tmp_path):
+    options = ["--nodes=2", "--time=1", "launch/train.sbatch"]
+    job = cluster.submit(*options, *settings(corpus, tmp_path / "run"))
+    assert job.wait_for_end() == "FAILED"
+    assert (job.exit_code, job.restarts) == (85, 0), job.text
+    assert "not requeued" in job.text and "--signal=B:USR1@SECONDS" in job.text
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_became_read_only_ends_with_4(cluster, corpus, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", run]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        job = submit(cluster, *settings(corpus, run))
+        wait_for_steps(job, run)
+        subprocess.run(["mount", "-o", "remount,ro", run], check=True)
+        job.warn()
+        assert job.wait_for_end() == "FAILED"
+        assert job.exit_code == 4, job.text
+        assert "asking the processes to stop by a signal" in job.text
+        assert "failed with exit code 4; not requeued" in job.text
+    finally:
+        subprocess.run(["umount", "--lazy", run], check=True)

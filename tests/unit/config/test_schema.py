@@ -77,7 +77,8 @@ def test_every_option_that_help_lists_is_taken(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = re.findall(r"^  (--[\w.+]+)", capsys.readouterr().out, re.MULTILINE)
-    settings = set(listed) - {"--config", "--print_config", "--print_run_folder", "--version"}
+    own = {"--config", "--print_config", "--print_run_folder", "--check_only", "--version"}
+    settings = set(listed) - own
     assert settings == {f"--{name}" for name in field_names()}
     words = [word for name in sorted(settings) for word in (name, default_text(name[2:]))]
     assert parse(words, "test", "") == Config()

@@ -24,7 +24,8 @@ def launch(**variables) -> subprocess.CompletedProcess:
         cwd=ROOT,
         env={
             **environment,
-            "SLM_PYTHON": sys.executable,
+            "SLM_VENV": "/nonexistent",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **{name: str(value) for name, value in variables.items()},
         },
     )
@@ -73,3 +74,22 @@ def test_what_is_missing_is_said():
     assert "SLM_INPUT is not set" in launch().stderr
     done = launch(SLM_INPUT="a", SLM_TOKENIZER="b", SLM_OUTPUT="c")
     assert done.returncode != 0 and "--array" in done.stderr
+
+
+def test_cluster_settings_and_their_container_are_used(tmp_path):
+    start = tmp_path / "container"
+    start.write_text('#!/bin/bash\nprintf "%s\\n" "$OMP_NUM_THREADS $*"\n')
+    start.chmod(0o755)
+    settings = tmp_path / "env.sh"
+    settings.write_text(
+        f'SLM_CONTAINER=({start} exec image.sif)\nsource "$SLM_ROOT/launch/env.sh"\n'
+    )
+    corpus = {"SLM_INPUT": "/data/*.jsonl /more", "SLM_TOKENIZER": "t.model", "SLM_OUTPUT": "c"}
+    array = {"SLURM_ARRAY_TASK_ID": 3, "SLURM_ARRAY_TASK_COUNT": 4, "SLURM_CPUS_PER_TASK": 2}
+    done = launch(SLM_ENV=settings, **corpus, **array)
+    assert done.stdout == (
+        "1 exec image.sif python -m data_tools.preprocess --input /data/*.jsonl /more "
+        "--tokenizer t.model --output-prefix c --shard 3/4 --workers 2\n"
+    )
+    merged = launch(SLM_ENV=settings, SLM_MERGE=1, SLM_SHARDS=4, **corpus)
+    assert "exec image.sif python -m data_tools.merge --output-prefix c" in merged.stdout

@@ -1,151 +1,12 @@
-"""The batch scripts, run by bash with stand-ins for srun, scontrol and python on the PATH: command lines, signals, requeue decisions."""
+"""launch/train.sbatch, run by bash with stand-ins: command lines, signals, exit codes, requeue decisions."""
 
-import os
-import shutil
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
+import shutil
 
 import pytest
 
-LAUNCH = Path(__file__).parents[3] / "launch"
-
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
-
-SRUN = r"""#!/bin/bash
-# Runs the command as the first node would, after noting the options.
-printf '%s\n' "$*" >> "$SCRATCH/srun.log"
-while [[ $1 == --* ]]; do shift; done
-export SLURM_NODEID=0
-exec "$@"
-"""
-SCONTROL = r"""#!/bin/bash
-printf '%s\n' "$*" >> "$SCRATCH/scontrol.log"
-if [ "$1" = show ]; then printf 'node07\nnode08\n'; fi
-"""
-# Plays processes.py with its trainers or scorers. WORK says how it ends: a number = at once with that exit code; save, stall = when asked to stop.
-PYTHON = r"""#!/bin/bash
-if [[ "$*" == *programs.py* ]]; then exec "$REAL_PYTHON" "$@"; fi
-if [[ "$*" == *--print_run_folder* ]]; then
-    if [[ "$*" == *--nonsense* ]]; then echo "nonsense: unknown field" >&2; exit 2; fi
-    printf '%s\n' "$RUN_FOLDER"
-    exit 0
-fi
-if [[ "$*" == *--print_output* ]]; then printf '%s\n' "$STORE"; exit "${NO_STORE:-0}"; fi
-printf '%s\n' "$*" >> "$SCRATCH/python.log"
-trap 'echo asked >> "$SCRATCH/signals.log"; exit "${WHEN_ASKED:-143}"' TERM
-[ -e "$RUN_FOLDER/stop_requested" ] && touch "$SCRATCH/stale_stop_file_seen"
-[ "$WORK" = score ] && mkdir -p "$STORE/shards" && touch "$STORE/shards/shard_000001.json"
-touch "$SCRATCH/started"
-case $WORK in
-    [0-9]*) exit "$WORK" ;;
-    score) while sleep 0.05; do :; done ;;
-    *) while [ ! -e "$RUN_FOLDER/stop_requested" ]; do sleep 0.05; done
-       rm "$RUN_FOLDER/stop_requested"
-       if [ "$WORK" = save ]; then mkdir -p "$RUN_FOLDER/checkpoints"; echo step_00000042 > "$RUN_FOLDER/checkpoints/latest"; fi
-       exit 85 ;;
-esac
-"""
-
-
-class Cluster:
-    """A checkout and a PATH of stand-ins in a temporary folder."""
-
-    def __init__(self, folder: Path):
-        # Quotes, and so long that YAML would fold it at its spaces.
-        self.folder = folder
-        self.run_folder = folder / 'the lab\'s "shared" disk' / " and on".join(["on"] * 20) / "run"
-        shutil.copytree(LAUNCH, folder / "launch")
-        for program in (
-            "megatron_slm/train.py",
-            "megatron_slm/report.py",
-            "data_tools/preprocess.py",
-        ):
-            (folder / program).parent.mkdir(exist_ok=True)
-            shutil.copy(LAUNCH.parent / program, folder / program)
-        programs = folder / "bin"
-        programs.mkdir()
-        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": PYTHON}.items():
-            (programs / name).write_text(text)
-            (programs / name).chmod(0o755)
-        self.environment = {
-            "PATH": f"{programs}:{os.environ['PATH']}",
-            "SCRATCH": str(folder),
-            "REAL_PYTHON": sys.executable,
-            "RUN_FOLDER": str(self.run_folder),
-            "STORE": str(folder / "the lab's store"),
-            "SLM_VENV": "/nonexistent",
-            "SLURM_SUBMIT_DIR": str(folder),
-            "SLURM_JOB_ID": "123456",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_NODELIST": "node[07-08]",
-            "SLURM_GPUS_ON_NODE": "8",
-            "SLURM_CPUS_PER_TASK": "64",
-            "SLURM_CPUS_ON_NODE": "64",
-        }
-
-    def start(
-        self, script: str, *arguments: str, work: str, **environment: str
-    ) -> subprocess.Popen:
-        spool = self.folder / "spool"  # SLURM runs a copy of the script from elsewhere
-        spool.mkdir(exist_ok=True)
-        (self.folder / "started").unlink(missing_ok=True)
-        copy = (
-            shutil.copy(self.folder / "launch" / script, spool / "slurm_script")
-            if script.endswith(".sbatch")
-            else self.folder / "launch" / script
-        )
-        return subprocess.Popen(
-            ["bash", copy, *arguments],
-            env={**self.environment, "WORK": work, **environment},
-            cwd=spool,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=_take_interrupts,
-        )
-
-    def run(
-        self, script: str, *arguments: str, work: str, send: int | None = None, **environment: str
-    ) -> tuple[int, str]:
-        process = self.start(script, *arguments, work=work, **environment)
-        if send is not None:
-            self.wait_for("started", process)
-            process.send_signal(send)
-        try:
-            output, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        return process.returncode, output
-
-    def wait_for(self, name: str, process: subprocess.Popen) -> None:
-        deadline = time.monotonic() + 30
-        while not (self.folder / name).exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.02)
-
-    def log(self, name: str) -> list[str]:
-        path = self.folder / f"{name}.log"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def requeued(self) -> list[str]:
-        return [line for line in self.log("scontrol") if line.startswith("requeue")]
-
-
-def _take_interrupts() -> None:
-    """A test run in the background of a shell, or under nohup, ignores signals, and bash cannot trap what was ignored when it started."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-
-@pytest.fixture
-def cluster(tmp_path) -> Cluster:
-    return Cluster(tmp_path)
-
-
-TRAIN = ("--config", "recipe with spaces.yaml", "--selection.keep_fraction", "0.6")
+from tests.unit.launch.stand_ins import LAUNCH, TRAIN
 
 
 def test_one_torchrun_per_node_meets_at_the_first_node(cluster):
@@ -155,8 +16,9 @@ def test_one_torchrun_per_node_meets_at_the_first_node(cluster):
     assert config_step.startswith(
         "--nodes=1 --ntasks=1 python -m megatron_slm.train --config recipe with spaces.yaml"
     )
+    assert cluster.log("check")[1] == "WORLD_SIZE=16"
     assert train_step.startswith(
-        "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --kill-on-bad-exit=1 bash -c"
+        "--nodes=2 --ntasks=2 --ntasks-per-node=1 --distribution=block --cpus-per-task=64 --kill-on-bad-exit=1 bash -c"
     )
     [command] = cluster.log("python")
     port = 10000 + 123456 % 20000
@@ -185,20 +47,131 @@ def test_a_start_that_saved_nothing_new_is_not_requeued(cluster):
     assert code == 85 and "made no progress" in output
 
 
+def test_a_pace_that_needs_too_many_starts_is_not_requeued(cluster):
+    many = {"STEPS": "100000", "SLM_MAX_REQUEUES": "200", "SLURM_RESTART_COUNT": "3"}
+    code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=signal.SIGUSR1, **many)
+    assert (code, cluster.requeued()) == (85, []), output
+    assert "from step 0 to 42 of 100000; at this pace the rest takes 2380 more starts" in output
+    many["STEPS"] = "8000"
+    (cluster.run_folder / "checkpoints" / "latest").unlink()
+    code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=signal.SIGUSR1, **many)
+    assert (code, cluster.requeued()) == (0, ["requeue 123456"]), output
+
+
+def test_requeues_are_counted(cluster):
+    counted = {"SLM_MAX_REQUEUES": "3", "SLURM_RESTART_COUNT": "3"}
+    code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=signal.SIGUSR1, **counted)
+    assert (code, cluster.requeued()) == (85, []), output
+    assert "put back 3 times, and SLM_MAX_REQUEUES is 3" in output
+
+
+def test_a_requeue_that_slurm_refuses_is_said(cluster):
+    code, output = cluster.run(
+        "train.sbatch", *TRAIN, work="save", send=signal.SIGUSR1, REFUSED="1"
+    )
+    assert code == 85 and "not requeued: scontrol refused" in output
+
+
+@pytest.mark.parametrize("saved, requeued", [("", []), ("12", ["requeue 123456"])])
+def test_a_run_that_hung_is_requeued_when_it_had_made_progress(cluster, saved, requeued):
+    code, output = cluster.run("train.sbatch", *TRAIN, work="86", SAVED=saved)
+    assert (code, cluster.requeued()) == (0 if requeued else 86, requeued), output
+    assert f"stacks of its processes are in {cluster.run_folder}/ranks" in output
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
 )
-def test_scancel_or_preemption_saves_and_leaves_requeueing_to_slurm(cluster, number):
-    code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=number)
+@pytest.mark.parametrize(
+    "restarts, sentence",
+    [
+        ("0", "SLURM has not put the job back into the queue; submit the same command"),
+        ("1", "SLURM has put the job back into the queue, where it continues"),
+    ],
+)
+def test_who_ends_the_job_decides_on_the_queue(cluster, number, restarts, sentence):
+    code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=number, RESTARTS=restarts)
     assert not cluster.requeued()
-    assert code == 85 and "step_00000042" in output
+    assert code == 85 and f"stopped at step 42; {sentence}" in output
 
 
-@pytest.mark.parametrize("failure", ["1", "3", "4", "137"])
+@pytest.mark.parametrize("failure", ["1", "2", "3", "4", "137"])
 def test_a_failure_is_passed_on_and_not_requeued(cluster, failure):
     code, output = cluster.run("train.sbatch", *TRAIN, work=failure)
-    assert code == int(failure) and f"exit code {failure}" in output
+    assert code == int(failure) and f"failed with exit code {failure}; not requeued" in output
     assert not cluster.requeued()
+
+
+@pytest.mark.parametrize(
+    "said, asked, expected",
+    [
+        ([85, 85], "limit", 85),
+        ([3, 1], "", 3),
+        ([1, 3], "", 3),  # the first to say something is not always the first that failed
+        ([1, 137], "", 137),
+        ([134, 86], "", 86),
+        ([1, 85], "", 1),  # SLURM told the other node to end, and it stopped as it was told
+        ([1, 85], "limit", 85),  # asked, and one missed the other before it was done
+        ([85, 4], "limit", 4),
+        ([], "", 143),  # nobody said anything: srun's own code
+    ],
+)
+def test_the_code_of_the_run_is_found_among_those_of_all_nodes(cluster, said, asked, expected):
+    lines = [f"processes.py: exit code {code}: process 1 on n2 failed first" for code in said]
+    script = f"""
+        set -euo pipefail
+        SLM_ASKED={asked} SLM_STOP_STEP=true
+        source launch/slurm.sh
+        slm_srun() {{ printf '%s\n' 'Traceback' "$@" 'the end' >&2; exit 143; }}
+        slm_run_step "$@"
+        exit "$SLM_EXIT_CODE"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *lines], cwd=cluster.folder, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (expected, "")
+    assert done.stderr.splitlines() == ["Traceback", *(lines or [""])[: len(lines)], "the end"]
+
+
+@pytest.mark.parametrize("program", ["train", "score"])
+def test_a_warning_that_comes_first_is_heard_and_nothing_is_started(cluster, program):
+    """A limit that is shorter than the warning would otherwise give one step per start for ever."""
+    slow = cluster.folder / "slow_env.sh"
+    slow.write_text('touch "$SCRATCH/reading"\nsleep 0.5\nsource "$SLM_ROOT/launch/env.sh"\n')
+    code, output = cluster.run(
+        f"{program}.sbatch",
+        *TRAIN,
+        work="0",
+        send=signal.SIGUSR1,
+        when="reading",
+        SLM_ENV=str(slow),
+    )
+    assert (code, cluster.log("python"), cluster.requeued()) == (85, [], []), output
+    assert "not started, and not requeued" in output and "--signal=B:USR1@SECONDS" in output
+    code, output = cluster.run(
+        f"{program}.sbatch",
+        *TRAIN,
+        work="0",
+        send=signal.SIGTERM,
+        when="checking",
+        CHECK_SECONDS="0.5",
+        RESTARTS="1",
+    )
+    assert (code, cluster.log("python")) == (85, []), output
+    assert "SLURM has put the job back into the queue" in output
+
+
+def test_a_run_folder_that_cannot_be_written_is_no_reason_to_go_on(cluster):
+    """The stop file's place is taken by a folder that cannot be touched either: root may write everywhere."""
+    blocked = {"WHEN_ASKED": "4"}
+    process = cluster.start("train.sbatch", *TRAIN, work="save", **blocked)
+    cluster.wait_for("started", process)
+    shutil.rmtree(cluster.run_folder)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, cluster.requeued()) == (4, []), output
+    assert "the run folder cannot be written: asking the processes to stop by a signal" in output
+    assert cluster.log("scancel") == ["--signal=USR1 123456"]
 
 
 def test_stopping_by_hand_is_not_requeued(cluster):
@@ -229,99 +202,50 @@ def test_submitting_from_elsewhere_is_explained(cluster, tmp_path):
     assert code == 2 and "submit from it, or set SLM_ROOT" in output
 
 
-ARRAY = {
-    "SLURM_ARRAY_TASK_ID": "3",
-    "SLURM_ARRAY_TASK_COUNT": "8",
-    "SLURM_ARRAY_TASK_MIN": "0",
-    "SLURM_ARRAY_TASK_MAX": "7",
-}
-
-
-def test_each_scoring_job_takes_its_share(cluster):
-    code, output = cluster.run(
-        "score.sbatch", "--checkpoint", "runs/reference", "--output", "scores", work="0", **ARRAY
-    )
+def test_srun_can_start_every_process(cluster):
+    code, output = cluster.run("train.sbatch", *TRAIN, work="0", SLM_LAUNCH="srun")
     assert code == 0, output
+    assert cluster.log("srun")[1].startswith(
+        "--nodes=2 --ntasks=16 --ntasks-per-node=8 --distribution=block --cpus-per-task=8 --kill-on-bad-exit=1 bash -c"
+    )
     assert cluster.log("python")[0].endswith(
-        "-m megatron_slm.score --checkpoint runs/reference --output scores --shard 3/8"
+        "processes.py --slurm-task -m megatron_slm.train --config recipe with spaces.yaml "
+        "--selection.keep_fraction 0.6"
     )
-
-
-def test_shares_need_all_array_ids(cluster):
-    code, output = cluster.run(
-        "score.sbatch", "--output=scores", work="0", **{**ARRAY, "SLURM_ARRAY_TASK_MIN": "2"}
-    )
-    assert code == 2 and "without gaps" in output
-    code, output = cluster.run("score.sbatch", "--corpus", "c", work="0", NO_STORE="2", **ARRAY)
-    assert (code, cluster.log("python")) == (2, []), output
-
-
-def test_scoring_is_stopped_and_requeued_when_shards_were_finished(cluster):
-    store = cluster.environment["STORE"]
-    code, output = cluster.run(
-        "score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY
-    )
-    assert cluster.log("signals") == ["asked"]
-    assert code == 0 and cluster.requeued() == ["requeue 123456"], output
-    code, output = cluster.run(
-        "score.sbatch", "--output", store, work="score", send=signal.SIGUSR1, **ARRAY
-    )
-    assert code != 0 and len(cluster.requeued()) == 1 and "made no progress" in output
-
-
-@pytest.mark.parametrize("program", ["train", "score"])
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_local_runs_are_asked_to_stop_and_waited_for(cluster, program, number):
-    code, output = cluster.run(
-        "local.sh", "2", program, *TRAIN, work="stall", send=number, WHEN_ASKED="85"
-    )
-    assert code == 85, output
-    assert f"stopping {program}; once more to stop at once" in output
-    assert cluster.log("signals") == ["asked"]
-    assert cluster.log("python")[0].endswith(
-        f"--standalone --nproc-per-node=2 --max-restarts=0 -m megatron_slm.{program} "
-        "--config recipe with spaces.yaml --selection.keep_fraction 0.6"
-    )
-
-
-def test_a_stop_file_left_by_a_killed_local_run_does_not_stop_the_next(cluster):
-    cluster.run_folder.mkdir(parents=True)
-    (cluster.run_folder / "stop_requested").touch()
-    assert cluster.run("local.sh", "2", "train", *TRAIN, work="0")[0] == 0
-    assert not (cluster.folder / "stale_stop_file_seen").exists()
 
 
 @pytest.mark.parametrize(
-    "name, sentence",
+    "name, value, sentence",
     [
-        ("trian", "no program is called 'trian'; did you mean train?"),
-        ("report", "report runs in one process: python -m megatron_slm.report"),
-        ("preprocess", "preprocess runs in one process: python -m data_tools.preprocess"),
+        ("SLM_LAUNCH", "mpirun", "SLM_LAUNCH: got 'mpirun'; expected torchrun or srun"),
+        ("SLM_MAX_REQUEUES", "many", "SLM_MAX_REQUEUES: got 'many'; expected a number of starts"),
     ],
 )
-def test_only_programs_of_several_processes_are_started(cluster, name, sentence):
-    code, output = cluster.run("local.sh", "2", name, "--runs", "x", work="0")
-    assert (code, sentence in output) == (2, True), output
-    assert not cluster.log("python")
+def test_a_setting_of_env_sh_that_means_nothing_is_refused(cluster, name, value, sentence):
+    code, output = cluster.run("train.sbatch", *TRAIN, work="0", **{name: value})
+    assert (code, sentence in output, cluster.log("srun")) == (2, True, []), output
 
 
-@pytest.mark.parametrize(
-    "program, words", [("train", ("--help",)), ("score", ("--output", "x", "--help"))]
-)
-def test_help_is_shown_by_one_process(cluster, program, words):
-    code, output = cluster.run("local.sh", "2", program, *words, work="0")
-    assert code == 0, output
-    assert cluster.log("python") == [f"-m megatron_slm.{program} {' '.join(words)}"]
-
-
-def test_bad_options_of_score_are_said_before_torchrun_starts(cluster):
-    code, output = cluster.run("local.sh", "2", "score", "--corpus", "c", work="0", NO_STORE="2")
-    assert (code, cluster.log("python")) == (2, []), output
-
-
-def test_local_usage_is_shown(cluster):
-    code, output = cluster.run("local.sh", "train", work="0")
-    assert code == 2 and "bash launch/local.sh 2 train" in output
+def test_containers_start_the_check_and_the_processes(cluster):
+    """pyxis takes options of srun; apptainer is a command. Both stand-ins start what they are given."""
+    apptainer = cluster.folder / "bin" / "apptainer"
+    apptainer.write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$*" >> "$SCRATCH/apptainer.log"\nshift 3\nexec "$@"\n'
+    )
+    apptainer.chmod(0o755)
+    own = cluster.folder / "own_env.sh"
+    own.write_text(
+        "SLM_SRUN_OPTIONS=(--container-image=/shared/slm.sqsh --container-mounts=/shared:/shared)\n"
+        "SLM_CONTAINER=(apptainer exec --nv /shared/slm.sif)\n"
+        'source "$SLM_ROOT/launch/env.sh"\n'
+    )
+    code, output = cluster.run("train.sbatch", *TRAIN, work="3", SLM_ENV=str(own))
+    assert code == 3, output
+    image = "--container-image=/shared/slm.sqsh --container-mounts=/shared:/shared"
+    assert [f" {image} apptainer exec" in step for step in cluster.log("srun") if "--n" in step]
+    started = cluster.log("apptainer")
+    assert started[0].startswith("exec --nv /shared/slm.sif python -m megatron_slm.train --config")
+    assert started[1].startswith("exec --nv /shared/slm.sif bash -c exec python")
 
 
 @pytest.mark.parametrize(

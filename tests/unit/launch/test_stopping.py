@@ -165,5 +165,44 @@ def test_processes_passes_on_the_workers_exit_code_and_leaves_no_temporary_folde
     )
     assert list(temporary.iterdir()) == []
     assert done.returncode == 3, done.stderr
-    assert "failed first, with exit code 3" in done.stderr and "Traceback" not in done.stderr
+    assert "exit code 3: process" in done.stderr and "Traceback" not in done.stderr
     assert "exitcode" not in done.stderr  # torchrun's words for what the worker has said itself
+
+
+def test_a_task_of_slurm_is_one_process_of_the_job(tmp_path):
+    """SLM_LAUNCH=srun: ranks are SLURM's numbers, a request to stop is passed on, and 85 is said, not returned."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ['CODE'])))\n"
+        "names = 'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'\n"
+        "print(*[os.environ[name] for name in names.split()], flush=True)\n"
+        "time.sleep(90)\n"
+    )
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "8",
+        "SLM_PROCESSES_PER_NODE": "4",
+        "SLM_MASTER_ADDRESS": "node07",
+        "SLM_MASTER_PORT": "12345",
+        "SLURMD_NODENAME": "node08",
+        "SLM_STOPPED_IS_SUCCESS": "yes",
+    }
+    endings = {
+        "85": (0, "exit code 85: stopped on request; start the same command again to continue"),
+        "4": (4, "exit code 4: process 5 on node08 failed first; its message is above"),
+    }
+    for code, (expected, sentence) in endings.items():
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "launch" / "processes.py", "--slurm-task", worker],
+            env={**os.environ, **slurm, "CODE": code},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=_take_signals,
+        )
+        assert process.stdout.readline() == "5 1 8 4 node07 12345\n"
+        process.send_signal(signal.SIGUSR1)
+        _, said = process.communicate(timeout=90)
+        assert (process.returncode, said) == (expected, f"processes.py: {sentence}\n")

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_slm.checkpoint.folder import describe_model
-from megatron_slm.config.load import ConfigError
+from megatron_slm.config.load import ConfigError, to_yaml
 from megatron_slm.config.schema import Config, CorpusConfig, ModelConfig
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.tokenization import load_tokenizer
 from megatron_slm.training.setup import DataError, open_materials
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def word_tokenizer(path, words=50):
@@ -226,3 +231,24 @@ def test_a_dense_reference_stands_beside_experts_and_needs_no_backward(config, t
         tmp_path / "reference", load_tokenizer(config.data.tokenizer).fingerprint, hidden_size=96
     )
     open_materials(config, world_size=2)
+
+
+def test_a_check_alone_starts_nothing_and_prints_where_the_run_would_write(config, tmp_path):
+    """What launch/train.sbatch asks on one node, before the others wait for it: no torch, no run folder."""
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    ask = (
+        "import sys\nfrom megatron_slm.train import main\ncode = main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)"
+    )
+    words = ["--config", str(tmp_path / "run.yaml"), "--schedule.train_steps", "5", "--check_only"]
+    done = subprocess.run(
+        [sys.executable, "-c", ask, *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, f"{config.run.folder}\n"), done.stderr
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "c.bin").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", ask, *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+    assert "c.bin: cannot be read" in done.stderr and "Traceback" not in done.stderr

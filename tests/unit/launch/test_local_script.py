@@ -1,0 +1,60 @@
+"""launch/local.sh, run by bash with stand-ins."""
+
+import pytest
+
+from tests.unit.launch.stand_ins import STOP_SIGNALS, TRAIN
+
+
+@pytest.mark.parametrize("program", ["train", "score"])
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_local_runs_are_asked_to_stop_and_waited_for(cluster, program, number):
+    code, output = cluster.run(
+        "local.sh", "2", program, *TRAIN, work="stall", send=number, WHEN_ASKED="85"
+    )
+    assert code == 85, output
+    assert f"stopping {program}; once more to stop at once" in output
+    assert cluster.log("signals") == ["asked"]
+    assert cluster.log("python")[0].endswith(
+        f"--standalone --nproc-per-node=2 --max-restarts=0 -m megatron_slm.{program} "
+        "--config recipe with spaces.yaml --selection.keep_fraction 0.6"
+    )
+
+
+def test_a_stop_file_left_by_a_killed_local_run_does_not_stop_the_next(cluster):
+    cluster.run_folder.mkdir(parents=True)
+    (cluster.run_folder / "stop_requested").touch()
+    assert cluster.run("local.sh", "2", "train", *TRAIN, work="0")[0] == 0
+    assert not (cluster.folder / "stale_stop_file_seen").exists()
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("trian", "no program is called 'trian'; did you mean train?"),
+        ("report", "report runs in one process: python -m megatron_slm.report"),
+        ("preprocess", "preprocess runs in one process: python -m data_tools.preprocess"),
+    ],
+)
+def test_only_programs_of_several_processes_are_started(cluster, name, sentence):
+    code, output = cluster.run("local.sh", "2", name, "--runs", "x", work="0")
+    assert (code, sentence in output) == (2, True), output
+    assert not cluster.log("python")
+
+
+@pytest.mark.parametrize(
+    "program, words", [("train", ("--help",)), ("score", ("--output", "x", "--help"))]
+)
+def test_help_is_shown_by_one_process(cluster, program, words):
+    code, output = cluster.run("local.sh", "2", program, *words, work="0")
+    assert code == 0, output
+    assert cluster.log("python") == [f"-m megatron_slm.{program} {' '.join(words)}"]
+
+
+def test_bad_options_of_score_are_said_before_torchrun_starts(cluster):
+    code, output = cluster.run("local.sh", "2", "score", "--corpus", "c", work="0", NO_STORE="2")
+    assert (code, cluster.log("python")) == (2, []), output
+
+
+def test_local_usage_is_shown(cluster):
+    code, output = cluster.run("local.sh", "train", work="0")
+    assert code == 2 and "bash launch/local.sh 2 train" in output
