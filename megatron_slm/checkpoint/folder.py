@@ -19,7 +19,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.files.plain import LeadsOutside, is_plain_name, plain_file, read_json_object
+from megatron_slm.files.plain import (
+    LeadsOutside,
+    is_plain_name,
+    plain_file,
+    read_json_object,
+    shown,
+)
 
 _NAME = re.compile(r"step_(\d{8,})$")
 FORMATS = {
@@ -249,11 +255,13 @@ def read_checksums(folder: Path) -> dict[str, str]:
     for name, digest in checksums.items():
         if not is_plain_name(name):
             raise LeadsOutside(
-                f"{folder / 'checksums.json'} names {name!r}: only files in the checkpoint's own folder are read, so this "
+                f"{folder / 'checksums.json'} names {shown(repr(name))}: only files in the checkpoint's own folder are read, so this "
                 "checkpoint is refused"
             )
         if not isinstance(digest, str):
-            raise ValueError(f"{folder / 'checksums.json'}: the checksum of {name} is {digest!r}")
+            raise ValueError(
+                f"{folder / 'checksums.json'}: the checksum of {shown(name)} is {shown(repr(digest))}"
+            )
     return checksums
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_slm.files.inert_pickle import Record, load_inert
-from megatron_slm.files.plain import plain_file
+from megatron_slm.files.plain import plain_file, shown
 
 METADATA = ".metadata"
 _DTYPES = (
@@ -77,7 +77,7 @@ def read_metadata(folder: str | Path) -> Metadata:
         return _metadata(tree, Path(folder))
     except (_Malformed, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: does not describe this checkpoint ({error}); copy the checkpoint again, or use another"
+            f"{path}: does not describe this checkpoint ({shown(error, 400)}); copy the checkpoint again, or use another"
         ) from None
 
 

@@ -22,7 +22,7 @@ from megatron_slm.checkpoint.extra_state import plain_extra_state
 from megatron_slm.checkpoint.metadata_file import read_metadata
 from megatron_slm.checkpoint.weights_only import load_weights_only
 from megatron_slm.files.inert_pickle import refuse_names
-from megatron_slm.files.plain import plain_file
+from megatron_slm.files.plain import plain_file, shown
 
 RANDOM_KEY = "random"
 _STORAGES = (
@@ -86,12 +86,14 @@ class PlainReader(dcp.FileSystemReader):
             return
         tensor = load_plain(content, TENSORS, path)
         if type(tensor) is not torch.Tensor:
-            raise ValueError(f"{path}: {item.storage_index.fqn} is no tensor; copy the file again")
+            raise ValueError(
+                f"{path}: {shown(item.storage_index.fqn)} is no tensor; copy the file again"
+            )
         tensor = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if target.size() != tensor.size():
             raise ValueError(
-                f"{path}: {item.storage_index.fqn} has a piece of size {tuple(tensor.size())}, .metadata says "
+                f"{path}: {shown(item.storage_index.fqn)} has a piece of size {tuple(tensor.size())}, .metadata says "
                 f"{tuple(target.size())}; copy the checkpoint again"
             )
         target.copy_(tensor)
@@ -132,7 +134,9 @@ def _named(stream: BinaryIO) -> set[str]:
 
 def _unreadable(path: str | Path, error: Exception) -> ValueError:
     said = str(error).splitlines()[0] if str(error) else ""
-    return ValueError(f"{path}: not readable ({type(error).__name__}: {said[:200]}); copy it again")
+    return ValueError(
+        f"{path}: not readable ({type(error).__name__}: {shown(said)}); copy it again"
+    )
 
 
 def _plain_objects(key: str, content: bytes, path: Path) -> io.BytesIO:
@@ -141,7 +145,7 @@ def _plain_objects(key: str, content: bytes, path: Path) -> io.BytesIO:
     names, stand_ins = (RANDOM_STATES, _STAND_INS) if random else (TENSORS, ())
     objects = load_plain(io.BytesIO(content), names, path, stand_ins)
     if not isinstance(objects, list):
-        raise ValueError(f"{path}: {key} is no list of objects; copy the checkpoint again")
+        raise ValueError(f"{path}: {shown(key)} is no list of objects; copy the checkpoint again")
     plain = [
         _with_arrays(each, path) if random else plain_extra_state(each, path) for each in objects
     ]

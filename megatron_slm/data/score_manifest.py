@@ -20,6 +20,8 @@ RESERVED_COLUMNS = frozenset(
     {"reference_loss", "reference_entropy", "token_id", "position", "corpus_id"}
 )
 MAXIMUM_SHARDS = 4096
+SHARDS_AT_MOST = 1_000_000
+"""Every shard is a marker file, and is listed when a store is opened."""
 
 
 def default_shard_tokens(tokens: int) -> int:
@@ -58,6 +60,11 @@ class ScoreManifest:
             problems.append(f"the corpus has {self.corpus_tokens} tokens; at least one is needed")
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens is {self.shard_tokens}; it must be at least 1")
+        elif self.shard_count > SHARDS_AT_MOST:
+            problems.append(
+                f"shard_tokens is {self.shard_tokens} of {self.corpus_tokens}; that makes {self.shard_count:,} shards, more than "
+                f"{SHARDS_AT_MOST:,}"
+            )
         if self.dtype not in DTYPES:
             problems.append(
                 f"dtype is {self.dtype!r}; a store keeps {' or '.join(DTYPES)} "

@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.files.plain import shown
+
 
 class UnsafeFile(ValueError):
     """A file names something that could run code."""
@@ -64,14 +66,16 @@ def load_inert(
         raise
     except Exception as error:  # a damaged pickle raises whatever its next byte happens to mean
         raise ValueError(
-            f"{path}: not readable ({type(error).__name__}: {error}); copy the file again"
+            f"{path}: not readable ({type(error).__name__}: {shown(error)}); copy the file again"
         ) from None
 
 
 def refuse_names(found: Collection[str], path: str | Path) -> None:
     """UnsafeFile when `found`, what a file names beyond the list of what it may name, is not empty."""
     if found:
+        names = [shown(name) for name in sorted(found)]
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise UnsafeFile(
-            f"{path}: refused, because it names {', '.join(sorted(found))}: loading it could run code, and a checkpoint holds "
+            f"{path}: refused, because it names {listed}: loading it could run code, and a checkpoint holds "
             "plain data only. Use a checkpoint from a source that you trust"
         )

@@ -14,6 +14,13 @@ class LeadsOutside(ValueError):
     """A name leads out of the folder that it came with."""
 
 
+def shown(text: object, characters: int = 120) -> str:
+    """Text out of somebody else's file, for a message: short, and without what would move the cursor of a terminal."""
+    text = str(text)
+    text = text if len(text) <= characters else f"{text[:characters]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def is_plain_name(name: object) -> bool:
     """Whether it names something directly inside a folder: no path, no way up, no empty name."""
     return (
@@ -27,7 +34,7 @@ def plain_file(folder: str | Path, name: str) -> Path:
     """The path of a file of `folder`. ValueError unless it is a plain file (no link, device or pipe) in the folder itself."""
     if not is_plain_name(name):
         raise LeadsOutside(
-            f"{folder}: {name!r} leads out of the folder; only its own files are read"
+            f"{folder}: {shown(repr(name))} leads out of the folder; only its own files are read"
         )
     path = Path(folder) / name
     try:

@@ -251,6 +251,7 @@ def test_another_training_context_is_said(tmp_path, corpus):
         ({"columns": ()}, "one or more"),
         ({"columns": ("token_id",)}, "cannot name a column"),
         ({"columns": ("../x",)}, "cannot name a column"),
+        ({"corpus_tokens": 10**15, "shard_tokens": 1}, "1,000,000,000,000,000 shards"),
     ],
 )
 def test_bad_settings_are_a_sentence(corpus, settings, sentence):

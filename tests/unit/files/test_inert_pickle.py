@@ -70,6 +70,14 @@ def test_an_object_on_the_list_is_taken_down(protocol):
     assert found["a"].state == {"value": (1, 2.5, "x", b"y")}
 
 
+def test_a_refusal_is_short_and_moves_no_cursor():
+    data = b"\x80\x02c\x1b[2Jos\n" + b"x" * 10_000 + b"\n."
+    with pytest.raises(UnsafeFile) as refusal:
+        load_inert(data, NAMES, "F")
+    assert len(str(refusal.value)) < 500
+    assert str(refusal.value).isprintable()
+
+
 def test_a_function_on_the_list_is_not_called(tmp_path):
     data = pickle.dumps(Planted(os.mkdir, str(tmp_path / "made")))
     found = load_inert(data, {"posix.mkdir"}, "F")
