@@ -1,7 +1,9 @@
-"""The extra state of a layer: nothing, or what Transformer Engine keeps for fp8, which it stores as a pickle in a tensor of bytes.
+"""The extra state of a layer: nothing, or what Transformer Engine keeps for fp8, which it stores as
+a pickle in a tensor of bytes.
 
-Transformer Engine unpickles those bytes as they are. So they are read here as plain data first, made anew from the parts that
-an fp8 state has (a recipe, tensors of scales, plain variables), and pickled again: what it unpickles is then our own.
+Transformer Engine unpickles those bytes as they are. So they are read here as plain data first,
+made anew from the parts that an fp8 state has (a recipe, tensors of scales, plain variables), and
+pickled again: what it unpickles is then our own.
 """
 
 import collections
@@ -41,9 +43,12 @@ NAMES = frozenset(
 
 
 def plain_extra_state(state: Any, path: Path) -> torch.Tensor | None:
-    """The extra state as it may be given to a layer. `state`: None, or a uint8 tensor [bytes of a pickle].
+    """The extra state as it may be given to a layer.
 
-    UnsafeFile when the pickle names anything but the parts of an fp8 state; ValueError when it is something else. Both name `path`.
+    `state`: None, or a uint8 tensor [bytes of a pickle].
+
+    UnsafeFile when the pickle names anything but the parts of an fp8 state; ValueError when it is
+    something else. Both name `path`.
     """
     if state is None:
         return None

@@ -34,7 +34,7 @@ FORMATS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""metadata.json of every checkpoint that is written here: megatron-core's names of the formats beside it."""
+"""metadata.json of every checkpoint that is written here: megatron-core's names of its formats."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     """model.json of the checkpoint meant by `path`; its fingerprint comes from checksums.json.
 
-    ValueError when one of the two is unreadable, or model.json is not what checksums.json says; LeadsOutside when
-    checksums.json names what does not lie in the folder.
+    ValueError when one of the two is unreadable, or model.json is not what checksums.json says;
+    LeadsOutside when checksums.json names what does not lie in the folder.
     """
     folder = resolve_checkpoint(path)
     try:
@@ -250,7 +250,10 @@ def sync_path(path: Path) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """checksums.json: sha256 by file name. ValueError when it cannot be read, LeadsOutside when it names what is not in the folder."""
+    """checksums.json: sha256 by file name.
+
+    ValueError when it cannot be read, LeadsOutside when it names what is not in the folder.
+    """
     checksums = read_json_object(folder, "checksums.json")
     for name, digest in checksums.items():
         if not is_plain_name(name):
@@ -266,9 +269,10 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def damaged_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Names of files that are missing, no plain files, or not what checksums.json says; `share` = (rank, size) checks every size-th.
+    """Names of files that are missing, no plain files, or not what checksums.json says.
 
-    LeadsOutside, on every rank, when checksums.json names what does not lie in the folder.
+    `share` = (rank, size) checks every size-th file. LeadsOutside, on every rank, when checksums.json
+    names what does not lie in the folder.
     """
     try:
         checksums = read_checksums(folder)

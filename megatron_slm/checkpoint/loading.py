@@ -1,7 +1,9 @@
-"""Load a checkpoint's state through megatron-core's dist_checkpointing, with every file read by this room's own readers.
+"""Load a checkpoint's state through megatron-core's dist_checkpointing, with every file read by
+this room's own readers.
 
-megatron-core's strategies open `.metadata`, common.pt and objects with readers that unpickle. The two strategies here do what
-its own do, in the same order, with `PlainReader` and `load_plain` in their place.
+megatron-core's strategies open `.metadata`, common.pt and objects with readers that unpickle. The
+two strategies here do what its own do, in the same order, with `PlainReader` and `load_plain` in
+their place.
 """
 
 import warnings
@@ -38,9 +40,12 @@ from megatron_slm.parallel import Groups
 
 
 def load_state(state: dict, folder: Path, groups: Groups) -> dict:
-    """What the checkpoint in `folder` holds of a sharded state dict, for any layout. Every rank calls it.
+    """What the checkpoint in `folder` holds of a sharded state dict, for any layout.
 
-    UnsafeFile on every rank when a file names something that could run code, ValueError when one is damaged.
+    Every rank calls it.
+
+    UnsafeFile on every rank when a file names something that could run code, ValueError when one is
+    damaged.
     """
     metadata, common = _agreed(lambda: _open(folder))
     strategy = FullyParallelLoadStrategyWrapper(_PlainSharded(metadata), groups.dp_cp)
@@ -66,7 +71,9 @@ def _open(folder: Path) -> tuple[Metadata, dict]:
 
 
 def _agreed(action: Callable[[], Any]) -> Any:
-    """The action's result; the first rank's ValueError or OSError on every rank, so that none is left waiting."""
+    """The action's result; the first rank's ValueError or OSError on every rank, so that none is
+    left waiting.
+    """
     result, problem = None, None
     try:
         result = action()

@@ -1,7 +1,9 @@
-"""`.metadata`, which says what tensors a checkpoint holds and where they lie: read as plain data, never unpickled.
+"""`.metadata`, which says what tensors a checkpoint holds and where they lie: read as plain data,
+never unpickled.
 
-torch.distributed.checkpoint writes the file as a pickle. The names below are what it, and megatron-core's own record of the
-save, consist of. What is not needed for reading (the record of the save, the pickled paths) is left out.
+torch.distributed.checkpoint writes the file as a pickle. The names below are what it, and
+megatron-core's own record of the save, consist of. What is not needed for reading (the record of
+the save, the pickled paths) is left out.
 """
 
 import math
@@ -64,8 +66,8 @@ class _Malformed(Exception):
 def read_metadata(folder: str | Path) -> Metadata:
     """What the checkpoint in `folder` holds.
 
-    UnsafeFile when the file names anything that could run code; ValueError when it is missing, damaged, or describes tensors
-    that the folder's files cannot hold.
+    UnsafeFile when the file names anything that could run code; ValueError when it is missing,
+    damaged, or describes tensors that the folder's files cannot hold.
     """
     path = plain_file(folder, METADATA)
     try:
@@ -99,7 +101,9 @@ def _metadata(tree: Any, folder: Path) -> Metadata:
 
 
 def _tensor(key: str, value: Any, held_bytes: int) -> TensorStorageMetadata:
-    """One tensor's description; its size must fit in the bytes that are stored of it, so that no file makes us allocate more."""
+    """One tensor's description; its size must fit in the bytes that are stored of it, so that no
+    file makes us allocate more.
+    """
     properties, size, chunks = _fields(
         value, f"{_FORMAT}TensorStorageMetadata", "properties", "size", "chunks"
     )

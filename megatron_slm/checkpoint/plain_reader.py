@@ -1,8 +1,10 @@
-"""The one door through which the content of a checkpoint's files comes in: tensors, numbers and text, never code.
+"""The one door through which the content of a checkpoint's files comes in: tensors, numbers and
+text, never code.
 
-torch.distributed.checkpoint unpickles what is no tensor (random states, extra states of layers) as it stands, and megatron-core
-adds classes of its own to what torch's weights-only loading makes. Here a file may name what the lists below hold, torch's
-weights-only loading reads it with no other additions, and what is no tensor is made anew before anybody else sees it.
+torch.distributed.checkpoint unpickles what is no tensor (random states, extra states of layers) as
+it stands, and megatron-core adds classes of its own to what torch's weights-only loading makes.
+Here a file may name what the lists below hold, torch's weights-only loading reads it with no other
+additions, and what is no tensor is made anew before anybody else sees it.
 """
 
 import io
@@ -55,7 +57,10 @@ RANDOM_STATES = TENSORS | {
 
 
 class PlainReader(dcp.FileSystemReader):
-    """torch's reader of a checkpoint folder, with this room's rules. ValueError (UnsafeFile) names the file that breaks them."""
+    """torch's reader of a checkpoint folder, with this room's rules.
+
+    ValueError (UnsafeFile) names the file that breaks them.
+    """
 
     def __init__(self, folder: str | Path, metadata: Metadata | None = None):
         super().__init__(folder)
@@ -108,8 +113,9 @@ def load_plain(
 ) -> Any:
     """What torch.save wrote into `stream`, if it consists of plain Python values and `names` alone.
 
-    `stand_ins` (what to make, name) are made in place of what these names mean elsewhere. UnsafeFile names another name, before
-    anything is loaded; ValueError when the stream is damaged. Both name `path`.
+    `stand_ins` (what to make, name) are made in place of what these names mean elsewhere.
+    UnsafeFile names another name, before anything is loaded; ValueError when the stream is damaged.
+    Both name `path`.
     """
     try:
         found = _named(stream)
@@ -140,7 +146,9 @@ def _unreadable(path: str | Path, error: Exception) -> ValueError:
 
 
 def _plain_objects(key: str, content: bytes, path: Path) -> io.BytesIO:
-    """The objects stored under `key`, checked and written again: whoever unpickles the result unpickles our own bytes."""
+    """The objects stored under `key`, checked and written again: whoever unpickles the result
+    unpickles our own bytes.
+    """
     random = key.partition("/")[0] == RANDOM_KEY
     names, stand_ins = (RANDOM_STATES, _STAND_INS) if random else (TENSORS, ())
     objects = load_plain(io.BytesIO(content), names, path, stand_ins)
@@ -156,7 +164,9 @@ def _plain_objects(key: str, content: bytes, path: Path) -> io.BytesIO:
 
 
 class _DtypeStandIn:
-    """What a pickled numpy.dtype says. numpy's own would also take a state that lays objects over foreign memory."""
+    """What a pickled numpy.dtype says. numpy's own would also take a state that lays objects over
+    foreign memory.
+    """
 
     def __init__(self, code: str = "", *_: Any):
         self.code = code
@@ -190,7 +200,9 @@ _STAND_INS = (
 
 
 def _with_arrays(value: Any, path: Path) -> Any:
-    """The same value with real arrays in place of stand-ins: one-dimensional, of uint32, as numpy's random state is."""
+    """The same value with real arrays in place of stand-ins: one-dimensional, of uint32, as numpy's
+    random state is.
+    """
     if isinstance(value, _ArrayStandIn):
         try:
             _, (length,), dtype, _, content = value.state

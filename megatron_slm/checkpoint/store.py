@@ -327,7 +327,10 @@ def _random_state(groups: Groups) -> ShardedObject:
 
 
 def _take_random(state: dict, checkpoint: Path) -> None:
-    """Go on with the stored random states. ValueError when they are none: each library checks what it is given, in its own words."""
+    """Go on with the stored random states.
+
+    ValueError when they are none: each library checks what it is given, in its own words.
+    """
     import random
     import numpy as np
 

@@ -1,4 +1,6 @@
-"""torch.load with weights only, as torch made it: every file of a checkpoint that torch.save wrote is loaded here."""
+"""torch.load with weights only, as torch made it: every file of a checkpoint that torch.save wrote
+is loaded here.
+"""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
@@ -8,9 +10,12 @@ import torch
 
 
 def load_weights_only(stream: BinaryIO, stand_ins: Collection[tuple[Callable, str]] = ()) -> Any:
-    """What torch.save wrote, on the CPU. `stand_ins` (what to make, name) are made in place of what these names mean elsewhere.
+    """What torch.save wrote, on the CPU.
 
-    pickle.UnpicklingError when the stream names anything beyond what torch itself allows; other errors when it is damaged.
+    `stand_ins` (what to make, name) are made in place of what these names mean elsewhere.
+
+    pickle.UnpicklingError when the stream names anything beyond what torch itself allows; other
+    errors when it is damaged.
     """
     with _nothing_added_but(stand_ins):
         return torch.load(stream, map_location="cpu", weights_only=True)

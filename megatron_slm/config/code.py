@@ -1,7 +1,10 @@
-"""Settings that name code: a scorer in a Python file, PATH.py:NAME. A configuration file alone never makes it run.
+"""Settings that name code: a scorer in a Python file, PATH.py:NAME.
 
-Recipes are passed around, and whoever starts one expects settings. So the person who starts the program names the file, on the
-command line; a configuration file may repeat the name, as the config.yaml of every run does.
+A configuration file alone never makes it run.
+
+Recipes are passed around, and whoever starts one expects settings. So the person who starts the
+program names the file, on the command line; a configuration file may repeat the name, as the
+config.yaml of every run does.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +18,11 @@ def names_code(text: str) -> bool:
 
 
 def code_of_the_file_alone(values: Mapping, path: str, given: Mapping[str, str]) -> list[str]:
-    """One sentence for each setting of a configuration file that names code which the command line does not name.
+    """One sentence for each setting of a configuration file that names code which the command line
+    does not name.
 
-    values: what the file says, nested; given: the options of the command line by their dotted names.
+    values: what the file says, nested; given: the options of the command line by their dotted
+    names.
     """
     selection = values.get("selection")
     return [
@@ -30,7 +35,9 @@ def code_of_the_file_alone(values: Mapping, path: str, given: Mapping[str, str])
 
 
 def _named(value: Any) -> Iterator[str]:
-    """Every PATH.py:NAME in a value: also the children of combinators, which are items or keys of their options."""
+    """Every PATH.py:NAME in a value: also the children of combinators, which are items or keys of
+    their options.
+    """
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _named(key)

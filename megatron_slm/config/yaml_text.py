@@ -1,8 +1,10 @@
-"""Read YAML that somebody else may have written: plain values only, each key once, and no more values than a person would write.
+"""Read YAML that somebody else may have written: plain values only, each key once, and no more
+values than a person would write.
 
-PyYAML's safe loader makes no objects of foreign classes, but takes the last of two equal keys in silence, and expands a few
-hundred bytes of aliases into gigabytes. Its other failures (dates that do not exist, numbers of thousands of digits, brackets
-nested by the thousand) come as errors of Python's own; here they are all YAMLErrors.
+PyYAML's safe loader makes no objects of foreign classes, but takes the last of two equal keys in
+silence, and expands a few hundred bytes of aliases into gigabytes. Its other failures (dates that
+do not exist, numbers of thousands of digits, brackets nested by the thousand) come as errors of
+Python's own; here they are all YAMLErrors.
 """
 
 from typing import Any
@@ -18,7 +20,10 @@ class RefusedYaml(yaml.YAMLError):
 
 
 def read_yaml(text: str) -> Any:
-    """The values in a YAML document. YAMLError says what is wrong with it, and on which line where that is known."""
+    """The values in a YAML document.
+
+    YAMLError says what is wrong with it, and on which line where that is known.
+    """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -35,9 +40,11 @@ def read_yaml(text: str) -> Any:
 
 
 def _count_values(node: yaml.Node, counted: dict[int, int | None], where: str) -> int:
-    """How many values a node stands for once its aliases are expanded; RefusedYaml when it is too many, or a key comes twice.
+    """How many values a node stands for once its aliases are expanded; RefusedYaml when it is too
+    many, or a key comes twice.
 
-    `counted` holds the count of every node seen, by identity (an alias is the node that it repeats); None = begun and not done.
+    `counted` holds the count of every node seen, by identity (an alias is the node that it
+    repeats); None = begun and not done.
     """
     if id(node) in counted:
         if counted[id(node)] is None:

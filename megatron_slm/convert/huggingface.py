@@ -132,9 +132,11 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index of shards names. ValueError when it is no index; LeadsOutside when they lie elsewhere.
+    """The files that an index of shards names.
 
-    They may be links, as in the cache that `hf download` fills: what they lead to is read as safetensors, which holds no code.
+    They may be links, as in the cache that `hf download` fills: what they lead to is read as
+    safetensors, which holds no code. ValueError when it is no index; LeadsOutside when a file lies
+    outside of the folder.
     """
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

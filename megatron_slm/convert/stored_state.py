@@ -64,7 +64,8 @@ def stored_key(name: str, *, mixture: bool = False) -> tuple[str, tuple[int, ...
 class FullState(Mapping[str, Tensor]):
     """The whole, unsharded model tensors of a checkpoint folder under our names; each is read from disk when asked for.
 
-    ValueError when the folder is no complete checkpoint; UnsafeFile when a file of it names something that could run code.
+    ValueError when the folder is no complete checkpoint; UnsafeFile when a file of it names something
+    that could run code.
     """
 
     def __init__(self, folder: str | Path):

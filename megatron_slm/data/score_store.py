@@ -81,8 +81,9 @@ class ScoreStore:
     def open(cls, folder: str | Path, *, allow_missing_scores: bool = False) -> "ScoreStore":
         """A store to read. Sizes are checked; content is hashed when a file's stamp is not the one last verified.
 
-        A store with unfinished shards is refused (ValueError names the missing token ranges and says how to complete
-        it), unless `allow_missing_scores`: then those tokens read as NaN and cannot be selected.
+        A store with unfinished shards is refused (ValueError names the missing token ranges and says
+        how to complete it), unless `allow_missing_scores`: then those tokens read as NaN and cannot be
+        selected.
         """
         folder = Path(folder)
         manifest = ScoreManifest.from_json(folder / "manifest.json")
@@ -317,7 +318,10 @@ class ScoreStore:
         )
 
     def _made_by(self) -> str:
-        """How to go on with the store. The command is not printed: whoever made the store wrote it, and people run what they are told."""
+        """How to go on with the store.
+
+        Its command is not printed: whoever made the store wrote it, and people run what they are told.
+        """
         return (
             f"run the command that made them again, with --output {self.folder} (resume_command in its manifest.json keeps it; "
             "read it before you run it)"

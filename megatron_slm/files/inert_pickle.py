@@ -1,8 +1,12 @@
-"""Read a pickle without making what it names: its objects come back as records of what they were made from. No torch.
+"""Read a pickle without making what it names: its objects come back as records of what they were
+made from.
 
-A pickle is a program: it may name any function of any module and call it. Here a name has to be on the reader's list, and
-what it gets is not the class of that name but a fresh `Record` type, so nothing that a pickle says is ever called, and no
-class of the program can be changed by it. The reader builds the real objects from the records, field by field.
+No torch.
+
+A pickle is a program: it may name any function of any module and call it. Here a name has to be on
+the reader's list, and what it gets is not the class of that name but a fresh `Record` type, so
+nothing that a pickle says is ever called, and no class of the program can be changed by it. The
+reader builds the real objects from the records, field by field.
 """
 
 import io
@@ -19,7 +23,9 @@ class UnsafeFile(ValueError):
 
 
 class Record:
-    """An object that a pickle describes: `name` is its class (or function), `args` it was called with, `state` it was given."""
+    """An object that a pickle describes: `name` is its class (or function), `args` it was called
+    with, `state` it was given.
+    """
 
     name = ""
 
@@ -57,8 +63,8 @@ def load_inert(
 ) -> Any:
     """Plain Python values and Records, from a pickle that names nothing but `names` and `known`.
 
-    `known` maps names to immutable values that are handed out as they are (dtypes, say). UnsafeFile says which other name the
-    pickle uses, ValueError that it is no pickle; both name `path`.
+    `known` maps names to immutable values that are handed out as they are (dtypes, say). UnsafeFile
+    says which other name the pickle uses, ValueError that it is no pickle; both name `path`.
     """
     try:
         return _Reader(data, names, known, path).load()
@@ -71,7 +77,7 @@ def load_inert(
 
 
 def refuse_names(found: Collection[str], path: str | Path) -> None:
-    """UnsafeFile when `found`, what a file names beyond the list of what it may name, is not empty."""
+    """UnsafeFile when `found`, what a file names beyond what it may name, is not empty."""
     if found:
         names = [shown(name) for name in sorted(found)]
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

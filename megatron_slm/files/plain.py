@@ -1,7 +1,10 @@
-"""Files that somebody else may have made: only plain files that lie in the folder itself are opened. No torch.
+"""Files that somebody else may have made: only plain files that lie in the folder itself are
+opened.
 
-A list of names that comes with a folder (checksums, a map of shards) could otherwise lead to any file of the machine, and
-a link or a device in the folder (/dev/zero) to one that never ends.
+No torch.
+
+A list of names that comes with a folder (checksums, a map of shards) could otherwise lead to any
+file of the machine, and a link or a device in the folder (/dev/zero) to one that never ends.
 """
 
 import json
@@ -15,7 +18,9 @@ class LeadsOutside(ValueError):
 
 
 def shown(text: object, characters: int = 120) -> str:
-    """Text out of somebody else's file, for a message: short, and without what would move the cursor of a terminal."""
+    """Text out of somebody else's file, for a message: short, and without what would move the
+    cursor of a terminal.
+    """
     text = str(text)
     text = text if len(text) <= characters else f"{text[:characters]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -31,7 +36,10 @@ def is_plain_name(name: object) -> bool:
 
 
 def plain_file(folder: str | Path, name: str) -> Path:
-    """The path of a file of `folder`. ValueError unless it is a plain file (no link, device or pipe) in the folder itself."""
+    """The path of a file of `folder`.
+
+    ValueError unless it is a plain file (no link, device or pipe) in the folder itself.
+    """
     if not is_plain_name(name):
         raise LeadsOutside(
             f"{folder}: {shown(repr(name))} leads out of the folder; only its own files are read"
@@ -49,7 +57,10 @@ def plain_file(folder: str | Path, name: str) -> Path:
 
 
 def read_json_object(folder: str | Path, name: str) -> dict[str, Any]:
-    """The JSON object in one plain file of `folder`. ValueError when it cannot be read, or is something else."""
+    """The JSON object in one plain file of `folder`.
+
+    ValueError when it cannot be read, or is something else.
+    """
     path = plain_file(folder, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """Checkpoints into which a stranger has put an object that makes a folder when it is unpickled.
 
-As a program, `python planted.py FOLDER`: every program that reads checkpoints, on checkpoints with such an object in every place
-that was once unpickled; one JSON line per reading with its exit code and what it said. All in one process: megatron-core's
-import takes longer than all of them.
+As a program, `python planted.py FOLDER`: every program that reads checkpoints, on checkpoints with
+such an object in every place that was once unpickled; one JSON line per reading with its exit code
+and what it said. All in one process: megatron-core's import takes longer than all of them.
 """
 
 import contextlib
@@ -32,8 +32,11 @@ READ_BY = {
     "checksums.json": READERS,
     "nowhere": READERS,
 }
-"""Places for the object, and who reads them. checksums.json takes none: it leads to a file without end instead. The last is for
-comparison: the checkpoint as it was."""
+"""Places for the object, and who reads them. checksums.json takes none: it leads to a file without
+end instead.
+
+The last is for comparison: the checkpoint as it was.
+"""
 OUTSIDE = "/dev/zero"
 
 
@@ -48,7 +51,9 @@ class Planted:
 
 
 def plant(checkpoint: Path, place: str, marker: Path) -> str:
-    """Put a Planted into one place of a checkpoint folder and make its checksums right again; returns the file it is in."""
+    """Put a Planted into one place of a checkpoint folder and make its checksums right again;
+    returns the file it is in.
+    """
     planted = Planted(marker)
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     if place == ".metadata":
@@ -77,7 +82,7 @@ def _plant_in_weights(checkpoint: Path, metadata, place: str, planted: Planted) 
     index = next(index for index in metadata.storage_data if part in index.fqn)
     stored = metadata.storage_data[index]
     content = io.BytesIO()
-    # As long as what it replaces: an entry that is shorter than its tensor is refused before it is opened.
+    # As long as what it replaces: an entry shorter than its tensor is refused unopened.
     torch.save([planted, torch.zeros(stored.length, dtype=torch.uint8)], content)
     path = checkpoint / stored.relative_path
     held = path.read_bytes()
@@ -87,7 +92,10 @@ def _plant_in_weights(checkpoint: Path, metadata, place: str, planted: Planted) 
 
 
 def word_tokenizer(path: Path) -> str:
-    """A Hugging Face tokenizer of made-up words; its fingerprint. Corpora are made as ids, so only its identity and size matter."""
+    """A Hugging Face tokenizer of made-up words; its fingerprint.
+
+    Corpora are made as ids, so only its identity and size matter.
+    """
     from tokenizers import Tokenizer, models
 
     from megatron_slm.tokenization import load_tokenizer

@@ -1,4 +1,6 @@
-"""A checkpoint from a stranger runs no code in any program that reads checkpoints, wherever in it the code is hidden."""
+"""A checkpoint from a stranger runs no code in any program that reads checkpoints, wherever in it
+the code is hidden.
+"""
 
 import json
 import subprocess
@@ -12,7 +14,9 @@ from tests.end_to_end.small_run import ROOT, environment
 
 @pytest.fixture(scope="module")
 def readings(tmp_path_factory) -> dict[tuple[str, str], dict]:
-    """(place, reader) -> exit code, words, the file that holds the object, and whether its code ran."""
+    """(place, reader) -> exit code, words, the file that holds the object, and whether its code
+    ran.
+    """
     folder = tmp_path_factory.mktemp("planted")
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("planted.py"), folder],

@@ -1,4 +1,6 @@
-"""Every call that could run code out of a file, in all our programs: each stands in the one place that takes the code out, or is none."""
+"""Every call that could run code out of a file, in all our programs: each stands in the one place
+that takes the code out, or is none.
+"""
 
 import ast
 from pathlib import Path

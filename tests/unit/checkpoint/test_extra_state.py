@@ -1,4 +1,6 @@
-"""Extra state of layers: Transformer Engine would unpickle it, so what it gets is made anew from the parts of an fp8 state."""
+"""Extra state of layers: Transformer Engine would unpickle it, so what it gets is made anew from
+the parts of an fp8 state.
+"""
 
 import enum
 import os
@@ -20,7 +22,9 @@ RECIPES = "transformer_engine.common.recipe"
 
 @pytest.fixture
 def recipes(monkeypatch):
-    """A stand-in for Transformer Engine's recipes, with the shapes of its own: a named tuple, an enum of them, a dataclass."""
+    """A stand-in for Transformer Engine's recipes, with the shapes of its own: a named tuple, an
+    enum of them, a dataclass.
+    """
     module = types.ModuleType(RECIPES)
     helper = namedtuple("_FormatHelper", "max_fwd max_bwd", module=RECIPES)
     formats = enum.Enum(
@@ -83,7 +87,7 @@ def test_code_in_it_is_refused_by_name(deep, recipes, tmp_path):
 
 
 class Nested:
-    """A tensor's storage is a pickle in the pickle, which torch would load without any restriction."""
+    """A tensor's storage is a pickle in the pickle, which torch would load unrestricted."""
 
     def __init__(self, content):
         self.content = content

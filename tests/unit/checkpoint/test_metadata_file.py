@@ -1,4 +1,6 @@
-""".metadata read as data is what torch would unpickle, and what it says about the folder's files has to be true."""
+""".metadata read as data is what torch would unpickle, and what it says about the folder's files
+has to be true.
+"""
 
 import pickle
 

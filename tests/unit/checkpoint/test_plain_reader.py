@@ -1,4 +1,6 @@
-"""What torch.save wrote is loaded when it is tensors and plain values, and refused by name when it is anything else."""
+"""What torch.save wrote is loaded when it is tensors and plain values, and refused by name when it
+is anything else.
+"""
 
 import argparse
 import io
@@ -88,7 +90,9 @@ def test_what_is_no_archive_is_named_unreadable(stream):
 
 
 def round_trip(folder, key: str, value) -> object:
-    """Save one object as megatron-core packs it, in a list that is not flattened, and load it through PlainReader."""
+    """Save one object as megatron-core packs it, in a list that is not flattened, and load it
+    through PlainReader.
+    """
     dcp.save(
         {key: [value]},
         storage_writer=dcp.FileSystemWriter(folder),

@@ -1,4 +1,6 @@
-"""A configuration file runs no code: a scorer in a Python file is named by whoever starts the program, on the command line."""
+"""A configuration file runs no code: a scorer in a Python file is named by whoever starts the
+program, on the command line.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""YAML from anybody: the same values as PyYAML's safe loader gives, or a sentence, within the size that a person would write."""
+"""YAML from anybody: the same values as PyYAML's safe loader gives, or a sentence, within the size
+that a person would write.
+"""
 
 import pytest
 import yaml

@@ -1,4 +1,6 @@
-"""A pickle is taken down, never obeyed: no name outside the list, and nothing that the names on it stand for is called."""
+"""A pickle is taken down, never obeyed: no name outside the list, and nothing that the names on it
+stand for is called.
+"""
 
 import copyreg
 import fractions

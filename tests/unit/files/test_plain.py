@@ -1,4 +1,6 @@
-"""Names and files that came with somebody else's folder: its own plain files, and nothing else of the machine."""
+"""Names and files that came with somebody else's folder: its own plain files, and nothing else of
+the machine.
+"""
 
 import os
 
