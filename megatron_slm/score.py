@@ -12,7 +12,8 @@ Exit codes: 0 done, 2 bad usage, 3 bad data, 85 stopped by a signal (start the s
 import os
 import sys
 
-from megatron_slm.config.load import ConfigError, take_check_only
+from megatron_slm.config.arguments import take_switch
+from megatron_slm.config.load import CHECK_ONLY, ConfigError
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.options import ScoringJob, parse, prepare
 from megatron_slm.scoring.summary import finish, means, pending_shards
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 def score(argv: list[str] | None) -> int:
     """Check everything that can be checked alone, then join the job and score; returns the exit code."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    argv, check_only = take_check_only(argv)
+    argv, check_only = take_switch(argv, CHECK_ONLY)
     options = parse(argv, __doc__)
     try:
         job = prepare(options, world_size, argv)

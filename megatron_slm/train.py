@@ -2,6 +2,7 @@
 
     python -m megatron_slm.train --config launch/recipes/quickstart.yaml                     one process
     torchrun --nproc-per-node 2 -m megatron_slm.train --config RECIPE.yaml --parallel.tensor 2 --selection.keep_fraction 0.6
+    torchrun --nproc-per-node 2 -m megatron_slm.train --config RECIPE.yaml --preflight                look at the job, do not train
 
 A run folder that holds a checkpoint is resumed. Exit codes: 0 done, 2 bad configuration, 3 bad
 data, 4 training diverged, or the checkpoint it ended or stopped with could not be saved, 85 stopped
@@ -13,10 +14,11 @@ import os
 import sys
 
 from megatron_slm.checkpoint.architecture import take_architecture
+from megatron_slm.config.arguments import take_switch
 from megatron_slm.config.check import check
-from megatron_slm.config.load import parse, take_check_only
+from megatron_slm.config.load import CHECK_ONLY, parse
 from megatron_slm.files.folder_lock import FolderLock
-from megatron_slm.training import setup
+from megatron_slm.training import preflight, preflight_files, preflight_page, setup
 from megatron_slm.training.stop_signals import StopSignals
 
 
@@ -35,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSignals) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    argv, check_only = take_check_only(argv)
+    argv, check_only = take_switch(argv, CHECK_ONLY)
+    argv, only_look = take_switch(argv, "--preflight")
     try:
         config = parse(argv, "slm-train", __doc__, fill=take_architecture)
         check(config, world_size)
@@ -44,6 +47,11 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
         # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once,
         # and before torch is imported, so that a missing file is named at once.
         materials = setup.open_materials(config, world_size) if rank == 0 else None
+        found = []
+        if materials is not None:
+            found = preflight_files.look(config, materials, world_size, thorough=only_look)
+        if check_only or not only_look:
+            preflight.refuse(found)
         if check_only:
             print(config.run.folder)
             return 0
@@ -51,23 +59,31 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
 
         device = device_room.choose(config.device.kind)  # before anything imports megatron.core
         from megatron_slm import parallel
-        from megatron_slm.training import ending, loop
+        from megatron_slm.training import ending, loop, preflight_job
     except ValueError as error:
         if rank == 0:
             print(f"slm-train: {error}", file=sys.stderr)
+        if isinstance(error, preflight.Unfit):
+            return error.exit_code
         return 3 if isinstance(error, setup.DataError) else 2
     device_room.set_threads(config.device.threads_per_process)
     groups = parallel.start(
         config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes
     )
+
+    def look() -> list[preflight.Finding]:
+        return preflight_job.look(config, groups, materials, found, thorough=only_look)
+
+    def make_run() -> loop.Run:
+        findings = look()
+        preflight.refuse(findings)
+        opened = materials or setup.open_materials(config, world_size)
+        return loop.Run(config, groups, opened, signals, preflight.warnings_of(findings))
+
     try:
-        return ending.train_to_an_end(
-            config,
-            groups,
-            lambda: loop.Run(
-                config, groups, materials or setup.open_materials(config, world_size), signals
-            ),
-        )
+        if only_look:
+            return preflight_page.report(look(), rank)
+        return ending.train_to_an_end(config, groups, make_run)
     finally:
         parallel.stop()
 

@@ -1,6 +1,7 @@
 """The argument parser of the programs that have options of their own."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 
 from megatron_slm import __version__
@@ -20,6 +21,13 @@ def number_in(hint) -> Callable[[str], int | float]:
         return value
 
     return read
+
+
+def take_switch(argv: list[str] | None, name: str) -> tuple[list[str], bool]:
+    """The words of a command line (None = sys.argv) without the option `name`, which takes no value; whether it was there."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    rest = [word for word in words if word not in (name, name.replace("_", "-"))]
+    return rest, len(rest) < len(words)
 
 
 class Program(argparse.ArgumentParser):

@@ -133,14 +133,6 @@ def parse(
     return config
 
 
-def take_check_only(argv: list[str] | None) -> tuple[list[str], bool]:
-    """The words of a command line (None = sys.argv) without --check_only, and whether it was there."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    spellings = (CHECK_ONLY, CHECK_ONLY.replace("_", "-"))
-    rest = [word for word in words if word not in spellings]
-    return rest, len(rest) < len(words)
-
-
 def from_mapping(values: Mapping) -> tuple[Config, list[str]]:
     """Build a Config from nested plain values; returns it with the list of problems (unknown keys, wrong types)."""
     problems: list[str] = []

@@ -19,7 +19,7 @@ import secrets
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Mapping
+from typing import Iterable, Mapping
 
 import numpy as np
 
@@ -159,14 +159,17 @@ class ScoreStore:
             read[np.isin(shards, list(self.missing))] = np.nan
         return read
 
-    def verify(self, first_tokens: np.ndarray | None = None) -> dict[str, int]:
-        """Check every finished shard against its marker; returns the number of tokens without a score, per column.
+    def verify(
+        self, first_tokens: np.ndarray | None = None, shards: Iterable[int] | None = None
+    ) -> dict[str, int]:
+        """Check finished shards against their markers; returns the number of tokens without a score, per column.
 
         first_tokens: sorted offsets of the first token of every document; with it, tokens without a score beyond those are
-        returned instead. ValueError names a shard whose bytes, range or columns are not what its marker says.
+        returned instead. shards: which to check; None = every one that is finished. ValueError names a shard whose bytes, range or columns are not what its marker says.
         """
         without = dict.fromkeys(self.columns, 0)
-        for shard in sorted(set(range(self.manifest.shard_count)) - self.missing):
+        wanted = range(self.manifest.shard_count) if shards is None else shards
+        for shard in sorted(set(wanted) - self.missing):
             marker = ShardMarker.read(self.folder, shard)
             if (marker.shard, marker.start, marker.end) != (
                 shard,

@@ -5,6 +5,7 @@ writes the metrics.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -50,7 +51,8 @@ from megatron_slm.training.stop_signals import StopSignals
 
 
 class Run:
-    """One run folder being trained. signals: what this process hears of requests to stop; None = only the stop file counts."""
+    """One run folder being trained. signals: what this process hears of requests to stop; None = only the stop file counts.
+    notes: (text, level) of what is to be said when there are sinks to say it to."""
 
     def __init__(
         self,
@@ -58,8 +60,9 @@ class Run:
         groups: Groups,
         materials: setup.Materials,
         signals: StopSignals | None = None,
+        notes: Sequence[tuple[str, str]] = (),
     ):
-        self.signals = signals
+        self.signals, self.notes = signals, notes
         self.config, self.groups, self.materials = config, groups, materials
         self.folder = Path(config.run.folder)
         self.done = Done()
@@ -95,7 +98,7 @@ class Run:
 
     def start(self) -> None:
         """Resume from the newest good checkpoint, or take initial weights; then open the sinks."""
-        messages: list[tuple[str, str]] = []
+        messages: list[tuple[str, str]] = list(self.notes)
         kept = self.config.checkpoint
         retention = Retention(
             kept.keep_last,

@@ -1,0 +1,292 @@
+"""What is found out about a job before it trains, as sentences: pure comparisons of the facts of its processes.
+
+Nothing here asks a machine anything, so it needs no torch: preflight_files.py looks at files and
+disks, preflight_job.py at the devices and the network of the processes that have joined.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+FINE, WARNING, BAD_SETTINGS, BAD_DATA = "ok", "warning", "settings", "data"
+"""States of a finding. The last two end the run before it begins, with exit codes 2 and 3."""
+MUST_AGREE = (
+    "megatron-slm",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "CUDA",
+    "NCCL",
+    "settings",
+)
+"""Processes that differ in one of these compute different things, or cannot talk to each other."""
+CLOCK_SECONDS = 2.0
+"""How far clocks may be apart: the times of logs, locks and the watchdog's files are compared."""
+FOREIGN_FRACTION = 0.1
+"""Of a GPU's memory that is taken before the run has allocated anything. A CUDA context takes less."""
+SLOW_FRACTION = 0.5
+"""A group that moves less than this part of what the others of its kind move."""
+HOSTS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the page: what was looked at, its state, and what is to be known or done."""
+
+    check: str
+    state: str
+    sentence: str
+
+
+class Unfit(ValueError):
+    """The job cannot run as it is; every process raises this at the same place."""
+
+    def __init__(self, findings: Sequence[Finding]):
+        fatal = [each for each in findings if each.state in (BAD_SETTINGS, BAD_DATA)]
+        self.exit_code = 2 if any(each.state == BAD_SETTINGS for each in fatal) else 3
+        count = f"{len(fatal)} problems" if len(fatal) > 1 else "1 problem"
+        super().__init__(
+            f"{count} found before the start:\n"
+            + "\n".join(f"  - {each.check}: {each.sentence}" for each in fatal)
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one process knows of itself and its machine."""
+
+    rank: int
+    host: str
+    device: str
+    """Kind and name: "cpu", "cuda NVIDIA H100 80GB HBM3"."""
+    device_id: str
+    """Which device of its host: two processes must not share a GPU. Empty for a CPU."""
+    device_bytes: int
+    """Memory of the device; for a CPU, this process's share of the machine's."""
+    taken_bytes: int
+    """Of it, what is taken before the run allocates anything."""
+    clock_seconds: float
+    """Seconds since 1970 by its host's clock, read by all processes at one moment."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the files that every host must see, -1 = not there; asked of one process per host."""
+    sees_run_folder: bool = True
+    """Whether a file that rank 0 has just written into the run folder is there."""
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Unfit where one of the findings is fatal."""
+    if any(each.state in (BAD_SETTINGS, BAD_DATA) for each in findings):
+        raise Unfit(findings)
+
+
+def warnings_of(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """What every sink is to hear: (text, level)."""
+    return [
+        (f"preflight, {each.check}: {each.sentence}", "warning")
+        for each in findings
+        if each.state == WARNING
+    ]
+
+
+def compare(everyone: Sequence[Facts]) -> list[Finding]:
+    """What the facts of all processes, in the order of their ranks, say when held against each other."""
+    return [
+        *_versions(everyone),
+        *_devices(everyone),
+        _clocks(everyone),
+        *_files(everyone),
+    ]
+
+
+def slow_groups(measured: Mapping[str, Mapping[tuple[int, ...], float]]) -> list[Finding]:
+    """One finding per kind of group. measured: bytes per second of each group, by the ranks in it."""
+    findings = []
+    for kind, rates in measured.items():
+        usual = median(rates.values())
+        ranks, slowest = min(rates.items(), key=lambda each: each[1])
+        words = f"{len(rates)} x {len(ranks)} processes, {usual / 1e9:.3g} GB/s"
+        if slowest < SLOW_FRACTION * usual:
+            findings.append(
+                Finding(
+                    f"group {kind}",
+                    WARNING,
+                    f"{words} in the middle, but ranks {list(ranks)} have {slowest / 1e9:.3g} GB/s: the whole job waits for "
+                    "them. Look at the links of their nodes, or leave those out",
+                )
+            )
+        else:
+            findings.append(Finding(f"group {kind}", FINE, words))
+    return findings
+
+
+def memory(state_bytes: int, peak_bytes: int, everyone: Sequence[Facts]) -> Finding:
+    """Whether the plan fits the smallest device.
+
+    state_bytes: weights, gradients and optimizer, which are known exactly. peak_bytes: those, and
+    activations and buffers, which are predicted.
+    """
+    smallest = min(everyone, key=lambda each: each.device_bytes)
+    words = (
+        f"{size_words(peak_bytes)} at the peak of the fullest process ({size_words(state_bytes)} of it weights, gradients and optimizer), "
+        f"and the device of rank {smallest.rank} on {smallest.host} has {size_words(smallest.device_bytes)}"
+    )
+    layouts = "python -m megatron_slm.plan with the same settings shows layouts that fit"
+    if state_bytes > smallest.device_bytes:
+        return Finding("memory", BAD_SETTINGS, f"{words}: this cannot fit; {layouts}")
+    if peak_bytes > smallest.device_bytes:
+        return Finding("memory", WARNING, f"{words}: it will probably not fit; {layouts}")
+    return Finding("memory", FINE, words)
+
+
+def _versions(everyone: Sequence[Facts]) -> list[Finding]:
+    findings, agreed = [], []
+    names = dict.fromkeys(name for each in everyone for name in each.versions)
+    asked = [each for each in everyone if each.versions]
+    for name in names:
+        hosts = _hosts_by(asked, lambda each, name=name: each.versions.get(name, "not there"))
+        if len(hosts) == 1:
+            agreed.append(f"{name} {next(iter(hosts))}")
+            continue
+        fatal = name in MUST_AGREE
+        advice = (
+            "Start all from one installation and one configuration file on a file system they share"
+            if fatal
+            else "This is known to work mostly; the same on all is better"
+        )
+        findings.append(
+            Finding(
+                f"version of {name}" if name != "settings" else name,
+                BAD_SETTINGS if fatal else WARNING,
+                f"differs between nodes: {_by_host(hosts)}. {advice}",
+            )
+        )
+    nodes = len({each.host for each in everyone})
+    where = f" on {nodes} nodes" if nodes > 1 else ""
+    shown = [words for words in agreed if not words.startswith("settings")]
+    same = Finding("versions", FINE, f"{', '.join(shown) or 'none in common'}{where}")
+    return [same, *findings]
+
+
+def _devices(everyone: Sequence[Facts]) -> list[Finding]:
+    findings = []
+    hosts = _hosts_by(everyone, lambda each: each.device)
+    if len({name.split()[0] for name in hosts}) > 1:
+        findings.append(
+            Finding(
+                "devices",
+                BAD_SETTINGS,
+                f"some processes have a GPU and others none: {_by_host(hosts)}. Look at the driver there, or set device.kind to cpu",
+            )
+        )
+    elif len(hosts) > 1:
+        findings.append(
+            Finding(
+                "devices",
+                WARNING,
+                f"the nodes have different ones: {_by_host(hosts)}; the slowest sets the pace",
+            )
+        )
+    else:
+        findings.append(Finding("devices", FINE, f"{len(everyone)} x {next(iter(hosts))}"))
+    owners = defaultdict(list)
+    for each in everyone:
+        if each.device_id:
+            owners[each.host, each.device_id].append(each.rank)
+    for (host, device_id), ranks in owners.items():
+        if len(ranks) > 1:
+            findings.append(
+                Finding(
+                    "devices",
+                    BAD_SETTINGS,
+                    f"ranks {ranks} on {host} share GPU {device_id}: start one process per GPU, and look at CUDA_VISIBLE_DEVICES and "
+                    "at srun's --gpu-bind",
+                )
+            )
+    for each in everyone:
+        if each.taken_bytes > FOREIGN_FRACTION * each.device_bytes:
+            findings.append(
+                Finding(
+                    "devices",
+                    WARNING,
+                    f"{size_words(each.taken_bytes)} of {size_words(each.device_bytes)} on the device of rank {each.rank} "
+                    f"({each.host}) are taken by somebody else (nvidia-smi shows by whom)",
+                )
+            )
+    return findings
+
+
+def _clocks(everyone: Sequence[Facts]) -> Finding:
+    earliest = min(everyone, key=lambda each: each.clock_seconds)
+    latest = max(everyone, key=lambda each: each.clock_seconds)
+    apart = latest.clock_seconds - earliest.clock_seconds
+    if apart <= CLOCK_SECONDS:
+        return Finding("clocks", FINE, f"at most {apart:.2g} s apart")
+    return Finding(
+        "clocks",
+        WARNING,
+        f"that of {latest.host} is {apart:.1f} s ahead of that of {earliest.host}: times in logs and of files cannot be compared. "
+        "Set the clocks (chrony or ntpd)",
+    )
+
+
+def _files(everyone: Sequence[Facts]) -> list[Finding]:
+    looked = [each for each in everyone if each.files]
+    first, findings = looked[0] if looked else everyone[0], []
+    if blind := list(dict.fromkeys(each.host for each in everyone if not each.sees_run_folder)):
+        findings.append(
+            Finding(
+                "run folder",
+                BAD_SETTINGS,
+                f"what {everyone[0].host} writes there is not seen on {_some(blind)}: give a run.folder on a file system that all nodes "
+                "share",
+            )
+        )
+    for path, size in first.files.items():
+        others = _hosts_by(
+            [each for each in looked[1:] if each.files.get(path, -1) != size],
+            lambda each, path=path: _exact_size(each.files.get(path, -1)),
+        )
+        if others:
+            findings.append(
+                Finding(
+                    "files on every node",
+                    BAD_DATA,
+                    f"{path} is {_exact_size(size)} on {first.host}, but {_by_host(others)}. Put it on a file system that all nodes share",
+                )
+            )
+    if findings or not looked:
+        return findings
+    nodes = len({each.host for each in looked})
+    words = f"{len(first.files)} files are the same size on {nodes} node{'s' * (nodes > 1)}"
+    return [Finding("files on every node", FINE, words)]
+
+
+def _hosts_by(everyone: Iterable[Facts], key) -> dict[str, list[str]]:
+    hosts = defaultdict(list)
+    for each in everyone:
+        if each.host not in hosts[key(each)]:
+            hosts[key(each)].append(each.host)
+    return dict(hosts)
+
+
+def _by_host(hosts: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{value} on {_some(names)}" for value, names in hosts.items())
+
+
+def _some(hosts: Sequence[str]) -> str:
+    more = len(hosts) - HOSTS_SHOWN
+    return ", ".join(hosts[:HOSTS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _exact_size(size_bytes: int) -> str:
+    return "not there" if size_bytes < 0 else f"{size_bytes} bytes"
+
+
+def size_words(size_bytes: float) -> str:
+    """The size for a person: 12.3 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:.3g} {unit}"
+    return f"{size_bytes / 1e3:.3g} kB"

@@ -1,0 +1,144 @@
+"""The part of the preflight that rank 0 does alone, before the processes join: disks and score stores."""
+
+import os
+import random
+from collections import defaultdict
+from pathlib import Path
+
+from megatron_slm.config.check import train_steps
+from megatron_slm.config.schema import Config
+from megatron_slm.data.corpora import Corpus
+from megatron_slm.planning.hardware import GPU
+from megatron_slm.planning.job import Job
+from megatron_slm.planning.result import checkpoint_bytes, checkpoints_on_disk
+from megatron_slm.training.preflight import (
+    BAD_DATA,
+    BAD_SETTINGS,
+    FINE,
+    WARNING,
+    Finding,
+    size_words,
+)
+from megatron_slm.training.setup import Materials, index_cache
+
+NO_GPU = GPU("none", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+"""For plans of which only sizes are asked."""
+SAMPLED_SHARDS = 3
+"""Of each score store, when the preflight is all there is to do; a run begins with one, another at every start."""
+
+
+def look(
+    config: Config, materials: Materials, world_size: int, *, thorough: bool = False
+) -> list[Finding]:
+    """Free disk against what the run will write, and the checksums of some shards of every score store."""
+    job = Job(config, materials.vocabulary_size, NO_GPU, 1, world_size)
+    return [*_disks(config, materials, job), *_data(materials, SAMPLED_SHARDS if thorough else 1)]
+
+
+def files_of(materials: Materials) -> list[str]:
+    """Every large file that all nodes read."""
+    found = []
+    for corpus in [*materials.corpora, *materials.validation.values()]:
+        found += [f"{corpus.prefix}.bin", f"{corpus.prefix}.idx"]
+        if corpus.scores is not None:
+            found += [str(corpus.scores.column_path(name)) for name in corpus.scores.columns]
+    return found
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a file, -1 where there is none that can be read."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def index_bytes(config: Config, corpora: list[Corpus]) -> int:
+    """Sample indices of the run's training corpora, at most: of every epoch its documents and samples, and of a blend its samples."""
+    samples = train_steps(config) * config.data.global_batch_size
+    tokens = sum(corpus.manifest.tokens for corpus in corpora)
+    weights = config.data.weights or [corpus.manifest.tokens for corpus in corpora]
+    total = samples * 10 if len(corpora) > 1 else 0
+    for weight, corpus in zip(weights, corpora, strict=True):
+        per_epoch = max(1, corpus.manifest.tokens // config.data.sequence_length)
+        epochs = -(-samples * weight // (sum(weights) * per_epoch)) if tokens else 0
+        total += int(epochs) * (4 * corpus.manifest.documents + 24 * per_epoch)
+    return total
+
+
+def _disks(config: Config, materials: Materials, job: Job) -> list[Finding]:
+    """The run's needs summed up by file system: checkpoints and indices may lie on one or on two."""
+    one = checkpoint_bytes(job)
+    folder = Path(config.run.folder)
+    checkpoints = one * checkpoints_on_disk(config, job.steps)
+    needs = [
+        (folder, max(0, checkpoints - _bytes_in(folder / "checkpoints")), one),
+        (index_cache(config), *[_left_of_index(config, materials)] * 2),
+    ]
+    by_disk: dict[int, list[tuple[Path, int, int]]] = defaultdict(list)
+    for path, whole_bytes, least_bytes in needs:
+        there = _nearest_existing(path)
+        by_disk[there.stat().st_dev].append((there, whole_bytes, least_bytes))
+    return [disk_finding(each) for each in by_disk.values()]
+
+
+def disk_finding(needs: list[tuple[Path, int, int]], free_bytes: int | None = None) -> Finding:
+    """Of one file system. needs: a folder on it, the bytes the whole run writes there, and those without which it is in vain."""
+    folder = needs[0][0]
+    if free_bytes is None:
+        status = os.statvfs(folder)
+        free_bytes = status.f_bavail * status.f_frsize
+    whole, least = sum(need[1] for need in needs), sum(need[2] for need in needs)
+    words = (
+        f"{folder}: {size_words(free_bytes)} free, at most {size_words(whole)} to be written (plan)"
+    )
+    advice = "Free space, give another run.folder or data.index_cache, or keep fewer checkpoints (checkpoint.keep_last)"
+    if free_bytes < min(least, whole):
+        return Finding(
+            "disk",
+            BAD_SETTINGS,
+            f"{words}; one checkpoint takes {size_words(needs[0][2])}. {advice}",
+        )
+    if free_bytes < whole:
+        return Finding("disk", WARNING, f"{words}: it may fill up. {advice}")
+    return Finding("disk", FINE, words)
+
+
+def _left_of_index(config: Config, materials: Materials) -> int:
+    return max(0, index_bytes(config, materials.corpora) - _bytes_in(index_cache(config)))
+
+
+def _data(materials: Materials, shards_sampled: int) -> list[Finding]:
+    corpora = [*materials.corpora, *materials.validation.values()]
+    findings = []
+    for corpus in materials.corpora:
+        if corpus.scores is None:
+            continue
+        shards = corpus.scores.manifest.shard_count
+        finished = sorted(set(range(shards)) - corpus.scores.missing)
+        sample = random.sample(finished, min(shards_sampled, len(finished)))
+        try:
+            corpus.scores.verify(shards=sample)
+        except ValueError as error:
+            findings.append(Finding("score store", BAD_DATA, str(error)))
+        else:
+            words = f"{corpus.scores.folder}: size, and the checksums of {len(sample)} of {shards} shards"
+            findings.append(Finding("score store", FINE, words))
+    tokens = sum(corpus.manifest.tokens for corpus in corpora)
+    words = (
+        f"{len(corpora)} with {tokens:,} tokens: sizes, indices, and content as it was last hashed"
+    )
+    return [Finding("corpora", FINE, words), *findings]
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(
+        max(0, size_of(Path(path, name))) for path, _, names in os.walk(folder) for name in names
+    )
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,58 @@
+"""The page that the preflight ends with: on the terminal, and as text in the run folder."""
+
+from pathlib import Path
+
+from megatron_slm.files.atomic import write_text_atomically
+from megatron_slm.training.preflight import (
+    BAD_DATA,
+    BAD_SETTINGS,
+    FINE,
+    WARNING,
+    Finding,
+    Unfit,
+    refuse,
+)
+
+PAGE_FILE = "preflight.txt"
+STATES = {FINE: "ok", WARNING: "warning", BAD_SETTINGS: "REFUSED", BAD_DATA: "REFUSED"}
+
+
+def write_page(findings: list[Finding], folder: Path) -> list[Finding]:
+    """The page as text in the run folder; a disk that cannot take it costs a warning."""
+    lines = [f"{STATES[each.state]:<9} {each.check:<20} {each.sentence}" for each in findings]
+    try:
+        write_text_atomically(folder / PAGE_FILE, "\n".join(lines) + "\n")
+    except OSError as error:
+        return [Finding("page", WARNING, f"{folder / PAGE_FILE} could not be written ({error})")]
+    return []
+
+
+def report(findings: list[Finding], rank: int) -> int:
+    """Show the page, on rank 0; the exit code of a program that only looked: 0, 2 or 3."""
+    verdict, exit_code = "this job can start", 0
+    try:
+        refuse(findings)
+    except Unfit as unfit:
+        verdict, exit_code = "this job cannot start as it is", unfit.exit_code
+    if rank == 0:
+        show_page(findings)
+        warnings = sum(each.state == WARNING for each in findings)
+        print(f"{verdict}; {warnings} warning{'s' * (warnings != 1)}")
+    return exit_code
+
+
+def show_page(findings: list[Finding]) -> None:
+    """The page on the terminal, or in a log."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {FINE: "green", WARNING: "yellow"}
+    table = Table(title="Preflight", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("state", "check"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("what was found", overflow="fold")
+    for each in findings:
+        state = Text(STATES[each.state], styles.get(each.state, "bold red"))
+        table.add_row(state, each.check, Text(each.sentence))
+    Console(highlight=False).print(table)
