@@ -24,7 +24,6 @@ SEEN_SECONDS = 10.0
 
 def facts(config: Config, groups: Groups, paths: list[str], new_file: str) -> Facts:
     """What this process knows. paths: files to look for; new_file: what rank 0 has just written ("" = nothing)."""
-    now = time.time()
     device, device_id, total_bytes, taken_bytes = _device(groups.device)
     digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]
     return Facts(
@@ -34,7 +33,7 @@ def facts(config: Config, groups: Groups, paths: list[str], new_file: str) -> Fa
         device_id,
         total_bytes,
         taken_bytes,
-        now,
+        time.time(),
         versions(groups.device) | {"settings": digest},
         {path: size_of(path) for path in paths},
         not new_file or _appears(Path(new_file)),

@@ -54,9 +54,10 @@ def look(
         paths, new_file = _from_first(
             (preflight_files.files_of(materials), _new_file(config)) if materials else None
         )
+        mine = facts(config, groups, paths if local == 0 else [], new_file)
         if groups.world_size > 1:
             dist.barrier()  # so that all read their clocks at one moment
-        everyone = _everyone(facts(config, groups, paths if local == 0 else [], new_file))
+        everyone = _everyone(replace(mine, clock_seconds=time.time()))
         answers = _everyone(reach(groups))
         rates = _everyone(bandwidth(groups)) if thorough else []
     if new_file and groups.world_rank == 0:
@@ -72,20 +73,28 @@ def look(
 
 
 def reach(groups: Groups) -> dict[str, tuple[list[int], bool]]:
-    """Per kind of group with several members: its ranks, and whether a sum over them is right."""
+    """Per kind of group with several members: its ranks, and whether a sum over them is right.
+
+    Said by the first member of each group, and by every one whose sum is wrong.
+    """
     answers = {}
     for kind in KINDS:
         group = getattr(groups, kind)
         if group.size() > 1:
             ranks = dist.get_process_group_ranks(group)
-            summed = torch.full((1,), float(groups.world_rank), device=groups.device)
+            summed = torch.full((1,), groups.world_rank, dtype=torch.int64, device=groups.device)
             dist.all_reduce(summed, group=group)
-            answers[kind] = (ranks, summed.item() == sum(ranks))
+            right = summed.item() == sum(ranks)
+            if group.rank() == 0 or not right:
+                answers[kind] = (ranks, right)
     return answers
 
 
 def bandwidth(groups: Groups) -> dict[str, tuple[list[int], float]]:
-    """Per kind of group with several members: its ranks, and the bytes per second that an all-reduce moves through each."""
+    """Per kind of group with several members: its ranks, and the bytes per second that an all-reduce moves through each.
+
+    Measured by all, said by the first member of each group.
+    """
     rates = {}
     payload_bytes = GPU_PAYLOAD_BYTES if groups.device.type == "cuda" else CPU_PAYLOAD_BYTES
     payload = torch.zeros(payload_bytes // 4, device=groups.device)
@@ -98,9 +107,11 @@ def bandwidth(groups: Groups) -> dict[str, tuple[list[int], float]]:
             for _ in range(ROUNDS):
                 dist.all_reduce(payload, group=group)
             _finish(groups.device)
+            elapsed_seconds = time.monotonic() - started
             moved_bytes = ROUNDS * payload_bytes * 2 * (group.size() - 1) / group.size()
-            ranks = dist.get_process_group_ranks(group)
-            rates[kind] = (ranks, moved_bytes / (time.monotonic() - started))
+            if group.rank() == 0:
+                ranks = dist.get_process_group_ranks(group)
+                rates[kind] = (ranks, moved_bytes / elapsed_seconds)
     return rates
 
 
@@ -213,11 +224,12 @@ def _from_first(value: Value) -> Value:
     return held[0]
 
 
-def _by_kind(rates: list[dict[str, tuple[list[int], float]]]) -> dict[str, dict]:
-    """kind -> ranks of a group -> its slowest member's rate."""
+def _by_kind(
+    rates: list[dict[str, tuple[list[int], float]]],
+) -> dict[str, dict[tuple[int, ...], float]]:
+    """kind -> ranks of a group -> its rate."""
     by_kind: dict[str, dict[tuple[int, ...], float]] = {}
     for each in rates:
         for kind, (ranks, rate) in each.items():
-            groups = by_kind.setdefault(kind, {})
-            groups[tuple(ranks)] = min(rate, groups.get(tuple(ranks), rate))
+            by_kind.setdefault(kind, {})[tuple(ranks)] = rate
     return by_kind

@@ -87,3 +87,15 @@ def test_groups_that_do_not_answer_in_time_are_told(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "rank 0 on here: the processes of its groups (tp: [0, 1]; dp: [0, 2])" in said
     assert "GLOO_SOCKET_IFNAME" in said
+
+
+def test_a_wrong_sum_over_a_group_refuses_the_job():
+    from megatron_slm.training.preflight_job import groups_that_answer
+
+    everyone = [SimpleNamespace(host=f"node{rank}") for rank in range(2)]
+    right = {"dp": ([0, 1], True)}
+    (fine,) = groups_that_answer([right, {}], everyone)
+    assert (fine.state, fine.sentence) == ("ok", "dp of 2 answer")
+    (wrong,) = groups_that_answer([right, {"dp": ([0, 1], False)}], everyone)
+    assert wrong.state == "settings"
+    assert "dp of ranks [0, 1] (node1)" in wrong.sentence
