@@ -165,8 +165,9 @@ class Run:
         return told[0]
 
     def run(self) -> int:
-        """Train to the last step. Exit code: 0 done, 85 stopped on request with a checkpoint to resume from.
+        """Train to the last step.
 
+        Exit code: 0 done, 85 stopped on request with a checkpoint to resume from.
         NotSaved: the checkpoint of the step it ended with could not be written. DataFault: a rank
         cannot read the next step, or a validation corpus; the steps before are in a checkpoint.
         """
@@ -229,7 +230,10 @@ class Run:
         return self._end(stopped=stopping and self.step < self.steps, stop=stop)
 
     def _end(self, stopped: bool, stop: StopRequest) -> int:
-        """Say how the run ended; its exit code. NotSaved: there is no checkpoint of the last step."""
+        """Say how the run ended; its exit code.
+
+        NotSaved: there is no checkpoint of the last step.
+        """
         saved = self.store.saved_step == self.step
         if stopped:
             if problem := stop.clear():

@@ -52,7 +52,10 @@ class StopRequest:
         return bool(flag.item())
 
     def clear(self) -> str:
-        """Remove the stop file, so that the restarted run does not stop at once; on rank 0, why it could not ("" = done)."""
+        """Remove the stop file, so that the restarted run does not stop at once.
+
+        On rank 0, returns why it could not be removed; "" = done.
+        """
         if dist.get_rank() == 0:
             try:
                 self.file.unlink(missing_ok=True)

@@ -184,7 +184,7 @@ def read_on(loader, folder: Path) -> None:
 
 
 def refuse_code_in_random_states(groups, folder: Path, case: dict) -> None:
-    """The object is in the file of one rank; both hear of it, in one sentence, and neither waits for the other."""
+    """The object is in one rank's file; both hear of it, and neither waits for the other."""
     import torch.distributed as dist
 
     run = folder / "planted"
@@ -198,7 +198,7 @@ def refuse_code_in_random_states(groups, folder: Path, case: dict) -> None:
 
 
 def stop_where_nothing_can_be_saved(groups, run: Path, case: dict) -> None:
-    """A run that is asked to stop while its disk is full did not stop "with a checkpoint", and says so."""
+    """A run asked to stop while its disk is full did not stop "with a checkpoint", and says so."""
     from megatron_slm.training.loop import NotSaved
 
     run.mkdir()

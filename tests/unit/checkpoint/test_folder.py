@@ -280,7 +280,7 @@ def test_a_file_that_cannot_be_read_is_damage(checkpoints, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "/dev/zero", "sub/file", ".."])
 def test_checksums_that_lead_out_of_the_folder_are_refused_by_every_rank(checkpoints, name):
-    """Each rank checks its share of the files, and an error of one rank alone would leave the others waiting."""
+    """Each rank checks a share of the files; an error of one alone would leave the others waiting."""
     folder = save(checkpoints, 100)
     checksums = json.loads((folder / "checksums.json").read_text())
     (folder / "checksums.json").write_text(json.dumps({**checksums, name: "0" * 64}))
