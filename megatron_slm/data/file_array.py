@@ -88,47 +88,44 @@ class FileArray:
 
     def __getitem__(self, rows: int | slice) -> np.ndarray:
         """One row, or the rows of a slice without a step."""
-        if isinstance(rows, slice):
-            start, end, step = rows.indices(len(self))
-            if step != 1:
-                raise IndexError(f"{self.file.path}: read by slices without a step, not [::{step}]")
-            return self.read_pieces([(start, max(start, end))])
-        row = operator.index(rows)
-        row = row + len(self) if row < 0 else row
-        return self.read_pieces([(row, row + 1)])[0]
+        if not isinstance(rows, slice):
+            row = operator.index(rows)
+            row = row + self.shape[0] if row < 0 else row
+            return self._values(self._content(row, row + 1))[0]
+        start, end, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise IndexError(f"{self.file.path}: read by slices without a step, not [::{step}]")
+        return self._values(self._content(start, max(start, end)))
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[:] if dtype is None else self[:].astype(dtype, copy=False)
 
     def read_pieces(self, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
         """The rows [start, end) of every piece, back to back. IndexError outside the array."""
-        read, rows, width, base = (
-            self.file.read,
-            self.shape[0],
-            self._row_bytes,
-            self._offset_bytes,
+        return self._values(b"".join([self._content(start, end) for start, end in pieces]))
+
+    def _content(self, start: int, end: int) -> bytes:
+        if not 0 <= start <= end <= self.shape[0]:
+            raise IndexError(f"{self.file.path}: rows {start} to {end} of {self.shape[0]}")
+        return self.file.read(
+            (end - start) * self._row_bytes, self._offset_bytes + start * self._row_bytes
         )
-        found = []
-        for start, end in pieces:
-            if not 0 <= start <= end <= rows:
-                raise IndexError(f"{self.file.path}: rows {start} to {end} of {rows}")
-            found.append(read((end - start) * width, base + start * width))
-        content = found[0] if len(found) == 1 else b"".join(found)
+
+    def _values(self, content: bytes) -> np.ndarray:
         values = np.frombuffer(content, self.dtype)
         return values if len(self.shape) == 1 else values.reshape(-1, *self.shape[1:])
 
 
 def open_array(path: str | Path, dtype: np.dtype) -> FileArray:
-    """A file that is nothing but values of `dtype`, back to back, for as many as it has room for
-    now.
-    """
+    """A file that is nothing but values of `dtype`: as many as it has room for now."""
     file = ReadOnlyFile(path)
     return FileArray(file, dtype, file.size_bytes // np.dtype(dtype).itemsize)
 
 
 def open_npy(path: str | Path) -> FileArray:
-    """The array in a .npy file. ValueError names a file that is none, that holds Python objects or
-    that ends too early.
+    """The array in a .npy file.
+
+    ValueError names a file that is none, that holds Python objects or that ends too early.
     """
     try:
         with open(path, "rb") as stream:
