@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 
 from megatron_slm.config.ranges import range_of
-from megatron_slm.config.values import alternatives, plain
+from megatron_slm.config.values import alternatives, named_class, plain
 
 
 def texts_of(settings_class) -> dict[str, str]:
@@ -50,7 +50,7 @@ def _values_of_one(hint) -> str:
     if origin is list:
         return f"list of {values_of(arguments[0])}"
     if origin is dict:
-        return "mapping"
+        return "entries by name" if named_class(hint) else "mapping"
     if dataclasses.is_dataclass(hint):
         return "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
     return names[hint]
@@ -96,6 +96,9 @@ def _section(settings_class, where: str, width: int) -> list[str]:
             lines += _entry(f"--{where}{field.name} VALUE", text, width)
     for field in nested:
         lines += _section(hints[field.name], f"{where}{field.name}.", width)
+    for field in fields:
+        if entry := named_class(hints[field.name]):
+            lines += _section(entry, f"{where}{field.name}.NAME.", width)
     return lines
 
 

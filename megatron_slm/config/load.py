@@ -16,7 +16,13 @@ from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.help import help_text
 from megatron_slm.config.nearest import nearest
 from megatron_slm.config.schema import Config
-from megatron_slm.config.values import UNREADABLE, alternatives, convert, require_known
+from megatron_slm.config.values import (
+    UNREADABLE,
+    alternatives,
+    convert,
+    named_class,
+    require_known,
+)
 from megatron_slm.config.yaml_text import read_yaml
 
 
@@ -83,16 +89,20 @@ def parse(
     usage: str = "[--config FILE] [--section.field VALUE ...]",
     fill: Fill = lambda values: [],
     printed_path: PrintedPath = RUN_FOLDER,
+    own_options: Mapping[str, str] = {},
 ):
     """The settings of a program started with `argv` (None = sys.argv), as a `settings_class`.
 
     Prints the help, the version or the settings when asked to, and exits. Raises ConfigError with
     every unreadable, unknown or missing setting and what `fill` finds wrong, before anything is
-    started.
+    started. `own_options` are options without a value that the program took out of `argv` itself;
+    --help lists them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
-        own = OWN_OPTIONS | {
+        own = {
+            **OWN_OPTIONS,
+            **own_options,
             f"--{printed_path.option}": "Print that path and stop, for scripts.",
             CHECK_ONLY: "Check the settings and everything they name, print that path and stop.",
         }
@@ -107,7 +117,7 @@ def parse(
     path_only = given.pop(printed_path.option, None) is not None
     values: dict = {}
     if path is not None:
-        problems += _merge_file(values, path)
+        problems += merge_file(values, path)
         problems += code_of_the_file_alone(values, path, given)
     for key, text in given.items():
         try:
@@ -133,10 +143,13 @@ def parse(
     return config
 
 
-def from_mapping(values: Mapping) -> tuple[Config, list[str]]:
-    """Build a Config from nested plain values; returns it with the list of problems (unknown keys, wrong types)."""
+def from_mapping(values: Mapping, settings_class=None):
+    """Build a Config (or another settings class) from nested plain values.
+
+    Returns it with the list of problems (unknown keys, wrong types).
+    """
     problems: list[str] = []
-    return _build(Config, values, "", problems), problems
+    return _build(settings_class or Config, values, "", problems), problems
 
 
 def load_yaml(path: str | Path, fill: Fill = lambda values: []) -> Config:
@@ -145,7 +158,7 @@ def load_yaml(path: str | Path, fill: Fill = lambda values: []) -> Config:
     A run folder's config.yaml is complete and needs no `fill`.
     """
     values: dict = {}
-    problems = _merge_file(values, str(path))
+    problems = merge_file(values, str(path))
     refused = fill(values)
     config, more = from_mapping(values)
     if problems or more or refused:
@@ -190,7 +203,8 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return given, problems
 
 
-def _merge_file(values: dict, path: str) -> list[str]:
+def merge_file(values: dict, path: str) -> list[str]:
+    """Put the sections of a YAML file into `values`; returns what is wrong with the file."""
     try:
         loaded = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -206,6 +220,8 @@ def _merge_file(values: dict, path: str) -> list[str]:
 def _is_text(cls, keys: list[str], text: str) -> bool:
     """Whether the field takes text as it stands: `--run.name 007` is a name, not the number 7."""
     hint = typing.get_type_hints(cls).get(keys[0])
+    if len(keys) > 2 and named_class(hint):  # --runs.slm.config: a field of the entry `slm`
+        return _is_text(named_class(hint), keys[2:], text)
     if len(keys) > 1:
         return dataclasses.is_dataclass(hint) and _is_text(hint, keys[1:], text)
     if hint is str:
@@ -233,8 +249,8 @@ def _build(cls, values, where: str, problems: list[str]):
             problems.append(f"{where}{key}: unknown field (got {values[key]!r}); {hint}")
     made = {}
     for name, hint in hints.items():
-        entries = _entry_class(hint)
-        if not dataclasses.is_dataclass(hint) and entries is None:
+        entries, named = _entry_class(hint), named_class(hint)
+        if not dataclasses.is_dataclass(hint) and entries is None and named is None:
             require_known(hint, f"{where}{name}")
         if name not in values:
             if fields[name].default is fields[name].default_factory is dataclasses.MISSING:
@@ -245,6 +261,8 @@ def _build(cls, values, where: str, problems: list[str]):
             made[name] = _build(hint, values[name] or {}, f"{where}{name}.", problems)
         elif entries is not None:
             made[name] = _build_list(entries, values[name], f"{where}{name}", problems)
+        elif named is not None:
+            made[name] = _build_named(named, values[name], f"{where}{name}", problems)
         else:
             made[name] = convert(values[name], hint, f"{where}{name}", problems)
     return cls(**{name: value for name, value in made.items() if value is not UNREADABLE})
@@ -266,6 +284,16 @@ def _entry_class(hint):
     arguments = typing.get_args(hint)
     is_list = typing.get_origin(hint) is list
     return arguments[0] if is_list and dataclasses.is_dataclass(arguments[0]) else None
+
+
+def _build_named(cls, values, where: str, problems: list[str]):
+    if not isinstance(values or {}, Mapping):
+        problems.append(f"{where}: got {values!r}; expected entries by name, each with its fields")
+        return UNREADABLE
+    return {
+        str(name): _build(cls, value or {}, f"{where}.{name}.", problems)
+        for name, value in (values or {}).items()
+    }
 
 
 def _build_list(cls, values, where: str, problems: list[str]):

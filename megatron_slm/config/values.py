@@ -5,6 +5,7 @@ Literal, dict[str, Any], list[...] of these, several joined by `|`, Optional or 
 them inside Annotated. Every other one is refused when the schema is first used.
 """
 
+import dataclasses
 import types
 import typing
 from collections.abc import Mapping
@@ -37,6 +38,13 @@ def alternatives(hint) -> tuple:
     if typing.get_origin(inner) in (typing.Union, types.UnionType):
         return tuple(part for member in typing.get_args(inner) for part in alternatives(member))
     return (hint,)
+
+
+def named_class(hint):
+    """The dataclass of the entries that a `dict[str, ...]` holds by name; None for any other annotation."""
+    arguments = typing.get_args(hint)
+    is_mapping = typing.get_origin(hint) is dict
+    return arguments[1] if is_mapping and dataclasses.is_dataclass(arguments[1]) else None
 
 
 def require_known(hint, where: str) -> None:

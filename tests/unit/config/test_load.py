@@ -1,5 +1,7 @@
 """Defaults < file < overrides; all problems at once, each saying what to write instead."""
 
+import dataclasses
+
 import pytest
 import yaml
 from hypothesis import given, strategies
@@ -13,6 +15,7 @@ from megatron_slm.config.load import (
     to_mapping,
     to_yaml,
 )
+from megatron_slm.config.ranges import Size, out_of_range
 from megatron_slm.config.schema import Config, CorpusConfig
 
 
@@ -310,3 +313,38 @@ def test_yaml_round_trip_of_awkward_values(learning_rate, name, weights):
 def test_split_arguments(argv, given, problems):
     found, wrong = split_arguments(argv)
     assert found == given and len(wrong) == problems
+
+
+@dataclasses.dataclass
+class Entry:
+    """An entry."""
+
+    text: str = ""
+    """Some text."""
+    number: Size = 1
+    """A number."""
+
+
+@dataclasses.dataclass
+class Named:
+    """Entries by name."""
+
+    entries: dict[str, Entry] = dataclasses.field(default_factory=dict)
+    """What they are."""
+
+
+def test_entries_by_name_are_built_checked_and_overridden(recipe, capsys):
+    path = recipe("entries: {a: {number: 2}, b: {}}")
+    argv = ["--config", str(path), "--entries.b.text", "007"]
+    settings = parse(argv, "test", "a test", Named)
+    assert settings.entries == {"a": Entry(number=2), "b": Entry(text="007")}
+    assert [name for name, _ in out_of_range(Named({"a": Entry(number=0)}))] == ["entries.a.number"]
+    with pytest.raises(
+        ConfigError, match="entries.a.numbr: unknown .*did you mean entries.a.number"
+    ):
+        parse(["--entries", "{a: {numbr: 2}}"], "test", "a test", Named)
+    with pytest.raises(ConfigError, match="entries: got .*expected entries by name"):
+        parse(["--entries", "[a]"], "test", "a test", Named)
+    with pytest.raises(SystemExit):
+        parse(["--help"], "test", "a test", Named)
+    assert "--entries.NAME.number VALUE" in capsys.readouterr().out
