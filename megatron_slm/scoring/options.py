@@ -98,7 +98,7 @@ class ScoringJob:
 
 def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJob:
     """Open and check what scoring needs; ConfigError lists every bad setting, ValueError names bad data."""
-    problems = [*_own_problems(options)]
+    problems = [*own_problems(options)]
     try:
         share = parse_share(options.shard)
     except ValueError as error:
@@ -177,7 +177,8 @@ def resume_command(argv: list[str]) -> list[str]:
     return words
 
 
-def _own_problems(options: ScoreOptions) -> list[str]:
+def own_problems(options: ScoreOptions) -> list[str]:
+    """What is wrong with the options alone, one sentence each."""
     problems = [sentence for _, sentence in out_of_range(options)]
     columns = column_names(options.columns)
     if (

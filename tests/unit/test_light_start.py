@@ -18,6 +18,7 @@ PROGRAMS = (
     "megatron_slm.import_hf",
     "megatron_slm.import_scores",
     "megatron_slm.check_export",
+    "megatron_slm.submit",
     "tokenizer.train",
     "tokenizer.evaluate",
     "data_tools.preprocess",
@@ -53,6 +54,7 @@ FAULTS = [
         "nowhere",
     ),
     ("megatron_slm.plan", "--config nowhere.yaml".split(), 2, "no such file"),
+    ("megatron_slm.submit", "--folder p --local".split(), 2, "neither is given"),
     ("megatron_slm.report", "--runs nowhere --output r.html".split(), 3, "nowhere"),
     ("megatron_slm.export_hf", "--checkpoint nowhere --output e".split(), 3, "nowhere"),
     (

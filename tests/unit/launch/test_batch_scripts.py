@@ -258,3 +258,14 @@ def test_bash_and_shellcheck_accept_it(script):
         subprocess.run(
             [checker, "--shell=bash", "--exclude=SC1091,SC2034,SC2317", script], check=True
         )
+
+
+def test_a_program_s_exit_code_is_the_job_s_and_success_leaves_its_mark(cluster):
+    mark = cluster.folder / "the mark"
+    wanted = {"SLM_DONE_FILE": str(mark), "SLM_DONE_KEY": "abc", "SLURM_JOB_NUM_NODES": "1"}
+    code, output = cluster.run("program.sbatch", "bash", "-c", "exit 3", work="0", **wanted)
+    assert (code, mark.exists()) == (3, False), output
+    code, output = cluster.run("program.sbatch", "echo", "two  words", work="0", **wanted)
+    assert (code, mark.read_text()) == (0, "abc\n"), output
+    assert "two  words" in output
+    assert cluster.log("srun")[-1] == "--nodes=1 --ntasks=1 --cpus-per-task=64 echo two  words"

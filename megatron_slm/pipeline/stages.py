@@ -1,0 +1,256 @@
+"""The stages of a description: what each runs, after which others, from what, and what it leaves."""
+
+import graphlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.pipeline.description import Pipeline, Resources
+from megatron_slm.pipeline.names import Found, Names, last_stage_of
+from megatron_slm.pipeline.outputs import CorpusParts, Files, Output
+
+PROGRAM, PREPROCESS, TRAIN, SCORE = "program", "preprocess", "train", "score"
+PYTHON = "python"
+"""First word of a program's command: the interpreter of wherever the stage runs."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline."""
+
+    name: str
+    kind: str
+    """program, preprocess, train or score: which script in launch/ starts it."""
+    title: str
+    words: tuple[str, ...]
+    """The whole command of a program; of train and score, the arguments."""
+    after: tuple[str, ...]
+    """Stages that must have finished."""
+    output: Output
+    made_from: Any
+    """What decides the output, apart from the stages before it and the files it reads, as plain values.
+
+    None: it goes on with what the one stage before it was made from."""
+    reads: tuple[str, ...] = ()
+    """Files, folders and globs from outside the pipeline that decide the output."""
+    makes: tuple[str, ...] = ()
+    """Glob patterns, below the pipeline's folder, of everything it writes."""
+    resources: Resources = field(default_factory=Resources)
+    jobs: int = 1
+    """Array jobs."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that its batch script reads."""
+
+
+def data_stages(description: Pipeline, names: Names) -> Iterator[Stage]:
+    """Text, tokenizer, corpora and imported models."""
+    tokenizer = names.tokenizer()
+    if description.text.command:
+        yield _text(description, names)
+    if not description.tokenizer.path:
+        yield _tokenizer(description, names)
+    for name in description.corpora:
+        yield from _corpus(name, description, names, tokenizer)
+    for name, model in description.imports.items():
+        words = ("-m", "megatron_slm.import_hf", "--input", str(Path(model.input).absolute()))
+        words += ("--output", names.below(name), "--dtype", model.dtype)
+        if description.tokenizer.path:
+            words += ("--tokenizer", tokenizer.path)
+        yield Stage(
+            name,
+            PROGRAM,
+            f"Import {model.input}",
+            (PYTHON, *words),
+            (),
+            Files((Path(names.below(name), "checkpoints"),)),
+            {"import": model.dtype},
+            reads=(f"{model.input}/config.json", f"{model.input}/*.safetensors"),
+            makes=(name,),
+            resources=resources_of(description, PROGRAM),
+        )
+
+
+def _text(description: Pipeline, names: Names) -> Stage:
+    words = [
+        os.path.abspath(word) if os.path.isfile(word) else word
+        for word in names.expanded(description.text.command)
+    ]
+    return Stage(
+        "text",
+        PROGRAM,
+        "Text",
+        tuple(words),
+        (),
+        Files((Path(names.below("text")),)),
+        {"text": description.text.command},
+        reads=tuple(word for word in words[1:] if os.path.isfile(word)),
+        makes=("text",),
+        resources=resources_of(description, PROGRAM),
+    )
+
+
+def _tokenizer(description: Pipeline, names: Names) -> Stage:
+    given, inputs = description.tokenizer, names.inputs(description.tokenizer.input)
+    options = ["--vocab-size", str(given.vocabulary_size), "--model-type", given.model_type]
+    options += ["--sample-bytes", str(given.sample_bytes)]
+    options += _listed("--text-key", given.text_key) + _listed("--include", given.include)
+    options += _listed("--special-token", given.special_tokens)
+    prefix = names.below("tokenizer")
+    return Stage(
+        "tokenizer",
+        PROGRAM,
+        f"Tokenizer: SentencePiece, {given.vocabulary_size:,} pieces",
+        (PYTHON, "-m", "tokenizer.train", "--input", *inputs, "--output-prefix", prefix, *options),
+        _text_before(given.input, description),
+        Files((Path(f"{prefix}.model"), Path(f"{prefix}.manifest.json"))),
+        {"tokenizer": options, "inputs": _identity_of(given.input, description)},
+        reads=_outside(given.input, names, description),
+        makes=("tokenizer.*",),
+        resources=resources_of(description, PROGRAM),
+    )
+
+
+def _corpus(name: str, description: Pipeline, names: Names, tokenizer: Found) -> Iterator[Stage]:
+    given, prefix = description.corpora[name], names.below(name)
+    inputs, options = names.inputs(given.input), _corpus_options(name, description)
+    words = ["-m", "data_tools.preprocess", "--input", *inputs, "--tokenizer", tokenizer.path]
+    words += ["--output-prefix", prefix, "--workers", str(given.workers), *options]
+    whole = Files((Path(f"{prefix}.manifest.json"),))
+    in_parts = given.jobs > 1
+    variables = {
+        "SLM_INPUT": " ".join(inputs),
+        "SLM_TOKENIZER": tokenizer.path,
+        "SLM_OUTPUT": prefix,
+        "SLM_OPTIONS": " ".join(options),
+    }
+    cores = Resources(sbatch={"cpus_per_task": given.workers})
+    yield Stage(
+        name,
+        PREPROCESS if in_parts else PROGRAM,
+        f"Preprocess {name}: text to indexed binary",
+        (PYTHON, *words),
+        _text_before(given.input, description) + tokenizer.after,
+        CorpusParts(Path(prefix), given.jobs) if in_parts else whole,
+        {
+            "corpus": options,
+            "inputs": _identity_of(given.input, description),
+            "tokenizer": tokenizer.fingerprint,
+        },
+        reads=_outside(given.input, names, description) + _predicate(given.keep_if),
+        makes=(f"{name}.*",),
+        resources=resources_of(description, PREPROCESS if in_parts else PROGRAM, cores),
+        jobs=given.jobs,
+        environment=tuple(variables.items()) if in_parts else (),
+    )
+    programs = resources_of(description, PROGRAM)
+    if in_parts:
+        merging = {**variables, "SLM_SHARDS": str(given.jobs), "SLM_MERGE": "1"}
+        one_core = Resources(sbatch={"cpus_per_task": 1})
+        yield Stage(
+            f"{name}.merge",
+            PREPROCESS,
+            f"Join the parts of {name}",
+            (),
+            (name,),
+            whole,
+            None,
+            resources=resources_of(description, PREPROCESS, one_core),
+            environment=tuple(merging.items()),
+        )
+    last = last_stage_of(name, given.jobs)
+    if given.verify:
+        words = (PYTHON, "-m", "data_tools.verify", prefix)
+        title = f"Verify {name}"
+        made_from = {"verify": name}
+        yield Stage(
+            f"{name}.verify",
+            PROGRAM,
+            title,
+            words,
+            (last,),
+            Files(()),
+            made_from,
+            resources=programs,
+        )
+    if given.held_out_fraction:
+        choice = ["--held-out-fraction", str(given.held_out_fraction)]
+        choice += ["--seed", str(given.held_out_seed)] if given.held_out_seed else []
+        parts = (f"{name}_train", f"{name}_held_out")
+        yield Stage(
+            f"{name}.split",
+            PROGRAM,
+            f"Hold out {given.held_out_fraction:.0%} of {name}",
+            (PYTHON, "-m", "data_tools.split", prefix, *choice, "--output-prefix", prefix),
+            (last,),
+            Files(tuple(Path(f"{names.below(part)}.manifest.json") for part in parts)),
+            {"split": choice},
+            makes=tuple(f"{part}.*" for part in parts),
+            resources=programs,
+        )
+
+
+def _corpus_options(name: str, description: Pipeline) -> list[str]:
+    """Options of data_tools.preprocess, without those that are its defaults."""
+    given = description.corpora[name]
+    options = _listed("--include", given.include)
+    options += _listed("--text-key", given.text_key) if given.text_key != ["text"] else []
+    for option, value, default in (
+        ("--format", given.format, "auto"),
+        ("--max-bad-fraction", given.max_bad_fraction, 0.05),
+        ("--min-characters", given.min_characters, 0),
+        ("--max-characters", given.max_characters, 0),
+        ("--keep-if", os.path.abspath(given.keep_if) if given.keep_if else "", ""),
+    ):
+        options += [option, str(value)] if value != default else []
+    options += [] if given.append_eod else ["--no-append-eod"]
+    options += ["--prepend-bos"] if given.prepend_bos else []
+    return options + (["--drop-duplicates"] if given.drop_duplicates else [])
+
+
+def _predicate(keep_if: str) -> tuple[str, ...]:
+    return (os.path.abspath(keep_if.rpartition(":")[0]),) if keep_if else ()
+
+
+def _listed(option: str, values: list[str]) -> list[str]:
+    return [option, *values] if values else []
+
+
+def _made_here(inputs: list[str], description: Pipeline) -> bool:
+    return bool(description.text.command) and any("{folder}" in word for word in inputs)
+
+
+def _text_before(inputs: list[str], description: Pipeline) -> tuple[str, ...]:
+    return ("text",) if _made_here(inputs, description) else ()
+
+
+def _identity_of(inputs: list[str], description: Pipeline) -> list[str]:
+    """The names of inputs that the stage text makes; of others the contents count, not the names."""
+    return [word for word in inputs if _made_here([word], description)]
+
+
+def _outside(inputs: list[str], names: Names, description: Pipeline) -> tuple[str, ...]:
+    return tuple(names.inputs([word for word in inputs if not _made_here([word], description)]))
+
+
+def resources_of(description: Pipeline, kind: str, entry: Resources = Resources()) -> Resources:
+    """An entry's resources over those of its kind over those of every job."""
+    general = description.slurm
+    of_kind = getattr(general, kind)
+    return Resources(
+        entry.nodes or of_kind.nodes or 1,
+        entry.processes_per_node or of_kind.processes_per_node or 1,
+        {**general.sbatch, **of_kind.sbatch, **entry.sbatch},
+    )
+
+
+def in_order(stages: list[Stage]) -> list[Stage]:
+    """Every stage after those it needs. ValueError when some wait for each other."""
+    by_name = {stage.name: stage for stage in stages}
+    needed = {stage.name: [name for name in stage.after if name in by_name] for stage in stages}
+    try:
+        return [by_name[name] for name in graphlib.TopologicalSorter(needed).static_order()]
+    except graphlib.CycleError as error:
+        circle = " needs ".join(reversed(error.args[1]))
+        raise ValueError(f"the stages wait for each other in a circle: {circle}") from None

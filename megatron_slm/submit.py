@@ -1,0 +1,123 @@
+"""The whole pipeline from one description: text, tokenizer, corpora, reference, scores, training runs, exports, report.
+
+    python -m megatron_slm.submit --config launch/pipelines/quickstart.yaml --local     on this machine, one stage after the other
+    python -m megatron_slm.submit --config PIPELINE.yaml --dry-run                      print every sbatch line, submit nothing
+    python -m megatron_slm.submit --config PIPELINE.yaml                                as SLURM jobs that wait for each other
+
+Everything is checked before anything is started. Finished stages are kept for as long as what they were made from is
+unchanged. Exit codes: 0 done (or submitted), 2 bad description, 3 bad data, 4 SLURM or the disk failed, 85 stopped on
+request (--local); with --local also that of the stage that failed. See docs/pipeline.md.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import megatron_slm
+from megatron_slm.config.load import ConfigError, PrintedPath, parse
+from megatron_slm.files.folder_lock import FolderInUse, FolderLock
+from megatron_slm.pipeline import slurm, status
+from megatron_slm.pipeline.checks import Assembled, assemble
+from megatron_slm.pipeline.description import Pipeline
+from megatron_slm.pipeline.local import LocalRun
+from megatron_slm.pipeline.state import State
+from megatron_slm.training.setup import DataError
+
+OWN_OPTIONS = {
+    "--dry-run": "Check everything, print what would be submitted (or run, with --local), and stop.",
+    "--resume": "Submit what is missing of a pipeline that was submitted before.",
+    "--status": "Show where each stage stands, and stop.",
+    "--local": "Run on this machine without SLURM; what is finished already is kept.",
+}
+FOLDER = PrintedPath("print_folder", lambda description: description.folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read and check the description, then do what is asked; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    asked = {word.replace("_", "-") for word in words} & {*OWN_OPTIONS}
+    words = [word for word in words if word.replace("_", "-") not in OWN_OPTIONS]
+    try:
+        description = parse(
+            words, "slm-submit", __doc__, Pipeline, printed_path=FOLDER, own_options=OWN_OPTIONS
+        )
+        pipeline = assemble(description, "--local" in asked)
+        return _do(pipeline, asked)
+    except (ConfigError, FolderInUse) as error:
+        print(f"slm-submit: {error}", file=sys.stderr)
+        return 3 if isinstance(error, DataError) else 2
+    except OSError as error:
+        print(f"slm-submit: {error}", file=sys.stderr)
+        return 4
+
+
+def _do(pipeline: Assembled, asked: set[str]) -> int:
+    checkout = Path(megatron_slm.__file__).absolute().parent.parent
+    if not (checkout / "launch" / "local.sh").is_file():
+        raise ConfigError([f"{checkout} is no checkout: submit needs its folder launch/"])
+    state = State(pipeline)
+    if "--local" in asked:
+        return _locally(LocalRun(pipeline, state, checkout), pipeline, state, asked)
+    cluster = slurm.Cluster(pipeline, state, checkout)
+    queue = _queue(cluster, must_answer="--dry-run" not in asked)
+    if "--status" in asked:
+        status.show(pipeline, state, queue)
+        return 0
+    known = (pipeline.folder / "pipeline" / "jobs.jsonl").exists()
+    if known and not asked & {"--resume", "--dry-run"}:
+        raise ConfigError(
+            [
+                f"{pipeline.folder}: was submitted before; --resume submits what is missing, --status shows where it stands"
+            ]
+        )
+    missing, dead = slurm.missing(pipeline, state, queue)
+    alive = {name: each for name, each in queue.items() if name not in dead}
+    if "--dry-run" in asked:
+        print(slurm.script_of(cluster, missing, alive))
+        return 0
+    if problems := cluster.problems(missing):
+        raise ConfigError(problems)
+    if not missing:
+        print(status.nothing_missing(alive))
+        return 0
+    with _alone(pipeline):
+        for name in dead:
+            cluster.cancel(queue[name])
+        state.write(pipeline)
+        slurm.write_script(pipeline.folder, slurm.script_of(cluster, missing, alive))
+        cluster.submit(missing, alive, print)
+    return 0
+
+
+def _queue(cluster: slurm.Cluster, must_answer: bool) -> dict[str, slurm.Queued]:
+    try:
+        return cluster.queue()
+    except slurm.SlurmError as error:
+        if must_answer:
+            raise
+        print(f"slm-submit: {error}; what is in the queue is not known", file=sys.stderr)
+        return {}
+
+
+def _locally(run: LocalRun, pipeline: Assembled, state: State, asked: set[str]) -> int:
+    if "--status" in asked:
+        status.show(pipeline, state, {})
+        return 0
+    if "--dry-run" in asked:
+        print(status.local_lines(pipeline, state, run))
+        return 0
+    with _alone(pipeline):
+        state.write(pipeline)
+        return run.run()
+
+
+def _alone(pipeline: Assembled) -> contextlib.AbstractContextManager:
+    return FolderLock(
+        pipeline.folder / "pipeline",
+        "another submit",
+        "Let it end, or give this pipeline another folder",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
