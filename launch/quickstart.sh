@@ -40,99 +40,41 @@ done
 [ -n "$folder" ] || { folder=$ROOT/runs/quickstart; [ "$quick" = no ] || folder=$ROOT/runs/quickstart_quick; }
 source launch/venv.sh
 source launch/slurm.sh
-source launch/stages.sh
 
+settings=(--folder "$folder")
 if [ "$quick" = yes ]; then
-    vocabulary=2000 base_steps=10 reference_steps=20 arm_steps=20 validate=10 validation_batches=2
     text_bytes=${text_bytes:-1000000}
+    settings+=(--tokenizer.vocabulary_size 2000 --training.settings.monitoring '{validation_interval_steps: 10, validation_batches: 2}'
+        --runs.base.settings.schedule.train_steps 10)
+    for run in reference plain slm random; do settings+=("--runs.$run.settings.schedule.train_steps" 20); done
+fi
+quoted() { printf "'%s'" "${1//\'/\'\'}"; } # a path inside YAML
+if [ -n "$corpus" ]; then
+    # Every sixth curated document is the target domain.
+    settings+=(--text.command '[]' --tokenizer.input "[$(quoted "$corpus")]" --training.validation '{target: curated_held_out}'
+        --corpora "{corpus: {input: [$(quoted "$corpus")], workers: 2, verify: true},
+                    curated: {input: [$(quoted "$curated")], workers: 2, held_out_fraction: 0.16}}"
+        --runs.reference.train '[curated_train]' --exports.huggingface.check_on curated_held_out)
 else
-    vocabulary=4000 base_steps=100 reference_steps=240 arm_steps=120 validate=30 validation_batches=12
-    text_bytes=${text_bytes:-5500000}
+    settings+=(--text.command "[python, launch/stdlib_corpus.py, --output-folder, '{folder}/text', --max-bytes, '${text_bytes:-5500000}']")
 fi
 # One thread per process: two processes of one thread each beat one of two, and leave nothing to spin.
 export OMP_NUM_THREADS=1 WANDB_SILENT=true
-processes=2
-mkdir -p "$folder"
 started=$SECONDS
 
-trap 'echo "stopping" >&2 || true; stage_stop' INT TERM HUP USR1
+child=
+stop() {
+    SLM_INTERRUPTED=yes
+    [ -n "$child" ] || exit 85
+    kill -TERM "$child" 2>/dev/null || true
+}
+trap stop INT TERM HUP USR1
 trap '' PIPE
-
-stage() { printf '\n\033[1m[%3ds] %s\033[0m\n' "$((SECONDS - started))" "$1"; }
-quoted() { printf "'%s'" "${1//\'/\'\'}"; } # a path inside YAML
-train() { # STAGE of its run folder, STEPS, [--after STAGE]..., --, more overrides
-    local run=$1 steps=$2 after=()
-    shift 2
-    while [ "$1" != -- ]; do after+=("$1"); shift; done
-    shift
-    once "$run" --makes "$run" --reads launch/recipes/quickstart.yaml --after tokenizer --after "$held_out_stage" "${after[@]}" -- \
-        bash launch/local.sh "$processes" train --config launch/recipes/quickstart.yaml \
-        --run.folder "$folder/$run" --schedule.train_steps "$steps" --monitoring.validation_interval_steps "$validate" \
-        --monitoring.validation_batches "$validation_batches" --data.tokenizer "$folder/tokenizer.model" \
-        --data.validation "[{name: target, corpus: $(quoted "$held_out_corpus")}]" "$@"
-}
-
-stage "Text"
-if [ -z "$corpus" ]; then
-    once text --makes text --reads launch/stdlib_corpus.py -- python launch/stdlib_corpus.py --output-folder "$folder/text" --max-bytes "$text_bytes"
-    corpus=$folder/text/corpus.jsonl curated=$folder/text/curated.jsonl held_out=$folder/text/held_out.jsonl
-else
-    echo "$corpus, $curated"
-fi
-
-stage "Tokenizer: SentencePiece, $vocabulary pieces"
-once tokenizer --makes 'tokenizer.*' --reads "$corpus" -- \
-    python -m tokenizer.train --input "$corpus" --output-prefix "$folder/tokenizer" --vocab-size "$vocabulary" --sample-bytes 8000000
-
-stage "Preprocess: text to indexed binary"
-preprocess() { # NAME of the stage and of its corpus, TEXT
-    once "$1" --makes "$1.*" --reads "$2" --after tokenizer -- \
-        python -m data_tools.preprocess --input "$2" --tokenizer "$folder/tokenizer.model" --output-prefix "$folder/$1" --workers 2
-}
-preprocess corpus "$corpus"
-if [ -n "${held_out:-}" ]; then
-    preprocess curated "$curated"
-    preprocess held_out "$held_out"
-    curated_corpus=$folder/curated held_out_corpus=$folder/held_out held_out_stage=held_out
-else
-    preprocess all_curated "$curated"
-    # Every sixth curated document is the target domain.
-    once curated --makes 'curated[._]*' --makes 'held_out.*' --after all_curated -- \
-        python -m data_tools.split "$folder/all_curated" --held-out-fraction 0.16 --output-prefix "$folder/curated"
-    curated_corpus=$folder/curated_train held_out_corpus=$folder/curated_held_out held_out_stage=curated
-fi
-once verify --after corpus -- python -m data_tools.verify "$folder/corpus"
-
-stage "Base model: $base_steps plain steps on the corpus"
-train base "$base_steps" --after corpus -- --data.train "[$(quoted "$folder/corpus")]" --run.seed 1
-
-stage "Reference: $reference_steps plain steps on curated text, from the base model"
-train reference "$reference_steps" --after curated --after base -- \
-    --data.train "[$(quoted "$curated_corpus")]" --run.seed 2 --checkpoint.initialize_from "$folder/base"
-
-stage "Score: the reference's loss of every token of the corpus"
-once scores --makes scores --after corpus --after reference -- bash launch/local.sh "$processes" score \
-    --checkpoint "$folder/reference" --corpus "$folder/corpus" --output "$folder/scores" --micro-batch-size 32
-
-arm() { # name, overrides: same base, data, order and steps for every arm
-    local name=$1; shift
-    train "$name" "$arm_steps" --after corpus --after base --after scores -- --data.train "[$(quoted "$folder/corpus")]" --run.seed 3 --run.name "$name" \
-        --checkpoint.initialize_from "$folder/base" --selection.reference.scores "[$(quoted "$folder/scores")]" "$@"
-}
-stage "Arm 1 of 3: plain CLM, $arm_steps steps"
-arm plain --selection.scorer none
-stage "Arm 2 of 3: SLM, the 60 % of tokens with the highest excess loss"
-arm slm --selection.scorer excess_loss --selection.keep_fraction 0.6
-stage "Arm 3 of 3: a random 60 %"
-arm random --selection.scorer random --selection.keep_fraction 0.6
-
-stage "Export the SLM model to Hugging Face, and compare logits"
-once export --makes huggingface --after slm --after tokenizer -- \
-    python -m megatron_slm.export_hf --checkpoint "$folder/slm" --output "$folder/huggingface"
-python -m megatron_slm.check_export --checkpoint "$folder/slm" --export "$folder/huggingface" --corpus "$held_out_corpus"
-
-stage "Report"
-python -m megatron_slm.report --runs "$folder/plain" "$folder/slm" "$folder/random" --output "$folder/report.html"
+# A session of its own: the terminal's signals reach this script alone, which passes on a request to stop.
+setsid python -m megatron_slm.submit --local --config launch/pipelines/quickstart.yaml "${settings[@]}" &
+child=$!
+slm_wait "$child"
+[ "$SLM_EXIT_CODE" -eq 0 ] || exit "$SLM_EXIT_CODE"
 
 cat <<END
 
@@ -142,4 +84,5 @@ Finished in $((SECONDS - started)) seconds. Everything is in $folder:
   scores/                         the reference's loss of every token of the corpus
   huggingface/                    the SLM model for transformers: AutoModelForCausalLM.from_pretrained("$folder/huggingface")
   corpus.bin corpus.idx           the indexed binary; tokenizer.model its vocabulary
+  pipeline/                       the description that was run, and the complete settings of every run
 END
