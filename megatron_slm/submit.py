@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import megatron_slm
-from megatron_slm.config.load import ConfigError, PrintedPath, parse
+from megatron_slm.config.load import CHECK_ONLY, ConfigError, PrintedPath, parse, split_arguments
 from megatron_slm.files.folder_lock import FolderInUse, FolderLock
 from megatron_slm.pipeline import slurm, status
+from megatron_slm.pipeline.code import code_of_the_file_alone
 from megatron_slm.pipeline.checks import Assembled, assemble
 from megatron_slm.pipeline.description import Pipeline
 from megatron_slm.pipeline.local import LocalRun
@@ -29,19 +30,28 @@ OWN_OPTIONS = {
     "--status": "Show where each stage stands, and stop.",
     "--local": "Run on this machine without SLURM; what is finished already is kept.",
 }
+CHECKOUT = Path(megatron_slm.__file__).absolute().parent.parent
 FOLDER = PrintedPath("print_folder", lambda description: description.folder)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read and check the description, then do what is asked; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    asked = {word.replace("_", "-") for word in words} & {*OWN_OPTIONS}
-    words = [word for word in words if word.replace("_", "-") not in OWN_OPTIONS]
+    own = {*OWN_OPTIONS, CHECK_ONLY.replace("_", "-")}
+    asked = {word.replace("_", "-") for word in words} & own
+    words = [word for word in words if word.replace("_", "-") not in own]
     try:
         description = parse(
             words, "slm-submit", __doc__, Pipeline, printed_path=FOLDER, own_options=OWN_OPTIONS
         )
+        if problems := [*code_of_the_file_alone(description, _without_config(words), CHECKOUT)]:
+            raise ConfigError(problems)
+        if not (CHECKOUT / "launch" / "local.sh").is_file():
+            raise ConfigError([f"{CHECKOUT} is no checkout: submit needs its folder launch/"])
         pipeline = assemble(description, "--local" in asked)
+        if "--check-only" in asked:
+            print(description.folder)
+            return 0
         return _do(pipeline, asked)
     except (ConfigError, FolderInUse) as error:
         print(f"slm-submit: {error}", file=sys.stderr)
@@ -51,14 +61,17 @@ def main(argv: list[str] | None = None) -> int:
         return 4
 
 
+def _without_config(words: list[str]) -> list[str]:
+    """The options that name settings: the path of the description names no code."""
+    given, _ = split_arguments(words)
+    return [f"--{name} {value}" for name, value in given.items() if name != "config"]
+
+
 def _do(pipeline: Assembled, asked: set[str]) -> int:
-    checkout = Path(megatron_slm.__file__).absolute().parent.parent
-    if not (checkout / "launch" / "local.sh").is_file():
-        raise ConfigError([f"{checkout} is no checkout: submit needs its folder launch/"])
     state = State(pipeline)
     if "--local" in asked:
-        return _locally(LocalRun(pipeline, state, checkout), pipeline, state, asked)
-    cluster = slurm.Cluster(pipeline, state, checkout)
+        return _locally(LocalRun(pipeline, state, CHECKOUT), pipeline, state, asked)
+    cluster = slurm.Cluster(pipeline, state, CHECKOUT)
     queue = _queue(cluster, must_answer="--dry-run" not in asked)
     if "--status" in asked:
         status.show(pipeline, state, queue)

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import yaml
+
+from megatron_slm.config.code import names_code
 from megatron_slm.config.check import train_steps
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
@@ -112,7 +115,7 @@ def train_stages(
             name,
             TRAIN,
             f"Train {name}: {steps:,} steps, scorer {config.selection.scorer}",
-            ("--config", path),
+            ("--config", path, *named_code(config)),
             _after(sources[name]),
             Checkpoints(Path(names.below(name)), steps),
             {
@@ -123,6 +126,14 @@ def train_stages(
             makes=(name,),
             resources=resources_of(description, TRAIN, description.runs[name].slurm),
         )
+
+
+def named_code(config: Config) -> list[str]:
+    """Options that name a scorer's Python file again: train takes no code from a configuration alone."""
+    selection = config.selection
+    words = ["--selection.scorer", selection.scorer] if names_code(selection.scorer) else []
+    options = yaml.safe_dump(selection.scorer_options, default_flow_style=True, width=10**6).strip()
+    return words + (["--selection.scorer_options", options] if ".py:" in options else [])
 
 
 def score_stages(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import take_architecture
+from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError, from_mapping, merge_file, to_mapping
 from megatron_slm.config.schema import Config, DataConfig, DeviceConfig
@@ -43,6 +44,8 @@ def run_config(
     values: dict = {}
     problems = merge_file(values, recipe) if recipe else []
     problems = [problem.replace("--config", "config") for problem in problems]
+    # What the layers name was named on the command line too: pipeline/code.py has seen to that.
+    problems += code_of_the_file_alone(values, recipe, {"layers": str(layers)})
     for where, settings in layers:
         given_names = [name for name, _ in _leaves(settings, Config)]
         for name in {each for each in given_names if given_names.count(each) > 1}:
@@ -56,7 +59,7 @@ def run_config(
     config, unreadable = from_mapping(values)
     problems += unreadable
     if problems:
-        return None, problems
+        return None, problems  # and no code that is named was run
     _make_paths_absolute(config)
     try:
         check(config, world_size)

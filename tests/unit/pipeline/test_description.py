@@ -3,6 +3,8 @@
 import pytest
 import yaml
 
+from megatron_slm.config.schema import Config, SelectionConfig
+from megatron_slm.pipeline.models import named_code
 from megatron_slm.pipeline.names import Names
 from megatron_slm.training.setup import DataError
 
@@ -179,3 +181,40 @@ def test_a_path_stands_for_what_exists(cluster, capsys):
     assert names.corpus("curated_train", "x").after == ("curated.split",)
     assert names.corpus("data/elsewhere", "x").after == ()
     assert names.data and not names.settings
+
+
+def test_a_description_alone_runs_no_code_from_elsewhere(cluster, capsys):
+    (cluster.folder / "mine.py").write_text(
+        "raise SystemExit('the code of a description was run')\n"
+    )
+    cluster.values["text"] = {"command": ["python", "mine.py", "{folder}/text"]}
+    cluster.values["corpora"]["corpus"]["keep_if"] = "mine.py:keep"
+    cluster.values["runs"]["slm"]["settings"]["selection"]["scorer"] = "mine.py:score"
+    said = refused(cluster, capsys)
+    assert "text.command: the description names python" in said
+    assert "corpora.corpus.keep_if: the description names mine.py:keep" in said
+    assert "runs.slm.settings.selection.scorer: the description names mine.py:score" in said
+    cluster.values["text"]["command"] = ["python", f"{cluster.folder}/../../../etc/x.py"]
+    assert "text.command" in refused(cluster, capsys)
+
+
+def test_a_recipe_alone_runs_no_code(cluster, capsys):
+    (cluster.folder / "mine.py").write_text("raise SystemExit('the code of a recipe was run')\n")
+    (cluster.folder / "recipe.yaml").write_text("selection: {scorer: 'mine.py:score'}\n")
+    cluster.values["training"]["config"] = "recipe.yaml"
+    assert "recipe.yaml names mine.py:score" in refused(cluster, capsys)
+
+
+def test_code_that_the_command_line_names_is_named_to_the_programs_too(cluster):
+    (cluster.folder / "mine.py").touch()
+    words = ["--corpora.corpus.keep_if", "mine.py:keep", "--text.command", "[bash, mine.sh]"]
+    assert cluster.submit(*words) == 0
+    text = (cluster.folder / "out" / "pipeline" / "submit.sh").read_text()
+    assert f"--keep-if {cluster.folder}/mine.py:keep" in text
+    selection = SelectionConfig(scorer="/x/mine.py:a", scorer_options={"of": ["/x/mine.py:b"]})
+    assert named_code(Config(selection=selection)) == [
+        "--selection.scorer",
+        "/x/mine.py:a",
+        "--selection.scorer_options",
+        "{of: ['/x/mine.py:b']}",
+    ]
