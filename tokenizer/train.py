@@ -26,7 +26,7 @@ from data_tools.reading import read_documents, total_input_bytes
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.manifest import sha256_of_file
-from megatron_slm.files.atomic import write_json_atomically
+from megatron_slm.files.atomic import sync_folder, write_json_atomically
 from megatron_slm.files.made_from import refuse_other_origin
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
@@ -317,6 +317,7 @@ def publish(arguments: argparse.Namespace, model: bytes, sample: Sample) -> Toke
             f"{prefix}.manifest.json", manifest_of(arguments, tokenizer, sample, failures)
         )
         os.replace(aside, f"{prefix}.model")
+        sync_folder(Path(prefix).parent)
     finally:
         aside.unlink(missing_ok=True)
     return load_tokenizer(f"{prefix}.model")
