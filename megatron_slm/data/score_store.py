@@ -162,10 +162,13 @@ class ScoreStore:
     def verify(
         self, first_tokens: np.ndarray | None = None, shards: Iterable[int] | None = None
     ) -> dict[str, int]:
-        """Check finished shards against their markers; returns the number of tokens without a score, per column.
+        """Check finished shards against their markers; the number of tokens without a score, per
+        column.
 
-        first_tokens: sorted offsets of the first token of every document; with it, tokens without a score beyond those are
-        returned instead. shards: which to check; None = every one that is finished. ValueError names a shard whose bytes, range or columns are not what its marker says.
+        first_tokens: sorted offsets of the first token of every document; with it, tokens without a
+        score beyond those are returned instead. shards: which to check; None = every one that is
+        finished. ValueError names a shard whose bytes, range or columns are not what its marker
+        says.
         """
         without = dict.fromkeys(self.columns, 0)
         wanted = range(self.manifest.shard_count) if shards is None else shards

@@ -1,6 +1,8 @@
-"""Where metrics and messages go: metrics.jsonl always, the console, Weights & Biases; one rank writes them.
+"""Where metrics and messages go: metrics.jsonl always, the console, Weights & Biases; one rank
+writes them.
 
-Logging cannot change or stop training: `MultiSink` catches what a sink raises, says so once on the others, and goes on.
+Logging cannot change or stop training: `MultiSink` catches what a sink raises, says so once on the
+others, and goes on.
 """
 
 import json
@@ -16,8 +18,10 @@ LEVELS = ("info", "warning", "error")
 
 
 class Sink(Protocol):
-    """One destination. `log` gets one interval's metrics; `message` a sentence for a person, level info, warning or error;
-    `close` how the run ended: its state (done, stopped, failed) and exit code."""
+    """One destination. `log` gets one interval's metrics; `message` a sentence for a person, level
+    info, warning or error; `close` how the run ended: its state (done, stopped, failed) and exit
+    code.
+    """
 
     def log(self, record: Mapping[str, Any], step: int) -> None: ...
     def message(self, text: str, level: str = "info") -> None: ...
@@ -38,7 +42,8 @@ class NullSink:
 
 
 class MultiSink:
-    """Hands each record to several sinks. A sink that raises is reported once on the others and tried again next time.
+    """Hands each record to several sinks. A sink that raises is reported once on the others and
+    tried again next time.
 
     Messages go out without the secrets that errors of libraries quote: a proxy's password, a token.
     """
@@ -96,12 +101,14 @@ class MultiSink:
 
 
 class JsonlSink:
-    """metrics.jsonl, one JSON object per line, and warnings.jsonl beside it (warnings and errors, as {"step", "level", "text"}).
+    """metrics.jsonl, one JSON object per line, and warnings.jsonl beside it (warnings and errors,
+    as {"step", "level", "text"}).
 
-    A run resumed from step s first drops lines with step > s (and a line torn by a kill), so that the file continues as an
-    uninterrupted run's would. A run that starts anew (resume_step None) keeps an earlier file as metrics.jsonl.previous.
-    Every record is on disk (fsync) when `log` returns. Records that could not be written are kept and written with the next.
-    NaN and infinite values are written as null: JSON has no other word for "no number".
+    A run resumed from step s first drops lines with step > s (and a line torn by a kill), so that
+    the file continues as an uninterrupted run's would. A run that starts anew (resume_step None)
+    keeps an earlier file as metrics.jsonl.previous. Every record is on disk (fsync) when `log`
+    returns. Records that could not be written are kept and written with the next. NaN and infinite
+    values are written as null: JSON has no other word for "no number".
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
@@ -145,7 +152,8 @@ def append_warning(path: Path, step: int, level: str, text: str) -> None:
 
 
 def cut_after_step(path: Path, step: int) -> int:
-    """Remove lines of a later step, and lines that are not whole JSON objects, from a metrics file; how many went.
+    """Remove lines of a later step, and lines that are not whole JSON objects, from a metrics file;
+    how many went.
 
     The shorter file is written aside and renamed over the old one.
     """
@@ -177,7 +185,9 @@ def _belongs(line: bytes, step: int) -> bool:
 
 
 def _append_durably(path: Path, text: str) -> None:
-    """Append whole lines and fsync; on failure (a full disk) take the half-written part away again, then raise."""
+    """Append whole lines and fsync; on failure (a full disk) take the half-written part away again,
+    then raise.
+    """
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         remaining = memoryview(text.encode())

@@ -45,7 +45,9 @@ class TemporaryFiles:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Within it, temporary files are made in the folder, by this process and by those it starts."""
+        """Within it, temporary files are made in the folder, by this process and by those it
+        starts.
+        """
         before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
         tempfile.tempdir = os.environ["TMPDIR"] = self.folder
         try:

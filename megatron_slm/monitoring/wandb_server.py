@@ -16,7 +16,9 @@ BAD_GATEWAYS = (502, 503, 504)
 
 
 def choose_mode(mode: str, environment: Mapping[str, str] | None = None) -> str:
-    """auto = WANDB_MODE where it is set, else online when there is an API key (WANDB_API_KEY or netrc), else offline."""
+    """auto = WANDB_MODE where it is set, else online when there is an API key (WANDB_API_KEY or
+    netrc), else offline.
+    """
     environment = os.environ if environment is None else environment
     if mode != "auto":
         return mode

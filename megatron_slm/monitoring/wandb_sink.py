@@ -1,6 +1,8 @@
-"""Weights & Biases as a sink: imported only when used, one run per training run, and never able to stop training.
+"""Weights & Biases as a sink: imported only when used, one run per training run, and never able to
+stop training.
 
-The API key is read by wandb itself, from WANDB_API_KEY or the netrc file; it is no setting and is written nowhere.
+The API key is read by wandb itself, from WANDB_API_KEY or the netrc file; it is no setting and is
+written nowhere.
 """
 
 import contextlib
@@ -20,9 +22,13 @@ from megatron_slm.monitoring.wandb_server import choose_mode, unreachable
 RUN_ID_FILE = "wandb_run_id"
 X_AXIS = "tokens/processed"
 STATE = "run/state"
-"""Name in the run's summary: running, done, stopped or failed. W&B's own state knows no stop that is to be continued."""
+"""Name in the run's summary: running, done, stopped or failed. W&B's own state knows no stop that
+is to be continued.
+"""
 _CONNECT_SECONDS = 10
-"""For wandb's own start, once something answers at the server's address. Until then no step is trained."""
+"""For wandb's own start, once something answers at the server's address. Until then no step is
+trained.
+"""
 _FINISH_SECONDS = 60
 _FLUSH_SECONDS = 1.0
 """How much of the run's local file a kill may take; wandb's own 15 s would be many log lines."""
@@ -31,9 +37,10 @@ _FLUSH_SECONDS = 1.0
 class WandbSink:
     """Logs to one W&B run, against tokens/processed, whatever happens to the network.
 
-    A failure of W&B is reported once through `warn` and the sink is silent from then on. Where the server does not answer
-    at the start, the run is written offline; where it stops answering later, what it has not taken stays in the run's
-    folder, and the end of the run says how to upload it. Steps repeated after a resume are logged again with the same x value.
+    A failure of W&B is reported once through `warn` and the sink is silent from then on. Where the
+    server does not answer at the start, the run is written offline; where it stops answering later,
+    what it has not taken stays in the run's folder, and the end of the run says how to upload it.
+    Steps repeated after a resume are logged again with the same x value.
     """
 
     def __init__(
@@ -46,7 +53,9 @@ class WandbSink:
         run_id: str,
         warn: Callable[[str], None],
     ) -> None:
-        """config: the resolved config and parallel sizes, as nested dicts. warn: where the one warning goes."""
+        """config: the resolved config and parallel sizes, as nested dicts. warn: where the one
+        warning goes.
+        """
         self._warn = warn
         self._run: Any = None
         self.run_id = run_id
@@ -115,7 +124,9 @@ class WandbSink:
             self._attempt(lambda: self._run.alert(title=level, text=text))
 
     def close(self, state: str = "done", exit_code: int = 0) -> None:
-        """Finish the W&B run: crossed out there after a failure; a stop on request is an end in good order."""
+        """Finish the W&B run: crossed out there after a failure; a stop on request is an end in
+        good order.
+        """
         if self._run is not None:
             run, self._run = self._run, None
             try:
@@ -131,7 +142,8 @@ class WandbSink:
             run.summary[STATE] = state
             run.finish(exit_code=exit_code if state == "failed" else 0)
         finally:
-            self._wandb.teardown()  # its service ends, and has written all it holds to the run's folder
+            # Its service ends, and has written all it holds to the run's folder.
+            self._wandb.teardown()
 
     def _open(self, options: dict[str, Any]) -> None:
         with self._temporary.used(), _redacted_command():
@@ -163,7 +175,9 @@ class WandbSink:
         )
 
     def _values(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Scalars as they are; a list with NAME_edges... beside it as a histogram over those edges, other lists over 0..n."""
+        """Scalars as they are; a list with NAME_edges... beside it as a histogram over those edges,
+        other lists over 0..n.
+        """
         return {
             name: self._wandb.Histogram(np_histogram=_histogram(record, name, value))
             if isinstance(value, (list, tuple))
@@ -200,7 +214,8 @@ def _folder_of(run: Any) -> str:
 
 
 def wandb_run_id(run_folder: str | Path, checkpointed_id: str | None = None) -> str:
-    """The W&B run id of a run folder: the checkpoint's, else the folder's, else a new one; kept in run_folder/wandb_run_id.
+    """The W&B run id of a run folder: the checkpoint's, else the folder's, else a new one; kept in
+    run_folder/wandb_run_id.
 
     With it a preempted run continues its W&B run instead of starting another.
     """

@@ -51,8 +51,11 @@ from megatron_slm.training.stop_signals import StopSignals
 
 
 class Run:
-    """One run folder being trained. signals: what this process hears of requests to stop; None = only the stop file counts.
-    notes: (text, level) of what is to be said when there are sinks to say it to."""
+    """One run folder being trained.
+
+    signals: what this process hears of requests to stop; None = only the stop file counts.
+    notes: (text, level) of what is to be said when there are sinks to say it to.
+    """
 
     def __init__(
         self,

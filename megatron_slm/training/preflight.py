@@ -1,4 +1,5 @@
-"""What is found out about a job before it trains, as sentences: pure comparisons of the facts of its processes.
+"""What is found out about a job before it trains, as sentences: pure comparisons of the facts of
+its processes.
 
 Nothing here asks a machine anything, so it needs no torch: preflight_files.py looks at files and
 disks, preflight_job.py at the devices and the network of the processes that have joined.
@@ -24,7 +25,8 @@ MUST_AGREE = (
 CLOCK_SECONDS = 2.0
 """How far clocks may be apart: the times of logs, locks and the watchdog's files are compared."""
 FOREIGN_FRACTION = 0.1
-"""Of a GPU's memory that is taken before the run has allocated anything. A CUDA context takes less."""
+"""Of a GPU's memory that is taken before the run has allocated anything. A CUDA context takes less.
+"""
 SLOW_FRACTION = 0.5
 """A group that moves less than this part of what the others of its kind move."""
 HOSTS_SHOWN = 4
@@ -70,7 +72,8 @@ class Facts:
     """Seconds since 1970 by its host's clock, read by all processes at one moment."""
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of the files that every host must see, -1 = not there; asked of one process per host."""
+    """Bytes of the files that every host must see, -1 = not there; asked of one process per host.
+    """
     sees_run_folder: bool = True
     """Whether a file that rank 0 has just written into the run folder is there."""
 
@@ -91,7 +94,9 @@ def warnings_of(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 
 def compare(everyone: Sequence[Facts]) -> list[Finding]:
-    """What the facts of all processes, in the order of their ranks, say when held against each other."""
+    """What the facts of all processes, in the order of their ranks, say when held against each
+    other.
+    """
     return [
         *_versions(everyone),
         *_devices(everyone),

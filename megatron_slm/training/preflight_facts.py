@@ -19,11 +19,15 @@ from megatron_slm.training.preflight import Facts
 from megatron_slm.training.preflight_files import size_of
 
 SEEN_SECONDS = 10.0
-"""How long a new file may stay unseen on another node: NFS keeps what it knows of a folder for some seconds."""
+"""How long a new file may stay unseen on another node: NFS keeps what it knows of a folder for some
+seconds.
+"""
 
 
 def facts(config: Config, groups: Groups, paths: list[str], new_file: str) -> Facts:
-    """What this process knows. paths: files to look for; new_file: what rank 0 has just written ("" = nothing)."""
+    """What this process knows. paths: files to look for; new_file: what rank 0 has just written (""
+    = nothing).
+    """
     device, device_id, total_bytes, taken_bytes = _device(groups.device)
     digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]
     return Facts(

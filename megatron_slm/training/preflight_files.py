@@ -1,4 +1,6 @@
-"""The part of the preflight that rank 0 does alone, before the processes join: disks and score stores."""
+"""The part of the preflight that rank 0 does alone, before the processes join: disks and score
+stores.
+"""
 
 import os
 import random
@@ -24,13 +26,17 @@ from megatron_slm.training.setup import Materials, index_cache
 NO_GPU = GPU("none", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 """For plans of which only sizes are asked."""
 SAMPLED_SHARDS = 3
-"""Of each score store, when the preflight is all there is to do; a run begins with one, another at every start."""
+"""Of each score store, when the preflight is all there is to do; a run begins with one, another at
+every start.
+"""
 
 
 def look(
     config: Config, materials: Materials, world_size: int, *, thorough: bool = False
 ) -> list[Finding]:
-    """Free disk against what the run will write, and the checksums of some shards of every score store."""
+    """Free disk against what the run will write, and the checksums of some shards of every score
+    store.
+    """
     job = Job(config, materials.vocabulary_size, NO_GPU, 1, world_size)
     return [*_disks(config, materials, job), *_data(materials, SAMPLED_SHARDS if thorough else 1)]
 
@@ -54,7 +60,9 @@ def size_of(path: str | Path) -> int:
 
 
 def index_bytes(config: Config, corpora: list[Corpus]) -> int:
-    """Sample indices of the run's training corpora, at most: of every epoch its documents and samples, and of a blend its samples."""
+    """Sample indices of the run's training corpora, at most: of every epoch its documents and
+    samples, and of a blend its samples.
+    """
     samples = train_steps(config) * config.data.global_batch_size
     tokens = sum(corpus.manifest.tokens for corpus in corpora)
     weights = config.data.weights or [corpus.manifest.tokens for corpus in corpora]
@@ -83,7 +91,9 @@ def _disks(config: Config, materials: Materials, job: Job) -> list[Finding]:
 
 
 def disk_finding(needs: list[tuple[Path, int, int]], free_bytes: int | None = None) -> Finding:
-    """Of one file system. needs: a folder on it, the bytes the whole run writes there, and those without which it is in vain."""
+    """Of one file system. needs: a folder on it, the bytes the whole run writes there, and those
+    without which it is in vain.
+    """
     folder = needs[0][0]
     if free_bytes is None:
         status = os.statvfs(folder)

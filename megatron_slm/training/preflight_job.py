@@ -1,4 +1,5 @@
-"""The part of the preflight that needs every process: devices, versions, clocks, files on all nodes, groups that answer.
+"""The part of the preflight that needs every process: devices, versions, clocks, files on all
+nodes, groups that answer.
 
 Not yet run on GPUs over NCCL: the tests run it on CPU processes over gloo.
 """
@@ -31,7 +32,9 @@ from megatron_slm.training.setup import Materials
 
 Value = TypeVar("Value")
 ANSWER_SECONDS = 300.0
-"""How long the first exchange of all groups may take; setting up thousands of NCCL connections takes a minute or two."""
+"""How long the first exchange of all groups may take; setting up thousands of NCCL connections
+takes a minute or two.
+"""
 CPU_PAYLOAD_BYTES, GPU_PAYLOAD_BYTES, ROUNDS = 4 << 20, 64 << 20, 3
 KINDS = ("tp", "pp", "dp", "cp", "ep")
 
@@ -44,7 +47,8 @@ def look(
     *,
     thorough: bool,
 ) -> list[Finding]:
-    """All findings, the same on every process. materials and found (what preflight_files.look says): on rank 0.
+    """All findings, the same on every process. materials and found (what preflight_files.look
+    says): on rank 0.
 
     Where a group does not answer, every process of it says so and ends with exit code 2.
     thorough: also time an exchange in every group. Collective.
@@ -91,7 +95,8 @@ def reach(groups: Groups) -> dict[str, tuple[list[int], bool]]:
 
 
 def bandwidth(groups: Groups) -> dict[str, tuple[list[int], float]]:
-    """Per kind of group with several members: its ranks, and the bytes per second that an all-reduce moves through each.
+    """Per kind of group with several members: its ranks, and the bytes per second that an
+    all-reduce moves through each.
 
     Measured by all, said by the first member of each group.
     """
@@ -157,7 +162,8 @@ def planned_memory(
 
 
 class Deadline:
-    """A context manager that ends the process with exit code 2 when its block takes longer than `seconds`.
+    """A context manager that ends the process with exit code 2 when its block takes longer than
+    `seconds`.
 
     A process that waits in a collective for one that cannot be reached hears nothing else.
     """
@@ -192,7 +198,9 @@ class Deadline:
 
 
 def _new_file(config: Config) -> str:
-    """A file in the run folder that all nodes must see, for all write their parts of the checkpoints there."""
+    """A file in the run folder that all nodes must see, for all write their parts of the
+    checkpoints there.
+    """
     folder = Path(config.run.folder).absolute()
     path = folder / f".preflight_{os.getpid()}_{time.time_ns()}"
     try:

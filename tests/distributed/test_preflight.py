@@ -1,4 +1,6 @@
-"""The preflight over real groups: every kind answers, and what one process differs in ends all of them."""
+"""The preflight over real groups: every kind answers, and what one process differs in ends all of
+them.
+"""
 
 import threading
 from dataclasses import replace
@@ -12,7 +14,9 @@ from tests.distributed.test_resume import CASES, VOCABULARY, Tokenizer, make_con
 
 
 def look(groups, folder, other_torch: bool):
-    """All findings as (check, state), the exit code where the job is refused, and the rank's own sentence."""
+    """All findings as (check, state), the exit code where the job is refused, and the rank's own
+    sentence.
+    """
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.training import preflight, preflight_files, preflight_job
     from megatron_slm.training.setup import Materials
