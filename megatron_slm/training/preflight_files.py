@@ -21,6 +21,7 @@ from megatron_slm.training.preflight import (
     Finding,
     size_words,
 )
+from megatron_slm.training.resume import planned_length
 from megatron_slm.training.setup import Materials, index_cache
 
 NO_GPU = GPU("none", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -76,6 +77,8 @@ def index_bytes(config: Config, corpora: list[Corpus]) -> int:
 
 def _disks(config: Config, materials: Materials, job: Job) -> list[Finding]:
     """The run's needs summed up by file system: checkpoints and indices may lie on one or on two."""
+    if not planned_length(config).remaining_steps:
+        return [Finding("disk", FINE, "the run has done its last step: nothing is to be written")]
     one = checkpoint_bytes(job)
     folder = Path(config.run.folder)
     checkpoints = one * checkpoints_on_disk(config, job.steps)

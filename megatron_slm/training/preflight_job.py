@@ -205,6 +205,8 @@ def _new_file(config: Config) -> str:
     path = folder / f".preflight_{os.getpid()}_{time.time_ns()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in folder.glob(".preflight_*"):
+            left_by_a_kill.unlink(missing_ok=True)
         path.write_text("seen")
     except OSError:  # the first checkpoint will say it better
         return ""

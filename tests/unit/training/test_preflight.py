@@ -130,6 +130,16 @@ def test_the_disk_of_a_run_that_cannot_save_is_refused(tmp_path):
     assert caught.value.exit_code == 2
 
 
+def test_a_run_that_is_done_needs_no_room(tmp_path, monkeypatch):
+    done = SimpleNamespace(remaining_steps=0)
+    monkeypatch.setattr(preflight_files, "planned_length", lambda config: done)
+    monkeypatch.setattr(preflight_files, "disk_finding", lambda needs: pytest.fail("it was asked"))
+    config, _ = from_mapping({"run": {"folder": str(tmp_path)}, "schedule": {"train_steps": 10}})
+    materials = SimpleNamespace(corpora=[], validation={}, vocabulary_size=1000)
+    disk, _ = preflight_files.look(config, materials, 1)
+    assert (disk.check, disk.state) == ("disk", FINE)
+
+
 class Store:
     """Scores of two shards, of which the second is damaged; the third was never made."""
 
