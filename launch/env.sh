@@ -27,12 +27,16 @@ declare -p SLM_CONTAINER >/dev/null 2>&1 || SLM_CONTAINER=()
 : "${SLM_LAUNCH:=torchrun}"          # torchrun: one per node starts the node's processes. srun: SLURM starts every process itself
 : "${SLM_MAX_REQUEUES:=200}"         # a job is not put back into the queue more often than this
 
+: "${SLM_NODES:=${SLURM_JOB_NUM_NODES:-1}}" # nodes that do the work; fewer than the job has = the others are spare
+export SLM_LAUNCH SLM_MAX_REQUEUES SLM_NODES
+
 # --- Network. ---------------------------------------------------------------------------------------------------------------------
 : "${NCCL_DEBUG:=WARN}"
 : "${TORCH_NCCL_ASYNC_ERROR_HANDLING:=1}"   # a rank that fails ends the job instead of leaving the others waiting
 # : "${NCCL_SOCKET_IFNAME:=ib0}"            # the interface NCCL bootstraps over, when the default one is wrong
 # : "${NCCL_IB_HCA:=mlx5}"
 # : "${GLOO_SOCKET_IFNAME:=ib0}"            # the same for CPU processes
+# : "${SLM_MASTER_ADDRESS:=$(hostname)-ib0}" # where the first node is reached, when not under its name in SLURM
 
 # --- Files. -----------------------------------------------------------------------------------------------------------------------
 # W&B keys never belong here: run `wandb login` once, or export WANDB_API_KEY in your shell profile.

@@ -45,7 +45,11 @@ slm_preflight() {
         echo "SLM_MAX_REQUEUES: got '$SLM_MAX_REQUEUES'; expected a number of starts" >&2
         return 2
     fi
-    WORLD_SIZE=$((SLURM_JOB_NUM_NODES * SLM_PROCESSES_PER_NODE)) srun --nodes=1 --ntasks=1 "${SLM_SRUN_OPTIONS[@]}" "${SLM_CONTAINER[@]}" \
+    if ! [[ $SLM_NODES =~ ^[1-9][0-9]*$ && $SLM_NODES -le $SLURM_JOB_NUM_NODES ]]; then
+        echo "SLM_NODES: got '$SLM_NODES'; expected a number of nodes up to $SLURM_JOB_NUM_NODES, which the job has" >&2
+        return 2
+    fi
+    WORLD_SIZE=$((SLM_NODES * SLM_PROCESSES_PER_NODE)) srun --nodes=1 --ntasks=1 "${SLM_SRUN_OPTIONS[@]}" "${SLM_CONTAINER[@]}" \
         python -m "$@" --check_only
 }
 
@@ -56,12 +60,47 @@ slm_not_started() {
     exit "$1"
 }
 
-# First node of the allocation and a port that two jobs on it do not share; the port changes with every restart of the same job.
+# slm_take_nodes NODELIST: the first SLM_NODES of these nodes do the work; the others of the allocation are spare.
+slm_take_nodes() {
+    local nodes
+    mapfile -t nodes < <(scontrol show hostnames "$1")
+    SLM_WORKING_NODES=$(IFS=,; echo "${nodes[*]:0:SLM_NODES}")
+    [ "${#nodes[@]}" -ge "$SLM_NODES" ]
+}
+
+# Where rank 0 is reached, and a port that two jobs on its node do not share; it changes with every restart of the same job.
 slm_rendezvous() {
-    # sed reads to the end; `head -n 1` would let scontrol die of a closed pipe, and pipefail the job with it.
-    SLM_MASTER_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-    SLM_MASTER_PORT=$(( 10000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 20000 ))
+    local starts=$(( ${SLURM_RESTART_COUNT:-0} + ${SLM_NODES_LOST:-0} ))
+    : "${SLM_MASTER_ADDRESS:=${SLM_WORKING_NODES%%,*}}"
+    SLM_MASTER_PORT=$(( 10000 + (SLURM_JOB_ID + 101 * starts) % 20000 ))
     export SLM_MASTER_ADDRESS SLM_MASTER_PORT
+}
+
+# slm_run MODULE ARGUMENTS...: run the step; again on the nodes that are left when SLURM took one from the job and enough are
+# left, which needs sbatch --no-kill and spare nodes. SLM_NODES_LOST counts how often.
+slm_run() {
+    SLM_NODES_LOST=0
+    slm_run_step "$@"
+    while slm_lost_a_node; do
+        SLM_NODES_LOST=$((SLM_NODES_LOST + 1))
+        slm_take_nodes "$SLM_NODES_LEFT" || { echo "SLURM took a node from the job, and $SLM_NODES_LEFT is not enough" >&2; return; }
+        slm_rendezvous
+        echo "SLURM took a node from the job: going on with $SLM_WORKING_NODES, rendezvous $SLM_MASTER_ADDRESS:$SLM_MASTER_PORT"
+        slm_run_step "$@"
+    done
+}
+
+# Whether the step failed because SLURM took one of its nodes from the job; SLM_NODES_LEFT is what the job has now.
+slm_lost_a_node() {
+    local node left
+    [ -z "${SLM_ASKED:-}" ] || return 1
+    case $SLM_EXIT_CODE in 0 | 2 | 3 | 4 | 85 | 86) return 1 ;; esac # the run's own verdict
+    SLM_NODES_LEFT=$(scontrol show job "$SLM_JOB" | sed -n 's/^ *NodeList=//p') || return 1
+    left=$(scontrol show hostnames "$SLM_NODES_LEFT") || return 1
+    for node in ${SLM_WORKING_NODES//,/ }; do
+        grep -qxF "$node" <<<"$left" || return 0
+    done
+    return 1
 }
 
 # slm_run_step MODULE ARGUMENTS...: SLM_PROCESSES_PER_NODE processes on every node, to their end; SLM_EXIT_CODE is the run's.
@@ -93,7 +132,7 @@ slm_run_step() {
 slm_srun() {
     local tasks_per_node=1 cpus=() processes
     # shellcheck disable=SC2016  # expanded on each node
-    processes='--nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$SLM_PROCESSES_PER_NODE" '
+    processes='--nnodes="$SLM_NODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$SLM_PROCESSES_PER_NODE" '
     processes+='--max-restarts=0 --master-addr="$SLM_MASTER_ADDRESS" --master-port="$SLM_MASTER_PORT"'
     # Since SLURM 22.05 srun no longer inherits the batch job's --cpus-per-task and would give each node's task a single core.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
@@ -103,8 +142,8 @@ slm_srun() {
             tasks_per_node=$SLM_PROCESSES_PER_NODE processes=--slurm-task
             cpus=(--cpus-per-task="$(( ${SLURM_CPUS_ON_NODE:-1} / tasks_per_node > 0 ? ${SLURM_CPUS_ON_NODE:-1} / tasks_per_node : 1 ))") ;;
     esac
-    exec env SLM_STOPPED_IS_SUCCESS=yes srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks_per_node))" \
-        --ntasks-per-node="$tasks_per_node" --distribution=block "${cpus[@]}" --kill-on-bad-exit=1 "${SLM_SRUN_OPTIONS[@]}" "${SLM_CONTAINER[@]}" \
+    exec env SLM_STOPPED_IS_SUCCESS=yes srun --nodes="$SLM_NODES" --nodelist="$SLM_WORKING_NODES" \
+        --ntasks="$((SLM_NODES * tasks_per_node))" --ntasks-per-node="$tasks_per_node" --distribution=block "${cpus[@]}" --kill-on-bad-exit=1 "${SLM_SRUN_OPTIONS[@]}" "${SLM_CONTAINER[@]}" \
         bash -c 'exec python "$SLM_ROOT/launch/processes.py" '"$processes"' -m "$@"' slm "$@"
 }
 

@@ -14,13 +14,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-# All nodes of this cluster are this machine, and no name server knows their names.
-ENVIRONMENT_FILE = r"""
-source "$SLM_ROOT/launch/env.sh"
-scontrol() {
-    if [ "$1" = show ] && [ "$2" = hostnames ]; then echo 127.0.0.1; else command scontrol "$@"; fi
-}
-"""
 
 
 def why_not() -> str:
@@ -50,7 +43,8 @@ def configuration(folder: Path, nodes: tuple[str, ...]) -> str:
     host = socket.gethostname().split(".")[0]
     controller, *ports = free_ports(1 + len(nodes))
     node_lines = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 "
+        "RealMemory=64000 State=UNKNOWN"
         for name, port in zip(nodes, ports)
     )
     return f"""
@@ -78,6 +72,7 @@ KillWait=15
 SlurmdTimeout=20
 ReturnToService=2
 SchedulerParameters=sched_interval=1,bf_interval=1
+SlurmdParameters=config_overrides
 {node_lines}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE
 """
@@ -86,18 +81,17 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 class Cluster:
     """The daemons, and what tests ask of them. A context manager; `environment` is what srun and sbatch need to find them."""
 
-    def __init__(self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2")):
+    def __init__(self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3")):
         self.folder = folder
         self.nodes = nodes
         self.daemons: list[subprocess.Popen] = []
-        (folder / "env.sh").write_text(ENVIRONMENT_FILE)
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "SLM_ROOT": str(ROOT),
-            "SLM_ENV": str(folder / "env.sh"),
             "SLM_VENV": "/nonexistent",
             "SLM_PROCESSES_PER_NODE": "1",
+            "SLM_MASTER_ADDRESS": "127.0.0.1",  # no name server knows the nodes' names
             "GLOO_SOCKET_IFNAME": "lo",
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
@@ -222,13 +216,13 @@ class Job:
 
     def processes(self, module: str) -> list[int]:
         """The processes of the job that run `python -m MODULE` themselves, not their launchers."""
-        found = []
+        found, number = [], self.record["JobId"]
         for entry in Path("/proc").iterdir():
             try:
                 words = (
                     (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
                 )
-                mine = f"SLURM_JOB_ID={self.number}\0".encode()
+                mine = f"SLURM_JOB_ID={number}\0".encode()
                 if module.encode() in words and b"processes.py" not in b" ".join(words):
                     if mine in (entry / "environ").read_bytes():
                         found.append(int(entry.name))

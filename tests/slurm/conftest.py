@@ -10,7 +10,7 @@ from tests.slurm.cluster import Cluster, why_not
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """A SLURM of two nodes, started once for all tests of this folder."""
+    """A SLURM of three nodes, started once for all tests of this folder."""
     if reason := why_not():
         pytest.skip(reason)
     with Cluster(Path(tmp_path_factory.mktemp("slurm"))) as running:

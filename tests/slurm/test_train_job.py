@@ -1,4 +1,4 @@
-"""launch/train.sbatch with the real trainer and a tiny model, on a real SLURM of two nodes.
+"""launch/train.sbatch with the real trainer and a tiny model, on two nodes of a real SLURM.
 
 One short test runs every time; the others are marked slow.
 """
@@ -26,8 +26,8 @@ def settings(corpus: Path, run: Path, steps: int = LONG, *more: str) -> list[str
     return [*words[3:], *every, "--schedule.train_steps", str(steps), *more]
 
 
-def submit(cluster: Cluster, *words: str | Path, nodes: str = "2", **variables: str) -> Job:
-    options = [f"--nodes={nodes}", "--time=20"]
+def submit(cluster: Cluster, *words: str | Path, **variables: str) -> Job:
+    options = ["--nodes=2", "--nodelist=n1,n2", "--time=20"]
     return cluster.submit(*options, "launch/train.sbatch", *words, **variables)
 
 
@@ -82,7 +82,8 @@ def test_srun_starts_every_process_and_the_job_is_requeued_just_so(cluster, corp
     run = tmp_path / "run"
     every = {"SLM_LAUNCH": "srun", "SLM_PROCESSES_PER_NODE": "2"}
     options = ["--nodes=2", "--time=20", "--cpus-per-task=2", "launch/train.sbatch"]
-    job = cluster.submit(*options, *settings(corpus, run, 200), **every)
+    words = settings(corpus, run, 200, "--data.micro_batch_size", "2")
+    job = cluster.submit(*options, *words, **every)
     wait_for_steps(job, run)
     assert len(job.processes("megatron_slm.train")) == 4
     job.warn()
@@ -120,6 +121,20 @@ def test_a_job_that_slurm_takes_back_goes_on(cluster, corpus, tmp_path, how):
     assert (job.exit_code, job.restarts) == (0, 1)
     assert "SLURM has put the job back into the queue, where it continues" in job.text
     assert logged_step(run) == LONG
+
+
+@pytest.mark.slow
+def test_a_spare_node_takes_the_place_of_one_that_is_set_down(cluster, corpus, tmp_path):
+    run = tmp_path / "run"
+    words = settings(corpus, run, LONG, "--checkpoint.interval_steps", "20")
+    options = ["--nodes=2-3", "--no-kill", "--time=20"]
+    job = cluster.submit(*options, "launch/train.sbatch", *words, SLM_NODES="2")
+    wait_for_steps(job, run, 30)
+    cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    job.wait_for(lambda: "going on with n1,n3" in job.text, "the second step")
+    cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+    assert job.wait_for_end() == "COMPLETED", job.text
+    assert (job.exit_code, job.restarts, logged_step(run)) == (0, 0, LONG), job.text
 
 
 @pytest.mark.slow

@@ -27,8 +27,11 @@ exit $code
 SCONTROL = r"""#!/bin/bash
 printf '%s\n' "$*" >> "$SCRATCH/scontrol.log"
 case "$1 $2" in
-    "show hostnames") printf 'node07\nnode08\n' ;;
-    "show job") echo "   Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1" ;;
+    "show hostnames") tr , '\n' <<<"${3/"node[07-08]"/node07,node08}" ;;
+    "show job")
+        echo "   Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1"
+        echo "   ReqNodeList=(null) ExcNodeList=(null)"
+        echo "   NodeList=${NODES_LEFT:-$SLURM_JOB_NODELIST}" ;;
     requeue*) exit "${REFUSED:-0}" ;;
 esac
 """
@@ -37,7 +40,7 @@ printf '%s\n' "$*" >> "$SCRATCH/scancel.log"
 kill -USR1 "$(cat "$SCRATCH/worker")"
 """
 # Plays the programs, and processes.py with its trainers or scorers, which says how they ended. WORK says how: a number = at
-# once with that exit code; save, stall, score = when asked to stop.
+# once with that exit code; save, stall, score = when asked to stop. WORK_AGAIN says it for a second step.
 PYTHON = r"""#!/bin/bash
 if [[ "$*" == *programs.py* ]]; then exec "$REAL_PYTHON" "$@"; fi
 if [[ "$*" == *--print_run_folder* ]]; then printf '%s\n' "$RUN_FOLDER"; exit 0; fi
@@ -63,6 +66,7 @@ trap 'echo asked >> "$SCRATCH/signals.log"; leave "${WHEN_ASKED:-85}"' TERM USR1
 save() { mkdir -p "$RUN_FOLDER/checkpoints"; echo "step_000000$1" > "$RUN_FOLDER/checkpoints/latest"; }
 [ -z "$STEPS" ] || printf '{\n  "steps": %s,\n  "exit_code": null\n}\n' "$STEPS" > "$RUN_FOLDER/status.json"
 [ -z "$SAVED" ] || save "$SAVED"
+[ -e "$SCRATCH/started" ] && WORK=${WORK_AGAIN:-$WORK}
 touch "$SCRATCH/started"
 case $WORK in
     [0-9]*) leave "$WORK" ;;

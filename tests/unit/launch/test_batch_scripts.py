@@ -18,7 +18,7 @@ def test_one_torchrun_per_node_meets_at_the_first_node(cluster):
     )
     assert cluster.log("check")[1] == "WORLD_SIZE=16"
     assert train_step.startswith(
-        "--nodes=2 --ntasks=2 --ntasks-per-node=1 --distribution=block --cpus-per-task=64 --kill-on-bad-exit=1 bash -c"
+        "--nodes=2 --nodelist=node07,node08 --ntasks=2 --ntasks-per-node=1 --distribution=block --cpus-per-task=64 --kill-on-bad-exit=1 bash -c"
     )
     [command] = cluster.log("python")
     port = 10000 + 123456 % 20000
@@ -202,11 +202,51 @@ def test_submitting_from_elsewhere_is_explained(cluster, tmp_path):
     assert code == 2 and "submit from it, or set SLM_ROOT" in output
 
 
+SPARE = {
+    "SLURM_JOB_NUM_NODES": "3",
+    "SLURM_JOB_NODELIST": "node07,node08,node09",
+    "SLM_NODES": "2",
+    "SAVED": "12",
+}
+
+
+def test_a_spare_node_takes_the_place_of_one_that_slurm_took(cluster):
+    left = {"NODES_LEFT": "node07,node09"}
+    code, output = cluster.run("train.sbatch", *TRAIN, work="1", WORK_AGAIN="0", **SPARE, **left)
+    assert (code, cluster.requeued()) == (0, []), output
+    assert "SLURM took a node from the job: going on with node07,node09" in output
+    assert cluster.log("check")[1] == "WORLD_SIZE=16"
+    steps = [line for line in cluster.log("srun") if line.startswith("--nodes=2")]
+    assert [step.split()[1] for step in steps] == [
+        "--nodelist=node07,node08",
+        "--nodelist=node07,node09",
+    ]
+    ports = [10000 + (123456 + 101 * start) % 20000 for start in (0, 1)]
+    assert [
+        f"--master-port={port} " in line for port, line in zip(ports, cluster.log("python"))
+    ] == [
+        True,
+        True,
+    ]
+
+
+def test_without_a_spare_node_left_the_job_goes_back_into_the_queue(cluster):
+    code, output = cluster.run("train.sbatch", *TRAIN, work="1", NODES_LEFT="node07", **SPARE)
+    assert (code, cluster.requeued(), len(cluster.log("python"))) == (0, ["requeue 123456"], 1)
+    assert "SLURM took a node from the job, and node07 is not enough" in output
+
+
+@pytest.mark.parametrize("failure, left", [("3", "node07,node09"), ("137", "node07,node08,node09")])
+def test_a_failure_of_the_run_itself_is_not_started_again(cluster, failure, left):
+    code, output = cluster.run("train.sbatch", *TRAIN, work=failure, NODES_LEFT=left, **SPARE)
+    assert (code, len(cluster.log("python")), cluster.requeued()) == (int(failure), 1, []), output
+
+
 def test_srun_can_start_every_process(cluster):
     code, output = cluster.run("train.sbatch", *TRAIN, work="0", SLM_LAUNCH="srun")
     assert code == 0, output
     assert cluster.log("srun")[1].startswith(
-        "--nodes=2 --ntasks=16 --ntasks-per-node=8 --distribution=block --cpus-per-task=8 --kill-on-bad-exit=1 bash -c"
+        "--nodes=2 --nodelist=node07,node08 --ntasks=16 --ntasks-per-node=8 --distribution=block --cpus-per-task=8 --kill-on-bad-exit=1 bash -c"
     )
     assert cluster.log("python")[0].endswith(
         "processes.py --slurm-task -m megatron_slm.train --config recipe with spaces.yaml "
@@ -218,6 +258,7 @@ def test_srun_can_start_every_process(cluster):
     "name, value, sentence",
     [
         ("SLM_LAUNCH", "mpirun", "SLM_LAUNCH: got 'mpirun'; expected torchrun or srun"),
+        ("SLM_NODES", "3", "SLM_NODES: got '3'; expected a number of nodes up to 2"),
         ("SLM_MAX_REQUEUES", "many", "SLM_MAX_REQUEUES: got 'many'; expected a number of starts"),
     ],
 )
