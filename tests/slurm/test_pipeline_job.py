@@ -1,7 +1,6 @@
 """The whole pipeline by megatron_slm.submit on a real SLURM: real programs, the reference killed in the middle, resumed, done."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,22 +15,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def test_a_pipeline_is_submitted_interrupted_resumed_and_done(slurm, tmp_path):
+def test_a_pipeline_is_submitted_interrupted_resumed_and_done(cluster, tmp_path):
     description, out = write_description(tmp_path), tmp_path / "out"
-    # Both nodes of this cluster are this machine, so the first node's name must lead here.
-    (tmp_path / "env.sh").write_text(
-        'source "$SLM_ROOT/launch/env.sh"\nscontrol() { if [ "$1" = show ]; then echo 127.0.0.1; else command scontrol "$@"; fi; }\n'
-    )
-    environment = {
-        **slurm,
-        "SLM_ENV": str(tmp_path / "env.sh"),
-        "SLM_VENV": "/nonexistent",
-        "SLM_PYTHON": sys.executable,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    environment = {**cluster.environment, "SLM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
 
     def submit(*words: str) -> str:
         done = subprocess.run(

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_slm.monitoring.run_status import read_status
 from tests.end_to_end.small_run import command, compared, environment, lines
-from tests.slurm.cluster import ROOT, Cluster, Job, free_ports
+from tests.slurm.cluster import ENDED, ROOT, Cluster, Job, free_ports
 
 LONG = 400  # steps: seconds of work on an idle core, so that a signal comes in the middle
 
@@ -36,7 +36,8 @@ def logged_step(run: Path) -> int:
 
 
 def wait_for_steps(job: Job, run: Path, step: int = 10) -> None:
-    job.wait_for(lambda: logged_step(run) >= step, f"step {step}")
+    job.wait_for(lambda: logged_step(run) >= step or job.state in ENDED, f"step {step}")
+    assert logged_step(run) >= step, job.text
 
 
 def uninterrupted(corpus: Path, run: Path, steps: int) -> list[dict]:
