@@ -152,6 +152,9 @@ def go_on_with_changes(groups, folder: Path) -> None:
             shutil.rmtree(folder / "changed" / "checkpoints" / "step_00000003")
         dist.barrier()
         run = start(groups, settings(512, 8), both)
+        kept = run.metrics.state_dict()["sums"]
+        assert "selection/by_position" in kept
+        assert "selection/by_corpus" not in kept, "sums of corpora that have other numbers now"
         read_on(run.loader, folder)
         assert run.run() == 0
         return
