@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from megatron_slm.data.indexed import check_bin_size, read_index
+from megatron_slm.data.verified import check_content
 from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.tokenization import tokenizer_differences
 
@@ -178,7 +179,7 @@ def check_corpus(
             raise ValueError(
                 f"{prefix}.idx holds {name} = {found}, its manifest says {getattr(manifest, name)}"
             )
-    _check_content(prefix, {".bin": manifest.bin_sha256, ".idx": manifest.idx_sha256})
+    check_content(prefix, {".bin": manifest.bin_sha256, ".idx": manifest.idx_sha256})
     return manifest
 
 
@@ -195,44 +196,6 @@ def _check_size(path: Path, expected_bytes: int) -> None:
             f"{path}: the file is {word}: {size_bytes} bytes, its manifest says {expected_bytes}. "
             "Copy it again, or make the corpus again."
         )
-
-
-def _check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
-    cache_path = Path(f"{prefix}.verified.json")
-    try:
-        remembered = json.loads(cache_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        remembered = {}
-    if not isinstance(remembered, dict):
-        remembered = {}
-    verified = {}
-    for suffix, sha256 in expected_sha256.items():
-        path = Path(f"{prefix}{suffix}")
-        before = _stamp(path)
-        verified[suffix] = {"stamp": before, "sha256": sha256}
-        if remembered.get(suffix) == verified[suffix]:
-            continue
-        found = sha256_of_file(path)
-        if _stamp(path) != before:
-            raise ValueError(
-                f"{path}: the file was written to while it was being checked. Wait until whatever "
-                "writes it has ended, then start again."
-            )
-        if found != sha256:
-            raise ValueError(
-                f"{path}: the content has changed since the corpus was made (sha256 {found[:16]}…, "
-                f"its manifest says {sha256[:16]}…). Copy it again, or make the corpus again."
-            )
-    if verified != remembered:
-        try:
-            write_json_atomically(cache_path, verified)
-        except OSError:
-            pass  # a read-only folder: the next check hashes again
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def sha256_of_file(path: str | Path) -> str:

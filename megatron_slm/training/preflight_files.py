@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_slm.config.check import train_steps
 from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import Corpus
+from megatron_slm.data.verified import check_sample
 from megatron_slm.planning.hardware import GPU
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.result import checkpoint_bytes, checkpoints_on_disk
@@ -31,12 +32,15 @@ SAMPLED_SHARDS = 3
 every start.
 """
 
+BLOCKS_PER_SHARD = 4
+"""Blocks of every corpus, which are smaller, are read for each shard of scores that is."""
+
 
 def look(
     config: Config, materials: Materials, world_size: int, *, thorough: bool = False
 ) -> list[Finding]:
-    """Free disk against what the run will write, and the checksums of some shards of every score
-    store.
+    """Free disk against what the run will write, and the checksums of some blocks of every corpus
+    and shards of every score store.
     """
     job = Job(config, materials.vocabulary_size, NO_GPU, 1, world_size)
     return [*_disks(config, materials, job), *_data(materials, SAMPLED_SHARDS if thorough else 1)]
@@ -123,8 +127,12 @@ def _left_of_index(config: Config, materials: Materials) -> int:
 
 def _data(materials: Materials, shards_sampled: int) -> list[Finding]:
     corpora = [*materials.corpora, *materials.validation.values()]
-    findings = []
-    for corpus in materials.corpora:
+    findings, blocks = [], 0
+    for corpus in corpora:
+        try:
+            blocks += check_sample(corpus.prefix, BLOCKS_PER_SHARD * shards_sampled)
+        except (ValueError, OSError) as error:
+            findings.append(Finding("corpora", BAD_DATA, str(error)))
         if corpus.scores is None:
             continue
         shards = corpus.scores.manifest.shard_count
@@ -138,10 +146,12 @@ def _data(materials: Materials, shards_sampled: int) -> list[Finding]:
             words = f"{corpus.scores.folder}: size, and the checksums of {len(sample)} of {shards} shards"
             findings.append(Finding("score store", FINE, words))
     tokens = sum(corpus.manifest.tokens for corpus in corpora)
-    words = (
-        f"{len(corpora)} with {tokens:,} tokens: sizes, indices, and content as it was last hashed"
-    )
-    return [Finding("corpora", FINE, words), *findings]
+    if not any(each.check == "corpora" for each in findings):
+        words = (
+            f"{len(corpora)} with {tokens:,} tokens: sizes, indices, and {blocks} blocks read again"
+        )
+        findings.insert(0, Finding("corpora", FINE, words))
+    return findings
 
 
 def _bytes_in(folder: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slm.data import manifest as manifest_module
+from megatron_slm.data import verified
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import (
     CorpusManifest,
@@ -110,9 +110,7 @@ def test_changed_content_is_found_though_size_is_right(prefix, suffix, at):
 
 def test_remembered_stamp_saves_hashing(prefix, monkeypatch):
     check_corpus(prefix)
-    monkeypatch.setattr(
-        "megatron_slm.data.manifest.sha256_of_file", lambda path: pytest.fail("hashed again")
-    )
+    monkeypatch.setattr(verified, "hashed", lambda path: pytest.fail("hashed again"))
     check_corpus(prefix)
 
 
@@ -178,13 +176,15 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
 def test_a_file_that_changes_while_it_is_hashed_is_refused(prefix, monkeypatch):
     """The bytes hashed may be the right ones and yet not those that training will read."""
 
+    honest = verified.hashed
+
     def hash_and_meanwhile_write(path):
-        found = sha256_of_file(path)
+        found = honest(path)
         with open(path, "r+b") as stream:
             stream.write(b"\xff")
         return found
 
-    monkeypatch.setattr(manifest_module, "sha256_of_file", hash_and_meanwhile_write)
+    monkeypatch.setattr(verified, "hashed", hash_and_meanwhile_write)
     with pytest.raises(ValueError, match="written to while it was being checked"):
         check_corpus(prefix)
     assert not Path(f"{prefix}.verified.json").exists()

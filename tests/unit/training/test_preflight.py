@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_slm.config.load import from_mapping
+from megatron_slm.data.corpora import Corpus
+from megatron_slm.data.manifest import check_corpus
+from megatron_slm.testing.corpora import random_documents, write_corpus
 from megatron_slm.training import preflight, preflight_files
 from megatron_slm.training.preflight import (
     BAD_DATA,
@@ -159,6 +162,20 @@ def test_a_damaged_score_store_is_bad_data():
     findings = preflight_files.look(config, materials, 1, thorough=True)
     with pytest.raises(Unfit, match="not the bytes that were written") as caught:
         preflight.refuse(findings)
+    assert caught.value.exit_code == 3
+
+
+def test_a_corpus_that_lost_a_block_is_bad_data(tmp_path):
+    prefix = tmp_path / "text"
+    manifest = write_corpus(prefix, random_documents(40, 30, vocabulary_size=100))
+    check_corpus(prefix)
+    size_bytes = Path(f"{prefix}.bin").stat().st_size
+    Path(f"{prefix}.bin").write_bytes(bytes(size_bytes))
+    corpora = [Corpus(str(prefix), manifest)]
+    materials = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
+    config, _ = from_mapping({"schedule": {"train_steps": 1}})
+    with pytest.raises(Unfit, match="no longer what they were") as caught:
+        preflight.refuse(preflight_files.look(config, materials, 1))
     assert caught.value.exit_code == 3
 
 

@@ -1,0 +1,117 @@
+"""What is remembered of a corpus's files once they were hashed: PREFIX.verified.json.
+
+A file whose stamp (size, times, inode) is the remembered one is not hashed again. Checksums of its
+blocks are remembered too, so that a few of them can be read again at every start: a disk may lose
+what it once gave.
+"""
+
+import hashlib
+import json
+import random
+import zlib
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.files.atomic import write_json_atomically
+
+BLOCKS_AT_MOST, SMALLEST_BLOCK_BYTES, PIECE_BYTES = 4096, 1 << 20, 1 << 20
+
+
+def check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
+    """Hash the files PREFIX + suffix that have changed since they were last hashed.
+
+    ValueError where one is not what `expected_sha256` says, or was written to meanwhile.
+    """
+    remembered = _remembered(prefix)
+    verified = {}
+    for suffix, sha256 in expected_sha256.items():
+        path = Path(f"{prefix}{suffix}")
+        before = _stamp(path)
+        known = remembered.get(suffix)
+        if isinstance(known, dict) and (known.get("stamp"), known.get("sha256")) == (
+            before,
+            sha256,
+        ):
+            verified[suffix] = known
+            continue
+        found = hashed(path)
+        verified[suffix] = {"stamp": before, **found}
+        if _stamp(path) != before:
+            raise ValueError(
+                f"{path}: the file was written to while it was being checked. Wait until whatever "
+                "writes it has ended, then start again."
+            )
+        if found["sha256"] != sha256:
+            raise ValueError(
+                f"{path}: the content has changed since the corpus was made (sha256 {found['sha256'][:16]}…, "
+                f"its manifest says {sha256[:16]}…). Copy it again, or make the corpus again."
+            )
+    if verified != remembered:
+        try:
+            write_json_atomically(_cache_path(prefix), verified)
+        except OSError:
+            pass  # a read-only folder: the next check hashes again
+
+
+def check_sample(prefix: str | Path, blocks: int) -> int:
+    """Read `blocks` random blocks of PREFIX.bin again; how many were, 0 where no checksums are kept.
+
+    ValueError names the bytes that are no longer what they were when the file was hashed.
+    """
+    path = Path(f"{prefix}.bin")
+    known = _remembered(prefix).get(".bin")
+    sums = known.get("block_crc32") if isinstance(known, dict) else None
+    size_bytes = path.stat().st_size
+    block_bytes = _block_bytes(size_bytes)
+    if not isinstance(sums, list) or len(sums) != -(-size_bytes // block_bytes):
+        return 0
+    chosen = random.sample(range(len(sums)), min(blocks, len(sums)))
+    with open(path, "rb") as stream:
+        for number in chosen:
+            stream.seek(number * block_bytes)
+            if zlib.crc32(stream.read(block_bytes)) != sums[number]:
+                start = number * block_bytes
+                raise ValueError(
+                    f"{path}: bytes {start:,} to {start + block_bytes:,} are no longer what they were when the file was hashed, and its "
+                    "times are unchanged: the disk has lost them. Copy it again, or make the corpus again."
+                )
+    return len(chosen)
+
+
+def hashed(path: Path) -> dict[str, Any]:
+    """sha256 of the whole file, and crc32 of each of its blocks."""
+    block_bytes = _block_bytes(path.stat().st_size)
+    whole, sums = hashlib.sha256(), []
+    with open(path, "rb") as stream:
+        left_bytes, crc32 = block_bytes, 0
+        while piece := stream.read(min(PIECE_BYTES, left_bytes)):
+            whole.update(piece)
+            crc32 = zlib.crc32(piece, crc32)
+            left_bytes -= len(piece)
+            if left_bytes == 0:
+                sums.append(crc32)
+                left_bytes, crc32 = block_bytes, 0
+        if left_bytes < block_bytes:
+            sums.append(crc32)
+    return {"sha256": whole.hexdigest(), "block_crc32": sums}
+
+
+def _block_bytes(size_bytes: int) -> int:
+    return max(SMALLEST_BLOCK_BYTES, -(-size_bytes // BLOCKS_AT_MOST))
+
+
+def _remembered(prefix: str | Path) -> dict[str, Any]:
+    try:
+        remembered = json.loads(_cache_path(prefix).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return remembered if isinstance(remembered, dict) else {}
+
+
+def _cache_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.verified.json")
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
