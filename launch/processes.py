@@ -1,8 +1,8 @@
 """torchrun that passes requests to stop on to its workers, and their exit code back.
 
-`torchrun` itself kills its workers 30 seconds after a signal, ends with 1 whatever they ended with, and prints a traceback
-even when they stopped on request. Scripts must tell "stopped, run me again" (85) from a failure, so they start processes
-through this:
+`torchrun` itself kills its workers 30 seconds after a signal, ends with 1 whatever they ended with,
+and prints a traceback even when they stopped on request. Scripts must tell "stopped, run me again"
+(85) from a failure, so they start processes through this:
 
     python launch/processes.py TORCHRUN_OPTIONS -m megatron_slm.train --config RECIPE.yaml
 

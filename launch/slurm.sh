@@ -1,4 +1,5 @@
-# Functions that the batch scripts share. Sourced first, after SLM_ROOT is known; launch/env.sh comes after it.
+# Functions that the batch scripts share. Sourced first, after SLM_ROOT is known; launch/env.sh
+# comes after it.
 # shellcheck shell=bash
 
 # How SLURM calls this job. The number of an array's job alone would mean the whole array.
@@ -6,8 +7,9 @@ SLM_JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}}
 SLM_JOB=${SLM_JOB:-${SLURM_JOB_ID:-}}
 SLM_CHILD=
 
-# slm_listen FUNCTION: from now on a signal to this script is kept in SLM_ASKED ("limit": the time limit nears; "ended": SLURM
-# or scancel ends this start), and FUNCTION asks the running step to stop. Until a step runs, the signal is only kept.
+# slm_listen FUNCTION: from now on a signal to this script is kept in SLM_ASKED ("limit": the time
+# limit nears; "ended": SLURM or scancel ends this start), and FUNCTION asks the running step to
+# stop. Until a step runs, the signal is only kept.
 slm_listen() {
     SLM_STOP_STEP=$1
     trap 'slm_asked limit' USR1
@@ -34,8 +36,9 @@ slm_leave_if_asked() {
     esac
 }
 
-# slm_preflight MODULE ARGUMENTS...: check the settings, the inputs and the output folder in one task of one node, before the
-# others start anything; prints the folder that the program writes. Exit code: the program's, with its sentence in the log.
+# slm_preflight MODULE ARGUMENTS...: check the settings, the inputs and the output folder in one
+# task of one node, before the others start anything; prints the folder that the program writes.
+# Exit code: the program's, with its sentence in the log.
 slm_preflight() {
     if [[ $SLM_LAUNCH != torchrun && $SLM_LAUNCH != srun ]]; then
         echo "SLM_LAUNCH: got '$SLM_LAUNCH'; expected torchrun or srun" >&2
@@ -60,7 +63,8 @@ slm_not_started() {
     exit "$1"
 }
 
-# slm_take_nodes NODELIST: the first SLM_NODES of these nodes do the work; the others of the allocation are spare.
+# slm_take_nodes NODELIST: the first SLM_NODES of these nodes do the work; the others of the
+# allocation are spare.
 slm_take_nodes() {
     local nodes
     mapfile -t nodes < <(scontrol show hostnames "$1")
@@ -68,7 +72,8 @@ slm_take_nodes() {
     [ "${#nodes[@]}" -ge "$SLM_NODES" ]
 }
 
-# Where rank 0 is reached, and a port that two jobs on its node do not share; it changes with every restart of the same job.
+# Where rank 0 is reached, and a port that two jobs on its node do not share; it changes with every
+# restart of the same job.
 slm_rendezvous() {
     local starts=$(( ${SLURM_RESTART_COUNT:-0} + ${SLM_NODES_LOST:-0} ))
     : "${SLM_MASTER_ADDRESS:=${SLM_WORKING_NODES%%,*}}"
@@ -76,8 +81,9 @@ slm_rendezvous() {
     export SLM_MASTER_ADDRESS SLM_MASTER_PORT
 }
 
-# slm_run MODULE ARGUMENTS...: run the step; again on the nodes that are left when SLURM took one from the job and enough are
-# left, which needs sbatch --no-kill and spare nodes. SLM_NODES_LOST counts how often.
+# slm_run MODULE ARGUMENTS...: run the step; again on the nodes that are left when SLURM took one
+# from the job and enough are left, which needs sbatch --no-kill and spare nodes. SLM_NODES_LOST
+# counts how often.
 slm_run() {
     SLM_NODES_LOST=0
     slm_run_step "$@"
@@ -90,7 +96,8 @@ slm_run() {
     done
 }
 
-# Whether the step failed because SLURM took one of its nodes from the job; SLM_NODES_LEFT is what the job has now.
+# Whether the step failed because SLURM took one of its nodes from the job; SLM_NODES_LEFT is what
+# the job has now.
 slm_lost_a_node() {
     local node left
     [ -z "${SLM_ASKED:-}" ] || return 1
@@ -103,11 +110,13 @@ slm_lost_a_node() {
     return 1
 }
 
-# slm_run_step MODULE ARGUMENTS...: SLM_PROCESSES_PER_NODE processes on every node, to their end; SLM_EXIT_CODE is the run's.
+# slm_run_step MODULE ARGUMENTS...: SLM_PROCESSES_PER_NODE processes on every node, to their end;
+# SLM_EXIT_CODE is the run's.
 #
-# srun's own exit code is the largest of all nodes': the first node that fails has the others ended, and their 143 hides its
-# code. So launch/processes.py says on standard error how its processes ended, and what it says is read here. It needs no
-# file that every node sees, which a disk that fails would take with it.
+# srun's own exit code is the largest of all nodes': the first node that fails has the others ended,
+# and their 143 hides its code. So launch/processes.py says on standard error how its processes
+# ended, and what it says is read here. It needs no file that every node sees, which a disk that
+# fails would take with it.
 slm_run_step() {
     local messages answer code='' stopped=''
     coproc SLM_READER { trap '' TERM INT HUP USR1; slm_read_endings; }
@@ -121,20 +130,22 @@ slm_run_step() {
     read -r code stopped <&"$answer" || true
     exec {answer}<&-
     [ -z "$code" ] || SLM_EXIT_CODE=$code
-    # The processes do not end in the same instant, and one that misses another before it is done says so with a code.
+    # The processes do not end in the same instant, and one that misses another before it is done
+    # says so with a code.
     if [ -n "${SLM_ASKED:-}" ] && [ -n "$stopped" ]; then
         case $code in 1 | 134 | 143) SLM_EXIT_CODE=85 ;; esac
     fi
 }
 
-# One torchrun per node, or (SLM_LAUNCH=srun) one task per process. Node ranks are SLURM's, so rank order follows node order
-# and tensor-parallel neighbours share a node.
+# One torchrun per node, or (SLM_LAUNCH=srun) one task per process. Node ranks are SLURM's, so rank
+# order follows node order and tensor-parallel neighbours share a node.
 slm_srun() {
     local tasks_per_node=1 cpus=() processes
     # shellcheck disable=SC2016  # expanded on each node
     processes='--nnodes="$SLM_NODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$SLM_PROCESSES_PER_NODE" '
     processes+='--max-restarts=0 --master-addr="$SLM_MASTER_ADDRESS" --master-port="$SLM_MASTER_PORT"'
-    # Since SLURM 22.05 srun no longer inherits the batch job's --cpus-per-task and would give each node's task a single core.
+    # Since SLURM 22.05 srun no longer inherits the batch job's --cpus-per-task and would give each
+    # node's task a single core.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     case $SLM_LAUNCH in
         torchrun) ;;
@@ -147,12 +158,12 @@ slm_srun() {
         bash -c 'exec python "$SLM_ROOT/launch/processes.py" '"$processes"' -m "$@"' slm "$@"
 }
 
-# Copies what the nodes say to the log; at the end, prints the exit code that counts among theirs (nothing if none said one),
-# and "stopped" if one of them said 85.
+# Copies what the nodes say to the log; at the end, prints the exit code that counts among theirs
+# (nothing if none said one), and "stopped" if one of them said 85.
 #
-# A code that a program gives on purpose (2, 3, 4, 86) is never the consequence of another's end, and neither is a death by
-# SIGKILL, SIGSEGV and the like. A process that lost another one ends with 1, with 134 (NCCL's watchdog), or, told by SLURM
-# to end, with 143 or 85.
+# A code that a program gives on purpose (2, 3, 4, 86) is never the consequence of another's end,
+# and neither is a death by SIGKILL, SIGSEGV and the like. A process that lost another one ends with
+# 1, with 134 (NCCL's watchdog), or, told by SLURM to end, with 143 or 85.
 slm_read_endings() {
     local line code weight best='' best_weight=0 stopped=''
     while IFS= read -r line || [ -n "$line" ]; do
@@ -170,7 +181,8 @@ slm_read_endings() {
     printf '%s %s\n' "$best" "$stopped"
 }
 
-# slm_wait PID: wait to the end even when signals interrupt; the exit code is in SLM_EXIT_CODE. Traps set SLM_INTERRUPTED=yes.
+# slm_wait PID: wait to the end even when signals interrupt; the exit code is in SLM_EXIT_CODE.
+# Traps set SLM_INTERRUPTED=yes.
 slm_wait() {
     SLM_INTERRUPTED=yes
     while [ -n "$SLM_INTERRUPTED" ]; do
@@ -180,14 +192,15 @@ slm_wait() {
     done
 }
 
-# slm_signal_step: ask the processes of the running step to stop, on all nodes. Not through srun, which may swallow or repeat a
-# signal. Without --batch, scancel leaves this script alone.
+# slm_signal_step: ask the processes of the running step to stop, on all nodes. Not through srun,
+# which may swallow or repeat a signal. Without --batch, scancel leaves this script alone.
 slm_signal_step() {
     scancel --signal=USR1 "$SLM_JOB"
 }
 
-# slm_requeue UNIT BEFORE AFTER [ALL]: put this job back into the queue. Not when this start gained nothing (of the UNITs, BEFORE
-# were done when it began and AFTER are now), nor when SLM_MAX_REQUEUES starts cannot be enough for ALL of them at its pace.
+# slm_requeue UNIT BEFORE AFTER [ALL]: put this job back into the queue. Not when this start gained
+# nothing (of the UNITs, BEFORE were done when it began and AFTER are now), nor when
+# SLM_MAX_REQUEUES starts cannot be enough for ALL of them at its pace.
 slm_requeue() {
     local gained=$(($3 - $2)) left=$(( ${4:-$3} - $3 )) starts=${SLURM_RESTART_COUNT:-0} advice
     advice="A longer time limit (--time) or a shorter warning before it (--signal=B:USR1@SECONDS) may help; the same command continues"
@@ -207,7 +220,8 @@ slm_requeue() {
     return 1
 }
 
-# A sentence on what SLURM does with a job that it has told to end: one that goes back into the queue is counted at once.
+# A sentence on what SLURM does with a job that it has told to end: one that goes back into the
+# queue is counted at once.
 slm_what_slurm_does() {
     local restarts
     restarts=$(scontrol show job "$SLM_JOB" 2>/dev/null | sed -n 's/.* Restarts=\([0-9]\{1,\}\).*/\1/p') || true

@@ -1,4 +1,7 @@
-"""A real SLURM cluster of several nodes on this machine, on loopback: munged, slurmctld and one slurmd per node in a folder."""
+"""A real SLURM cluster of several nodes on this machine, on loopback.
+
+munged, slurmctld and one slurmd per node keep everything in one folder.
+"""
 
 import os
 import re
@@ -79,7 +82,10 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 
 
 class Cluster:
-    """The daemons, and what tests ask of them. A context manager; `environment` is what srun and sbatch need to find them."""
+    """The daemons, and what tests ask of them. A context manager.
+
+    `environment` is what srun and sbatch need to find them.
+    """
 
     def __init__(self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3")):
         self.folder = folder
@@ -162,7 +168,7 @@ class Cluster:
         return done
 
     def submit(self, *words: str | Path, **environment: str) -> "Job":
-        """sbatch with these options, script and arguments, its log in a new file of the cluster's folder."""
+        """sbatch with these options, script and arguments; its log is in the cluster's folder."""
         log = self.folder / f"job.{len(list(self.folder.glob('job.*')))}.log"
         done = subprocess.run(
             ["sbatch", "--parsable", f"--output={log}", *map(str, words)],
@@ -211,7 +217,7 @@ class Job:
         return self.state
 
     def warn(self) -> None:
-        """What --signal=B:USR1@300 does near the time limit: the signal goes to the batch script alone."""
+        """What --signal=B:USR1@300 does near the limit: a signal to the batch script alone."""
         self.cluster.call("scancel", "--signal=USR1", "--batch", self.number)
 
     def processes(self, module: str) -> list[int]:

@@ -1,4 +1,7 @@
-"""launch/preprocess.sbatch and launch/score.sbatch as arrays on a real SLURM, with tasks that are killed and stopped."""
+"""launch/preprocess.sbatch and launch/score.sbatch as arrays on a real SLURM.
+
+Tasks are killed and stopped on the way.
+"""
 
 import os
 import signal

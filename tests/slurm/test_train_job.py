@@ -40,6 +40,11 @@ def wait_for_steps(job: Job, run: Path, step: int = 10) -> None:
     assert logged_step(run) >= step, job.text
 
 
+def bring_back(cluster: Cluster, node: str) -> None:
+    """Put a node that was set down into service; one that answers may have come back by itself."""
+    cluster.call("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+
+
 def uninterrupted(corpus: Path, run: Path, steps: int) -> list[dict]:
     """The log of the same run, by launch/processes.py alone and never stopped."""
     start = [sys.executable, ROOT / "launch" / "processes.py", "--nproc-per-node=2"]
@@ -65,14 +70,14 @@ def test_near_the_limit_two_nodes_stop_are_requeued_and_end_with_the_same_losses
     cluster, corpus, tmp_path
 ):
     run = tmp_path / "run"
-    job = submit(cluster, *settings(corpus, run, 200))
+    job = submit(cluster, *settings(corpus, run, 300))
     wait_for_steps(job, run)
     job.warn()
-    expected = uninterrupted(corpus, tmp_path / "whole", 200)  # while SLURM waits to start it again
+    expected = uninterrupted(corpus, tmp_path / "whole", 300)  # while SLURM waits to start it again
     assert job.wait_for_end() == "COMPLETED", job.text
     assert (job.exit_code, job.restarts) == (0, 1), job.text
     [stopped] = re.findall(r"went from step 0 to (\d+)", job.text)
-    assert 10 <= int(stopped) < 200
+    assert 10 <= int(stopped) < 300
     assert f"at step {stopped}\n" in job.text and f"resumed after step {stopped}" in job.text
     assert compared(run) == expected
     assert not (run / "stop_requested").exists()
@@ -90,7 +95,7 @@ def test_srun_starts_every_process_and_the_job_is_requeued_just_so(cluster, corp
     job.warn()
     assert job.wait_for_end() == "COMPLETED", job.text
     assert (job.exit_code, job.restarts) == (0, 1), job.text
-    assert "processes                      4" in job.text
+    assert "2 nodes x 2 processes (srun)" in job.text
 
 
 @pytest.mark.slow
@@ -115,7 +120,7 @@ def test_a_job_that_slurm_takes_back_goes_on(cluster, corpus, tmp_path, how):
     if how == "node down":
         cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
         job.wait_for(lambda: job.restarts == 1, "the requeue")
-        cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+        bring_back(cluster, "n2")
     else:
         cluster.call("scontrol", "requeue", job.number)
     assert job.wait_for_end(400) == "COMPLETED", job.text
@@ -133,7 +138,7 @@ def test_a_spare_node_takes_the_place_of_one_that_is_set_down(cluster, corpus, t
     wait_for_steps(job, run, 30)
     cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     job.wait_for(lambda: "going on with n1,n3" in job.text, "the second step")
-    cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+    bring_back(cluster, "n2")
     assert job.wait_for_end() == "COMPLETED", job.text
     assert (job.exit_code, job.restarts, logged_step(run)) == (0, 0, LONG), job.text
 

@@ -1,4 +1,4 @@
-"""Stand-ins for srun, scontrol, scancel and python, under which bash runs the real scripts of launch/."""
+"""Stand-ins for srun, scontrol, scancel and python, for the real scripts of launch/ under bash."""
 
 import os
 import shutil
@@ -13,8 +13,8 @@ LAUNCH = Path(__file__).parents[3] / "launch"
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 SRUN = r"""#!/bin/bash
-# Runs the command as the first node would, after noting the options. Of several nodes that do not all end with 0, it says 143,
-# as the real one does when it has ended the others.
+# Runs the command as the first node would, after noting the options. Of several nodes that do not
+# all end with 0, it says 143, as the real one does when it has ended the others.
 printf '%s\n' "$*" >> "$SCRATCH/srun.log"
 nodes=${1#--nodes=}
 while [[ $1 == --* ]]; do shift; done
@@ -39,8 +39,9 @@ SCANCEL = r"""#!/bin/bash
 printf '%s\n' "$*" >> "$SCRATCH/scancel.log"
 kill -USR1 "$(cat "$SCRATCH/worker")"
 """
-# Plays the programs, and processes.py with its trainers or scorers, which says how they ended. WORK says how: a number = at
-# once with that exit code; save, stall, score = when asked to stop. WORK_AGAIN says it for a second step.
+# Plays the programs, and processes.py with its trainers or scorers, which says how they ended.
+# WORK says how: a number = at once with that exit code; save, stall, score = when asked to stop.
+# WORK_AGAIN says it for a second step.
 PYTHON = r"""#!/bin/bash
 if [[ "$*" == *programs.py* ]]; then exec "$REAL_PYTHON" "$@"; fi
 if [[ "$*" == *--print_run_folder* ]]; then printf '%s\n' "$RUN_FOLDER"; exit 0; fi
@@ -171,7 +172,7 @@ class Cluster:
 
 
 def _take_interrupts() -> None:
-    """A test run in the background of a shell, or under nohup, ignores signals, and bash cannot trap what was ignored when it started."""
+    """bash cannot trap what was ignored when it started, in the background or under nohup."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 

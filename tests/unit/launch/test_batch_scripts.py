@@ -1,4 +1,4 @@
-"""launch/train.sbatch, run by bash with stand-ins: command lines, signals, exit codes, requeue decisions."""
+"""launch/train.sbatch under bash with stand-ins: command lines, signals, codes, requeues."""
 
 import signal
 import subprocess
