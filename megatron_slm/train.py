@@ -6,7 +6,7 @@
 
 A run folder that holds a checkpoint is resumed. Exit codes: 0 done, 2 bad configuration, 3 bad
 data, 4 training diverged, or the checkpoint it ended or stopped with could not be saved, 85 stopped
-on request with a checkpoint (start the same command again).
+on request with a checkpoint (start the same command again), 86 hung.
 """
 
 import contextlib

@@ -13,10 +13,10 @@ from typing import Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

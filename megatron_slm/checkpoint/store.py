@@ -65,9 +65,10 @@ class CheckpointStore:
             report,
         )
         self.pending: _Pending | None = None
-        self.saved_step: int | None = (
-            None  # of the newest checkpoint that this job loaded or completed
-        )
+        self.saved_step: int | None = None
+        """Of the newest checkpoint that this job loaded or completed."""
+        self.failed_saves = 0
+        """Saves that failed since the last one that was completed."""
 
     def save(self, models: list, optimizer, info: CheckpointInfo, trainer: dict) -> None:
         """Write the checkpoint of `info.step`; `optimizer=None` saves weights only. Asynchronous saves only begin here.
@@ -115,7 +116,7 @@ class CheckpointStore:
                 problem,
             )
             return
-        self.saved_step = pending.info.step
+        self.saved_step, self.failed_saves = pending.info.step, 0
         seconds, size = time.monotonic() - pending.begun, self._sum(written.size_bytes)
         self.report(
             f"checkpoint of step {pending.info.step} is complete: {folders.step_folder(self.checkpoints, pending.info.step)} "
@@ -238,6 +239,7 @@ class CheckpointStore:
         return int(total.item())
 
     def _give_up(self, writing: Path, step: int, problem: str) -> None:
+        self.failed_saves += 1
         if dist.get_rank() == 0:
             shutil.rmtree(writing, ignore_errors=True)
         self.report(
@@ -308,6 +310,7 @@ def _take_weights(models: list, loaded: dict) -> None:
 def _random_state(groups: Groups) -> ShardedObject:
     """This rank's random states: only dropout draws from them during training, and the same layout restores them exactly."""
     import random
+
     import numpy as np
 
     state = {
@@ -332,6 +335,7 @@ def _take_random(state: dict, checkpoint: Path) -> None:
     ValueError when they are none: each library checks what it is given, in its own words.
     """
     import random
+
     import numpy as np
 
     try:

@@ -238,6 +238,9 @@ class OptimizerConfig:
     """Adam's epsilon."""
     clip_grad_norm: NotNegative = 1.0
     """Global gradient norm is clipped to this; 0 = never."""
+    max_non_finite_steps: Count = 0
+    """So many steps in a row may have a gradient that is not finite: each is skipped (weights and
+    moments stay), reported with its data, and training goes on. One more ends the run."""
     initial_loss_scale: Positive = 4096.0
     """fp16 only: what losses are multiplied with before backward, at first. A token's gradient is not yet divided by the tokens of a step, so this is small."""
     min_loss_scale: Positive = 1.0
@@ -289,6 +292,9 @@ class CheckpointConfig:
     """Save optimizer state; without it a checkpoint cannot be resumed, only used as weights. One made because the run is asked to stop always has it."""
     asynchronous: bool = False
     """Write checkpoints in the background while training goes on."""
+    max_failed_saves: Size = 3
+    """So many checkpoints in a row that cannot be written end the run with exit code 4. Fewer are
+    reported, and training goes on: a full disk may be noticed and freed."""
 
 
 @dataclass
@@ -315,6 +321,10 @@ class MonitoringConfig:
     """Steps between two lines of metrics."""
     validation_interval_steps: Count = 0
     """Steps between two validations; 0 = only at the end."""
+    hang_seconds: Count = 300
+    """A run that finishes no step for so long (and three times its longest step) writes every
+    rank's stacks into the run folder and ends with exit code 86; 0 = never. The first step,
+    validation and checkpoints may take device.timeout_minutes."""
     validation_batches: Count = 8
     """Global batches per validation corpus; 0 = the whole corpus."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

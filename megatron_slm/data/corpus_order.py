@@ -26,9 +26,9 @@ from megatron_slm.data.epoch_index import (
     shuffled_epoch,
     whole_corpus,
 )
-from megatron_slm.data.position import Stretch
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex
+from megatron_slm.data.position import Stretch
 
 
 class Documents(NamedTuple):

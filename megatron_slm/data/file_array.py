@@ -32,6 +32,7 @@ class ReadOnlyFile:
         except OSError as error:
             raise UnreadableFile(f"{self.path}: cannot be read ({error.strerror})") from None
         weakref.finalize(self, os.close, self._descriptor)
+        self._stamp = self._written_at()
 
     def __reduce__(self):
         return ReadOnlyFile, (self.path,)
@@ -39,6 +40,28 @@ class ReadOnlyFile:
     @property
     def size_bytes(self) -> int:
         return os.fstat(self._descriptor).st_size
+
+    def check_unchanged(self) -> None:
+        """UnreadableFile when something has written to the file since it was opened; a third of a microsecond.
+
+        A file that was removed or replaced is no problem: what was opened is what is read.
+        """
+        size_bytes, written_at = self._written_at()
+        if size_bytes < self._stamp[0]:
+            raise UnreadableFile(
+                f"{self.path}: the file was cut short while it was in use, from {self._stamp[0]:,} to "
+                f"{size_bytes:,} bytes. Copy it again or make it again, then start the same command again."
+            )
+        if (size_bytes, written_at) != self._stamp:
+            raise UnreadableFile(
+                f"{self.path}: the file was written to while it was in use. What is read from it is no "
+                "longer what was checked when it was opened. Make sure that nothing writes to it, then "
+                "start the same command again: its content is checked then."
+            )
+
+    def _written_at(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
 
     def read(self, count_bytes: int, offset_bytes: int) -> bytes:
         """`count_bytes` from `offset_bytes` on. UnreadableFile: the file ends, or the disk fails."""

@@ -13,6 +13,7 @@ import threading
 from typing import Iterator, Protocol
 
 from megatron_slm.data.batch import Batch, collate, masked_sample
+from megatron_slm.data.indexed import CorpusIndex
 
 Step = list[Batch]
 
@@ -87,6 +88,10 @@ class TrainingLoader:
                 self._read_step, self.consumed_samples, self.global_batch_size, self.prefetch_steps
             )
         return self._reader
+
+    def corpus_index(self, number: int) -> CorpusIndex:
+        """The index of corpus `number` of the data."""
+        return getattr(self.dataset, "datasets", [self.dataset])[number].corpus_index
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed_samples": self.consumed_samples}

@@ -159,6 +159,11 @@ class ScoreStore:
             read[np.isin(shards, list(self.missing))] = np.nan
         return read
 
+    def check_unchanged(self) -> None:
+        """UnreadableFile when a column was written to since it was opened for reading."""
+        for array in self._opened.values():
+            array.file.check_unchanged()
+
     def verify(
         self, first_tokens: np.ndarray | None = None, shards: Iterable[int] | None = None
     ) -> dict[str, int]:

@@ -106,8 +106,15 @@ class ScoredDataset(GPTDataset):
         """Samples of one epoch; larger indices are later epochs."""
         return self.order.samples_per_epoch
 
+    def pieces(self, index: int) -> tuple[int, list[tuple[int, int]]]:
+        """(corpus_id, token ranges [start, end) of its documents) that sample `index` is made of."""
+        return self.corpus_id, self.order.pieces(int(index))
+
     def __getitem__(self, index: int) -> Sample:
-        pieces = self.order.pieces(int(index))
+        _, pieces = self.pieces(index)
+        self.tokens.file.check_unchanged()
+        if self.scores is not None:
+            self.scores.check_unchanged()
         whole = self.tokens.read_pieces(pieces)
         wanted = self.sequence_length
         missing = wanted + 1 - len(whole)
@@ -170,6 +177,11 @@ class BlendedScoredDataset(BlendedDataset):
         sample = super().__getitem__(index)
         sample.pop("dataset_id")  # corpus_id says the same
         return sample
+
+    def pieces(self, index: int) -> tuple[int, list[tuple[int, int]]]:
+        """As ScoredDataset.pieces."""
+        corpus = self.datasets[int(self.dataset_index[index])]
+        return corpus.pieces(int(self.dataset_sample_index[index]))
 
 
 @dataclass(frozen=True)

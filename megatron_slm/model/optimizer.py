@@ -4,8 +4,9 @@ import math
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_model_config
 
 from megatron_slm.config.schema import Config
@@ -68,15 +69,33 @@ def build_optimizer(models: list[DistributedDataParallel], config: Config):
     return optimizer
 
 
-def update_weights(optimizer, learning_rate: float) -> tuple[bool, float]:
+@torch.no_grad()
+def update_weights(optimizer: ChainedOptimizer, learning_rate: float) -> tuple[bool, float]:
     """One AdamW update with this learning rate: (updated, gradient norm before clipping).
 
-    (False, nan) when fp16 gradients overflowed: weights and moments stay, and the loss scale goes down (after the hysteresis).
+    Without an update weights and moments stay as they are. (False, nan): fp16 gradients overflowed,
+    and the loss scale goes down (after the hysteresis). (False, norm): the norm is not finite.
+
+    Equals megatron-core's ChainedOptimizer.step, which would let a NaN into every weight.
     """
     set_learning_rate(optimizer, learning_rate)
-    updated, grad_norm, _ = optimizer.step()
+    overflowed = optimizer.prepare_grads()
     _share_overflows(_loss_scalers(optimizer))
-    return updated, float(grad_norm) if updated else math.nan
+    if overflowed:
+        return False, math.nan
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return False, grad_norm
+    _clip(optimizer, grad_norm)
+    return optimizer.step_with_ready_grads(), grad_norm
+
+
+def _clip(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+    """Scale all gradients so that their common norm is at most the configured one (0 = any)."""
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
 
 def _share_overflows(scalers: list) -> None:

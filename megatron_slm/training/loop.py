@@ -4,7 +4,6 @@ Every rank runs the same loop. The losses live on the last pipeline stage; the l
 writes the metrics.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,9 +35,10 @@ from megatron_slm.selection.diagnostics import summarise
 from megatron_slm.training import resume, setup
 from megatron_slm.training.choose import Chooser
 from megatron_slm.training.data_fault import DataFault
-from megatron_slm.training.ending import NonFiniteLoss, NotSaved
+from megatron_slm.training.ending import NotSaved
 from megatron_slm.training.evaluate import validate
 from megatron_slm.training.learning_rate import learning_rate
+from megatron_slm.training.non_finite import NonFiniteSteps
 from megatron_slm.training.probe import Probe
 from megatron_slm.training.rank_batches import ValidationOnThisRank, on_this_rank
 from megatron_slm.training.reference import load_reference
@@ -48,6 +48,7 @@ from megatron_slm.training.saved_state import restore, save
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
 from megatron_slm.training.step import StepReport, Trainer, train_step
 from megatron_slm.training.stop_signals import StopSignals
+from megatron_slm.training.watchdog import Watchdog
 
 
 class Run:
@@ -86,6 +87,7 @@ class Run:
         self.probe = Probe(config, materials, self.trainer)
         self.metrics = Metrics(groups.device)
         self.loss_spikes = LossSpikes()
+        self.non_finite = NonFiniteSteps(self)
         self.validated: tuple[int, dict[str, float]] = (
             0,
             {},
@@ -175,15 +177,18 @@ class Run:
         cannot read the next step, or a validation corpus; the steps before are in a checkpoint.
         """
         stop = StopRequest(self.folder, self.groups.device, self.signals)
-        flops = model_flops_per_token(
-            self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size
-        )
-        throughput = Throughput(
-            total_tokens=self.length.tokens,
-            flops_per_token=flops.training,
-            world_size=self.groups.world_size,
-            peak_flops_per_second=self.reporter.peak_flops_per_second,
-        )
+        throughput = self._throughput()
+        with self._watchdog() as self.watchdog:
+            stopping = self._train(stop, throughput)
+            with self.watchdog.phase("finishing"):
+                self.store.close()
+                self.loader.close()
+        if stop.fault is not None:
+            raise stop.fault
+        return self._end(stopped=stopping and self.step < self.steps, stop=stop)
+
+    def _train(self, stop: StopRequest, throughput: Throughput) -> bool:
+        """Step after step to the last one, or until all ranks agree to stop; whether they did."""
         if self.step == 0:
             self._validate()
         stopping = False
@@ -199,38 +204,50 @@ class Run:
             scale = loss_scale(self.trainer.optimizer)
             report = train_step(self.trainer, batches, self._progress(), rate)
             self.done = after
-            self.skipped_steps += not report.updated
-            self.metrics.add_all(report.measured)
-            if report.measured:
-                self.metrics.add_sum(
-                    "tokens/selected", report.measured["selection/kept_fraction"][0]
-                )
+            self._count(report)
             throughput.step_done(self.length.step_tokens)
-            if not math.isfinite(report.grad_norm) and (
-                report.updated or scale <= self.config.optimizer.min_loss_scale
-            ):
-                self.store.close()  # what is being written in the background is the last good state
-                raise NonFiniteLoss(
-                    f"the gradient norm of step {self.step} is {report.grad_norm}: training diverged. Restart from the last checkpoint with a "
-                    "lower optimizer.learning_rate or a longer warm-up, or look at the data of this step"
-                )
+            self.non_finite.look(report, batches, scale)
             if report.grad_norm == 0.0:
                 self.reporter.warn_once("zero_gradient", zero_gradient(self.step))
             with throughput.waiting_for_data():
                 fault = self.loader.fault() if self.step < self.steps else None
             stopping = stop.agreed(fault)
-            if (
-                self.step % self.config.monitoring.log_interval_steps == 0
-                or self.step == self.steps
+            if self.step == self.steps or _due(
+                self.step, self.config.monitoring.log_interval_steps
             ):
                 self._log(report, rate, throughput)
             with throughput.paused():
                 self._after_step(stopping)
-        self.store.close()
-        self.loader.close()
-        if stop.fault is not None:
-            raise stop.fault
-        return self._end(stopped=stopping and self.step < self.steps, stop=stop)
+            self.watchdog.step_done(self.step)
+        return stopping
+
+    def _count(self, report: StepReport) -> None:
+        """Add a step's sums to the interval's; those of a skipped step are not finite and would hide the others."""
+        self.skipped_steps += not report.updated
+        if not report.updated or not report.measured:
+            return
+        self.metrics.add_all(report.measured)
+        self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
+
+    def _throughput(self) -> Throughput:
+        flops = model_flops_per_token(
+            self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size
+        )
+        return Throughput(
+            total_tokens=self.length.tokens,
+            flops_per_token=flops.training,
+            world_size=self.groups.world_size,
+            peak_flops_per_second=self.reporter.peak_flops_per_second,
+        )
+
+    def _watchdog(self) -> Watchdog:
+        return Watchdog(
+            self.folder,
+            rank=self.groups.world_rank,
+            world_size=self.groups.world_size,
+            step_seconds=self.config.monitoring.hang_seconds,
+            other_seconds=60 * self.config.device.timeout_minutes,
+        )
 
     def _end(self, stopped: bool, stop: StopRequest) -> int:
         """Say how the run ended; its exit code.
@@ -255,10 +272,15 @@ class Run:
                 else f"the run reached its last step {self.steps}"
             )
             raise NotSaved(
-                f"{reached}, but the checkpoint of that step could not be saved (see the errors above); free space or fix "
-                f"{self.store.checkpoints}, then start the same command again: it goes on from step {self.store.saved_step or 0}"
+                f"{reached}, but the checkpoint of that step could not be saved (see the errors above); {self._way_on()}"
             )
         return EXIT_RESUME if stopped else 0
+
+    def _way_on(self) -> str:
+        return (
+            f"free space or fix {self.store.checkpoints}, then start the same command again: it goes "
+            f"on from step {self.store.saved_step or 0}"
+        )
 
     def _progress(self) -> Progress:
         return Progress(self.done.steps, self.done.tokens)
@@ -272,7 +294,8 @@ class Run:
             or (scheduled and kept.keep_best)
         ):
             try:
-                self._validate()
+                with self.watchdog.phase("validation"):
+                    self._validate()
             except DataFault:  # of a validation corpus: no trained step is lost for it
                 save(self, with_optimizer=True)
                 self.store.close()
@@ -280,18 +303,22 @@ class Run:
         if (
             scheduled or stopping
         ):  # a stop has no time to validate: its checkpoint is nobody's best; but it must be one to resume from
-            save(self, with_optimizer=kept.save_optimizer or (stopping and not done))
+            with self.watchdog.phase("saving a checkpoint"):
+                save(self, with_optimizer=kept.save_optimizer or (stopping and not done))
         self.store.finish_pending()
+        if self.store.failed_saves >= kept.max_failed_saves and not (done or stopping):
+            raise NotSaved(
+                f"{self.store.failed_saves} checkpoints in a row could not be saved, the last one at step "
+                f"{self.step} (checkpoint.max_failed_saves); {self._way_on()}"
+            )
 
     def _log(self, report: StepReport, rate: float, throughput: Throughput) -> None:
         summary = self.metrics.reduce(self.groups.dp_cp, summarise=self._summarise)
         self.tokens_selected += int(summary.pop("tokens/selected", 0))
         scale = loss_scale(self.trainer.optimizer)
-        fp16 = (
-            {}
-            if scale is None
-            else {"optimizer/loss_scale": scale, "optimizer/skipped_steps": self.skipped_steps}
-        )
+        fp16 = {} if scale is None else {"optimizer/loss_scale": scale}
+        if scale is not None or self.skipped_steps:
+            fp16["optimizer/skipped_steps"] = self.skipped_steps
         norm = {"optimizer/grad_norm": report.grad_norm} if report.updated else {}
         self.reporter.log(
             {

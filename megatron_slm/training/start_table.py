@@ -17,7 +17,6 @@ from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.setup import Materials
 
-
 CORPORA_SHOWN = 4
 """A blend of more corpora is shown by the least and the most often read one."""
 

@@ -5,9 +5,10 @@ collective. Without this, nothing happens for the whole `device.timeout_minutes`
 rank's traceback says that it waited.
 
 Every rank has a thread that knows what the rank is doing (its phase, and the last finished step)
-and since when. The thread writes that to HANG_FOLDER/rank_NNNNN.json at an interval: a rank whose
-file grows old is the one that is stopped. When a phase takes longer than it may, the rank writes
-the Python stacks of all its threads beside it, and ends the process with exit code 86.
+and since when. The thread writes that to HANG_FOLDER/rank_NNNNN.json at an interval, and reads the
+file of the next rank: one that no longer changes belongs to a rank that is stopped, whatever it was
+doing. When that is seen, or when a phase takes longer than it may, the rank writes the Python
+stacks of all its threads beside it, and ends the process with exit code 86.
 """
 
 import faulthandler
@@ -23,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from megatron_slm.monitoring import run_status
 
 EXIT_HUNG = 86
 """Exit code of a run that ended itself because no step was finished in time."""
@@ -77,6 +80,7 @@ class Watchdog:
         self.interval_seconds = min(10.0, max(0.05, step_seconds / 10))
         self._phase, self._since, self._step = FIRST_STEP, time.monotonic(), 0
         self._longest_step_seconds = 0.0
+        self._next_written_at, self._next_seen_at = 0.0, time.monotonic()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -135,17 +139,32 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(self.interval_seconds):
             here = self.whereabouts()
-            self._write(here)
-            if here.phase_seconds > self._allowed_seconds:
+            written = self._write(here)
+            if here.phase_seconds > self._allowed_seconds or (
+                written and self._next_rank_is_silent()
+            ):
                 self._give_up(here)
                 return
+
+    def _next_rank_is_silent(self) -> bool:
+        """Whether the next rank's file has not changed for `step_seconds` by this rank's clock.
+
+        A file that is not there says nothing: the rank has not begun, or has ended.
+        """
+        if self.world_size == 1:
+            return False
+        now = time.monotonic()
+        found = read_whereabouts(self._file((self.rank + 1) % self.world_size))
+        if not found or found[0].written_at != self._next_written_at:
+            self._next_seen_at = now
+            self._next_written_at = found[0].written_at if found else 0.0
+        return now - self._next_seen_at > self.step_seconds
 
     def _give_up(self, here: Whereabouts) -> None:
         stacks = self._write_stacks(here)
         print(
-            f"rank {here.rank} ({here.host}, pid {here.pid}) hangs: {here.phase} after step "
-            f"{here.step} has taken {here.phase_seconds:.0f} s, allowed are "
-            f"{self._allowed_seconds:.0f} s. Its stacks are in {stacks}",
+            f"rank {here.rank} ({here.host}, pid {here.pid}) waits for ever: in {here.phase} after "
+            f"step {here.step} for {here.phase_seconds:.0f} s. Its stacks are in {stacks}",
             file=sys.stderr,
             flush=True,
         )
@@ -153,9 +172,13 @@ class Watchdog:
         # time for them to write their stacks too, before the launcher ends them.
         self._closed.wait(3 * self.interval_seconds)
         if self._closed.is_set():
-            return  # the step was finished after all
+            return  # it was finished after all
         if self.rank == min(self._answering(here)):
-            print(self._verdict(here), file=sys.stderr, flush=True)
+            verdict = self._verdict(here)
+            print(verdict, file=sys.stderr, flush=True)
+            run_status.end(
+                self.folder.parent, "failed", verdict, step=here.step, exit_code=EXIT_HUNG
+            )
         self.end(EXIT_HUNG)
 
     def _answering(self, here: Whereabouts) -> list[int]:
@@ -199,14 +222,16 @@ class Watchdog:
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.json"
 
-    def _write(self, here: Whereabouts) -> None:
-        """Without fsync: a watcher reads it while the machine is up, or not at all."""
+    def _write(self, here: Whereabouts) -> bool:
+        """Whether it could be written. Without fsync: a watcher reads it while the machine is up, or not at all."""
         path = self._file(self.rank)
         temporary = path.with_suffix(".tmp")
         with suppress(OSError):  # a full or read-only disk must not end a run that computes
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(asdict(here)) + "\n")
             temporary.replace(path)
+            return True
+        return False
 
     def _write_stacks(self, here: Whereabouts) -> Path | str:
         """Stacks of all threads of this rank; on stderr where the run folder cannot be written."""

@@ -172,3 +172,30 @@ def test_a_damaged_cache_says_that_it_is_built_again(corpora, blended):
             samples=100,
             index_cache=corpora / "cache",
         )
+
+
+@pytest.mark.parametrize("name", ["corpus.bin", "scores/loss.bin"])
+def test_a_file_that_is_written_to_while_it_is_read_is_named(tmp_path, name):
+    """Zeroes in the place of scores would train on, and nobody would know."""
+    write_corpus(tmp_path / "corpus", random_documents(40, 20))
+    write_scores(tmp_path / "scores", tmp_path / "corpus")
+    corpora = open_corpora([str(tmp_path / "corpus")], [str(tmp_path / "scores")])
+    dataset = training_dataset(corpora, sequence_length=8, seed=1, samples=10)
+    assert len(dataset[0]["tokens"]) == 8
+    with open(tmp_path / name, "r+b") as stream:
+        stream.write(bytes(16))
+    with pytest.raises(
+        UnreadableFile, match=f"{name}: the file was written to while it was in use"
+    ):
+        dataset[1]
+
+
+def test_a_file_that_is_replaced_is_read_to_the_end_as_it_was(tmp_path):
+    write_corpus(tmp_path / "corpus", random_documents(40, 20))
+    dataset = training_dataset(
+        open_corpora([str(tmp_path / "corpus")]), sequence_length=8, seed=1, samples=10
+    )
+    before = dataset[3]["tokens"]
+    (tmp_path / "corpus.bin").unlink()
+    (tmp_path / "corpus.bin").write_bytes(b"another")
+    np.testing.assert_array_equal(dataset[3]["tokens"], before)

@@ -9,6 +9,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_slm.data.corpora import nothing_counts
 from megatron_slm.data.epoch_index import EpochIndex, build_once, shuffled_epoch
+from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.data.scored_dataset import (
     ScoredDataset,
     blend,
@@ -16,7 +17,6 @@ from megatron_slm.data.scored_dataset import (
     training_dataset,
     validation_dataset,
 )
-from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.testing.corpora import (
     random_documents,
     score_manifest,

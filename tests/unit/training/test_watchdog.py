@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from megatron_slm.monitoring import run_status
 from megatron_slm.training.watchdog import EXIT_HUNG, Watchdog, Whereabouts, read_whereabouts
 
 
@@ -36,6 +37,7 @@ def write_rank(folder, rank: int, *, age_seconds: float, step: int = 7, phase: s
 
 def hang(folder, end, capsys, **changes) -> str:
     """A rank that finishes step 7 and nothing more; what it said."""
+    run_status.begin(folder, steps=10)
     with watchdog(folder, end, **changes) as watched:
         watched.step_done(7)
         assert end.happened.wait(20)
@@ -46,10 +48,16 @@ def test_a_rank_that_hangs_ends_with_its_own_code_and_leaves_its_stacks(tmp_path
     end = Ends()
     said = hang(tmp_path, end, capsys)
     assert end.codes == [EXIT_HUNG]
-    assert f"rank 0 ({socket.gethostname()}, pid {os.getpid()}) hangs: step after step 7" in said
+    assert (
+        f"rank 0 ({socket.gethostname()}, pid {os.getpid()}) waits for ever: in step after step 7"
+        in said
+    )
     stacks = (tmp_path / "ranks" / "rank_00000.step_00000007.stacks.txt").read_text()
     assert "test_watchdog.py" in stacks
     assert "every rank answers" in said
+    status = run_status.read_status(tmp_path)
+    assert (status.state, status.exit_code, status.step) == ("failed", EXIT_HUNG, 7)
+    assert "the run hangs" in status.reason
 
 
 def test_the_first_step_and_other_phases_may_take_longer(tmp_path):
@@ -133,6 +141,28 @@ def test_zero_seconds_watch_nothing(tmp_path):
     with watchdog(tmp_path, Ends(), step_seconds=0) as watched:
         watched.step_done(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_neighbour_is_noticed_in_the_middle_of_a_checkpoint(tmp_path, capsys):
+    """A checkpoint may take long, but a rank that writes nothing meanwhile does not take part in it."""
+    end = Ends()
+    write_rank(tmp_path, 1, age_seconds=60.0, phase="saving a checkpoint")
+    with watchdog(tmp_path, end, world_size=2) as watched:
+        watched.step_done(7)
+        with watched.phase("saving a checkpoint"):
+            assert end.happened.wait(20)
+    said = capsys.readouterr().err
+    assert "rank 1 (node1, pid 101) does not answer" in said
+    assert "last seen in saving a checkpoint after step 7" in said
+
+
+def test_a_rank_that_has_ended_is_not_silent(tmp_path):
+    end = Ends()
+    write_rank(tmp_path, 1, age_seconds=0.0)
+    with watchdog(tmp_path, end, world_size=2) as watched, watched.phase("validation"):
+        time.sleep(0.1)
+        (tmp_path / "ranks" / "rank_00001.json").unlink()
+        assert not end.happened.wait(0.8)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"rank": 1', "[1]"])
