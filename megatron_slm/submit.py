@@ -17,8 +17,8 @@ import megatron_slm
 from megatron_slm.config.load import CHECK_ONLY, ConfigError, PrintedPath, parse, split_arguments
 from megatron_slm.files.folder_lock import FolderInUse, FolderLock
 from megatron_slm.pipeline import slurm, status
-from megatron_slm.pipeline.code import code_of_the_file_alone
 from megatron_slm.pipeline.checks import Assembled, assemble
+from megatron_slm.pipeline.code import code_of_the_file_alone
 from megatron_slm.pipeline.description import Pipeline
 from megatron_slm.pipeline.local import LocalRun
 from megatron_slm.pipeline.state import State

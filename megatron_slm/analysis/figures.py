@@ -135,7 +135,7 @@ def _two_panels(
 def _series(
     run: Run, name: str, only_selecting: bool, x: str = PROCESSED
 ) -> tuple[np.ndarray, np.ndarray]:
-    left_out = only_selecting and run.is_plain or name == THRESHOLD and not run.ranks_in_nats
+    left_out = (only_selecting and run.is_plain) or (name == THRESHOLD and not run.ranks_in_nats)
     return (np.zeros(0), np.zeros(0)) if left_out else run.series(name, x)
 
 

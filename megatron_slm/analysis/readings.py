@@ -166,7 +166,7 @@ def threshold(runs: Sequence[Run]) -> str:
             run.series("selection/threshold_nats")[1],
             run.series("selection/kept_fraction")[1],
         )
-        if run.is_plain or not len(kept) and not len(values):
+        if run.is_plain or (not len(kept) and not len(values)):
             continue
         parts = []
         if len(kept):

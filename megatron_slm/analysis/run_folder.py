@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-
 from megatron_slm.analysis.run_state import RunState, place, read_state
 from megatron_slm.analysis.token_viewer import TokenView, read_token_views
 from megatron_slm.config.yaml_text import read_yaml
@@ -120,7 +119,7 @@ class Run:
         Empty for a final value.
         """
         steps = self.series(name, x="step")[0]
-        if not len(steps) or self.state.is_finished and steps[-1] >= self.state.step:
+        if not len(steps) or (self.state.is_finished and steps[-1] >= self.state.step):
             return ""
         return f"last, at {place(int(steps[-1]), self.state.steps)}"
 

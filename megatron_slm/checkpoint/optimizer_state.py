@@ -8,8 +8,8 @@ for saving and cut again on load. Cost: 8 bytes per parameter of this rank's mod
 (12 under bf16), and one reduction of them over the data-parallel ranks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Iterator
 
 import torch
 import torch.distributed as dist

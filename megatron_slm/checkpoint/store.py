@@ -6,9 +6,9 @@ is removed before something newer is complete. Every rank of the job calls save 
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist

@@ -254,8 +254,7 @@ def _selection(config: Config, world_size: int):
         yield f"selection.reference.scores: got {len(reference.scores)} score folders for {len(config.data.train)} corpora; give one per corpus, in the same order"
     if config.device.head_engine != "torch" and (
         selection.head_rows == "selected"
-        or selection.head_rows == "auto"
-        and selection.scope == "global_batch"
+        or (selection.head_rows == "auto" and selection.scope == "global_batch")
     ):
         yield (
             f"selection.head_rows: got {selection.head_rows} with scope {selection.scope} and device.head_engine {config.device.head_engine}, which has no head on "

@@ -121,7 +121,8 @@ def _content(entry) -> str | None:
 def from_sentencepiece(tokenizer: Tokenizer):
     """A `tokenizers.Tokenizer` with SentencePiece's pieces, scores and normalisation."""
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer as FastTokenizer, decoders
+    from tokenizers import AddedToken, decoders
+    from tokenizers import Tokenizer as FastTokenizer
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
     fast = FastTokenizer(_pieces_model(proto))

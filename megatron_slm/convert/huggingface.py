@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, sync_path
-from megatron_slm.convert.model_folder import LAST_FILE, MADE_FROM, check_output, made_from_note
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
+from megatron_slm.convert.model_folder import LAST_FILE, MADE_FROM, check_output, made_from_note
 from megatron_slm.convert.names import Geometry, to_huggingface
 from megatron_slm.files.plain import LeadsOutside, is_plain_name
 from megatron_slm.tokenization import Tokenizer

@@ -3,8 +3,8 @@
 B = sequences in this rank's micro-batch, S = sequence length in tokens (this rank's part of it under context parallelism).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Callable, Sequence
 
 import numpy as np
 import torch

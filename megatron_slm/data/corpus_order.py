@@ -9,11 +9,12 @@ length and seed. What is left over then is less than one sample, as at the end o
 S = sequence length in tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 

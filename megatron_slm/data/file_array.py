@@ -11,9 +11,9 @@ from __future__ import annotations
 import operator
 import os
 import weakref
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 

@@ -10,7 +10,8 @@ micro-batch size loses and repeats nothing. The state is one number: samples con
 
 import queue
 import threading
-from typing import Iterator, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 from megatron_slm.data.batch import Batch, collate, masked_sample
 from megatron_slm.data.indexed import CorpusIndex

@@ -7,8 +7,8 @@ batch size and the layout. When it changes, the samples read of each corpus are 
 arrangement begins there. No torch.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Callable, Sequence
 
 
 def is_count(value: object) -> bool:

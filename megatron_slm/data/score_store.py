@@ -17,9 +17,9 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Iterable, Mapping
 
 import numpy as np
 

@@ -8,11 +8,11 @@ S = sequence length in tokens.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Sequence
 
 import numpy as np
 from megatron.core.datasets import helpers
@@ -21,8 +21,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
-from megatron_slm.data.corpora import Corpus, nothing_counts, too_few_tokens
-from megatron_slm.data.corpora import open_corpora  # noqa: F401 (opened, then read)
+from megatron_slm.data.corpora import (
+    Corpus,
+    nothing_counts,
+    open_corpora,  # noqa: F401 (opened, then read)
+    too_few_tokens,
+)
 from megatron_slm.data.corpus_order import CorpusOrder, Documents
 from megatron_slm.data.epoch_index import build_once
 from megatron_slm.data.file_array import FileArray

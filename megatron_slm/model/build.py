@@ -4,7 +4,6 @@ import hashlib
 import math
 
 import torch
-
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 from megatron.core.models.gpt import GPTModel

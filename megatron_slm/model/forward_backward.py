@@ -3,7 +3,7 @@
 Shapes: B = sequences of one micro-batch, S = sequence length on this context-parallel rank.
 """
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist

@@ -7,10 +7,6 @@ Shapes: s = sequence (local to the sequence- or context-parallel rank), b = batc
 """
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
-
-from megatron_slm.device import apex_rms_norm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -22,7 +18,10 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_slm.device import apex_rms_norm
 from megatron_slm.model.router import Router
 
 

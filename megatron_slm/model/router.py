@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
+from torch import Tensor
 
 from megatron_slm.parallel import Groups
 from megatron_slm.selection.diagnostics import Measured

@@ -25,7 +25,7 @@ _RANKS = {
 
 def _raise_again() -> None:
     """The BrokenPipeError that is being handled, for whoever writes to several sinks."""
-    raise  # noqa: PLE0704
+    raise
 
 
 class ConsoleSink:

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import yaml
 
-from megatron_slm.config.code import names_code
 from megatron_slm.config.check import train_steps
+from megatron_slm.config.code import names_code
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.pipeline.description import Pipeline, Resources
 from megatron_slm.pipeline.names import Found, Names
 from megatron_slm.pipeline.outputs import Checkpoints, Files, Scores
 from megatron_slm.pipeline.settings import run_config, score_options, what_a_run_learns_from
-from megatron_slm.scoring.options import ScoreOptions
 from megatron_slm.pipeline.stages import PROGRAM, PYTHON, SCORE, TRAIN, Stage, resources_of
+from megatron_slm.scoring.options import ScoreOptions
 
 
 def configs_of(

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import take_architecture
-from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.check import check
+from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.load import ConfigError, from_mapping, merge_file, to_mapping
 from megatron_slm.config.schema import Config, DataConfig, DeviceConfig
 from megatron_slm.scoring.options import ScoreOptions, own_problems

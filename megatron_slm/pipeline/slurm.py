@@ -165,7 +165,7 @@ class Cluster:
             raise SlurmError(f"sbatch cannot be started: {error.strerror}") from None
 
     def _note(self, stage: Stage, job: str, line: str) -> None:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         note = {"stage": stage.name, "job": job, "submitted_at": now, "line": line}
         with open(self._pipeline.folder / "pipeline" / "jobs.jsonl", "a") as file:
             file.write(json.dumps(note) + "\n")
@@ -229,7 +229,7 @@ def missing(
         again = {each.name for each in wanted} & {*stage.after}
         if queued is None:
             wanted.append(stage)
-        elif queued.reason == NEVER or again and queued.state == "PENDING":
+        elif queued.reason == NEVER or (again and queued.state == "PENDING"):
             wanted.append(stage)
             dead.append(stage.name)
         elif not state.is_current(stage):

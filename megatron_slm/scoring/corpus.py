@@ -7,8 +7,8 @@ with the same bytes.
 B = windows of one micro-batch, S = padded inputs of a window.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import numpy as np
 import torch

@@ -5,8 +5,8 @@ likely the token (a loss); first tokens of documents are set to NaN like everywh
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 

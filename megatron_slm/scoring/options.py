@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_slm.config.check import check
 from megatron_slm.config import load
+from megatron_slm.config.check import check
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.ranges import Count, Size, out_of_range
 from megatron_slm.config.schema import Config, DeviceConfig, ParallelConfig

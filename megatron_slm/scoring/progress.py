@@ -24,6 +24,7 @@ class Progress:
         self.started_at = self.printed_at = time.monotonic()
         if self.shown and sys.stderr.isatty():
             from rich.console import Console
+
             from megatron_slm.monitoring.progress_line import fitted_progress
 
             self.bar = fitted_progress(Console(stderr=True))

@@ -12,8 +12,8 @@ With stride = W windows do not overlap, and cost is one forward pass per token; 
 token at least half a window of context.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import numpy as np
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "megatron_slm.scorers"
 KINDS = ("score", "mask", "weight")
-SCORERS: dict[str, Callable[..., "Scorer"]] = {}
+SCORERS: dict[str, Callable[..., Scorer]] = {}
 Columns = Mapping[str, "Tensor"]
 
 

@@ -1,8 +1,9 @@
 """Small corpora and score stores for tests and benchmarks, made without text or a model."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 

@@ -7,7 +7,7 @@ from megatron_slm import device
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
 device.choose("cpu")
 
-import megatron_slm.checkpoint.store  # noqa: E402, F401
-import megatron_slm.model.build  # noqa: E402, F401
-import megatron_slm.model.optimizer  # noqa: E402, F401
+import megatron_slm.checkpoint.store  # noqa: E402
+import megatron_slm.model.build  # noqa: E402
+import megatron_slm.model.optimizer  # noqa: E402
 import megatron_slm.training.step  # noqa: E402, F401

@@ -4,8 +4,9 @@ import multiprocessing as python_multiprocessing
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -78,7 +79,8 @@ def _worker(
     function: Callable,
     args: tuple,
 ) -> None:
-    from megatron_slm import device, parallel as parallel_room
+    from megatron_slm import device
+    from megatron_slm import parallel as parallel_room
 
     torch.set_num_threads(1)
     for number, (name, layout) in enumerate(layouts.items()):

@@ -3,7 +3,7 @@
 B: sequences of this rank's micro-batch, S: tokens of a sequence on this context-parallel rank.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 

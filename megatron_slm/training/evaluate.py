@@ -1,6 +1,6 @@
 """Validation: plain loss on held-out corpora, never selected, reported per corpus."""
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any
 
 from megatron_slm.checkpoint.architecture import differing_settings
 from megatron_slm.checkpoint.folder import read_checkpoint_info

@@ -3,8 +3,9 @@
 B: sequences of this rank's micro-batch, S: tokens of a sequence on this context-parallel rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 
