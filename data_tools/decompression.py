@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from typing import BinaryIO, Iterator
+from collections.abc import Iterator
+from typing import BinaryIO
 
 _READ_BYTES = 1 << 20
 

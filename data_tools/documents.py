@@ -7,8 +7,9 @@ the reason; nothing is repaired and nothing is dropped without a reason.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 
 class BadRecord(Exception):

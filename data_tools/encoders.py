@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from data_tools.segments import cut_rules
 from data_tools.word_cache import CachedEncoder

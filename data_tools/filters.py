@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from data_tools.blocks import Record
 from data_tools.documents import HASH_BYTES, BadRecord, Reject

@@ -11,8 +11,9 @@ import codecs
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Callable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 from data_tools.documents import EMPTY, HASH_BYTES, BadRecord, text_of_record
 from data_tools.word_cache import CachedEncoder

@@ -10,8 +10,8 @@ import fnmatch
 import glob
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Sequence
 
 BLOCK_BYTES = 4 << 20
 FILES_PER_BLOCK = 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from data_tools.blocks import Block, BlockReader, Record
 from data_tools.documents import Document, Reject

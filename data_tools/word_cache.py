@@ -8,8 +8,8 @@ the tokens out. Segments that are new or longer go to the tokenizer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
-from typing import Sequence
 
 import numpy as np
 

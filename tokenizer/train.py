@@ -16,9 +16,10 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from data_tools.documents import DataError
 from data_tools.inputs import find_files, plan_fingerprint

@@ -17,7 +17,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from megatron_slm.selection import Population, Progress, RunningThreshold, build_scorer  # noqa: E402
+from megatron_slm.selection import (  # noqa: E402
+    Population,
+    Progress,
+    RunningThreshold,
+    build_scorer,
+)
 
 plt.rcParams |= {
     "svg.hashsalt": "selection",
