@@ -157,8 +157,8 @@ def make_trainer(config, groups):
 
 def steps_of(trainer, config, first: int, count: int):
     """(report, divisor before backward, divisor after it) of every step."""
-    from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.data.batch import slice_for_context_parallel
+    from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.model import forward_backward
     from megatron_slm.selection import Progress
     from megatron_slm.training.learning_rate import learning_rate

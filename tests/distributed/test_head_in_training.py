@@ -34,6 +34,7 @@ class Samples(SyntheticSamples):
 
 def with_both_heads(groups, layouts):
     from megatron.core.models.gpt import GPTModel
+
     from megatron_slm.model.build import Decoder
 
     config = make_config("data_parallel", take_layout(groups, layouts))

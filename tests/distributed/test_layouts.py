@@ -150,16 +150,17 @@ def train_in_layout(groups, layouts):
     """Ten real steps in this layout: per step (selected ids of this rank, loss/all, loss/selected, grad norm), the weights at start (this
     rank's, by local name) and at the end (this rank's shards, by global name and place), and how often parts of the model ran."""
     from megatron.core.utils import unwrap_model
+
     from megatron_slm.data.batch import slice_for_context_parallel
     from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
+    from megatron_slm.monitoring import Metrics
     from megatron_slm.parallel import seed_everything
     from megatron_slm.selection import Progress
+    from megatron_slm.selection.diagnostics import summarise
     from megatron_slm.training import step as step_room
     from megatron_slm.training.choose import Chooser
-    from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection.diagnostics import summarise
     from megatron_slm.training.learning_rate import learning_rate
 
     layout = next(spec for spec in layouts.values() if _matches(groups, spec))
@@ -244,8 +245,8 @@ def count_calls(chunks):
 
 def weight_shards(chunks):
     """(global name, global shape, place in it, values) of every part of a weight this rank holds."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     sharded = {number: chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
     apply_factories(sharded)
@@ -466,13 +467,14 @@ class FullyScored(SyntheticSamples):
 
 def train_keep_all_and_clm(groups):
     from megatron.core.utils import unwrap_model
+
     from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_slm.selection import Progress
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.monitoring import Metrics
+    from megatron_slm.selection import Progress
     from megatron_slm.selection.diagnostics import summarise
+    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer, train_step
 
     outcome = []

@@ -94,6 +94,7 @@ def local_steps(groups, samples, steps):
 def train_half_empty(groups):
     """Three steps, each (ids selected here, loss of the selected, gradient norm, whether all weights are finite); and the weights at the start."""
     from megatron.core.utils import unwrap_model
+
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.monitoring import Metrics

@@ -21,6 +21,7 @@ STEPS, PATIENCE_SECONDS = 24, 240
 def rank_of_a_start(rank: int, folder: Path, run: str, asynchronous: bool, store: Path) -> None:
     """One rank of one start of the run; the process ends here, however it ends."""
     import torch
+
     from megatron_slm import device, parallel
     from megatron_slm.config.schema import ParallelConfig
     from tests.distributed import test_resume as runs
@@ -87,7 +88,10 @@ def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
     from megatron_slm import device
 
     device.choose("cpu")
-    from megatron_slm.training import loop, setup  # noqa: F401  imported here, once, for all that are forked
+    from megatron_slm.training import (  # noqa: F401  imported here, once, for all that are forked
+        loop,
+        setup,
+    )
 
     begun = time.monotonic()
     wait(start(folder, "whole", False, 0), PATIENCE_SECONDS)

@@ -308,6 +308,7 @@ def test_bf16_state_passes_through_another_layout_bit_for_bit(source, target, re
 def stored_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
     """Every global tensor of a run folder's newest checkpoint, read by torch alone."""
     from torch.distributed.checkpoint import FileSystemReader, load
+
     from megatron_slm.checkpoint.folder import resolve_checkpoint
 
     reader = FileSystemReader(resolve_checkpoint(run_folder))

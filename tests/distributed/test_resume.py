@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.end_to_end.planted import plant
 
 from megatron_slm.config.schema import Config, CorpusConfig
 from megatron_slm.files.inert_pickle import UnsafeFile
 from megatron_slm.testing.corpora import random_documents, write_corpus
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.end_to_end.planted import plant
 
 STEPS, STOP, VOCABULARY, LENGTH = 8, 4, 60, 16
 

@@ -87,6 +87,7 @@ def train(
 ):
     """Real steps: per step (what `watch` noted, summary of the metrics, gradient norm); initial and final weights by name."""
     from megatron.core.utils import unwrap_model
+
     from megatron_slm.data.batch import slice_for_context_parallel
     from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.model.build import build_model

@@ -13,7 +13,6 @@ import pytest
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.spawn import run_on_cpu
 
-
 MODES = ("synchronous", "asynchronous")
 
 
@@ -46,6 +45,7 @@ def failures(rank: int) -> dict:
     """name -> (how to make storage fail on this rank, words of the report)."""
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     from megatron_slm.checkpoint import folder, writing
 
     def killed(path):

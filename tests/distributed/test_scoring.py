@@ -138,8 +138,9 @@ def plain_scores(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A corpus, a reference checkpoint, and the truth by transformers' own model."""
-    from megatron_slm import export_hf
     from transformers import AutoModelForCausalLM
+
+    from megatron_slm import export_hf
 
     folder = tmp_path_factory.mktemp("scoring")
     documents = [

@@ -20,7 +20,7 @@ from megatron_slm.selection import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "selection"))
-from selection_oracle import awkward_scores, expected_mask  # noqa: E402
+from selection_oracle import awkward_scores, expected_mask
 
 WORLD = 4
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_slm.selection import RunningThreshold, select_in_scope, select_top
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "selection"))
-from selection_oracle import awkward_scores, expected_mask  # noqa: E402
+from selection_oracle import awkward_scores, expected_mask
 
 WORLD = 4
 # layout -> sizes of the data and context parallel groups; ranks are dp_rank * cp + cp_rank

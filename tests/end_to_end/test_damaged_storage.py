@@ -4,9 +4,9 @@ import shutil
 import subprocess
 
 import pytest
-from tests.end_to_end.small_run import STEPS, command, compared, lines, make_corpus, run_to_end
 
 from megatron_slm.checkpoint.folder import complete_checkpoints, damaged_files, step_of
+from tests.end_to_end.small_run import STEPS, command, compared, lines, make_corpus, run_to_end
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.end_to_end.planted import OUTSIDE, READ_BY
 from tests.end_to_end.small_run import ROOT, environment
 

@@ -6,9 +6,8 @@ import pytest
 import yaml
 
 from megatron_slm.analysis.run_folder import read_run
-from megatron_slm.config.load import ConfigError, load_yaml, parse
+from megatron_slm.config.load import ConfigError, load_yaml, parse, to_yaml
 from megatron_slm.config.schema import Config
-from megatron_slm.config.load import to_yaml
 from megatron_slm.config.yaml_text import VALUES_AT_MOST, read_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

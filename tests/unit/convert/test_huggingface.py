@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_slm import export_hf, import_hf
 from megatron_slm.checkpoint.folder import (
     CheckpointInfo,
     damaged_files,
@@ -20,7 +21,6 @@ from megatron_slm.convert.huggingface import SafetensorsFolder, export, write_sa
 from megatron_slm.convert.stored_state import FullState, read_full_state
 from megatron_slm.testing.spawn import run_on_cpu
 from megatron_slm.tokenization import load_tokenizer
-from megatron_slm import export_hf, import_hf
 
 # B = 2 sequences, S = 24 tokens, V = 101 of 128 embedding rows.
 SIZES = dict(

@@ -78,7 +78,7 @@ def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
     for name in [
         name
         for name in vars(model)
-        if name.startswith("rope") or model.experts and "expert" in name
+        if name.startswith("rope") or (model.experts and "expert" in name)
     ]:
         assert getattr(read, name) == getattr(model, name), name
 

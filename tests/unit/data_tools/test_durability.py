@@ -4,8 +4,8 @@ import pytest
 
 from data_tools import merge, preprocess, split
 from megatron_slm.testing.disk import recorded_disk_events
-from tests.unit.tokenizer.test_train import LINES, train
 from tests.unit.data_tools.conftest import write_jsonl
+from tests.unit.tokenizer.test_train import LINES, train
 
 
 @pytest.fixture

@@ -90,9 +90,8 @@ def test_a_lock_that_the_kernel_keeps_for_a_dead_owner_is_replaced(tmp_path, dea
     leave_lock(tmp_path / "run", pid=dead_pid)
     with open(tmp_path / "run" / "lock") as orphan:
         fcntl.flock(orphan, fcntl.LOCK_EX)
-        with lock_of(tmp_path / "run"):
-            with pytest.raises(FolderInUse):
-                lock_of(tmp_path / "run").acquire()
+        with lock_of(tmp_path / "run"), pytest.raises(FolderInUse):
+            lock_of(tmp_path / "run").acquire()
 
 
 def test_a_silent_lock_of_another_machine_is_watched_and_taken_over(tmp_path, file_system):

@@ -1,8 +1,8 @@
 """launch/train.sbatch under bash with stand-ins: command lines, signals, codes, requeues."""
 
+import shutil
 import signal
 import subprocess
-import shutil
 
 import pytest
 

@@ -2,7 +2,6 @@
 
 import signal
 
-
 ARRAY = {
     "SLURM_ARRAY_JOB_ID": "123450",
     "SLURM_ARRAY_TASK_ID": "3",

@@ -147,7 +147,7 @@ def test_text_is_shown_with_the_score_of_each_token(tmp_path, corpus, capsys):
     )
     show_scores(store, 0, ids, Words(), True, Console(width=200))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split() == ["2", str(ids[2]), "0.250", f"'", f"w{ids[2]}'"] and len(lines) == 7
+    assert lines[3].split() == ["2", str(ids[2]), "0.250", "'", f"w{ids[2]}'"] and len(lines) == 7
 
 
 def test_inspect_corpus_shows_a_document_with_its_scores(tmp_path, corpus, capsys, monkeypatch):

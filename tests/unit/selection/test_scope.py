@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_slm.selection import SCOPES, Population, RunningThreshold, select_in_scope
 
 sys.path.insert(0, str(Path(__file__).parent))
-from selection_oracle import awkward_scores, expected_mask  # noqa: E402
+from selection_oracle import awkward_scores, expected_mask
 
 
 @st.composite

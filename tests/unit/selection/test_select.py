@@ -13,7 +13,7 @@ from megatron_slm.selection.select import rankable
 from megatron_slm.selection.threshold import find_threshold, kth_largest_by_sort
 
 sys.path.insert(0, str(Path(__file__).parent))
-from selection_oracle import expected_mask  # noqa: E402
+from selection_oracle import expected_mask
 
 ANY_FLOAT = st.one_of(
     st.floats(width=32, allow_nan=True, allow_infinity=True),
