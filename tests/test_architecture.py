@@ -72,7 +72,7 @@ LONGER_SINCE_FORMATTED = {
     "benchmarks/selection.py": 465,
     "tests/unit/config/test_check.py": 479,
     "tests/distributed/test_experts.py": 457,
-    "tests/distributed/test_layouts.py": 512,
+    "tests/distributed/test_layouts.py": 514,
     "tests/test_architecture.py": 524,
     "tests/test_megatron_core_surface.py": 666,
 }
