@@ -17,10 +17,31 @@ slm_listen() {
 }
 
 slm_asked() {
+    local reason=$1
     SLM_INTERRUPTED=yes
-    [ "${SLM_ASKED:-}" = ended ] || SLM_ASKED=$1 # whoever ends the job after a warning does not want it requeued
-    if [ "$1" = limit ]; then echo "the time limit is near"; else echo "SLURM ends this start of the job"; fi
+    # The limit itself, where no warning came or the run is still saving: SLURM ends the processes
+    # after KillWait, and a checkpoint that is complete by then is gone on from.
+    if [ "$reason" = ended ] && slm_limit_reached; then reason=limit; fi
+    # Whoever ends the job after a warning does not want it requeued.
+    [ "${SLM_ASKED:-}" = ended ] || SLM_ASKED=$reason
+    case $1-$reason in
+        limit-*) echo "the time limit is near" ;;
+        *-limit) echo "SLURM ends this start of the job: the time limit is reached" ;;
+        *) echo "SLURM ends this start of the job" ;;
+    esac
     [ -z "$SLM_CHILD" ] || "$SLM_STOP_STEP" || true
+}
+
+# Whether the job has run for as long as it may, as SLURM counts.
+slm_limit_reached() {
+    scontrol show job "$SLM_JOB" 2>/dev/null | awk '
+        function seconds(time, part) {
+            return split(time, part, /[-:]/) == 4 ? ((part[1] * 24 + part[2]) * 60 + part[3]) * 60 + part[4] \
+                : (part[1] * 60 + part[2]) * 60 + part[3]
+        }
+        match($0, /RunTime=[0-9:-]+/) { ran = substr($0, RSTART + 8, RLENGTH - 8) }
+        match($0, /TimeLimit=[0-9:-]+/) { limit = substr($0, RSTART + 10, RLENGTH - 10) }
+        END { exit !(ran != "" && limit != "" && seconds(ran) >= seconds(limit)) }'
 }
 
 # slm_leave_if_asked: end here when a signal came before anything was started.

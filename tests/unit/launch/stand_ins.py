@@ -30,6 +30,7 @@ case "$1 $2" in
     "show hostnames") tr , '\n' <<<"${3/"node[07-08]"/node07,node08}" ;;
     "show job")
         echo "   Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1"
+        echo "   RunTime=${RAN:-23:00:00} TimeLimit=1-00:00:00 TimeMin=N/A"
         echo "   ReqNodeList=(null) ExcNodeList=(null)"
         echo "   NodeList=${NODES_LEFT:-$SLURM_JOB_NODELIST}" ;;
     requeue*) exit "${REFUSED:-0}" ;;

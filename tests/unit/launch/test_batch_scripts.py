@@ -95,6 +95,15 @@ def test_who_ends_the_job_decides_on_the_queue(cluster, number, restarts, senten
     assert code == 85 and f"stopped at step 42; {sentence}" in output
 
 
+def test_at_the_limit_itself_the_run_is_requeued_too(cluster):
+    """No warning came, or the save took longer than it: SLURM's KillWait is left."""
+    code, output = cluster.run(
+        "train.sbatch", *TRAIN, work="save", send=signal.SIGTERM, RAN="1-00:00:03"
+    )
+    assert (code, cluster.requeued()) == (0, ["requeue 123456"]), output
+    assert "SLURM ends this start of the job: the time limit is reached" in output
+
+
 @pytest.mark.parametrize("failure", ["1", "2", "3", "4", "137"])
 def test_a_failure_is_passed_on_and_not_requeued(cluster, failure):
     code, output = cluster.run("train.sbatch", *TRAIN, work=failure)
