@@ -76,8 +76,7 @@ def _do(pipeline: Assembled, asked: set[str]) -> int:
     if "--status" in asked:
         status.show(pipeline, state, queue)
         return 0
-    known = (pipeline.folder / "pipeline" / "jobs.jsonl").exists()
-    if known and not asked & {"--resume", "--dry-run"}:
+    if slurm.was_submitted(pipeline.folder) and not asked & {"--resume", "--dry-run"}:
         raise ConfigError(
             [
                 f"{pipeline.folder}: was submitted before; --resume submits what is missing, --status shows where it stands"
@@ -119,9 +118,21 @@ def _locally(run: LocalRun, pipeline: Assembled, state: State, asked: set[str]) 
     if "--dry-run" in asked:
         print(status.local_lines(pipeline, state, run))
         return 0
+    _refuse_beside_jobs(pipeline, state)
     with _alone(pipeline):
         state.write(pipeline)
         return run.run()
+
+
+def _refuse_beside_jobs(pipeline: Assembled, state: State) -> None:
+    """ConfigError where jobs of this pipeline still wait or run: they write into the same places."""
+    if not slurm.was_submitted(pipeline.folder):
+        return
+    if queue := _queue(slurm.Cluster(pipeline, state, CHECKOUT), must_answer=False):
+        jobs = " ".join(each.job for each in queue.values())
+        raise ConfigError(
+            [f"{pipeline.folder}: jobs of this pipeline are in the queue; scancel {jobs} first"]
+        )
 
 
 def _alone(pipeline: Assembled) -> contextlib.AbstractContextManager:

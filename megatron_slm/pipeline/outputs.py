@@ -18,8 +18,18 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Manifests:
+    """Files that are written last and at once, so that what they describe is whole when they are there."""
+
+    paths: tuple[Path, ...]
+
+    def standing(self) -> Standing:
+        return Standing(all(path.exists() for path in self.paths))
+
+
+@dataclass(frozen=True)
 class Files:
-    """Files that are written last by the stage that makes them; none: its exit code is all it leaves."""
+    """Files that say nothing of their own completeness, or none at all: the program's exit code counts as well."""
 
     paths: tuple[Path, ...]
 
@@ -86,4 +96,4 @@ class Scores:
         return Standing(False, f"{shards} of {manifest.shard_count} shards")
 
 
-Output = Files | CorpusParts | Checkpoints | Scores
+Output = Manifests | Files | CorpusParts | Checkpoints | Scores

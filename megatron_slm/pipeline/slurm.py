@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_slm.config.load import ConfigError
 from megatron_slm.files.atomic import write_text_atomically
 from megatron_slm.pipeline.checks import Assembled
+from megatron_slm.pipeline.outputs import Files
 from megatron_slm.pipeline.stages import PREPROCESS, PROGRAM, SCORE, TRAIN, Stage
 from megatron_slm.pipeline.state import State
 
@@ -88,7 +89,7 @@ class Cluster:
         environment = {"SLM_ROOT": str(self._checkout), **dict(stage.environment)}
         if stage.kind in (TRAIN, SCORE):
             environment["SLM_PROCESSES_PER_NODE"] = str(stage.resources.processes_per_node)
-        if stage.kind == PROGRAM:
+        if isinstance(stage.output, Files):
             environment["SLM_DONE_FILE"] = str(self._state.mark(stage))
             environment["SLM_DONE_KEY"] = self._state.keys[stage.name]
         if stage.kind != PREPROCESS:
@@ -169,6 +170,11 @@ class Cluster:
         note = {"stage": stage.name, "job": job, "submitted_at": now, "line": line}
         with open(self._pipeline.folder / "pipeline" / "jobs.jsonl", "a") as file:
             file.write(json.dumps(note) + "\n")
+
+
+def was_submitted(folder: Path) -> bool:
+    """Whether jobs of the pipeline in this folder were ever submitted."""
+    return (folder / "pipeline" / "jobs.jsonl").exists()
 
 
 def job_before(folder: Path, stage: str) -> str:

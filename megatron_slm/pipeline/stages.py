@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_slm.pipeline.description import Pipeline, Resources
 from megatron_slm.pipeline.names import Found, Names, last_stage_of
-from megatron_slm.pipeline.outputs import CorpusParts, Files, Output
+from megatron_slm.pipeline.outputs import CorpusParts, Files, Manifests, Output
 
 PROGRAM, PREPROCESS, TRAIN, SCORE = "program", "preprocess", "train", "score"
 PYTHON = "python"
@@ -104,7 +104,7 @@ def _tokenizer(description: Pipeline, names: Names) -> Stage:
         f"Tokenizer: SentencePiece, {given.vocabulary_size:,} pieces",
         (PYTHON, "-m", "tokenizer.train", "--input", *inputs, "--output-prefix", prefix, *options),
         _text_before(given.input, description),
-        Files((Path(f"{prefix}.model"), Path(f"{prefix}.manifest.json"))),
+        Manifests((Path(f"{prefix}.model"), Path(f"{prefix}.manifest.json"))),
         {"tokenizer": options, "inputs": _identity_of(given.input, description)},
         reads=_outside(given.input, names, description),
         makes=("tokenizer.*",),
@@ -117,7 +117,7 @@ def _corpus(name: str, description: Pipeline, names: Names, tokenizer: Found) ->
     inputs, options = names.inputs(given.input), _corpus_options(name, description)
     words = ["-m", "data_tools.preprocess", "--input", *inputs, "--tokenizer", tokenizer.path]
     words += ["--output-prefix", prefix, "--workers", str(given.workers), *options]
-    whole = Files((Path(f"{prefix}.manifest.json"),))
+    whole = Manifests((Path(f"{prefix}.manifest.json"),))
     in_parts = given.jobs > 1
     variables = {
         "SLM_INPUT": " ".join(inputs),
@@ -184,7 +184,7 @@ def _corpus(name: str, description: Pipeline, names: Names, tokenizer: Found) ->
             f"Hold out {given.held_out_fraction:.0%} of {name}",
             (PYTHON, "-m", "data_tools.split", prefix, *choice, "--output-prefix", prefix),
             (last,),
-            Files(tuple(Path(f"{names.below(part)}.manifest.json") for part in parts)),
+            Manifests(tuple(Path(f"{names.below(part)}.manifest.json") for part in parts)),
             {"split": choice},
             makes=tuple(f"{part}.*" for part in parts),
             resources=programs,

@@ -3,7 +3,7 @@
 FOLDER/pipeline/description.yaml    the description, complete
 FOLDER/pipeline/configs/            the complete settings of every training and scoring
 FOLDER/pipeline/stages/NAME         the key of what is, or is being, made there
-FOLDER/pipeline/stages/NAME.done    the key of what a program of one process has finished
+FOLDER/pipeline/stages/NAME.done    the key of what a program has finished that leaves no other sign of it
 FOLDER/earlier_1, earlier_2, ...    what earlier descriptions had made
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from megatron_slm.config.load import to_yaml
 from megatron_slm.files.atomic import write_text_atomically
 from megatron_slm.pipeline.checks import Assembled
-from megatron_slm.pipeline.outputs import Standing
-from megatron_slm.pipeline.stages import PROGRAM, Stage
+from megatron_slm.pipeline.outputs import Files, Standing
+from megatron_slm.pipeline.stages import Stage
 
 HASHED_BYTES_AT_MOST = 1 << 30
 """Files that are larger together count by name, size and time of change, not by content."""
@@ -50,7 +50,7 @@ class State:
         if not self.is_current(stage):
             there = self.outputs(stage)
             return Standing(False, "made from something else" if there else "")
-        if stage.kind == PROGRAM and _read(self.mark(stage)) != self.keys[stage.name]:
+        if isinstance(stage.output, Files) and _read(self.mark(stage)) != self.keys[stage.name]:
             return Standing(False, standing.words)
         return standing
 
@@ -95,7 +95,7 @@ class State:
 
     def finish(self, stage: Stage) -> None:
         """Note that a program has finished."""
-        if stage.kind == PROGRAM:
+        if isinstance(stage.output, Files):
             write_text_atomically(self.mark(stage), self.keys[stage.name] + "\n")
 
     def write(self, pipeline: Assembled) -> None:

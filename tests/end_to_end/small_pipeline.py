@@ -1,4 +1,4 @@
-"""A description small enough to be run in a test, on a little real text: every kind of stage, two processes."""
+"""A description small enough to be run in a test, on a little real text: every kind of stage, two nodes of one process on SLURM, one process here."""
 
 import json
 import sysconfig
@@ -53,7 +53,7 @@ def write_description(folder: Path) -> Path:
         "slurm": {
             "sbatch": {"time": "10"},
             "preprocess": {"sbatch": {"mem_per_cpu": 0}},
-            "train": {"nodes": 1, "processes_per_node": 2},
+            "train": {"nodes": 2, "processes_per_node": 1},
             "score": {"processes_per_node": 1},
         },
         "local": {"processes": 1},

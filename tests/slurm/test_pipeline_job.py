@@ -3,67 +3,75 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_slm.data.score_manifest import ScoreManifest
 from tests.end_to_end.small_pipeline import write_description
+from tests.slurm.cluster import ROOT, Cluster, wait_until
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def test_a_pipeline_is_submitted_interrupted_resumed_and_done(cluster, tmp_path):
-    description, out = write_description(tmp_path), tmp_path / "out"
-    environment = {**cluster.environment, "SLM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+class Submitted:
+    """One pipeline on the cluster."""
 
-    def submit(*words: str) -> str:
+    def __init__(self, cluster: Cluster, folder: Path):
+        self.cluster, self.out = cluster, folder / "out"
+        self.description = write_description(folder)
+
+    def submit(self, *words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "megatron_slm.submit", "--config", description, *words],
+            [sys.executable, "-m", "megatron_slm.submit", "--config", self.description, *words],
             cwd=ROOT,
-            env=environment,
+            env={**self.cluster.environment, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def jobs() -> dict[str, str]:
-        lines = (out / "pipeline" / "jobs.jsonl").read_text().splitlines()
+    def status(self) -> dict[str, str]:
+        return {line.split()[0]: line.split()[1] for line in self.submit("--status").splitlines()}
+
+    def jobs(self) -> dict[str, str]:
+        lines = (self.out / "pipeline" / "jobs.jsonl").read_text().splitlines()
         return {note["stage"]: note["job"] for note in map(json.loads, lines)}
 
-    def queued() -> str:
-        command = ["squeue", "--noheader", "--format=%F %T %r %j"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    def queued(self) -> list[str]:
+        lines = self.cluster.call("squeue", "--noheader", "--format=%F %T %r %j").stdout
+        return [line for line in lines.splitlines() if "@" in line]
 
-    def wait_until(condition, what: str, seconds: float = 600) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            logs = "\n".join(path.read_text()[-2000:] for path in out.glob("pipeline/logs/*"))
-            assert time.monotonic() < deadline, f"{what} did not happen\n{queued()}\n{logs}"
-            time.sleep(0.5)
+    def wait_for(self, condition, what: str) -> None:
+        def message() -> str:
+            logs = sorted(self.out.glob("pipeline/logs/*"))
+            tails = [f"{path.name}:\n{path.read_text()[-2000:]}" for path in logs]
+            return "\n".join([f"{what} did not happen", *self.queued(), *tails])
 
-    submit()
-    stages = jobs()
-    wait_until(lambda: list(out.glob("reference/checkpoints/step_*")), "a checkpoint")
-    subprocess.run(["scancel", stages["reference"]], env=environment, check=True)
-    wait_until(lambda: not queued().strip(), "the end of what waited for the reference")
+        wait_until(condition, 600, message)
+
+
+def test_a_pipeline_is_submitted_interrupted_resumed_and_done(cluster, tmp_path):
+    pipeline = Submitted(cluster, tmp_path)
+    out = pipeline.out
+    pipeline.submit()
+    first = pipeline.jobs()
+    pipeline.wait_for(lambda: list(out.glob("reference/checkpoints/step_*")), "a checkpoint")
+    cluster.call("scancel", first["reference"])
+    pipeline.wait_for(lambda: not pipeline.queued(), "the end of what waited for the reference")
     assert not (out / "scores").exists() and not (out / "slm").exists()
-    shown = {line.split()[0]: line.split()[1] for line in submit("--status").splitlines()}
-    assert (shown["corpus.merge"], shown["reference"], shown["slm"]) == (
-        "done",
-        "unfinished",
-        "unfinished",
-    )
+    shown = pipeline.status()
+    assert shown["corpus.merge"] == "done"
+    assert shown["reference"] == "unfinished"
+    assert shown["slm"] == "unfinished"
 
-    submit("--resume")
-    again = jobs()
-    assert again["corpus"] == stages["corpus"] and again["reference"] != stages["reference"]
-    wait_until(lambda: not queued().strip(), "the end of the resumed pipeline")
-    shown = submit("--status")
-    assert {line.split()[1] for line in shown.splitlines()} == {"done"}, shown
+    pipeline.submit("--resume")
+    again = pipeline.jobs()
+    assert again["corpus"] == first["corpus"]
+    assert again["reference"] != first["reference"]
+    pipeline.wait_for(lambda: not pipeline.queued(), "the end of the resumed pipeline")
+    assert set(pipeline.status().values()) == {"done"}
     assert ScoreManifest.from_json(out / "scores" / "manifest.json").complete
     assert (out / "report.html").is_file()
-    assert "every stage is done" in submit("--resume")
+    assert "every stage is done" in pipeline.submit("--resume")

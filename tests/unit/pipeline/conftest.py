@@ -121,7 +121,7 @@ class Cluster:
 def leave(stage, folder: Path) -> None:
     """What a finished stage leaves, as far as anybody asks for it."""
     output = type(stage.output).__name__
-    if output == "Files":
+    if output in ("Files", "Manifests"):
         for path in stage.output.paths:
             path.parent.mkdir(exist_ok=True)
             path.touch()

@@ -251,3 +251,17 @@ def test_status_says_where_each_stage_stands(cluster, capsys):
     assert lines["reference"].split()[1:3] == ["pending", "job"]
     assert "unfinished" in lines["scores"] and f"scores-{jobs['scores']}" in lines["scores"]
     assert set(lines) == EVERYTHING
+
+
+def test_what_slurm_finished_is_finished_here_too(cluster, capsys):
+    cluster.submit()
+    cluster.finishes(*EVERYTHING)
+    assert cluster.submit("--local") == 0
+    done = [line for line in capsys.readouterr().out.splitlines() if "done before: " in line]
+    assert {line.removeprefix("done before: ") for line in done} == EVERYTHING - {"corpus.merge"}
+
+
+def test_beside_jobs_in_the_queue_nothing_runs_here(cluster, capsys):
+    cluster.submit()
+    assert cluster.submit("--local") == 2
+    assert "jobs of this pipeline are in the queue; scancel 101 " in capsys.readouterr().err
