@@ -1,4 +1,7 @@
-"""A description small enough to be run in a test, on a little real text: every kind of stage, two nodes of one process on SLURM, one process here."""
+"""A description small enough to be run in a test, on a little real text, with every kind of stage.
+
+Training takes two nodes of one process on SLURM, and one process here.
+"""
 
 import json
 import sysconfig
