@@ -1,12 +1,13 @@
-"""The whole pipeline from one description: text, tokenizer, corpora, reference, scores, training runs, exports, report.
+"""The whole pipeline from one description: text, tokenizer, corpora, scores, runs, exports, report.
 
-    python -m megatron_slm.submit --config launch/pipelines/quickstart.yaml --local     on this machine, one stage after the other
-    python -m megatron_slm.submit --config PIPELINE.yaml --dry-run                      print every sbatch line, submit nothing
-    python -m megatron_slm.submit --config PIPELINE.yaml                                as SLURM jobs that wait for each other
+    python -m megatron_slm.submit --config PIPELINE.yaml              SLURM jobs that wait for each other
+    python -m megatron_slm.submit --config PIPELINE.yaml --dry-run    print every sbatch line
+    python -m megatron_slm.submit --config PIPELINE.yaml --local      here, one stage after the other
 
-Everything is checked before anything is started. Finished stages are kept for as long as what they were made from is
-unchanged. Exit codes: 0 done (or submitted), 2 bad description, 3 bad data, 4 SLURM or the disk failed, 85 stopped on
-request (--local); with --local also that of the stage that failed. See docs/pipeline.md.
+Everything is checked before anything is started. Finished stages are kept for as long as what they
+were made from is unchanged. Exit codes: 0 done (or submitted), 2 bad description, 3 bad data, 4
+SLURM or the disk failed, 85 stopped on request (--local); with --local also that of the stage that
+failed. See docs/pipeline.md and launch/pipelines/.
 """
 
 import contextlib
@@ -125,7 +126,7 @@ def _locally(run: LocalRun, pipeline: Assembled, state: State, asked: set[str]) 
 
 
 def _refuse_beside_jobs(pipeline: Assembled, state: State) -> None:
-    """ConfigError where jobs of this pipeline still wait or run: they write into the same places."""
+    """ConfigError where jobs of this pipeline wait or run: they write into the same places."""
     if not slurm.was_submitted(pipeline.folder):
         return
     if queue := _queue(slurm.Cluster(pipeline, state, CHECKOUT), must_answer=False):

@@ -1,4 +1,4 @@
-"""A description as stages, or everything that is wrong with it at once, before anything is started."""
+"""A description as stages, or everything that is wrong with it, before anything is started."""
 
 import dataclasses
 import glob
@@ -49,8 +49,11 @@ class Assembled:
 
 
 def assemble(description: Pipeline, local: bool) -> Assembled:
-    """The stages of a description. ConfigError lists every bad setting and everything that is missing;
-    DataError is raised where the settings are sound and only files are missing or unfit."""
+    """The stages of a description.
+
+    ConfigError lists every bad setting and everything that is missing; DataError is raised where
+    the settings are sound and only files are missing or unfit.
+    """
     given = dataclasses.replace(description, folder=str(Path(description.folder).absolute()))
     if local:
         given = _in_one_job(given)

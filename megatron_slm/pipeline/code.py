@@ -1,7 +1,7 @@
 """What of a description would run code: a command for the text, Python files that settings name.
 
-A file alone never makes code run, as with every configuration: who starts the pipeline names the code on the command line.
-Programs of the checkout are trusted like the checkout itself.
+A file alone never makes code run, as with every configuration: who starts the pipeline names the
+code on the command line. Programs of the checkout are trusted like the checkout itself.
 """
 
 import os
@@ -18,7 +18,7 @@ from megatron_slm.pipeline.stages import PYTHON
 def code_of_the_file_alone(
     description: Pipeline, words: list[str], checkout: Path
 ) -> Iterator[str]:
-    """One sentence for everything that names code which the command line (`words`) does not name."""
+    """One sentence for everything that names code which the command line (`words`) does not."""
     given = " ".join(words)
     command = description.text.command
     if command and "--text." not in given and not _of_the_checkout(command, checkout):

@@ -1,7 +1,7 @@
 """The description of a whole pipeline: every setting with its type, default and help.
 
-Entries of one kind stand under names of your own; entries refer to each other by these names. A reference with a slash in
-it is the path of something that exists already.
+Entries of one kind stand under names of your own; entries refer to each other by these names. A
+reference with a slash in it is the path of something that exists already.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,8 @@ class Resources:
     processes_per_node: Count = 0
     """Processes of training or scoring on every node: one per GPU. 0 = as above, and there 1."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Further options of sbatch by their long names: {partition: gpu, gpus_per_node: 8, time: "04:00:00"}. true = without a value."""
+    """Further options of sbatch by their long names: {partition: gpu, gpus_per_node: 8, time:
+    "04:00:00"}. true = without a value."""
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Text:
     """A program that makes the text, where it has to be made."""
 
     command: list[str] = field(default_factory=list)
-    """Words of its command line; it writes below {folder}/text. Empty = the text is there. {folder} stands for the pipeline's folder."""
+    """Words of its command line; it writes below {folder}/text. Empty = the text is there. {folder}
+    stands for the pipeline's folder."""
 
 
 @dataclass
@@ -54,12 +56,13 @@ class TokenizerStage:
 
 @dataclass
 class CorpusStage:
-    """Text to a corpus; with held_out_fraction also NAME_train and NAME_held_out, which can be referred to."""
+    """Text to a corpus; with held_out_fraction also NAME_train and NAME_held_out."""
 
     input: list[str] = field(default_factory=list)
     """Text, in the order of the documents: files, folders or globs."""
     jobs: Size = 1
-    """Array jobs that make a part of it each; the parts are joined afterwards. One machine makes it in one run, to the same bytes."""
+    """Array jobs that make a part of it each; the parts are joined afterwards. One machine makes it
+    in one run, to the same bytes."""
     workers: Size = 1
     """Processes of each job, and the cores it asks SLURM for."""
     format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
@@ -83,7 +86,8 @@ class CorpusStage:
     keep_if: str = ""
     """FILE.py:FUNCTION; keep documents where FUNCTION(text, record) is true."""
     held_out_fraction: BelowOne = 0.0
-    """Share of the documents that NAME_held_out gets, chosen by their content; NAME_train gets the others."""
+    """Share of the documents that NAME_held_out gets, chosen by their content; NAME_train gets the
+    others."""
     held_out_seed: Count = 0
     """Another seed makes another choice of held-out documents."""
     verify: bool = False
@@ -169,7 +173,8 @@ class Report:
     runs: list[str] = field(default_factory=list)
     """Runs to compare, in the order they are shown; empty = no report."""
     corpus: str = ""
-    """Validation corpus to compare on, by its name in the metrics; empty = the first that all runs share."""
+    """Validation corpus to compare on, by its name in the metrics; empty = the first that all runs
+    share."""
 
 
 @dataclass
@@ -201,7 +206,8 @@ class Pipeline:
     """From text to trained, exported and compared models."""
 
     folder: str
-    """The pipeline's folder: everything is written below it. On a cluster, on a file system that all nodes share."""
+    """The pipeline's folder: everything is written below it. On a cluster, on a file system that all
+    nodes share."""
     text: Text = field(default_factory=Text)
     """A program that makes the text."""
     tokenizer: TokenizerStage = field(default_factory=TokenizerStage)

@@ -18,7 +18,10 @@ STOPPED = 85
 
 
 class LocalRun:
-    """Runs what is missing. `run` returns the exit code: 0, the first failing stage's, or 85 when it was asked to stop."""
+    """Runs what is missing.
+
+    `run` returns the exit code: 0, the first failing stage's, or 85 when it was asked to stop.
+    """
 
     def __init__(self, pipeline: Assembled, state: State, checkout: Path):
         self._pipeline, self._state, self._checkout = pipeline, state, checkout
@@ -81,7 +84,8 @@ class LocalRun:
             "PATH": path,
             "PYTHONPATH": ":".join(filter(None, python_path)),
         }
-        # A session of its own: the terminal's Ctrl-C reaches this program alone, which passes on a request to stop.
+        # A session of its own: the terminal's Ctrl-C reaches this program alone, which passes on a
+        # request to stop.
         self._child = subprocess.Popen(
             self.command(stage), cwd=self._checkout, env=environment, start_new_session=True
         )

@@ -129,7 +129,7 @@ def train_stages(
 
 
 def named_code(config: Config) -> list[str]:
-    """Options that name a scorer's Python file again: train takes no code from a configuration alone."""
+    """Options that name a scorer's file again: train takes no code from a configuration alone."""
     selection = config.selection
     words = ["--selection.scorer", selection.scorer] if names_code(selection.scorer) else []
     options = yaml.safe_dump(selection.scorer_options, default_flow_style=True, width=10**6).strip()

@@ -1,4 +1,4 @@
-"""What the entries of a description refer to: each other by name, or something that exists by its path."""
+"""What the entries of a description refer to: each other by name, or what exists by its path."""
 
 import os
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Found:
 
 
 class Names:
-    """Resolves the references of one description; what is wrong is collected in two lists of sentences.
+    """Resolves the references of one description; what is wrong is collected in two lists.
 
     settings: references that mean nothing; data: what is at a path cannot be used.
     """

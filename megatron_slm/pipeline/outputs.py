@@ -1,4 +1,4 @@
-"""What a stage leaves, and how far it has come: asked of the files themselves, never of the queue."""
+"""What a stage leaves, and how far it has come: asked of the files, never of the queue."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Manifests:
-    """Files that are written last and at once, so that what they describe is whole when they are there."""
+    """Files that are written last and at once: what they describe is whole when they are there."""
 
     paths: tuple[Path, ...]
 
@@ -29,7 +29,7 @@ class Manifests:
 
 @dataclass(frozen=True)
 class Files:
-    """Files that say nothing of their own completeness, or none at all: the program's exit code counts as well."""
+    """Files that say nothing of their own completeness, or none: the exit code counts as well."""
 
     paths: tuple[Path, ...]
 

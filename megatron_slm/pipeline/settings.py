@@ -73,7 +73,10 @@ def run_config(
 
 
 def _leaves(values: Mapping, cls, where: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted name, value) of every setting in sections and dotted names; a mapping that is a value stays whole."""
+    """(dotted name, value) of every setting in sections and dotted names.
+
+    A mapping that is a value stays whole.
+    """
     for key, value in values.items():
         name = f"{where}{key}"
         if isinstance(value, Mapping) and dataclasses.is_dataclass(_hint(cls, name.split("."))):
@@ -121,7 +124,7 @@ def _make_absolute(settings, name: str) -> None:
 
 
 def what_a_run_learns_from(config: Config) -> dict:
-    """The settings that decide the weights: a run whose other settings change is continued, not made again."""
+    """The settings that decide the weights: a run of which others change is not made again."""
     values = to_mapping(config)
     for section in _WITHOUT_INFLUENCE:
         del values[section]
@@ -162,7 +165,7 @@ def score_options(
 
 
 def _layout_problems(options: ScoreOptions, reference: Config, world_size: int) -> list[str]:
-    """What score's own check will say of the reference in this layout, before there is a reference."""
+    """What score's own check will say of this layout, before there is a reference."""
     device = dataclasses.asdict(options.device)
     if device["precision"] == "checkpoint":
         device["precision"] = reference.device.precision

@@ -1,4 +1,4 @@
-"""The stages of a pipeline as SLURM jobs that wait for each other: sbatch lines, what is in the queue, submission."""
+"""The stages of a pipeline as SLURM jobs that wait for each other: lines, queue, submission."""
 
 import datetime
 import hashlib
@@ -107,7 +107,7 @@ class Cluster:
         return list(found.values())
 
     def queue(self) -> dict[str, Queued]:
-        """The jobs of this pipeline that wait or run, by stage. SlurmError when SLURM does not answer."""
+        """The jobs of this pipeline that wait or run, by stage. SlurmError: SLURM does not answer."""
         command = ["squeue", "--noheader", "--format=%F|%T|%r|%j"]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
@@ -127,7 +127,7 @@ class Cluster:
     def submit(
         self, stages: list[Stage], queue: dict[str, Queued], say: Callable
     ) -> dict[str, str]:
-        """Submit stages, in order, after those of `queue` and of each other; returns stage -> job id.
+        """Submit stages, in order, after those of `queue` and each other; returns stage -> job id.
 
         SlurmError at the first that is refused: what was submitted before it stays.
         """
@@ -207,7 +207,7 @@ def write_script(folder: Path, text: str) -> None:
 
 
 def _options(sbatch: dict) -> list[str]:
-    """{gpus_per_node: 8, exclusive: true} as --gpus-per-node=8 --exclusive; false leaves an option out."""
+    """{gpus_per_node: 8, exclusive: true} as --gpus-per-node=8 --exclusive; false leaves one out."""
     words = []
     for name, value in sbatch.items():
         option = "--" + str(name).replace("_", "-")
@@ -221,7 +221,7 @@ def _options(sbatch: dict) -> list[str]:
 def missing(
     pipeline: Assembled, state: State, queue: dict[str, Queued]
 ) -> tuple[list[Stage], list[str]]:
-    """The stages to submit, and the names of queued jobs that can never start and are to be cancelled.
+    """The stages to submit, and the names of queued jobs that can never start, to be cancelled.
 
     ConfigError when a job still runs from an earlier description: two would write into one place.
     """

@@ -1,4 +1,4 @@
-"""The stages of a description: what each runs, after which others, from what, and what it leaves."""
+"""The stages of a description: what each runs, after which others, and what it leaves."""
 
 import graphlib
 import os
@@ -226,7 +226,7 @@ def _text_before(inputs: list[str], description: Pipeline) -> tuple[str, ...]:
 
 
 def _identity_of(inputs: list[str], description: Pipeline) -> list[str]:
-    """The names of inputs that the stage text makes; of others the contents count, not the names."""
+    """The names of inputs that the stage text makes; of others the contents count."""
     return [word for word in inputs if _made_here([word], description)]
 
 

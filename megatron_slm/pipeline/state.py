@@ -1,9 +1,11 @@
-"""What the pipeline's folder remembers: what each stage's output was made from, so that finished and unchanged ones are kept.
+"""What the pipeline's folder remembers: what each stage's output was made from.
+
+By that, finished and unchanged ones are kept.
 
 FOLDER/pipeline/description.yaml    the description, complete
 FOLDER/pipeline/configs/            the complete settings of every training and scoring
 FOLDER/pipeline/stages/NAME         the key of what is, or is being, made there
-FOLDER/pipeline/stages/NAME.done    the key of what a program has finished that leaves no other sign of it
+FOLDER/pipeline/stages/NAME.done    the key of a program that has finished
 FOLDER/earlier_1, earlier_2, ...    what earlier descriptions had made
 """
 
@@ -128,7 +130,10 @@ def _read(path: Path) -> str:
 
 
 def _contents(reads: tuple[str, ...]) -> list[str]:
-    """One line per file that the words name: its content's sha256, or its name, size and time where there is much to read."""
+    """One line per file that the words name: its content's sha256.
+
+    Its name, size and time instead where there is much to read.
+    """
     files = [path for word in reads for path in _files(word)]
     sizes = [path.stat().st_size for path in files]
     if sum(sizes) > HASHED_BYTES_AT_MOST:

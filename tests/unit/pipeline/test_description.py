@@ -1,4 +1,4 @@
-"""A description is refused with all its problems at once, before anything is started; its settings reach the configurations."""
+"""A description is refused with all its problems at once; its settings reach the programs."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""The descriptions in launch/pipelines: readable, complete, and refused for nothing but files that are not here."""
+"""The descriptions in launch/pipelines are refused for nothing but files that are not here."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""megatron_slm.submit with stand-ins for sbatch and squeue: lines, dependencies, what a resume submits and what it keeps."""
+"""megatron_slm.submit with stand-ins for sbatch and squeue: dependencies, and every resume."""
 
 import json
 
