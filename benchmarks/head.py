@@ -7,6 +7,7 @@
 Each round runs ours and the peer once, forward and backward, on the same tensors. One JSON line per case: medians, minima, and the
 ratio ours / peer of medians and of minima. The selected rows' gradients are compared with fp64 first (`--no-check` skips it), and
 a wrong gradient fails the case whatever its speed. Exit code 1 when a gate is missed by more than 3 %.
+The gates (C1 …, G1 …) are defined at the head of benchmarks/RESULTS.md.
 
 Peers: `megatron`         megatron-core's head: weight product, vocab_parallel_cross_entropy, masked loss, backward;
        `megatron-fused`   the same with fused_vocab_parallel_cross_entropy;

@@ -7,6 +7,7 @@
 Loader: all sides run in one process in alternating rounds on the same random tokens, page cache warm; CPU seconds of one thread, medians.
 Every sample of the scored side is checked: the stored score is the one of that token. Quantize: which tokens a keep fraction of 0.6
 selects from fp32 reference losses, and how many of them change when those are stored coarser. Exit code 1 when a gate is missed.
+The gates (C1 …, G1 …) are defined at the head of benchmarks/RESULTS.md.
 """
 
 import argparse

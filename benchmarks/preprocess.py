@@ -3,7 +3,7 @@
     python benchmarks/preprocess.py --corpus corpus.jsonl --tokenizer vocab.model --megatron-lm ../Megatron-LM
     python benchmarks/preprocess.py --make-corpus corpus.jsonl --bytes 120000000      real text from installed packages
     python benchmarks/preprocess.py --corpus corpus.jsonl --tokenizer vocab.model --memory
-    python benchmarks/preprocess.py --write --tokens 35e6                              writing alone, beside megatron-core's builder (C15)
+    python benchmarks/preprocess.py --write --tokens 35e6                              writing alone, beside megatron-core's builder (gate C15 of benchmarks/RESULTS.md)
 
 The programs run one after another, in turn, `--rounds` times, each with the same workers on the same input. The figure is MB of
 text per CPU second of all processes (a shared machine changes wall time, hardly CPU time), wall time beside it. The outputs are

@@ -1,7 +1,7 @@
 """Time and bytes of exact selection, beside the obvious way: torch.topk of an all-gather.
 
     python benchmarks/selection.py                       everything, about 6 minutes on 2 cores
-    python benchmarks/selection.py --part one-process    gate C10
+    python benchmarks/selection.py --part one-process    gate C10 (gates: benchmarks/RESULTS.md)
     python benchmarks/selection.py --part ranks --ranks 4 --tokens 4194304        gate C11
     python benchmarks/selection.py --part diagnostics    the sums and counts, beside real training steps of the quickstart model
     python benchmarks/selection.py --part scaling        to 512 ranks and 16 M tokens, from measured parts

@@ -9,6 +9,7 @@ A training step is everything `megatron_slm.train` does between two batches: (re
 sums for the metrics. Peers: `clm` is megatron-core's plain CLM step, `forward` its forward pass with labels under no_grad; both are an
 unmodified GPTModel of the same layers (benchmarks/step_sides.py). The first step is compared first (`--no-check` skips it): token losses,
 selected set, gradients; a difference fails every case. One JSON line per case; exit code 1 when a gate is missed by more than 3 %.
+The gates (C8, G6 …) are defined at the head of benchmarks/RESULTS.md.
 
 CPU time of one thread by default; `--clock wall --threads N` on an idle machine. On CUDA the clock is CUDA events, and two more lines
 give this device's ceilings: an 8192 x 8192 x 8192 bf16 product and an 8 GB copy.

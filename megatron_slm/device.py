@@ -93,7 +93,8 @@ def use_cpu() -> None:
     torch.cuda._answered_by_cpu = True
     cpu = torch.device("cpu")
 
-    # device="cuda" and device=<int> in tensor factories (schedules.py:596, clip_grads.py:90, param_and_grad_buffer.py:784 ...).
+    # device="cuda" and device=<int> in tensor factories: forward_backward_no_pipelining,
+    # get_grad_norm_fp32, _ParamAndGradBuffer and others of megatron-core.
     # `with torch.device("meta")` knows the factories it redirects by identity and looks them up once: before they are wrapped,
     # or transformers' from_pretrained would build its rotary embeddings from uninitialised memory.
     _device_constructors()
@@ -102,28 +103,28 @@ def use_cpu() -> None:
     # device=torch.cuda.current_device(): answering with the CPU device itself serves every such call.
     torch.cuda.current_device = lambda: cpu
     torch.cuda.set_device = lambda device: None
-    torch.cuda.device_count = (
-        lambda: 1
-    )  # checkpoint workers compute rank % device_count (async_utils.py:488)
+    # Checkpoint workers (PersistentAsyncCaller.async_loop) compute rank % device_count.
+    torch.cuda.device_count = lambda: 1
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
 
-    # Streams: the dispatcher of a mixture of experts copies counts to the host on one (token_dispatcher.py:444). On the CPU work is done in order.
+    # Streams: MoEAlltoAllTokenDispatcher copies counts to the host on one. The CPU works in order.
     # A class, as CUDA's is: transformers writes `torch.cuda.Stream | None` into its signatures.
     only_stream = _CpuStream()
     torch.cuda.Stream = _CpuStream
     torch.cuda.current_stream = lambda device=None: only_stream
     torch.cuda.stream = lambda stream: nullcontext()
 
-    # tensor.cuda(), module.cuda(), tensor.to("cuda") (language_module.py:244, rope_utils.py:64, exchange_utils.py:336).
+    # tensor.cuda(), module.cuda(), tensor.to("cuda"): setup_embeddings_and_output_layer of
+    # LanguageModule, get_pos_emb_on_this_cp_rank, exchange_loaded_tensors_gather_rounds.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, device=None: self
     torch.Tensor.to = _to_cpu(torch.Tensor.to)
 
-    # Optimizers sort parameters by the *name* of their type (optimizer.py:671, distrib_optimizer.py:361, clip_grads.py:167).
+    # Optimizers and clip_grad_by_total_norm_fp32 sort parameters by the *name* of their type.
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)
 
-    # One random state: CUDA's generator is the CPU's (random.py:55-103, 235, 422).
+    # One random state, for CudaRNGStatesTracker too: CUDA's generator is the CPU's.
     torch.cuda.manual_seed = torch.default_generator.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
@@ -135,7 +136,7 @@ def use_cpu() -> None:
     megatron_random._set_cuda_rng_state = (
         lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     )
-    # It turns the split sizes of the all-to-all into numpy only when it finds them on a GPU (moe_utils.py:1066).
+    # It turns the split sizes of the all-to-all into numpy only when it finds them on a GPU.
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     token_dispatcher.maybe_move_tensor_to_cpu = (
@@ -149,7 +150,7 @@ def use_cpu() -> None:
 def _answer_uneven_collectives() -> None:
     """Gather and reduce-scatter uneven pieces by an all-to-all: gloo knows equal ones only, and tokens are dealt to experts as they choose.
 
-    Experts split over a tensor group need them (mappings.py:150, 193).
+    Experts split over a tensor group need them.
     """
     import megatron.core.tensor_parallel.mappings as mappings
 
@@ -219,7 +220,7 @@ def _on_cpu(factory):
     def on_cpu(*args, **kwargs):
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        # Pinning needs CUDA; context parallel RoPE asks for it (rope_utils.py:64).
+        # Pinning needs CUDA; context parallel RoPE (get_pos_emb_on_this_cp_rank) asks for it.
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 

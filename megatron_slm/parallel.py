@@ -18,8 +18,9 @@ class Groups:
     """This process's place in the parallel layout, and the process groups it talks in.
 
     tp: tensor (also sequence) parallel; pp: pipeline; dp: data; cp: context; dp_cp: data x context, the ranks whose
-    gradients are summed and, on the last pipeline stage, whose tokens compete (METHOD 4.9). ep: expert parallel, ranks of
-    dp_cp (and tp, with expert_tensor below tensor) that hold different experts of the same layers.
+    gradients are summed and, on the last pipeline stage, whose tokens compete
+    (docs/method.md#point-9). ep: expert parallel, ranks of dp_cp (and tp, with expert_tensor below
+    tensor) that hold different experts of the same layers.
     """
 
     tp: dist.ProcessGroup
@@ -46,7 +47,10 @@ class Groups:
     is_first_stage = property(lambda self: self.pp.rank() == 0)
     is_last_stage = property(lambda self: self.pp.rank() == self.pp.size() - 1)
     is_logger = property(lambda self: dist.get_rank() == dist.get_world_size() - 1)
-    """The last rank of the world is always in the last pipeline stage, where the losses are (USERS_ASK 61)."""
+    """The last rank of the world is always in the last pipeline stage, where the losses are.
+
+    Rank 0 has none with pipeline parallelism, and would log a placeholder in their place.
+    """
 
 
 def start(

@@ -223,7 +223,10 @@ class ScoreStore:
             )
 
     def context_warnings(self, sequence_length: int, document_policy: str = "packed") -> list[str]:
-        """Ways in which the context that priced a token differs from the context it is trained in (METHOD 4.13)."""
+        """Ways in which the context a token was scored in differs from the one it is trained in.
+
+        docs/method.md#point-13
+        """
         warnings = []
         if self.manifest.window_tokens != sequence_length:
             warnings.append(

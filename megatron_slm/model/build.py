@@ -155,7 +155,8 @@ def transformer_config(
         # peer and are matched in order (megatron-core 0.16.1 has no check). Overlap with unbatched p2p is right everywhere.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # The loss stays a sum; gradients are divided once, by the global selected count (METHOD 4.1).
+        # The loss stays a sum; gradients are divided once, by the global selected count
+        # (docs/method.md#point-1).
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fused_weight_gradient,
         fp8=None if config.device.fp8 == "none" else config.device.fp8,
@@ -175,8 +176,9 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or one per virtual pipeline stage), initialised from run.seed.
 
-    `trainable=False` freezes the weights and puts the model in eval mode: a reference (METHOD 4.18).
-    bf16 and fp16 models come wrapped in megatron-core's Float16Module. ValueError: an engine that was asked for cannot run here.
+    `trainable=False` freezes the weights and puts the model in eval mode: a reference
+    (docs/method.md#point-18). bf16 and fp16 models come wrapped in megatron-core's Float16Module.
+    ValueError: an engine that was asked for cannot run here.
     """
     from megatron.core.transformer.module import Float16Module
 

@@ -35,7 +35,8 @@ def forward_backward(
 
     Equals, in one process: `(sum_m loss_sum_m / sum_m divisor_m).backward()`. The divisor is summed here in float64 and
     not through megatron-core's `num_tokens`, which is an integer: a float there raises on last-stage ranks only and hangs
-    the others, and soft token weights need a float (METHOD 4.1, 4.2). Returns the reports of the last stage, else [].
+    the others, and soft token weights need a float (docs/method.md#point-1, #point-2).
+    Returns the reports of the last stage, else [].
 
     `divisor_ahead`: for models with experts, the divisors this rank's micro-batches will have (float64, 0-d; read on the last stage). With it the
     mean over micro-batches of the routers' auxiliary losses is added to what is differentiated (model/router.py).

@@ -1,7 +1,8 @@
 """Layer specs: Transformer Engine's layers, or torch-native ones that run anywhere torch does.
 
-megatron-core's own local layers refuse sequence parallelism (torch_norm.py:32) and context parallelism
-(dot_product_attention.py:56), and materialise [s, s] attention scores. These two modules replace exactly those parts.
+megatron-core's own local layers refuse sequence parallelism (WrappedTorchNorm) and context
+parallelism (DotProductAttention), and materialise [s, s] attention scores. These two modules
+replace exactly those parts.
 
 Shapes: s = sequence (local to the sequence- or context-parallel rank), b = batch, n = heads, g = key/value groups, d = head size.
 """
@@ -29,7 +30,8 @@ class RMSNorm(torch.nn.Module):
     """torch.nn.functional.rms_norm in fp32, with a weight, by apex's fused kernel where it is built; marks its weight for sequence parallelism.
 
     Under sequence parallelism each tensor rank sees other positions, so the weight's gradient must be summed over the
-    tensor group; megatron-core does that for weights with `sequence_parallel` set (finalize_model_grads.py:318).
+    tensor group; megatron-core does that for weights with `sequence_parallel` set
+    (_allreduce_non_tensor_model_parallel_grads).
     """
 
     def __init__(

@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_slm.parallel import Groups
 from megatron_slm.selection.diagnostics import Measured
 
-# The router asks for this name also where Transformer Engine is not installed (moe_utils.py:1192 of 0.16.1).
+# RouterGatingLinearFunction asks for this name also where Transformer Engine is not installed
+# (megatron-core 0.16.1).
 vars(moe_utils).setdefault("te_general_gemm", None)
 
 
@@ -35,7 +36,8 @@ class Router(TopKRouter):
 
     All gradients are divided by W at the end of the step, so each loss is attached times W / micro-batches here: W must be known before
     backward. megatron-core's own factor, the rank's number of tokens, is for a division by all tokens; selecting 60 % of them would multiply the
-    losses by 1 / 0.6, and it misses a factor tensor x context size (router.py:465 of 0.16.1 counts the rank's tokens, the sum runs over all).
+    losses by 1 / 0.6, and it misses a factor tensor x context size
+    (attach_and_log_load_balancing_loss of 0.16.1 counts the rank's tokens, the sum runs over all).
     """
 
     auxiliary_scale: Tensor | None = None

@@ -1,8 +1,8 @@
 """Record sums and counts on the device; reduce them over ranks once per log interval.
 
 A ratio is recorded as two sums and divided once, after the reduction: token selection makes the count differ in every
-micro-batch and rank, so a mean of means would be wrong (METHOD.md 4.4). Nothing here waits for the device before
-`reduce`.
+micro-batch and rank, so a mean of means would be wrong (docs/method.md#point-4).
+Nothing here waits for the device before `reduce`.
 
 Which ranks: the losses exist only on the last pipeline stage. Every rank may call `reduce(groups.dp_cp)`; the reduction
 stays inside that stage's data x context parallel ranks (tensor ranks hold copies), and the last rank of the world,

@@ -116,7 +116,10 @@ class Scorer:
 def _place(
     values: dict[str, np.ndarray], start: int, windows: list[Window], output: dict[str, np.ndarray]
 ) -> None:
-    """Copy each window's priced tokens to their offsets: input i of a window predicts token first + i + 1 (METHOD 4.11)."""
+    """Copy each window's scored tokens to their offsets in the corpus.
+
+    Input i of a window predicts token first + i + 1 (docs/method.md#point-11).
+    """
     for row, window in enumerate(windows):
         inputs = slice(window.score_start - 1 - window.first, window.score_end - 1 - window.first)
         for column, value_BS in output.items():

@@ -172,8 +172,9 @@ def transformers_scorer(
 ) -> Scorer:
     """Losses (and entropies) of any causal model that transformers can open from a local folder, in this process.
 
-    The model's own logits are taken to fp32. At precision bf16 the logits themselves are rounded, which moves 0.5 to 4 % of
-    the selection (METHOD 4.16): use fp32 where memory allows, or import the model into this project and score with it.
+    The model's own logits are taken to fp32. At precision bf16 the logits themselves are rounded,
+    which moves 0.5 to 4 % of the selection (docs/method.md#point-16): use fp32 where memory allows,
+    or import the model into this project and score with it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -197,7 +198,8 @@ def transformers_scorer(
         made = []
         for batch in batches:
             logits_BSV = model(input_ids=batch.tokens_BS.to(device), use_cache=False).logits
-            # Rows beyond the tokenizer's ids are padding and can never be right (METHOD 4.17).
+            # Rows beyond the tokenizer's ids are padding and can never be right
+            # (docs/method.md#point-17).
             log_p = [
                 logits_SV[:, :vocabulary_size].float().log_softmax(-1) for logits_SV in logits_BSV
             ]

@@ -49,7 +49,10 @@ def megatron_scorer(
 
 
 def whole_sequences(value_BS: torch.Tensor, groups: Groups) -> np.ndarray:
-    """The [B, S] values of all context-parallel ranks, head-tail chunks put back in order (METHOD 4.15)."""
+    """The [B, S] values of all context-parallel ranks, head-tail chunks put back in order.
+
+    docs/method.md#point-15
+    """
     size = groups.cp_size
     if size > 1:
         parts = [torch.empty_like(value_BS) for _ in range(size)]

@@ -62,7 +62,10 @@ def reference_config(
 
 
 def load_reference(reference: Reference, config: Config, groups: Groups) -> list:
-    """The model chunks of this rank, weights loaded, in eval mode (METHOD 4.18). Every rank calls it."""
+    """The model chunks of this rank, weights loaded, in eval mode. Every rank calls it.
+
+    Without dropout, as docs/method.md#point-18 asks.
+    """
     from megatron_slm.checkpoint.store import load_weights
     from megatron_slm.model.build import build_model
 

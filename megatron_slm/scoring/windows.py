@@ -50,7 +50,10 @@ class WindowPlan:
             )
 
     def first_tokens(self, start: int, end: int) -> np.ndarray:
-        """Offsets in [start, end) of tokens without a meaningful score: the first of each document (METHOD 4.14)."""
+        """Offsets in [start, end) of tokens without a meaningful score: the first of each document.
+
+        docs/method.md#point-14
+        """
         low, high = np.searchsorted(self.document_starts, (start, end))
         return self.document_starts[low:high]
 

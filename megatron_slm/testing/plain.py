@@ -183,7 +183,10 @@ class PlainDecoder(torch.nn.Module):
 def top_tokens(
     score: list[float], token_id: list[int], eligible: list[bool], keep_fraction: float
 ) -> set[int]:
-    """Ids of the kept tokens, by sorting everything: score descending, token id ascending (METHOD 4.5, 4.6)."""
+    """Ids of the kept tokens, by sorting everything: score descending, token id ascending.
+
+    docs/method.md#point-5 and #point-6
+    """
     ranked = sorted((-s, i) for s, i, e in zip(score, token_id, eligible) if e and math.isfinite(s))
     kept = max(1, math.ceil(keep_fraction * len(ranked) - 1e-9)) if ranked else 0
     return {i for _, i in ranked[:kept]}

@@ -143,8 +143,9 @@ def choose_before_backward(
     """What must or may be chosen before the training pass; None when each micro-batch chooses from its own losses, in that pass.
 
     Scope global_batch: every loss of the step by a forward pass first, then one choice over all of them. 1F1B runs the backward of
-    micro-batch i before the forward of j, so one pass cannot know the step's threshold (METHOD 4.7). A static scorer reads stored
-    columns only: no forward pass, whatever the scope. One Known per micro-batch on the last stage, where selection lives; None elsewhere.
+    micro-batch i before the forward of j, so one pass cannot know the step's threshold
+    (docs/method.md#point-7). A static scorer reads stored columns only: no forward pass, whatever
+    the scope. One Known per micro-batch on the last stage, where selection lives; None elsewhere.
     """
     chooser = trainer.chooser
     if not (chooser.needs_whole_step or chooser.head_on_selected_rows):

@@ -1,4 +1,7 @@
-"""Points of the method (section 4) that need a model on several ranks: empty ranks, padded vocabulary, precision of losses, modes.
+"""Points of docs/method.md that need a model on several ranks.
+
+They are empty ranks, padded vocabulary, precision of losses and modes. tests/test_method_points.py
+is the index of all points.
 
 One set of processes for all of them. B sequences, S tokens, V padded vocabulary.
 """
@@ -214,7 +217,7 @@ def results():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_method_04_03_a_rank_or_step_with_nothing_selected_is_legal(layout, results):
+def test_point_03_a_rank_or_step_with_nothing_selected_is_legal(layout, results):
     """It neither hangs (this test ended) nor makes a NaN, and the tokens of the other ranks count in full."""
     ranks = results[layout]
     last = [rank["empty"][0] for rank in ranks if rank["last_stage"]]
@@ -244,7 +247,7 @@ def test_method_04_03_a_rank_or_step_with_nothing_selected_is_legal(layout, resu
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_method_04_16_losses_are_fp32_from_fp32_logits_in_a_bf16_model(layout, results):
+def test_point_16_losses_are_fp32_from_fp32_logits_in_a_bf16_model(layout, results):
     losses = torch.cat([loss.flatten() for rank in results[layout] for loss in rank["bf16"]])
     assert losses.dtype == torch.float32
     assert (losses.bfloat16().float() != losses).float().mean() > 0.9, (
@@ -253,13 +256,13 @@ def test_method_04_16_losses_are_fp32_from_fp32_logits_in_a_bf16_model(layout, r
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_method_04_17_padded_vocabulary_columns_are_minus_infinity_in_both_models(layout, results):
+def test_point_17_padded_vocabulary_columns_are_minus_infinity_in_both_models(layout, results):
     for rank in results[layout]:
         assert rank["poison"] == {True: 0.0, False: 0.0}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_method_04_18_forward_only_passes_are_without_dropout(layout, results):
+def test_point_18_forward_only_passes_are_without_dropout(layout, results):
     for rank in results[layout]:
         (first, second, quiet, frozen), modes = rank["dropout"]
         for others in (second, quiet, frozen):

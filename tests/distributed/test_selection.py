@@ -325,7 +325,7 @@ def _check_running_threshold(rank, groups):
     )
 
 
-def test_method_04_05_exact_k_over_ranks_ragged_and_empty():
+def test_point_05_exact_k_over_ranks_ragged_and_empty():
     _spawn(
         _check_random_populations,
         _check_backends_agree_when_large,
@@ -334,5 +334,5 @@ def test_method_04_05_exact_k_over_ranks_ragged_and_empty():
     )
 
 
-def test_method_04_08_and_09_scopes_and_scorers_do_not_depend_on_the_layout():
+def test_point_08_and_09_scopes_and_scorers_do_not_depend_on_the_layout():
     _spawn(_check_scopes_under_layouts, _check_scorers_under_layouts, _check_running_threshold)

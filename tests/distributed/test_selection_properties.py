@@ -177,6 +177,6 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def test_method_04_05_every_scope_is_the_brute_force_choice_in_every_layout():
+def test_point_05_every_scope_is_the_brute_force_choice_in_every_layout():
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(worker, (folder,), nprocs=WORLD)

@@ -1,4 +1,7 @@
-"""One training step on a GPU against an unmodified megatron-core GPTModel: what cases G6 to G8 of the step benchmark assert. Skipped without CUDA."""
+"""One training step on a GPU against an unmodified megatron-core GPTModel. Skipped without CUDA.
+
+It asserts what cases G6 to G8 of the step benchmark assert; benchmarks/RESULTS.md defines them.
+"""
 
 import math
 

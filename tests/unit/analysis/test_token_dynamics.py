@@ -7,8 +7,9 @@ from megatron_slm.analysis.token_dynamics import CATEGORIES, classify
 
 
 def by_polyfit(loss_TC):
-    """METHOD: l_i ~ a x_i + b, x = 0..n; change = a n; L_mean = mean of all tokens at the last
-    checkpoint.
+    """docs/method.md#token-categories, with numpy's own fit.
+
+    l_i ~ a x_i + b, x = 0..n; change = a n; L_mean = mean of all tokens at the last checkpoint.
     """
     n = loss_TC.shape[1] - 1
     mean_last = loss_TC[:, -1].mean()

@@ -208,7 +208,7 @@ def test_validation_reads_the_same_batches_every_time(corpus):
 
 
 def test_context_parallel_slices_apply_to_every_tensor_alike(dataset):
-    """METHOD 4.15: tokens, labels, masks, ids and scores are cut into the same head-tail chunks."""
+    """docs/method.md#point-15: all tensors are cut into the same head-tail chunks."""
     batch = collate([dataset[0], dataset[1]], [0, 1])
     for size in (2, 4):
         parts = [slice_for_context_parallel(batch, rank, size) for rank in range(size)]

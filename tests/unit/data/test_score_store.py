@@ -216,7 +216,7 @@ def test_verify_counts_tokens_without_score_beyond_first_tokens(tmp_path, corpus
 
 
 def test_scores_of_another_corpus_or_tokenizer_are_refused(tmp_path, corpus):
-    """METHOD 4.12: bound by fingerprint to corpus and tokenizer."""
+    """docs/method.md#point-12: bound by fingerprint to corpus and tokenizer."""
     store = write_scores(tmp_path / "s", tmp_path / "corpus")
     store.check_against(corpus)
     with pytest.raises(ValueError, match="corpus fingerprint"):
@@ -226,7 +226,7 @@ def test_scores_of_another_corpus_or_tokenizer_are_refused(tmp_path, corpus):
 
 
 def test_another_training_context_is_said(tmp_path, corpus):
-    """METHOD 4.13: window and document policy are recorded; training with another window is warned about."""
+    """docs/method.md#point-13: window and document policy are recorded, and another is warned of."""
     store = write_scores(
         tmp_path / "s", tmp_path / "corpus", window_tokens=16, document_policy="isolated"
     )

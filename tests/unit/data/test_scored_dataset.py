@@ -71,7 +71,7 @@ def check_sample(sample, documents, sequence_length):
 def test_scores_belong_to_their_tokens_whatever_the_length_seed_and_blend(
     data, sequence_length, seed, weights
 ):
-    """METHOD 4.12, over several epochs of every corpus of a blend."""
+    """docs/method.md#point-12, over several epochs of every corpus of a blend."""
     folder, documents = data
     dataset = training_dataset(
         opened(folder, "abc"),
@@ -87,7 +87,7 @@ def test_scores_belong_to_their_tokens_whatever_the_length_seed_and_blend(
 
 
 def test_score_and_label_are_the_same_slice(data):
-    """METHOD 4.11: score[i] prices token i, so labels and scores are both [1:] of the sample."""
+    """docs/method.md#point-11: score[i] is of token i; labels and scores are [1:] of a sample."""
     folder, documents = data
     dataset = training_dataset(opened(folder), sequence_length=31, seed=1, samples=10)
     flat_of_scores = np.concatenate(documents["a"])
@@ -125,7 +125,7 @@ def test_isolated_documents_begin_where_the_first_tokens_are(data):
 
 
 def test_first_token_of_a_document_is_not_eligible(data):
-    """METHOD 4.14: masked as a label, while it stays an input; the same rule with and without scores."""
+    """docs/method.md#point-14: masked as a label, kept as an input, with and without scores."""
     folder, documents = data
     starts = set(np.cumsum([0] + [len(document) for document in documents["a"][:-1]]).tolist())
     plain = training_dataset(
@@ -297,7 +297,7 @@ def test_cache_gives_what_building_gives_and_survives_read_only_folders(tmp_path
 
 
 def test_changed_corpus_or_tokenizer_is_refused(tmp_path):
-    """METHOD 4.12: one byte of the corpus, or another tokenizer, and training refuses with a sentence."""
+    """docs/method.md#point-12: one byte of the corpus, or another tokenizer, and training refuses."""
     make(tmp_path, "x")
     with pytest.raises(ValueError, match="tokenizer"):
         open_corpora([str(tmp_path / "x")], tokenizer={"fingerprint": "sha256:another"})

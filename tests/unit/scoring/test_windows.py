@@ -14,7 +14,7 @@ from megatron_slm.scoring.windows import Window, WindowPlan, batches, padded_len
     shard=strategies.integers(1, 60),
 )
 def test_every_token_is_priced_once_with_the_promised_context(lengths, window, data, policy, shard):
-    """METHOD 4.13: coverage, context and document borders; the same windows whatever the shards."""
+    """docs/method.md#point-13: coverage, context, document borders; the same for all shards."""
     stride = data.draw(strategies.integers(1, window))
     starts = np.cumsum([0] + lengths[:-1])
     total = sum(lengths)

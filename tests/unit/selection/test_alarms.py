@@ -29,7 +29,7 @@ def test_a_healthy_run_warns_of_nothing():
     assert warnings_of(summary_of(*healthy()), keep_fraction=0.6) == {}
 
 
-def test_method_04_19_reference_equal_to_the_model_is_noticed_through_fp16_storage():
+def test_point_19_reference_equal_to_the_model_is_noticed_through_fp16_storage():
     loss, _ = healthy()
     assert "reference_is_the_model" in warnings_of(summary_of(loss, loss.half().float()), 0.6)
     exactly = warnings_of(summary_of(loss, loss), 0.6)

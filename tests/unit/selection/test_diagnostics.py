@@ -88,7 +88,7 @@ def test_describe_is_plain_arithmetic_over_the_choice():
     )
 
 
-def test_method_04_04_ratios_are_formed_after_the_sums_are_added():
+def test_point_04_ratios_are_formed_after_the_sums_are_added():
     first, *_ = described(0, keep_fraction=0.2)
     second, *_ = described(1, keep_fraction=0.9)
     total = add(add(None, first), second)

@@ -83,7 +83,7 @@ def test_none_is_plain_clm_and_needs_no_score(columns, everyone):
     assert torch.equal(chosen.mask, everyone) and (chosen.kept, chosen.eligible) == (128, 128)
 
 
-def test_method_04_10_random_depends_on_step_and_token_id_only(columns):
+def test_point_10_random_depends_on_step_and_token_id_only(columns):
     scorer = build_scorer("random", seed=1)
     score = scorer(columns, START)
     order = torch.randperm(128)
@@ -191,7 +191,7 @@ def test_stored_mask_and_weights_decide_alone(columns, everyone):
     assert soft.weights.unique().tolist() == [0.0, 0.5, 2.0] and int(soft.selected_count) == 64
 
 
-def test_method_04_02_soft_weights_have_their_own_float_divisor(columns, everyone):
+def test_point_02_soft_weights_have_their_own_float_divisor(columns, everyone):
     soft = build_scorer("entropy_weight", gamma=0.5).choose(
         columns, everyone, 0.6, micro_batch(columns), START
     )

@@ -40,7 +40,7 @@ def populations(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(populations(), FRACTIONS, st.booleans())
-def test_method_04_05_exact_k_is_the_brute_force_choice(population, keep_fraction, give_ids):
+def test_point_05_exact_k_is_the_brute_force_choice(population, keep_fraction, give_ids):
     score, eligible, token_id = population
     token_id = token_id if give_ids else None
     chosen = select_top(score, eligible, keep_fraction, token_id=token_id)
@@ -80,7 +80,7 @@ def test_radix_select_over_ids_is_a_sort(ids, data, compact):
     )
 
 
-def test_method_04_05_exact_k_rounds_as_stated():
+def test_point_05_exact_k_rounds_as_stated():
     score = torch.arange(10.0)
     assert select_top(score, torch.ones(10), 0.7).kept == 7
     assert select_top(score, torch.ones(10), 0.71).kept == 8
@@ -95,14 +95,14 @@ def test_method_04_05_exact_k_rounds_as_stated():
     assert kept_tokens(0.1, 30) == 3 and kept_tokens(0.6, 0) == 0
 
 
-def test_method_04_05_ties_are_broken_by_token_id_not_by_place():
+def test_point_05_ties_are_broken_by_token_id_not_by_place():
     score = torch.tensor([5.0, 1.0, 1.0, 1.0, 1.0])
     chosen = select_top(score, torch.ones(5), 0.6, token_id=torch.tensor([0, 9, 2, 7, 3]))
     assert chosen.mask.tolist() == [True, False, True, False, True]
     assert (chosen.kept, chosen.ties) == (3, 4)
 
 
-def test_method_04_06_ineligible_tokens_are_outside_the_mask_and_the_count():
+def test_point_06_ineligible_tokens_are_outside_the_mask_and_the_count():
     excess = torch.tensor(
         [-1.0, -2.0, -3.0, -4.0, 0.0, 0.0]
     )  # the last two are padding: excess 0 is above every real token
@@ -113,14 +113,14 @@ def test_method_04_06_ineligible_tokens_are_outside_the_mask_and_the_count():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_method_04_06_non_finite_scores_do_not_compete(broken):
+def test_point_06_non_finite_scores_do_not_compete(broken):
     chosen = select_top(torch.tensor([broken, 1.0, 2.0]), torch.ones(3), 1.0)
     assert chosen.mask.tolist() == [False, True, True]
     assert chosen.eligible == 2
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0)])
-def test_method_04_03_nothing_to_select_is_legal(shape):
+def test_point_03_nothing_to_select_is_legal(shape):
     chosen = select_top(torch.zeros(shape), torch.ones(shape), 0.6)
     assert (
         chosen.mask.shape == shape

@@ -1,0 +1,126 @@
+"""What the tree refers to is in the tree: documents, their anchors, and the gates of the benchmarks.
+
+A reader of a comment can look up only what came with the code. megatron-core is quoted by symbol,
+since line numbers change with every release.
+"""
+
+import ast
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+READ = (".py", ".md", ".sh", ".sbatch", ".yaml", ".yml", ".toml", ".txt")
+NOT_HERE = {
+    "a document that is not in the repository": re.compile(
+        r"\b(?:METHOD|DESIGN|REVIEW|STYLE|PERFORMANCE|MEGATRON_FACTS)(?:\.md\b|,? (?:section )?\d)"
+        r"|\bUSERS_ASK\b"
+    ),
+    # A name of one letter is an example of a test, not a file.
+    "a line of a file, which moves (quote the symbol)": re.compile(r"\b\w{2,}\.py:\d+"),
+}
+GATE = re.compile(r"(?<![\w-])([CG]\d{1,2})(?=\b|-[a-z])")
+RESULTS = "benchmarks/RESULTS.md"
+
+
+@functools.cache
+def texts() -> dict[str, str]:
+    """Path below the root -> text, of every file that is or would be committed, except this one."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    paths = [ROOT / name for name in listed if name.endswith(READ)]
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in paths
+        if path.is_file() and path != Path(__file__).resolve()
+    }
+
+
+def anchors(page: str) -> set[str]:
+    """Fragments that lead somewhere in a page: its ids, and its headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', page))
+
+
+@pytest.mark.parametrize("kind", NOT_HERE)
+def test_nothing_refers_to_what_a_reader_does_not_have(kind):
+    found = [
+        f"{name}: {match[0]}"
+        for name, text in texts().items()
+        for match in NOT_HERE[kind].finditer(text)
+    ]
+    assert not found, f"{kind}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("a document that is not in the repository", "divided once (METHOD 4.1)"),
+        ("a document that is not in the repository", "as METHOD.md 4.4 says"),
+        ("a document that is not in the repository", "USERS_ASK 61"),
+        ("a document that is not in the repository", "see DESIGN section 4"),
+        ("a line of a file, which moves (quote the symbol)", "(router.py:465 of 0.16.1)"),
+    ],
+)
+def test_such_references_are_recognised(kind, text):
+    assert NOT_HERE[kind].search(text)
+
+
+def test_anchors_of_guides_lead_somewhere():
+    """`docs/page.md#anchor`, and `, #anchor` after it, wherever they stand; links within docs/ too."""
+    lost = []
+    for name, text in texts().items():
+        cited = re.findall(r"docs/(\w+\.md)((?:#[\w-]+)(?:(?:, | and )#[\w-]+)*)", text)
+        if name.startswith("docs/"):
+            cited += re.findall(r"\]\((\w+\.md)(#[\w-]+)\)", text)
+            own = Path(name).name
+            cited += [(own, anchor) for anchor in re.findall(r"\]\((#[\w-]+)\)", text)]
+        for page, fragments in cited:
+            known = anchors(texts().get(f"docs/{page}", ""))
+            wanted = re.findall(r"#([\w-]+)", fragments)
+            lost += [f"{name}: docs/{page}#{anchor}" for anchor in wanted if anchor not in known]
+    assert not lost
+
+
+def gate_rows() -> dict[str, str]:
+    head = texts()[RESULTS].split("## Gates", 1)[1].split("\n## ", 1)[0]
+    return dict(re.findall(r"^\| ([CG]\d+) \|(.*)$", head, re.MULTILINE))
+
+
+def test_every_gate_is_defined_at_the_head_of_the_results():
+    defined = gate_rows()
+    cited = {
+        (name, gate)
+        for name, text in texts().items()
+        if name.startswith(("benchmarks/", "docs/", "tests/gpu/"))
+        for gate in GATE.findall(text)
+    }
+    assert {gate for _, gate in cited} >= {"C1", "C11", "C16", "G6"}
+    assert not {f"{name}: {gate}" for name, gate in cited if gate not in defined}
+
+
+def test_the_limits_of_the_cases_are_those_of_the_table():
+    rows, limits = gate_rows(), []
+    for program in ("benchmarks/head.py", "benchmarks/step.py"):
+        for node in ast.walk(ast.parse(texts()[program])):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "Case"):
+                continue
+            name = node.args[0].value
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            limits += [(name, given[key].value) for key in ("gate", "floor") if key in given]
+    assert len(limits) > 20
+    wrong = [
+        (name, limit)
+        for name, limit in limits
+        if not re.search(rf"\b{re.escape(str(limit))}0*\b", rows[name.split("-")[0]])
+    ]
+    assert not wrong
