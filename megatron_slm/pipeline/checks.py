@@ -30,7 +30,11 @@ _SET_BY_SUBMIT = {
     "wrap": "the scripts in launch/ are submitted",
     "test_only": "submit sets it",
     "kill_on_invalid_dep": "submit sets it",
+    "export_file": "an environment can name code, and a description runs none; set it in launch/env.sh",
+    "container": "a container is code, and a description runs none; name it in launch/env.sh",
+    "bbf": "a description runs no code",
 }
+"""Options that a description cannot give. sbatch takes abbreviations, so their beginnings cannot either."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,9 @@ def _bad_for_slurm(description: Pipeline) -> Iterator[str]:
     for where, options in given.items():
         for option, value in options.items():
             name = str(option).replace("-", "_")
-            if name in _SET_BY_SUBMIT:
-                yield f"{where}.{option}: {_SET_BY_SUBMIT[name]}"
+            reserved = [each for each in _SET_BY_SUBMIT if each.startswith(name)]
+            if reserved:
+                yield f"{where}.{option}: {_SET_BY_SUBMIT[reserved[0]]}"
             elif isinstance(value, (dict, list)) or value is None:
                 yield f"{where}.{option}: got {value!r}; expected one value"
             elif name in ("time", "time_min") and not isinstance(value, str):

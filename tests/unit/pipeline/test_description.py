@@ -56,12 +56,15 @@ def test_the_layout_of_a_scoring_is_checked_before_there_is_a_reference(cluster,
 def test_what_the_pipeline_sets_cannot_be_set_beside_it(cluster, capsys):
     cluster.values["runs"]["slm"]["settings"]["run"] = {"folder": "elsewhere"}
     cluster.values["runs"]["slm"]["settings"]["data.train"] = ["data/other"]
-    cluster.values["slurm"]["sbatch"] = {"dependency": "singleton", "time": 14400}
+    cluster.values["slurm"]["sbatch"] = {"dependency": "singleton", "time": 14400, "expor": "NONE"}
+    cluster.values["slurm"]["train"]["sbatch"] = {"export-file": "theirs"}
     said = refused(cluster, capsys)
     assert "runs.slm.settings.run.folder: is set by the pipeline" in said
     assert "runs.slm.settings.data.train: is set by the pipeline; name the corpora" in said
     assert "slurm.sbatch.dependency: dependencies follow from the description" in said
     assert "slurm.sbatch.time: got 14400; write it in quotes" in said
+    assert "slurm.sbatch.expor: jobs get the environment" in said
+    assert "slurm.train.sbatch.export-file: an environment can name code" in said
 
 
 def test_a_setting_given_in_its_section_and_dotted_is_refused(cluster, capsys):
