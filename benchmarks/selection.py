@@ -27,8 +27,8 @@ import torch.multiprocessing as multiprocessing
 
 from megatron_slm.selection import select_top
 from megatron_slm.selection.diagnostics import describe
+from megatron_slm.selection.populations import GATHER_MAX_TOKENS_ACCELERATOR
 from megatron_slm.selection.radix import kth_largest_score
-from megatron_slm.selection.rules import GATHER_MAX_TOKENS_ACCELERATOR
 from megatron_slm.selection.select import rankable
 from megatron_slm.selection.threshold import (
     find_threshold,

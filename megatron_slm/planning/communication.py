@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_slm.planning.job import Job, head_size, query_groups
 from megatron_slm.planning.parameters import stage_parameters
-from megatron_slm.selection.rules import GATHER_MAX_TOKENS_ACCELERATOR
+from megatron_slm.selection.populations import GATHER_MAX_TOKENS_ACCELERATOR
 
 LINK_FRACTION = 0.8
 """Share of a link's data-sheet rate that large messages reach: an assumption."""

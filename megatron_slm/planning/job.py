@@ -12,7 +12,8 @@ from megatron_slm.config.check import (
 )
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.planning.hardware import GPU
-from megatron_slm.selection.rules import ChoiceRules, configured_scorer, population_sequences
+from megatron_slm.selection.populations import population_sequences
+from megatron_slm.selection.rules import ChoiceRules, configured_scorer
 from megatron_slm.selection.schedule import build_schedule
 
 

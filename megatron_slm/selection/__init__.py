@@ -27,7 +27,7 @@ MODULES = {
     "Progress": "schedule",
     "Schedule": "schedule",
     "build_schedule": "schedule",
-    "SCOPES": "rules",
+    "SCOPES": "populations",
     "Population": "scope",
     "select_in_scope": "scope",
     "SCORERS": "scorers",

@@ -9,17 +9,10 @@ from dataclasses import dataclass
 from megatron_slm.selection.schedule import build_schedule
 from megatron_slm.selection.scorers import Scorer, build_scorer
 
-SCOPES = ("sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold")
 MODEL_COLUMNS = frozenset({"loss", "entropy"})
 """Columns that the model itself gives in its forward pass."""
 BATCH_COLUMNS = frozenset({"token_id", "position", "corpus_id"})
 """Columns that every batch has."""
-GATHER_MAX_TOKENS_ACCELERATOR = 4_194_304
-"""On accelerators, up to this population all scores are gathered; above, three all-reduces of counts.
-
-By the cost model of benchmarks/selection.py: the links of accelerators are faster than a CPU's, and
-the latency of a collective weighs more.
-"""
 ONLINE_COLUMNS = frozenset({"reference_loss", "reference_entropy"})
 """Columns that a reference model gives when it is run in the same step."""
 
@@ -28,7 +21,7 @@ ONLINE_COLUMNS = frozenset({"reference_loss", "reference_entropy"})
 class ChoiceRules:
     """One configured choice.
 
-    scope       one of SCOPES.
+    scope       one of SCOPES (populations.py).
     head_rows   the tokens whose rows the loss head computes in the training pass: "all",
                 "selected", or "auto", which is "selected" where a forward pass has given every
                 loss anyway.
@@ -98,22 +91,6 @@ class ChoiceRules:
                 f"own losses, which under scope {self.scope} are known only after the head; "
                 "use head_rows auto, a static scorer, or scope global_batch"
             )
-
-
-def population_sequences(
-    scope: str, *, micro_batch_size: int, data_parallel_size: int, global_batch_size: int
-) -> int:
-    """Whole sequences whose tokens compete in one choice.
-
-    A running threshold is compared with the past, but is meant to keep the share of a global batch.
-    """
-    return {
-        "sequence": 1,
-        "micro_batch": micro_batch_size,
-        "data_parallel": micro_batch_size * data_parallel_size,
-        "global_batch": global_batch_size,
-        "running_threshold": global_batch_size,
-    }[scope]
 
 
 def configured_scorer(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_slm.selection.rules import SCOPES
+from megatron_slm.selection.populations import SCOPES
 from megatron_slm.selection.running import RunningThreshold
 from megatron_slm.selection.schedule import check_keep_fraction
 from megatron_slm.selection.select import (

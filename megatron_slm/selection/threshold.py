@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.selection.populations import GATHER_MAX_TOKENS_ACCELERATOR
 from megatron_slm.selection.radix import kept_on_device, kth_largest_score, kth_smallest_id
-from megatron_slm.selection.rules import GATHER_MAX_TOKENS_ACCELERATOR
 
 BACKENDS = ("auto", "gather", "radix")
 # Measured over gloo with 2 to 8 processes (benchmarks/selection.py): up to this many tokens an all-gather beats three all-reduces.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +15,8 @@ from megatron_slm.data.batch import Batch
 from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.model.forward_backward import forward_losses
 from megatron_slm.training.ending import NonFiniteLoss
+from megatron_slm.training.run_parts import RunParts
 from megatron_slm.training.step import StepReport
-
-if TYPE_CHECKING:
-    from megatron_slm.training.loop import Run
 
 FOLDER = "non_finite"
 
@@ -27,7 +24,7 @@ FOLDER = "non_finite"
 class NonFiniteSteps:
     """Counts steps in a row whose gradient is not finite."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunParts):
         self.run = run
         self.allowed = run.config.optimizer.max_non_finite_steps
         self.in_a_row = 0

@@ -26,7 +26,7 @@ from megatron_slm.monitoring.console import lines_of_table
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import build_schedule
 from megatron_slm.selection.alarms import ranks_tokens, smallest_population, warnings_of
-from megatron_slm.selection.rules import population_sequences
+from megatron_slm.selection.populations import population_sequences
 from megatron_slm.training.closing import closing_lines
 from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.scorer_settings import choice_rules

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -15,12 +14,10 @@ from megatron_slm.data.manifest import tokenizer_of
 from megatron_slm.data.scored_dataset import samples_by_corpus
 from megatron_slm.model.optimizer import load_loss_scaler_state, loss_scaler_state
 from megatron_slm.training import resume, setup
-
-if TYPE_CHECKING:
-    from megatron_slm.training.loop import Run
+from megatron_slm.training.run_parts import RunParts
 
 
-def save(run: Run, with_optimizer: bool) -> None:
+def save(run: RunParts, with_optimizer: bool) -> None:
     """Begin the checkpoint of the run's present step; every rank calls it."""
     config, groups, optimizer = run.config, run.groups, run.trainer.optimizer
     tokenizer = tokenizer_of([corpus.manifest for corpus in run.materials.corpora])
@@ -63,7 +60,7 @@ def save(run: Run, with_optimizer: bool) -> None:
     run.store.save(run.trainer.models, saved_optimizer, info, state)
 
 
-def restore(run: Run, state: dict) -> list[tuple[str, str]]:
+def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; what is to be
     said of changes.
 

@@ -14,7 +14,8 @@ from megatron_slm.planning.hardware import find_gpu
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.work import work
 from megatron_slm.selection import SCORERS, Progress
-from megatron_slm.selection.rules import MODEL_COLUMNS, SCOPES
+from megatron_slm.selection.populations import SCOPES
+from megatron_slm.selection.rules import MODEL_COLUMNS
 from megatron_slm.training import step
 from megatron_slm.training.choose import Chooser
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.selection.rules import SCOPES, ChoiceRules, configured_scorer
+from megatron_slm.selection.populations import SCOPES
+from megatron_slm.selection.rules import ChoiceRules, configured_scorer
 from megatron_slm.selection.scorers import SCORERS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,7 +21,8 @@ OPTIONS = {
 """Options of the scorers that have some without a default."""
 NO_TORCH = f"""
 import sys
-from megatron_slm.selection.rules import SCOPES, ChoiceRules, configured_scorer
+from megatron_slm.selection.populations import SCOPES
+from megatron_slm.selection.rules import ChoiceRules, configured_scorer
 from megatron_slm.selection.scorers import SCORERS
 for name in SCORERS:
     for scope in SCOPES:

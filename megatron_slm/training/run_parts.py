@@ -1,0 +1,55 @@
+"""What a run consists of, for the parts of this room that are handed one.
+
+loop.Run has all of it. Those that write a checkpoint or look at a bad step name this instead, so
+that imports go one way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from megatron_slm.checkpoint.store import CheckpointStore
+    from megatron_slm.config.schema import Config
+    from megatron_slm.data.loader import TrainingLoader
+    from megatron_slm.data.position import DataPosition
+    from megatron_slm.monitoring import LossSpikes, Metrics
+    from megatron_slm.parallel import Groups
+    from megatron_slm.training.probe import Probe
+    from megatron_slm.training.report import Reporter
+    from megatron_slm.training.run_length import Done, RunLength
+    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.step import Trainer
+
+
+class RunParts(Protocol):
+    """One run folder being trained, as it stands between two steps."""
+
+    config: Config
+    groups: Groups
+    materials: Materials
+    folder: Path
+    trainer: Trainer
+    loader: TrainingLoader
+    store: CheckpointStore
+    reporter: Reporter
+    metrics: Metrics
+    probe: Probe
+    loss_spikes: LossSpikes
+    done: Done
+    length: RunLength
+    position: DataPosition
+    """How much of each corpus was read before this start."""
+    inputs: dict
+    """Fingerprints of everything that is read."""
+    validated: tuple[int, dict[str, float]]
+    """Step of the last validation, and the loss of each corpus; known on last-stage ranks."""
+    tokens_selected: int
+    """Up to the last log line; known on last-stage ranks."""
+    skipped_steps: int
+    wandb_id: str
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
