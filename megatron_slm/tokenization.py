@@ -133,7 +133,7 @@ class Tokenizer:
         lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
         flat = np.empty(int(lengths.sum()), dtype=self.token_dtype)
         start = 0
-        for piece, length in zip(pieces, lengths.tolist()):
+        for piece, length in zip(pieces, lengths.tolist(), strict=True):
             flat[start : start + length] = piece
             start += length
         return flat, lengths

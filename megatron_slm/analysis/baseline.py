@@ -99,7 +99,8 @@ def _conditions(run: Run, corpus: str | None) -> dict[str, Any]:
     ]
     if validation:
         told["data.validation"] = validation
-    blend = sorted(zip(corpora, shares))
+    # A configuration that another version wrote may hold fewer weights than corpora.
+    blend = sorted(zip(corpora, shares, strict=False))
     return {"data.train": sorted(corpora), "data.weights": blend} | {
         name: value for name, value in told.items() if value is not None
     }
@@ -110,7 +111,7 @@ def _shown(run: Run, name: str) -> str:
     if name == "data.validation":
         return str([entry["corpus"] for entry in value])
     if name == "data.weights" and value:
-        pairs = zip(run.setting("data.train"), value)
+        pairs = zip(run.setting("data.train"), value, strict=False)
         return ", ".join(f"{corpus}: {weight}" for corpus, weight in pairs)
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "not set"

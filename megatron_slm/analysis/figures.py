@@ -40,7 +40,7 @@ def validation_loss(runs: Sequence[Run], corpus: str) -> Figure | None:
         return None
     with house_style():
         figure, panels = new_figure(2, share_y=True, height=3.4)
-        for axes, x in zip(panels, (PROCESSED, SELECTED)):
+        for axes, x in zip(panels, (PROCESSED, SELECTED), strict=True):
             _lines(axes, runs, name, x, marker="o")
             axis_in_tokens(axes.xaxis, X_LABELS[x])
         panels[0].set_ylabel(f"loss on {corpus} (nats per token)")
@@ -56,7 +56,7 @@ def training_loss(runs: Sequence[Run]) -> Figure | None:
         return None
     with house_style():
         figure, panels = new_figure(len(shown), share_y=True)
-        for axes, run in zip(panels, shown):
+        for axes, run in zip(panels, shown, strict=True):
             ends = []
             for name, label, color in _FATES:
                 x, y = run.series(name)
@@ -119,7 +119,7 @@ def _two_panels(
         return None
     with house_style():
         figure, panels = new_figure(len(metrics), height=3.0)
-        for axes, (name, title, unit) in zip(panels, metrics):
+        for axes, (name, title, unit) in zip(panels, metrics, strict=True):
             _lines(axes, runs, name, PROCESSED, only_selecting=only_selecting)
             axes.set_title(title)
             axes.set_ylabel(unit)

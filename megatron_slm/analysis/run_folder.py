@@ -29,7 +29,7 @@ class Run:
     config: Mapping[str, Any]
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
-    state: RunState = RunState("unknown", 0)
+    state: RunState = field(default_factory=lambda: RunState("unknown", 0))
     versions: str = ""
     warnings: list[str] = field(default_factory=list)
     token_views: list[TokenView] = field(default_factory=list)

@@ -50,7 +50,7 @@ def rate_over_time(runs: Sequence[Run]) -> Figure | None:
         return None
     with house_style():
         figure, panels = new_figure(len(shown), share_y=True)
-        for axes, (_, run) in zip(panels, shown):
+        for axes, (_, run) in zip(panels, shown, strict=True):
             x_R, rate_RQ = run.vectors(BY_REFERENCE_LOSS)
             quantile_edges = np.linspace(0, 100, rate_RQ.shape[1] + 1)
             # cividis is made for colour-blind readers; rasterized keeps the file small.
@@ -82,7 +82,7 @@ def final_rate(runs: Sequence[Run]) -> Figure | None:
         return None
     with house_style():
         figure, panels = new_figure(len(shown), height=3.0, share_y=True)
-        for axes, (index, run) in zip(panels, shown):
+        for axes, (index, run) in zip(panels, shown, strict=True):
             rate_Q = run.vectors(BY_REFERENCE_LOSS)[1][-1]
             edges = run.vectors(BY_REFERENCE_LOSS + "_edges_nats")[1]
             classes = np.arange(len(rate_Q))
@@ -154,7 +154,7 @@ def rate_by_corpus(runs: Sequence[Run]) -> Figure | None:
             axes.bar(
                 [
                     corpora.index(corpus) + width * (place - (len(each) - 1) / 2)
-                    for corpus, each, place in zip(rate, readers, order)
+                    for corpus, each, place in zip(rate, readers, order, strict=True)
                 ],
                 list(rate.values()),
                 width=0.92 * width,
@@ -191,7 +191,7 @@ def rates_of_corpora(run: Run) -> dict[str, float]:
         prefixes = run.setting("data.train") or []
         if len(prefixes) != len(rate_n):
             prefixes = [f"corpus {number + 1} of {run.name}" for number in range(len(rate_n))]
-        rates = dict(zip(map(str, prefixes), rate_n))
+        rates = dict(zip(map(str, prefixes), rate_n, strict=True))
     return {
         os.path.abspath(prefix): float(rate)
         for prefix, rate in rates.items()

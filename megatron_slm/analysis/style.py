@@ -142,7 +142,7 @@ def label_lines(axes: Axes, labels: Sequence[tuple[str, str, float, float]]) -> 
         (np.array(ends) - low) / (high - low),
         gap=_LABEL_POINTS / (72 * axes.get_window_extent().height / axes.figure.dpi),
     )
-    for (name, color, x, _), height in zip(labels, heights):
+    for (name, color, x, _), height in zip(labels, heights, strict=True):
         axes.annotate(
             name,
             xy=(x, height),

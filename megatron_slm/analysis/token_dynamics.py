@@ -27,7 +27,7 @@ class TokenDynamics:
         counts = np.bincount(defined, minlength=len(CATEGORIES))
         return {
             name: float(count / defined.size) if defined.size else float("nan")
-            for name, count in zip(CATEGORIES, counts)
+            for name, count in zip(CATEGORIES, counts, strict=True)
         }
 
 

@@ -85,7 +85,7 @@ class TokenView:
     def excess(self) -> list[float | None]:
         return [
             loss - reference if loss is not None and reference is not None else None
-            for loss, reference in zip(self.loss, self.reference_loss)
+            for loss, reference in zip(self.loss, self.reference_loss, strict=True)
         ]
 
     @property
@@ -152,11 +152,13 @@ def select_example(
 def _shows(view: TokenView) -> float:
     excess = view.excess
     chosen = [
-        value for value, selected in zip(excess, view.selected) if selected and value is not None
+        value
+        for value, selected in zip(excess, view.selected, strict=True)
+        if selected and value is not None
     ]
     rejected = [
         value
-        for value, selected in zip(excess, view.selected)
+        for value, selected in zip(excess, view.selected, strict=True)
         if not selected and value is not None
     ]
     if not chosen or not rejected:

@@ -128,7 +128,8 @@ def _tensor(key: str, value: Any, held_bytes: int) -> TensorStorageMetadata:
             ChunkStorageMetadata(_shape(offsets, key, smallest=0), _shape(sizes, key, smallest=1))
         )
         inside = len(offsets) == len(sizes) == len(size) and all(
-            offset + length <= whole for offset, length, whole in zip(offsets, sizes, size)
+            offset + length <= whole
+            for offset, length, whole in zip(offsets, sizes, size, strict=True)
         )
         _require(inside, f"a piece of {key} lies outside of it")
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, pieces)

@@ -45,8 +45,9 @@ def _slots(optimizer) -> Iterator[_Slot]:
             for models, mains in zip(
                 part.float16_groups + part.fp32_from_fp32_groups,
                 part.fp32_from_float16_groups + part.fp32_from_fp32_groups,
+                strict=True,
             ):
-                for parameter, main in zip(models, mains):
+                for parameter, main in zip(models, mains, strict=True):
                     yield _Slot(parameter, main, part.optimizer, 0, None)
         else:
             for group in part.optimizer.param_groups:

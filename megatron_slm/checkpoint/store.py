@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,14 +54,14 @@ class CheckpointStore:
         run_folder: str | Path,
         groups: Groups,
         *,
-        retention: Retention = Retention(),
+        retention: Retention | None = None,
         asynchronous: bool = False,
         report: Callable[[str, str], None] = lambda text, level: None,
     ):
         self.checkpoints = Path(run_folder) / "checkpoints"
         self.groups, self.retention, self.asynchronous, self.report = (
             groups,
-            retention,
+            retention or Retention(),
             asynchronous,
             report,
         )
@@ -142,7 +143,7 @@ class CheckpointStore:
             if not files:
                 trainer = self.load(candidate, models, optimizer)
                 self.saved_step = folders.step_of(candidate)
-                self._on_rank_0(lambda: folders.settle_on(candidate, damaged))
+                self._on_rank_0(partial(folders.settle_on, candidate, damaged))
                 return trainer
             damaged.append(candidate)
             self.report(
@@ -191,7 +192,7 @@ class CheckpointStore:
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
         placements = []
         if optimizer is not None:
-            with_parameters = {key: part for key, part in state.items()}
+            with_parameters = dict(state)
             state["optimizer"], placements = sharded_optimizer_state(
                 optimizer, with_parameters, for_loading=for_loading
             )

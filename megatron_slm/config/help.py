@@ -6,6 +6,7 @@ import shutil
 import sys
 import textwrap
 import typing
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_slm.config.ranges import range_of
@@ -23,7 +24,7 @@ def texts_of(settings_class) -> dict[str, str]:
                 for node in ast.parse(source).body
                 if isinstance(node, ast.ClassDef) and node.name == part.__name__
             ]
-            for field, below in zip(found.body, found.body[1:]):
+            for field, below in pairwise(found.body):
                 if isinstance(field, ast.AnnAssign):
                     texts[field.target.id] = below.value.value
     return texts

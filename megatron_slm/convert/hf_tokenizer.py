@@ -33,7 +33,7 @@ AWKWARD_TEXTS = (
     "مرحبا",
     "🙂👩‍👩‍👧",
     "\u2581already\u2581marked",
-    "ﬁnancial ＡＢＣ ①",
+    "ﬁnancial \uff21\uff22\uff23 ①",
     "aaaaaaaaaaaaaaaaaaaaaaa",
     "                     ",
     "0123456789 3.14159e-10",

@@ -165,7 +165,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 f"{folder}: {', '.join(missing)} not found; expected model.safetensors, or its shards with {index.name}"
             )
         opened = [safe_open(folder / name, framework="pt") for name in files]
-        self._places = {name: file for file in opened for name in file.keys()}
+        # What safe_open gives is no mapping: it cannot be iterated over.
+        self._places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
         return self._places[name].get_tensor(name)

@@ -91,7 +91,9 @@ def open_corpora(
         raise UnusableData(of_corpora, of_scores)
     return [
         Corpus(str(prefix), manifest, store)
-        for prefix, manifest, store in zip(prefixes, manifests, stores or [None] * len(prefixes))
+        for prefix, manifest, store in zip(
+            prefixes, manifests, stores or [None] * len(prefixes), strict=True
+        )
     ]
 
 
@@ -120,7 +122,7 @@ def _stores_of_other_corpora(
             f"The score stores are in another order than the corpora. Give them in this one: [{', '.join(in_order)}]"
         ]
     problems = []
-    for place, (store, owner) in enumerate(zip(stores, owners)):
+    for place, (store, owner) in enumerate(zip(stores, owners, strict=True)):
         manifest = manifests[place]
         if store is None or manifest is None:
             continue

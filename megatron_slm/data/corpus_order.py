@@ -191,7 +191,7 @@ def ranges_of_sample(
     if isinstance(index, RestIndex):
         starts = index.range_start[begin : end + 1].tolist()
         lengths = index.range_tokens[begin : end + 1].tolist()
-        ranges = [(start, start + length) for start, length in zip(starts, lengths)]
+        ranges = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     else:
         numbers = index.document_index[begin : end + 1].tolist()
         ranges = [documents.range_tokens(number) for number in numbers]

@@ -127,7 +127,7 @@ def build_once(folder: Path | None, kind: type[Arrays], build: Callable[[], Arra
 def _lock_of(folder: Path) -> Iterator[bool]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(folder.parent / f".{folder.name}.lock", "w")
+        stream = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115  closed below
     except OSError:
         yield False
         return

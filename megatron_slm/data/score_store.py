@@ -13,6 +13,7 @@ counts from the moment its marker is renamed into place, after its bytes have re
 unfinished shard only, and that shard written again gives the same bytes.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -355,10 +356,8 @@ class ScoreStore:
             return None
 
     def _remember_stamps(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a read-only folder: the next opening hashes again
             write_json_atomically(self.folder / "verified.json", self._stamps())
-        except OSError:
-            pass  # a read-only folder: the next opening hashes again
 
 
 def _missing_shards(folder: Path, manifest: ScoreManifest) -> frozenset[int]:

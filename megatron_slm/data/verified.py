@@ -5,6 +5,7 @@ blocks are remembered too, so that a few of them can be read again at every star
 what it once gave.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -47,10 +48,8 @@ def check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
                 f"its manifest says {sha256[:16]}…). Copy it again, or make the corpus again."
             )
     if verified != remembered:
-        try:
+        with contextlib.suppress(OSError):  # a read-only folder: the next check hashes again
             write_json_atomically(_cache_path(prefix), verified)
-        except OSError:
-            pass  # a read-only folder: the next check hashes again
 
 
 def check_sample(prefix: str | Path, blocks: int) -> int:

@@ -179,10 +179,7 @@ class FolderLock:
         raise FolderInUse(f"{self.path.parent}: another process holds {self.path}. {self._advice}")
 
     def _refuse_or_take_over(self, owner: Owner) -> None:
-        if owner.is_on_this_machine:
-            lives = owner.process_lives
-        else:
-            lives = self._beats(owner)
+        lives = owner.process_lives if owner.is_on_this_machine else self._beats(owner)
         if lives:
             raise FolderInUse(
                 f"{self.path.parent}: {self._what} is writing here already ({owner}). {self._advice}"

@@ -299,6 +299,7 @@ def _initialize(tensor: ShardedTensor, seed: int, std: float, layers: int) -> No
         )
         full.normal_(0.0, std / math.sqrt(2 * layers) if residual else std, generator=generator)
         here = tuple(
-            slice(o, o + n) for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape)
+            slice(o, o + n)
+            for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
         )
         tensor.data.copy_(full[here])

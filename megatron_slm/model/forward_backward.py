@@ -109,7 +109,7 @@ def forward_losses(
         )
     finally:
         ask_for(models, before)
-        for model, mode in zip(models, training):
+        for model, mode in zip(models, training, strict=True):
             model.train(mode)
     return [split_outputs(output, extras) for output in outputs]
 
@@ -129,7 +129,7 @@ def split_outputs(output: torch.Tensor, extras: tuple[str, ...]) -> dict[str, to
     """The model's labels-path output as {"loss": loss_BS, extra: value_BS ...}."""
     if not extras:
         return {"loss": output}
-    return dict(zip(("loss", *extras), output.unbind(0)))
+    return dict(zip(("loss", *extras), output.unbind(0), strict=True))
 
 
 def _run(

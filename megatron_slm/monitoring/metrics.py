@@ -197,7 +197,8 @@ class Metrics:
         ):  # max(hash) != min(hash): some rank recorded a metric that another did not
             self._adopt_union(group)
             reduced = self._all_reduce_max(group)
-        return dict(zip(sorted(self._maxima), reduced[2:]))
+        # Behind the last name there are unused slots.
+        return dict(zip(sorted(self._maxima), reduced[2:], strict=False))
 
     def _all_reduce_max(self, group: dist.ProcessGroup) -> list[float]:
         names = sorted(self._maxima)

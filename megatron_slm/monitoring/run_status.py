@@ -6,6 +6,7 @@ process that is killed cannot write: the file then still says "running", and `Ru
 tells, on the machine of the run.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -98,10 +99,8 @@ def _write(run_folder: str | Path, status: RunStatus) -> None:
     """Storage that fails must not end a run: the status then stays as it was, and metrics.jsonl
     tells of the storage.
     """
-    try:
+    with contextlib.suppress(OSError):
         write_json_atomically(Path(run_folder) / STATUS_FILE, asdict(status))
-    except OSError:
-        pass
 
 
 def _now() -> str:

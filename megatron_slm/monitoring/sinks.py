@@ -5,6 +5,7 @@ Logging cannot change or stop training: `MultiSink` catches what a sink raises, 
 others, and goes on.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -94,10 +95,9 @@ class MultiSink:
         for index, sink in enumerate(self._sinks):
             if index == skip:
                 continue
-            try:
+            # Reporting the failure of a report could go round for ever.
+            with contextlib.suppress(Exception):
                 sink.message(text, level)
-            except Exception:  # reporting the failure of a report could go round for ever
-                pass
 
 
 class JsonlSink:

@@ -94,6 +94,7 @@ def _verify(device: torch.device) -> None:
         ("hidden", "weight"),
         liger_gradients(rows_KH, weight_VH, column_K, owned_K, upstream_K, lse_K),
         expected,
+        strict=True,
     ):
         if value.shape != reference.shape:
             raise ValueError(

@@ -124,7 +124,10 @@ def linear_cross_entropy(
     )
     loss = loss_N.view(target.shape)
     return (
-        (loss, {name: values.view(target.shape) for name, values in zip(extras, extra_N)})
+        (
+            loss,
+            {name: values.view(target.shape) for name, values in zip(extras, extra_N, strict=True)},
+        )
         if extras
         else loss
     )
@@ -239,7 +242,7 @@ def _forward(
     ]
     extras = [
         values_N.masked_fill(ignored_N, -1) if name == "target_rank" else values_N
-        for name, values_N in zip(head.extras, extras)
+        for name, values_N in zip(head.extras, extras, strict=True)
     ]
     return [loss_N, *extras], _Saved(lse_N, target_logit_N, maximum_N, kept_NV, widened_VH)
 
@@ -266,7 +269,7 @@ def _forward_chunks(
         fields_FN[1, chunk] = (
             logits_CV.gather(1, column_N[chunk, None]).squeeze(1).masked_fill(~owned_N[chunk], 0.0)
         )
-        for name, values_N in zip(head.extras, fields_FN[2:]):
+        for name, values_N in zip(head.extras, fields_FN[2:], strict=True):
             values_N[chunk] = _chunk_extra(
                 name,
                 logits_CV,
@@ -306,7 +309,7 @@ def _combine_extra(
 ) -> Tensor:
     """A quantity of the whole softmax from its values on each rank's columns, with share = the rank's part of the probability."""
     total_N = torch.zeros_like(lse_N)
-    for value_N, rank_lse_N in zip(values_TN, lse_TN):
+    for value_N, rank_lse_N in zip(values_TN, lse_TN, strict=True):
         share_N = (rank_lse_N - lse_N).exp()
         if name == "entropy":
             total_N += torch.where(share_N > 0, share_N * (value_N + lse_N - rank_lse_N), 0.0)

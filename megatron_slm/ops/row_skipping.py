@@ -125,7 +125,9 @@ class _KeptRows:
 def _input_gradient(parts: list[_KeptRows], weights_BPI: list[Tensor], input_NI: Tensor) -> Tensor:
     """The sum over the parts; the part with the most rows is computed in place, the others are added to their rows."""
     total_NI = None
-    for part, weight_BPI in sorted(zip(parts, weights_BPI), key=lambda pair: -len(pair[0].grad_KP)):
+    for part, weight_BPI in sorted(
+        zip(parts, weights_BPI, strict=True), key=lambda pair: -len(pair[0].grad_KP)
+    ):
         rows_KI = part.grad_KP @ weight_BPI.flatten(0, 1)
         if total_NI is None and part.index_K is None:
             total_NI = rows_KI
@@ -156,7 +158,7 @@ def _weight_gradient(
             else products[0].flatten(0, 1)
         )
     total_OI = parameter.main_grad
-    for part, total_BPI in zip(parts, _part(total_OI, 0, *columns)):
+    for part, total_BPI in zip(parts, _part(total_OI, 0, *columns), strict=True):
         grad_KP, input_KI = part.grad_KP, part.of(input_NI)
         if grad_KP.device.type == "cpu":
             grad_KP, input_KI = grad_KP.float(), input_KI.float()

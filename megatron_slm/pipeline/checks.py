@@ -164,7 +164,7 @@ def _missing_files(description: Pipeline, names: Names) -> Iterator[str]:
     for name, corpus in description.corpora.items():
         inputs[f"corpora.{name}.input"] = corpus.input
     for where, words in inputs.items():
-        for word, path in zip(words, names.expanded(words)):
+        for word, path in zip(words, names.expanded(words), strict=True):
             made_by_text = description.text.command and "{folder}" in word
             if not made_by_text and not Path(path).exists() and not glob.glob(path):
                 yield f"{where}: {path}: no such file or folder, and no file matches it"

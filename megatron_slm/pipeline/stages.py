@@ -234,8 +234,9 @@ def _outside(inputs: list[str], names: Names, description: Pipeline) -> tuple[st
     return tuple(names.inputs([word for word in inputs if not _made_here([word], description)]))
 
 
-def resources_of(description: Pipeline, kind: str, entry: Resources = Resources()) -> Resources:
+def resources_of(description: Pipeline, kind: str, entry: Resources | None = None) -> Resources:
     """An entry's resources over those of its kind over those of every job."""
+    entry = entry or Resources()
     general = description.slurm
     of_kind = getattr(general, kind)
     return Resources(

@@ -137,7 +137,10 @@ def _contents(reads: tuple[str, ...]) -> list[str]:
     files = [path for word in reads for path in _files(word)]
     sizes = [path.stat().st_size for path in files]
     if sum(sizes) > HASHED_BYTES_AT_MOST:
-        return [f"{path} {size} {path.stat().st_mtime_ns}" for path, size in zip(files, sizes)]
+        return [
+            f"{path} {size} {path.stat().st_mtime_ns}"
+            for path, size in zip(files, sizes, strict=True)
+        ]
     lines = []
     for path in files:
         with open(path, "rb") as stream:

@@ -62,10 +62,10 @@ def duration(job: Job) -> Duration:
     in_line = [
         sum(each.seconds for each in found if _in_line(each)) / micro_batches for found in by_stage
     ]
-    lengths = [a + b for a, b in zip(compute, in_line)]
+    lengths = [a + b for a, b in zip(compute, in_line, strict=True)]
     slowest = max(range(len(lengths)), key=lambda stage: lengths[stage])
     bubble = (sum(lengths) - lengths[slowest]) / parallel.virtual_pipeline
-    data = max(_exposed(found, seconds) for found, seconds in zip(by_stage, compute))
+    data = max(_exposed(found, seconds) for found, seconds in zip(by_stage, compute, strict=True))
     selection = max(
         sum(each.seconds for each in found if each.role == "selection") for found in by_stage
     )

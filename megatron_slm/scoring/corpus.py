@@ -172,7 +172,7 @@ def score_corpus(
                     *(marker.without_score[column] - expected for column in store.columns),
                 ]
     written, *without = _sum_over_ranks(counts).tolist()
-    return ScoringReport(written, dict(zip(store.columns, without)))
+    return ScoringReport(written, dict(zip(store.columns, without, strict=True)))
 
 
 def rescore(scorer: Scorer, store: ScoreStore, count: int, seed: int = 0) -> dict[str, float]:

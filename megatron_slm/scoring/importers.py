@@ -7,6 +7,7 @@ likely the token (a loss); first tokens of documents are set to NaN like everywh
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import Scorer, TokenStream
 from megatron_slm.scoring.progress import Progress
 from megatron_slm.scoring.windows import WindowPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _RAW_DTYPES = {2: np.dtype("<f2"), 4: np.dtype("<f4")}
 
@@ -204,16 +208,28 @@ def transformers_scorer(
                 logits_SV[:, :vocabulary_size].float().log_softmax(-1) for logits_SV in logits_BSV
             ]
             labels_BS = batch.labels_BS.to(device)
-            column = {
-                "loss": lambda b: -log_p[b].gather(-1, labels_BS[b, :, None])[:, 0],
-                "entropy": lambda b: torch.special.entr(log_p[b].exp()).sum(-1),
-            }
             made.append(
                 {
-                    name: torch.stack([column[name](b) for b in range(len(log_p))]).cpu().numpy()
+                    name: torch.stack(
+                        [
+                            _column(name, log_p_SV, labels_S)
+                            for log_p_SV, labels_S in zip(log_p, labels_BS, strict=True)
+                        ]
+                    )
+                    .cpu()
+                    .numpy()
                     for name in columns
                 }
             )
         return made
 
     return Scorer(stream, plan, columns, micro_batch_size, forward)
+
+
+def _column(name: str, log_p_SV: "Tensor", labels_S: "Tensor") -> "Tensor":
+    """A column of one sequence [S], fp32, in nats: the loss of its labels, or the entropy."""
+    import torch
+
+    if name == "loss":
+        return -log_p_SV.gather(-1, labels_S[:, None])[:, 0]
+    return torch.special.entr(log_p_SV.exp()).sum(-1)

@@ -57,6 +57,6 @@ def whole_sequences(value_BS: torch.Tensor, groups: Groups) -> np.ndarray:
     if size > 1:
         parts = [torch.empty_like(value_BS) for _ in range(size)]
         dist.all_gather(parts, value_BS.contiguous(), group=groups.cp)
-        heads, tails = zip(*(part.chunk(2, dim=1) for part in parts))
+        heads, tails = zip(*(part.chunk(2, dim=1) for part in parts), strict=True)
         value_BS = torch.cat([*heads, *reversed(tails)], dim=1)
     return value_BS.float().cpu().numpy()

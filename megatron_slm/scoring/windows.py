@@ -14,6 +14,7 @@ token at least half a window of context.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class WindowPlan:
         bounds = np.append(self.document_starts[low : high + 1], self.tokens)[
             : high - low + 1
         ].tolist()
-        yield from zip(bounds[:-1], bounds[1:])
+        yield from pairwise(bounds)
 
     def _span_windows(
         self, span_start: int, span_end: int, start: int, end: int

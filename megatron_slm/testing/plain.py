@@ -49,13 +49,15 @@ class PlainDecoder(torch.nn.Module):
                 self.logits(tokens_BS).transpose(1, 2), labels_BS, reduction="none"
             )
         rows = []
-        for tokens, labels, starts in zip(tokens_BS, labels_BS, document_start_BS):
+        for tokens, labels, starts in zip(tokens_BS, labels_BS, document_start_BS, strict=True):
             sizes = starts.unique(return_counts=True)[1].tolist()
             rows.append(
                 torch.cat(
                     [
-                        self.loss(t[None], l[None])[0]
-                        for t, l in zip(tokens.split(sizes), labels.split(sizes))
+                        self.loss(document[None], label[None])[0]
+                        for document, label in zip(
+                            tokens.split(sizes), labels.split(sizes), strict=True
+                        )
                     ]
                 )
             )
@@ -187,7 +189,9 @@ def top_tokens(
 
     docs/method.md#point-5 and #point-6
     """
-    ranked = sorted((-s, i) for s, i, e in zip(score, token_id, eligible) if e and math.isfinite(s))
+    ranked = sorted(
+        (-s, i) for s, i, e in zip(score, token_id, eligible, strict=True) if e and math.isfinite(s)
+    )
     kept = max(1, math.ceil(keep_fraction * len(ranked) - 1e-9)) if ranked else 0
     return {i for _, i in ranked[:kept]}
 

@@ -97,8 +97,13 @@ class Chooser:
     ) -> list[Selection]:
         """The choice on all micro-batches of a step: at once under scope global_batch and cut back into micro-batches, else one by one."""
         if self.scope != "global_batch":
-            return [self.choose(batch, output, progress) for batch, output in zip(batches, outputs)]
-        all_columns = [self._columns(batch, output) for batch, output in zip(batches, outputs)]
+            return [
+                self.choose(batch, output, progress)
+                for batch, output in zip(batches, outputs, strict=True)
+            ]
+        all_columns = [
+            self._columns(batch, output) for batch, output in zip(batches, outputs, strict=True)
+        ]
         columns = {name: torch.cat([part[name] for part in all_columns]) for name in all_columns[0]}
         eligible = torch.cat([batch.loss_mask_BS > 0 for batch in batches])
         selection = self.scorer.choose(

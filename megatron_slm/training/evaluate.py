@@ -17,7 +17,8 @@ def plain_loss(models: list, steps: Iterable[Sequence[Batch]], groups: Groups) -
     """
     total = torch.zeros(2, dtype=torch.float64, device=groups.device)
     for batches in steps:
-        for batch, output in zip(batches, forward_losses(models, batches, groups)):
+        outputs = forward_losses(models, batches, groups)
+        for batch, output in zip(batches, outputs, strict=groups.is_last_stage):
             counted_BS = batch.loss_mask_BS > 0
             total[0] += torch.where(counted_BS, output["loss"], 0.0).sum(dtype=torch.float64)
             total[1] += counted_BS.sum()

@@ -98,7 +98,7 @@ def inputs_of(config: Config, corpora: list[Corpus], validation: dict[str, Corpu
         "data.validation": {each.prefix: each.manifest.fingerprint for each in validation.values()},
         "selection.reference.scores": {
             str(path): corpus.scores.manifest.fingerprint
-            for path, corpus in zip(reference.scores, corpora)
+            for path, corpus in zip(reference.scores, corpora, strict=bool(reference.scores))
         },
         "selection.reference.checkpoint": {
             reference.checkpoint: read_checkpoint_info(reference.checkpoint).fingerprint

@@ -24,8 +24,8 @@ class RunLength:
     schedule.train_tokens it ends with the first step that reaches that many tokens.
     """
 
-    def __init__(self, config: Config, start: Done = Done()):
-        self.start = start
+    def __init__(self, config: Config, start: Done | None = None):
+        self.start = start = start or Done()
         self.step_tokens, self.step_samples = tokens_per_step(config), config.data.global_batch_size
         self.in_steps = config.schedule.train_steps > 0
         if self.in_steps:

@@ -110,7 +110,7 @@ def data_words(config: Config, corpora: list[tuple[str, int]], run_tokens: int) 
     weights = config.data.weights or [tokens for _, tokens in corpora]
     passes = [
         (run_tokens * weight / sum(weights) / max(1, tokens), prefix, tokens)
-        for (prefix, tokens), weight in zip(corpora, weights)
+        for (prefix, tokens), weight in zip(corpora, weights, strict=True)
     ]
     lead, between = "", ", "
     if len(passes) > CORPORA_SHOWN:

@@ -133,7 +133,8 @@ def score_with_reference(trainer: Trainer, batches: Sequence[Batch]) -> None:
     outputs = forward_losses(
         trainer.reference, batches, trainer.groups, extras=trainer.reference_extras
     )
-    for batch, output in zip(batches, outputs):
+    # Only the last stage has outputs, and only there are the batches' columns read.
+    for batch, output in zip(batches, outputs, strict=trainer.groups.is_last_stage):
         batch.columns.update({f"reference_{name}": value for name, value in output.items()})
 
 
@@ -155,7 +156,10 @@ def choose_before_backward(
         outputs = forward_losses(trainer.models, batches, trainer.groups, extras=chooser.extras)
     if not trainer.groups.is_last_stage:
         return [None] * len(batches)
-    return [Known(*pair) for pair in zip(chooser.choose_step(batches, outputs, progress), outputs)]
+    return [
+        Known(*pair)
+        for pair in zip(chooser.choose_step(batches, outputs, progress), outputs, strict=True)
+    ]
 
 
 def weight_ahead(

@@ -93,10 +93,8 @@ class StopSignals:
     def _say(self, sentence: str) -> None:
         """Past Python's buffers: a handler may interrupt a write to them. A closed terminal is no reason to fail."""
         if os.environ.get("RANK", "0") == "0":
-            try:
+            with contextlib.suppress(OSError):
                 os.write(STDERR, f"\n{sentence}\n".encode())
-            except OSError:
-                pass
 
 
 def _forget_if_closed(stream: TextIO) -> None:
