@@ -204,7 +204,9 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         )
         row["errors"] = {
             name: _errors(small, side)
-            for name, side in zip(("ours", "peer"), contenders(small, case.ours, case.peer, 64))
+            for name, side in zip(
+                ("ours", "peer"), contenders(small, case.ours, case.peer, 64), strict=True
+            )
         }
         correct = _acceptable(row["errors"], case)
     if case.measure == "memory":

@@ -77,7 +77,7 @@ def make_files(folder: Path, tokens: int, dtype: str) -> None:
     starts = random.randint(0, len(block) - lengths.max(), len(lengths))
     write_corpus(
         folder / "corpus",
-        [block[start : start + length] for start, length in zip(starts, lengths)],
+        [block[start : start + length] for start, length in zip(starts, lengths, strict=True)],
         vocabulary_size=32000,
     )
     write_scores(folder / "scores", folder / "corpus", score_of, dtype=dtype, shard_tokens=1 << 24)
@@ -138,7 +138,10 @@ def bench_loader(folder: Path, tokens: int, sequence_length: int, dtype: str, ro
     times = seconds_per_call(sides, "cpu", rounds)
     loader.close()
     rate = {name: count / statistics.median(seconds) for name, seconds in times.items()}
-    shares = [a / b for a, b in zip(times["GPTDataset, no scores"], times[f"ours, {dtype} scores"])]
+    shares = [
+        a / b
+        for a, b in zip(times["GPTDataset, no scores"], times[f"ours, {dtype} scores"], strict=True)
+    ]
     return {
         "tokens": corpus.manifest.tokens,
         "documents": corpus.manifest.documents,

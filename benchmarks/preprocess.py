@@ -14,6 +14,7 @@ compared byte for byte. `--megatron-lm` is a checkout of Megatron-LM that fits t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -159,12 +160,12 @@ def parts_of(corpus: str, workers: int, folder: Path) -> str:
     parts = folder / f"parts-{Path(corpus).name}"
     if not parts.exists():
         parts.mkdir(parents=True)
-        with open(corpus, "rb") as lines:
-            streams = [open(parts / f"{number}.jsonl", "wb") for number in range(workers)]
+        with contextlib.ExitStack() as opened:
+            lines = opened.enter_context(open(corpus, "rb"))
+            names = [parts / f"{number}.jsonl" for number in range(workers)]
+            streams = [opened.enter_context(open(name, "wb")) for name in names]
             for number, line in enumerate(lines):
                 streams[number % workers].write(line)
-            for stream in streams:
-                stream.close()
     return str(parts)
 
 
@@ -330,7 +331,7 @@ def write(tokens: int, rounds: int, document_tokens: int = 500, batch_documents:
     def ours(folder: Path) -> None:
         lengths = np.full(batch_documents, document_tokens, np.int32)
         with CorpusWriter(str(folder / "ours"), np.dtype(np.uint16), {}) as made:
-            for start in range(0, documents, batch_documents):
+            for _ in range(0, documents, batch_documents):
                 made.append(repeated)
                 made.add_documents(lengths)
             made.finish(
@@ -349,7 +350,7 @@ def write(tokens: int, rounds: int, document_tokens: int = 500, batch_documents:
     repeated = ids[:batch_documents].tobytes()
     seconds: dict[str, list[float]] = {"megatron-core's IndexedDatasetBuilder": [], "ours": []}
     for _ in range(rounds):
-        for name, way in zip(seconds, (builder, ours)):
+        for name, way in zip(seconds, (builder, ours), strict=True):
             with tempfile.TemporaryDirectory(prefix="slm-benchmark-") as folder:
                 began = time.process_time()
                 way(Path(folder))
@@ -358,8 +359,9 @@ def write(tokens: int, rounds: int, document_tokens: int = 500, batch_documents:
                     suffix: _digest(f"{folder}/{'ours' if way is ours else 'megatron'}{suffix}")
                     for suffix in (".bin", ".idx")
                 }
-            expected = found if way is builder else expected
-            if found != expected:
+            if way is builder:
+                expected = found
+            elif found != expected:
                 raise SystemExit("the two wrote different files")
     median = {name: statistics.median(times) for name, times in seconds.items()}
     print("| writer | CPU s | million tokens per CPU s |\n|---|---|---|")

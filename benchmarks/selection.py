@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -195,6 +196,25 @@ def on_ranks(ranks: int, sizes: list[int], rounds: int) -> list[dict]:
     return lines
 
 
+def _ways(
+    rank: int, tokens: int, group: dist.ProcessGroup
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name -> a call that returns the mask of this rank's tokens."""
+    score = torch.randn(tokens, generator=torch.Generator().manual_seed(rank))
+    eligible = torch.ones_like(score, dtype=torch.bool)
+
+    def select(**options) -> torch.Tensor:
+        return select_top(score, eligible, KEEP, group=group, **options).mask
+
+    return {
+        "obvious": lambda: _all_gather_topk(score, eligible, group),
+        "gather": lambda: select(backend="gather"),
+        "radix": lambda: select(backend="radix"),
+        "auto": lambda: select(backend="auto"),
+        "auto, capacity": lambda: select(capacity=score.numel()),
+    }
+
+
 def _rank_main(rank: int, ranks: int, folder: str, sizes: list[int], rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -202,16 +222,7 @@ def _rank_main(rank: int, ranks: int, folder: str, sizes: list[int], rounds: int
     )
     group, result = dist.group.WORLD, {}
     for tokens in sizes:
-        score = torch.randn(tokens // ranks, generator=torch.Generator().manual_seed(rank))
-        eligible = torch.ones_like(score, dtype=torch.bool)
-        ways = {"obvious": lambda: _all_gather_topk(score, eligible, group)}
-        ways |= {
-            way: lambda way=way: select_top(score, eligible, KEEP, group=group, backend=way).mask
-            for way in ("gather", "radix", "auto")
-        }
-        ways["auto, capacity"] = lambda: select_top(
-            score, eligible, KEEP, group=group, capacity=score.numel()
-        ).mask
+        ways = _ways(rank, tokens // ranks, group)
         masks = [way() for way in ways.values()]
         assert all(torch.equal(mask, masks[0]) for mask in masks), "the ways disagree"
         # the ways take turns call by call, so that what else happens on the machine happens to all of them

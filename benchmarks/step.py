@@ -184,7 +184,9 @@ def _time(case: Case, times: dict[str, list[float]], clock: str) -> dict:
         "ratio_of_minima": min(ours) / min(peer),
     }
     # Neighbouring rounds meet the same neighbours on a shared machine: their ratios move least.
-    row["median_of_round_ratios"] = statistics.median(a / b for a, b in zip(ours, peer))
+    row["median_of_round_ratios"] = statistics.median(
+        a / b for a, b in zip(ours, peer, strict=True)
+    )
     return {
         name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()
     }

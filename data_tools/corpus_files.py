@@ -6,6 +6,7 @@ the way, and so is every source, so a damaged one is found before anything is pu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -74,16 +75,15 @@ class CorpusCopy:
 
     def _open(self) -> None:
         """Begin anew; what a killed run left in the folder is overwritten."""
-        self._bin = open(self._folder / "tokens.bin", "wb")
-        self._lengths = open(self._folder / "lengths.i32", "wb")
+        # __exit__ closes both.
+        self._bin = open(self._folder / "tokens.bin", "wb")  # noqa: SIM115
+        self._lengths = open(self._folder / "lengths.i32", "wb")  # noqa: SIM115
         self._sha256 = hashlib.sha256()
 
     def __exit__(self, *_: object) -> None:
         for stream in (self._bin, self._lengths):
-            try:
+            with contextlib.suppress(OSError):  # a full disk: the folder goes anyway
                 stream.close()
-            except OSError:
-                pass  # a full disk: the folder goes anyway
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.release()
 

@@ -26,7 +26,7 @@ class PlainEncoder:
         tokens, lengths = self._tokenizer.encode_batch(texts)
         content = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
         ends = (lengths.cumsum() * tokens.itemsize).tolist()
-        return [content[start:end] for start, end in zip([0, *ends[:-1]], ends)]
+        return [content[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def build_encoder(tokenizer: Tokenizer, name: str = "auto") -> Encoder:

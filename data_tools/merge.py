@@ -205,7 +205,7 @@ def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[st
 def _sum_sources(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Counts of the same --input arguments over all shards; a content checksum exists per shard only."""
     merged = []
-    for entries in zip(*parts):
+    for entries in zip(*parts, strict=True):
         merged.append(
             {
                 "input": entries[0]["input"],

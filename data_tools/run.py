@@ -74,7 +74,7 @@ def run(settings: RunSettings) -> CorpusManifest:
     prefix = settings.prefix
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(f"{prefix}.partial", "finished.json").exists()
-    if (found := existing_output(prefix)) and not settings.overwrite and not unfinished:
+    if existing_output(prefix) and not settings.overwrite and not unfinished:
         if settings.skip_complete:
             return check_corpus(prefix)
         return _finished_before(settings)
@@ -286,7 +286,9 @@ class _Run:
     @property
     def _sources(self) -> list[dict[str, Any]]:
         entries = []
-        for number, (name, counts) in enumerate(zip(self._settings.inputs, self._state.sources)):
+        for number, (name, counts) in enumerate(
+            zip(self._settings.inputs, self._state.sources, strict=True)
+        ):
             files = {
                 file.path: file.size_bytes
                 for unit in self._units

@@ -153,7 +153,7 @@ def show_scores(
         return
     name, losses = next(iter(columns.items()))
     text = Text()
-    for token_id, loss in zip(ids.tolist(), losses.tolist()):
+    for token_id, loss in zip(ids.tolist(), losses.tolist(), strict=True):
         if token_id == tokenizer.eod_id:
             continue
         piece = tokenizer.piece(token_id)

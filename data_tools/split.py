@@ -118,7 +118,7 @@ def split(
             held_out = np.array(
                 [
                     is_held_out(tokens[start:end].tobytes(), seed, fraction)
-                    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist())
+                    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
                 ],
                 bool,
             )
@@ -141,7 +141,7 @@ def split(
         }
         parts = sides[0].finish(manifest, **history), sides[1].finish(manifest, **history)
     for store in stores:
-        for part_prefix, part, ranges in zip(prefixes, parts, runs):
+        for part_prefix, part, ranges in zip(prefixes, parts, runs, strict=True):
             carry_scores(store, part_prefix, part, np.array(ranges, np.int64))
     return parts
 
@@ -158,7 +158,7 @@ def _finished_before(
     if None in parts or not all(
         carried_before(folder, prefix, part)
         for folder in scores
-        for prefix, part in zip(prefixes, parts)
+        for prefix, part in zip(prefixes, parts, strict=True)
     ):
         return None
     print("done before, from the same corpus and options:")
@@ -176,7 +176,7 @@ def _made_from(part: CorpusManifest) -> dict[str, Any]:
 def _runs(held_out: np.ndarray) -> list[tuple[int, int]]:
     """[start, end) of documents in a row that go to one side."""
     changes = np.flatnonzero(np.diff(held_out)) + 1
-    return list(zip([0, *changes.tolist()], [*changes.tolist(), len(held_out)]))
+    return list(zip([0, *changes.tolist()], [*changes.tolist(), len(held_out)], strict=True))
 
 
 def _append(side: CorpusCopy, tokens: FileArray, bounds: np.ndarray) -> None:

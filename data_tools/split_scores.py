@@ -80,7 +80,7 @@ def carry_scores(
         )
         starts = runs[first:last, 0] + np.maximum(low - begins[first:last], 0)
         stops = runs[first:last, 1] - np.maximum(ends[first:last] - high, 0)
-        pieces = list(zip(starts.tolist(), stops.tolist()))
+        pieces = list(zip(starts.tolist(), stops.tolist(), strict=True))
         made.write_shard(
             shard, {column: store.read_pieces(column, pieces) for column in store.columns}
         )

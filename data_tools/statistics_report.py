@@ -24,7 +24,7 @@ def statistics_of(
     """Numbers of each source and of the whole. Documents lie in the order of their sources, so lengths need no labels."""
     sources = []
     start = 0
-    for name, counts in zip(names, state.sources):
+    for name, counts in zip(names, state.sources, strict=True):
         end = start + counts.documents
         sources.append({"source": name, **_numbers(lengths_tokens[start:end], counts)})
         start = end
@@ -112,7 +112,9 @@ def length_summary(lengths_tokens: np.ndarray) -> dict[str, Any]:
     bits = np.bincount(np.log2(np.maximum(ordered, 1)).astype(np.int64))
     return {
         "mean": float(ordered.mean(dtype=np.float64)),
-        "quantiles": {f"{q:g}": int(ordered[place]) for q, place in zip(QUANTILES, places)},
+        "quantiles": {
+            f"{q:g}": int(ordered[place]) for q, place in zip(QUANTILES, places, strict=True)
+        },
         "histogram_log2": bits.tolist(),
     }
 

@@ -47,7 +47,8 @@ def _blocks_of_stream(unit: Unit, block_bytes: int, spool: str) -> Iterator[Bloc
     """Whole lines in blocks of about `block_bytes`; damage is reported in the last block, after all lines before it."""
     file = unit.files[0]
     try:
-        raw = sys.stdin.buffer if file.path == STDIN else open(file.path, "rb")
+        # Closed by `with raw` below.
+        raw = sys.stdin.buffer if file.path == STDIN else open(file.path, "rb")  # noqa: SIM115
     except OSError as error:
         yield Block(
             0,

@@ -166,7 +166,7 @@ class CachedEncoder:
     def _encode_into(
         self, results: list[list[bytes]], owners: list[int], parts: list[bytes]
     ) -> None:
-        for owner, content in zip(owners, self._encode_parts(parts) if parts else ()):
+        for owner, content in zip(owners, self._encode_parts(parts) if parts else (), strict=True):
             results[owner].append(content)
 
     def encode_part(self, content: bytes) -> bytes:
@@ -228,7 +228,7 @@ class CachedEncoder:
             tokens[ends[segment] - len(sequence) : ends[segment]] = sequence
         content = tokens.tobytes()
         bounds = (ends[separators] * self._dtype.itemsize).tolist()
-        return [content[start:end] for start, end in zip([0, *bounds[:-1]], bounds)]
+        return [content[start:end] for start, end in zip([0, *bounds[:-1]], bounds, strict=True)]
 
     def _places(self, joined: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Where the tokens of every segment of at most 32 bytes lie, new ones encoded and remembered; 0 for longer ones."""
@@ -253,6 +253,7 @@ class CachedEncoder:
                         starts[chosen[missing]].tolist(),
                         lengths[chosen[missing]].tolist(),
                         missing.tolist(),
+                        strict=True,
                     )
                 }
                 if table.entries + len(new) > _MOST_ENTRIES:
@@ -286,7 +287,11 @@ class CachedEncoder:
         new = [segment for segment in dict.fromkeys(segments) if segment not in known]
         if new:
             known.update(
-                zip(new, (np.array(ids, self._dtype) for ids in self._encode_segments(new)))
+                zip(
+                    new,
+                    (np.array(ids, self._dtype) for ids in self._encode_segments(new)),
+                    strict=True,
+                )
             )
             if len(self._long) + len(new) > _MOST_LONG_ENTRIES:
                 self._long.clear()
@@ -295,7 +300,7 @@ class CachedEncoder:
                 for segment in new[:_MOST_LONG_ENTRIES]
                 if len(segment) <= _LONGEST_KEPT_BYTES
             )
-        return [(place, known[segment]) for place, segment in zip(places, segments)]
+        return [(place, known[segment]) for place, segment in zip(places, segments, strict=True)]
 
     def _encode_segments(self, segments: list[bytes]) -> list[list[int]]:
         # One thread: the processes are the parallelism. One call for a list: each call with a list starts a thread anew.

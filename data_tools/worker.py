@@ -120,7 +120,7 @@ class BlockEncoder:
         )
 
     def _encode(self, batch: list[Record], work: _Work) -> None:
-        for record, content in zip(batch, self._tokens_of(batch, work)):
+        for record, content in zip(batch, self._tokens_of(batch, work), strict=True):
             if content is None:
                 continue
             if not content:

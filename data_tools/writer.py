@@ -7,6 +7,7 @@ run therefore continues exactly, and ends in the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -91,7 +92,7 @@ class CorpusWriter:
             stray.unlink()
         sizes = progress["sizes"] if progress else dict.fromkeys(_STREAMS, 0)
         for name in _STREAMS:
-            stream = open(self.folder / name, "ab")
+            stream = open(self.folder / name, "ab")  # noqa: SIM115  closed by __exit__
             self._streams[name] = stream
             if stream.tell() < sizes[name]:
                 raise ValueError(
@@ -113,10 +114,8 @@ class CorpusWriter:
 
     def __exit__(self, *_: object) -> None:
         for stream in self._streams.values():
-            try:
+            with contextlib.suppress(OSError):  # the disk is full: what was saved stands
                 stream.close()
-            except OSError:
-                pass  # the disk is full: what was saved stands
         self._lock.release()
 
     def append(self, tokens: bytes) -> None:

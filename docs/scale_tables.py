@@ -172,7 +172,8 @@ def by_hand(plan: Plan) -> list[str]:
     def gib(count: float) -> str:
         return f"{count / 2**30:,.2f} GiB"
 
-    return lines + [
+    return [
+        *lines,
         f"- Memory: weights 2 × {parameters:,.0f} = {gib(memory.weights)}; gradients 4 × that number = {gib(memory.gradients)}; optimizer 12 × that number / 64 = {gib(memory.optimizer)}.",
         f"- Activations: 32 layers × 8192 tokens × {per_token:,.0f} bytes, and the last norm's 8192 × 4096 × (2 + 2) / 2 = {gib(activations)}.",
         f"- Head, keep mode: 8192 × 64128 kept values of 2 bytes, and in backward the weight's gradient of 64128 × 4096 in fp32 and bf16 = {gib(head)}.",
@@ -200,7 +201,8 @@ def anchors() -> list[str]:
         lines.append(
             f"| {what} | {rate:,.0f} | {utilization:.0%} | {plan.duration.tokens_per_second / plan.job.ranks:,.0f} |"
         )
-    return lines + [
+    return [
+        *lines,
         "| [Megatron-LM](https://github.com/NVIDIA/Megatron-LM/blob/main/README.md), 2 B and larger, H100 | - | 41 to 48 % (its own count) | - |",
         "",
         "So 50 % is what well-tuned runs reach and not what a first run gets. These are other people's measurements of other programs: they bound the efficiency, they do not confirm the plan.",

@@ -59,7 +59,11 @@ def write_corpora(library: Path, output: Path, max_bytes: int) -> dict[str, tupl
         paths.sort(key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
     output.mkdir(parents=True, exist_ok=True)
     counts = {name: [0, 0] for name in ("corpus", "curated", "held_out")}
-    files = {name: open(output / f"{name}.jsonl.tmp", "w", encoding="utf-8") for name in counts}
+    # Each is closed before it is renamed.
+    files = {
+        name: open(output / f"{name}.jsonl.tmp", "w", encoding="utf-8")  # noqa: SIM115
+        for name in counts
+    }
     total = 0
     for path in paths:
         text = (library / path).read_text(encoding="utf-8", errors="replace")

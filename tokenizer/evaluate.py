@@ -204,7 +204,7 @@ def draw(path: str, fits: dict[str, dict[str, Fit]]) -> None:
     places = np.arange(len(fits))
     with house_style():
         figure, both = new_figure(len(panels))
-        for axes, (key, title, form, factor) in zip(both, panels):
+        for axes, (key, title, form, factor) in zip(both, panels, strict=True):
             for number, name in enumerate(names):
                 heights = [factor * of_source[name].to_json()[key] for of_source in fits.values()]
                 bars = axes.bar(

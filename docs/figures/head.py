@@ -26,7 +26,7 @@ def main(output: Path) -> None:
         {"font.family": "DejaVu Sans", "svg.hashsalt": "head", "svg.fonttype": "none"}
     )
     figure, axes = plt.subplots(1, len(HEADS), figsize=(12.5, 4.1))
-    for axis, (title, stages) in zip(axes, HEADS.items()):
+    for axis, (title, stages) in zip(axes, HEADS.items(), strict=True):
         draw(axis, title, stages)
     axes[0].set_ylabel("tokens of a micro-batch", fontsize=9)
     legend = [
