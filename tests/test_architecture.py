@@ -68,11 +68,11 @@ BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch", "benchmarks", "tests"
 LINES_AT_MOST = 400
 LONGER_SINCE_FORMATTED = {
     "megatron_slm/device.py": 408,
-    "benchmarks/preprocess.py": 448,
-    "benchmarks/selection.py": 465,
+    "benchmarks/preprocess.py": 450,
+    "benchmarks/selection.py": 476,
     "tests/unit/config/test_check.py": 479,
     "tests/distributed/test_experts.py": 457,
-    "tests/distributed/test_layouts.py": 514,
+    "tests/distributed/test_layouts.py": 515,
     "tests/test_architecture.py": 524,
     "tests/test_megatron_core_surface.py": 666,
 }

@@ -80,7 +80,9 @@ def met(tmp_path_factory):
 
 def test_every_rank_ends_with_the_name_of_the_file_that_one_cannot_read(met):
     _, ours, theirs = met
-    for cut, (words, step, saved), told_on_rank_1 in zip(("train", "target"), ours, theirs):
+    for cut, (words, step, saved), told_on_rank_1 in zip(
+        ("train", "target"), ours, theirs, strict=True
+    ):
         assert f"rank1/{cut}.bin: the file was cut short while it was in use" in words
         assert "(process 1 on " in words
         assert saved == step >= CUT_AT_STEP, "what was trained before is in a checkpoint"

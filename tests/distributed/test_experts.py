@@ -15,7 +15,7 @@ from megatron_slm.testing.spawn import run_layouts_on_cpu
 STEPS, MORE_STEPS, SEQUENCES, LENGTH, VOCABULARY = 3, 2, 8, 16, 50
 MICRO_BATCH = 2  # the same in every layout: experts are balanced over micro-batches
 LAYOUTS = {
-    "single": dict(),
+    "single": {},
     "dp2": dict(dp=2),
     "ep2": dict(dp=2, ep=2),
     "ep2_dp4": dict(dp=4, ep=2),
@@ -414,7 +414,7 @@ def compare(ranks, expected, settings):
     last_stage = [rank for rank in ranks if rank["last_stage"]]
     for step, (
         selected,
-        loss_all,
+        _loss_all,
         loss_selected,
         grad_norm,
         balance,

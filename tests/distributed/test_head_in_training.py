@@ -63,7 +63,9 @@ def note_scores(chooser, noted):
                         loss_BS.flatten().tolist(),
                         margin_BS.flatten().tolist(),
                         selection.mask.flatten().tolist(),
+                        strict=True,
                     ),
+                    strict=True,
                 )
             )
         )

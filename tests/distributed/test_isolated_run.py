@@ -84,7 +84,7 @@ def test_validation_is_the_loss_of_what_the_policy_lets_a_token_see(tmp_path, po
                 [tokens[inside == i] for i in inside.unique()] if policy == "isolated" else [tokens]
             )
             counted = [slice(None)] if policy == "isolated" else [inside[1:] == inside[:-1]]
-            for piece, kept in zip(pieces, counted * len(pieces)):
+            for piece, kept in zip(pieces, counted * len(pieces), strict=True):
                 losses.append(
                     decoder.loss(piece[None, :-1], piece[None, 1:])[0][kept]
                     if len(piece) > 1

@@ -255,7 +255,8 @@ def weight_shards(chunks):
         if isinstance(tensor, ShardedTensor):
             stacked = tensor.prepend_axis_num
             inside = tuple(
-                slice(o, o + n) for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape)
+                slice(o, o + n)
+                for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
             )
             shards.append(
                 (
@@ -387,7 +388,7 @@ def test_layout_equals_plain_torch(name, case, results, plain):
     assert weights.keys() == plain[case][1].keys()
     for weight, expected in plain[case][1].items():
         torch.testing.assert_close(
-            weights[weight], expected, rtol=2e-3, atol=2e-4, msg=lambda text: f"{weight}: {text}"
+            weights[weight], expected, rtol=2e-3, atol=2e-4, msg=f"{weight}: {{}}".format
         )
 
 

@@ -288,7 +288,7 @@ def distances_from_fp64(groups) -> list[dict]:
             {"head": head}
             | {
                 n: ((v.double() - r).norm() / r.norm()).item()
-                for n, v, r in zip(("loss", "hidden", "weight"), values, references)
+                for n, v, r in zip(("loss", "hidden", "weight"), values, references, strict=True)
             }
         )
     return found

@@ -83,7 +83,7 @@ def two_scalers() -> list[list[float]]:
     scalers = [DynamicGradScaler(64.0, 1.0, 2.0, 0.5, 10, 2) for _ in range(2)]
 
     def step():
-        for scaler, overflow in zip(scalers, (False, True)):
+        for scaler, overflow in zip(scalers, (False, True), strict=True):
             scaler.update(overflow)
         return False, None, None
 
@@ -144,7 +144,7 @@ def train(groups, folder: str) -> dict:
     before = weights(run)
     run.steps = 4
     run.run()
-    result["unmoved"] = all(bool((a == b).all()) for a, b in zip(before, weights(run)))
+    result["unmoved"] = all(bool((a == b).all()) for a, b in zip(before, weights(run), strict=True))
     result["scale_at_4"] = loss_scaler_state(run.trainer.optimizer)
     again = start(config, groups)
     result["scale_resumed"] = loss_scaler_state(again.trainer.optimizer)

@@ -156,7 +156,7 @@ def losses_before_and_after_poison(groups, *, trainable):
     return max(
         (
             float((old[name] - new[name]).abs().max())
-            for old, new in zip(before, after)
+            for old, new in zip(before, after, strict=True)
             for name in old
         ),
         default=0.0,
@@ -221,7 +221,7 @@ def test_point_03_a_rank_or_step_with_nothing_selected_is_legal(layout, results)
     """It neither hangs (this test ended) nor makes a NaN, and the tokens of the other ranks count in full."""
     ranks = results[layout]
     last = [rank["empty"][0] for rank in ranks if rank["last_stage"]]
-    ids, loss, norm, _ = zip(*(rank[0] for rank in last))
+    ids, loss, norm, _ = zip(*(rank[0] for rank in last), strict=True)
     start = results["single"][0]["empty"][1]
     samples = [HalfEmpty()[i] for i in range(SEQUENCES)]
     batch = {

@@ -45,7 +45,7 @@ CASES = {
     ),
 }
 LAYOUTS = {
-    "one": dict(),
+    "one": {},
     "data 2, expert 2, distributed optimizer": dict(dp=2, ep=2),
     "pipeline 2 x 2": dict(pp=2, vpp=2),
     "tensor 2, sequence, pipeline 2": dict(tp=2, pp=2, sequence_parallel=True),

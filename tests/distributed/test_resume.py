@@ -303,7 +303,7 @@ def test_another_data_parallel_size_continues_within_rounding_with_the_same_samp
     assert [(line["kind"], line["step"], line["tokens/processed"]) for line in resumed] == [
         (line["kind"], line["step"], line["tokens/processed"]) for line in whole
     ]
-    for ours, theirs in zip(resumed, whole):
+    for ours, theirs in zip(resumed, whole, strict=True):
         for name in (
             "loss/all",
             "loss/selected",

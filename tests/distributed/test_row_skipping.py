@@ -43,7 +43,7 @@ def compare(groups, sequence_parallel: bool) -> None:
                 *torch.autograd.grad(output, (leaf, up.weight, down.weight), upstream),
             )
         )
-    for value, reference in zip(*reversed(results)):
+    for value, reference in zip(*reversed(results), strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 

@@ -25,7 +25,7 @@ from tests.distributed.test_layouts import (
 
 STEPS = 2
 LAYOUTS = {
-    "single": dict(),
+    "single": {},
     "dp2": dict(dp=2),
     "tp2_sequence_parallel": dict(tp=2, sequence_parallel=True),
     "tp2_pp2": dict(tp=2, pp=2),

@@ -20,7 +20,7 @@ PROBED = {
 }
 """The documents of the probe's corpora."""
 LAYOUTS = {
-    "single": dict(),
+    "single": {},
     "dp2": dict(dp=2),
     "dp4": dict(dp=4),
     "tp2_pp2": dict(tp=2, pp=2),
@@ -255,7 +255,9 @@ def online_and_stored(groups):
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
         steps = local_steps(groups, config, SyntheticColumns())
         for batches in steps:
-            for batch, output in zip(batches, forward_losses(reference, batches, groups)):
+            for batch, output in zip(
+                batches, forward_losses(reference, batches, groups), strict=groups.is_last_stage
+            ):
                 batch.columns["reference_loss"] = output["loss"].to(dtype).float()
         outcome[name] = train(groups, make_trainer(groups, config), steps)
     return outcome
@@ -297,7 +299,8 @@ def test_every_scorer_and_scope_in_every_layout(case, layout, results):
             "a data-parallel rank's micro-batch holds other sequences here: the choice is meant to differ"
         )
     expected, found = (
-        merged(results[name], lambda rank: rank["rows"][case]) for name in ("single", layout)
+        merged(results[name], lambda rank, case=case: rank["rows"][case])
+        for name in ("single", layout)
     )
     for step in range(STEPS):
         assert found[step][0] == expected[step][0], f"step {step}: other tokens"
@@ -308,7 +311,7 @@ def test_every_scorer_and_scope_in_every_layout(case, layout, results):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_online_reference_selects_as_stored_scores_do(layout, results):
     online, fp32, fp16 = (
-        merged(results[layout], lambda rank: rank["reference"][name])
+        merged(results[layout], lambda rank, name=name: rank["reference"][name])
         for name in ("online", "fp32", "fp16")
     )
     assert online == fp32, "the same losses, so the same bits"
@@ -324,7 +327,12 @@ def test_global_batch_is_one_set_whatever_the_layout(results):
             tuple(
                 map(
                     frozenset,
-                    (ids for ids, _, _ in merged(results[name], lambda rank: rank["rows"][case])),
+                    (
+                        ids
+                        for ids, _, _ in merged(
+                            results[name], lambda rank, case=case: rank["rows"][case]
+                        )
+                    ),
                 )
             )
             for name in LAYOUTS

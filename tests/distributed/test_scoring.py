@@ -109,7 +109,9 @@ def plain_scores(
 ) -> dict[str, np.ndarray]:
     """Every token's loss and entropy, one token at a time, from its own context: no batches, no windows shared."""
     spans = (
-        [(0, len(tokens))] if policy == "packed" else list(zip(starts, [*starts[1:], len(tokens)]))
+        [(0, len(tokens))]
+        if policy == "packed"
+        else list(zip(starts, [*starts[1:], len(tokens)], strict=True))
     )
     values = {name: np.full(len(tokens), np.nan, np.float32) for name in ("loss", "entropy")}
     for begin, end in spans:
@@ -143,9 +145,7 @@ def data(tmp_path_factory):
     from megatron_slm import export_hf
 
     folder = tmp_path_factory.mktemp("scoring")
-    documents = [
-        document for document in random_documents(14, 14, vocabulary_size=VOCABULARY, seed=4)
-    ]
+    documents = list(random_documents(14, 14, vocabulary_size=VOCABULARY, seed=4))
     write_corpus(folder / "corpus", documents, vocabulary_size=VOCABULARY)
     run_on_cpu(save_reference, str(folder / "run"))
     assert (

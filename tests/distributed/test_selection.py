@@ -3,6 +3,7 @@
 import math
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,7 @@ def _check_scopes_under_layouts(rank, groups):
     )
     for name, micro_batches, places, group, cp_group in _layouts(rank, groups):
         common = {"group": group, "cp_group": cp_group}
-        step = sum(micro_batches, [])
+        step = list(chain(*micro_batches))
         piece, mine = _piece(columns, eligible, step, places)
         chosen = select_in_scope(
             piece["loss"] - piece["reference_loss"],
@@ -283,7 +284,7 @@ def _check_scorers_under_layouts(rank, groups):
                 columns, eligible, 0.6, Population(scope, columns["token_id"]), progress
             )
             for layout, micro_batches, places, group, cp_group in _layouts(rank, groups):
-                step = sum(micro_batches, [])
+                step = list(chain(*micro_batches))
                 piece, mine = _piece(columns, eligible, step, places)
                 chosen = scorer.choose(
                     piece,

@@ -6,6 +6,7 @@ whether it held, so that a failure is met, and shrunk, by all of them in step.
 
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def brute_force(populations, score, eligible, keep_fraction, token_id):
 
 def check_step(rank, groups, step, keep_fraction):
     layout, dealt, score, eligible, token_id = step
-    dp, cp = LAYOUTS[layout]
+    _, cp = LAYOUTS[layout]
     dp_rank, cp_rank = divmod(rank, cp)
     places, group, cp_group = zigzag(score.shape[1], cp_rank, cp), groups["all"], groups[layout]
     mine = [ranks[dp_rank] for ranks in dealt]
@@ -79,7 +80,7 @@ def check_step(rank, groups, step, keep_fraction):
     scopes = {
         "sequence": [[row] for row in everything[0]],
         "micro_batch": [rows for ranks in dealt for rows in ranks],
-        "data_parallel": [sum(ranks, []) for ranks in dealt],
+        "data_parallel": [list(chain(*ranks)) for ranks in dealt],
         "global_batch": everything,
     }
     wrong = []
@@ -89,7 +90,7 @@ def check_step(rank, groups, step, keep_fraction):
 
     for scope, populations in scopes.items():
         expected = brute_force(populations, score, eligible, keep_fraction, token_id)
-        for rows in [sum(mine, [])] if scope == "global_batch" else mine:
+        for rows in [list(chain(*mine))] if scope == "global_batch" else mine:
             piece, able, ids = cut(rows)
             chosen = select_in_scope(
                 piece,
@@ -103,10 +104,10 @@ def check_step(rank, groups, step, keep_fraction):
             )
             if not torch.equal(chosen.mask, expected[rows][:, places]):
                 wrong.append(f"{scope} under {layout}: wrong choice on rank {rank}")
-    piece, able, ids = cut(sum(mine, []))
+    piece, able, ids = cut(list(chain(*mine)))
     for backend in ("gather", "radix"):
         whole = select_top(piece, able, keep_fraction, token_id=ids, group=group, backend=backend)
-        if not torch.equal(whole.mask, expected[sum(mine, [])][:, places]):
+        if not torch.equal(whole.mask, expected[list(chain(*mine))][:, places]):
             wrong.append(f"{backend} under {layout}: wrong choice on rank {rank}")
     return wrong + check_running(
         piece,
@@ -115,7 +116,7 @@ def check_step(rank, groups, step, keep_fraction):
         keep_fraction,
         group,
         expected_mask(score, eligible, keep_fraction, token_id),
-        expected[sum(mine, [])][:, places],
+        expected[list(chain(*mine))][:, places],
     )
 
 
@@ -169,7 +170,7 @@ def worker(rank, folder):
         wrong = [None] * WORLD
         dist.all_gather_object(wrong, check_step(rank, groups, step, keep_fraction))
         seen.add(step[0])
-        assert not sum(wrong, []), sum(wrong, [])
+        assert not any(wrong), list(chain(*wrong))
 
     holds_on_every_rank()
     assert seen == set(LAYOUTS), "or the examples no longer cover every layout"

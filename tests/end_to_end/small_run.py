@@ -1,5 +1,6 @@
 """A small real run for tests that interrupt it: random text, made by the programs, trained through torchrun or in one process."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -128,10 +129,8 @@ def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The whole lines of a run's file, also while it is written."""
     path, found = run / name, []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
             found.append(json.loads(line))
-        except json.JSONDecodeError:  # a line torn by a kill
-            pass
     return found
 
 

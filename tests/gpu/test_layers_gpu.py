@@ -74,14 +74,14 @@ def test_apex_norm_is_torchs(dtype, tolerance):
         norm.weight.grad = None
         out.float().pow(2).sum().backward()
         results.append((out.detach(), leaf.grad, norm.weight.grad))
-    assert all(a.dtype == b.dtype for a, b in zip(*results))
-    for a, b in zip(*results):
+    assert all(a.dtype == b.dtype for a, b in zip(*results, strict=True))
+    for a, b in zip(*results, strict=True):
         assert (a.float() - b.float()).norm() <= tolerance * b.float().norm()
 
 
 def test_isolated_documents_do_not_see_each_other(groups):
     """The second document's losses are those of the same tokens run alone."""
-    loss, _, tokens = losses(groups, isolated=True)
+    loss, _, _ = losses(groups, isolated=True)
     packed, _, _ = losses(groups)
     assert torch.allclose(loss[:, :20], packed[:, :20], atol=1e-4) and not torch.allclose(
         loss[:, 20:], packed[:, 20:], atol=1e-3

@@ -68,6 +68,7 @@ def test_equals_fp64(dtype, mode, elementwise):
     for value, reference in zip(
         torch.autograd.grad(total, (hidden, weight)),
         torch.autograd.grad((expected * share).sum(), exact),
+        strict=True,
     ):
         assert relative(value, reference) < limit
 
@@ -135,6 +136,7 @@ def test_liger_engine_equals_fp64_where_its_kernels_run():
     for value, reference in zip(
         torch.autograd.grad((loss * share).sum(), (hidden, weight)),
         torch.autograd.grad((expected * share).sum(), exact),
+        strict=True,
     ):
         assert relative(value, reference) < 1e-2
 

@@ -11,16 +11,16 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-N, I, BLOCKS, COLUMNS, QUERIES = 512, 256, 4, 96, 64
+N, INPUTS, BLOCKS, COLUMNS, QUERIES = 512, 256, 4, 96, 64
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("head_columns", [0, QUERIES])
 def test_gradients_are_those_of_a_linear(fused, head_columns):
     generator = torch.Generator("cuda").manual_seed(0)
-    input = torch.randn(N, I, generator=generator, device="cuda").bfloat16().requires_grad_()
+    input = torch.randn(N, INPUTS, generator=generator, device="cuda").bfloat16().requires_grad_()
     weight = torch.nn.Parameter(
-        torch.randn(BLOCKS * COLUMNS, I, generator=generator, device="cuda").bfloat16()
+        torch.randn(BLOCKS * COLUMNS, INPUTS, generator=generator, device="cuda").bfloat16()
     )
     upstream = torch.randn(N, BLOCKS, COLUMNS, generator=generator, device="cuda").bfloat16()
     upstream[::2, :, :QUERIES], upstream[400:, :, QUERIES:] = 0, 0

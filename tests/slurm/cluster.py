@@ -48,7 +48,7 @@ def configuration(folder: Path, nodes: tuple[str, ...]) -> str:
     node_lines = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 "
         "RealMemory=64000 State=UNKNOWN"
-        for name, port in zip(nodes, ports)
+        for name, port in zip(nodes, ports, strict=True)
     )
     return f"""
 ClusterName=test
@@ -229,9 +229,12 @@ class Job:
                     (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
                 )
                 mine = f"SLURM_JOB_ID={number}\0".encode()
-                if module.encode() in words and b"processes.py" not in b" ".join(words):
-                    if mine in (entry / "environ").read_bytes():
-                        found.append(int(entry.name))
+                if (
+                    module.encode() in words
+                    and b"processes.py" not in b" ".join(words)
+                    and mine in (entry / "environ").read_bytes()
+                ):
+                    found.append(int(entry.name))
             except OSError:  # it ended in the meantime
                 continue
         return sorted(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_encode_decode_batch(tokenizer):
     flat, lengths = tokenizer.encode_batch(TEXTS)
     assert flat.dtype == np.uint16 and lengths.dtype == np.int64
     ids = [tokenizer.encode(text) for text in TEXTS]
-    assert flat.tolist() == sum(ids, []) and lengths.tolist() == list(map(len, ids))
+    assert flat.tolist() == list(chain(*ids)) and lengths.tolist() == list(map(len, ids))
     assert [tokenizer.decode(each) for each in ids] == TEXTS
     assert tokenizer.decode(np.array(ids[0], np.uint16)) == TEXTS[0]
     assert [len(part) for part in tokenizer.encode_batch([])] == [0, 0]

@@ -30,7 +30,7 @@ def bars(figure):
         places = [patch.get_x() + patch.get_width() / 2 for patch in container.patches]
         heights = [patch.get_height() for patch in container.patches]
         found[container.get_label()] = {
-            names[round(place)]: height for place, height in zip(places, heights)
+            names[round(place)]: height for place, height in zip(places, heights, strict=True)
         }
     return found
 

@@ -39,7 +39,7 @@ def field_names(cls=Config, prefix="") -> list[str]:
 def test_every_field_has_a_docstring():
     bare = []
     for section in sections():
-        for field, below in zip(section.body, [*section.body[1:], None]):
+        for field, below in zip(section.body, [*section.body[1:], None], strict=True):
             if not isinstance(field, ast.AnnAssign):
                 continue
             text = (

@@ -20,7 +20,8 @@ def converted(value, hint):
 
 
 @pytest.mark.parametrize(
-    "hint", [int | None, Optional[int], Union[int, None], Annotated[int | None, "x"]]
+    "hint",
+    [int | None, Optional[int], Union[int, None], Annotated[int | None, "x"]],  # noqa: UP007, UP045
 )
 def test_a_union_is_checked_however_it_is_written(hint):
     assert converted("12", hint) == 12
@@ -29,7 +30,8 @@ def test_a_union_is_checked_however_it_is_written(hint):
 
 
 @pytest.mark.parametrize(
-    "hint", [float | dict[str, Any], Union[Annotated[float, "x"], dict[str, Any]]]
+    "hint",
+    [float | dict[str, Any], Union[Annotated[float, "x"], dict[str, Any]]],  # noqa: UP007
 )
 def test_a_number_or_a_mapping(hint):
     assert converted("1e-4", hint) == 1e-4

@@ -12,7 +12,7 @@ from megatron_slm.config.yaml_text import VALUES_AT_MOST, read_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n"
-    for before, name in zip("abcdefgh", "bcdefghi")
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 

@@ -119,7 +119,7 @@ def test_one_sample_is_found_as_runs_of_samples_are():
             _, index, within = order.place(number)
             row = np.array([index.shuffle_index[within]], np.int64)
             starts, ends = token_ranges(documents, index, row, row)
-            assert order.pieces(number) == list(zip(starts.tolist(), ends.tolist()))
+            assert order.pieces(number) == list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 @pytest.fixture(scope="module")

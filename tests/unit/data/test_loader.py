@@ -49,6 +49,7 @@ def global_batch(dataset, steps, global_batch_size, micro_batch_size, dp_size, s
                 batch.tokens_BS.flatten().tolist(),
                 batch.offsets_BS.flatten().tolist(),
                 torch.nan_to_num(batch.columns["reference_loss"], nan=-1).flatten().tolist(),
+                strict=True,
             )
             seen |= {token_id: rest for token_id, *rest in rows}
     return seen

@@ -137,7 +137,7 @@ def test_first_token_of_a_document_is_not_eligible(data):
     for index in range(len(plain)):
         masked = {
             int(offset)
-            for offset, mask in zip(plain[index]["offsets"], plain[index]["loss_mask"])
+            for offset, mask in zip(plain[index]["offsets"], plain[index]["loss_mask"], strict=True)
             if mask == 0
         }
         assert masked == starts & set(plain[index]["offsets"].tolist())

@@ -63,10 +63,10 @@ def test_every_kind_is_counted_and_listed(tmp_path, vocabulary):
     path = tmp_path / "c.jsonl"
     path.write_bytes(
         b"\n".join(
-            lines
-            + [
+            [
+                *lines,
                 b'{"text": "' + b"[" * 100 + b'"}',
-                b"[" * 100_000,
+                b"[" * 100000,
                 b'{"text": 1' + b"0" * 5000 + b"}",
             ]
         )

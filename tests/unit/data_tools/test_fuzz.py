@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,7 +165,7 @@ def test_damaged_corpus(corpus, tmp_path, suffix):
     """Every changed .idx or .bin is refused with a sentence; a changed manifest is refused or says the same."""
     for other in (".idx", ".bin", ".manifest.json"):
         shutil.copy(f"{corpus}{other}", tmp_path / f"c{other}")
-    path, good = tmp_path / f"c{suffix}", open(f"{corpus}{suffix}", "rb").read()
+    path, good = tmp_path / f"c{suffix}", Path(f"{corpus}{suffix}").read_bytes()
     truth = check_corpus(tmp_path / "c")
     generator = random.Random(2)
     for case in range(CASES // 8):
@@ -174,10 +176,8 @@ def test_damaged_corpus(corpus, tmp_path, suffix):
         )
         path.write_bytes(content)
         if suffix == ".idx":
-            try:
+            with contextlib.suppress(ValueError):
                 open_tokens(tmp_path / "c", read_index(path))
-            except ValueError:
-                pass
         try:
             manifest = check_corpus(tmp_path / "c")
         except ValueError as error:

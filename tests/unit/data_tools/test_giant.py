@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -76,10 +77,10 @@ def small_limits(monkeypatch):
 
 
 def result(prefix) -> bytes:
-    manifest = json.loads(open(f"{prefix}.manifest.json").read())
+    manifest = json.loads(Path(f"{prefix}.manifest.json").read_text())
     return (
-        open(f"{prefix}.bin", "rb").read()
-        + open(f"{prefix}.idx", "rb").read()
+        Path(f"{prefix}.bin").read_bytes()
+        + Path(f"{prefix}.idx").read_bytes()
         + str(manifest["sources"][0]["text_bytes"]).encode()
     )
 
@@ -161,7 +162,9 @@ def test_complaints(tmp_path, vocabulary, small_limits, line, reason):
     assert preprocess([path], vocabulary, tmp_path / "c", "--max-bad-fraction", "1") == 0
     manifest = CorpusManifest.read(tmp_path / "c")
     assert manifest.documents == 2 and manifest.rejected["reasons"] == {reason: 1}
-    listed = [json.loads(entry) for entry in open(tmp_path / "c.rejects.jsonl")]
+    listed = [
+        json.loads(entry) for entry in (tmp_path / "c.rejects.jsonl").read_text().splitlines()
+    ]
     assert listed[0]["line"] == 2
     assert not list(tmp_path.glob("**/spill*"))
 

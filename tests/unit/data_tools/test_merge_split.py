@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from megatron_slm.testing.corpora import write_corpus, write_scores
 def documents(prefix):
     index = read_index(f"{prefix}.idx")
     tokens, starts = open_tokens(prefix, index), index.document_starts_tokens()
-    return [tokens[start:end].tobytes() for start, end in zip(starts[:-1], starts[1:])]
+    return [tokens[start:end].tobytes() for start, end in pairwise(starts)]
 
 
 @pytest.fixture
@@ -87,7 +88,6 @@ def test_shards_joined_are_the_whole(tmp_path, corpus, count):
 
 
 def test_a_second_merge_of_the_same_parts_does_nothing(tmp_path, corpus, capsys):
-    whole, _ = corpus
     write_corpus(tmp_path / "a", [[5, 6, 2]], eod_id=2)
     write_corpus(tmp_path / "b", [[7, 2]], eod_id=2)
 
@@ -273,7 +273,7 @@ def test_scores_follow_their_documents(tmp_path, corpus, shard_tokens, monkeypat
         expected = np.concatenate(
             [
                 values[start:end]
-                for text, start, end in zip(texts, starts[:-1], starts[1:])
+                for text, start, end in zip(texts, starts[:-1], starts[1:], strict=True)
                 if text in kept
             ]
         )

@@ -78,7 +78,7 @@ def test_stopped_after_every_block(tmp_path, vocabulary, inputs, monkeypatch, wo
         with monkeypatch.context() as patch:
             saves = []
 
-            def save_and_die(self, state, real=CorpusWriter.save):
+            def save_and_die(self, state, real=CorpusWriter.save, saves=saves):
                 real(self, state)
                 if state == self.state:
                     return  # nothing was left to do: the last save before publishing

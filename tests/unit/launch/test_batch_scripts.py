@@ -232,7 +232,8 @@ def test_a_spare_node_takes_the_place_of_one_that_slurm_took(cluster):
     ]
     ports = [10000 + (123456 + 101 * start) % 20000 for start in (0, 1)]
     assert [
-        f"--master-port={port} " in line for port, line in zip(ports, cluster.log("python"))
+        f"--master-port={port} " in line
+        for port, line in zip(ports, cluster.log("python"), strict=True)
     ] == [
         True,
         True,

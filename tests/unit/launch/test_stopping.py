@@ -1,5 +1,6 @@
 """Real bash and real torchrun around stand-ins for the trainer: requests to stop arrive, exit codes come back, nothing is orphaned."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -94,10 +95,8 @@ class Checkout:
             trainers, torchrun = self.processes()
             pids += [torchrun, *trainers]
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 def _take_signals() -> None:

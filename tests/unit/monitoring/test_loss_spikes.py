@@ -14,7 +14,7 @@ def told(losses, spikes=None, name="loss/all", keep_fractions=None):
     keep_fractions = keep_fractions or [0.6] * len(losses)
     found = [
         spikes.look({name: loss}, keep, step)
-        for step, (loss, keep) in enumerate(zip(losses, keep_fractions))
+        for step, (loss, keep) in enumerate(zip(losses, keep_fractions, strict=True))
     ]
     return [step for step, sentence in enumerate(found) if sentence]
 

@@ -115,7 +115,7 @@ def test_a_closed_pipe_ends_no_run(tmp_path):
     """`train | tee log`, and Ctrl-C takes tee away: rich alone would end the process before the checkpoint is saved."""
     reading, writing = os.pipe()
     os.close(reading)
-    pipe = open(writing, "w", buffering=1)
+    pipe = open(writing, "w", buffering=1)  # noqa: SIM115  handed to a sink
     sinks = MultiSink(
         [ConsoleSink(total_steps=9, stream=pipe), JsonlSink(tmp_path / "metrics.jsonl")]
     )

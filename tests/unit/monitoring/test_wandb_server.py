@@ -76,7 +76,7 @@ def test_a_run_without_a_server_is_written_offline_and_whole(accepts, tmp_path, 
         server.bind(("127.0.0.1", 0))
         if accepts:
             server.listen()
-        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:%d" % server.getsockname()[1])
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(sys, "argv", ["train", "--x", "http://me:pa55word@proxy"])
         warnings = []
         sink = open_sink(tmp_path, warnings.append)

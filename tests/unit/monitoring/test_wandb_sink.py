@@ -1,6 +1,6 @@
 """An offline W&B run is really written; a broken W&B is one warning."""
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
@@ -73,7 +73,7 @@ class FakeRun:
 class Settings(SimpleNamespace):
     """As of a version of wandb that knows none of the newer settings."""
 
-    model_fields = {"silent": None, "console": None}
+    model_fields = MappingProxyType({"silent": None, "console": None})
 
 
 class FakeWandb:

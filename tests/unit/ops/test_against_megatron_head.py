@@ -50,7 +50,7 @@ def errors(loss, gradients, selected) -> dict[str, float]:
     return {
         name: ((value.double() - reference).norm() / reference.norm()).item()
         for name, value, reference in zip(
-            ("loss", "d hidden", "d weight"), (loss.detach(), *gradients), references
+            ("loss", "d hidden", "d weight"), (loss.detach(), *gradients), references, strict=True
         )
     }
 
@@ -80,5 +80,5 @@ def test_all_rows_equal_megatrons_head_in_fp32(megatron_loss):
     mine = linear_cross_entropy(hidden, weight, target)
     got = torch.autograd.grad(mine.sum(), (hidden, weight))
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
-    for value, other in zip(got, expected):
+    for value, other in zip(got, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)

@@ -67,7 +67,9 @@ def test_fp32_equals_fp64_plain_torch(mode, case, z_loss):
     )
     (loss * upstream(case)).sum().backward()
     for value, expected in zip(
-        (loss, hidden.grad, weight.grad), truth(hidden, weight, target, upstream(case), z_loss)
+        (loss, hidden.grad, weight.grad),
+        truth(hidden, weight, target, upstream(case), z_loss),
+        strict=True,
     ):
         assert error(value, expected) < 1e-5
     assert not weight.grad[TRUE_V:].any()
@@ -84,7 +86,9 @@ def test_z_loss_where_its_factor_vanishes(mode):
     )
     (loss * upstream("one")).sum().backward()
     for value, expected in zip(
-        (loss, hidden.grad, weight.grad), truth(hidden, weight, target, upstream("one"), z_loss)
+        (loss, hidden.grad, weight.grad),
+        truth(hidden, weight, target, upstream("one"), z_loss),
+        strict=True,
     ):
         assert error(value, expected) < 1e-5
 

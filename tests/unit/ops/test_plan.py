@@ -103,7 +103,7 @@ def test_gpu_control_flow_gives_the_same_gradients(mode, one_step, gpu_plan, mon
     expected = torch.autograd.grad(
         (torch.nn.functional.cross_entropy(logits, target, reduction="none") * share).sum(), exact
     )
-    for value, other in zip(got, expected):
+    for value, other in zip(got, expected, strict=True):
         assert (value.float() - other).norm() < 6e-3 * other.norm()
 
 

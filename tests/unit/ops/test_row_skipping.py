@@ -92,7 +92,7 @@ def test_linear_is_exact_and_never_reads_zero_rows(rows):
             (upstream == 0).all(-1, keepdim=True), torch.nan
         )  # 0 * NaN would poison the weight's gradient
     got = torch.autograd.grad(linear_skipping_zero_rows(*operands), operands, upstream)
-    for value, reference in zip(got, expected):
+    for value, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
@@ -111,14 +111,14 @@ def test_queries_leave_out_their_rows_and_keys_and_values_theirs():
     output = linear_skipping_zero_rows(*operands, blocks=2, head_columns=2)
     with FlopCounterMode(display=False) as counter:
         got = torch.autograd.grad(output, operands, upstream)
-    for value, reference in zip(got, expected):
+    for value, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
     assert counter.get_total_flops() == 2 * 2 * H * (8 * 4 + 20 * 4), (
         "two products of 4 columns each, over 8 and over 20 rows"
     )
 
 
-@pytest.mark.parametrize("columns", [dict(), dict(blocks=2, head_columns=3)])
+@pytest.mark.parametrize("columns", [{}, dict(blocks=2, head_columns=3)])
 def test_main_grad_takes_the_weight_gradient(columns):
     torch.manual_seed(0)
     input, weight = torch.randn(N, H), nn.Parameter(torch.randn(8, H))
@@ -181,7 +181,7 @@ def test_a_module_without_such_linears_is_an_error():
         skip_zero_gradient_rows(nn.Sequential(nn.Linear(2, 2)))
 
 
-@pytest.mark.parametrize("columns", [dict(), dict(blocks=2, head_columns=2)])
+@pytest.mark.parametrize("columns", [{}, dict(blocks=2, head_columns=2)])
 def test_no_rows_at_all(columns):
     """An expert that no token chose."""
     rows, weight = torch.randn(0, H, requires_grad=True), torch.randn(12, H, requires_grad=True)

@@ -38,7 +38,7 @@ def test_equals_the_head_over_all_rows(dtype, limit, kind):
     assert torch.equal(loss.isnan(), ~computed)
     torch.testing.assert_close(loss[computed], everything[computed].detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(loss_sum, (everything * share).sum(), rtol=1e-6, atol=1e-6)
-    for value, other in zip(got, expected):
+    for value, other in zip(got, expected, strict=True):
         assert (value - other).norm() <= limit * other.norm()
 
 

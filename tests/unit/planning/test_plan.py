@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -244,7 +245,7 @@ def test_proposals_are_accepted_by_train_and_fit(recipe, nodes, gpu):
         check(config, planned.ranks)
         assert each.memory.total <= usable_bytes(planned)
     speeds = [each.duration.tokens_per_second for each in proposals]
-    assert all(later <= sooner * 1.006 for sooner, later in zip(speeds, speeds[1:]))
+    assert all(later <= sooner * 1.006 for sooner, later in pairwise(speeds))
 
 
 def test_no_layout_fits_a_model_that_is_too_large():

@@ -16,13 +16,13 @@ from megatron_slm.scoring.windows import Window, WindowPlan, batches, padded_len
 def test_every_token_is_priced_once_with_the_promised_context(lengths, window, data, policy, shard):
     """docs/method.md#point-13: coverage, context, document borders; the same for all shards."""
     stride = data.draw(strategies.integers(1, window))
-    starts = np.cumsum([0] + lengths[:-1])
+    starts = np.cumsum([0, *lengths[:-1]])
     total = sum(lengths)
     plan = WindowPlan(total, starts, window, stride, policy)
     spans = (
         [(0, total)]
         if policy == "packed"
-        else list(zip(starts.tolist(), [*starts[1:].tolist(), total]))
+        else list(zip(starts.tolist(), [*starts[1:].tolist(), total], strict=True))
     )
     span_of = {token: span for span in spans for token in range(*span)}
     inputs = {}

@@ -19,7 +19,8 @@ def config_of(batch: int, sequence_length: int = S, **schedule) -> Config:
     return config
 
 
-def trained(config: Config, done: Done = Done(), steps: int | None = None) -> Done:
+def trained(config: Config, done: Done | None = None, steps: int | None = None) -> Done:
+    done = done or Done()
     length = RunLength(config, done)
     for _ in range(length.remaining_steps if steps is None else steps):
         done = length.after(done)
