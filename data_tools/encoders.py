@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from data_tools.segments import cut_rules
@@ -26,7 +27,7 @@ class PlainEncoder:
         tokens, lengths = self._tokenizer.encode_batch(texts)
         content = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
         ends = (lengths.cumsum() * tokens.itemsize).tolist()
-        return [content[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return [content[start:end] for start, end in pairwise([0, *ends])]
 
 
 def build_encoder(tokenizer: Tokenizer, name: str = "auto") -> Encoder:

@@ -9,7 +9,7 @@ the tokens out. Segments that are new or longer go to the tokenizer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -228,7 +228,7 @@ class CachedEncoder:
             tokens[ends[segment] - len(sequence) : ends[segment]] = sequence
         content = tokens.tobytes()
         bounds = (ends[separators] * self._dtype.itemsize).tolist()
-        return [content[start:end] for start, end in zip([0, *bounds[:-1]], bounds, strict=True)]
+        return [content[start:end] for start, end in pairwise([0, *bounds])]
 
     def _places(self, joined: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Where the tokens of every segment of at most 32 bytes lie, new ones encoded and remembered; 0 for longer ones."""
