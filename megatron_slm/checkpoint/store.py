@@ -74,8 +74,9 @@ class CheckpointStore:
     def save(self, models: list, optimizer, info: CheckpointInfo, trainer: dict) -> None:
         """Write the checkpoint of `info.step`; `optimizer=None` saves weights only. Asynchronous saves only begin here.
 
-        A save that fails on any rank (a full disk, say) is reported and removed on all; training goes on with the older
-        checkpoints intact. What fails inside a collective cannot be agreed on: it is raised, and the job ends.
+        A save that fails on any rank (a full disk, say) is reported and removed on all; the older
+        checkpoints stay. Whether training goes on is for the caller to decide, and to say. What
+        fails inside a collective cannot be agreed on: it is raised, and the job ends.
         """
         self.finish_pending(wait=True)
         begun = time.monotonic()
@@ -244,7 +245,7 @@ class CheckpointStore:
         if dist.get_rank() == 0:
             shutil.rmtree(writing, ignore_errors=True)
         self.report(
-            f"checkpoint of step {step} could not be saved ({problem}); training goes on, older checkpoints are intact: free space or fix the folder",
+            f"checkpoint of step {step} could not be saved ({problem}); older checkpoints are intact: free space or fix the folder",
             "error",
         )
 

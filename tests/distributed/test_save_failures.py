@@ -167,7 +167,9 @@ def test_a_failure_on_one_rank_is_given_up_by_all(mode, results, folder):
     assert len(failed) == 8
     for name, said, expected, rank, found, damaged, files in failed:
         level, text = said[-1]
-        assert level == "error" and "training goes on" in text, name
+        assert level == "error" and "older checkpoints are intact" in text, name
+        # The last save of a run that was asked to stop, or of max_failed_saves, fails like this too.
+        assert "goes on" not in text, name
         assert expected in text and f"rank {rank}" in text, f"{name}: {text}"
         assert found == [1] and damaged == [], name
         assert files == ["latest", "step_00000001"], name
