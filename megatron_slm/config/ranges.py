@@ -92,7 +92,10 @@ def _problems(value, hint, name: str) -> Iterator[tuple[str, str]]:
 def _expected(value: Real, bounds: Range) -> str:
     if _too_large(value):
         return f"at most {LARGEST_WHOLE_NUMBER:,}, the largest 64-bit whole number"
-    return f"{bounds} ({bounds.note})" if bounds.note else str(bounds)
+    expected = str(bounds)
+    if not math.isfinite(value) and expected != str(Range()):
+        expected = f"a finite number, {expected}"  # infinity is at least 0 too: that alone puzzles
+    return f"{expected} ({bounds.note})" if bounds.note else expected
 
 
 def _too_large(number: Real) -> bool:
