@@ -204,7 +204,7 @@ class Run:
             scale = loss_scale(self.trainer.optimizer)
             report = train_step(self.trainer, batches, self._progress(), rate)
             self.done = after
-            self._count(report)
+            self._count(report, of_use=not self.non_finite.is_fault(report, scale))
             throughput.step_done(self.length.step_tokens)
             self.non_finite.look(report, batches, scale)
             if report.grad_norm == 0.0:
@@ -221,13 +221,12 @@ class Run:
             self.watchdog.step_done(self.step)
         return stopping
 
-    def _count(self, report: StepReport) -> None:
-        """Add a step's sums to the interval's; those of a skipped step are not finite and would hide the others."""
+    def _count(self, report: StepReport, of_use: bool) -> None:
+        """Add a step's sums to the interval's; those of a faulty step may not be finite and would hide the others."""
         self.skipped_steps += not report.updated
-        if not report.updated or not report.measured:
-            return
-        self.metrics.add_all(report.measured)
-        self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
+        if of_use and report.measured:
+            self.metrics.add_all(report.measured)
+            self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
 
     def _throughput(self) -> Throughput:
         flops = model_flops_per_token(

@@ -29,16 +29,21 @@ class NonFiniteSteps:
         self.allowed = run.config.optimizer.max_non_finite_steps
         self.in_a_row = 0
 
-    def look(self, report: StepReport, batches: Sequence[Batch], loss_scale: float | None) -> None:
-        """After every step, on every rank. NonFiniteLoss when there was one step too many.
+    def is_fault(self, report: StepReport, loss_scale: float | None) -> bool:
+        """Whether the gradient is not finite for another reason than a loss scale that is too large.
 
         loss_scale: fp16's scale before the step; None under other precisions. An overflow above the
         smallest scale is no fault: the scale goes down, and the gradients are finite again.
         """
         if math.isfinite(report.grad_norm):
-            self.in_a_row = 0
-            return
-        if loss_scale is not None and loss_scale > self.run.config.optimizer.min_loss_scale:
+            return False
+        return loss_scale is None or loss_scale <= self.run.config.optimizer.min_loss_scale
+
+    def look(self, report: StepReport, batches: Sequence[Batch], loss_scale: float | None) -> None:
+        """After every step, on every rank. NonFiniteLoss when there was one step too many."""
+        if not self.is_fault(report, loss_scale):
+            if math.isfinite(report.grad_norm):
+                self.in_a_row = 0
             return
         self.in_a_row += 1
         step, written = self.run.step, self._write_down(batches)

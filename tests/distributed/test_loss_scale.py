@@ -82,15 +82,15 @@ def two_scalers() -> list[list[float]]:
 
     scalers = [DynamicGradScaler(64.0, 1.0, 2.0, 0.5, 10, 2) for _ in range(2)]
 
-    def step():
+    def prepare_grads() -> bool:
         for scaler, overflow in zip(scalers, (False, True), strict=True):
             scaler.update(overflow)
-        return False, None, None
+        return True
 
     optimizer, scales = (
         SimpleNamespace(
             param_groups=[],
-            step=step,
+            prepare_grads=prepare_grads,
             chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers],
         ),
         [],
@@ -134,7 +134,7 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
 def train(groups, folder: str) -> dict:
     """Three runs: one whose first steps overflow, stopped and resumed in the middle; one that never fits; one that overflows at its last scale."""
     from megatron_slm.model.optimizer import loss_scaler_state
-    from megatron_slm.training.loop import NonFiniteLoss
+    from megatron_slm.training.ending import NonFiniteLoss
 
     layout = "dp2" if groups.dp_size == 2 else "single"
     here = Path(folder, layout)

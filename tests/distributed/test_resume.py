@@ -202,7 +202,7 @@ def refuse_code_in_random_states(groups, folder: Path, case: dict) -> None:
 
 def stop_where_nothing_can_be_saved(groups, run: Path, case: dict) -> None:
     """A run asked to stop while its disk is full did not stop "with a checkpoint", and says so."""
-    from megatron_slm.training.loop import NotSaved
+    from megatron_slm.training.ending import NotSaved
 
     run.mkdir()
     (run / "stop_requested").touch()

@@ -133,7 +133,7 @@ def train(
             trainer,
             batches,
             Progress(step, step * SEQUENCES * LENGTH),
-            learning_rate(config, step + 1),
+            learning_rate(config, step + 1, STEPS),
         )
         metrics.add_all(report.measured)
         rows.append(
@@ -201,7 +201,7 @@ def plain_rows(case: str, state: dict):
         if case == "approximate":
             decoder.selected_BS = weight_GS > 0
             loss_GS, decoder.selected_BS = decoder.loss(batch["tokens"], batch["labels"]), None
-        loss, norm = trainer.update(loss_GS, weight_GS, learning_rate(config, step + 1))
+        loss, norm = trainer.update(loss_GS, weight_GS, learning_rate(config, step + 1, STEPS))
         rows.append(
             (
                 set(weight_GS.flatten().nonzero().flatten().tolist()),

@@ -82,6 +82,8 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(
             small_disk,
             "--checkpoint.asynchronous",
             asynchronous,
+            "--checkpoint.max_failed_saves",
+            "100",
             "--monitoring.wandb.mode",
             "offline",
             processes=1,
