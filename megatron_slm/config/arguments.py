@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from megatron_slm import __version__
 from megatron_slm.config.help import values_of
@@ -36,6 +37,7 @@ class Program(argparse.ArgumentParser):
     """argparse with --version, and with the nearest known option or value where one is unknown."""
 
     def __init__(self, *args, **settings):
+        self._words: list[str] = []
         super().__init__(*args, **settings)
         self.add_argument(
             "--version",
@@ -43,6 +45,11 @@ class Program(argparse.ArgumentParser):
             version=f"%(prog)s {__version__}",
             help="show the version and stop",
         )
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; the words are kept for the message of a missing option."""
+        self._words = list(map(str, sys.argv[1:] if args is None else args))
+        return super().parse_known_args(self._words, namespace)
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, but an unknown option ends the program with the nearest one's name."""
@@ -62,6 +69,19 @@ class Program(argparse.ArgumentParser):
         words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
         found = (did_you_mean(word, self._option_string_actions) for word in words)
         return "".join(f"; {sentence}" for sentence in found if sentence)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's; where a required option is missing, the misspelled word may be it.
+
+        argparse looks for required options first, and would never come to the unknown words.
+        """
+        if "are required: " in message:
+            unknown = [word for word in self._words if not self._is_known(word)]
+            message += self._meant(unknown)
+        super().error(message)
+
+    def _is_known(self, word: str) -> bool:
+        return word.partition("=")[0] in self._option_string_actions
 
     def _check_value(self, action, value):
         try:

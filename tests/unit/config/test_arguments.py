@@ -45,6 +45,16 @@ def test_what_cannot_be_used_is_said(program, argv, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--inptu", "x"], ["--inptu=x"]])
+def test_a_misspelled_required_option_is_told_by_its_name(argv, capsys):
+    program = Program(prog="program")
+    program.add_argument("--input", required=True)
+    with pytest.raises(SystemExit) as stopped:
+        program.parse_args(argv)
+    assert stopped.value.code == 2
+    assert "are required: --input; did you mean --input?" in capsys.readouterr().err
+
+
 def test_words_for_another_parser_are_left_alone(program, capsys):
     options, settings = program.parse_known_args(["--model.layers", "4", "--share", "0"])
     program.refuse_misspelled(settings)
