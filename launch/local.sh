@@ -26,14 +26,6 @@ python "$SLM_ROOT/launch/programs.py" "$program" || exit $?
 for word in "$@"; do
     case $word in -h | --help | --version | --print_* | --check?only) exec python -m "megatron_slm.$program" "$@" ;; esac
 done
-# Names every bad setting before torchrun starts anything, and tells where the run folder is.
-if [ "$program" = train ]; then
-    run_folder=$(python -m megatron_slm.train "$@" --print_run_folder) || exit $?
-    rm -f "$run_folder/stop_requested" # left by a run that was killed before it could stop
-else
-    python -m megatron_slm.score "$@" --print_output >/dev/null || exit $?
-fi
-
 child=
 asked=
 stop() {
@@ -51,6 +43,13 @@ stop() {
 }
 trap stop INT TERM HUP USR1
 trap '' PIPE # the program this one is piped into may be gone: no reason to leave the workers alone
+
+# Settings, and everything that they name, are looked at by one process before torchrun starts: when rank 0 alone refuses a run, torchrun
+# waits 30 seconds for the others. The page of --preflight shows what is wrong itself.
+look=--check_only
+case " $* " in *" --preflight "*) look=--print_run_folder ;; esac
+written=$(WORLD_SIZE=$SLM_PROCESSES_PER_NODE python -m "megatron_slm.$program" "$@" $look) || exit $?
+[ "$program" = score ] || rm -f "$written/stop_requested" # left by a run that was killed before it could stop
 
 # A session of its own: the terminal's Ctrl-C reaches this script, not the workers in the middle of a step.
 SLM_LAUNCHER_PID=$$ setsid python "$SLM_ROOT/launch/processes.py" --standalone \

@@ -46,7 +46,6 @@ kill -USR1 "$(cat "$SCRATCH/worker")"
 PYTHON = r"""#!/bin/bash
 if [[ "$*" == *programs.py* ]]; then exec "$REAL_PYTHON" "$@"; fi
 if [[ "$*" == *--print_run_folder* ]]; then printf '%s\n' "$RUN_FOLDER"; exit 0; fi
-if [[ "$*" == *--print_output* ]]; then printf '%s\n' "$STORE"; exit "${NO_STORE:-0}"; fi
 if [[ "$*" == *--check_only* ]]; then
     printf '%s\n' "$*" "WORLD_SIZE=$WORLD_SIZE" >> "$SCRATCH/check.log"
     touch "$SCRATCH/checking"

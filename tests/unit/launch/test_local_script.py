@@ -50,9 +50,20 @@ def test_help_is_shown_by_one_process(cluster, program, words):
     assert cluster.log("python") == [f"-m megatron_slm.{program} {' '.join(words)}"]
 
 
-def test_bad_options_of_score_are_said_before_torchrun_starts(cluster):
-    code, output = cluster.run("local.sh", "2", "score", "--corpus", "c", work="0", NO_STORE="2")
-    assert (code, cluster.log("python")) == (2, []), output
+@pytest.mark.parametrize("program", ["train", "score"])
+@pytest.mark.parametrize("code", [2, 3])
+def test_what_is_refused_is_said_before_torchrun_starts(cluster, program, code):
+    ended, output = cluster.run("local.sh", "2", program, *TRAIN, work="0", CHECKED=str(code))
+    assert (ended, cluster.log("python")) == (code, []), output
+    assert "WORLD_SIZE=2" in cluster.log("check")
+
+
+def test_the_page_of_the_preflight_is_left_to_the_whole_job(cluster):
+    code, output = cluster.run(
+        "local.sh", "2", "train", *TRAIN, "--preflight", work="0", CHECKED="2"
+    )
+    assert code == 0, output
+    assert cluster.log("python")[0].endswith("--preflight")
 
 
 def test_local_usage_is_shown(cluster):

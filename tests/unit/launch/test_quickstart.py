@@ -18,7 +18,7 @@ PYTHON = r"""#!/bin/bash
 case "$*" in
     "-m megatron_slm.submit"*) exec "$REAL_PYTHON" "$@" ;;
     -c* | *programs.py* | "-m pip "*) exit 0 ;;
-    *--print_run_folder*) echo unused; exit 0 ;;
+    *--check_only*) echo unused; exit 0 ;;
 esac
 printf '%s\n' "$*" >> "$SCRATCH/programs.log"
 program=$2

@@ -17,7 +17,7 @@ TRAINER = """
 import os, pathlib, sys, time
 from stop_signals import StopSignals
 
-if "--print_run_folder" in sys.argv:
+if "--check_only" in sys.argv:
     print("unused")
     sys.exit()
 here = pathlib.Path(os.environ["SCRATCH"])
