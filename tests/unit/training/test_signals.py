@@ -1,10 +1,12 @@
 """A request to stop, by signal or by file, is heard once, after a step, on a world of one process."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,16 @@ def test_the_file_asks_and_is_cleared(stop, tmp_path):
     stop.clear()
     assert not (tmp_path / STOP_FILE).exists() and stop.agreed() is False
     stop.clear()  # nothing to remove is no error
+
+
+def test_a_file_that_cannot_be_removed_is_named(stop, tmp_path, monkeypatch):
+    def read_only(self, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    problem = stop.clear()
+    assert str(tmp_path / STOP_FILE) in problem
+    assert "Read-only" in problem
 
 
 def test_the_names_that_batch_scripts_rely_on():
