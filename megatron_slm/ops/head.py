@@ -33,9 +33,13 @@ def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
 def logit_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised [rows, columns]; each row starts at a multiple of 64 values.
 
-    megatron-core pads vocabularies for this alignment, which fast product kernels ask for; the padding is not computed here.
+    megatron-core pads vocabularies for this alignment, which fast product kernels ask for.
+    The padding is never computed, but it is zeroed: some kernels read it and multiply it by
+    zero (torch's bf16 product on CPUs with AMX does), and zero times a NaN left in memory is NaN.
     """
-    return like.new_empty((rows, -(-columns // 64) * 64), dtype=dtype)[:, :columns]
+    storage = like.new_empty((rows, -(-columns // 64) * 64), dtype=dtype)
+    storage[:, columns:].zero_()
+    return storage[:, :columns]
 
 
 def check_inputs(
