@@ -19,7 +19,7 @@ ruff format --check .
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline WANDB_SILENT=true
 export CUDA_VISIBLE_DEVICES=     # two processes of a test must not share one GPU; tests/gpu is run by itself: pytest -m gpu tests/gpu
 places=()
-for place in tests/test_architecture.py tests/unit tests/test_megatron_core_surface.py tests/test_method_points.py tests/distributed tests/end_to_end tests/slurm; do
+for place in tests/test_architecture.py tests/test_code_style.py tests/test_references.py tests/unit tests/test_megatron_core_surface.py tests/test_method_points.py tests/distributed tests/end_to_end tests/slurm; do
     [ ! -e "$place" ] || places+=("$place")
 done
 # pytest keeps the order of its arguments, and the last -m wins. A hung collective fails its test after the time limit.

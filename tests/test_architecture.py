@@ -1,7 +1,6 @@
 """The shape of the house: which room may import which, what stays light, and that the README's tree is true."""
 
 import ast
-import functools
 import re
 import subprocess
 import sys
@@ -11,8 +10,19 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "megatron_slm"
+from tests.source_tree import (
+    BESIDE_THE_LIBRARY,
+    PACKAGE,
+    ROOT,
+    imported_modules,
+    inside,
+    library_files,
+    project_files,
+    room_of,
+    top_level,
+    tree,
+)
+
 # A room may import rooms before it. `model` reads the batches that `data` makes, so data comes first.
 ROOMS = (
     "files",
@@ -62,100 +72,6 @@ WITHOUT_TORCH = (
     "pipeline/",
     "submit.py",
 )
-REGISTRIES = {"selection/scorers.py": {"SCORERS"}}
-"""Module-level containers that code may add to: everything else at module level is a constant."""
-BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch", "benchmarks", "tests")
-LINES_AT_MOST = 400
-LONGER_SINCE_FORMATTED = {
-    "megatron_slm/device.py": 408,
-    "benchmarks/preprocess.py": 450,
-    "benchmarks/selection.py": 476,
-    "tests/unit/config/test_check.py": 479,
-    "tests/distributed/test_experts.py": 457,
-    "tests/distributed/test_layouts.py": 515,
-    "tests/test_architecture.py": 524,
-    "tests/test_megatron_core_surface.py": 666,
-}
-"""Files that one line length for all took over the limit, with the lines they may have until they are split."""
-MUTABLE_CALLS = {
-    "dict",
-    "list",
-    "set",
-    "defaultdict",
-    "Counter",
-    "OrderedDict",
-    "deque",
-    "bytearray",
-}
-CHANGING_METHODS = {
-    "append",
-    "extend",
-    "insert",
-    "pop",
-    "popitem",
-    "remove",
-    "clear",
-    "update",
-    "setdefault",
-    "add",
-    "discard",
-    "sort",
-    "reverse",
-}
-
-
-@functools.cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def library_files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
-
-
-def inside(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
-
-
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported_modules(path: Path, *, lazily: bool = True) -> set[str]:
-    """Dotted names imported by a file; `lazily=False` leaves out imports inside functions."""
-    names = set()
-    nodes = list(ast.walk(tree(path))) if lazily else list(_outside_functions(tree(path)))
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}:{node.lineno}: relative import; write the full name"
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def _outside_functions(node: ast.AST):
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            yield child
-            yield from _outside_functions(child)
-
-
-def top_level(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names}
-
-
-def project_files(*suffixes: str) -> list[Path]:
-    folders = [ROOT / name for name in ("megatron_slm", *BESIDE_THE_LIBRARY, "docs", ".ci")]
-    found = [
-        path
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts
-    ]
-    return sorted(
-        found + [path for path in ROOT.iterdir() if path.is_file() and path.suffix in suffixes]
-    )
 
 
 def test_every_room_is_known_to_this_test():
@@ -321,95 +237,6 @@ def test_no_file_hides_a_library(folder):
     """A script's folder comes first on sys.path: a tokenizer/sentencepiece.py would be imported instead of the package."""
     files = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
     assert not files & (sys.stdlib_module_names | _dependency_names())
-
-
-def test_no_bag_of_leftovers():
-    names = [
-        path.relative_to(ROOT).as_posix()
-        for path in project_files(".py")
-        if path.stem in ("utils", "util", "helpers", "common", "misc")
-    ]
-    assert not names, f"{names}: name the file after what it holds"
-
-
-def test_files_fit_in_a_head():
-    long = {}
-    for path in project_files(".py", ".sh", ".sbatch"):
-        name = path.relative_to(ROOT).as_posix()
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        if lines > LONGER_SINCE_FORMATTED.get(name, LINES_AT_MOST):
-            long[name] = lines
-    assert not long, f"over {LINES_AT_MOST} lines: {long}"
-
-
-def _is_mutable(value: ast.expr | None) -> bool:
-    if isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)):
-        return True
-    return isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in MUTABLE_CALLS
-
-
-def _module_containers(path: Path) -> set[str]:
-    names = set()
-    for node in _outside_functions(tree(path)):
-        if isinstance(node, ast.ClassDef):
-            continue
-        targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
-        )
-        if targets and node in tree(path).body and _is_mutable(node.value):
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return names
-
-
-def _changed_names(path: Path) -> set[str]:
-    """Names whose content a file changes: NAME[...] = x, del NAME[...], NAME.append(x)."""
-    changed = set()
-    for node in ast.walk(tree(path)):
-        targets = (
-            node.targets
-            if isinstance(node, (ast.Assign, ast.Delete))
-            else [node.target]
-            if isinstance(node, ast.AugAssign)
-            else []
-        )
-        changed |= {
-            target.value.id
-            for target in targets
-            if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name)
-        }
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in CHANGING_METHODS
-            and isinstance(node.func.value, ast.Name)
-        ):
-            changed.add(node.func.value.id)
-    return changed
-
-
-def test_no_state_at_module_level():
-    wrong = []
-    for path in library_files():
-        containers = {name for name in _module_containers(path) if not name.startswith("__")}
-        wrong += [
-            f"{inside(path)}: {name} is a container in lower case"
-            for name in containers
-            if not name.isupper()
-        ]
-        wrong += [
-            f"{inside(path)}: {name} is changed by code"
-            for name in containers & _changed_names(path) - REGISTRIES.get(inside(path), set())
-        ]
-        wrong += [
-            f"{inside(path)}:{node.lineno}: global {', '.join(node.names)}"
-            for node in ast.walk(tree(path))
-            if isinstance(node, ast.Global)
-        ]
-    assert not wrong
 
 
 def test_every_setting_is_read():
