@@ -345,15 +345,15 @@ def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, fl
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer, train_step
+    from megatron_slm.training.token_selector import TokenSelector
 
-    data, vocabulary_size = config.data, 4000
+    data, choice, vocabulary_size = config.data, config.selection, 4000
     models = wrap_data_parallel(build_model(config, vocabulary_size, groups), config)
-    chooser = Chooser(config.selection, groups, sequence_length=data.sequence_length, corpora=1)
-    trainer = Trainer(models, build_optimizer(models, config), chooser, groups)
+    selector = TokenSelector(choice, groups, sequence_length=data.sequence_length, corpora=1)
+    trainer = Trainer(models, build_optimizer(models, config), selector, groups)
     metrics, generator, taken = (
         Metrics(groups.device),
         torch.Generator().manual_seed(0),
@@ -384,14 +384,14 @@ def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, fl
             {"reference_loss": torch.rand(shape, generator=generator) * 2 + 7},
         )
 
-    chooser.describe, add = timed("describe", chooser.describe), timed("add up", metrics.add_all)
+    selector.describe, add = timed("describe", selector.describe), timed("add up", metrics.add_all)
     reduce, step = (
         timed("reduce, per log line", lambda: metrics.reduce(groups.dp_cp, summarise=summarise)),
         timed("step", train_step),
     )
     for number in range(steps):
         batches = [batch(i) for i in range(data.global_batch_size // data.micro_batch_size)]
-        add(step(trainer, batches, Progress(number, 0), 1e-4).measured)
+        add(step(trainer, batches, TrainingProgress(number, 0), 1e-4).measured)
         if (number + 1) % log_interval_steps == 0:
             reduce()
     parallel.stop()

@@ -14,11 +14,11 @@ import torch
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batch import Batch
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import Progress
+from megatron_slm.selection import TrainingProgress
 
 Side = Callable[[], object]
 LEARNING_RATE = 1e-5
-PROGRESS = Progress(0, 0)
+PROGRESS = TrainingProgress(0, 0)
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ class Bench:
     def trainer(self, config: Config):
         from megatron_slm.model.build import build_model
         from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-        from megatron_slm.training.choose import Chooser
         from megatron_slm.training.step import Trainer
+        from megatron_slm.training.token_selector import TokenSelector
 
         models = wrap_data_parallel(build_model(config, self.shape.vocabulary, self.groups), config)
-        chooser = Chooser(
+        selector = TokenSelector(
             config.selection, self.groups, sequence_length=self.shape.sequence_tokens, corpora=1
         )
-        return Trainer(models, build_optimizer(models, config), chooser, self.groups)
+        return Trainer(models, build_optimizer(models, config), selector, self.groups)
 
     def _step(self, trainer) -> Side:
         from megatron_slm.training.step import train_step
@@ -262,14 +262,14 @@ def differences(bench: Bench) -> dict[str, float]:
         forward_losses(trainer.models, [bench.batch], bench.groups)[0]["loss"],
         stock.forward().float(),
     )
-    (selection,) = trainer.chooser.choose_step([bench.own_batch()], [{"loss": loss_BS}], PROGRESS)
+    (selection,) = trainer.selector.choose_step([bench.own_batch()], [{"loss": loss_BS}], PROGRESS)
     chosen_BS = plainly_chosen(stock_loss_BS, bench)
     for model in trainer.models:
         model.zero_grad_buffer()
     forward_backward(
         trainer.models,
         [bench.own_batch()],
-        selected_loss(trainer.chooser, None, PROGRESS),
+        selected_loss(trainer.selector, None, PROGRESS),
         bench.groups,
     )
     stock.backward(

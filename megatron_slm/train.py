@@ -46,10 +46,10 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
             _keep_others_out(config.run.folder, held)
         # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once,
         # and before torch is imported, so that a missing file is named at once.
-        materials = setup.open_materials(config, world_size) if rank == 0 else None
+        run_inputs = setup.open_run_inputs(config, world_size) if rank == 0 else None
         found = []
-        if materials is not None:
-            found = preflight_files.look(config, materials, world_size, thorough=only_look)
+        if run_inputs is not None:
+            found = preflight_files.look(config, run_inputs, world_size, thorough=only_look)
         if check_only or not only_look:
             preflight.refuse(found)
         if check_only:
@@ -72,13 +72,13 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
     )
 
     def look() -> list[preflight.Finding]:
-        return preflight_job.look(config, groups, materials, found, thorough=only_look)
+        return preflight_job.look(config, groups, run_inputs, found, thorough=only_look)
 
-    def make_run() -> loop.Run:
+    def make_run() -> loop.TrainingRun:
         findings = look()
         preflight.refuse(findings)
-        opened = materials or setup.open_materials(config, world_size)
-        return loop.Run(config, groups, opened, signals, preflight.warnings_of(findings))
+        opened = run_inputs or setup.open_run_inputs(config, world_size)
+        return loop.TrainingRun(config, groups, opened, signals, preflight.warnings_of(findings))
 
     try:
         if only_look:

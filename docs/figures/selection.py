@@ -19,8 +19,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from megatron_slm.selection import (  # noqa: E402
     Population,
-    Progress,
     RunningThreshold,
+    TrainingProgress,
     build_scorer,
 )
 
@@ -101,7 +101,7 @@ def draw_scorers() -> None:
     figure, axes = plt.subplots(3, 4, figsize=(11, 7.6), sharex=True, sharey=True)
     for axis, (name, options, title) in zip(axes.flat, chosen, strict=True):
         selection = build_scorer(name, **options).choose(
-            columns, eligible, KEEP, population, Progress()
+            columns, eligible, KEEP, population, TrainingProgress()
         )
         axis.scatter(
             columns["reference_loss"], columns["loss"], s=1.5, c="lightgrey", rasterized=True

@@ -17,9 +17,9 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_slm import device as device_room
 from megatron_slm.config.check import padded_vocabulary_size
 from megatron_slm.config.schema import Config
+from megatron_slm.device import fp8_problem, has_module, has_transformer_engine
 from megatron_slm.model.backward_rows import follow_selection_in_backward
 from megatron_slm.model.layers import layer_spec
 from megatron_slm.model.rope import scaled_frequencies
@@ -123,7 +123,7 @@ def transformer_config(
             expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
         )
     )
-    fused_weight_gradient = on_gpu and device_room.has_module("fused_weight_gradient_mlp_cuda")
+    fused_weight_gradient = on_gpu and has_module("fused_weight_gradient_mlp_cuda")
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden_size,
@@ -242,14 +242,12 @@ def resolve_layers(config: Config, on_gpu: bool) -> str:
     asked = (
         "torch" if config.data.document_policy == "isolated" else config.device.layers
     )  # check.py refuses the two together
-    usable = on_gpu and device_room.has_transformer_engine()
+    usable = on_gpu and has_transformer_engine()
     if asked == "transformer_engine" and not usable:
         why = "the device is the CPU" if not on_gpu else "it is not installed (see the Dockerfile)"
         raise ValueError(f"device.layers is transformer_engine, but {why}; use auto or torch")
     layers = "transformer_engine" if usable and asked != "torch" else "torch"
-    if config.device.fp8 != "none" and (
-        problem := device_room.fp8_problem(layers, config.device.fp8_recipe)
-    ):
+    if config.device.fp8 != "none" and (problem := fp8_problem(layers, config.device.fp8_recipe)):
         raise ValueError(
             f"device.fp8 is {config.device.fp8}, but {problem}; set device.fp8 to none"
         )

@@ -100,7 +100,7 @@ def forward_losses(
     Every rank of the model-parallel group calls it with the same batches; batches may differ in shape only without pipeline parallelism.
     """
     training = [model.training for model in models]
-    before = ask_for(models, tuple(extras))
+    before = set_extra_outputs(models, tuple(extras))
     for model in models:
         model.eval()
     try:
@@ -108,13 +108,13 @@ def forward_losses(
             models, batches, lambda index, batch, output: output, groups, forward_only=True
         )
     finally:
-        ask_for(models, before)
+        set_extra_outputs(models, before)
         for model, mode in zip(models, training, strict=True):
             model.train(mode)
     return [split_outputs(output, extras) for output in outputs]
 
 
-def ask_for(models: list, extras: tuple[str, ...]) -> tuple[str, ...]:
+def set_extra_outputs(models: list, extras: tuple[str, ...]) -> tuple[str, ...]:
     """Make the models' labels-path give `extras` beside the loss from now on; returns what they gave before."""
     decoders = [
         get_attr_wrapped_model(model, "extra_outputs", return_model_obj=True) for model in models

@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.parallel import Groups
-from megatron_slm.selection.diagnostics import Measured
+from megatron_slm.selection.diagnostics import MetricSums
 
 # RouterGatingLinearFunction asks for this name also where Transformer Engine is not installed
 # (megatron-core 0.16.1).
@@ -106,7 +106,7 @@ def has_auxiliary_losses(models: list) -> bool:
     )
 
 
-def take_measured(models: list, groups: Groups) -> Measured:
+def pop_router_metrics(models: list, groups: Groups) -> MetricSums:
     """(sum, count) pairs of what the routers saw since the last call, as this data x context rank's part of the metrics; {} off the last
     stage and for a model without experts.
 

@@ -2,14 +2,14 @@
 nothing is logged or configured here.
 
 scorers.py      columns -> score: what a scorer is, and the registry that other packages extend
-catalogue.py    the scorers of the literature, one function each
+builtin_scorers.py    the scorers of the literature, one function each
 combinators.py  scorers made of scorers: both, either, band, mixtures
 scorer_files.py a scorer in a file of the user's own: PATH.py:NAME
 rules.py        what a scorer, a scope and the head's rows decide before any token is seen
 select.py       the exact top-k of a population spread over ranks
 threshold.py    how ranks agree on it, with radix.py
 scope.py        which tokens compete with which
-running.py      a threshold carried over steps
+running_threshold.py  a threshold carried over steps
 schedule.py     keep fraction over training
 diagnostics.py  sums and counts that describe a choice
 alarms.py       what they warn of
@@ -20,11 +20,14 @@ a report written, with the very scorers that train. A public name is loaded when
 
 from importlib import import_module
 
-from megatron_slm.selection import catalogue, combinators  # noqa: F401  (registers their scorers)
+from megatron_slm.selection import (  # noqa: F401  (registers their scorers)
+    builtin_scorers,
+    combinators,
+)
 
 MODULES = {
-    "RunningThreshold": "running",
-    "Progress": "schedule",
+    "RunningThreshold": "running_threshold",
+    "TrainingProgress": "schedule",
     "Schedule": "schedule",
     "build_schedule": "schedule",
     "SCOPES": "populations",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_slm.selection.select import Selection
 
-Measured = dict[str, tuple[Tensor, Tensor]]
+MetricSums = dict[str, tuple[Tensor, Tensor]]
 
 POSITION_BUCKETS = 16
 QUANTILES = 20
@@ -37,7 +37,7 @@ def describe(
     sequence_length: int | None = None,
     corpora: int = 0,
     loss_of_selected_only: bool = False,
-) -> Measured:
+) -> MetricSums:
     """This rank's sums of one choice: name -> (sum, count), float64, on the device, 0-d or histograms.
 
     columns          "loss"; "reference_loss" and "position", "corpus_id" when there are any (what is absent is not described).
@@ -51,12 +51,16 @@ def describe(
     # NaN where it was not computed would read as a broken loss; 0 is finite, and nothing below takes its value.
     loss_BS = torch.where(chosen_BS, loss_BS, 0.0) if loss_of_selected_only else loss_BS
     measured = _choice(score_BS, loss_BS, eligible_BS, selection)
-    by_fate = _loss_by_fate("loss/{}", loss_BS, eligible_BS & loss_BS.isfinite(), chosen_BS)
-    measured |= {"loss/selected": by_fate["loss/selected"]} if loss_of_selected_only else by_fate
+    by_selection = _loss_by_selection(
+        "loss/{}", loss_BS, eligible_BS & loss_BS.isfinite(), chosen_BS
+    )
+    measured |= (
+        {"loss/selected": by_selection["loss/selected"]} if loss_of_selected_only else by_selection
+    )
     reference_BS = columns.get("reference_loss")
     if reference_BS is not None:
         scored_BS = eligible_BS & reference_BS.isfinite() & loss_BS.isfinite()
-        measured |= _loss_by_fate("loss/reference_{}", reference_BS, scored_BS, chosen_BS)
+        measured |= _loss_by_selection("loss/reference_{}", reference_BS, scored_BS, chosen_BS)
         measured["loss/reference"] = measured.pop("loss/reference_all")
     if reference_BS is not None and not loss_of_selected_only:
         excess_BS = torch.where(scored_BS, loss_BS - reference_BS, 0.0)
@@ -72,7 +76,7 @@ def describe(
 
 def _choice(
     score_BS: Tensor | None, loss_BS: Tensor, eligible_BS: Tensor, selection: Selection
-) -> Measured:
+) -> MetricSums:
     trained = eligible_BS.sum().double()
     competing_BS = eligible_BS if score_BS is None else eligible_BS & score_BS.isfinite()
     zero, one = trained.new_zeros(()), trained.new_ones(())
@@ -91,7 +95,9 @@ def _choice(
     return measured
 
 
-def _loss_by_fate(name: str, value_BS: Tensor, known_BS: Tensor, chosen_BS: Tensor) -> Measured:
+def _loss_by_selection(
+    name: str, value_BS: Tensor, known_BS: Tensor, chosen_BS: Tensor
+) -> MetricSums:
     value_BS = torch.where(known_BS, value_BS, 0.0)  # a NaN times 0 is a NaN
     kept_BS = known_BS & chosen_BS
     total, count = value_BS.sum(dtype=torch.float64), known_BS.sum().double()
@@ -109,7 +115,7 @@ def _rates(
     chosen_BS: Tensor,
     sequence_length: int | None,
     corpora: int,
-) -> Measured:
+) -> MetricSums:
     """(selected, eligible) per bin of reference loss, bucket of position and corpus: one histogram for all of them."""
     bins: list[tuple[str, Tensor, Tensor, int]] = []
     reference_BS = columns.get("reference_loss")
@@ -137,7 +143,7 @@ def _rates(
     return _count_bins(bins, chosen_BS)
 
 
-def _count_bins(bins: list[tuple[str, Tensor, Tensor, int]], chosen_BS: Tensor) -> Measured:
+def _count_bins(bins: list[tuple[str, Tensor, Tensor, int]], chosen_BS: Tensor) -> MetricSums:
     """Each group of n bins takes 3 n places: tokens that do not count, rejected ones, selected ones."""
     indices, starts, start = [], {}, 0
     for name, bin_BS, known_BS, size in bins:
@@ -165,7 +171,7 @@ def _loss_bin(loss_BS: Tensor) -> Tensor:
     )
 
 
-def add(total: Measured | None, measured: Measured) -> Measured:
+def add(total: MetricSums | None, measured: MetricSums) -> MetricSums:
     """Element-wise sum of two descriptions; a name that only one of them has is kept."""
     result = dict(total or {})
     for name, (value, count) in measured.items():
@@ -175,7 +181,7 @@ def add(total: Measured | None, measured: Measured) -> Measured:
     return result
 
 
-def pack(measured: Measured) -> Tensor:
+def pack(measured: MetricSums) -> Tensor:
     """All sums and counts in one float64 vector, so that one all-reduce adds them over ranks."""
     return torch.cat(
         [
@@ -185,7 +191,7 @@ def pack(measured: Measured) -> Tensor:
     )
 
 
-def unpack(flat: Tensor, like: Measured) -> Measured:
+def unpack(flat: Tensor, like: MetricSums) -> MetricSums:
     """Inverse of pack; `like` gives names and shapes."""
     result, start = {}, 0
     for name, (value, _) in like.items():
@@ -195,7 +201,7 @@ def unpack(flat: Tensor, like: Measured) -> Measured:
     return result
 
 
-def summarise(reduced: Measured) -> dict[str, float | list[float]]:
+def summarise(reduced: MetricSums) -> dict[str, float | list[float]]:
     """The metrics of reduced sums, under their names in metrics.jsonl. Pure; one host synchronisation. A ratio over nothing is left out."""
     if not reduced:  # a pipeline stage without losses
         return {}
@@ -251,7 +257,7 @@ class ChoiceOverlap:
     def __init__(self) -> None:
         self.mask: Tensor | None = None
 
-    def compare(self, mask: Tensor) -> Measured:
+    def compare(self, mask: Tensor) -> MetricSums:
         """(tokens in both choices, tokens in either) as selection/probe_overlap_fraction; nothing at the first evaluation.
 
         Raises ValueError when the probe set has another size than before.

@@ -10,7 +10,7 @@ STYLES = ("constant", "linear", "cosine", "warmup")
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where training stands: the optimizer step (0 before the first) and the tokens processed before it."""
 
     step: int = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.selection.populations import SCOPES
-from megatron_slm.selection.running import RunningThreshold
+from megatron_slm.selection.running_threshold import RunningThreshold
 from megatron_slm.selection.schedule import check_keep_fraction
 from megatron_slm.selection.select import (
     Selection,

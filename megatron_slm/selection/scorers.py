@@ -15,7 +15,7 @@ A scorer is a function. This is a whole one, options included:
         return excess_BS / (columns[column] + floor_nats)
 
 `build_scorer("relative_excess", floor_nats=0.5)` makes it; the configuration names it the same way. A package of your own names the module that
-registers it under the entry point group "megatron_slm.scorers". The scorers of the literature are in catalogue.py; those that weigh tokens
+registers it under the entry point group "megatron_slm.scorers". The scorers of the literature are in builtin_scorers.py; those that weigh tokens
 against each other, or make more than one choice, are classes in combinators.py.
 
 None of these files imports torch: a scorer works through the methods of the tensors it is given, so
@@ -32,7 +32,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_slm.selection.naming import meant
-from megatron_slm.selection.schedule import Progress
+from megatron_slm.selection.schedule import TrainingProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +60,18 @@ class Scorer:
     kind: str = "score"
     choices: int = 1
 
-    def __call__(self, columns: Columns, progress: Progress) -> Tensor:
+    def __call__(self, columns: Columns, progress: TrainingProgress) -> Tensor:
         """The score of every token, fp32 BS; NaN where there is none. Higher is better."""
         raise NotImplementedError(
             f"scorer {self.name!r} is not a plain score of each token; use scorer.choose"
         )
 
     def rank(
-        self, columns: Columns, eligible_BS: Tensor, population: Population, progress: Progress
+        self,
+        columns: Columns,
+        eligible_BS: Tensor,
+        population: Population,
+        progress: TrainingProgress,
     ) -> Tensor:
         """The score, when it depends on the other tokens of the population (a z-score, a mean over the sequence)."""
         return self(columns, progress)
@@ -78,7 +82,7 @@ class Scorer:
         eligible_BS: Tensor,
         keep_fraction: float,
         population: Population,
-        progress: Progress,
+        progress: TrainingProgress,
     ) -> Selection:
         """The choice. What training calls, whatever the kind; every rank of the population's groups must call it."""
         return population.top(
@@ -127,7 +131,7 @@ class FunctionScorer(Scorer):
         self.name, self._function, self.needs, self.kind = name, function, needs, kind
         self.choices = 1 if kind == "score" else 0
 
-    def __call__(self, columns: Columns, progress: Progress) -> Tensor:
+    def __call__(self, columns: Columns, progress: TrainingProgress) -> Tensor:
         return self._function(columns, progress)
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:

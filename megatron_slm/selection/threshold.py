@@ -27,7 +27,7 @@ from megatron_slm.selection.populations import GATHER_MAX_TOKENS_ACCELERATOR
 from megatron_slm.selection.radix import kept_on_device, kth_largest_score, kth_smallest_id
 
 BACKENDS = ("auto", "gather", "radix")
-# Measured over gloo with 2 to 8 processes (benchmarks/selection.py): up to this many tokens an all-gather beats three all-reduces.
+# MetricSums over gloo with 2 to 8 processes (benchmarks/selection.py): up to this many tokens an all-gather beats three all-reduces.
 GATHER_MAX_TOKENS = 262_144
 # Scores that travel with the sizes, over all ranks: 128 KB is where a gloo collective begins to cost more than its start.
 FIRST_MESSAGE_TOKENS = 32_768

@@ -40,7 +40,7 @@ class NotSaved(TrainingFailed):
 
 
 def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
-    """Make a loop.Run, train it, and tell how it ended; the exit code.
+    """Make a loop.TrainingRun, train it, and tell how it ended; the exit code.
 
     What is neither bad data nor a failure of training is raised again once it is told, for its
     traceback.

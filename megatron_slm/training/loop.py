@@ -29,11 +29,10 @@ from megatron_slm.monitoring import (
     wandb_run_id,
 )
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import Progress
+from megatron_slm.selection import TrainingProgress
 from megatron_slm.selection.alarms import zero_gradient
 from megatron_slm.selection.diagnostics import summarise
 from megatron_slm.training import resume, setup
-from megatron_slm.training.choose import Chooser
 from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.ending import NotSaved
 from megatron_slm.training.evaluate import validate
@@ -48,10 +47,11 @@ from megatron_slm.training.saved_state import restore, save
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
 from megatron_slm.training.step import StepReport, Trainer, train_step
 from megatron_slm.training.stop_signals import StopSignals
+from megatron_slm.training.token_selector import TokenSelector
 from megatron_slm.training.watchdog import Watchdog
 
 
-class Run:
+class TrainingRun:
     """One run folder being trained.
 
     signals: what this process hears of requests to stop; None = only the stop file counts.
@@ -62,29 +62,33 @@ class Run:
         self,
         config: Config,
         groups: Groups,
-        materials: setup.Materials,
+        run_inputs: setup.RunInputs,
         signals: StopSignals | None = None,
         notes: Sequence[tuple[str, str]] = (),
     ):
         self.signals, self.notes = signals, notes
-        self.config, self.groups, self.materials = config, groups, materials
+        self.config, self.groups, self.run_inputs = config, groups, run_inputs
         self.folder = Path(config.run.folder)
         self.done = Done()
-        models = wrap_data_parallel(build_model(config, materials.vocabulary_size, groups), config)
-        chooser = Chooser(
+        models = wrap_data_parallel(build_model(config, run_inputs.vocabulary_size, groups), config)
+        selector = TokenSelector(
             config.selection,
             groups,
             sequence_length=config.data.sequence_length,
-            corpora=len(materials.corpora),
+            corpora=len(run_inputs.corpora),
         )
         self.trainer = Trainer(
-            models, build_optimizer(models, config), chooser, groups, load_reference(config, groups)
+            models,
+            build_optimizer(models, config),
+            selector,
+            groups,
+            load_reference(config, groups),
         )
         self.validation = {
             name: ValidationOnThisRank(loader, groups)
-            for name, loader in setup.validation_loaders(config, materials, groups).items()
+            for name, loader in setup.validation_loaders(config, run_inputs, groups).items()
         }
-        self.probe = Probe(config, materials, self.trainer)
+        self.probe = Probe(config, run_inputs, self.trainer)
         self.metrics = Metrics(groups.device)
         self.loss_spikes = LossSpikes()
         self.non_finite = NonFiniteSteps(self)
@@ -118,9 +122,9 @@ class Run:
             asynchronous=kept.asynchronous,
             report=lambda text, level: messages.append((text, level)),
         )
-        self.position = resume.wanted_position(self.config, self.materials.corpora)
-        self.inputs = resume.inputs_of(
-            self.config, self.materials.corpora, self.materials.validation
+        self.position = resume.wanted_position(self.config, self.run_inputs.corpora)
+        self.fingerprints = resume.fingerprints_of(
+            self.config, self.run_inputs.corpora, self.run_inputs.validation
         )
         state = self.store.load_latest(self.trainer.models, self.trainer.optimizer)
         if state is not None:
@@ -140,13 +144,13 @@ class Run:
         self.length = RunLength(self.config, self.done)
         self.steps = self.length.steps
         self.loader = setup.training_loader(
-            self.config, self.materials, self.groups, self.position, self.length.remaining_samples
+            self.config, self.run_inputs, self.groups, self.position, self.length.remaining_samples
         )
         messages += self._write_settings(resumed=state is not None)
         self.reporter = Reporter(
             self.config,
             self.groups,
-            self.materials,
+            self.run_inputs,
             resume_step=self.step if state is not None else None,
             wandb_id=self._agreed_wandb_id(),
             length=self.length,
@@ -230,7 +234,7 @@ class Run:
 
     def _throughput(self) -> Throughput:
         flops = model_flops_per_token(
-            self.config.model, self.config.data.sequence_length, self.materials.vocabulary_size
+            self.config.model, self.config.data.sequence_length, self.run_inputs.vocabulary_size
         )
         return Throughput(
             total_tokens=self.length.tokens,
@@ -281,8 +285,8 @@ class Run:
             f"on from step {self.store.saved_step or 0}"
         )
 
-    def _progress(self) -> Progress:
-        return Progress(self.done.steps, self.done.tokens)
+    def _progress(self) -> TrainingProgress:
+        return TrainingProgress(self.done.steps, self.done.tokens)
 
     def _after_step(self, stopping: bool) -> None:
         done, kept = self.step == self.steps, self.config.checkpoint
@@ -332,10 +336,10 @@ class Run:
             },
             self.step,
         )
-        keep_fraction = self.trainer.chooser.keep_fraction(
+        keep_fraction = self.trainer.selector.keep_fraction(
             self.done.tokens - self.length.step_tokens
         )
-        self.reporter.think(summary, keep_fraction, self.trainer.chooser.scorer)
+        self.reporter.think(summary, keep_fraction, self.trainer.selector.scorer)
         if spike := self.loss_spikes.look(summary, keep_fraction, self.step):
             self.reporter.message(spike, "warning")
 

@@ -93,7 +93,7 @@ class NonFiniteSteps:
         # The loader counts samples handed out: the last of them are those of this step.
         sample = run.loader.consumed_samples - run.loader.global_batch_size + in_global_batch
         number, pieces = run.loader.dataset.pieces(sample)
-        corpus = run.materials.corpora[number]
+        corpus = run.run_inputs.corpora[number]
         index = run.loader.corpus_index(number)
         columns = {"loss": loss_BS, **batch.columns}
         return {

@@ -23,7 +23,7 @@ from megatron_slm.training.preflight import (
     size_words,
 )
 from megatron_slm.training.resume import planned_length
-from megatron_slm.training.setup import Materials, index_cache
+from megatron_slm.training.setup import RunInputs, index_cache
 
 NO_GPU = GPU("none", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 """For plans of which only sizes are asked."""
@@ -37,19 +37,19 @@ BLOCKS_PER_SHARD = 4
 
 
 def look(
-    config: Config, materials: Materials, world_size: int, *, thorough: bool = False
+    config: Config, run_inputs: RunInputs, world_size: int, *, thorough: bool = False
 ) -> list[Finding]:
     """Free disk against what the run will write, and the checksums of some blocks of every corpus
     and shards of every score store.
     """
-    job = Job(config, materials.vocabulary_size, NO_GPU, 1, world_size)
-    return [*_disks(config, materials, job), *_data(materials, SAMPLED_SHARDS if thorough else 1)]
+    job = Job(config, run_inputs.vocabulary_size, NO_GPU, 1, world_size)
+    return [*_disks(config, run_inputs, job), *_data(run_inputs, SAMPLED_SHARDS if thorough else 1)]
 
 
-def files_of(materials: Materials) -> list[str]:
+def files_of(run_inputs: RunInputs) -> list[str]:
     """Every large file that all nodes read."""
     found = []
-    for corpus in [*materials.corpora, *materials.validation.values()]:
+    for corpus in [*run_inputs.corpora, *run_inputs.validation.values()]:
         found += [f"{corpus.prefix}.bin", f"{corpus.prefix}.idx"]
         if corpus.scores is not None:
             found += [str(corpus.scores.column_path(name)) for name in corpus.scores.columns]
@@ -79,7 +79,7 @@ def index_bytes(config: Config, corpora: list[Corpus]) -> int:
     return total
 
 
-def _disks(config: Config, materials: Materials, job: Job) -> list[Finding]:
+def _disks(config: Config, run_inputs: RunInputs, job: Job) -> list[Finding]:
     """The run's needs summed up by file system: checkpoints and indices may lie on one or on two."""
     if not planned_length(config).remaining_steps:
         return [Finding("disk", FINE, "the run has done its last step: nothing is to be written")]
@@ -88,7 +88,7 @@ def _disks(config: Config, materials: Materials, job: Job) -> list[Finding]:
     checkpoints = one * checkpoints_on_disk(config, job.steps)
     needs = [
         (folder, max(0, checkpoints - _bytes_in(folder / "checkpoints")), one),
-        (index_cache(config), *[_left_of_index(config, materials)] * 2),
+        (index_cache(config), *[_left_of_index(config, run_inputs)] * 2),
     ]
     by_disk: dict[int, list[tuple[Path, int, int]]] = defaultdict(list)
     for path, whole_bytes, least_bytes in needs:
@@ -121,12 +121,12 @@ def disk_finding(needs: list[tuple[Path, int, int]], free_bytes: int | None = No
     return Finding("disk", FINE, words)
 
 
-def _left_of_index(config: Config, materials: Materials) -> int:
-    return max(0, index_bytes(config, materials.corpora) - _bytes_in(index_cache(config)))
+def _left_of_index(config: Config, run_inputs: RunInputs) -> int:
+    return max(0, index_bytes(config, run_inputs.corpora) - _bytes_in(index_cache(config)))
 
 
-def _data(materials: Materials, shards_sampled: int) -> list[Finding]:
-    corpora = [*materials.corpora, *materials.validation.values()]
+def _data(run_inputs: RunInputs, shards_sampled: int) -> list[Finding]:
+    corpora = [*run_inputs.corpora, *run_inputs.validation.values()]
     findings, blocks = [], 0
     for corpus in corpora:
         try:

@@ -28,7 +28,7 @@ from megatron_slm.training import preflight, preflight_files
 from megatron_slm.training.preflight import BAD_SETTINGS, FINE, Facts, Finding
 from megatron_slm.training.preflight_facts import facts
 from megatron_slm.training.preflight_page import write_page
-from megatron_slm.training.setup import Materials
+from megatron_slm.training.setup import RunInputs
 
 Value = TypeVar("Value")
 ANSWER_SECONDS = 300.0
@@ -42,12 +42,12 @@ KINDS = ("tp", "pp", "dp", "cp", "ep")
 def look(
     config: Config,
     groups: Groups,
-    materials: Materials | None,
+    run_inputs: RunInputs | None,
     found: list[Finding],
     *,
     thorough: bool,
 ) -> list[Finding]:
-    """All findings, the same on every process. materials and found (what preflight_files.look
+    """All findings, the same on every process. run_inputs and found (what preflight_files.look
     says): on rank 0.
 
     Where a group does not answer, every process of it says so and ends with exit code 2.
@@ -56,7 +56,7 @@ def look(
     local = int(os.environ.get("LOCAL_RANK", groups.world_rank))
     with Deadline(ANSWER_SECONDS, f"rank {groups.world_rank} on {socket.gethostname()}", groups):
         paths, new_file = _from_first(
-            (preflight_files.files_of(materials), _new_file(config)) if materials else None
+            (preflight_files.files_of(run_inputs), _new_file(config)) if run_inputs else None
         )
         mine = facts(config, groups, paths if local == 0 else [], new_file)
         if groups.world_size > 1:
@@ -67,9 +67,9 @@ def look(
     if new_file and groups.world_rank == 0:
         Path(new_file).unlink(missing_ok=True)
     findings = list(found)
-    if materials is not None:
+    if run_inputs is not None:
         findings += preflight.compare(everyone)
-        findings.append(planned_memory(config, groups, materials.vocabulary_size, everyone))
+        findings.append(planned_memory(config, groups, run_inputs.vocabulary_size, everyone))
         findings += groups_that_answer(answers, everyone)
         findings += preflight.slow_groups(_by_kind(rates))
         findings += write_page(findings, Path(config.run.folder))

@@ -16,7 +16,7 @@ from megatron_slm.data.batch import collate, slice_for_context_parallel
 from megatron_slm.data.scored_dataset import ScoredDataset
 from megatron_slm.model.forward_backward import forward_losses
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import Population, Progress
+from megatron_slm.selection import Population, TrainingProgress
 from megatron_slm.selection.diagnostics import ChoiceOverlap
 from megatron_slm.selection.threshold import all_gather
 
@@ -24,7 +24,7 @@ VIEWED_SEQUENCES = 4
 
 
 @dataclass(frozen=True)
-class Seen:
+class ProbeResult:
     """What the model would choose from the probe now: whole sequences, the same on every rank of
     the last stage.
     """
@@ -39,14 +39,14 @@ class Probe:
     from by itself (scope micro_batch).
 
     Of the n first corpora, where n is their number or the micro-batch's sequences, whichever is
-    smaller, it holds the first samples in training order. Every rank of the model calls `look`. A
+    smaller, it holds the first samples in training order. Every rank of the model calls `evaluate`. A
     plain run has nothing to look at.
     """
 
-    def __init__(self, config: Config, materials, trainer):
-        self.config, self.materials, self.trainer = config, materials, trainer
+    def __init__(self, config: Config, run_inputs, trainer):
+        self.config, self.run_inputs, self.trainer = config, run_inputs, trainer
         self.overlap = ChoiceOverlap()
-        self.usable = trainer.chooser.scorer.name != "none"
+        self.usable = trainer.selector.scorer.name != "none"
         if self.usable:
             data, groups = config.data, trainer.groups
             self.sources = [
@@ -59,7 +59,7 @@ class Probe:
                     with_offsets=True,
                     isolate_documents=data.document_policy == "isolated",
                 )
-                for number, corpus in enumerate(materials.corpora[: data.micro_batch_size])
+                for number, corpus in enumerate(run_inputs.corpora[: data.micro_batch_size])
             ]
             rows, dealt = list(range(data.micro_batch_size)), len(self.sources)
             self.whole = collate([self.sources[row % dealt][row // dealt] for row in rows], rows)
@@ -68,62 +68,62 @@ class Probe:
                 groups.device
             )
 
-    def look(self, progress: Progress) -> Seen | None:
+    def evaluate(self, progress: TrainingProgress) -> ProbeResult | None:
         """The choice on the probe and what it was made from; None off the last stage."""
         if not self.usable:
             return None
-        trainer, chooser, batch = self.trainer, self.trainer.chooser, self.batch
+        trainer, selector, batch = self.trainer, self.trainer.selector, self.batch
         if trainer.reference is not None:
             for output in forward_losses(
                 trainer.reference, [batch], trainer.groups, extras=trainer.reference_extras
             ):
                 batch.columns.update({f"reference_{name}": value for name, value in output.items()})
-        outputs = forward_losses(trainer.models, [batch], trainer.groups, extras=chooser.extras)
+        outputs = forward_losses(trainer.models, [batch], trainer.groups, extras=selector.extras)
         if not outputs:
             return None
         population = Population("micro_batch", batch.token_id_BS, cp_group=trainer.groups.cp)
-        selection = chooser.choose_from(population, batch, outputs[0], progress)
+        selection = selector.choose_from(population, batch, outputs[0], progress)
         order_BT = _side_by_side(batch.token_id_BS, trainer.groups).argsort(dim=1)
 
         def whole(value_BS):
             return _side_by_side(value_BS, trainer.groups).gather(1, order_BT)
 
         reference_BS = batch.columns.get("reference_loss")
-        return Seen(
+        return ProbeResult(
             whole(selection.mask.float()) > 0,
             whole(outputs[0]["loss"].float()),
             None if reference_BS is None else whole(reference_BS.float()),
         )
 
-    def compare(self, progress: Progress) -> dict[str, float]:
+    def compare(self, progress: TrainingProgress) -> dict[str, float]:
         """selection/probe_overlap_fraction: tokens chosen now and at the last evaluation, over
         tokens chosen at either.
         """
-        seen = self.look(progress)
-        if seen is None:
+        result = self.evaluate(progress)
+        if result is None:
             return {}
-        both, either = next(iter(self.overlap.compare(seen.selected_BT).values()), (None, None))
+        both, either = next(iter(self.overlap.compare(result.selected_BT).values()), (None, None))
         return (
             {}
             if both is None or not either
             else {"selection/probe_overlap_fraction": float(both / either)}
         )
 
-    def view(self, progress: Progress) -> list[dict]:
+    def view(self, progress: TrainingProgress) -> list[dict]:
         """Lines of token_view.jsonl: text, L_theta, L_ref and the choice of a few sequences."""
-        seen = self.look(progress)
-        if seen is None:
+        result = self.evaluate(progress)
+        if result is None:
             return []
-        tokenizer, reference_BT = self.materials.tokenizer, seen.reference_loss_BT
+        tokenizer, reference_BT = self.run_inputs.tokenizer, result.reference_loss_BT
         return [
             {
                 **self._origin(row),
                 "tokens": [tokenizer.piece(int(token)) for token in self.whole.labels_BS[row]],
-                "loss": seen.loss_BT[row].tolist(),
+                "loss": result.loss_BT[row].tolist(),
                 "reference_loss": None
                 if reference_BT is None
                 else [None if value != value else value for value in reference_BT[row].tolist()],
-                "selected": seen.selected_BT[row].tolist(),
+                "selected": result.selected_BT[row].tolist(),
             }
             for row in range(min(VIEWED_SEQUENCES, len(self.whole.tokens_BS)))
         ]
@@ -138,7 +138,7 @@ class Probe:
         # masked in it.
         begins = {0, *np.flatnonzero(self.whole.loss_mask_BS[row] == 0).tolist()}
         return {
-            "corpus": self.materials.corpora[number].prefix,
+            "corpus": self.run_inputs.corpora[number].prefix,
             "first_token": offset_T[0],
             "documents": [[index.document_at(offset_T[place]), place] for place in sorted(begins)],
         }

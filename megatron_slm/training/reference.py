@@ -31,7 +31,7 @@ def reference_config(config: Config, info: CheckpointInfo) -> Config:
 def load_reference(config: Config, groups: Groups) -> list | None:
     """The online reference's model chunks, in eval mode without gradients and never in fp8, which would move the choice; None when the config names none.
 
-    setup.open_materials has seen that its tokenizer is the run's and that it fits the layout.
+    setup.open_run_inputs has seen that its tokenizer is the run's and that it fits the layout.
     """
     from megatron_slm.checkpoint.store import load_weights
     from megatron_slm.model.build import build_model

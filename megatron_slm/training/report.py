@@ -54,7 +54,7 @@ class Reporter:
         self,
         config: Config,
         groups: Groups,
-        materials,
+        run_inputs,
         *,
         resume_step: int | None,
         wandb_id: str,
@@ -62,10 +62,10 @@ class Reporter:
     ):
         """length: None = that of a run which starts anew."""
         self.length = length or RunLength(config)
-        self.config, self.groups, self.materials, self.folder = (
+        self.config, self.groups, self.run_inputs, self.folder = (
             config,
             groups,
-            materials,
+            run_inputs,
             Path(config.run.folder),
         )
         self.warned: set[str] = set()
@@ -87,7 +87,7 @@ class Reporter:
         self._show_start_table(console, self._open_wandb(wandb_id))
         if resume_step is not None:
             self.message(f"resumed after step {resume_step}", "info")
-        for corpus in materials.corpora:
+        for corpus in run_inputs.corpora:
             if corpus.scores is not None and config.selection.scorer != "none":
                 for sentence in corpus.scores.context_warnings(
                     config.data.sequence_length, config.data.document_policy
@@ -145,7 +145,7 @@ class Reporter:
         """
         record = dict(record)
         if rates := record.pop(BY_CORPUS, None):
-            prefixes = [corpus.prefix for corpus in self.materials.corpora]
+            prefixes = [corpus.prefix for corpus in self.run_inputs.corpora]
             record |= rates_of_corpora(prefixes, rates)
         self.last[record.get("kind", "train")] = record | {"step": step}
         self.sink.log(record, step)
@@ -210,7 +210,7 @@ class Reporter:
     def _show_start_table(self, console: ConsoleSink, wandb: str) -> None:
         """The short table on the console, the full one in the run folder."""
         layers = resolve_layers(self.config, self.groups.device.type == "cuda")
-        table = start_table(self.config, self.groups, self.materials, layers, wandb, self.length)
+        table = start_table(self.config, self.groups, self.run_inputs, layers, wandb, self.length)
         path = self.folder / "start_table.txt"
         console.table(f"megatron-slm  {self.name}", table.short(path))
         try:

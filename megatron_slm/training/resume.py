@@ -23,7 +23,7 @@ from megatron_slm.data.position import CorpusPosition, DataPosition, is_count
 from megatron_slm.files.plain import read_json_object
 from megatron_slm.training.run_length import Done, RunLength, shorter_than_done
 
-Inputs = dict[str, dict[str, str]]
+Fingerprints = dict[str, dict[str, str]]
 """Setting -> path, as the configuration has it -> fingerprint of what lies there."""
 ADVICE = {
     "data.train": "put the old one back, or give the new one another name: it is then read from its beginning",
@@ -41,8 +41,8 @@ class Saved:
     """Of its last step."""
     sequence_length: int
     position: DataPosition | None
-    """None, like `inputs`: saved by a version that did not keep it."""
-    inputs: Inputs | None
+    """None, like `fingerprints`: saved by a version that did not keep it."""
+    fingerprints: Fingerprints | None
 
 
 def read_saved(checkpoint: Path) -> Saved:
@@ -67,10 +67,10 @@ def _saved(info: CheckpointInfo, trainer: dict) -> Saved:
     if not all(is_count(each) for each in (done.steps, done.tokens, done.samples)):
         raise ValueError(f"{done} are no counts")
     step_tokens = trainer.get("step_tokens", done.tokens // max(1, done.steps))
-    inputs = trainer.get("inputs")
-    if inputs is not None:
-        inputs = {setting: dict(found) for setting, found in inputs.items()}
-    return Saved(done, step_tokens, info.sequence_length, position, inputs)
+    fingerprints = trainer.get("inputs")
+    if fingerprints is not None:
+        fingerprints = {setting: dict(found) for setting, found in fingerprints.items()}
+    return Saved(done, step_tokens, info.sequence_length, position, fingerprints)
 
 
 def newest_saved(run_folder: str | Path) -> Saved | None:
@@ -91,7 +91,9 @@ def planned_length(config: Config) -> RunLength:
     return RunLength(config, saved.done if saved else Done())
 
 
-def inputs_of(config: Config, corpora: list[Corpus], validation: dict[str, Corpus]) -> Inputs:
+def fingerprints_of(
+    config: Config, corpora: list[Corpus], validation: dict[str, Corpus]
+) -> Fingerprints:
     """Fingerprints of what a run reads beside its training corpora, for its checkpoints."""
     reference = config.selection.reference
     return {
@@ -141,7 +143,7 @@ def bad_settings(saved: Saved, config: Config) -> list[str]:
     return problems
 
 
-def bad_data(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[str]:
+def bad_data(saved: Saved, wanted: DataPosition, fingerprints: Fingerprints) -> list[str]:
     """What lies under a name of this run and is not what the run was trained on."""
     step, problems = saved.done.steps, []
     if saved.position is not None:
@@ -153,16 +155,16 @@ def bad_data(saved: Saved, wanted: DataPosition, inputs: Inputs) -> list[str]:
             if before.get(corpus.prefix, corpus.fingerprint) != corpus.fingerprint
         ]
     for setting in ("selection.reference.scores", "selection.reference.checkpoint"):
-        before = (saved.inputs or {}).get(setting, {})
+        before = (saved.fingerprints or {}).get(setting, {})
         problems += [
-            _other_content(setting, path, inputs[setting][path], before, step)
-            for path in _changed(saved, setting, inputs)
+            _other_content(setting, path, fingerprints[setting][path], before, step)
+            for path in _changed(saved, setting, fingerprints)
         ]
     return list(dict.fromkeys(problems))  # a corpus may be named twice
 
 
 def notes(
-    saved: Saved, config: Config, wanted: DataPosition, inputs: Inputs
+    saved: Saved, config: Config, wanted: DataPosition, fingerprints: Fingerprints
 ) -> list[tuple[str, str]]:
     """What is said of changes with which the run goes on: (sentence, level)."""
     said = [(text, "warning") for text in position_before(saved, wanted).changes(wanted)]
@@ -172,7 +174,7 @@ def notes(
             "that checkpoint.keep_best compares",
             "warning",
         )
-        for path in _changed(saved, "data.validation", inputs)
+        for path in _changed(saved, "data.validation", fingerprints)
     ]
     batches, step_tokens = config.monitoring.validation_batches, tokens_per_step(config)
     if config.data.validation and batches and step_tokens != saved.step_tokens:
@@ -232,10 +234,12 @@ def _changed_order(config: Config) -> list[str]:
     ]
 
 
-def _changed(saved: Saved, setting: str, inputs: Inputs) -> list[str]:
+def _changed(saved: Saved, setting: str, fingerprints: Fingerprints) -> list[str]:
     """Paths of a setting under which other content lies than before."""
-    before = (saved.inputs or {}).get(setting, {})
-    return [path for path, found in inputs[setting].items() if before.get(path, found) != found]
+    before = (saved.fingerprints or {}).get(setting, {})
+    return [
+        path for path, found in fingerprints[setting].items() if before.get(path, found) != found
+    ]
 
 
 def _other_content(setting: str, path: str, found: str, before: dict[str, str], step: int) -> str:

@@ -1,6 +1,6 @@
 """What a run consists of, for the parts of this room that are handed one.
 
-loop.Run has all of it. Those that write a checkpoint or look at a bad step name this instead, so
+loop.TrainingRun has all of it. Those that write a checkpoint or look at a bad step name this instead, so
 that imports go one way.
 """
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from megatron_slm.parallel import Groups
     from megatron_slm.training.probe import Probe
     from megatron_slm.training.report import Reporter
+    from megatron_slm.training.resume import Fingerprints
     from megatron_slm.training.run_length import Done, RunLength
-    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.setup import RunInputs
     from megatron_slm.training.step import Trainer
 
 
@@ -28,7 +29,7 @@ class RunParts(Protocol):
 
     config: Config
     groups: Groups
-    materials: Materials
+    run_inputs: RunInputs
     folder: Path
     trainer: Trainer
     loader: TrainingLoader
@@ -41,7 +42,7 @@ class RunParts(Protocol):
     length: RunLength
     position: DataPosition
     """How much of each corpus was read before this start."""
-    inputs: dict
+    fingerprints: Fingerprints
     """Fingerprints of everything that is read."""
     validated: tuple[int, dict[str, float]]
     """Step of the last validation, and the loss of each corpus; known on last-stage ranks."""

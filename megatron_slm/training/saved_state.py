@@ -20,14 +20,14 @@ from megatron_slm.training.run_parts import RunParts
 def save(run: RunParts, with_optimizer: bool) -> None:
     """Begin the checkpoint of the run's present step; every rank calls it."""
     config, groups, optimizer = run.config, run.groups, run.trainer.optimizer
-    tokenizer = tokenizer_of([corpus.manifest for corpus in run.materials.corpora])
+    tokenizer = tokenizer_of([corpus.manifest for corpus in run.run_inputs.corpora])
     # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and
     # trainer.json, so it must hear of them.
     told = [
         {
             "metrics": run.metrics.state_dict(groups.dp_cp),
             "tokens_selected": run.tokens_selected,
-            "selection": run.trainer.chooser.state_dict(),
+            "selection": run.trainer.selector.state_dict(),
             "probe": run.probe.state_dict(),
             "loss_spikes": run.loss_spikes.state_dict(),
         },
@@ -35,7 +35,7 @@ def save(run: RunParts, with_optimizer: bool) -> None:
     ]
     dist.broadcast_object_list(told, src=groups.world_size - 1)
     info = CheckpointInfo(
-        describe_model(config.model, run.materials.vocabulary_size),
+        describe_model(config.model, run.run_inputs.vocabulary_size),
         config.data.sequence_length,
         {**tokenizer, "path": str(Path(config.data.tokenizer).resolve())},
         run.step,
@@ -53,7 +53,7 @@ def save(run: RunParts, with_optimizer: bool) -> None:
         samples=run.done.samples,
         step_tokens=run.length.step_tokens,
         data=replace(run.position, samples=run.loader.consumed_samples).to_json(),
-        inputs=run.inputs,
+        inputs=run.fingerprints,
         wandb_id=run.wandb_id,
         **told[0],
     )
@@ -68,7 +68,7 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     joined was the newest checkpoint, and that may have been damaged.
     """
     saved = resume.read_saved(step_folder(run.store.checkpoints, run.store.saved_step))
-    setup.check_resume(run.config, run.materials, saved)
+    setup.check_resume(run.config, run.run_inputs, saved)
     wanted, before = run.position, resume.position_before(saved, run.position)
     run.done = saved.done
     run.position = before.moved_to(
@@ -77,7 +77,7 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     # Loss scaling and the alarm of spikes are younger than the oldest checkpoints.
     load_loss_scaler_state(run.trainer.optimizer, state.get("loss_scaler", {}))
     run.skipped_steps = state.get("skipped_steps", 0)
-    run.trainer.chooser.load_state_dict(state["selection"])
+    run.trainer.selector.load_state_dict(state["selection"])
     if run.groups.is_last_stage:
         run.tokens_selected = state["tokens_selected"]
         if before.changes(wanted):  # corpora have other numbers, the probe other sequences
@@ -87,4 +87,4 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
         run.metrics.load_state_dict(state["metrics"])
         run.loss_spikes.load_state_dict(state.get("loss_spikes", {}))
     run.wandb_id = state["wandb_id"]
-    return resume.notes(saved, run.config, wanted, run.inputs)
+    return resume.notes(saved, run.config, wanted, run.fingerprints)

@@ -40,7 +40,7 @@ class DataError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Materials:
+class RunInputs:
     """Checked inputs of a run."""
 
     tokenizer: Tokenizer
@@ -49,7 +49,7 @@ class Materials:
     vocabulary_size: int
 
 
-def open_materials(config: Config, world_size: int = 1) -> Materials:
+def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
     """Open scorer, tokenizer, corpora, score stores and what the run starts from. ConfigError (a bad selection among them) or DataError
     lists every problem in one go; `world_size` is that of the job, for the layout of an online reference."""
     rules, bad_settings = None, []
@@ -108,20 +108,20 @@ def open_materials(config: Config, world_size: int = 1) -> Materials:
         raise ConfigError(bad_settings + problems)
     if problems:
         raise DataError(problems)
-    materials = Materials(tokenizer, corpora, validation, size)
+    run_inputs = RunInputs(tokenizer, corpora, validation, size)
     if (saved := resume.newest_saved(config.run.folder)) is not None:
-        check_resume(config, materials, saved)
-    return materials
+        check_resume(config, run_inputs, saved)
+    return run_inputs
 
 
-def check_resume(config: Config, materials: Materials, saved: resume.Saved) -> None:
+def check_resume(config: Config, run_inputs: RunInputs, saved: resume.Saved) -> None:
     """ConfigError or DataError, with every problem, when the run cannot go on from `saved` with
     these settings and inputs.
     """
-    inputs = resume.inputs_of(config, materials.corpora, materials.validation)
-    wanted = resume.wanted_position(config, materials.corpora)
+    fingerprints = resume.fingerprints_of(config, run_inputs.corpora, run_inputs.validation)
+    wanted = resume.wanted_position(config, run_inputs.corpora)
     bad_settings = resume.bad_settings(saved, config)
-    problems = resume.bad_data(saved, wanted, inputs)
+    problems = resume.bad_data(saved, wanted, fingerprints)
     if bad_settings:
         raise ConfigError(bad_settings + problems)
     if problems:
@@ -173,7 +173,7 @@ def _missing_columns(config: Config, rules: ChoiceRules, corpora: list[Corpus]) 
 
 
 def training_loader(
-    config: Config, materials: Materials, groups: Groups, position: DataPosition, samples: int
+    config: Config, run_inputs: RunInputs, groups: Groups, position: DataPosition, samples: int
 ) -> TrainingLoader:
     """This rank's micro-batches of the next `samples` samples after `position`, in an order that a longer run only extends."""
     from megatron_slm.data.loader import TrainingLoader
@@ -181,7 +181,7 @@ def training_loader(
 
     data = config.data
     dataset = training_dataset(
-        materials.corpora,
+        run_inputs.corpora,
         sequence_length=position.sequence_length,
         seed=position.seed,
         samples=position.samples + samples,
@@ -206,7 +206,7 @@ def index_cache(config: Config) -> Path:
 
 
 def validation_loaders(
-    config: Config, materials: Materials, groups: Groups
+    config: Config, run_inputs: RunInputs, groups: Groups
 ) -> dict[str, ValidationLoader]:
     """One loader per validation corpus: the same global batches at every validation."""
     from megatron_slm.data.loader import ValidationLoader
@@ -227,7 +227,7 @@ def validation_loaders(
             dp_size=groups.dp_size,
             global_batches=config.monitoring.validation_batches,
         )
-        for name, corpus in materials.validation.items()
+        for name, corpus in run_inputs.validation.items()
     }
 
 

@@ -15,7 +15,7 @@ from megatron_slm.parallel import Groups
 from megatron_slm.planning.parameters import parameters_of_model
 from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.scorer_settings import choice_rules
-from megatron_slm.training.setup import Materials
+from megatron_slm.training.setup import RunInputs
 
 CORPORA_SHOWN = 4
 """A blend of more corpora is shown by the least and the most often read one."""
@@ -56,19 +56,24 @@ class StartTable:
 
 
 def start_table(
-    config: Config, groups: Groups, materials: Materials, layers: str, wandb: str, length: RunLength
+    config: Config,
+    groups: Groups,
+    run_inputs: RunInputs,
+    layers: str,
+    wandb: str,
+    length: RunLength,
 ) -> StartTable:
     """`layers` is "torch" or "transformer_engine"; `wandb` says where the Weights & Biases run is."""
     facts = {
         "run folder": config.run.folder,
         "W&B": wandb,
         **_origin_words(config),
-        "model": _model_words(config, materials.vocabulary_size),
+        "model": _model_words(config, run_inputs.vocabulary_size),
         "processes": str(groups.world_size),
         "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {length.step_tokens} tokens per step, {_steps_words(length)}",
         "data": data_words(
             config,
-            [(each.prefix, each.manifest.tokens) for each in materials.corpora],
+            [(each.prefix, each.manifest.tokens) for each in run_inputs.corpora],
             length.tokens,
         ),
         "selection": _selection_words(config),

@@ -12,17 +12,17 @@ import torch
 from megatron_slm.data.batch import Batch
 from megatron_slm.model.forward_backward import (
     LossFunction,
-    ask_for,
     forward_backward,
     forward_losses,
+    set_extra_outputs,
     split_outputs,
 )
 from megatron_slm.model.optimizer import update_weights
-from megatron_slm.model.router import has_auxiliary_losses, take_measured
+from megatron_slm.model.router import has_auxiliary_losses, pop_router_metrics
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import Progress, Selection
-from megatron_slm.selection.diagnostics import Measured, add
-from megatron_slm.training.choose import Chooser
+from megatron_slm.selection import Selection, TrainingProgress
+from megatron_slm.selection.diagnostics import MetricSums, add
+from megatron_slm.training.token_selector import TokenSelector
 
 
 @dataclass
@@ -31,19 +31,19 @@ class Trainer:
 
     models: list
     optimizer: object
-    chooser: Chooser
+    selector: TokenSelector
     groups: Groups
     reference: list | None = None
     """Frozen reference models of an online reference, in the same layout."""
 
     def __post_init__(self):
-        ask_for(self.models, self.chooser.extras)
-        self.chooser.weight_needed_ahead = has_auxiliary_losses(self.models)
+        set_extra_outputs(self.models, self.selector.extras)
+        self.selector.weight_needed_ahead = has_auxiliary_losses(self.models)
 
     @property
     def reference_extras(self) -> tuple[str, ...]:
         """What the online reference must give beside its loss."""
-        return ("entropy",) if "reference_entropy" in self.chooser.scorer.needs else ()
+        return ("entropy",) if "reference_entropy" in self.selector.scorer.needs else ()
 
 
 class Known(NamedTuple):
@@ -60,11 +60,11 @@ class StepReport:
 
     updated: bool
     grad_norm: float
-    measured: Measured = field(default_factory=dict)
+    measured: MetricSums = field(default_factory=dict)
 
 
 def train_step(
-    trainer: Trainer, batches: Sequence[Batch], progress: Progress, learning_rate: float
+    trainer: Trainer, batches: Sequence[Batch], progress: TrainingProgress, learning_rate: float
 ) -> StepReport:
     """The gradient of the mean loss over the tokens selected in the global batch, and one AdamW update.
 
@@ -80,33 +80,35 @@ def train_step(
     reports = forward_backward(
         trainer.models,
         batches,
-        selected_loss(trainer.chooser, known, progress),
+        selected_loss(trainer.selector, known, progress),
         trainer.groups,
         divisor_ahead=weight_ahead(trainer, batches, known, progress),
-        head_weights=head_weights(trainer.chooser, known),
+        head_weights=head_weights(trainer.selector, known),
     )
 
     updated, grad_norm = update_weights(trainer.optimizer, learning_rate)
-    measured: Measured = {
-        **trainer.chooser.finish_step(progress),
-        **take_measured(trainer.models, trainer.groups),
+    measured: MetricSums = {
+        **trainer.selector.finish_step(progress),
+        **pop_router_metrics(trainer.models, trainer.groups),
     }
     for report in reports:
         measured = add(measured, report)
     return StepReport(updated, grad_norm, measured)
 
 
-def selected_loss(chooser: Chooser, known: list[Known] | None, progress: Progress) -> LossFunction:
+def selected_loss(
+    selector: TokenSelector, known: list[Known] | None, progress: TrainingProgress
+) -> LossFunction:
     """The loss function of one micro-batch: choose, then sum the chosen tokens' losses; the division comes at the end of the step."""
 
     def loss_function(index: int, batch: Batch, output):
-        if chooser.head_on_selected_rows:  # the head has summed what it was told to
+        if selector.head_on_selected_rows:  # the head has summed what it was told to
             (loss_sum, loss_BS), (selection, outputs) = output, known[index]
             outputs = outputs or {"loss": loss_BS}
         else:
-            outputs = split_outputs(output, chooser.extras)
+            outputs = split_outputs(output, selector.extras)
             selection = (
-                chooser.choose(batch, outputs, progress)
+                selector.choose(batch, outputs, progress)
                 if known is None
                 else known[index].selection
             )
@@ -114,14 +116,20 @@ def selected_loss(chooser: Chooser, known: list[Known] | None, progress: Progres
             loss_sum = (
                 torch.where(selection.mask, outputs["loss"], 0.0).mul(selection.weights).sum()
             )
-        return loss_sum, selection.weight_sum, chooser.describe(batch, outputs, selection, progress)
+        return (
+            loss_sum,
+            selection.weight_sum,
+            selector.describe(batch, outputs, selection, progress),
+        )
 
     return loss_function
 
 
-def head_weights(chooser: Chooser, known: list[Known] | None) -> list[torch.Tensor | None] | None:
+def head_weights(
+    selector: TokenSelector, known: list[Known] | None
+) -> list[torch.Tensor | None] | None:
     """Per micro-batch, the weights of the tokens whose rows the head computes (last stage only); None = it computes every token."""
-    if not chooser.head_on_selected_rows:
+    if not selector.head_on_selected_rows:
         return None
     return [choice and choice.selection.weights for choice in known]
 
@@ -139,7 +147,7 @@ def score_with_reference(trainer: Trainer, batches: Sequence[Batch]) -> None:
 
 
 def choose_before_backward(
-    trainer: Trainer, batches: Sequence[Batch], progress: Progress
+    trainer: Trainer, batches: Sequence[Batch], progress: TrainingProgress
 ) -> list[Known] | list[None] | None:
     """What must or may be chosen before the training pass; None when each micro-batch chooses from its own losses, in that pass.
 
@@ -148,31 +156,34 @@ def choose_before_backward(
     (docs/method.md#point-7). A static scorer reads stored columns only: no forward pass, whatever
     the scope. One Known per micro-batch on the last stage, where selection lives; None elsewhere.
     """
-    chooser = trainer.chooser
-    if not (chooser.needs_whole_step or chooser.head_on_selected_rows):
+    selector = trainer.selector
+    if not (selector.needs_whole_step or selector.head_on_selected_rows):
         return None
     outputs = [{} for _ in batches]
-    if not chooser.scorer.is_static:
-        outputs = forward_losses(trainer.models, batches, trainer.groups, extras=chooser.extras)
+    if not selector.scorer.is_static:
+        outputs = forward_losses(trainer.models, batches, trainer.groups, extras=selector.extras)
     if not trainer.groups.is_last_stage:
         return [None] * len(batches)
     return [
         Known(*pair)
-        for pair in zip(chooser.choose_step(batches, outputs, progress), outputs, strict=True)
+        for pair in zip(selector.choose_step(batches, outputs, progress), outputs, strict=True)
     ]
 
 
 def weight_ahead(
-    trainer: Trainer, batches: Sequence[Batch], known: list[Known] | None, progress: Progress
+    trainer: Trainer,
+    batches: Sequence[Batch],
+    known: list[Known] | None,
+    progress: TrainingProgress,
 ) -> torch.Tensor | None:
     """What this rank will add to the divisor (float64, 0-d; meant on the last stage): the auxiliary losses of experts are scaled by it before backward.
 
     None for a model without such losses.
     """
-    if not trainer.chooser.weight_needed_ahead:
+    if not trainer.selector.weight_needed_ahead:
         return None
     if not trainer.groups.is_last_stage:
         return torch.zeros((), dtype=torch.float64, device=trainer.groups.device)
     if known is not None:
         return sum(choice.selection.weight_sum for choice in known)
-    return sum(trainer.chooser.weight_ahead(batch, progress) for batch in batches)
+    return sum(trainer.selector.weight_ahead(batch, progress) for batch in batches)

@@ -21,8 +21,8 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
     """
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.training.data_fault import DataFault
-    from megatron_slm.training.loop import Run
-    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.loop import TrainingRun
+    from megatron_slm.training.setup import RunInputs
 
     mine = folder / f"rank{groups.world_rank}"
     for name in ("train", "target"):
@@ -34,8 +34,8 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
     corpora = open_corpora([str(mine / "train"), str(mine / "target")])
     config = make_config(folder, f"run_{cut}", CASE, groups.dp_size)
     config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
-    materials = Materials(Tokenizer(), corpora[:1], {"target": corpora[1]}, VOCABULARY)
-    run = Run(config, groups, materials)
+    run_inputs = RunInputs(Tokenizer(), corpora[:1], {"target": corpora[1]}, VOCABULARY)
+    run = TrainingRun(config, groups, run_inputs)
     run.start()
     hand_out = run.loader.next_step
 
@@ -53,16 +53,16 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
 def train_on_nothing(groups, folder: Path) -> None:
     """A run whose corpus has no document of more than one token, which `train` would refuse."""
     from megatron_slm.data.corpora import open_corpora
-    from megatron_slm.training.loop import Run
-    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.loop import TrainingRun
+    from megatron_slm.training.setup import RunInputs
 
     mine = folder / f"rank{groups.world_rank}"
     write_corpus(mine / "lone", [[token % 50] for token in range(900)], vocabulary_size=VOCABULARY)
     config = make_config(folder, "run", {**CASE, "scorer": "none"}, groups.dp_size)
     config.data.validation = []
     config.checkpoint.keep_best = 0
-    materials = Materials(Tokenizer(), open_corpora([str(mine / "lone")]), {}, VOCABULARY)
-    run = Run(config, groups, materials)
+    run_inputs = RunInputs(Tokenizer(), open_corpora([str(mine / "lone")]), {}, VOCABULARY)
+    run = TrainingRun(config, groups, run_inputs)
     run.start()
     assert run.run() == 0
 

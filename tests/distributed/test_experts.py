@@ -142,15 +142,15 @@ def make_trainer(config, groups):
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.parallel import seed_everything
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer
+    from megatron_slm.training.token_selector import TokenSelector
 
     seed_everything(config.run.seed, groups)
     models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
     return Trainer(
         models,
         build_optimizer(models, config),
-        Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1),
+        TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1),
         groups,
     )
 
@@ -160,7 +160,7 @@ def steps_of(trainer, config, first: int, count: int):
     from megatron_slm.data.batch import slice_for_context_parallel
     from megatron_slm.data.loader import TrainingLoader
     from megatron_slm.model import forward_backward
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.training.learning_rate import learning_rate
     from megatron_slm.training.step import train_step
 
@@ -187,7 +187,7 @@ def steps_of(trainer, config, first: int, count: int):
             report = train_step(
                 trainer,
                 batches,
-                Progress(step, step * SEQUENCES * LENGTH),
+                TrainingProgress(step, step * SEQUENCES * LENGTH),
                 learning_rate(config, step + 1, config.schedule.train_steps),
             )
             yield report, sums[0], sums[-1]
@@ -224,7 +224,7 @@ def train_in_layout(groups, layouts, cases, folder):
             options,
         )
         trainer = make_trainer(config, groups)
-        assert trainer.chooser.needs_whole_step
+        assert trainer.selector.needs_whole_step
         observe(trainer, config, 0, 2)  # which asserts that the divisor was known
     if layout["name"] in ("single", "ep2"):
         results["dense reference"] = dense_reference_losses(groups, layout)
@@ -298,8 +298,8 @@ def observe(trainer, config, first: int, count: int):
     from megatron_slm.selection.diagnostics import summarise
 
     chosen, rows, metrics = [], [], Metrics(trainer.groups.device)
-    describe = trainer.chooser.describe
-    trainer.chooser.describe = lambda batch, outputs, selection, progress: (
+    describe = trainer.selector.describe
+    trainer.selector.describe = lambda batch, outputs, selection, progress: (
         chosen.append(set(batch.token_id_BS[selection.mask].tolist())),
         describe(batch, outputs, selection, progress),
     )[1]

@@ -48,9 +48,9 @@ def with_both_heads(groups, layouts):
     )
 
 
-def note_scores(chooser, noted):
+def note_scores(selector, noted):
     """Of every micro-batch: token id -> (loss, score less threshold, selected)."""
-    describe = chooser.describe
+    describe = selector.describe
 
     def noting(batch, outputs, selection, progress):
         loss_BS = outputs["loss"].detach()
@@ -71,7 +71,7 @@ def note_scores(chooser, noted):
         )
         return describe(batch, outputs, selection, progress)
 
-    chooser.describe = noting
+    selector.describe = noting
 
 
 @pytest.fixture(scope="module")

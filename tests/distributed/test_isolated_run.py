@@ -48,16 +48,16 @@ def train(groups, folder: Path, policy: str) -> dict:
     from megatron.core.utils import unwrap_model
 
     from megatron_slm.data.scored_dataset import open_corpora
-    from megatron_slm.training.loop import Run
-    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.loop import TrainingRun
+    from megatron_slm.training.setup import RunInputs
 
     config = make_config(folder, policy)
     Path(config.run.folder).mkdir()
     corpora = open_corpora(config.data.train)
-    run = Run(
+    run = TrainingRun(
         config,
         groups,
-        Materials(SimpleNamespace(piece=str), corpora, {"whole": corpora[0]}, VOCABULARY),
+        RunInputs(SimpleNamespace(piece=str), corpora, {"whole": corpora[0]}, VOCABULARY),
     )
     run.start()
     state = {

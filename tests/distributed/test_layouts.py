@@ -157,11 +157,11 @@ def train_in_layout(groups, layouts):
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.monitoring import Metrics
     from megatron_slm.parallel import seed_everything
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training import step as step_room
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.learning_rate import learning_rate
+    from megatron_slm.training.step import Trainer, train_step
+    from megatron_slm.training.token_selector import TokenSelector
 
     layout = next(spec for spec in layouts.values() if _matches(groups, spec))
     layouts.pop(
@@ -177,8 +177,8 @@ def train_in_layout(groups, layouts):
             for chunk in unwrap_model(models)
             for name, p in chunk.named_parameters()
         }
-        chooser = Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1)
-        trainer = step_room.Trainer(models, build_optimizer(models, config), chooser, groups)
+        selector = TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1)
+        trainer = Trainer(models, build_optimizer(models, config), selector, groups)
         loader = TrainingLoader(
             SyntheticSamples(case == "isolated"),
             global_batch_size=SEQUENCES,
@@ -187,17 +187,17 @@ def train_in_layout(groups, layouts):
             dp_size=groups.dp_size,
         )
         chosen, metrics, rows = [], Metrics(groups.device), []
-        spy_on_selection(chooser, chosen)
+        spy_on_selection(selector, chosen)
         calls = count_calls(unwrap_model(models))
         for step in range(STEPS):
             batches = [
                 slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
                 for batch in loader.next_step()
             ]
-            report = step_room.train_step(
+            report = train_step(
                 trainer,
                 batches,
-                Progress(step, step * SEQUENCES * LENGTH),
+                TrainingProgress(step, step * SEQUENCES * LENGTH),
                 learning_rate(config, step + 1, config.schedule.train_steps),
             )
             metrics.add_all(report.measured)
@@ -310,15 +310,15 @@ def _matches(groups, spec):
     )
 
 
-def spy_on_selection(chooser, chosen):
+def spy_on_selection(selector, chosen):
     """Note the ids of every token that a selection keeps."""
-    describe = chooser.describe
+    describe = selector.describe
 
     def noting(batch, outputs, selection, progress):
         chosen.append(set(batch.token_id_BS[selection.mask].tolist()))
         return describe(batch, outputs, selection, progress)
 
-    chooser.describe = noting
+    selector.describe = noting
 
 
 def plain_rows(case, state):
@@ -473,10 +473,10 @@ def train_keep_all_and_clm(groups):
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer, train_step
+    from megatron_slm.training.token_selector import TokenSelector
 
     outcome = []
     for case in ("clm", "keep_all"):
@@ -485,7 +485,7 @@ def train_keep_all_and_clm(groups):
         trainer = Trainer(
             models,
             build_optimizer(models, config),
-            Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1),
+            TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1),
             groups,
         )
         loader = TrainingLoader(
@@ -497,7 +497,7 @@ def train_keep_all_and_clm(groups):
         )
         metrics, losses, norms = Metrics(groups.device), [], []
         for step in range(STEPS):
-            report = train_step(trainer, loader.next_step(), Progress(step, 0), 1e-3)
+            report = train_step(trainer, loader.next_step(), TrainingProgress(step, 0), 1e-3)
             metrics.add_all(report.measured)
             losses.append(metrics.reduce(groups.dp_cp, summarise=summarise)["loss/selected"])
             norms.append(report.grad_norm)

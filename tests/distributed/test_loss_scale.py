@@ -49,14 +49,14 @@ def start(config: Config, groups):
     from types import SimpleNamespace
 
     from megatron_slm.data.scored_dataset import open_corpora
-    from megatron_slm.training.loop import Run
-    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.loop import TrainingRun
+    from megatron_slm.training.setup import RunInputs
 
     Path(config.run.folder).mkdir(exist_ok=True)
-    run = Run(
+    run = TrainingRun(
         config,
         groups,
-        Materials(SimpleNamespace(piece=str), open_corpora(config.data.train), {}, 64),
+        RunInputs(SimpleNamespace(piece=str), open_corpora(config.data.train), {}, 64),
     )
     run.start()
     return run

@@ -101,27 +101,27 @@ def train_half_empty(groups):
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer, train_step
+    from megatron_slm.training.token_selector import TokenSelector
 
     config = make_config(groups)
     models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
     weights = {name: p for chunk in unwrap_model(models) for name, p in chunk.named_parameters()}
     before = {name: p.detach().clone() for name, p in weights.items()}
-    chooser = Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1)
-    trainer = Trainer(models, build_optimizer(models, config), chooser, groups)
-    chosen, describe = set(), chooser.describe
+    selector = TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1)
+    trainer = Trainer(models, build_optimizer(models, config), selector, groups)
+    chosen, describe = set(), selector.describe
 
     def noting(batch, outputs, selection, progress):
         chosen.update(batch.token_id_BS[selection.mask].tolist())
         return describe(batch, outputs, selection, progress)
 
-    chooser.describe = noting
+    selector.describe = noting
     metrics, rows = Metrics(groups.device), []
     for step, batches in enumerate(local_steps(groups, HalfEmpty(), 3)):
-        report = train_step(trainer, batches, Progress(step, 0), 1e-3)
+        report = train_step(trainer, batches, TrainingProgress(step, 0), 1e-3)
         metrics.add_all(report.measured)
         summary = metrics.reduce(groups.dp_cp, summarise=summarise)
         rows.append(

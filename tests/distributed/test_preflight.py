@@ -19,14 +19,14 @@ def look(groups, folder, other_torch: bool):
     """
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.training import preflight, preflight_files, preflight_job
-    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.setup import RunInputs
 
     config = make_config(folder, "run", CASES["fp32, own loss"], groups.dp_size)
-    materials, found = None, []
+    run_inputs, found = None, []
     if groups.world_rank == 0:
         corpora = open_corpora([str(folder / "train")])
-        materials = Materials(Tokenizer(), corpora, {}, VOCABULARY)
-        found = preflight_files.look(config, materials, groups.world_size)
+        run_inputs = RunInputs(Tokenizer(), corpora, {}, VOCABULARY)
+        found = preflight_files.look(config, run_inputs, groups.world_size)
     if other_torch and groups.world_rank == 1:
         honest = preflight_job.facts
 
@@ -35,7 +35,7 @@ def look(groups, folder, other_torch: bool):
             return replace(mine, host="other", versions={**mine.versions, "torch": "1.0"})
 
         preflight_job.facts = facts
-    findings = preflight_job.look(config, groups, materials, found, thorough=not other_torch)
+    findings = preflight_job.look(config, groups, run_inputs, found, thorough=not other_torch)
     try:
         preflight.refuse(findings)
     except preflight.Unfit as unfit:

@@ -108,21 +108,21 @@ class Bench:
         from megatron_slm.model.build import build_model
         from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
         from megatron_slm.parallel import seed_everything
-        from megatron_slm.training.choose import Chooser
         from megatron_slm.training.step import Trainer
+        from megatron_slm.training.token_selector import TokenSelector
 
         self.config, self.groups = make_config(layout, distributed, precision), groups
         seed_everything(self.config.run.seed, groups)
         models = wrap_data_parallel(build_model(self.config, VOCABULARY, groups), self.config)
-        chooser = Chooser(self.config.selection, groups, sequence_length=LENGTH, corpora=1)
-        self.trainer = Trainer(models, build_optimizer(models, self.config), chooser, groups)
+        selector = TokenSelector(self.config.selection, groups, sequence_length=LENGTH, corpora=1)
+        self.trainer = Trainer(models, build_optimizer(models, self.config), selector, groups)
 
     def steps(self, first: int, count: int) -> list[tuple]:
         """(mean loss, gradient norm) of each step; the loss is None off the last stage."""
         from megatron_slm.data.batch import slice_for_context_parallel
         from megatron_slm.data.loader import TrainingLoader
         from megatron_slm.monitoring import Metrics
-        from megatron_slm.selection import Progress
+        from megatron_slm.selection import TrainingProgress
         from megatron_slm.selection.diagnostics import summarise
         from megatron_slm.training.step import train_step
 
@@ -143,7 +143,7 @@ class Bench:
             report = train_step(
                 self.trainer,
                 batches,
-                Progress(step, step * SEQUENCES * LENGTH),
+                TrainingProgress(step, step * SEQUENCES * LENGTH),
                 self.config.optimizer.learning_rate,
             )
             metrics = Metrics(groups.device)

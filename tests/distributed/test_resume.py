@@ -91,12 +91,14 @@ def start(groups, config: Config, prefixes: list[str]):
     """A run that is ready for its next step."""
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.parallel import seed_everything
-    from megatron_slm.training.loop import Run
-    from megatron_slm.training.setup import Materials
+    from megatron_slm.training.loop import TrainingRun
+    from megatron_slm.training.setup import RunInputs
 
     corpora = open_corpora(prefixes)
     seed_everything(config.run.seed, groups)
-    run = Run(config, groups, Materials(Tokenizer(), corpora, {"target": corpora[0]}, VOCABULARY))
+    run = TrainingRun(
+        config, groups, RunInputs(Tokenizer(), corpora, {"target": corpora[0]}, VOCABULARY)
+    )
     run.start()
     return run
 

@@ -83,7 +83,7 @@ def train(
     samples,
     steps: int,
     vocabulary_size: int = VOCABULARY,
-    watch=lambda chooser, chosen: spy_on_selection(chooser, chosen),
+    watch=lambda selector, chosen: spy_on_selection(selector, chosen),
 ):
     """Real steps: per step (what `watch` noted, summary of the metrics, gradient norm); initial and final weights by name."""
     from megatron.core.utils import unwrap_model
@@ -93,17 +93,17 @@ def train(
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
     from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.learning_rate import learning_rate
     from megatron_slm.training.step import Trainer, train_step
+    from megatron_slm.training.token_selector import TokenSelector
 
     models = wrap_data_parallel(build_model(config, vocabulary_size, groups), config)
     trainer = Trainer(
         models,
         build_optimizer(models, config),
-        Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1),
+        TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1),
         groups,
     )
     loader = TrainingLoader(
@@ -123,7 +123,7 @@ def train(
         }
 
     before = weights()
-    watch(trainer.chooser, noted)
+    watch(trainer.selector, noted)
     for step in range(steps):
         batches = [
             slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
@@ -132,7 +132,7 @@ def train(
         report = train_step(
             trainer,
             batches,
-            Progress(step, step * SEQUENCES * LENGTH),
+            TrainingProgress(step, step * SEQUENCES * LENGTH),
             learning_rate(config, step + 1, STEPS),
         )
         metrics.add_all(report.measured)

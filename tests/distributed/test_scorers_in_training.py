@@ -115,14 +115,14 @@ def make_config(groups, scorer, options, scope):
 def make_trainer(groups, config, reference=None):
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_slm.training.choose import Chooser
     from megatron_slm.training.step import Trainer
+    from megatron_slm.training.token_selector import TokenSelector
 
     models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
     return Trainer(
         models,
         build_optimizer(models, config),
-        Chooser(config.selection, groups, sequence_length=LENGTH, corpora=1),
+        TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1),
         groups,
         reference,
     )
@@ -153,19 +153,21 @@ def local_steps(groups, config, samples):
 def train(groups, trainer, steps):
     """Per step: (ids this rank selected, mean loss of the selected tokens, gradient norm)."""
     from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.selection.diagnostics import summarise
     from megatron_slm.training.step import train_step
 
-    chosen, rows, metrics, describe = [], [], Metrics(groups.device), trainer.chooser.describe
+    chosen, rows, metrics, describe = [], [], Metrics(groups.device), trainer.selector.describe
 
     def noting(batch, outputs, selection, progress):
         chosen.append(set(batch.token_id_BS[selection.weights > 0].tolist()))
         return describe(batch, outputs, selection, progress)
 
-    trainer.chooser.describe = noting
+    trainer.selector.describe = noting
     for number, batches in enumerate(steps):
-        report = train_step(trainer, batches, Progress(number, number * SEQUENCES * LENGTH), 1e-3)
+        report = train_step(
+            trainer, batches, TrainingProgress(number, number * SEQUENCES * LENGTH), 1e-3
+        )
         metrics.add_all(report.measured)
         summary = metrics.reduce(groups.dp_cp, summarise=summarise)
         rows.append((set().union(*chosen), summary.get("loss/selected"), report.grad_norm))
@@ -191,14 +193,14 @@ def every_case(groups, folder):
 def probed(groups, folder):
     """What the probe sees at two evaluations with two training steps between them, and what it says of the change."""
     from megatron_slm.data.scored_dataset import open_corpora
-    from megatron_slm.selection import Progress
+    from megatron_slm.selection import TrainingProgress
     from megatron_slm.training.probe import Probe
 
     config = make_config(groups, "excess_loss", {}, "data_parallel")
     config.data.micro_batch_size = 2
     config.run.folder = str(folder)
     trainer = make_trainer(groups, config)
-    materials = SimpleNamespace(
+    run_inputs = SimpleNamespace(
         corpora=open_corpora(
             [f"{folder}/{name}" for name in PROBED],
             [f"{folder}/{name}_scores" for name in PROBED],
@@ -206,15 +208,15 @@ def probed(groups, folder):
         tokenizer=SimpleNamespace(piece=str),
     )
     probe, start, later = (
-        Probe(config, materials, trainer),
-        Progress(0, 0),
-        Progress(STEPS, STEPS * SEQUENCES * LENGTH),
+        Probe(config, run_inputs, trainer),
+        TrainingProgress(0, 0),
+        TrainingProgress(STEPS, STEPS * SEQUENCES * LENGTH),
     )
     first = probe.compare(start), probe.view(start)
     train(groups, trainer, local_steps(groups, config, SyntheticColumns()))
-    resumed = Probe(config, materials, trainer)
+    resumed = Probe(config, run_inputs, trainer)
     resumed.load_state_dict(probe.state_dict())
-    of_other_text = Probe(config, materials, trainer)
+    of_other_text = Probe(config, run_inputs, trainer)
     of_other_text.load_state_dict({**probe.state_dict(), "text": "digest of other tokens"})
     assert of_other_text.compare(later) == {}
     return first, (probe.compare(later), probe.view(later)), resumed.compare(later)

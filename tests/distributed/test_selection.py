@@ -13,8 +13,8 @@ import torch.multiprocessing as multiprocessing
 
 from megatron_slm.selection import (
     Population,
-    Progress,
     RunningThreshold,
+    TrainingProgress,
     build_scorer,
     select_in_scope,
     select_top,
@@ -274,7 +274,7 @@ SCORERS_UNDER_TEST = [
 def _check_scorers_under_layouts(rank, groups):
     """Every scorer chooses, and weighs, the same tokens of the global batch in every layout; `sequence` too where it may."""
     columns, eligible = _global_batch(seed=1)
-    progress = Progress(step=5, tokens=1000)
+    progress = TrainingProgress(step=5, tokens=1000)
     for name, options in SCORERS_UNDER_TEST:
         scorer = build_scorer(name, **options)
         for scope in ("global_batch", "sequence"):

@@ -22,9 +22,9 @@ def weights_of(run) -> torch.Tensor:
 
 def poison(run, steps: set[int], rank: int) -> None:
     """Make the gradients of these steps NaN on one rank, as a bad kernel or a bad number in the data would."""
-    from megatron_slm.training import step as step_room
+    from megatron_slm.training import step as step_module
 
-    plain = step_room.forward_backward
+    plain = step_module.forward_backward
 
     def poisoned(models, *arguments, **named):
         reports = plain(models, *arguments, **named)
@@ -33,15 +33,15 @@ def poison(run, steps: set[int], rank: int) -> None:
                 model.buffers[0].grad_data.fill_(math.nan)
         return reports
 
-    step_room.forward_backward = poisoned
+    step_module.forward_backward = poisoned
 
 
 def train_poisoned(groups, folder: Path, name: str, steps: set[int], allowed: int):
     """(how it ended, the weights before each step, the weights at the end)."""
-    from megatron_slm.training import step as step_room
+    from megatron_slm.training import step as step_module
     from megatron_slm.training.ending import NonFiniteLoss
 
-    plain = step_room.forward_backward
+    plain = step_module.forward_backward
     config = make_config(folder, name, CASE, groups.dp_size)
     config.optimizer.max_non_finite_steps = allowed
     config.monitoring.log_interval_steps = 1
@@ -60,7 +60,7 @@ def train_poisoned(groups, folder: Path, name: str, steps: set[int], allowed: in
     except NonFiniteLoss as error:
         ended = str(error)
     finally:
-        step_room.forward_backward = plain
+        step_module.forward_backward = plain
         run.reporter.close("done", 0)
     return ended, before, weights_of(run)
 

@@ -29,14 +29,14 @@ def main() -> int:
 
     begin = os.environ.get("SLM_TEST_NAN_FROM")
     steps = AilingSteps(int(os.environ["SLM_TEST_NAN_EVERY"]), int(begin) if begin else None)
-    start = loop.Run.start
+    start = loop.TrainingRun.start
 
     def start_ailing(run):
         started = start(run)
         poison(run, steps, rank=1)
         return started
 
-    loop.Run.start = start_ailing
+    loop.TrainingRun.start = start_ailing
     return train.main()
 
 

@@ -20,9 +20,9 @@ def die(process: int) -> None:
 
 
 def die_in_step(step: int) -> None:
-    from megatron_slm.training import step as step_room
+    from megatron_slm.training import step as step_module
 
-    forward_backward, steps = step_room.forward_backward, []
+    forward_backward, steps = step_module.forward_backward, []
 
     def dying(*arguments, **named):
         result = forward_backward(*arguments, **named)
@@ -31,7 +31,7 @@ def die_in_step(step: int) -> None:
             die(os.getpid())
         return result
 
-    step_room.forward_backward = dying
+    step_module.forward_backward = dying
 
 
 def resumed_step() -> int:

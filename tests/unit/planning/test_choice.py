@@ -13,11 +13,11 @@ from megatron_slm.planning.communication import traffic
 from megatron_slm.planning.hardware import find_gpu
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.work import work
-from megatron_slm.selection import SCORERS, Progress
+from megatron_slm.selection import SCORERS, TrainingProgress
 from megatron_slm.selection.populations import SCOPES
 from megatron_slm.selection.rules import MODEL_COLUMNS
 from megatron_slm.training import step
-from megatron_slm.training.choose import Chooser
+from megatron_slm.training.token_selector import TokenSelector
 
 OPTIONS = {
     "stored_score": {"column": "quality"},
@@ -27,7 +27,7 @@ OPTIONS = {
 }
 ONE_RANK = SimpleNamespace(dp_cp=None, cp=None, is_last_stage=True, device=torch.device("cpu"))
 B, S = 4, 64
-START = Progress(0, 0)
+START = TrainingProgress(0, 0)
 
 
 def settings_of(scorer: str, scope: str, **changes) -> SelectionConfig:
@@ -69,9 +69,9 @@ def forward_passes_of_training(monkeypatch, settings, weight_needed_ahead: bool)
         return [{"loss": values, **dict.fromkeys(extras, values)} for _ in batches]
 
     monkeypatch.setattr(step, "forward_losses", forward_losses)
-    chooser = Chooser(settings, ONE_RANK, sequence_length=S, corpora=1)
-    chooser.weight_needed_ahead = weight_needed_ahead
-    trainer = SimpleNamespace(chooser=chooser, models=[], groups=ONE_RANK)
+    selector = TokenSelector(settings, ONE_RANK, sequence_length=S, corpora=1)
+    selector.weight_needed_ahead = weight_needed_ahead
+    trainer = SimpleNamespace(selector=selector, models=[], groups=ONE_RANK)
     step.choose_before_backward(trainer, [batch_of(torch.Generator().manual_seed(0))], START)
     return len(ran)
 
@@ -96,13 +96,13 @@ def test_a_forward_pass_is_charged_where_training_runs_one(scorer, scope, monkey
 def test_the_share_that_is_trained_on_is_never_more_than_planned(scorer):
     settings = settings_of(scorer, "micro_batch", keep_fraction=0.3)
     planned = job_of(settings, 0).trained_fraction
-    chooser = Chooser(settings, ONE_RANK, sequence_length=S, corpora=1)
+    selector = TokenSelector(settings, ONE_RANK, sequence_length=S, corpora=1)
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.rand(B, S, generator=generator) for name in MODEL_COLUMNS}
-    kept = chooser.choose(batch_of(generator), values, START).weights.count_nonzero().item()
+    kept = selector.choose(batch_of(generator), values, START).weights.count_nonzero().item()
     whole_sequence = S if scorer == "rho_loss" else 0  # the last sequence is completed
     assert kept <= math.ceil(planned * B * S - 1e-9) + whole_sequence
-    if chooser.scorer.kind == "score":
+    if selector.scorer.kind == "score":
         assert planned == 0.3
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slm.selection import Progress, build_scorer
+from megatron_slm.selection import TrainingProgress, build_scorer
 from megatron_slm.selection import scorers as scorers_room
 from megatron_slm.selection.rules import ChoiceRules, configured_scorer
 from megatron_slm.selection.scorer_files import load_scorer_files, loaded_scorer_files
@@ -44,7 +44,7 @@ def test_a_scorer_from_a_file_is_like_a_registered_one(mine):
     assert scorer.name == mine
     assert scorer.needs == {"loss", "quality"}
     columns = {"loss": torch.tensor([4.0]), "quality": torch.tensor([1.0])}
-    assert scorer(columns, Progress()).item() == 2.0
+    assert scorer(columns, TrainingProgress()).item() == 2.0
     with pytest.raises(ValueError, match="unknown option floor, did you mean 'floor_nats'"):
         build_scorer(mine, floor=1.0)
 

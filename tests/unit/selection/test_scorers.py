@@ -8,14 +8,14 @@ import torch
 from megatron_slm.selection import (
     SCORERS,
     Population,
-    Progress,
     Scorer,
+    TrainingProgress,
     build_scorer,
     register_scorer,
 )
 from megatron_slm.selection import scorers as scorers_room
 
-START = Progress(step=3, tokens=0)
+START = TrainingProgress(step=3, tokens=0)
 
 
 @pytest.fixture
@@ -89,13 +89,15 @@ def test_point_10_random_depends_on_step_and_token_id_only(columns):
     order = torch.randperm(128)
     shuffled = scorer({"token_id": columns["token_id"].view(-1)[order]}, START)
     assert torch.equal(shuffled, score.view(-1)[order])
-    assert not torch.equal(score, scorer(columns, Progress(step=4)))
+    assert not torch.equal(score, scorer(columns, TrainingProgress(step=4)))
     assert not torch.equal(score, build_scorer("random", seed=2)(columns, START))
 
 
 def test_random_is_uniform_and_uncorrelated_between_steps_and_neighbours():
     ids = {"token_id": torch.arange(1 << 18) + (1 << 40)}
-    draws = torch.stack([build_scorer("random")(ids, Progress(step)) for step in range(4)]).double()
+    draws = torch.stack(
+        [build_scorer("random")(ids, TrainingProgress(step)) for step in range(4)]
+    ).double()
     counts = torch.histc(draws.float(), bins=64, min=0, max=1)
     expected = draws.numel() / 64
     assert float(((counts - expected) ** 2 / expected).sum()) < 63 + 6 * math.sqrt(2 * 63)
@@ -225,8 +227,8 @@ def test_mixture_follows_a_schedule_in_tokens(columns, everyone):
     scorer = build_scorer(
         "mixed_with_clm", clm_weight={"style": "linear", "start": 1.0, "end": 0.0, "tokens": 100}
     )
-    early = scorer.choose(columns, everyone, 0.5, micro_batch(columns), Progress(0, 0))
-    late = scorer.choose(columns, everyone, 0.5, micro_batch(columns), Progress(9, 100))
+    early = scorer.choose(columns, everyone, 0.5, micro_batch(columns), TrainingProgress(0, 0))
+    late = scorer.choose(columns, everyone, 0.5, micro_batch(columns), TrainingProgress(9, 100))
     assert (
         bool((early.weights == 1.0).all())
         and late.weight is None

@@ -127,9 +127,9 @@ def test_the_disk_of_a_run_that_cannot_save_is_refused(tmp_path):
     )
     manifest = SimpleNamespace(tokens=10_000, documents=10)
     corpora = [SimpleNamespace(prefix="text", manifest=manifest, scores=None)]
-    materials = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
+    run_inputs = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
     with pytest.raises(Unfit, match="one checkpoint takes .* TB") as caught:
-        preflight.refuse(preflight_files.look(config, materials, 1))
+        preflight.refuse(preflight_files.look(config, run_inputs, 1))
     assert caught.value.exit_code == 2
 
 
@@ -138,8 +138,8 @@ def test_a_run_that_is_done_needs_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight_files, "planned_length", lambda config: done)
     monkeypatch.setattr(preflight_files, "disk_finding", lambda needs: pytest.fail("it was asked"))
     config, _ = from_mapping({"run": {"folder": str(tmp_path)}, "schedule": {"train_steps": 10}})
-    materials = SimpleNamespace(corpora=[], validation={}, vocabulary_size=1000)
-    disk, _ = preflight_files.look(config, materials, 1)
+    run_inputs = SimpleNamespace(corpora=[], validation={}, vocabulary_size=1000)
+    disk, _ = preflight_files.look(config, run_inputs, 1)
     assert (disk.check, disk.state) == ("disk", FINE)
 
 
@@ -157,9 +157,9 @@ class Store:
 def test_a_damaged_score_store_is_bad_data():
     manifest = SimpleNamespace(tokens=10_000, documents=10)
     corpora = [SimpleNamespace(prefix="text", manifest=manifest, scores=Store())]
-    materials = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
+    run_inputs = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
     config, _ = from_mapping({"schedule": {"train_steps": 1}})
-    findings = preflight_files.look(config, materials, 1, thorough=True)
+    findings = preflight_files.look(config, run_inputs, 1, thorough=True)
     with pytest.raises(Unfit, match="not the bytes that were written") as caught:
         preflight.refuse(findings)
     assert caught.value.exit_code == 3
@@ -172,10 +172,10 @@ def test_a_corpus_that_lost_a_block_is_bad_data(tmp_path):
     size_bytes = Path(f"{prefix}.bin").stat().st_size
     Path(f"{prefix}.bin").write_bytes(bytes(size_bytes))
     corpora = [Corpus(str(prefix), manifest)]
-    materials = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
+    run_inputs = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
     config, _ = from_mapping({"schedule": {"train_steps": 1}})
     with pytest.raises(Unfit, match="no longer what they were") as caught:
-        preflight.refuse(preflight_files.look(config, materials, 1))
+        preflight.refuse(preflight_files.look(config, run_inputs, 1))
     assert caught.value.exit_code == 3
 
 

@@ -31,8 +31,8 @@ def reporter_of(scorer, tmp_path, corpora=()):
         {"run": {"folder": str(tmp_path)}, "selection": {"scorer": scorer, "keep_fraction": 0.6}}
     )
     groups = SimpleNamespace(is_logger=False, world_rank=1, device=torch.device("cpu"))
-    materials = SimpleNamespace(corpora=[SimpleNamespace(prefix=prefix) for prefix in corpora])
-    reporter = Reporter(config, groups, materials, resume_step=None, wandb_id="")
+    run_inputs = SimpleNamespace(corpora=[SimpleNamespace(prefix=prefix) for prefix in corpora])
+    reporter = Reporter(config, groups, run_inputs, resume_step=None, wandb_id="")
     reporter.sink = Heard()
     return reporter
 

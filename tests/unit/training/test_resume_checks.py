@@ -14,7 +14,7 @@ from megatron_slm.config.schema import Config, CorpusConfig
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.training import resume
-from megatron_slm.training.setup import DataError, open_materials
+from megatron_slm.training.setup import DataError, open_run_inputs
 from tests.unit.training.test_setup import checkpoint, word_tokenizer
 
 STEPS, SAMPLES = 5, 40
@@ -54,11 +54,11 @@ def config(tmp_path) -> Config:
 def save(config, **trainer):
     """Write the checkpoint of a run that has read SAMPLES samples in STEPS steps."""
     shutil.rmtree(config.run.folder, ignore_errors=True)
-    materials = open_materials(config)
-    fingerprint = materials.corpora[0].manifest.tokenizer["fingerprint"]
+    run_inputs = open_run_inputs(config)
+    fingerprint = run_inputs.corpora[0].manifest.tokenizer["fingerprint"]
     checkpoint(Path(config.run.folder), fingerprint)
-    position = replace(resume.wanted_position(config, materials.corpora), samples=SAMPLES)
-    inputs = resume.inputs_of(config, materials.corpora, materials.validation)
+    position = replace(resume.wanted_position(config, run_inputs.corpora), samples=SAMPLES)
+    inputs = resume.fingerprints_of(config, run_inputs.corpora, run_inputs.validation)
     state = {"step": STEPS, "samples": SAMPLES, "step_tokens": STEP_TOKENS, "inputs": inputs}
     write_state(config, **state, data=position.to_json())
     Path(config.run.folder, "config.yaml").write_text(to_yaml(config))
@@ -76,15 +76,15 @@ def save_as_before(config):
 
 def refused(config, error=DataError) -> str:
     with pytest.raises(error) as caught:
-        open_materials(config)
+        open_run_inputs(config)
     assert isinstance(caught.value, DataError) == (error is DataError)
     return str(caught.value)
 
 
 def said(config) -> str:
-    materials = open_materials(config)
-    wanted = resume.wanted_position(config, materials.corpora)
-    inputs = resume.inputs_of(config, materials.corpora, materials.validation)
+    run_inputs = open_run_inputs(config)
+    wanted = resume.wanted_position(config, run_inputs.corpora)
+    inputs = resume.fingerprints_of(config, run_inputs.corpora, run_inputs.validation)
     saved = resume.newest_saved(config.run.folder)
     return "\n".join(text for text, _ in resume.notes(saved, config, wanted, inputs))
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_without_fingerprints_goes_on_and_says_so_once(config):
     save_as_before(config)
     assert "saved by an earlier version, without the fingerprints" in said(config)
     saved = resume.newest_saved(config.run.folder)
-    wanted = resume.wanted_position(config, open_materials(config).corpora)
+    wanted = resume.wanted_position(config, open_run_inputs(config).corpora)
     assert saved.done == resume.Done(STEPS, SAMPLES * 16, SAMPLES)
     assert resume.position_before(saved, wanted).samples == SAMPLES
 
@@ -192,7 +192,7 @@ def test_a_checkpoint_that_did_not_note_what_was_read_needs_the_old_order(config
 def test_a_checkpoint_that_cannot_be_read_is_left_to_the_start_of_the_run(config):
     Path(config.run.folder, "checkpoints/step_00000001/trainer.json").write_text("{")
     assert resume.newest_saved(config.run.folder) is None
-    open_materials(config)
+    open_run_inputs(config)
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_a_trainer_json_that_says_nothing_of_its_run_is_named(config, state):
     write_state(config, **state)
     with pytest.raises(ValueError, match="trainer.json does not say where its run stands"):
         resume.read_saved(Path(config.run.folder, "checkpoints", "step_00000001"))
-    open_materials(config)
+    open_run_inputs(config)

@@ -13,7 +13,7 @@ from megatron_slm.config.load import ConfigError, to_yaml
 from megatron_slm.config.schema import Config, CorpusConfig, ModelConfig
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.tokenization import load_tokenizer
-from megatron_slm.training.setup import DataError, open_materials
+from megatron_slm.training.setup import DataError, open_run_inputs
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -68,13 +68,13 @@ def config(tmp_path) -> Config:
 
 def problems_of(config, error, world_size=1) -> str:
     with pytest.raises(error) as caught:
-        open_materials(config, world_size)
+        open_run_inputs(config, world_size)
     assert isinstance(caught.value, DataError) == (error is DataError)
     return str(caught.value)
 
 
 def test_a_sound_run_is_opened(config):
-    assert open_materials(config).vocabulary_size == 50
+    assert open_run_inputs(config).vocabulary_size == 50
 
 
 def test_a_bad_selection_and_bad_files_are_listed_together(config):
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_scores_is_told_under_their_own_setting(with_scores, 
 
 def test_stores_in_the_wrong_order_are_told_to_be_swapped(with_scores, tmp_path):
     scores = with_scores.selection.reference.scores
-    open_materials(with_scores)
+    open_run_inputs(with_scores)
     with_scores.selection.reference.scores = scores[::-1]
     said = problems_of(with_scores, DataError)
     assert "selection.reference.scores: The score stores are in another order" in said
@@ -199,7 +199,7 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(config, tmp_path):
     config.checkpoint.initialize_from = "gone"
     assert "checkpoint.initialize_from: gone" in problems_of(config, DataError)
     checkpoint(tmp_path / "run", load_tokenizer(config.data.tokenizer).fingerprint)
-    open_materials(config)
+    open_run_inputs(config)
 
 
 def test_a_start_from_another_model_is_a_wrong_configuration(config, tmp_path):
@@ -230,7 +230,7 @@ def test_a_dense_reference_stands_beside_experts_and_needs_no_backward(config, t
     config.selection.reference.checkpoint = checkpoint(
         tmp_path / "reference", load_tokenizer(config.data.tokenizer).fingerprint, hidden_size=96
     )
-    open_materials(config, world_size=2)
+    open_run_inputs(config, world_size=2)
 
 
 def test_a_check_alone_starts_nothing_and_prints_where_the_run_would_write(config, tmp_path):

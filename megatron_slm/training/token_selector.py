@@ -12,17 +12,17 @@ from megatron_slm.data.batch import Batch
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import (
     Population,
-    Progress,
     RunningThreshold,
     Selection,
+    TrainingProgress,
     build_schedule,
 )
-from megatron_slm.selection.diagnostics import Measured, describe
+from megatron_slm.selection.diagnostics import MetricSums, describe
 from megatron_slm.selection.rules import MODEL_COLUMNS
 from megatron_slm.training.scorer_settings import choice_rules
 
 
-class Chooser:
+class TokenSelector:
     """Chooses tokens under one configuration. State (of running_threshold only) goes into the checkpoint."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Chooser:
         """Whether the losses cannot change the sum of the weights."""
         return self.rules.knows_weight_ahead
 
-    def weight_ahead(self, batch: Batch, progress: Progress) -> torch.Tensor:
+    def weight_ahead(self, batch: Batch, progress: TrainingProgress) -> torch.Tensor:
         """The sum of the weights that `choose` will give this micro-batch (float64, 0-d), found with zeros for losses; needs knows_weight_ahead."""
         unknown = {
             name: torch.zeros(batch.tokens_BS.shape, device=batch.tokens_BS.device)
@@ -65,7 +65,7 @@ class Chooser:
         return self.rules.loss_of_selected_only
 
     def choose(
-        self, batch: Batch, outputs: dict[str, torch.Tensor], progress: Progress
+        self, batch: Batch, outputs: dict[str, torch.Tensor], progress: TrainingProgress
     ) -> Selection:
         """The choice on one micro-batch; every rank of the last stage's dp_cp group calls it.
 
@@ -78,7 +78,7 @@ class Chooser:
         population: Population,
         batch: Batch,
         outputs: dict[str, torch.Tensor],
-        progress: Progress,
+        progress: TrainingProgress,
     ) -> Selection:
         """The choice on one micro-batch in a population of the caller's."""
         return self.scorer.choose(
@@ -93,7 +93,7 @@ class Chooser:
         self,
         batches: Sequence[Batch],
         outputs: Sequence[dict[str, torch.Tensor]],
-        progress: Progress,
+        progress: TrainingProgress,
     ) -> list[Selection]:
         """The choice on all micro-batches of a step: at once under scope global_batch and cut back into micro-batches, else one by one."""
         if self.scope != "global_batch":
@@ -120,8 +120,8 @@ class Chooser:
         batch: Batch,
         outputs: dict[str, torch.Tensor],
         selection: Selection,
-        progress: Progress,
-    ) -> Measured:
+        progress: TrainingProgress,
+    ) -> MetricSums:
         """Sums and counts of a choice, for metrics."""
         columns = self._columns(batch, outputs)
         eligible_BS = batch.loss_mask_BS > 0
@@ -141,7 +141,7 @@ class Chooser:
             loss_of_selected_only=self.loss_of_selected_only,
         )
 
-    def finish_step(self, progress: Progress) -> Measured:
+    def finish_step(self, progress: TrainingProgress) -> MetricSums:
         """Move a running threshold on; returns its measured deviation from the exact choice."""
         if self.running is None or not self.groups.is_last_stage:
             return {}
