@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.ops.backward import HeadGradients, head_gradients
-from megatron_slm.ops.head import Head, check_inputs, chunks, logit_rows
+from megatron_slm.ops.head_backward import HeadBackwardInputs, head_gradients
+from megatron_slm.ops.head_call import HeadCall, check_inputs, chunks, logit_rows
+from megatron_slm.ops.head_plan import KEPT_BUDGET_BYTES, Elementwise, Engine, Mode, plan_head
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.ops.matmul import logits_into, operand, product_precision
-from megatron_slm.ops.plan import KEPT_BUDGET_BYTES, Elementwise, Engine, Mode, plan_head
 from megatron_slm.ops.row_passes import entropy_and_square, row_passes
 from megatron_slm.ops.vocab_parallel import VocabularyShard, combine_lse
 
@@ -107,7 +107,7 @@ def linear_cross_entropy(
             raise ValueError(
                 f"z_loss is {z_loss} with engine 'liger', whose kernel has none; use engine 'torch', or z_loss 0."
             )
-    head = Head(
+    head = HeadCall(
         shard,
         plan,
         ignore_index,
@@ -135,7 +135,7 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, target_N: Tensor, head: Head):
+    def forward(ctx, rows: Tensor, weight: Tensor, target_N: Tensor, head: HeadCall):
         outputs, saved = _forward(rows, weight, target_N, head)
         ctx.head = head
         ctx.save_for_backward(
@@ -150,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss_N: Tensor, *_):
-        head: Head = ctx.head
+        head: HeadCall = ctx.head
         kept_NV, widened_VH, ctx.kept_NV, ctx.widened_VH = ctx.kept_NV, ctx.widened_VH, None, None
         if head.plan.mode == "keep" and kept_NV is None:
             raise RuntimeError(
@@ -158,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         rows, weight, target_N, lse_N, target_logit_N, maximum_N = ctx.saved_tensors
         gradients = head_gradients(
-            HeadGradients(
+            HeadBackwardInputs(
                 head=head,
                 rows=rows,
                 weight=weight,
@@ -189,7 +189,7 @@ class _Saved:
 
 
 def _forward(
-    rows: Tensor, weight: Tensor, target_N: Tensor, head: Head
+    rows: Tensor, weight: Tensor, target_N: Tensor, head: HeadCall
 ) -> tuple[list[Tensor], _Saved]:
     """([loss_N, extras...], what backward needs). Computes this rank's columns chunk by chunk, then combines the ranks once."""
     shard = head.shard
@@ -248,7 +248,7 @@ def _forward(
 
 
 def _forward_chunks(
-    rows_NH, weight, weight_VH, column_N, owned_N, head: Head, fields_FN, maximum_N, kept_NV
+    rows_NH, weight, weight_VH, column_N, owned_N, head: HeadCall, fields_FN, maximum_N, kept_NV
 ) -> None:
     """Fill this rank's log-sum-exp, target logit and extras, and kept_NV with exp(logits - row maximum) when it is wanted."""
     shard, plan = head.shard, head.plan
@@ -307,14 +307,16 @@ def _chunk_extra(
 def _combine_extra(
     name: str, values_TN: list[Tensor], lse_TN: list[Tensor], lse_N: Tensor
 ) -> Tensor:
-    """A quantity of the whole softmax from its values on each rank's columns, with share = the rank's part of the probability."""
+    """A quantity of the whole softmax from its values on each rank's columns, with rank_probability = the rank's part of the probability."""
     total_N = torch.zeros_like(lse_N)
     for value_N, rank_lse_N in zip(values_TN, lse_TN, strict=True):
-        share_N = (rank_lse_N - lse_N).exp()
+        rank_probability_N = (rank_lse_N - lse_N).exp()
         if name == "entropy":
-            total_N += torch.where(share_N > 0, share_N * (value_N + lse_N - rank_lse_N), 0.0)
+            total_N += torch.where(
+                rank_probability_N > 0, rank_probability_N * (value_N + lse_N - rank_lse_N), 0.0
+            )
         elif name == "sum_squared_probability":
-            total_N += share_N.square() * value_N
+            total_N += rank_probability_N.square() * value_N
         else:
             total_N += value_N
     return total_N.long() if name == "target_rank" else total_N

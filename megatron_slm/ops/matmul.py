@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_slm.ops.plan import HeadPlan
+from megatron_slm.ops.head_plan import HeadPlan
 
 
 def operand(tensor: Tensor, plan: HeadPlan) -> Tensor:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megatron_slm.ops.plan import HeadPlan
+from megatron_slm.ops.head_plan import HeadPlan
 
 
 def softmax_statistics(logits_CV: Tensor, kept_CV: Tensor | None) -> tuple[Tensor, Tensor]:

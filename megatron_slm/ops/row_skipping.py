@@ -86,7 +86,7 @@ class _LinearSkippingZeroRows(torch.autograd.Function):
         input_NI = (all_gather_rows(input, ctx.group) if ctx.sharded else input).reshape(
             -1, input.shape[-1]
         )
-        parts = [_KeptRows(grad_NP) for grad_NP in _part(grad_NO, 1, *ctx.columns)]
+        parts = [_NonzeroRows(grad_NP) for grad_NP in _part(grad_NO, 1, *ctx.columns)]
         grad_input = _input_gradient(parts, _part(weight, 0, *ctx.columns), input_NI)
         pending = (
             dist.all_reduce(grad_input, group=ctx.group, async_op=True) if ctx.reduce else None
@@ -109,7 +109,7 @@ def _part(tensor: Tensor, dim: int, blocks: int, head_columns: int) -> list[Tens
     return list(grouped.split([head_columns, grouped.shape[dim + 1] - head_columns], dim=dim + 1))
 
 
-class _KeptRows:
+class _NonzeroRows:
     """The rows of one part [N, blocks, features] that have a gradient. index_K is None when all have one."""
 
     def __init__(self, grad_NBP: Tensor):
@@ -122,7 +122,9 @@ class _KeptRows:
         return rows_NI if self.index_K is None else rows_NI[self.index_K]
 
 
-def _input_gradient(parts: list[_KeptRows], weights_BPI: list[Tensor], input_NI: Tensor) -> Tensor:
+def _input_gradient(
+    parts: list[_NonzeroRows], weights_BPI: list[Tensor], input_NI: Tensor
+) -> Tensor:
     """The sum over the parts; the part with the most rows is computed in place, the others are added to their rows."""
     total_NI = None
     for part, weight_BPI in sorted(
@@ -141,7 +143,7 @@ def _input_gradient(parts: list[_KeptRows], weights_BPI: list[Tensor], input_NI:
 
 
 def _weight_gradient(
-    parts: list[_KeptRows],
+    parts: list[_NonzeroRows],
     input_NI: Tensor,
     weight: Tensor,
     parameter: Tensor | None,
@@ -210,7 +212,7 @@ def skip_zero_gradient_rows(module: nn.Module) -> int:
     return changed
 
 
-class _Selection:
+class _RowsWithGradient:
     """Which rows of one layer's output carried a gradient in the backward now running."""
 
     def __init__(self):
@@ -219,7 +221,7 @@ class _Selection:
 
 class _RecordRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output: Tensor, selection: _Selection) -> Tensor:
+    def forward(ctx, output: Tensor, selection: _RowsWithGradient) -> Tensor:
         ctx.selection = selection
         return output.view_as(output)
 
@@ -231,7 +233,7 @@ class _RecordRows(torch.autograd.Function):
 
 class _DropRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input: Tensor, selection: _Selection) -> Tensor:
+    def forward(ctx, input: Tensor, selection: _RowsWithGradient) -> Tensor:
         ctx.selection = selection
         return input.view_as(input)
 
@@ -252,15 +254,15 @@ def drop_unselected_rows(layers: Iterable[nn.Module]) -> list[torch.utils.hooks.
     handles = []
     for layer in layers:
         # One queue per layer: with several micro-batches in flight each forward makes its own selection.
-        pending: list[_Selection] = []
+        pending: list[_RowsWithGradient] = []
         handles.append(layer.register_forward_pre_hook(_enter(pending), with_kwargs=True))
         handles.append(layer.register_forward_hook(_leave(pending)))
     return handles
 
 
-def _enter(pending: list[_Selection]):
+def _enter(pending: list[_RowsWithGradient]):
     def hook(_, args: tuple, kwargs: dict):
-        selection = _Selection()
+        selection = _RowsWithGradient()
         pending.append(selection)
         if "hidden_states" in kwargs:
             return args, kwargs | {
@@ -271,7 +273,7 @@ def _enter(pending: list[_Selection]):
     return hook
 
 
-def _leave(pending: list[_Selection]):
+def _leave(pending: list[_RowsWithGradient]):
     def hook(_, __, output):
         selection = pending.pop()
         if isinstance(output, tuple):

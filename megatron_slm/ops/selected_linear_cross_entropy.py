@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.ops.backward import deliver_weight_gradient, reduce_rows
-from megatron_slm.ops.head import Head, check_inputs, chunks, logit_rows
+from megatron_slm.ops.head_backward import deliver_weight_gradient, reduce_rows
+from megatron_slm.ops.head_call import HeadCall, check_inputs, chunks, logit_rows
+from megatron_slm.ops.head_plan import Elementwise, plan_head
 from megatron_slm.ops.matmul import (
     accumulate_weight_gradient,
     logits_into,
     operand,
     product_precision,
 )
-from megatron_slm.ops.plan import Elementwise, plan_head
 from megatron_slm.ops.row_passes import place_target, row_passes
-from megatron_slm.ops.vocab_parallel import KeptRows, VocabularyShard, combine_lse
+from megatron_slm.ops.vocab_parallel import KeptRowLayout, VocabularyShard, combine_lse
 
 
 def selected_linear_cross_entropy(
@@ -75,32 +75,34 @@ def selected_linear_cross_entropy(
         chunk_tokens=chunk_tokens,
         elementwise=elementwise,
     )
-    head = Head(
+    head = HeadCall(
         shard, plan, ignore_index, float(z_loss), sharded_rows, accumulate_into_main_grad, ()
     )
-    share_N = (
+    weight_N = (
         selected.detach().reshape(-1).float().masked_fill(target.reshape(-1) == ignore_index, 0.0)
     )
     needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     call = _SelectedLinearCrossEntropy.apply if needs else _without_graph
     loss_sum, loss_N = call(
-        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), share_N, head
+        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), weight_N, head
     )
     return loss_sum, loss_N.view(target.shape)
 
 
 def _without_graph(
-    rows: Tensor, weight: Tensor, target_N: Tensor, share_N: Tensor, head: Head
+    rows: Tensor, weight: Tensor, target_N: Tensor, weight_N: Tensor, head: HeadCall
 ) -> tuple[Tensor, Tensor]:
     return _KeptRowsPass(
-        rows, weight, target_N, share_N, head, needs_hidden=False, needs_weight=False
+        rows, weight, target_N, weight_N, head, needs_hidden=False, needs_weight=False
     ).run()
 
 
 class _SelectedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, target_N: Tensor, share_N: Tensor, head: Head):
-        work = _KeptRowsPass(rows, weight, target_N, share_N, head, *ctx.needs_input_grad[:2])
+    def forward(
+        ctx, rows: Tensor, weight: Tensor, target_N: Tensor, weight_N: Tensor, head: HeadCall
+    ):
+        work = _KeptRowsPass(rows, weight, target_N, weight_N, head, *ctx.needs_input_grad[:2])
         loss_sum, loss_N = work.run()
         ctx.gradients = (work.gradient_rows, work.gradient_VH)
         ctx.parameter = weight if head.accumulate_into_main_grad else None
@@ -127,15 +129,24 @@ class _KeptRowsPass:
     """One pass over the kept rows: logits, loss, logit gradients, both products, chunk by chunk."""
 
     def __init__(
-        self, rows, weight, target_N, share_N, head: Head, needs_hidden: bool, needs_weight: bool
+        self,
+        rows,
+        weight,
+        target_N,
+        weight_N,
+        head: HeadCall,
+        needs_hidden: bool,
+        needs_weight: bool,
     ):
         self.head, self.weight, self.rows, self.tokens = head, weight, rows, len(target_N)
-        self.index_K = share_N.nonzero().squeeze(1)
+        self.index_K = weight_N.nonzero().squeeze(1)
         self.layout = (
-            KeptRows.of(self.index_K, len(rows), head.shard) if head.sequence_parallel else None
+            KeptRowLayout.of(self.index_K, len(rows), head.shard)
+            if head.sequence_parallel
+            else None
         )
         self.rows_KH = rows[self.index_K] if self.layout is None else self.layout.gather(rows)
-        self.share_K, self.target_K = share_N[self.index_K], target_N[self.index_K]
+        self.weight_K, self.target_K = weight_N[self.index_K], target_N[self.index_K]
         self.column_K, self.owned_K = head.shard.local_target(self.target_K)
         self.needs_hidden, self.needs_weight = needs_hidden, needs_weight
         self.gradient_rows: Tensor | None = None
@@ -198,7 +209,7 @@ class _KeptRowsPass:
             ).to(self.rows.dtype)
         loss_N = torch.full((self.tokens,), torch.nan, dtype=torch.float32, device=self.rows.device)
         loss_N[self.index_K] = loss_K
-        return (loss_K * self.share_K).sum(), loss_N
+        return (loss_K * self.weight_K).sum(), loss_N
 
     def _chunk(
         self, chunk: slice, out_CV: Tensor | None, wants_gradient: bool
@@ -229,18 +240,18 @@ class _KeptRowsPass:
         )
         if not wants_gradient or not head.shard.columns:
             return loss_C, logits_CV
-        share_C, spread_C = self.share_K[chunk], 1.0 + 2.0 * head.z_loss * lse_C
+        weight_C, z_loss_factor_C = self.weight_K[chunk], 1.0 + 2.0 * head.z_loss * lse_C
         out_CV = logits_CV if out_CV is None else out_CV
         passes.gradient_from_kept(
             logits_CV,
             slice(0, len(logits_CV)),
-            share_C * spread_C * (maximum_C - lse_C).exp(),
+            weight_C * z_loss_factor_C * (maximum_C - lse_C).exp(),
             out_CV,
         )
         place_target(
             out_CV,
             self.column_K[chunk],
             self.owned_K[chunk],
-            share_C * (spread_C * (target_logit_C - lse_C).exp() - 1.0),
+            weight_C * (z_loss_factor_C * (target_logit_C - lse_C).exp() - 1.0),
         )
         return loss_C, out_CV

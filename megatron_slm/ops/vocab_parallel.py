@@ -86,7 +86,7 @@ def combine_lse(lse_TN: list[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KeptRows:
+class KeptRowLayout:
     """Where the K kept rows of N live when rows are sharded over the tensor ranks (sequence parallelism).
 
     Each rank contributes its own kept rows, padded to the fullest rank's count: the collectives carry kept rows only.

@@ -1,4 +1,4 @@
-"""Memory and work of the selective head. The choices are those of ops/plan.py, which needs torch; a test holds the two together.
+"""Memory and work of the selective head. The choices are those of ops/head_plan.py, which needs torch; a test holds the two together.
 
 N tokens of a micro-batch, V vocabulary columns of a tensor rank, H hidden, C rows of a chunk.
 """

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_slm.testing.selection_oracle import top_tokens
+
 
 class PlainDecoder(torch.nn.Module):
     """RoPE, RMSNorm, SwiGLU, grouped-query attention; `model` has the fields of ModelConfig."""
@@ -180,20 +182,6 @@ class PlainDecoder(torch.nn.Module):
 
     def _scaled(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.norm_epsilon) * weight
-
-
-def top_tokens(
-    score: list[float], token_id: list[int], eligible: list[bool], keep_fraction: float
-) -> set[int]:
-    """Ids of the kept tokens, by sorting everything: score descending, token id ascending.
-
-    docs/method.md#point-5 and #point-6
-    """
-    ranked = sorted(
-        (-s, i) for s, i, e in zip(score, token_id, eligible, strict=True) if e and math.isfinite(s)
-    )
-    kept = max(1, math.ceil(keep_fraction * len(ranked) - 1e-9)) if ranked else 0
-    return {i for _, i in ranked[:kept]}
 
 
 class PlainTrainer:

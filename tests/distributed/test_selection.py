@@ -1,10 +1,8 @@
 """Selection over ranks: random layouts against the brute-force choice, every scope and scorer under every layout."""
 
 import math
-import sys
 import tempfile
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +17,7 @@ from megatron_slm.selection import (
     select_in_scope,
     select_top,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "selection"))
-from selection_oracle import awkward_scores, expected_mask
+from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
 
 WORLD = 4
 

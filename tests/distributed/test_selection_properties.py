@@ -4,10 +4,8 @@ hypothesis runs inside every rank. Derandomised and without a database all ranks
 whether it held, so that a failure is met, and shrunk, by all of them in step.
 """
 
-import sys
 import tempfile
 from itertools import chain
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,9 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.selection import RunningThreshold, select_in_scope, select_top
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "selection"))
-from selection_oracle import awkward_scores, expected_mask
+from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
 
 WORLD = 4
 # layout -> sizes of the data and context parallel groups; ranks are dp_rank * cp + cp_rank

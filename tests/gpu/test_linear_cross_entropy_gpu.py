@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_slm.ops import linear_cross_entropy, plan_head, selected_linear_cross_entropy
+from megatron_slm.ops.head_plan import has_triton
 from megatron_slm.ops.liger_engine import check_liger
-from megatron_slm.ops.plan import has_triton
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_slm.ops import linear_cross_entropy
+from megatron_slm.ops import head_backward, linear_cross_entropy
 
 N, H, V, TRUE_V = 90, 48, 160, 150
 IGNORED = -100
@@ -121,17 +121,18 @@ def test_rows_without_a_gradient_are_never_touched(mode):
 
 
 def test_products_of_backward_see_kept_rows_only(monkeypatch):
-    import megatron_slm.ops.backward as backward
-
     rows_of_dw, rows_of_logits = [], []
-    accumulate, logits_into = backward.accumulate_weight_gradient, backward.logits_into
+    accumulate, logits_into = (
+        head_backward.accumulate_weight_gradient,
+        head_backward.logits_into,
+    )
     monkeypatch.setattr(
-        backward,
+        head_backward,
         "accumulate_weight_gradient",
         lambda total, p, h, **kw: (rows_of_dw.append(len(p)), accumulate(total, p, h, **kw)),
     )
     monkeypatch.setattr(
-        backward,
+        head_backward,
         "logits_into",
         lambda out, h, w: (rows_of_logits.append(len(h)), logits_into(out, h, w)),
     )
@@ -156,11 +157,9 @@ def test_products_of_backward_see_kept_rows_only(monkeypatch):
 def test_the_widened_weight_stays_for_backward_while_the_budget_has_room(
     budget_bytes, copies, monkeypatch
 ):
-    import megatron_slm.ops.backward as backward
-
-    shapes, operand = [], backward.operand
+    shapes, operand = [], head_backward.operand
     monkeypatch.setattr(
-        backward,
+        head_backward,
         "operand",
         lambda tensor, plan: (shapes.append(tuple(tensor.shape)), operand(tensor, plan))[1],
     )

@@ -1,4 +1,4 @@
-"""The planned head is the head that ops/plan.py would choose, and does the products that ops does."""
+"""The planned head is the head that ops/head_plan.py would choose, and does the products that ops does."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_slm.config.load import from_mapping
 from megatron_slm.ops import linear_cross_entropy, plan_head
-from megatron_slm.ops.plan import KEPT_BUDGET_BYTES
+from megatron_slm.ops.head_plan import KEPT_BUDGET_BYTES
 from megatron_slm.planning import head as planned
 from megatron_slm.planning.hardware import find_gpu
 from megatron_slm.planning.job import Job

@@ -1,6 +1,4 @@
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.selection import SCOPES, Population, RunningThreshold, select_in_scope
-
-sys.path.insert(0, str(Path(__file__).parent))
-from selection_oracle import awkward_scores, expected_mask
+from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
 
 
 @st.composite

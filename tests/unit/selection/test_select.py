@@ -1,6 +1,4 @@
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +9,7 @@ from megatron_slm.selection import excess_loss, kept_tokens, select_top
 from megatron_slm.selection.radix import kth_largest_score, kth_smallest_id
 from megatron_slm.selection.select import rankable
 from megatron_slm.selection.threshold import find_threshold, kth_largest_by_sort
-
-sys.path.insert(0, str(Path(__file__).parent))
-from selection_oracle import expected_mask
+from megatron_slm.testing.selection_oracle import expected_mask
 
 ANY_FLOAT = st.one_of(
     st.floats(width=32, allow_nan=True, allow_infinity=True),

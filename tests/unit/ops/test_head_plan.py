@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-import megatron_slm.ops.matmul as matmul_room
-import megatron_slm.ops.plan as plan_room
-from megatron_slm.ops import linear_cross_entropy, plan_head, selected_linear_cross_entropy
+from megatron_slm.ops import (
+    head_plan,
+    linear_cross_entropy,
+    matmul,
+    plan_head,
+    selected_linear_cross_entropy,
+)
 
 CPU = torch.device("cpu")
 
@@ -29,8 +33,8 @@ def test_auto_keeps_while_the_budget_holds_and_never_without_backward():
 def test_gpu_scratch_stays_a_sixth_of_a_materialised_head():
     """Megatron's head holds 6 bytes per logit (bf16 logits, fp32 exponentials)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_room, "_matmul", lambda dtype, device: "fp32_output")
-        patch.setattr(plan_room, "_elementwise", lambda *_: "eager")
+        patch.setattr(head_plan, "_matmul", lambda dtype, device: "fp32_output")
+        patch.setattr(head_plan, "_elementwise", lambda *_: "eager")
         for tokens, columns in ((8192, 131072), (16384, 32000), (8192, 128256), (8192, 16032)):
             plan = plan_head(
                 tokens, columns, torch.bfloat16, torch.device("cuda"), mode="recompute"
@@ -52,7 +56,7 @@ def test_small_models_are_not_compiled():
 
 
 def test_compiled_without_a_compiler_is_an_error(monkeypatch):
-    monkeypatch.setattr(plan_room, "has_compiler", lambda: False)
+    monkeypatch.setattr(head_plan, "has_compiler", lambda: False)
     with pytest.raises(ValueError, match="Install g\\+\\+"):
         plan_head(4, 32, torch.float32, CPU, elementwise="compiled")
 
@@ -74,7 +78,7 @@ def product_with_out_dtype(product):
 @pytest.fixture
 def gpu_plan(monkeypatch):
     """Every call plans as on a GPU: bf16 operands with fp32 results, grouped weight products."""
-    monkeypatch.setattr(plan_room, "_matmul", lambda dtype, device: "fp32_output")
+    monkeypatch.setattr(head_plan, "_matmul", lambda dtype, device: "fp32_output")
     monkeypatch.setattr(torch, "mm", product_with_out_dtype(torch.mm))
     monkeypatch.setattr(torch, "addmm", product_with_out_dtype(torch.addmm))
 
@@ -90,7 +94,7 @@ def problem():
 @pytest.mark.parametrize("one_step", [True, False])
 @pytest.mark.parametrize("mode", ["keep", "recompute", "known"])
 def test_gpu_control_flow_gives_the_same_gradients(mode, one_step, gpu_plan, monkeypatch):
-    monkeypatch.setattr(matmul_room, "_addmm_takes_an_fp32_total", lambda *_: one_step)
+    monkeypatch.setattr(matmul, "_addmm_takes_an_fp32_total", lambda *_: one_step)
     hidden, weight, target, share = problem()
     options = dict(vocabulary_size=75, chunk_tokens=4)
     if mode == "known":
@@ -120,7 +124,7 @@ def test_gpu_plan_groups_weight_products():
     plan = plan_head(8192, 128256, torch.bfloat16, CPU, mode="recompute")
     assert plan.gradient_chunk_tokens == plan.chunk_tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_room, "_matmul", lambda dtype, device: "fp32_output")
+        patch.setattr(head_plan, "_matmul", lambda dtype, device: "fp32_output")
         recompute = plan_head(8192, 128256, torch.bfloat16, CPU, mode="recompute")
         keep = plan_head(8192, 128256, torch.bfloat16, CPU, mode="keep")
     assert keep.kept_dtype == torch.bfloat16 and keep.kept_bytes == 8192 * 128256 * 2
@@ -131,7 +135,7 @@ def test_gpu_plan_groups_weight_products():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not plan_room.has_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(not head_plan.has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_compiled_passes_give_the_eager_results(mode):
     """About half a minute: torch.compile runs the C++ compiler."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.ops.head import Head, chunks, logit_rows
+from megatron_slm.ops.head_call import HeadCall, chunks, logit_rows
 from megatron_slm.ops.liger_engine import liger_gradients
 from megatron_slm.ops.matmul import (
     accumulate_weight_gradient,
@@ -22,14 +22,14 @@ from megatron_slm.ops.matmul import (
     product_precision,
 )
 from megatron_slm.ops.row_passes import place_target, row_passes
-from megatron_slm.ops.vocab_parallel import KeptRows, VocabularyShard
+from megatron_slm.ops.vocab_parallel import KeptRowLayout, VocabularyShard
 
 
 @dataclass
-class HeadGradients:
+class HeadBackwardInputs:
     """The inputs of one backward."""
 
-    head: Head
+    head: HeadCall
     rows: Tensor
     weight: Tensor
     target_N: Tensor
@@ -46,55 +46,57 @@ class HeadGradients:
     """The parameter whose main_grad takes the weight's gradient; None = return it."""
 
 
-def head_gradients(given: HeadGradients) -> tuple[Tensor | None, Tensor | None]:
+def head_gradients(inputs: HeadBackwardInputs) -> tuple[Tensor | None, Tensor | None]:
     """(gradient of rows, gradient of weight), None where not needed."""
-    head, shard = given.head, given.head.shard
-    tokens = len(given.target_N)
-    index_K = given.upstream_N.nonzero().squeeze(1)
-    layout = KeptRows.of(index_K, len(given.rows), shard) if head.sequence_parallel else None
+    head, shard = inputs.head, inputs.head.shard
+    tokens = len(inputs.target_N)
+    index_K = inputs.upstream_N.nonzero().squeeze(1)
+    layout = KeptRowLayout.of(index_K, len(inputs.rows), shard) if head.sequence_parallel else None
     every_row = len(index_K) == tokens
-    gathered_KH = layout.gather(given.rows) if layout is not None else None
+    gathered_KH = layout.gather(inputs.rows) if layout is not None else None
     with product_precision(head.plan):
         partial_KH, gradient_VH = _gradients_of_kept_rows(
-            given, gathered_KH, None if every_row else index_K, len(index_K)
+            inputs, gathered_KH, None if every_row else index_K, len(index_K)
         )
     gradient_rows = None
-    if given.needs_hidden:
-        gradient_rows = reduce_rows(partial_KH, given.rows, shard, index_K, layout).to(
-            given.rows.dtype
+    if inputs.needs_hidden:
+        gradient_rows = reduce_rows(partial_KH, inputs.rows, shard, index_K, layout).to(
+            inputs.rows.dtype
         )
     return gradient_rows, deliver_weight_gradient(
-        gradient_VH, given.parameter, given.weight.dtype
-    ) if given.needs_weight else None
+        gradient_VH, inputs.parameter, inputs.weight.dtype
+    ) if inputs.needs_weight else None
 
 
 def _gradients_of_kept_rows(
-    given: HeadGradients, gathered_KH: Tensor | None, index_K: Tensor | None, kept: int
+    inputs: HeadBackwardInputs, gathered_KH: Tensor | None, index_K: Tensor | None, kept: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """This rank's (partial gradient of the kept rows, fp32 gradient of its weight rows: main_grad itself when accumulating)."""
-    plan, columns = given.head.plan, given.head.shard.columns
+    plan, columns = inputs.head.plan, inputs.head.shard.columns
     weight_VH = (
-        given.widened_VH if given.widened_VH is not None else operand(given.weight[:columns], plan)
+        inputs.widened_VH
+        if inputs.widened_VH is not None
+        else operand(inputs.weight[:columns], plan)
     )
     partial_KH = (
-        given.rows.new_zeros((kept, given.weight.shape[1]), dtype=weight_VH.dtype)
-        if given.needs_hidden
+        inputs.rows.new_zeros((kept, inputs.weight.shape[1]), dtype=weight_VH.dtype)
+        if inputs.needs_hidden
         else None
     )
-    total_VH, fresh = _weight_gradient_buffer(given)
+    total_VH, fresh = _weight_gradient_buffer(inputs)
     if not kept or not columns:
         return partial_KH, total_VH.zero_() if fresh and total_VH is not None else total_VH
     if plan.engine == "liger":
         return _by_liger(
-            given, gathered_KH, slice(None) if index_K is None else index_K, total_VH, fresh
+            inputs, gathered_KH, slice(None) if index_K is None else index_K, total_VH, fresh
         )
-    fill = _GradientRows(given, index_K, weight_VH)
+    fill = _GradientRows(inputs, index_K, weight_VH)
     for group in chunks(0, kept, plan.gradient_chunk_tokens):
         gradient_GV = fill.storage(group)
         rows_GH = (
             gathered_KH[group]
             if gathered_KH is not None
-            else given.rows[group if index_K is None else index_K[group]]
+            else inputs.rows[group if index_K is None else index_K[group]]
         )
         for chunk in chunks(group.start, group.stop, plan.chunk_tokens):
             inside = slice(chunk.start - group.start, chunk.stop - group.start)
@@ -112,18 +114,18 @@ def _gradients_of_kept_rows(
 
 
 def _by_liger(
-    given: HeadGradients,
+    inputs: HeadBackwardInputs,
     gathered_KH: Tensor | None,
     index_K: Tensor | slice,
     total_VH: Tensor | None,
     fresh: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    shard = given.head.shard
-    rows_KH = gathered_KH if gathered_KH is not None else given.rows[index_K]
-    column_K, owned_K = shard.local_target(given.target_N[index_K])
-    weight_VH = given.weight[: shard.columns]
+    shard = inputs.head.shard
+    rows_KH = gathered_KH if gathered_KH is not None else inputs.rows[index_K]
+    column_K, owned_K = shard.local_target(inputs.target_N[index_K])
+    weight_VH = inputs.weight[: shard.columns]
     partial_KH, gradient_VH = liger_gradients(
-        rows_KH, weight_VH, column_K, owned_K, given.upstream_N[index_K], given.lse_N[index_K]
+        rows_KH, weight_VH, column_K, owned_K, inputs.upstream_N[index_K], inputs.lse_N[index_K]
     )
     if total_VH is not None and fresh:
         total_VH[: shard.columns], total_VH[shard.columns :] = gradient_VH, 0.0
@@ -135,29 +137,31 @@ def _by_liger(
 class _GradientRows:
     """Writes the logit gradients of a chunk of kept rows, from kept exponentials or by computing the logits again."""
 
-    def __init__(self, given: HeadGradients, index_K: Tensor | None, weight_VH: Tensor):
-        head, plan = given.head, given.head.plan
+    def __init__(self, inputs: HeadBackwardInputs, index_K: Tensor | None, weight_VH: Tensor):
+        head, plan = inputs.head, inputs.head.plan
         every = slice(None) if index_K is None else index_K
         self.plan, self.weight_VH, self.index_K = plan, weight_VH, index_K
-        self.kept_NV, self.passes = given.kept_NV, row_passes(plan)
-        upstream_K, self.lse_K = given.upstream_N[every], given.lse_N[every]
-        spread_K = 1.0 + 2.0 * head.z_loss * self.lse_K
-        self.scale_K = upstream_K * spread_K
+        self.kept_NV, self.passes = inputs.kept_NV, row_passes(plan)
+        upstream_K, self.lse_K = inputs.upstream_N[every], inputs.lse_N[every]
+        z_loss_factor_K = 1.0 + 2.0 * head.z_loss * self.lse_K
+        self.scale_K = upstream_K * z_loss_factor_K
         if self.kept_NV is not None:
-            self.scale_K = self.scale_K * (given.maximum_N[every] - self.lse_K).exp()
+            self.scale_K = self.scale_K * (inputs.maximum_N[every] - self.lse_K).exp()
         # The target's entry is placed from fp32 vectors: p - 1 of a confident token would drown in the rounding of a kept p.
         self.target_value_K = upstream_K * (
-            spread_K * (given.target_logit_N[every] - self.lse_K).exp() - 1.0
+            z_loss_factor_K * (inputs.target_logit_N[every] - self.lse_K).exp() - 1.0
         )
-        self.column_K, self.owned_K = head.shard.local_target(given.target_N[every])
+        self.column_K, self.owned_K = head.shard.local_target(inputs.target_N[every])
         self.in_place = self.kept_NV is not None and self.kept_NV.dtype == weight_VH.dtype
         rows = min(plan.gradient_chunk_tokens, len(self.scale_K))
         self.group_GV = (
-            None if self.in_place else logit_rows(given.rows, rows, len(weight_VH), weight_VH.dtype)
+            None
+            if self.in_place
+            else logit_rows(inputs.rows, rows, len(weight_VH), weight_VH.dtype)
         )
         needs_logits = self.kept_NV is None and weight_VH.dtype != torch.float32
         self.logits_CV = (
-            logit_rows(given.rows, min(plan.chunk_tokens, rows), len(weight_VH), torch.float32)
+            logit_rows(inputs.rows, min(plan.chunk_tokens, rows), len(weight_VH), torch.float32)
             if needs_logits
             else None
         )
@@ -185,7 +189,7 @@ def reduce_rows(
     rows: Tensor,
     shard: VocabularyShard,
     index_K: Tensor,
-    layout: KeptRows | None,
+    layout: KeptRowLayout | None,
 ) -> Tensor:
     """Sum the tensor ranks' parts of the kept rows and put them at their places among `rows`; the others are zero."""
     if layout is not None:
@@ -201,13 +205,13 @@ def reduce_rows(
     return rows_NH
 
 
-def _weight_gradient_buffer(given: HeadGradients) -> tuple[Tensor | None, bool]:
+def _weight_gradient_buffer(inputs: HeadBackwardInputs) -> tuple[Tensor | None, bool]:
     """(fp32 buffer over all weight rows, whether it holds nothing yet)."""
-    if not given.needs_weight:
+    if not inputs.needs_weight:
         return None, False
-    if given.parameter is not None and given.parameter.main_grad.dtype == torch.float32:
-        return given.parameter.main_grad, False
-    return torch.empty(given.weight.shape, dtype=torch.float32, device=given.weight.device), True
+    if inputs.parameter is not None and inputs.parameter.main_grad.dtype == torch.float32:
+        return inputs.parameter.main_grad, False
+    return torch.empty(inputs.weight.shape, dtype=torch.float32, device=inputs.weight.device), True
 
 
 def deliver_weight_gradient(

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_slm.ops.plan import HeadPlan
+from megatron_slm.ops.head_plan import HeadPlan
 from megatron_slm.ops.vocab_parallel import VocabularyShard
 
 EXTRAS = ("entropy", "sum_squared_probability", "target_rank")
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadCall:
     """Everything about one call that is not a tensor."""
 
     shard: VocabularyShard
