@@ -43,7 +43,7 @@ def build_parser() -> Program:
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
-        difference, generated = compare(options)
+        difference, generated = compare_logits(options)
     except (ValueError, OSError) as error:
         print(f"check_export: {error}", file=sys.stderr)
         return 3
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if difference < options.tolerance else 1
 
 
-def compare(options) -> tuple[float, str]:
+def compare_logits(options) -> tuple[float, str]:
     """(largest absolute difference of a logit, a few generated words). ValueError says what cannot be opened."""
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
     from megatron_slm.convert.model_folder import read_json

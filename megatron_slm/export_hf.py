@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         folder = resolve_checkpoint(options.checkpoint)
         info = read_checkpoint_info(folder)
         tokenizer = (
-            None if options.tokenizer == "none" else find_tokenizer(options.tokenizer, info, folder)
+            None
+            if options.tokenizer == "none"
+            else tokenizer_of_checkpoint(options.tokenizer, info, folder)
         )
     except ValueError as error:
         print(f"export_hf: {error}", file=sys.stderr)
@@ -132,7 +134,7 @@ def _say_what_it_adds(tokenizer: Tokenizer, info: CheckpointInfo) -> None:
         print("the tokenizer adds no begin or end token to a text, as in the corpora")
 
 
-def find_tokenizer(given: str, info: CheckpointInfo, folder: Path) -> Tokenizer:
+def tokenizer_of_checkpoint(given: str, info: CheckpointInfo, folder: Path) -> Tokenizer:
     """The tokenizer the model was trained with: the given file or the one its model.json names. ValueError when it is another one."""
     path = given or info.tokenizer.get("path", "")
     try:

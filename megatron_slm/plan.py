@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_slm.checkpoint.architecture import differing_settings, take_architecture
 from megatron_slm.checkpoint.folder import read_checkpoint_info
 from megatron_slm.config.arguments import Program
-from megatron_slm.config.check import check
-from megatron_slm.config.load import ConfigError, load_yaml, parse
+from megatron_slm.config.check import check_config
+from megatron_slm.config.load import ConfigError, load_yaml, parse_config
 from megatron_slm.config.values import whole_number
 from megatron_slm.data.manifest import CorpusManifest, manifest_path
 from megatron_slm.planning.hardware import GPUS, find_gpu
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.refuse_misspelled(settings)
     try:
         _check_options(options)
-        config = parse(
+        config = parse_config(
             [*(["--config", options.config] if options.config else []), *settings],
             "slm-plan",
             DESCRIPTION,
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     try:
-        check(config, job.ranks)
+        check_config(config, job.ranks)
         choice_rules(config.selection)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)

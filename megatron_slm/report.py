@@ -61,7 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"report: {line}", file=sys.stderr)
         return 3
-    from megatron_slm.analysis.report import choose_corpus, write_report  # these load matplotlib
+    from megatron_slm.analysis.report_page import (  # these load matplotlib
+        choose_corpus,
+        write_report,
+    )
 
     try:
         choose_corpus(runs, options.corpus)
@@ -85,14 +88,14 @@ def _print_table(runs, corpus: str | None) -> None:
     from rich.table import Table
 
     from megatron_slm.analysis.baseline import find_baseline
-    from megatron_slm.analysis.readings import outcomes, unfinished
+    from megatron_slm.analysis.captions import outcomes, unfinished
     from megatron_slm.analysis.style import short_count
-    from megatron_slm.analysis.summary import goal_of, goal_words
+    from megatron_slm.analysis.summary import describe_goal, goal_of
 
     lines = outcomes(runs, corpus)
     goal = goal_of(lines, runs, corpus)
     titles = [f"plain loss on {corpus}, nats per token"] if corpus else []
-    titles += [f"goal: {goal_words(goal)}"] if goal else []
+    titles += [f"goal: {describe_goal(goal)}"] if goal else []
     table = Table(title="; ".join(titles) or None, title_justify="left")
     for heading in (
         "run",

@@ -15,7 +15,13 @@ import sys
 from pathlib import Path
 
 import megatron_slm
-from megatron_slm.config.load import CHECK_ONLY, ConfigError, PrintedPath, parse, split_arguments
+from megatron_slm.config.load import (
+    CHECK_ONLY,
+    ConfigError,
+    PrintedPath,
+    parse_config,
+    split_arguments,
+)
 from megatron_slm.files.folder_lock import FolderInUse, FolderLock
 from megatron_slm.pipeline import slurm, status
 from megatron_slm.pipeline.checks import Assembled, assemble
@@ -42,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = {word.replace("_", "-") for word in words} & own
     words = [word for word in words if word.replace("_", "-") not in own]
     try:
-        description = parse(
+        description = parse_config(
             words, "slm-submit", __doc__, Pipeline, printed_path=FOLDER, own_options=OWN_OPTIONS
         )
         if problems := [*code_of_the_file_alone(description, _without_config(words), CHECKOUT)]:

@@ -15,8 +15,8 @@ import sys
 
 from megatron_slm.checkpoint.architecture import take_architecture
 from megatron_slm.config.arguments import take_switch
-from megatron_slm.config.check import check
-from megatron_slm.config.load import CHECK_ONLY, parse
+from megatron_slm.config.check import check_config
+from megatron_slm.config.load import CHECK_ONLY, parse_config
 from megatron_slm.files.folder_lock import FolderLock
 from megatron_slm.training import preflight, preflight_files, preflight_page, setup
 from megatron_slm.training.stop_signals import StopSignals
@@ -40,8 +40,8 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
     argv, check_only = take_switch(argv, CHECK_ONLY)
     argv, only_look = take_switch(argv, "--preflight")
     try:
-        config = parse(argv, "slm-train", __doc__, fill=take_architecture)
-        check(config, world_size)
+        config = parse_config(argv, "slm-train", __doc__, fill=take_architecture)
+        check_config(config, world_size)
         if rank == 0:
             _keep_others_out(config.run.folder, held)
         # Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once,

@@ -48,13 +48,13 @@ def find_baseline(runs: Sequence[Run], corpus: str | None = None) -> Baseline:
     plain.sort(key=lambda run: not run.state.is_finished)
     for want_selecting in (True, False):
         for candidate in plain:
-            like_it = [run for run in runs if not differences(run, candidate, corpus)]
+            like_it = [run for run in runs if not run_differences(run, candidate, corpus)]
             if any(run is not candidate and run.is_plain != want_selecting for run in like_it):
                 return Baseline(candidate, tuple(like_it), _why(candidate, like_it, runs, corpus))
     return Baseline(None, (), _why_none(runs, plain, corpus))
 
 
-def differences(run: Run, baseline: Run, corpus: str | None = None) -> list[str]:
+def run_differences(run: Run, baseline: Run, corpus: str | None = None) -> list[str]:
     """What forbids measuring `run` against `baseline`, as phrases; none for a run and itself.
 
     Runs compare where they read the same tokens, in steps of the same size, into the same model
@@ -126,7 +126,7 @@ def _why(baseline: Run, like_it: Sequence[Run], runs: Sequence[Run], corpus: str
         f"({_start(like_it)}) with {others}."
     ]
     parts += [
-        f"{run.name} is not measured against it: {differences(run, baseline, corpus)[0]}."
+        f"{run.name} is not measured against it: {run_differences(run, baseline, corpus)[0]}."
         for run in runs
         if not any(run is each for each in like_it)
     ]
@@ -151,7 +151,7 @@ def _why_none(runs: Sequence[Run], plain: Sequence[Run], corpus: str | None) -> 
         )
     first = plain[0]
     other = next(run for run in runs if run is not first)
-    reason = differences(other, first, corpus)[0]
+    reason = run_differences(other, first, corpus)[0]
     return (
         f"Baseline: none. {_names(plain)} {'trains' if len(plain) == 1 else 'train'} on every token, but "
         f"{reason}; a baseline differs from the runs that select in the choice of tokens alone."

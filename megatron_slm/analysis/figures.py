@@ -16,7 +16,7 @@ from megatron_slm.analysis.style import (
     axis_in_tokens,
     colour,
     dash,
-    draw,
+    draw_line,
     house_style,
     label_lines,
     new_figure,
@@ -67,7 +67,7 @@ def training_loss(runs: Sequence[Run]) -> Figure | None:
                     and name in ("loss/selected", "loss/rejected")
                     and len(run.series("loss/all")[0])
                 ):
-                    draw(axes, x, y, color)
+                    draw_line(axes, x, y, color)
                     ends.append((label, color, x, y))
             axes.set_title(run.name)
             axis_in_tokens(axes.xaxis, X_LABELS[PROCESSED])
@@ -152,7 +152,7 @@ def _lines(
     for index, run in enumerate(runs):
         xs, ys = _series(run, name, only_selecting, x)
         if len(xs):
-            draw(
+            draw_line(
                 axes,
                 xs,
                 ys,

@@ -158,7 +158,7 @@ def read_run(folder: str | Path) -> Run:
         )
     training, validation = (_by_step(records, kind) for kind in ("train", "validation"))
     if not training and not validation:
-        status = f" Its status: {state.words}" if state.is_told else ""
+        status = f" Its status: {state.description}" if state.is_told else ""
         raise ValueError(
             f"{metrics}: holds no metrics yet; the run ended before its first log interval (monitoring.log_interval_steps), "
             f"or is still starting.{status}" + f": {state.reason}" * bool(state.reason)

@@ -51,7 +51,7 @@ class RunState:
         return {"killed": "ended without a word"}.get(self.state, self.state)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Its state in a sentence, with the step."""
         at = place(self.step, self.steps)
         return {

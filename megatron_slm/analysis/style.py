@@ -105,7 +105,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     )
 
 
-def draw(
+def draw_line(
     axes: Axes,
     x: np.ndarray,
     y: np.ndarray,

@@ -5,17 +5,17 @@ of the runs.
 from collections.abc import Sequence
 from html import escape
 
-from megatron_slm.analysis import readings
+from megatron_slm.analysis import captions
 from megatron_slm.analysis.baseline import find_baseline
+from megatron_slm.analysis.captions import Outcome
 from megatron_slm.analysis.page import table
-from megatron_slm.analysis.readings import Outcome
 from megatron_slm.analysis.run_folder import Run
 from megatron_slm.analysis.style import colour, short_count
 
 
 def summary(runs: Sequence[Run], corpus: str | None) -> str:
     """The section as HTML: sentences and the table."""
-    lines = readings.outcomes(runs, corpus)
+    lines = captions.outcomes(runs, corpus)
     goal = goal_of(lines, runs, corpus)
     header = [
         "run",
@@ -24,7 +24,7 @@ def summary(runs: Sequence[Run], corpus: str | None) -> str:
         "tokens processed",
         "tokens selected",
         "tokens per second",
-    ] + ([f"tokens to reach {goal_words(goal)}"] if goal else [])
+    ] + ([f"tokens to reach {describe_goal(goal)}"] if goal else [])
     final = [line.loss for line in lines if line.loss is not None and not line.not_final]
     best = min(final) if len(final) > 1 else None
     rows = [
@@ -40,7 +40,7 @@ def goal_of(lines: Sequence[Outcome], runs: Sequence[Run], corpus: str | None) -
     return next((line for line in lines if line.run is baseline and line.loss is not None), None)
 
 
-def goal_words(goal: Outcome) -> str:
+def describe_goal(goal: Outcome) -> str:
     """The words "3.400, the final loss of plain"."""
     if goal.not_final:
         return f"{goal.loss:.3f}, the loss of {goal.run.name} ({goal.not_final})"
@@ -58,7 +58,7 @@ def loss_heading(lines: Sequence[Outcome], corpus: str | None) -> str:
 def _row(index: int, line: Outcome, best: float | None) -> list[str]:
     mark = ""
     if best is not None and line.loss is not None and not line.not_final:
-        mark = "*" if line.loss - best < readings.EQUAL_NATS else ""
+        mark = "*" if line.loss - best < captions.EQUAL_NATS else ""
     when = f" ({line.not_final})" if line.not_final else ""
     return [
         f'<span class="swatch" style="background:{colour(index)}"></span>{escape(line.run.name)}',
@@ -81,10 +81,10 @@ def _to_goal(line: Outcome, goal: Outcome) -> str:
 def _sentences(runs: Sequence[Run], corpus: str | None) -> str:
     if corpus is None:
         first = '<p class="note">No run was validated; set data.validation to compare them.</p>'
-        notes = [readings.unfinished(runs)]
+        notes = [captions.unfinished(runs)]
     else:
-        first = f'<p class="lead">{escape(readings.validation(runs, corpus))}</p>'
-        notes = [readings.unfinished(runs), find_baseline(runs, corpus).sentence]
+        first = f'<p class="lead">{escape(captions.validation(runs, corpus))}</p>'
+        notes = [captions.unfinished(runs), find_baseline(runs, corpus).sentence]
     return first + "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
 
 
@@ -93,7 +93,7 @@ def _explanation(corpus: str | None) -> str:
         return ""
     return (
         '<p class="note">Validation is always the plain loss of all tokens. Marked: the lowest final loss, and those less than '
-        f"{readings.EQUAL_NATS} nats above it. Tokens per second: median over log intervals.</p>"
+        f"{captions.EQUAL_NATS} nats above it. Tokens per second: median over log intervals.</p>"
     )
 
 

@@ -12,7 +12,13 @@ from megatron_slm.checkpoint.folder import (
     complete_checkpoints,
     read_checkpoint_info,
 )
-from megatron_slm.config.architecture import ARCHITECTURE, ROPE, Difference, differences, written
+from megatron_slm.config.architecture import (
+    ARCHITECTURE,
+    ROPE,
+    Difference,
+    architecture_differences,
+    written,
+)
 from megatron_slm.config.load import from_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.tokenization import Tokenizer, tokenizer_differences
@@ -36,8 +42,8 @@ class _Origin:
 def take_architecture(values: dict) -> list[str]:
     """Fill the section `model` of the given settings from what model.from_checkpoint names.
 
-    For config.load.parse. Returns the architecture settings that were given as well and differ, one
-    sentence each, or why the checkpoint cannot be read.
+    For config.load.parse_config. Returns the architecture settings that were given as well and
+    differ, one sentence each, or why the checkpoint cannot be read.
     """
     given = values.get("model")
     path = given.get("from_checkpoint") if isinstance(given, Mapping) else None
@@ -59,7 +65,7 @@ def take_architecture(values: dict) -> list[str]:
     return [
         f"model.{each.field}: got {written(each.configuration)}, but model.from_checkpoint "
         f"({path}) has {written(each.checkpoint)}; leave one of the two settings out"
-        for each in differences(theirs, config.model)
+        for each in architecture_differences(theirs, config.model)
         if each.field in chosen - _allowed(others)
         and not any(problem.startswith(f"model.{each.field}:") for problem in unreadable)
     ]
@@ -85,7 +91,7 @@ def differing_settings(
             f"{origin.words} has model.{each.field} {written(each.checkpoint)}, "
             f"this configuration {_ours(each, config)}; "
             f"{_remedy(each, tokenizer, origin.is_start)}{origin.otherwise}"
-            for each in differences(theirs, ours)
+            for each in architecture_differences(theirs, ours)
             if not (origin.is_start and each.field in _allowed(config))
         ]
         if origin.has_weights and tokenizer is not None:
@@ -100,7 +106,9 @@ def allowed_differences(config: Config) -> list[str]:
         return []
     return [
         f"model.{each.field} {written(each.configuration)}, in {start} {written(each.checkpoint)}"
-        for each in differences(read_checkpoint_info(start).model_config(), config.model)
+        for each in architecture_differences(
+            read_checkpoint_info(start).model_config(), config.model
+        )
         if each.field in _allowed(config)
     ]
 

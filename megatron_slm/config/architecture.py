@@ -88,7 +88,9 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def differences(checkpoint: ModelConfig, configuration: ModelConfig) -> list[Difference]:
+def architecture_differences(
+    checkpoint: ModelConfig, configuration: ModelConfig
+) -> list[Difference]:
     """Every field that has to change for `configuration` to be the model of `checkpoint`.
 
     Fields that have no effect in the checkpoint's model (experts_per_token of a dense one) are left

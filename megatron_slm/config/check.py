@@ -7,7 +7,7 @@ from megatron_slm.config.ranges import out_of_range
 from megatron_slm.config.schema import Config, ModelConfig
 
 
-def check(config: Config, world_size: int, *, training: bool = True) -> None:
+def check_config(config: Config, world_size: int, *, training: bool = True) -> None:
     """Raise ConfigError listing every number out of range and every broken rule between settings.
 
     `world_size` is the number of processes of the job.
@@ -141,11 +141,11 @@ def _expert_parallel(config: Config, world_size: int):
 def _parallel(config: Config, world_size: int):
     parallel, model = config.parallel, config.model
     yield from _expert_parallel(config, world_size)
-    cell = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % cell:
+    model_parallel_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_parallel_size:
         yield (
-            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {cell} processes hold one copy of the "
-            f"model, and {world_size} processes are not a multiple of that; start a multiple of {cell}, or change the layout"
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {model_parallel_size} processes hold one copy of the "
+            f"model, and {world_size} processes are not a multiple of that; start a multiple of {model_parallel_size}, or change the layout"
         )
     stages = parallel.pipeline * parallel.virtual_pipeline
     if model.layers % stages:

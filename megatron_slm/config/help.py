@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_slm.config.ranges import range_of
-from megatron_slm.config.values import alternatives, named_class, plain
+from megatron_slm.config.values import named_class, plain, union_members
 
 
 def texts_of(settings_class) -> dict[str, str]:
@@ -32,7 +32,7 @@ def texts_of(settings_class) -> dict[str, str]:
 
 def values_of(hint) -> str:
     """The type and range of an annotation in the words of somebody who writes YAML."""
-    return " or ".join(_values_of_one(member) for member in alternatives(hint))
+    return " or ".join(_values_of_one(member) for member in union_members(hint))
 
 
 def _values_of_one(hint) -> str:

@@ -18,10 +18,10 @@ from megatron_slm.config.nearest import nearest
 from megatron_slm.config.schema import Config
 from megatron_slm.config.values import (
     UNREADABLE,
-    alternatives,
     convert,
     named_class,
     require_known,
+    union_members,
 )
 from megatron_slm.config.yaml_text import read_yaml
 
@@ -81,7 +81,7 @@ Fill = Callable[[dict], list[str]]
 It returns what is wrong, one sentence each."""
 
 
-def parse(
+def parse_config(
     argv: list[str] | None,
     prog: str,
     description: str,
@@ -226,7 +226,7 @@ def _is_text(cls, keys: list[str], text: str) -> bool:
         return dataclasses.is_dataclass(hint) and _is_text(hint, keys[1:], text)
     if hint is str:
         return True
-    return str in alternatives(hint) and text not in ("null", "~", "")
+    return str in union_members(hint) and text not in ("null", "~", "")
 
 
 def _set(values: dict, keys: list[str], value) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated
 
-from megatron_slm.config.values import alternatives
+from megatron_slm.config.values import union_members
 
 LARGEST_WHOLE_NUMBER = 2**63 - 1
 """What a 64-bit integer holds; whole numbers become tensors and indices."""
@@ -84,7 +84,7 @@ def _problems(value, hint, name: str) -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             yield from _problems(item, typing.Any, f"{name}.{key}")
     elif isinstance(value, Real) and not isinstance(value, bool):
-        bounds = next(filter(None, map(range_of, alternatives(hint))), Range())
+        bounds = next(filter(None, map(range_of, union_members(hint))), Range())
         if value not in bounds:
             yield name, f"{name}: got {value}; expected {_expected(value, bounds)}"
 

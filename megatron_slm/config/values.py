@@ -32,11 +32,11 @@ def plain(hint):
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
-def alternatives(hint) -> tuple:
+def union_members(hint) -> tuple:
     """The members of `X | Y`, Union[X, Y] and Optional[X]; of another annotation, itself alone."""
     inner = plain(hint)
     if typing.get_origin(inner) in (typing.Union, types.UnionType):
-        return tuple(part for member in typing.get_args(inner) for part in alternatives(member))
+        return tuple(part for member in typing.get_args(inner) for part in union_members(member))
     return (hint,)
 
 
@@ -49,7 +49,7 @@ def named_class(hint):
 
 def require_known(hint, where: str) -> None:
     """TypeError for an annotation whose values `convert` could not check."""
-    for member in map(plain, alternatives(hint)):
+    for member in map(plain, union_members(hint)):
         arguments = typing.get_args(member)
         if typing.get_origin(member) is list and len(arguments) == 1:
             require_known(arguments[0], where)
@@ -70,9 +70,9 @@ def convert(value, hint, where: str, problems: list[str]):
 
     TypeError for an annotation that `require_known` refuses.
     """
-    if value is None and type(None) in alternatives(hint):
+    if value is None and type(None) in union_members(hint):
         return None
-    for accepted in alternatives(hint):
+    for accepted in union_members(hint):
         converted = _as_one(value, plain(accepted))
         if converted is not UNREADABLE:
             return converted
@@ -147,11 +147,11 @@ def _as_list(value, hint):
 def _expected(value, hint) -> str:
     """The rest of a sentence that starts with the value got."""
     choices = [str(choice) for choice in _choices(hint)]
-    if len(alternatives(hint)) == 1 and choices:
+    if len(union_members(hint)) == 1 and choices:
         near = did_you_mean(value, choices)
         known = f"it can be {', '.join(choices)}"
         return f"; {near} ({known})" if near else f"; {known}"
-    return f" ({type(value).__name__}); expected {_words(hint)}"
+    return f" ({type(value).__name__}); expected {type_name(hint)}"
 
 
 def _choices(hint) -> tuple:
@@ -180,11 +180,11 @@ def whole_number(value: int | float | str) -> int:
     return int(number)
 
 
-def _words(hint) -> str:
-    return " or ".join(_words_of_one(plain(member)) for member in alternatives(hint))
+def type_name(hint) -> str:
+    return " or ".join(_member_name(plain(member)) for member in union_members(hint))
 
 
-def _words_of_one(hint) -> str:
+def _member_name(hint) -> str:
     several = {int: "whole numbers", float: "numbers", str: "texts"}
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:

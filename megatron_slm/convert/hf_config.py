@@ -22,7 +22,7 @@ def special_ids(tokenizer: Tokenizer | None) -> dict:
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
-def architecture(model: ModelConfig) -> tuple[str, str]:
+def huggingface_architecture(model: ModelConfig) -> tuple[str, str]:
     """(class, model_type) of the Hugging Face model that computes the same. ValueError when there is none."""
     if model.qk_norm and model.qkv_bias:
         raise ValueError(
@@ -54,7 +54,7 @@ def huggingface_config(
     from megatron_slm.convert.names import Geometry  # which loads torch
 
     geometry = Geometry.from_model(model)
-    name, model_type = architecture(model)
+    name, model_type = huggingface_architecture(model)
     config = {
         "architectures": [name],
         "model_type": model_type,

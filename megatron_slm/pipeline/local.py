@@ -60,7 +60,7 @@ class LocalRun:
         if not (standing := self._state.standing(stage)).complete:
             print(
                 f"{stage.name} ended with exit code 0, but what it should have left is not complete "
-                f"({standing.words or 'nothing is there'})",
+                f"({standing.progress or 'nothing is there'})",
                 file=sys.stderr,
             )
             return 3
@@ -71,8 +71,8 @@ class LocalRun:
         if stage.kind != PROGRAM:
             script = str(self._checkout / "launch" / "local.sh")
             processes = str(self._pipeline.description.local.processes)
-            return ["bash", script, processes, stage.kind, *stage.words]
-        first, *rest = stage.words
+            return ["bash", script, processes, stage.kind, *stage.command]
+        first, *rest = stage.command
         return [self._python if first == PYTHON else first, *rest]
 
     def _wait_for(self, stage: Stage) -> int:

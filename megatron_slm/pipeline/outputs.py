@@ -14,7 +14,7 @@ class Standing:
     """Whether an output is complete, and in words how far it has come ("" = nothing to say)."""
 
     complete: bool
-    words: str = ""
+    progress: str = ""
 
 
 @dataclass(frozen=True)

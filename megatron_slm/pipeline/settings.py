@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import take_architecture
-from megatron_slm.config.check import check
+from megatron_slm.config.check import check_config
 from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.load import ConfigError, from_mapping, merge_file, to_mapping
 from megatron_slm.config.schema import Config, DataConfig, DeviceConfig
@@ -62,7 +62,7 @@ def run_config(
         return None, problems  # and no code that is named was run
     _make_paths_absolute(config)
     try:
-        check(config, world_size)
+        check_config(config, world_size)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -177,7 +177,7 @@ def _layout_problems(options: ScoreOptions, reference: Config, world_size: int) 
         data=DataConfig(sequence_length=window_tokens),
     )
     try:
-        check(config, world_size, training=False)
+        check_config(config, world_size, training=False)
     except ConfigError as error:
         return error.problems
     return []

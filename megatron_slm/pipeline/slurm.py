@@ -46,18 +46,18 @@ class Submission:
     """One sbatch line without its dependencies."""
 
     stage: Stage
-    words: tuple[str, ...]
+    command: tuple[str, ...]
     environment: dict[str, str]
 
     def with_options(self, *options: str) -> list[str]:
-        return [*self.words[:1], *options, *self.words[1:]]
+        return [*self.command[:1], *options, *self.command[1:]]
 
     def printed(self, after: list[str]) -> str:
-        """The line for a shell; `after` are words for job ids, such as $corpus."""
+        """The line for a shell; `after` are the job ids, such as $corpus."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         options = ["--parsable"]
         options += [f"--dependency=afterok:{':'.join(after)}"] if after else []
-        rest = [shlex.quote(word) for word in self.words[1:]]
+        rest = [shlex.quote(word) for word in self.command[1:]]
         line = " ".join([*variables, "sbatch", *options, *rest])
         return f"{variable_of(self.stage)}=$({line})"
 
@@ -93,7 +93,7 @@ class Cluster:
             environment["SLM_DONE_FILE"] = str(self._state.mark(stage))
             environment["SLM_DONE_KEY"] = self._state.keys[stage.name]
         if stage.kind != PREPROCESS:
-            words += stage.words
+            words += stage.command
         return Submission(stage, tuple(words), environment)
 
     def problems(self, stages: list[Stage]) -> list[str]:

@@ -24,7 +24,7 @@ class Stage:
     kind: str
     """program, preprocess, train or score: which script in launch/ starts it."""
     title: str
-    words: tuple[str, ...]
+    command: tuple[str, ...]
     """The whole command of a program; of train and score, the arguments."""
     after: tuple[str, ...]
     """Stages that must have finished."""

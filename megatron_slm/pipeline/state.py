@@ -53,7 +53,7 @@ class State:
             there = self.outputs(stage)
             return Standing(False, "made from something else" if there else "")
         if isinstance(stage.output, Files) and _read(self.mark(stage)) != self.keys[stage.name]:
-            return Standing(False, standing.words)
+            return Standing(False, standing.progress)
         return standing
 
     def is_current(self, stage: Stage) -> bool:

@@ -10,30 +10,32 @@ from megatron_slm.pipeline.state import State
 
 def show(pipeline: Assembled, state: State, queue: dict[str, Queued]) -> None:
     """Print one line per stage: done, running, waiting, ended unfinished, or not begun."""
-    rows = [(stage.name, *_words(pipeline, state, queue, stage)) for stage in pipeline.stages]
+    rows = [
+        (stage.name, *_describe_stage(pipeline, state, queue, stage)) for stage in pipeline.stages
+    ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, word, more in rows:
         print(f"{name:{widths[0]}}  {word:{widths[1]}}  {more}".rstrip())
 
 
-def _words(pipeline: Assembled, state: State, queue, stage) -> tuple[str, str]:
+def _describe_stage(pipeline: Assembled, state: State, queue, stage) -> tuple[str, str]:
     standing = state.standing(stage)
     if standing.complete:
-        return "done", standing.words
+        return "done", standing.progress
     if queued := queue.get(stage.name):
         word = queued.state.lower()
         if queued.reason == NEVER:
             word = "cannot start"
         reason = f" ({queued.reason})" if queued.reason not in ("None", "") else ""
-        more = [f"job {queued.job}{reason}", standing.words]
+        more = [f"job {queued.job}{reason}", standing.progress]
         return word, "; ".join(filter(None, more))
     job = job_before(pipeline.folder, stage.name)
     if job and state.is_current(stage):
         logs = pipeline.folder / "pipeline" / "logs"
         return "unfinished", "; ".join(
-            filter(None, [standing.words, f"see {logs}/{stage.name}-{job}*"])
+            filter(None, [standing.progress, f"see {logs}/{stage.name}-{job}*"])
         )
-    return ("unfinished" if standing.words else "not begun"), standing.words
+    return ("unfinished" if standing.progress else "not begun"), standing.progress
 
 
 def nothing_missing(queue: dict[str, Queued]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
-from megatron_slm.config.check import check
+from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
 from megatron_slm.planning.duration import Duration, duration
 from megatron_slm.planning.job import Job
@@ -163,7 +163,7 @@ def _powers(limit: int) -> list[int]:
 
 def _accepted(job: Job) -> bool:
     try:
-        check(job.config, job.ranks)
+        check_config(job.config, job.ranks)
     except ConfigError:
         return False
     return True

@@ -64,7 +64,7 @@ def job_table(plan: Plan) -> Table:
                 + f"head {_count(parameters.head)})",
             ),
             ("GPUs", f"{job.ranks} {job.gpu.name}: {job.nodes} nodes of {job.gpus_per_node}"),
-            ("layout", f"{layout_words(job)}, data {job.data_parallel}"),
+            ("layout", f"{describe_layout(job)}, data {job.data_parallel}"),
             *(
                 [
                     (
@@ -277,7 +277,7 @@ def describe_data(job: Job) -> str:
     return f"{_count(job.corpus_tokens)} tokens: {job.epochs:,.3g} epochs"
 
 
-def layout_words(job: Job) -> str:
+def describe_layout(job: Job) -> str:
     """tensor 8 + sequence, pipeline 4 x 2 chunks, context 2."""
     parallel = job.config.parallel
     words = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_slm.config import load
-from megatron_slm.config.check import check
+from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.ranges import Count, Size, out_of_range
 from megatron_slm.config.schema import Config, DeviceConfig, ParallelConfig
@@ -71,7 +71,9 @@ def parse(argv: list[str], description: str) -> ScoreOptions:
     words = [_with_underscores(word) for word in argv]
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
-        return load.parse(words, "score", description, ScoreOptions, usage, printed_path=STORE)
+        return load.parse_config(
+            words, "score", description, ScoreOptions, usage, printed_path=STORE
+        )
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"score: {error}", file=sys.stderr)
@@ -111,7 +113,7 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
     if device["precision"] == "checkpoint":
         device["precision"] = reference.info.precision
     config = reference_config(reference, window_tokens, options.parallel, DeviceConfig(**device))
-    check(config, world_size, training=False)
+    check_config(config, world_size, training=False)
     manifest = ScoreManifest(
         corpus_fingerprint=corpus.fingerprint,
         corpus_tokens=corpus.tokens,

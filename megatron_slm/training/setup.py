@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_slm.checkpoint.architecture import differing_settings
 from megatron_slm.checkpoint.folder import read_checkpoint_info
-from megatron_slm.config.check import check
+from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
 from megatron_slm.data.corpora import (
@@ -143,7 +143,7 @@ def _online_reference(
                     f"({info.tokenizer.get('path')}; {'; '.join(differences)}); its losses price other tokens: train a reference "
                     "with this run's tokenizer"
                 )
-            check(reference_config(config, info), world_size, training=False)
+            check_config(reference_config(config, info), world_size, training=False)
         except ConfigError as error:
             problems += [
                 f"selection.reference.checkpoint {reference} cannot be run in this layout: {problem}"

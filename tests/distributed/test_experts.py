@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slm.config.check import check
+from megatron_slm.config.check import check_config
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
 from megatron_slm.testing.spawn import run_layouts_on_cpu
@@ -242,7 +242,7 @@ def dense_reference_losses(groups, layout) -> list:
     config = make_config("slm", layout)
     info = CheckpointInfo({**dataclasses.asdict(config.model), "experts": 0}, LENGTH, {}, 0, 0)
     config = reference_config(config, info)
-    check(config, groups.world_size, training=False)
+    check_config(config, groups.world_size, training=False)
     batch = collate([SyntheticSamples()[index] for index in (0, 1)], [0, 1])
     return [
         output["loss"]
@@ -257,7 +257,7 @@ def train_case(groups, case, layout, folder):
     from megatron_slm.checkpoint.store import trainer_state
 
     config = make_config(case, layout)
-    check(config, groups.world_size)
+    check_config(config, groups.world_size)
     trainer = make_trainer(config, groups)
     results = {
         "before": weights_of(trainer),

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from megatron_slm import report
-from megatron_slm.analysis import readings
-from megatron_slm.analysis.baseline import differences, find_baseline
+from megatron_slm.analysis import captions
+from megatron_slm.analysis.baseline import find_baseline, run_differences
 from megatron_slm.analysis.run_folder import Run
 
 SHARED = {
@@ -54,11 +54,11 @@ def test_a_plain_run_of_other_data_is_not_the_baseline():
         "Baseline: none. reference trains on every token, but data.train is data/corpus in slm and data/curated in "
         "reference; a baseline differs from the runs that select in the choice of tokens alone."
     )
-    assert [line.tokens_to_baseline for line in readings.outcomes([reference, slm], "target")] == [
+    assert [line.tokens_to_baseline for line in captions.outcomes([reference, slm], "target")] == [
         None,
         None,
     ]
-    assert "beside" not in readings.throughput([reference, slm])
+    assert "beside" not in captions.throughput([reference, slm])
 
 
 def test_the_plain_arm_is_found_among_other_plain_runs():
@@ -84,12 +84,12 @@ def test_the_plain_arm_is_found_among_other_plain_runs():
         "reference is not measured against it: data.train is data/curated in reference"
         in baseline.sentence
     )
-    outcomes = {line.run.name: line for line in readings.outcomes(runs, "target")}
+    outcomes = {line.run.name: line for line in captions.outcomes(runs, "target")}
     assert outcomes["slm"].tokens_to_baseline == pytest.approx(875.0)
     # The reference reached the plain run's loss too, on other text: that is no saving of tokens.
     assert outcomes["reference"].tokens_to_baseline is None
     assert not outcomes["reference"].measured
-    speeds = readings.throughput(runs)
+    speeds = captions.throughput(runs)
     assert speeds.count("beside plain") == 2
 
 
@@ -108,7 +108,7 @@ def test_the_plain_arm_is_found_among_other_plain_runs():
 def test_what_a_baseline_must_share(setting, value):
     plain, slm = run_of("plain", "none", **{setting: value}), run_of("slm", "excess_loss")
     assert find_baseline([plain, slm], "target").run is None
-    (difference,) = differences(slm, plain, "target")[:1]
+    (difference,) = run_differences(slm, plain, "target")[:1]
     assert difference.startswith(setting.replace("__", "."))
     assert difference in find_baseline([plain, slm], "target").sentence
 
@@ -131,8 +131,8 @@ def test_corpora_in_another_order_are_the_same_data_only_with_the_same_weights()
     plain = run_of("plain", "none", data__train=["a", "b"], data__weights=[1, 3])
     turned = run_of("slm", "excess_loss", data__train=["b", "a"], data__weights=[0.75, 0.25])
     other = run_of("slm", "excess_loss", data__train=["b", "a"], data__weights=[1, 3])
-    assert differences(turned, plain) == []
-    assert differences(other, plain) == [
+    assert run_differences(turned, plain) == []
+    assert run_differences(other, plain) == [
         "data.weights is b: 1, a: 3 in slm and a: 1, b: 3 in plain"
     ]
 

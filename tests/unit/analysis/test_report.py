@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_slm import report
-from megatron_slm.analysis import readings
+from megatron_slm.analysis import captions
 from megatron_slm.analysis.run_folder import read_run, read_runs
 from megatron_slm.selection.alarms import reference_overtaken
 
@@ -174,31 +174,31 @@ def test_words_follow_the_numbers(tmp_path):
     )
     level = write_run(tmp_path / "same", scorer="random", losses=[4.0, 3.4, 3.002])
     runs = read_runs([plain, worse, level])
-    text = readings.validation(runs, "curated")
+    text = captions.validation(runs, "curated")
     assert (
         "plain and same are level on curated at 3.000" in text
         and "slm is 0.200 higher" in text
         and "lowest" not in text
     )
-    assert f"slm: {reference_overtaken(4.0, 4.25)}" in readings.training(runs)
-    assert "The model has overtaken the reference: 4.000 against 4.250" in readings.training(runs)
-    assert "expected" not in readings.training(runs[:2]), "rejected loss fell"
+    assert f"slm: {reference_overtaken(4.0, 4.25)}" in captions.training(runs)
+    assert "The model has overtaken the reference: 4.000 against 4.250" in captions.training(runs)
+    assert "expected" not in captions.training(runs[:2]), "rejected loss fell"
     rising = read_run(
         write_run(
             tmp_path / "rising", scorer="excess_loss", losses=[4.0, 3.6, 3.2], rejected=(2.0, 2.5)
         )
     )
-    assert "went from 2.00 to 2.50 nats (a rise is expected" in readings.training([rising])
-    outcome = readings.outcomes(runs, "curated")
+    assert "went from 2.00 to 2.50 nats (a rise is expected" in captions.training([rising])
+    outcome = captions.outcomes(runs, "curated")
     assert [line.tokens_to_baseline for line in outcome] == [2000.0, None, None]
-    assert "90% of class 2" in readings.by_reference_loss(
+    assert "90% of class 2" in captions.by_reference_loss(
         runs
-    ) and "20% of class 1" in readings.by_reference_loss(runs)
+    ) and "20% of class 1" in captions.by_reference_loss(runs)
 
 
 def test_a_random_choice_is_not_told_to_change_its_reference(tmp_path):
     folder = write_run(tmp_path / "random", scorer="random", losses=[4.0, 3.5], ahead=(0.5, -0.25))
-    text = readings.training([read_run(folder)])
+    text = captions.training([read_run(folder)])
     assert "on all tokens the reference is" in text
     assert "overtaken" not in text
 
@@ -206,7 +206,7 @@ def test_a_random_choice_is_not_told_to_change_its_reference(tmp_path):
 def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path):
     long = write_run(tmp_path / "long", scorer="none", losses=[4.0, 3.5, 3.0, 2.5])
     short = write_run(tmp_path / "short", scorer="excess_loss", losses=[4.0, 3.25])
-    assert readings.validation(read_runs([long, short]), "curated").startswith(
+    assert captions.validation(read_runs([long, short]), "curated").startswith(
         "After 1k processed tokens short has the lowest loss on curated, 3.250 nats per token; long is 0.250 higher"
     )
 
@@ -243,7 +243,7 @@ def test_bad_usage_and_bad_folders(folders, tmp_path, capsys):
 def test_help_and_imports_stay_light():
     code = (
         "import sys\nfrom megatron_slm import report\ntry:\n    report.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
-        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\nimport megatron_slm.analysis.report\nassert 'torch' not in sys.modules"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\nimport megatron_slm.analysis.report_page\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_slm import report
-from megatron_slm.analysis import readings
+from megatron_slm.analysis import captions
 from megatron_slm.analysis.baseline import find_baseline
 from megatron_slm.analysis.run_folder import read_run, read_runs
 from megatron_slm.analysis.run_state import read_state
@@ -64,20 +64,24 @@ def write_run(folder, last_step, scorer="none"):
 def test_the_run_s_own_word_is_taken(state, step, words, tmp_path):
     write_status(tmp_path, state, step)
     found = read_state(tmp_path, CONFIG, 0)
-    assert found.words == words
+    assert found.description == words
     assert found.is_finished == (state == "done")
 
 
 def test_a_run_that_died_without_a_word_is_known_on_its_own_machine(tmp_path):
     write_status(tmp_path, "running", 60, host=socket.gethostname(), pid=NO_PROCESS)
-    assert read_state(tmp_path, CONFIG, 0).words == "ended without a word after step 60 of 120"
+    assert (
+        read_state(tmp_path, CONFIG, 0).description == "ended without a word after step 60 of 120"
+    )
     write_status(tmp_path, "running", 60, host=socket.gethostname(), pid=os.getpid())
     assert read_state(tmp_path, CONFIG, 0).state == "running"
 
 
 def test_a_run_killed_while_it_started_again_is_as_far_as_its_metrics(tmp_path):
     write_status(tmp_path, "running", 0, host=socket.gethostname(), pid=NO_PROCESS)
-    assert read_state(tmp_path, CONFIG, 80).words == "ended without a word after step 80 of 120"
+    assert (
+        read_state(tmp_path, CONFIG, 80).description == "ended without a word after step 80 of 120"
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_older_runs_are_judged_by_their_metrics_and_it_is_said(
 ):
     found = read_state(tmp_path, config, logged_step)
     assert found.state == state
-    assert found.words == words
+    assert found.description == words
 
 
 def test_only_finished_runs_have_a_final_loss(tmp_path, capsys):
@@ -143,7 +147,7 @@ def test_the_loss_of_an_unfinished_baseline_is_not_called_final(tmp_path):
     assert "final loss of plain" not in page
     assert "tokens to reach 4.400, the loss of plain (last, at step 60 of 120)" in page
     assert 'class="best"' not in page
-    assert readings.unfinished(read_runs([plain])) == (
+    assert captions.unfinished(read_runs([plain])) == (
         "Not finished: plain: stopped at step 60 of 120."
     )
 
@@ -180,7 +184,7 @@ def test_a_run_without_metrics_is_refused_with_what_became_of_it(there, tmp_path
 def test_a_run_that_failed_early_does_not_hold_the_comparison_back(state, sentence, tmp_path):
     plain, slm = write_run(tmp_path / "plain", 120), write_run(tmp_path / "slm", 60, "excess_loss")
     write_status(slm, state, 60)
-    text = readings.validation(read_runs([plain, slm]), "target")
+    text = captions.validation(read_runs([plain, slm]), "target")
     assert text.startswith(sentence)
     assert ("slm did not come so far" in text) == (state == "failed")
 

@@ -12,7 +12,7 @@ from megatron_slm.checkpoint.architecture import (
     take_architecture,
 )
 from megatron_slm.checkpoint.folder import describe_model, read_checkpoint_info
-from megatron_slm.config.load import ConfigError, load_yaml, parse, to_yaml
+from megatron_slm.config.load import ConfigError, load_yaml, parse_config, to_yaml
 from megatron_slm.config.schema import Config, ModelConfig
 
 
@@ -54,7 +54,7 @@ def starting(base: str, folder, **model) -> Config:
 
 
 def read(*argv) -> Config:
-    return parse([str(word) for word in argv], "test", "a test", fill=take_architecture)
+    return parse_config([str(word) for word in argv], "test", "a test", fill=take_architecture)
 
 
 def test_the_same_model_may_start_whatever_the_run_chooses(base, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_slm.config.check import check, data_parallel_size, tokens_per_step, train_steps
+from megatron_slm.config.check import check_config, data_parallel_size, tokens_per_step, train_steps
 from megatron_slm.config.load import ConfigError, from_mapping, to_mapping
 from megatron_slm.config.schema import Config, CorpusConfig
 
@@ -23,21 +23,21 @@ def broken(world_size: int = 1, **changes) -> list[str]:
             target = getattr(target, part)
         setattr(target, last, value)
     with pytest.raises(ConfigError) as caught:
-        check(config, world_size)
+        check_config(config, world_size)
     return caught.value.problems
 
 
 def test_a_good_configuration_passes():
-    check(good(), 1)
+    check_config(good(), 1)
     config = good()
     config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence = 2, 2, True
-    check(config, 8)
+    check_config(config, 8)
 
 
 def test_programs_that_do_not_train_need_no_data():
-    check(Config(), 1, training=False)
+    check_config(Config(), 1, training=False)
     with pytest.raises(ConfigError):
-        check(Config(), 1)
+        check_config(Config(), 1)
 
 
 RULES = [
@@ -462,7 +462,7 @@ def test_sizes_below_one_are_problems_and_never_crash_the_check(name, value):
     )
     assert not problems
     with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
-        check(config, 1)
+        check_config(config, 1)
 
 
 def test_sizes_that_follow_from_the_configuration():

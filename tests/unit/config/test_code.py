@@ -5,7 +5,7 @@ program, on the command line.
 import pytest
 
 from megatron_slm.config.code import names_code
-from megatron_slm.config.load import ConfigError, load_yaml, parse
+from megatron_slm.config.load import ConfigError, load_yaml, parse_config
 from megatron_slm.selection.scorers import in_file
 
 SCORER = "scorers/mine.py:surprise"
@@ -26,7 +26,7 @@ def recipe(request, tmp_path):
 
 def test_a_file_that_names_code_is_refused_by_what_it_names(recipe):
     with pytest.raises(ConfigError) as refusal:
-        parse(["--config", str(recipe)], "train", "")
+        parse_config(["--config", str(recipe)], "train", "")
     [problem] = refusal.value.problems
     assert f"{recipe} names {SCORER}" in problem
     assert "command line" in problem
@@ -35,19 +35,19 @@ def test_a_file_that_names_code_is_refused_by_what_it_names(recipe):
 def test_it_may_repeat_what_the_command_line_names(recipe):
     in_file = load_yaml(recipe).selection
     command = ["--config", str(recipe), "--selection.scorer_options", f"{{of: [{SCORER}]}}"]
-    assert parse(command, "train", "").selection.scorer == in_file.scorer
+    assert parse_config(command, "train", "").selection.scorer == in_file.scorer
 
 
 def test_the_command_line_names_it_alone(tmp_path):
     (tmp_path / "recipe.yaml").write_text("selection: {scorer: excess_loss}")
     command = ["--config", str(tmp_path / "recipe.yaml"), "--selection.scorer", SCORER]
-    assert parse(command, "train", "").selection.scorer == SCORER
+    assert parse_config(command, "train", "").selection.scorer == SCORER
 
 
 @pytest.mark.parametrize("section", ["run: {name: notes.py:x}", "selection: {scorer: none}", ""])
 def test_other_text_is_no_code(section, tmp_path):
     (tmp_path / "recipe.yaml").write_text(section)
-    parse(["--config", str(tmp_path / "recipe.yaml")], "train", "")
+    parse_config(["--config", str(tmp_path / "recipe.yaml")], "train", "")
 
 
 @pytest.mark.parametrize(

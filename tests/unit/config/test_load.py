@@ -10,7 +10,7 @@ from megatron_slm.config.load import (
     ConfigError,
     from_mapping,
     load_yaml,
-    parse,
+    parse_config,
     split_arguments,
     to_mapping,
     to_yaml,
@@ -20,7 +20,7 @@ from megatron_slm.config.schema import Config, CorpusConfig
 
 
 def read(*argv):
-    return parse([str(word) for word in argv], "test", "a test")
+    return parse_config([str(word) for word in argv], "test", "a test")
 
 
 @pytest.fixture
@@ -336,15 +336,15 @@ class Named:
 def test_entries_by_name_are_built_checked_and_overridden(recipe, capsys):
     path = recipe("entries: {a: {number: 2}, b: {}}")
     argv = ["--config", str(path), "--entries.b.text", "007"]
-    settings = parse(argv, "test", "a test", Named)
+    settings = parse_config(argv, "test", "a test", Named)
     assert settings.entries == {"a": Entry(number=2), "b": Entry(text="007")}
     assert [name for name, _ in out_of_range(Named({"a": Entry(number=0)}))] == ["entries.a.number"]
     with pytest.raises(
         ConfigError, match="entries.a.numbr: unknown .*did you mean entries.a.number"
     ):
-        parse(["--entries", "{a: {numbr: 2}}"], "test", "a test", Named)
+        parse_config(["--entries", "{a: {numbr: 2}}"], "test", "a test", Named)
     with pytest.raises(ConfigError, match="entries: got .*expected entries by name"):
-        parse(["--entries", "[a]"], "test", "a test", Named)
+        parse_config(["--entries", "[a]"], "test", "a test", Named)
     with pytest.raises(SystemExit):
-        parse(["--help"], "test", "a test", Named)
+        parse_config(["--help"], "test", "a test", Named)
     assert "--entries.NAME.number VALUE" in capsys.readouterr().out

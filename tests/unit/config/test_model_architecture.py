@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_slm.config.architecture import ARCHITECTURE, RUN_CHOICES, differences
+from megatron_slm.config.architecture import ARCHITECTURE, RUN_CHOICES, architecture_differences
 from megatron_slm.config.schema import ModelConfig
 
 # A model in which every field has an effect, and another value of each.
@@ -51,7 +51,7 @@ def test_every_setting_is_architecture_or_a_choice_of_the_run():
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
 def test_another_architecture_is_seen(name):
-    found = differences(MODEL, replace(MODEL, **{name: OTHER[name]}))
+    found = architecture_differences(MODEL, replace(MODEL, **{name: OTHER[name]}))
     assert [(each.field, each.checkpoint, each.configuration) for each in found] == [
         (name, getattr(MODEL, name), OTHER[name])
     ]
@@ -59,19 +59,22 @@ def test_another_architecture_is_seen(name):
 
 @pytest.mark.parametrize("name", RUN_CHOICES)
 def test_a_choice_of_the_run_is_free(name):
-    assert not differences(MODEL, replace(MODEL, **{name: OTHER[name]}))
+    assert not architecture_differences(MODEL, replace(MODEL, **{name: OTHER[name]}))
 
 
 def test_defaults_are_resolved_before_they_are_compared():
     written_out = ModelConfig(attention_heads=4, query_groups=4, head_size=64)
-    assert not differences(ModelConfig(), written_out)
-    assert not differences(written_out, ModelConfig())
-    heads = differences(ModelConfig(), ModelConfig(attention_heads=8))
+    assert not architecture_differences(ModelConfig(), written_out)
+    assert not architecture_differences(written_out, ModelConfig())
+    heads = architecture_differences(ModelConfig(), ModelConfig(attention_heads=8))
     assert [each.field for each in heads] == ["attention_heads"], "what follows from it is not said"
 
 
 def test_what_has_no_effect_in_the_checkpoint_is_not_compared():
     dense, mixture = ModelConfig(), ModelConfig(experts=8, experts_per_token=3)
-    assert [each.field for each in differences(dense, mixture)] == ["experts"]
-    assert {each.field for each in differences(mixture, dense)} == {"experts", "experts_per_token"}
-    assert not differences(dense, ModelConfig(rope_scaling_factor=2.0))
+    assert [each.field for each in architecture_differences(dense, mixture)] == ["experts"]
+    assert {each.field for each in architecture_differences(mixture, dense)} == {
+        "experts",
+        "experts_per_token",
+    }
+    assert not architecture_differences(dense, ModelConfig(rope_scaling_factor=2.0))

@@ -6,11 +6,11 @@ import typing
 
 import pytest
 
-from megatron_slm.config.check import check
+from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.ranges import Range, out_of_range, range_of
 from megatron_slm.config.schema import Config
-from megatron_slm.config.values import alternatives, plain
+from megatron_slm.config.values import plain, union_members
 
 
 def number_settings(cls=Config, where=()) -> list[tuple[tuple[str, ...], type, Range | None]]:
@@ -23,7 +23,7 @@ def number_settings(cls=Config, where=()) -> list[tuple[tuple[str, ...], type, R
         members = (
             [hint, *typing.get_args(plain(hint))] if typing.get_origin(hint) is list else [hint]
         )
-        for member in (part for one in members for part in alternatives(one)):
+        for member in (part for one in members for part in union_members(one)):
             if plain(member) in (int, float):
                 found.append(((*where, name), plain(member), range_of(member)))
     return found
@@ -43,7 +43,7 @@ def refusals(path: tuple[str, ...], value) -> list[str]:
         target = getattr(target, section)
     setattr(target, last, [value] if isinstance(getattr(target, last), list) else value)
     with pytest.raises(ConfigError) as caught:
-        check(config, 1)
+        check_config(config, 1)
     return caught.value.problems
 
 

@@ -71,7 +71,7 @@ def test_help_of_train_names_and_explains_every_field(capsys):
 
 def test_every_option_that_help_lists_is_taken(capsys):
     """Each with its own default for a value: none is refused as unknown."""
-    from megatron_slm.config.load import parse
+    from megatron_slm.config.load import parse_config
     from megatron_slm.train import main
 
     with pytest.raises(SystemExit):
@@ -81,7 +81,7 @@ def test_every_option_that_help_lists_is_taken(capsys):
     settings = set(listed) - own
     assert settings == {f"--{name}" for name in field_names()}
     words = [word for name in sorted(settings) for word in (name, default_text(name[2:]))]
-    assert parse(words, "test", "") == Config()
+    assert parse_config(words, "test", "") == Config()
 
 
 def default_text(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 import pytest
 
 from megatron_slm.config import load
-from megatron_slm.config.load import from_mapping, parse
+from megatron_slm.config.load import from_mapping, parse_config
 from megatron_slm.config.schema import Config
 from megatron_slm.config.values import UNREADABLE, convert, require_known
 
@@ -92,10 +92,14 @@ def test_every_annotation_of_the_schema_is_checked():
 @pytest.mark.parametrize("text", ["007", "2026-01-31", "yes"])
 def test_text_that_may_be_null_is_taken_as_it_is_too(text):
     assert (
-        parse(["--selection.reference.checkpoint", text], "t", "").selection.reference.checkpoint
+        parse_config(
+            ["--selection.reference.checkpoint", text], "t", ""
+        ).selection.reference.checkpoint
         == text
     )
     assert (
-        parse(["--selection.reference.checkpoint", "null"], "t", "").selection.reference.checkpoint
+        parse_config(
+            ["--selection.reference.checkpoint", "null"], "t", ""
+        ).selection.reference.checkpoint
         is None
     )

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_slm.analysis.run_folder import read_run
-from megatron_slm.config.load import ConfigError, load_yaml, parse, to_yaml
+from megatron_slm.config.load import ConfigError, load_yaml, parse_config, to_yaml
 from megatron_slm.config.schema import Config
 from megatron_slm.config.yaml_text import VALUES_AT_MOST, read_yaml
 
@@ -64,9 +64,9 @@ def test_every_reader_of_settings_uses_it(tmp_path):
     with pytest.raises(ConfigError, match="model.layers is given twice"):
         load_yaml(recipe)
     with pytest.raises(ConfigError, match="model.layers is given twice"):
-        parse(["--config", str(recipe)], "train", "")
+        parse_config(["--config", str(recipe)], "train", "")
     with pytest.raises(ConfigError, match="weight is given twice"):
-        parse(["--data.train", "[{corpus: x, weight: 1, weight: 2}]"], "train", "")
+        parse_config(["--data.train", "[{corpus: x, weight: 1, weight: 2}]"], "train", "")
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="config.yaml: .*model.layers is given twice"):
         read_run(tmp_path)

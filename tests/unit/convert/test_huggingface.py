@@ -15,7 +15,7 @@ from megatron_slm.checkpoint.folder import (
     read_checkpoint_info,
     resolve_checkpoint,
 )
-from megatron_slm.config.architecture import differences
+from megatron_slm.config.architecture import architecture_differences
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_slm.convert.huggingface import SafetensorsFolder, export, write_safetensors
 from megatron_slm.convert.stored_state import FullState, read_full_state
@@ -270,7 +270,7 @@ def test_our_own_export_comes_back_as_the_same_model(runs, tmp_path, variant, ca
     import_it = ["--input", str(tmp_path / "export"), "--output", str(tmp_path / "back")]
     assert import_hf.main(import_it) == 0
     before, after = read_checkpoint_info(folder / variant), read_checkpoint_info(tmp_path / "back")
-    assert not differences(before.model_config(), after.model_config())
+    assert not architecture_differences(before.model_config(), after.model_config())
     assert after.sequence_length == before.sequence_length
     assert after.tokenizer["fingerprint"] == load_tokenizer(vocabulary).fingerprint
     states = [

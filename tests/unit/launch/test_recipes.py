@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.config.check import check, tokens_per_step, train_steps
+from megatron_slm.config.check import check_config, tokens_per_step, train_steps
 from megatron_slm.config.load import load_yaml
 
 RECIPES = Path(__file__).parents[3] / "launch" / "recipes"
@@ -15,7 +15,7 @@ PROCESSES = {"quickstart": (2,), "llama3_8b_slm": (8, 128), "llama3_70b_slm": (6
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe_is_accepted(path):
     for processes in PROCESSES.get(path.stem, (8, 32)):
-        check(load_yaml(path), processes)
+        check_config(load_yaml(path), processes)
 
 
 def recipe(name: str):

@@ -22,9 +22,9 @@ if "--check_only" in sys.argv:
     sys.exit()
 here = pathlib.Path(os.environ["SCRATCH"])
 with StopSignals("stopping") as signals:
-    aside = here / f"aside_{os.environ['RANK']}"
-    aside.write_text(f"{os.getpid()} {os.getppid()}")
-    aside.rename(here / f"started_{os.environ['RANK']}")
+    temporary = here / f"temporary_{os.environ['RANK']}"
+    temporary.write_text(f"{os.getpid()} {os.getppid()}")
+    temporary.rename(here / f"started_{os.environ['RANK']}")
     while not signals.asked or os.environ.get("DEAF"):
         time.sleep(0.02)
     (here / f"saved_{os.environ['RANK']}").write_text(signals.asked)

@@ -104,7 +104,7 @@ def test_text_that_a_stage_makes_need_not_be_there(cluster):
     cluster.values["corpora"]["corpus"]["input"] = ["{folder}/text/corpus.jsonl"]
     stages = {stage.name: stage for stage in cluster.assembled().stages}
     assert "text" in stages["corpus"].after and "text" not in stages["curated"].after
-    assert stages["text"].words[-1] == f"{cluster.folder}/out/text"
+    assert stages["text"].command[-1] == f"{cluster.folder}/out/text"
 
 
 def test_spaces_that_the_batch_script_would_split_at_are_refused(cluster, capsys):
@@ -148,7 +148,7 @@ def test_every_option_of_a_corpus_reaches_its_program(cluster):
         "workers": 3,
     }
     [stage] = [each for each in cluster.assembled().stages if each.name == "curated"]
-    settings = settings_of(build_parser().parse_args(stage.words[3:]))
+    settings = settings_of(build_parser().parse_args(stage.command[3:]))
     assert (settings.form, settings.include, settings.workers) == ("jsonl", ("*.jsonl",), 3)
     assert (settings.encode.keys, settings.encode.append_eod) == (("title", "text"), False)
     assert (settings.encode.prepend_bos, settings.max_bad_fraction) == (True, 0.1)
@@ -168,7 +168,7 @@ def test_every_option_of_the_tokenizer_reaches_its_program(cluster):
         "special_tokens": ["<|a|>", "<|b|>"],
     }
     [stage] = [each for each in cluster.assembled().stages if each.name == "tokenizer"]
-    options = build_parser().parse_args(stage.words[3:])
+    options = build_parser().parse_args(stage.command[3:])
     assert (options.model_type, options.sample_bytes, options.vocab_size) == ("unigram", 7, 600)
     assert (options.text_key, options.include) == (["title", "text"], ["*.py"])
     assert options.special_token == ["<|a|>", "<|b|>"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.config.check import check
-from megatron_slm.config.load import load_yaml, parse
+from megatron_slm.config.check import check_config
+from megatron_slm.config.load import load_yaml, parse_config
 from megatron_slm.data.score_manifest import ScoreManifest
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.planning.communication import traffic
@@ -26,7 +26,7 @@ RECIPES = ROOT / "launch" / "recipes"
 
 
 def job(recipe: str, nodes: int, *overrides: str, gpu: str = "H100", **options) -> Job:
-    config = parse(["--config", str(RECIPES / f"{recipe}.yaml"), *overrides], "test", "")
+    config = parse_config(["--config", str(RECIPES / f"{recipe}.yaml"), *overrides], "test", "")
     return Job(config, config.model.vocabulary_size, find_gpu(gpu), nodes, **options)
 
 
@@ -238,11 +238,11 @@ def test_proposals_are_accepted_by_train_and_fit(recipe, nodes, gpu):
     proposals = propose(planned, 6)
     assert proposals
     for each in proposals:
-        config = parse(
+        config = parse_config(
             ["--config", str(RECIPES / f"{recipe}.yaml"), *each.overrides.split()], "test", ""
         )
         assert config == each.job.config
-        check(config, planned.ranks)
+        check_config(config, planned.ranks)
         assert each.memory.total <= usable_bytes(planned)
     speeds = [each.duration.tokens_per_second for each in proposals]
     assert all(later <= sooner * 1.006 for sooner, later in pairwise(speeds))

@@ -109,7 +109,9 @@ def validation(runs: Sequence[Run], corpus: str) -> str:
 
 def unfinished(runs: Sequence[Run]) -> str:
     """Which runs did not come to their end, and how they ended; empty when all did."""
-    sentences = [f"{run.name}: {run.state.words}" for run in runs if not run.state.is_finished]
+    sentences = [
+        f"{run.name}: {run.state.description}" for run in runs if not run.state.is_finished
+    ]
     return f"Not finished: {'; '.join(sentences)}." if sentences else ""
 
 

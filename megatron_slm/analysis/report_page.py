@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.analysis import figures, readings, selection_figures, token_viewer
+from megatron_slm.analysis import captions, figures, selection_figures, token_viewer
 from megatron_slm.analysis.page import page, picture, table
 from megatron_slm.analysis.run_folder import Run
 from megatron_slm.analysis.summary import summary
@@ -22,7 +22,7 @@ def write_report(
     corpus: str | None = None,
     title: str = "Selective Language Modeling: report",
 ) -> Path:
-    """Write the report of `runs` to `output` (aside, then renamed).
+    """Write the report of `runs` to `output` (under a temporary name, then renamed).
 
     corpus: validation corpus the runs are compared on; None = the first one all runs share.
     ValueError when no run has it.
@@ -30,12 +30,12 @@ def write_report(
     corpus = choose_corpus(runs, corpus)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    temporary = output.with_name(output.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(build_report(runs, corpus, title))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, output)
+    os.replace(temporary, output)
     return output
 
 
@@ -59,13 +59,13 @@ def build_report(runs: Sequence[Run], corpus: str | None, title: str) -> str:
         [
             ("Summary", summary(runs, corpus)),
             ("Validation loss", _validation(runs, corpus)),
-            ("Training loss", picture(figures.training_loss(runs), readings.training(runs))),
+            ("Training loss", picture(figures.training_loss(runs), captions.training(runs))),
             ("What was selected", _selection(runs)),
             ("Selected tokens in their text", _text(runs)),
             (
                 "Optimization and speed",
-                picture(figures.learning_rate_and_grad_norm(runs), readings.optimization(runs))
-                + picture(figures.throughput(runs), readings.throughput(runs)),
+                picture(figures.learning_rate_and_grad_norm(runs), captions.optimization(runs))
+                + picture(figures.throughput(runs), captions.throughput(runs)),
             ),
             ("Warnings", _warnings(runs)),
             ("How the runs differ", _differences(runs)),
@@ -79,21 +79,21 @@ def _validation(runs: Sequence[Run], corpus: str | None) -> str:
     names.sort(key=lambda name: name != corpus)
     return "".join(
         (f"<h3>{escape(name)}</h3>" if len(names) > 1 else "")
-        + picture(figures.validation_loss(runs, name), readings.validation(runs, name))
+        + picture(figures.validation_loss(runs, name), captions.validation(runs, name))
         for name in names
     )
 
 
 def _selection(runs: Sequence[Run]) -> str:
     return (
-        picture(figures.threshold_and_kept_fraction(runs), readings.threshold(runs))
+        picture(figures.threshold_and_kept_fraction(runs), captions.threshold(runs))
         + picture(
             selection_figures.rate_over_time(runs),
             "Share of tokens selected over training, by how hard the reference finds them "
             "(0 = the easiest percent of tokens, 100 = the hardest).",
         )
-        + picture(selection_figures.final_rate(runs), readings.by_reference_loss(runs))
-        + picture(selection_figures.rate_by_position(runs), readings.by_position(runs))
+        + picture(selection_figures.final_rate(runs), captions.by_reference_loss(runs))
+        + picture(selection_figures.rate_by_position(runs), captions.by_position(runs))
         + picture(
             selection_figures.rate_by_corpus(runs),
             "Share of tokens selected in each training corpus, as last recorded; a run has bars for its own corpora only.",
@@ -141,9 +141,9 @@ def _ending(run: Run) -> list[str]:
         return []
     told = any(run.state.reason in text for text in run.warnings)
     return [
-        run.state.words
+        run.state.description
         if told or not run.state.reason
-        else f"{run.state.words}: {run.state.reason}"
+        else f"{run.state.description}: {run.state.reason}"
     ]
 
 
