@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -38,7 +37,7 @@ class Problem:
         dtype: str,
         keep_fraction: float,
         device: torch.device,
-    ) -> Self:
+    ) -> "Problem":
         generator = torch.Generator(device).manual_seed(0)
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         hidden_NH = (

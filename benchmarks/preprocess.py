@@ -28,6 +28,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_slm.files.hashing import file_sha256
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Importing Megatron-LM's trainer needs Triton for a kernel that preprocessing never calls; without Triton a stand-in is put there.
@@ -259,13 +261,9 @@ def report(
 
 def same_files(first: Path, second: Path) -> bool:
     return all(
-        _digest(f"{first}{suffix}") == _digest(f"{second}{suffix}") for suffix in (".bin", ".idx")
+        file_sha256(f"{first}{suffix}") == file_sha256(f"{second}{suffix}")
+        for suffix in (".bin", ".idx")
     )
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def corpus_text_bytes(path: str) -> int:
@@ -356,7 +354,7 @@ def write(tokens: int, rounds: int, document_tokens: int = 500, batch_documents:
                 way(Path(folder))
                 seconds[name].append(time.process_time() - began)
                 found = {
-                    suffix: _digest(f"{folder}/{'ours' if way is ours else 'megatron'}{suffix}")
+                    suffix: file_sha256(f"{folder}/{'ours' if way is ours else 'megatron'}{suffix}")
                     for suffix in (".bin", ".idx")
                 }
             if way is builder:

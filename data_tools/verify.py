@@ -37,8 +37,8 @@ from megatron_slm.data.manifest import (
     CorpusManifest,
     check_corpus,
     manifest_path,
-    sha256_of_file,
 )
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 
 _PIECE_TOKENS = 8 << 20
@@ -205,8 +205,8 @@ def manifest_for_foreign(prefix: str, tokenizer: Tokenizer) -> CorpusManifest:
         token_dtype=index.dtype.name,
         bin_bytes=index.bin_bytes,
         idx_bytes=Path(f"{prefix}.idx").stat().st_size,
-        bin_sha256=sha256_of_file(f"{prefix}.bin"),
-        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        bin_sha256=file_sha256(f"{prefix}.bin"),
+        idx_sha256=file_sha256(f"{prefix}.idx"),
         tokenizer=tokenizer.entry,
         append_eod=findings.documents_not_closed == 0 and index.documents > 0,
         prepend_bos=findings.documents_not_begun == 0 and index.documents > 0,

@@ -7,11 +7,11 @@ from pathlib import Path
 from megatron_slm.checkpoint.folder import (
     CheckpointInfo,
     damaged_files,
-    file_sha256,
     read_checkpoint_info,
     resolve_checkpoint,
 )
 from megatron_slm.config.arguments import Program
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_slm.checkpoint import folder as folders
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.export_note import read_export_note
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.made_from import refuse_other_origin
 from megatron_slm.tokenization import load_tokenizer
 
@@ -150,7 +151,7 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
         writing,
         DTYPES[dtype],
     )
-    checksums = {path.name: folders.file_sha256(path) for path in writing.iterdir()}
+    checksums = {path.name: file_sha256(path) for path in writing.iterdir()}
     return folders.complete(
         checkpoints, 0, info, {"layout": {}, "adam_steps": 0, "weights_only": True}, checksums
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Count, Size
-from megatron_slm.data.manifest import CorpusManifest, check_corpus, sha256_of_file
+from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.scoring.options import column_names, parse_share, resume_command
 from megatron_slm.scoring.summary import finish, means, pending_shards
 from megatron_slm.training.stop_signals import StopSignals
@@ -213,7 +214,7 @@ def _manifest(
     if options.huggingface:
         fingerprint = huggingface_fingerprint(options.huggingface)
     else:
-        fingerprint = ",".join("sha256:" + sha256_of_file(path) for path in files)
+        fingerprint = ",".join("sha256:" + file_sha256(path) for path in files)
     return ScoreManifest(
         corpus_fingerprint=corpus.fingerprint,
         corpus_tokens=corpus.tokens,

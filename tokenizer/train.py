@@ -26,8 +26,8 @@ from data_tools.inputs import find_files, plan_fingerprint
 from data_tools.reading import read_documents, total_input_bytes
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
-from megatron_slm.data.manifest import sha256_of_file
 from megatron_slm.files.atomic import sync_folder, write_json_atomically
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.made_from import refuse_other_origin
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
@@ -351,7 +351,7 @@ def manifest_of(
             "rejected": dict(sample.rejects),
         },
         "options": sample.made_from,
-        "vocab_sha256": sha256_of_file(f"{arguments.output_prefix}.vocab"),
+        "vocab_sha256": file_sha256(f"{arguments.output_prefix}.vocab"),
         "round_trip_failures": failures,
         "created_by": {
             "program": "tokenizer.train",

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.plain import (
     LeadsOutside,
     is_plain_name,
@@ -198,12 +199,6 @@ def _fingerprint(checksums: dict[str, str]) -> str:
         f"{name}:{digest}" for name, digest in checksums.items() if name.endswith(".distcp")
     )
     return "sha256:" + hashlib.sha256("\n".join(weights).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:

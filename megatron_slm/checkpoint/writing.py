@@ -24,7 +24,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_slm.checkpoint.folder import file_sha256, sync_path
+from megatron_slm.checkpoint.folder import sync_path
+from megatron_slm.files.hashing import file_sha256
 
 _FORK = multiprocessing.get_context(
     "fork"

@@ -198,11 +198,6 @@ def _check_size(path: Path, expected_bytes: int) -> None:
         )
 
 
-def sha256_of_file(path: str | Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _no_manifest(prefix: str | Path) -> str:
     if not Path(f"{prefix}.bin").exists():
         return (

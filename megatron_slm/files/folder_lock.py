@@ -64,7 +64,7 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         pid = os.getpid()
         return cls(socket.gethostname(), pid, now, _this_machine(), process_began(pid))
 

@@ -4,7 +4,6 @@ Legend: T tensor ranks, N tokens, M = N / T rows of one sequence-parallel shard,
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ class VocabularyShard:
     @classmethod
     def of(
         cls, local_columns: int, group: dist.ProcessGroup | None, vocabulary_size: int | None
-    ) -> Self:
+    ) -> "VocabularyShard":
         """ValueError when the true vocabulary is larger than the (equal) shards of all ranks together."""
         ranks = group.size() if group is not None else 1
         rank = group.rank() if group is not None else 0
@@ -102,7 +101,7 @@ class KeptRowLayout:
     """At least 1: a collective runs even when no rank kept anything."""
 
     @classmethod
-    def of(cls, index_K: Tensor, rows_per_rank: int, shard: VocabularyShard) -> Self:
+    def of(cls, index_K: Tensor, rows_per_rank: int, shard: VocabularyShard) -> "KeptRows":
         owner_K = index_K.div(rows_per_rank, rounding_mode="floor")
         counts = torch.bincount(owner_K, minlength=shard.ranks).tolist()
         longest = max(1, *counts)

@@ -166,7 +166,7 @@ class Cluster:
             raise SlurmError(f"sbatch cannot be started: {error.strerror}") from None
 
     def _note(self, stage: Stage, job: str, line: str) -> None:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         note = {"stage": stage.name, "job": job, "submitted_at": now, "line": line}
         with open(self._pipeline.folder / "pipeline" / "jobs.jsonl", "a") as file:
             file.write(json.dumps(note) + "\n")

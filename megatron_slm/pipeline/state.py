@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_slm.config.load import to_yaml
 from megatron_slm.files.atomic import write_text_atomically
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.pipeline.checks import Assembled
 from megatron_slm.pipeline.outputs import Files, Standing
 from megatron_slm.pipeline.stages import Stage
@@ -141,11 +142,7 @@ def _contents(reads: tuple[str, ...]) -> list[str]:
             f"{path} {size} {path.stat().st_mtime_ns}"
             for path, size in zip(files, sizes, strict=True)
         ]
-    lines = []
-    for path in files:
-        with open(path, "rb") as stream:
-            lines.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return lines
+    return [file_sha256(path) for path in files]
 
 
 def _files(word: str) -> list[Path]:

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from megatron_slm.data.manifest import sha256_of_file
+from megatron_slm.files.hashing import file_sha256
 
 
 def huggingface_fingerprint(folder: str | Path) -> str:
@@ -21,6 +21,6 @@ def huggingface_fingerprint(folder: str | Path) -> str:
     return (
         "sha256:"
         + hashlib.sha256(
-            "\n".join(f"{path.name} {sha256_of_file(path)}" for path in files).encode()
+            "\n".join(f"{path.name} {file_sha256(path)}" for path in files).encode()
         ).hexdigest()
     )

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.data.indexed import read_index, write_index
-from megatron_slm.data.manifest import CorpusManifest, sha256_of_file
+from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_manifest import ScoreManifest
 from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.files.hashing import file_sha256
 
 TOKENIZER_FINGERPRINT = "sha256:" + "7" * 64
 
@@ -43,8 +44,8 @@ def write_corpus(
         token_dtype=dtype.name,
         bin_bytes=index.bin_bytes,
         idx_bytes=Path(f"{prefix}.idx").stat().st_size,
-        bin_sha256=sha256_of_file(f"{prefix}.bin"),
-        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        bin_sha256=file_sha256(f"{prefix}.bin"),
+        idx_sha256=file_sha256(f"{prefix}.idx"),
         tokenizer={
             "path": "none",
             "kind": "none",

@@ -175,7 +175,7 @@ def test_every_program_knows_its_version(program, answers):
 def test_a_fault_of_the_input_is_said_before_anything_heavy_is_loaded(
     program, argv, expected_code, sentence, answers
 ):
-    code, said, heavy = answers[program, *argv]
+    code, said, heavy = answers[(program, *argv)]
     assert code == expected_code, said
     assert sentence in said
     assert heavy == []

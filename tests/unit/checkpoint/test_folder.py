@@ -17,6 +17,7 @@ from megatron_slm.checkpoint.folder import (
     step_of,
     writing_folder,
 )
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.plain import LeadsOutside
 
 WEIGHTS = b"weights" * 1000
@@ -39,7 +40,7 @@ def write(checkpoints, step: int, weights: bytes = WEIGHTS):
     writing.mkdir(parents=True)
     (writing / "__0_0.distcp").write_bytes(weights)
     (writing / "common.pt").write_bytes(b"common")
-    return {name: folders.file_sha256(writing / name) for name in ("__0_0.distcp", "common.pt")}
+    return {name: file_sha256(writing / name) for name in ("__0_0.distcp", "common.pt")}
 
 
 def save(checkpoints, step: int, weights: bytes = WEIGHTS):

@@ -15,10 +15,10 @@ from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import (
     CorpusManifest,
     check_corpus,
-    sha256_of_file,
     tokenizer_of,
 )
 from megatron_slm.files.atomic import write_json_atomically
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, write_corpus
 
 
@@ -48,8 +48,8 @@ def prefix(tmp_path) -> Path:
         token_dtype="uint16",
         bin_bytes=16,
         idx_bytes=34 + 36 + 32,
-        bin_sha256=sha256_of_file(f"{prefix}.bin"),
-        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        bin_sha256=file_sha256(f"{prefix}.bin"),
+        idx_sha256=file_sha256(f"{prefix}.idx"),
         tokenizer={
             "path": "v.model",
             "kind": "sentencepiece",

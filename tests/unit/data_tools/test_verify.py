@@ -12,7 +12,8 @@ import pytest
 from data_tools.preprocess import main as preprocess
 from data_tools.verify import main
 from megatron_slm.data.indexed import write_index
-from megatron_slm.data.manifest import CorpusManifest, sha256_of_file
+from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.tokenization import load_tokenizer
 
 
@@ -40,8 +41,8 @@ def resign(prefix, **changes):
     """Make the manifest agree with damaged files, as a careless tool would."""
     manifest = json.loads(Path(f"{prefix}.manifest.json").read_text())
     manifest.update(
-        bin_sha256=sha256_of_file(f"{prefix}.bin"),
-        idx_sha256=sha256_of_file(f"{prefix}.idx"),
+        bin_sha256=file_sha256(f"{prefix}.bin"),
+        idx_sha256=file_sha256(f"{prefix}.idx"),
         **changes,
     )
     Path(f"{prefix}.manifest.json").write_text(json.dumps(manifest))
