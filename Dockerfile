@@ -129,7 +129,7 @@ COPY . /opt/megatron-slm
 # The image's Python is 3.12; the pins are tested on 3.11 and megatron-core 0.16.1 ships wheels for both.
 RUN pip install --no-deps --ignore-requires-python --editable /opt/megatron-slm \
     && python /opt/slm/image_packages.py check /opt/slm \
-    && cd / && python -c "import megatron.core, megatron_slm; from megatron_slm.device import apex_state; assert apex_state() == 'nvidia', apex_state()" \
+    && cd / && python -c "import megatron.core, megatron_slm; from megatron_slm.accelerations import apex_state; assert apex_state() == 'nvidia', apex_state()" \
     && slm-train --help > /dev/null
 
 # tokenizer/ and data_tools/ are run from the checkout, not installed.

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.measure import seconds_per_call
-from megatron_slm import device as device_room
-from megatron_slm import parallel
 from megatron_slm.config.schema import Config, ParallelConfig
+from megatron_slm.device import choose_device
+from megatron_slm.parallel import join_job, leave_job
 
 BYTES = 256
 EXACT, LAST_LAYER, APPROXIMATE = (
@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    groups = parallel.start(ParallelConfig(), device_room.choose("cpu"), seed=1)
+    groups = join_job(ParallelConfig(), choose_device("cpu"), seed=1)
     try:
         rows = times(options, groups) if options.what == "time" else quality(options, groups)
         for row in rows:
             print(json.dumps(row), flush=True)
     finally:
-        parallel.stop()
+        leave_job()
     return 0
 
 

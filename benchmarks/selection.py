@@ -332,15 +332,14 @@ def diagnostics_in_training(rounds: int, log_interval_steps: int = 10) -> list[d
 def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, float]:
     """Median CPU seconds of a step, and per step of each part of the diagnostics."""
     torch.set_num_threads(1)
-    from megatron_slm import device, parallel
     from megatron_slm.config.load import load_yaml
+    from megatron_slm.device import choose_device
+    from megatron_slm.parallel import join_job, leave_job
 
-    config = load_yaml(
-        Path(__file__).resolve().parents[1] / "launch" / "recipes" / "quickstart.yaml"
-    )
+    config = load_yaml(Path(__file__).resolve().parents[1] / "launch/recipes/quickstart.yaml")
     config.parallel.distributed_optimizer = False
     config.selection.scorer, config.selection.reference.scores = "excess_loss", ["synthetic"]
-    groups = parallel.start(config.parallel, device.choose("cpu"), 0)
+    groups = join_job(config.parallel, choose_device("cpu"), 0)
     from megatron_slm.data.batch import Batch
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
@@ -394,7 +393,7 @@ def _train_quickstart_model(steps: int, log_interval_steps: int) -> dict[str, fl
         add(step(trainer, batches, TrainingProgress(number, 0), 1e-4).measured)
         if (number + 1) % log_interval_steps == 0:
             reduce()
-    parallel.stop()
+    leave_job()
     medians = {name: statistics.median(values) for name, values in taken.items()}
     medians["describe"] *= len(batches)
     medians["reduce, per log line"] /= log_interval_steps

@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.measure import peak_extra_bytes, seconds_per_call
 from benchmarks.step_sides import Bench, Shape, differences
-from megatron_slm import device as device_room
-from megatron_slm import parallel
 from megatron_slm.config.schema import ParallelConfig
+from megatron_slm.device import choose_device
 from megatron_slm.monitoring import model_flops_per_token, peak_flops_per_second
+from megatron_slm.parallel import join_job, leave_job
 
 GATE_SLACK = 1.03
 SMALL = Shape(
@@ -100,8 +100,8 @@ CASES = {
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     torch.set_num_threads(options.threads)
-    device = device_room.choose(options.device)
-    groups = parallel.start(ParallelConfig(), device, seed=1)
+    device = choose_device(options.device)
+    groups = join_job(ParallelConfig(), device, seed=1)
     missed = 0
     try:
         if device.kind == "cuda":
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                 missed += row["missed"]
                 print(json.dumps(row), flush=True)
     finally:
-        parallel.stop()
+        leave_job()
     return 1 if missed else 0
 
 

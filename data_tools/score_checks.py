@@ -87,11 +87,11 @@ def _rescore_with_transformers(
 def _rescore_with_checkpoint(
     store: ScoreStore, prefix: str, reference: str, count: int
 ) -> dict[str, float]:
-    from megatron_slm import device as device_room
+    from megatron_slm.device import choose_device
 
-    device = device_room.choose("auto")  # before anything imports megatron.core
-    from megatron_slm import parallel
+    device = choose_device("auto")  # before anything imports megatron.core
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
+    from megatron_slm.parallel import join_job, leave_job
     from megatron_slm.scoring.corpus import TokenStream, rescore
     from megatron_slm.scoring.model import megatron_scorer
     from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
@@ -105,7 +105,7 @@ def _rescore_with_checkpoint(
         ParallelConfig(),
         DeviceConfig(precision=opened.info.precision),
     )
-    groups = parallel.start(config.parallel, device, config.run.seed)
+    groups = join_job(config.parallel, device, config.run.seed)
     try:
         scorer = megatron_scorer(
             load_reference(opened, config, groups),
@@ -117,7 +117,7 @@ def _rescore_with_checkpoint(
         )
         return rescore(scorer, store, count)
     finally:
-        parallel.stop()
+        leave_job()
 
 
 def _same_reference(store: ScoreStore, fingerprint: str, reference: str) -> None:

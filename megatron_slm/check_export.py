@@ -66,20 +66,20 @@ def compare_logits(options) -> tuple[float, str]:
     read_json(Path(options.export, "config.json"))
 
     # The rest loads torch, so it waits until everything has been found.
-    from megatron_slm import device as device_room
+    from megatron_slm.device import choose_device
 
     # fp32 on the CPU: what is compared is the conversion, not the kernels
-    device = device_room.choose("cpu")
+    device = choose_device("cpu")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_slm import parallel
     from megatron_slm.data.scored_dataset import validation_dataset
+    from megatron_slm.parallel import join_job, leave_job
 
     config = reference_config(
         reference, reference.info.sequence_length, ParallelConfig(), DeviceConfig(kind="cpu")
     )
-    groups = parallel.start(ParallelConfig(), device, seed=0, rank=0, world_size=1)
+    groups = join_job(ParallelConfig(), device, seed=0, rank=0, world_size=1)
     try:
         model = load_reference(reference, config, groups)[0].float()
         dataset = validation_dataset(corpus, sequence_length=reference.info.sequence_length)
@@ -107,7 +107,7 @@ def compare_logits(options) -> tuple[float, str]:
             )
         return difference, tokenizer.decode(continued[0, 32:])
     finally:
-        parallel.stop()
+        leave_job()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Groups:
     """
 
 
-def start(
+def join_job(
     parallel: ParallelConfig,
     device: Device,
     seed: int,
@@ -115,7 +115,7 @@ def seed_everything(seed: int, groups: Groups) -> None:
     model_parallel_cuda_manual_seed(stage_seed)
 
 
-def stop() -> None:
+def leave_job() -> None:
     """Leave the job: destroy megatron-core's groups and torch.distributed's."""
     from megatron.core import parallel_state
 

@@ -23,12 +23,12 @@ STOPPED = 85
 
 
 def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
-    from megatron_slm import parallel
+    from megatron_slm.parallel import join_job, leave_job
     from megatron_slm.scoring.corpus import TokenStream, score_corpus
     from megatron_slm.scoring.model import megatron_scorer
     from megatron_slm.scoring.reference import load_reference
 
-    groups = parallel.start(
+    groups = join_job(
         job.config.parallel,
         device,
         job.config.run.seed,
@@ -54,7 +54,7 @@ def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
             show_progress=groups.is_logger,
         )
     finally:
-        parallel.stop()
+        leave_job()
     if rank == 0:
         # Reads every byte once more, so outside the process groups and their time limit.
         state = finish(store)
@@ -103,9 +103,9 @@ def score(argv: list[str] | None) -> int:
             return 0
         if not pending_shards(store, job.share):
             return done_before(job, store, rank)
-        from megatron_slm import device as device_room
+        from megatron_slm.device import choose_device, set_threads
 
-        device = device_room.choose(job.config.device.kind)  # before anything imports megatron.core
+        device = choose_device(job.config.device.kind)  # before anything imports megatron.core
     except ConfigError as error:
         if rank == 0:
             print(f"score: {error}", file=sys.stderr)
@@ -114,7 +114,7 @@ def score(argv: list[str] | None) -> int:
         if rank == 0:
             print(f"score: {error}", file=sys.stderr)
         return 3
-    device_room.set_threads(job.config.device.threads_per_process)
+    set_threads(job.config.device.threads_per_process)
     try:
         return run(job, store, device, rank)
     except ValueError as error:

@@ -29,7 +29,7 @@ from megatron_slm.pipeline.code import code_of_the_file_alone
 from megatron_slm.pipeline.description import Pipeline
 from megatron_slm.pipeline.local import LocalRun
 from megatron_slm.pipeline.state import State
-from megatron_slm.training.setup import DataError
+from megatron_slm.training.setup import RunInputError
 
 OWN_OPTIONS = {
     "--dry-run": "Check everything, print what would be submitted (or run, with --local), and stop.",
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return _do(pipeline, asked)
     except (ConfigError, FolderInUse) as error:
         print(f"slm-submit: {error}", file=sys.stderr)
-        return 3 if isinstance(error, DataError) else 2
+        return 3 if isinstance(error, RunInputError) else 2
     except OSError as error:
         print(f"slm-submit: {error}", file=sys.stderr)
         return 4

@@ -49,43 +49,45 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
         run_inputs = setup.open_run_inputs(config, world_size) if rank == 0 else None
         found = []
         if run_inputs is not None:
-            found = preflight_files.look(config, run_inputs, world_size, thorough=only_look)
+            found = preflight_files.check_files(config, run_inputs, world_size, thorough=only_look)
         if check_only or not only_look:
-            preflight.refuse(found)
+            preflight.raise_if_fatal(found)
         if check_only:
             print(config.run.folder)
             return 0
-        from megatron_slm import device as device_room
+        from megatron_slm.device import choose_device, set_threads
 
-        device = device_room.choose(config.device.kind)  # before anything imports megatron.core
-        from megatron_slm import parallel
+        device = choose_device(config.device.kind)  # before anything imports megatron.core
+        from megatron_slm.parallel import join_job, leave_job
         from megatron_slm.training import ending, loop, preflight_job
     except ValueError as error:
         if rank == 0:
             print(f"slm-train: {error}", file=sys.stderr)
-        if isinstance(error, preflight.Unfit):
+        if isinstance(error, preflight.PreflightFailed):
             return error.exit_code
-        return 3 if isinstance(error, setup.DataError) else 2
-    device_room.set_threads(config.device.threads_per_process)
-    groups = parallel.start(
+        return 3 if isinstance(error, setup.RunInputError) else 2
+    set_threads(config.device.threads_per_process)
+    groups = join_job(
         config.parallel, device, config.run.seed, timeout_minutes=config.device.timeout_minutes
     )
 
     def look() -> list[preflight.Finding]:
-        return preflight_job.look(config, groups, run_inputs, found, thorough=only_look)
+        return preflight_job.check_job(config, groups, run_inputs, found, thorough=only_look)
 
     def make_run() -> loop.TrainingRun:
         findings = look()
-        preflight.refuse(findings)
+        preflight.raise_if_fatal(findings)
         opened = run_inputs or setup.open_run_inputs(config, world_size)
-        return loop.TrainingRun(config, groups, opened, signals, preflight.warnings_of(findings))
+        return loop.TrainingRun(
+            config, groups, opened, signals, preflight.warning_messages(findings)
+        )
 
     try:
         if only_look:
             return preflight_page.report(look(), rank)
         return ending.train_to_an_end(config, groups, make_run)
     finally:
-        parallel.stop()
+        leave_job()
 
 
 def _keep_others_out(run_folder: str, held: contextlib.ExitStack) -> None:

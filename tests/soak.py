@@ -327,9 +327,9 @@ def other_weights(ours: Path, alone: Path) -> list[str]:
     """Whether the weights of two checkpoints differ in any bit."""
     import torch
 
-    from megatron_slm import device
+    from megatron_slm.device import choose_device
 
-    device.choose("cpu")  # before megatron-core is imported
+    choose_device("cpu")  # before megatron-core is imported
     from megatron_slm.convert.stored_state import read_full_state
 
     left, right = read_full_state(ours), read_full_state(alone)

@@ -34,7 +34,9 @@ ROOMS = (
     "selection",
     "planning",
     "ops",
+    "cpu_standins",
     "device",
+    "accelerations",
     "parallel",
     "monitoring",
     "tokenization",
@@ -59,7 +61,7 @@ PROGRAMS = (
     "plan",
     "submit",
 )
-MAY_IMPORT_MEGATRON = {"device", "parallel", "data", "model", "checkpoint", "testing"}
+MAY_IMPORT_MEGATRON = {"cpu_standins", "parallel", "data", "model", "checkpoint", "testing"}
 WITHOUT_TORCH = (
     "files/",
     "config/",

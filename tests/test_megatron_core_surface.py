@@ -395,7 +395,7 @@ CALLBACKS = [
     ("tensor_parallel.random:CudaRNGStatesTracker.fork", "_get_cuda_rng_state", None, False),
     ("tensor_parallel.random:CudaRNGStatesTracker.fork", "_set_cuda_rng_state", None, False),
 ]
-# What device.use_cpu() puts in their place; written as lambdas there.
+# What cpu_standins.use_cpu() puts in their place; written as lambdas there.
 RANDOM_STAND_INS = {
     "_get_cuda_rng_state": lambda device="cuda", clone=False, graph_safe=False: None,
     "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: None,
@@ -451,7 +451,8 @@ def test_random_state_stand_ins_have_the_signature_they_replace(name):
         (p.kind, p.default) for p in ours.parameters.values()
     ]
     written = re.search(
-        rf"megatron_random\.{name} = \(?\s*(lambda [^:]+):", (PACKAGE / "device.py").read_text()
+        rf"megatron_random\.{name} = \(?\s*(lambda [^:]+):",
+        (PACKAGE / "cpu_standins.py").read_text(),
     )[1]
     assert written == "lambda " + ", ".join(
         f"{p.name}" + (f"={p.default!r}".replace("'", '"') if p.default is not p.empty else "")
@@ -624,7 +625,7 @@ def test_the_schedule_scales_auxiliary_losses_by_the_loss_scale_alone():
 
 
 def test_the_token_dispatcher_takes_our_stand_ins():
-    """device.use_cpu(): split sizes become numpy by one function that the dispatcher knows by name, and streams are made in its constructor."""
+    """cpu_standins.use_cpu(): split sizes become numpy by one function that the dispatcher knows by name, and streams are made in its constructor."""
     dispatcher = core("transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher")
     for node in calls_in(dispatcher._maybe_dtoh_and_synchronize, "maybe_move_tensor_to_cpu"):
         assert not accepts(

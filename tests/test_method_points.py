@@ -236,15 +236,15 @@ def test_the_guide_explains_every_point_in_the_same_sentence_and_names_its_tests
 
 def started_reporter(monkeypatch, config, corpora, **sizes):
     """What a run says before its first step: the sentences that reach the sinks."""
-    from megatron_slm.training import report
+    from megatron_slm.training import reporter
 
     said = []
-    monkeypatch.setattr(report.Reporter, "_show_start_table", lambda *_: None)
-    monkeypatch.setattr(report.Reporter, "message", lambda self, text, level: said.append(text))
+    monkeypatch.setattr(reporter.Reporter, "_show_start_table", lambda *_: None)
+    monkeypatch.setattr(reporter.Reporter, "message", lambda self, text, level: said.append(text))
     groups = SimpleNamespace(
         is_logger=True, device=torch.device("cpu"), dp_size=sizes.get("dp_size", 1)
     )
-    report.Reporter(
+    reporter.Reporter(
         config, groups, SimpleNamespace(corpora=corpora), resume_step=None, wandb_id=""
     ).close("done", 0)
     return " ".join(said)

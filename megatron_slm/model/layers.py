@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import (
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_slm.device import apex_rms_norm
+from megatron_slm.accelerations import apex_rms_norm
 from megatron_slm.model.router import Router
 
 

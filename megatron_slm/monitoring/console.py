@@ -116,7 +116,7 @@ def lines_of_table(rows: Mapping[str, Any]) -> list[str]:
     return [f"  {name:<{width}}  {value}" for name, value in rows.items()]
 
 
-def losses_in_words(record: Mapping[str, Any]) -> str:
+def describe_losses(record: Mapping[str, Any]) -> str:
     """The losses of a training record: loss 3.4120 (all 3.702, reference 3.105); empty when it has
     none.
     """

@@ -14,7 +14,7 @@ from megatron_slm.pipeline.description import Pipeline
 from megatron_slm.pipeline.models import closing_stages, configs_of, score_stages, train_stages
 from megatron_slm.pipeline.names import Names
 from megatron_slm.pipeline.stages import Stage, data_stages, in_order
-from megatron_slm.training.setup import DataError
+from megatron_slm.training.setup import RunInputError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TAKEN = ("pipeline", "text", "tokenizer", "report")
@@ -55,7 +55,7 @@ class Assembled:
 def assemble(description: Pipeline, local: bool) -> Assembled:
     """The stages of a description.
 
-    ConfigError lists every bad setting and everything that is missing; DataError is raised where
+    ConfigError lists every bad setting and everything that is missing; RunInputError is raised where
     the settings are sound and only files are missing or unfit.
     """
     given = dataclasses.replace(description, folder=str(Path(description.folder).absolute()))
@@ -82,7 +82,7 @@ def assemble(description: Pipeline, local: bool) -> Assembled:
     if problems:
         raise ConfigError(problems + list(dict.fromkeys(missing)))
     if missing:
-        raise DataError(list(dict.fromkeys(missing)))
+        raise RunInputError(list(dict.fromkeys(missing)))
     written = {name: to_yaml(config) for name, config in configs.items()}
     written |= {stage.name: to_yaml(options) for stage, options in scorings}
     return Assembled(given, stages, written)

@@ -2,10 +2,10 @@
 
 import torch
 
-from megatron_slm import device
+from megatron_slm.device import choose_device
 
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
-device.choose("cpu")
+choose_device("cpu")
 
 import megatron_slm.checkpoint.store  # noqa: E402
 import megatron_slm.model.build  # noqa: E402

@@ -79,8 +79,8 @@ def _worker(
     function: Callable,
     args: tuple,
 ) -> None:
-    from megatron_slm import device
-    from megatron_slm import parallel as parallel_room
+    from megatron_slm.device import choose_device
+    from megatron_slm.parallel import join_job, leave_job
 
     torch.set_num_threads(1)
     for number, (name, layout) in enumerate(layouts.items()):
@@ -97,9 +97,9 @@ def _worker(
         )
         _wait_for_members(Path(folder), number, rank, worlds[name])
         store = torch.distributed.FileStore(str(Path(folder, f"store_{number}")), worlds[name])
-        groups = parallel_room.start(
+        groups = join_job(
             parallel,
-            device.choose("cpu"),
+            choose_device("cpu"),
             seed,
             timeout_minutes=5,
             store=store,
@@ -112,7 +112,7 @@ def _worker(
             traceback.print_exc()
             raise
         finally:
-            parallel_room.stop()
+            leave_job()
 
 
 def _wait_for_members(folder: Path, number: int, rank: int, world: int) -> None:

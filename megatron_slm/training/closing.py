@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.checkpoint.folder import complete_checkpoints
-from megatron_slm.monitoring.console import describe_validation, format_duration, losses_in_words
+from megatron_slm.monitoring.console import describe_losses, describe_validation, format_duration
 
 
 def closing_lines(
@@ -33,7 +33,7 @@ def _outcome(last: Mapping[str, Mapping[str, Any]], seconds: float, resume_step:
         tokens += f" ({selected:,} of them trained on)"
     since = f" (since it was resumed after step {resume_step})" if resume_step else ""
     parts = [f"done: step {training['step']}", tokens, f"time {format_duration(seconds)}{since}"]
-    if losses := losses_in_words(training):
+    if losses := describe_losses(training):
         parts.append(f"{losses} at the last log line")
     if validation is not None:
         parts.append(describe_validation(validation))

@@ -17,7 +17,7 @@ from megatron_slm.monitoring.sinks import append_warning
 from megatron_slm.parallel import Groups
 from megatron_slm.training import resume
 from megatron_slm.training.data_fault import DataFault
-from megatron_slm.training.preflight import Unfit
+from megatron_slm.training.preflight import PreflightFailed
 
 EXIT_BAD_DATA = 3
 EXIT_TRAINING_FAILED = 4
@@ -77,7 +77,7 @@ def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
 def _exit_code_of(error: BaseException) -> int:
     if isinstance(error, TrainingFailed):
         return EXIT_TRAINING_FAILED
-    if isinstance(error, Unfit):
+    if isinstance(error, PreflightFailed):
         return error.exit_code
     if isinstance(error, ValueError):
         return EXIT_BAD_DATA
@@ -94,7 +94,7 @@ def _tell_of_failure(error: BaseException, exit_code: int, config: Config, group
     sinks then tells the reason that the first one left in status.json. (It may be ended before it
     can: then status.json and warnings.jsonl have it.)
     """
-    together = isinstance(error, (TrainingFailed, DataFault, Unfit))
+    together = isinstance(error, (TrainingFailed, DataFault, PreflightFailed))
     if together and not groups.is_logger:
         return
     sentence = _words(error)

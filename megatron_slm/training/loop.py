@@ -41,7 +41,7 @@ from megatron_slm.training.non_finite import NonFiniteSteps
 from megatron_slm.training.probe import Probe
 from megatron_slm.training.rank_batches import ValidationOnThisRank, on_this_rank
 from megatron_slm.training.reference import load_reference
-from megatron_slm.training.report import Reporter
+from megatron_slm.training.reporter import Reporter
 from megatron_slm.training.run_length import Done, RunLength
 from megatron_slm.training.saved_state import restore, save
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
@@ -339,7 +339,7 @@ class TrainingRun:
         keep_fraction = self.trainer.selector.keep_fraction(
             self.done.tokens - self.length.step_tokens
         )
-        self.reporter.think(summary, keep_fraction, self.trainer.selector.scorer)
+        self.reporter.emit_warnings(summary, keep_fraction, self.trainer.selector.scorer)
         if spike := self.loss_spikes.look(summary, keep_fraction, self.step):
             self.reporter.message(spike, "warning")
 

@@ -41,7 +41,7 @@ class Finding:
     sentence: str
 
 
-class Unfit(ValueError):
+class PreflightFailed(ValueError):
     """The job cannot run as it is; every process raises this at the same place."""
 
     def __init__(self, findings: Sequence[Finding]):
@@ -78,13 +78,13 @@ class Facts:
     """Whether a file that rank 0 has just written into the run folder is there."""
 
 
-def refuse(findings: Sequence[Finding]) -> None:
-    """Unfit where one of the findings is fatal."""
+def raise_if_fatal(findings: Sequence[Finding]) -> None:
+    """PreflightFailed where one of the findings is fatal."""
     if any(each.state in (BAD_SETTINGS, BAD_DATA) for each in findings):
-        raise Unfit(findings)
+        raise PreflightFailed(findings)
 
 
-def warnings_of(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+def warning_messages(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """What every sink is to hear: (text, level)."""
     return [
         (f"preflight, {each.check}: {each.sentence}", "warning")
@@ -134,8 +134,8 @@ def memory(state_bytes: int, peak_bytes: int, everyone: Sequence[Facts]) -> Find
     """
     smallest = min(everyone, key=lambda each: each.device_bytes)
     words = (
-        f"{size_words(peak_bytes)} at the peak of the fullest process ({size_words(state_bytes)} of it weights, gradients and optimizer), "
-        f"and the device of rank {smallest.rank} on {smallest.host} has {size_words(smallest.device_bytes)}"
+        f"{describe_size(peak_bytes)} at the peak of the fullest process ({describe_size(state_bytes)} of it weights, gradients and optimizer), "
+        f"and the device of rank {smallest.rank} on {smallest.host} has {describe_size(smallest.device_bytes)}"
     )
     layouts = "python -m megatron_slm.plan with the same settings shows layouts that fit"
     if state_bytes > smallest.device_bytes:
@@ -215,7 +215,7 @@ def _devices(everyone: Sequence[Facts]) -> list[Finding]:
                 Finding(
                     "devices",
                     WARNING,
-                    f"{size_words(each.taken_bytes)} of {size_words(each.device_bytes)} on the device of rank {each.rank} "
+                    f"{describe_size(each.taken_bytes)} of {describe_size(each.device_bytes)} on the device of rank {each.rank} "
                     f"({each.host}) are taken by somebody else (nvidia-smi shows by whom)",
                 )
             )
@@ -289,7 +289,7 @@ def _exact_size(size_bytes: int) -> str:
     return "not there" if size_bytes < 0 else f"{size_bytes} bytes"
 
 
-def size_words(size_bytes: float) -> str:
+def describe_size(size_bytes: float) -> str:
     """The size for a person: 12.3 GB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size_bytes >= size:

@@ -20,7 +20,7 @@ from megatron_slm.training.preflight import (
     FINE,
     WARNING,
     Finding,
-    size_words,
+    describe_size,
 )
 from megatron_slm.training.resume import planned_length
 from megatron_slm.training.setup import RunInputs, index_cache
@@ -36,7 +36,7 @@ BLOCKS_PER_SHARD = 4
 """Blocks of every corpus, which are smaller, are read for each shard of scores that is."""
 
 
-def look(
+def check_files(
     config: Config, run_inputs: RunInputs, world_size: int, *, thorough: bool = False
 ) -> list[Finding]:
     """Free disk against what the run will write, and the checksums of some blocks of every corpus
@@ -106,15 +106,13 @@ def disk_finding(needs: list[tuple[Path, int, int]], free_bytes: int | None = No
         status = os.statvfs(folder)
         free_bytes = status.f_bavail * status.f_frsize
     whole, least = sum(need[1] for need in needs), sum(need[2] for need in needs)
-    words = (
-        f"{folder}: {size_words(free_bytes)} free, at most {size_words(whole)} to be written (plan)"
-    )
+    words = f"{folder}: {describe_size(free_bytes)} free, at most {describe_size(whole)} to be written (plan)"
     advice = "Free space, give another run.folder or data.index_cache, or keep fewer checkpoints (checkpoint.keep_last)"
     if free_bytes < min(least, whole):
         return Finding(
             "disk",
             BAD_SETTINGS,
-            f"{words}; one checkpoint takes {size_words(needs[0][2])}. {advice}",
+            f"{words}; one checkpoint takes {describe_size(needs[0][2])}. {advice}",
         )
     if free_bytes < whole:
         return Finding("disk", WARNING, f"{words}: it may fill up. {advice}")

@@ -39,7 +39,7 @@ CPU_PAYLOAD_BYTES, GPU_PAYLOAD_BYTES, ROUNDS = 4 << 20, 64 << 20, 3
 KINDS = ("tp", "pp", "dp", "cp", "ep")
 
 
-def look(
+def check_job(
     config: Config,
     groups: Groups,
     run_inputs: RunInputs | None,
@@ -47,7 +47,7 @@ def look(
     *,
     thorough: bool,
 ) -> list[Finding]:
-    """All findings, the same on every process. run_inputs and found (what preflight_files.look
+    """All findings, the same on every process. run_inputs and found (what preflight_files.check_files
     says): on rank 0.
 
     Where a group does not answer, every process of it says so and ends with exit code 2.

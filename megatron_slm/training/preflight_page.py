@@ -9,8 +9,8 @@ from megatron_slm.training.preflight import (
     FINE,
     WARNING,
     Finding,
-    Unfit,
-    refuse,
+    PreflightFailed,
+    raise_if_fatal,
 )
 
 PAGE_FILE = "preflight.txt"
@@ -31,8 +31,8 @@ def report(findings: list[Finding], rank: int) -> int:
     """Show the page, on rank 0; the exit code of a program that only looked: 0, 2 or 3."""
     verdict, exit_code = "this job can start", 0
     try:
-        refuse(findings)
-    except Unfit as unfit:
+        raise_if_fatal(findings)
+    except PreflightFailed as unfit:
         verdict, exit_code = "this job cannot start as it is", unfit.exit_code
     if rank == 0:
         show_page(findings)

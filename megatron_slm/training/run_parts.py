@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_slm.monitoring import LossSpikes, Metrics
     from megatron_slm.parallel import Groups
     from megatron_slm.training.probe import Probe
-    from megatron_slm.training.report import Reporter
+    from megatron_slm.training.reporter import Reporter
     from megatron_slm.training.resume import Fingerprints
     from megatron_slm.training.run_length import Done, RunLength
     from megatron_slm.training.setup import RunInputs

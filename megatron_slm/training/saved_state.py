@@ -64,7 +64,7 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; what is to be
     said of changes.
 
-    ConfigError or DataError when it cannot go on from there: what was compared before the processes
+    ConfigError or RunInputError when it cannot go on from there: what was compared before the processes
     joined was the newest checkpoint, and that may have been damaged.
     """
     saved = resume.read_saved(step_folder(run.store.checkpoints, run.store.saved_step))

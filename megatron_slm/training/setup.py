@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megatron_slm.parallel import Groups
 
 
-class DataError(ConfigError):
+class RunInputError(ConfigError):
     """What a configuration points to cannot be used: files missing, damaged, or of another tokenizer."""
 
 
@@ -50,7 +50,7 @@ class RunInputs:
 
 
 def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
-    """Open scorer, tokenizer, corpora, score stores and what the run starts from. ConfigError (a bad selection among them) or DataError
+    """Open scorer, tokenizer, corpora, score stores and what the run starts from. ConfigError (a bad selection among them) or RunInputError
     lists every problem in one go; `world_size` is that of the job, for the layout of an online reference."""
     rules, bad_settings = None, []
     try:
@@ -107,7 +107,7 @@ def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
     if bad_settings:
         raise ConfigError(bad_settings + problems)
     if problems:
-        raise DataError(problems)
+        raise RunInputError(problems)
     run_inputs = RunInputs(tokenizer, corpora, validation, size)
     if (saved := resume.newest_saved(config.run.folder)) is not None:
         check_resume(config, run_inputs, saved)
@@ -115,7 +115,7 @@ def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
 
 
 def check_resume(config: Config, run_inputs: RunInputs, saved: resume.Saved) -> None:
-    """ConfigError or DataError, with every problem, when the run cannot go on from `saved` with
+    """ConfigError or RunInputError, with every problem, when the run cannot go on from `saved` with
     these settings and inputs.
     """
     fingerprints = resume.fingerprints_of(config, run_inputs.corpora, run_inputs.validation)
@@ -125,7 +125,7 @@ def check_resume(config: Config, run_inputs: RunInputs, saved: resume.Saved) -> 
     if bad_settings:
         raise ConfigError(bad_settings + problems)
     if problems:
-        raise DataError(problems)
+        raise RunInputError(problems)
 
 
 def _online_reference(

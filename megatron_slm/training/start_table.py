@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_slm import device as device_room
 from megatron_slm.checkpoint.architecture import allowed_differences
 from megatron_slm.config.schema import Config
+from megatron_slm.device import Device
 from megatron_slm.monitoring.console import short_number
 from megatron_slm.parallel import Groups
 from megatron_slm.planning.parameters import parameters_of_model
+from megatron_slm.training.acceleration_rows import acceleration_rows
 from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.scorer_settings import choice_rules
 from megatron_slm.training.setup import RunInputs
@@ -71,7 +72,7 @@ def start_table(
         "model": _model_words(config, run_inputs.vocabulary_size),
         "processes": str(groups.world_size),
         "batch": f"{config.data.global_batch_size} x {config.data.sequence_length} = {length.step_tokens} tokens per step, {_steps_words(length)}",
-        "data": data_words(
+        "data": describe_data(
             config,
             [(each.prefix, each.manifest.tokens) for each in run_inputs.corpora],
             length.tokens,
@@ -81,8 +82,8 @@ def start_table(
         "precision": _precision_words(config),
         **_rows_words(config),
     }
-    device = device_room.Device(groups.device.type, groups.device, torch.distributed.get_backend())
-    accelerations = device_room.describe_acceleration(
+    device = Device(groups.device.type, groups.device, torch.distributed.get_backend())
+    accelerations = acceleration_rows(
         device, layers, config.device, isolated_documents=config.data.document_policy == "isolated"
     )
     layout = layout_rows(config, groups.dp_size)
@@ -108,7 +109,7 @@ def _model_words(config: Config, vocabulary_size: int) -> str:
     return f"{short_number(total)} parameters, {config.model.layers} layers, vocabulary of {vocabulary_size:,}"
 
 
-def data_words(config: Config, corpora: list[tuple[str, int]], run_tokens: int) -> str:
+def describe_data(config: Config, corpora: list[tuple[str, int]], run_tokens: int) -> str:
     """How often the whole run passes over each training corpus. corpora: (prefix, tokens) in the
     order of data.train.
     """

@@ -26,7 +26,7 @@ def look(groups, folder, other_torch: bool):
     if groups.world_rank == 0:
         corpora = open_corpora([str(folder / "train")])
         run_inputs = RunInputs(Tokenizer(), corpora, {}, VOCABULARY)
-        found = preflight_files.look(config, run_inputs, groups.world_size)
+        found = preflight_files.check_files(config, run_inputs, groups.world_size)
     if other_torch and groups.world_rank == 1:
         honest = preflight_job.facts
 
@@ -35,10 +35,10 @@ def look(groups, folder, other_torch: bool):
             return replace(mine, host="other", versions={**mine.versions, "torch": "1.0"})
 
         preflight_job.facts = facts
-    findings = preflight_job.look(config, groups, run_inputs, found, thorough=not other_torch)
+    findings = preflight_job.check_job(config, groups, run_inputs, found, thorough=not other_torch)
     try:
-        preflight.refuse(findings)
-    except preflight.Unfit as unfit:
+        preflight.raise_if_fatal(findings)
+    except preflight.PreflightFailed as unfit:
         return [(each.check, each.state) for each in findings], unfit.exit_code, str(unfit)
     return [(each.check, each.state) for each in findings], 0, ""
 

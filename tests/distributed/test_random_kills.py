@@ -22,16 +22,17 @@ def rank_of_a_start(rank: int, folder: Path, run: str, asynchronous: bool, store
     """One rank of one start of the run; the process ends here, however it ends."""
     import torch
 
-    from megatron_slm import device, parallel
     from megatron_slm.config.schema import ParallelConfig
+    from megatron_slm.device import choose_device
+    from megatron_slm.parallel import join_job
     from tests.distributed import test_resume as runs
 
     torch.set_num_threads(1)
     runs.STEPS = STEPS
     try:
-        groups = parallel.start(
+        groups = join_job(
             ParallelConfig(),
-            device.choose("cpu"),
+            choose_device("cpu"),
             1234,
             timeout_minutes=5,
             store=torch.distributed.FileStore(str(store), 2),
@@ -85,9 +86,9 @@ def newest(folder: Path, run: str) -> int:
 
 def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
     """In a process that imports everything once: an uninterrupted run, then runs that are killed until `kills` are done."""
-    from megatron_slm import device
+    from megatron_slm.device import choose_device
 
-    device.choose("cpu")
+    choose_device("cpu")
     from megatron_slm.training import (  # noqa: F401  imported here, once, for all that are forked
         loop,
         setup,

@@ -21,9 +21,9 @@ class AilingSteps:
 
 
 def main() -> int:
-    from megatron_slm import device
+    from megatron_slm.device import choose_device
 
-    device.choose("cpu")  # before megatron-core is imported
+    choose_device("cpu")  # before megatron-core is imported
     from megatron_slm.training import loop
     from tests.distributed.test_training_faults import poison
 

@@ -73,9 +73,9 @@ def die_before(owner, name: str, step: int) -> None:
 def main() -> int:
     place, step, rank = os.environ["SLM_TEST_DEATH"].split(":")
     if rank in ("all", os.environ["RANK"]):
-        from megatron_slm import device
+        from megatron_slm.device import choose_device
 
-        device.choose("cpu")  # before megatron-core is imported
+        choose_device("cpu")  # before megatron-core is imported
         from megatron_slm.checkpoint import folder
 
         {

@@ -13,8 +13,9 @@ os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 @pytest.fixture(scope="module")
 def groups():
     """One process on one GPU, with megatron-core's groups of size 1."""
-    from megatron_slm import device, parallel
     from megatron_slm.config.schema import ParallelConfig
+    from megatron_slm.device import choose_device
+    from megatron_slm.parallel import join_job, leave_job
 
-    yield parallel.start(ParallelConfig(), device.choose("cuda"), seed=1)
-    parallel.stop()
+    yield join_job(ParallelConfig(), choose_device("cuda"), seed=1)
+    leave_job()

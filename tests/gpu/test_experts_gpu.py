@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_slm import device as device_room
+from megatron_slm.accelerations import has_transformer_engine
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder
 
@@ -53,17 +53,13 @@ def whole_objective(model, tokens, labels) -> torch.Tensor:
             "transformer_engine",
             "fp32",
             1e-3,
-            marks=pytest.mark.skipif(
-                not device_room.has_transformer_engine(), reason="no Transformer Engine"
-            ),
+            marks=pytest.mark.skipif(not has_transformer_engine(), reason="no Transformer Engine"),
         ),
         pytest.param(
             "transformer_engine",
             "bf16",
             5e-2,
-            marks=pytest.mark.skipif(
-                not device_room.has_transformer_engine(), reason="no Transformer Engine"
-            ),
+            marks=pytest.mark.skipif(not has_transformer_engine(), reason="no Transformer Engine"),
         ),
     ],
 )

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_slm import device as device_room
+from megatron_slm.accelerations import apex_rms_norm, has_transformer_engine
 from megatron_slm.config.schema import Config
 
 pytestmark = [
@@ -53,7 +53,7 @@ def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False)
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or device_room.apex_rms_norm() is None,
+    not torch.cuda.is_available() or apex_rms_norm() is None,
     reason="apex's fused norms are not built",
 )
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_half_precision_is_near_fp32(groups, precision):
 
 @pytest.mark.skipif(
     not torch.cuda.is_available()
-    or not device_room.has_transformer_engine()
+    or not has_transformer_engine()
     or torch.cuda.get_device_capability() < (8, 9),
     reason="fp8 needs Transformer Engine and compute capability 8.9",
 )

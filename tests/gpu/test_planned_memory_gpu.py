@@ -34,10 +34,11 @@ def test_peak_of_one_step(recompute, layers):
 
 def measured_and_planned_bytes(recompute: str, layers: str) -> tuple[int, int]:
     """The allocator's peak in one optimizer step, and what `plan` says of the same step."""
-    from megatron_slm import device as device_room
-    from megatron_slm import parallel
+    from megatron_slm.accelerations import has_transformer_engine
+    from megatron_slm.device import choose_device
+    from megatron_slm.parallel import join_job, leave_job
 
-    device = device_room.choose("cuda")
+    device = choose_device("cuda")
     config, problems = from_mapping(
         dict(
             device=dict(precision="bf16", layers=layers, kind="cuda"),
@@ -54,12 +55,12 @@ def measured_and_planned_bytes(recompute: str, layers: str) -> tuple[int, int]:
         )
     )
     assert not problems
-    groups = parallel.start(config.parallel, device, config.run.seed)
+    groups = join_job(config.parallel, device, config.run.seed)
     try:
         measured_bytes = peak_bytes(config, groups)
     finally:
-        parallel.stop()
-    if layers == "auto" and not device_room.has_transformer_engine():
+        leave_job()
+    if layers == "auto" and not has_transformer_engine():
         config.device.layers = "torch"
     gpu = find_gpu(torch.cuda.get_device_name()) or find_gpu("H100")
     planned = rank_memory(Job(config, 32000, gpu, gpus_per_node=1), 0)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.accelerations import apex_state, fp8_problem
 from megatron_slm.config.schema import DeviceConfig
-from megatron_slm.device import Device, apex_state, choose, describe_acceleration, fp8_problem
+from megatron_slm.device import Device, choose_device
+from megatron_slm.training.acceleration_rows import acceleration_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,12 +36,13 @@ def run(code: str, **environment) -> str:
 
 STAND_INS = """
 import torch
-from megatron_slm import device
+from megatron_slm.cpu_standins import use_cpu
+from megatron_slm.device import choose_device
 before = torch.zeros
-device.use_cpu()
+use_cpu()
 after = torch.zeros
 assert after is not before
-device.use_cpu()
+use_cpu()
 assert torch.zeros is after, "use_cpu wraps what it has wrapped already"
 
 x = torch.zeros(3, device="cuda")
@@ -77,10 +80,10 @@ torch.manual_seed(1)
 with tracker.fork("model-parallel-rng"):
     inside = torch.rand(2)
 assert not torch.equal(inside, plain) and torch.equal(torch.rand(2), plain)
-chosen = device.choose("auto")
+chosen = choose_device("auto")
 assert (chosen.kind, chosen.backend, chosen.torch_device.type) == ("cpu", "gloo", "cpu"), "a stand-in is not a GPU"
 try:
-    device.choose("cuda")
+    choose_device("cuda")
 except ValueError as error:
     assert "use auto or cpu" in str(error)
 else:
@@ -95,8 +98,8 @@ def test_stand_ins():
 
 def test_stand_ins_are_refused_once_megatron_core_is_there():
     code = (
-        "import megatron.core\nfrom megatron_slm import device\n"
-        "try:\n    device.use_cpu()\nexcept RuntimeError as error:\n    print(error)\n"
+        "import megatron.core\nfrom megatron_slm import cpu_standins\n"
+        "try:\n    cpu_standins.use_cpu()\nexcept RuntimeError as error:\n    print(error)\n"
     )
     assert "must run before megatron.core is imported" in run(code)
 
@@ -110,7 +113,7 @@ def test_importing_the_room_changes_nothing():
 
 def test_an_unknown_kind_names_the_known_ones():
     with pytest.raises(ValueError, match="'tpu'; it can be auto, cpu or cuda"):
-        choose("tpu")
+        choose_device("tpu")
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def test_the_start_table_says_why_an_acceleration_is_off(package):
     package("apex")
     rows = {
         feature: (state, why)
-        for feature, state, why in describe_acceleration(
+        for feature, state, why in acceleration_rows(
             Device("cpu", torch.device("cpu"), "gloo"), "torch", DeviceConfig()
         )
     }
@@ -181,7 +184,7 @@ def test_the_start_table_says_why_an_acceleration_is_off(package):
     )
     on_gpu = {
         feature: (state, why)
-        for feature, state, why in describe_acceleration(
+        for feature, state, why in acceleration_rows(
             Device("cuda", torch.device("cuda"), "nccl"), "torch", DeviceConfig()
         )
     }
@@ -206,7 +209,7 @@ def test_the_start_table_says_what_is_on(package):
     cuda = Device("cuda", torch.device("cuda"), "nccl")
     native = {
         feature: state
-        for feature, state, _ in describe_acceleration(
+        for feature, state, _ in acceleration_rows(
             cuda, "torch", DeviceConfig(), isolated_documents=True
         )
     }
@@ -217,7 +220,7 @@ def test_the_start_table_says_what_is_on(package):
     )
     engine = {
         feature: state
-        for feature, state, _ in describe_acceleration(
+        for feature, state, _ in acceleration_rows(
             cuda, "transformer_engine", DeviceConfig(fp8="hybrid")
         )
     }

@@ -6,7 +6,7 @@ import yaml
 from megatron_slm.config.schema import Config, SelectionConfig
 from megatron_slm.pipeline.models import named_code
 from megatron_slm.pipeline.names import Names
-from megatron_slm.training.setup import DataError
+from megatron_slm.training.setup import RunInputError
 
 
 def refused(cluster, capsys, *words: str, code: int = 2) -> str:
@@ -95,7 +95,7 @@ def test_missing_files_alone_are_bad_data(cluster, capsys):
     said = refused(cluster, capsys, code=3)
     assert "text/*.parquet: no such file or folder, and no file matches it" in said
     assert "runs.plain.start_from: " in said and "runs/nowhere: no such checkpoint" in said
-    with pytest.raises(DataError):
+    with pytest.raises(RunInputError):
         cluster.assembled()
 
 

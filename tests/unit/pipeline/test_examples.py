@@ -8,7 +8,7 @@ import yaml
 from megatron_slm.config.load import from_mapping
 from megatron_slm.pipeline.checks import assemble
 from megatron_slm.pipeline.description import Pipeline
-from megatron_slm.training.setup import DataError
+from megatron_slm.training.setup import RunInputError
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,7 +30,7 @@ def test_the_quickstart_needs_nothing(monkeypatch, local):
 
 def test_the_paper_s_recipe_needs_its_text_and_its_model(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(RunInputError) as refused:
         assemble(description_of("rho1_math.yaml"), local=False)
     places = {problem.split(":")[0] for problem in refused.value.problems}
     assert places == {

@@ -18,7 +18,7 @@ from megatron_slm.training.preflight import (
     WARNING,
     Facts,
     Finding,
-    Unfit,
+    PreflightFailed,
 )
 
 VERSIONS = {"torch": "2.13.0", "NCCL": "2.27.5", "python": "3.11.7", "settings": "abc"}
@@ -128,8 +128,8 @@ def test_the_disk_of_a_run_that_cannot_save_is_refused(tmp_path):
     manifest = SimpleNamespace(tokens=10_000, documents=10)
     corpora = [SimpleNamespace(prefix="text", manifest=manifest, scores=None)]
     run_inputs = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
-    with pytest.raises(Unfit, match="one checkpoint takes .* TB") as caught:
-        preflight.refuse(preflight_files.look(config, run_inputs, 1))
+    with pytest.raises(PreflightFailed, match="one checkpoint takes .* TB") as caught:
+        preflight.raise_if_fatal(preflight_files.check_files(config, run_inputs, 1))
     assert caught.value.exit_code == 2
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_is_done_needs_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight_files, "disk_finding", lambda needs: pytest.fail("it was asked"))
     config, _ = from_mapping({"run": {"folder": str(tmp_path)}, "schedule": {"train_steps": 10}})
     run_inputs = SimpleNamespace(corpora=[], validation={}, vocabulary_size=1000)
-    disk, _ = preflight_files.look(config, run_inputs, 1)
+    disk, _ = preflight_files.check_files(config, run_inputs, 1)
     assert (disk.check, disk.state) == ("disk", FINE)
 
 
@@ -159,9 +159,9 @@ def test_a_damaged_score_store_is_bad_data():
     corpora = [SimpleNamespace(prefix="text", manifest=manifest, scores=Store())]
     run_inputs = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
     config, _ = from_mapping({"schedule": {"train_steps": 1}})
-    findings = preflight_files.look(config, run_inputs, 1, thorough=True)
-    with pytest.raises(Unfit, match="not the bytes that were written") as caught:
-        preflight.refuse(findings)
+    findings = preflight_files.check_files(config, run_inputs, 1, thorough=True)
+    with pytest.raises(PreflightFailed, match="not the bytes that were written") as caught:
+        preflight.raise_if_fatal(findings)
     assert caught.value.exit_code == 3
 
 
@@ -174,8 +174,8 @@ def test_a_corpus_that_lost_a_block_is_bad_data(tmp_path):
     corpora = [Corpus(str(prefix), manifest)]
     run_inputs = SimpleNamespace(corpora=corpora, validation={}, vocabulary_size=1000)
     config, _ = from_mapping({"schedule": {"train_steps": 1}})
-    with pytest.raises(Unfit, match="no longer what they were") as caught:
-        preflight.refuse(preflight_files.look(config, run_inputs, 1))
+    with pytest.raises(PreflightFailed, match="no longer what they were") as caught:
+        preflight.raise_if_fatal(preflight_files.check_files(config, run_inputs, 1))
     assert caught.value.exit_code == 3
 
 
@@ -195,11 +195,11 @@ def test_indices_grow_with_epochs():
 
 def test_warnings_go_to_the_sinks_and_do_not_refuse():
     findings = [Finding("clocks", WARNING, "apart"), Finding("disk", FINE, "much")]
-    preflight.refuse(findings)
-    assert preflight.warnings_of(findings) == [("preflight, clocks: apart", "warning")]
+    preflight.raise_if_fatal(findings)
+    assert preflight.warning_messages(findings) == [("preflight, clocks: apart", "warning")]
 
 
 def test_settings_come_before_data_in_the_exit_code():
-    both = Unfit([Finding("disk", BAD_DATA, "x"), Finding("memory", BAD_SETTINGS, "y")])
+    both = PreflightFailed([Finding("disk", BAD_DATA, "x"), Finding("memory", BAD_SETTINGS, "y")])
     assert both.exit_code == 2
     assert "2 problems" in str(both)

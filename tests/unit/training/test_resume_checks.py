@@ -14,7 +14,7 @@ from megatron_slm.config.schema import Config, CorpusConfig
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.training import resume
-from megatron_slm.training.setup import DataError, open_run_inputs
+from megatron_slm.training.setup import RunInputError, open_run_inputs
 from tests.unit.training.test_setup import checkpoint, word_tokenizer
 
 STEPS, SAMPLES = 5, 40
@@ -74,10 +74,10 @@ def save_as_before(config):
     write_state(config, step=STEPS, loader={"consumed_samples": SAMPLES})
 
 
-def refused(config, error=DataError) -> str:
+def refused(config, error=RunInputError) -> str:
     with pytest.raises(error) as caught:
         open_run_inputs(config)
-    assert isinstance(caught.value, DataError) == (error is DataError)
+    assert isinstance(caught.value, RunInputError) == (error is RunInputError)
     return str(caught.value)
 
 

@@ -13,7 +13,7 @@ from megatron_slm.config.load import ConfigError, to_yaml
 from megatron_slm.config.schema import Config, CorpusConfig, ModelConfig
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.tokenization import load_tokenizer
-from megatron_slm.training.setup import DataError, open_run_inputs
+from megatron_slm.training.setup import RunInputError, open_run_inputs
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -69,7 +69,7 @@ def config(tmp_path) -> Config:
 def problems_of(config, error, world_size=1) -> str:
     with pytest.raises(error) as caught:
         open_run_inputs(config, world_size)
-    assert isinstance(caught.value, DataError) == (error is DataError)
+    assert isinstance(caught.value, RunInputError) == (error is RunInputError)
     return str(caught.value)
 
 
@@ -109,7 +109,7 @@ def test_a_corpus_whose_documents_another_token_ends_is_refused_with_both_values
     )
     config.data.train.append(str(tmp_path / "b"))
     config.data.validation = [CorpusConfig("target", str(tmp_path / "b"))]
-    said = problems_of(config, DataError)
+    said = problems_of(config, RunInputError)
     assert f"data.train: {tmp_path}/b: the corpus was made with the tokenizer none, not" in said
     assert f"data.validation target: {tmp_path}/b" in said
     assert said.count("eod_id 7 and 0") == 2
@@ -124,13 +124,13 @@ def test_corpora_of_which_nothing_can_be_trained_or_measured_are_named(config, t
     write_corpus(tmp_path / "one_token", [[3]], **same)
     config.data.train.append(str(tmp_path / "lone_tokens"))
     config.data.validation = [CorpusConfig("target", str(tmp_path / "one_token"))]
-    said = problems_of(config, DataError)
+    said = problems_of(config, RunInputError)
     assert (
         f"data.train: {tmp_path}/lone_tokens has 200 tokens in 200 documents, none of more" in said
     )
     assert f"data.validation target: {tmp_path}/one_token has 1 tokens in 1 documents" in said
     config.data.sequence_length, config.data.train = 5000, config.data.train[:1]
-    assert f"data.train: {tmp_path}/c has" in problems_of(config, DataError)
+    assert f"data.train: {tmp_path}/c has" in problems_of(config, RunInputError)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def with_scores(config, tmp_path) -> Config:
 def test_what_is_wrong_with_scores_is_told_under_their_own_setting(with_scores, tmp_path):
     (tmp_path / "c_scores" / "loss.bin").write_bytes(b"")
     shutil.rmtree(tmp_path / "b_scores" / "shards")
-    said = problems_of(with_scores, DataError)
+    said = problems_of(with_scores, RunInputError)
     assert f"selection.reference.scores: {tmp_path}/c_scores/loss.bin: 0 bytes, expected" in said
     assert f"selection.reference.scores: {tmp_path}/b_scores/shards: the markers" in said
     assert "data.train" not in said, "the corpora are sound"
@@ -164,7 +164,7 @@ def test_stores_in_the_wrong_order_are_told_to_be_swapped(with_scores, tmp_path)
     scores = with_scores.selection.reference.scores
     open_run_inputs(with_scores)
     with_scores.selection.reference.scores = scores[::-1]
-    said = problems_of(with_scores, DataError)
+    said = problems_of(with_scores, RunInputError)
     assert "selection.reference.scores: The score stores are in another order" in said
     assert f"Give them in this one: [{tmp_path}/c_scores, {tmp_path}/b_scores]" in said
     assert "core this corpus again" not in said
@@ -172,7 +172,7 @@ def test_stores_in_the_wrong_order_are_told_to_be_swapped(with_scores, tmp_path)
 
 def test_one_store_for_two_corpora_is_told_whose_it_is(with_scores, tmp_path):
     with_scores.selection.reference.scores = [f"{tmp_path}/b_scores"] * 2
-    said = problems_of(with_scores, DataError)
+    said = problems_of(with_scores, RunInputError)
     assert (
         f"The scores in {tmp_path}/b_scores are those of {tmp_path}/b, and stand in the place of "
         f"{tmp_path}/c" in said
@@ -185,7 +185,7 @@ def test_a_reference_of_another_tokenizer_or_for_another_layout_is_refused(confi
         tmp_path / "reference", "sha256:another", attention_heads=3, hidden_size=96
     )
     config.parallel.tensor = 2
-    said = problems_of(config, DataError, world_size=2)
+    said = problems_of(config, RunInputError, world_size=2)
     assert (
         "was trained with another tokenizer (theirs.model; fingerprint sha256:another and" in said
     )
@@ -197,7 +197,7 @@ def test_a_reference_of_another_tokenizer_or_for_another_layout_is_refused(confi
 
 def test_a_resumed_run_no_longer_needs_what_it_started_from(config, tmp_path):
     config.checkpoint.initialize_from = "gone"
-    assert "checkpoint.initialize_from: gone" in problems_of(config, DataError)
+    assert "checkpoint.initialize_from: gone" in problems_of(config, RunInputError)
     checkpoint(tmp_path / "run", load_tokenizer(config.data.tokenizer).fingerprint)
     open_run_inputs(config)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.config.schema import Config
-from megatron_slm.training.start_table import StartTable, data_words, layout_rows
+from megatron_slm.training.start_table import StartTable, describe_data, layout_rows
 
 
 def rows(dp_size: int = 1, recompute: str = "none", **parallel) -> dict[str, tuple[str, str]]:
@@ -139,4 +139,4 @@ def run_of(steps: int, weights=()) -> Config:
     ],
 )
 def test_epochs_of_each_corpus(config, corpora, words):
-    assert data_words(config, corpora, run_tokens=40_000) == words
+    assert describe_data(config, corpora, run_tokens=40_000) == words

@@ -152,7 +152,7 @@ class Reporter:
         if self.groups.world_rank == 0:
             run_status.progress(self.folder, step)
 
-    def think(self, summary: dict, keep_fraction: float, scorer) -> None:
+    def emit_warnings(self, summary: dict, keep_fraction: float, scorer) -> None:
         """Say what the interval's metrics warn of; each kind of warning once per start of the run."""
         own_count = scorer.uses_keep_fraction and scorer.name not in ("union", "intersection")
         found = warnings_of(

@@ -8,7 +8,7 @@ import torch
 
 from megatron_slm.config.load import from_mapping
 from megatron_slm.selection import build_scorer
-from megatron_slm.training.report import Reporter
+from megatron_slm.training.reporter import Reporter
 
 OVERTAKEN = {"loss/all": 3.2, "loss/reference": 3.95, "selection/kept_fraction": 0.6}
 
@@ -43,7 +43,7 @@ def test_a_run_that_ranks_tokens_is_told_once_that_its_reference_is_overtaken(
 ):
     reporter = reporter_of(scorer, tmp_path)
     for _ in range(2):
-        reporter.think(OVERTAKEN, 0.6, build_scorer(scorer))
+        reporter.emit_warnings(OVERTAKEN, 0.6, build_scorer(scorer))
     told = [text for text, level in reporter.sink.messages if "overtaken the reference" in text]
     assert len(told) == warned
 

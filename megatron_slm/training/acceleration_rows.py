@@ -1,0 +1,98 @@
+"""The rows of the start table about accelerations: which are on, and why the others are not."""
+
+from megatron_slm.accelerations import (
+    apex_state,
+    apex_version,
+    has_module,
+    has_transformer_engine,
+)
+from megatron_slm.config.schema import DeviceConfig
+from megatron_slm.device import Device
+
+Row = tuple[str, str, str]
+"""Feature, state, and why it is not on ("" = it is)."""
+
+
+def acceleration_rows(
+    device: Device, layers: str, asked: DeviceConfig, isolated_documents: bool = False
+) -> list[Row]:
+    """Every row about the device and its accelerations. layers: torch or transformer_engine."""
+    on_gpu = device.kind == "cuda"
+    apex = apex_state()
+    return [
+        ("device", device.kind, f"{device.backend} collectives"),
+        _layers_row(on_gpu, layers, isolated_documents),
+        _norm_row(on_gpu, layers, apex),
+        _optimizer_row(on_gpu, apex),
+        _fusion_row(on_gpu, apex),
+        _fp8_row(on_gpu, layers, asked),
+        ("apex", apex.replace("_", " "), _describe_apex(apex)),
+    ]
+
+
+def _describe_apex(state: str) -> str:
+    if state == "foreign":
+        return (
+            f"the 'apex' installed here ({apex_version()}) is an unrelated PyPI project: "
+            "pip uninstall apex, and build NVIDIA's as the Dockerfile does"
+        )
+    return {
+        "absent": "not installed",
+        "nvidia": "NVIDIA apex with CUDA extensions",
+        "nvidia_python": "NVIDIA apex WITHOUT its CUDA extensions: rebuild it as the Dockerfile does",
+    }[state]
+
+
+def _layers_row(on_gpu: bool, layers: str, isolated_documents: bool) -> Row:
+    if layers == "transformer_engine":
+        return "layers", "Transformer Engine", ""
+    if not on_gpu:
+        why = "device is the CPU"
+    elif not has_transformer_engine():
+        why = "not installed"
+    elif isolated_documents:
+        why = "its attention takes no mask of isolated documents"
+    else:
+        why = "device.layers asks for torch"
+    return "layers", "torch-native", f"Transformer Engine: {why}"
+
+
+def _norm_row(on_gpu: bool, layers: str, apex: str) -> Row:
+    if layers == "transformer_engine":
+        return "fused norm", "Transformer Engine", ""
+    if not on_gpu:
+        return "fused norm", "off", "no CUDA"
+    if apex != "nvidia":
+        return "fused norm", "off", f"apex: {_describe_apex(apex)}"
+    if not has_module("fused_layer_norm_cuda"):
+        return "fused norm", "off", "apex: built without --cuda_ext layer norms"
+    return "fused norm", "apex", ""
+
+
+def _optimizer_row(on_gpu: bool, apex: str) -> Row:
+    if not on_gpu:
+        return "optimizer", "AdamW, torch", "no CUDA"
+    if has_transformer_engine():
+        return "optimizer", "AdamW, Transformer Engine", ""
+    if apex == "nvidia":
+        return "optimizer", "AdamW, apex", ""
+    return "optimizer", "AdamW, torch", "neither Transformer Engine nor NVIDIA apex is installed"
+
+
+def _fusion_row(on_gpu: bool, apex: str) -> Row:
+    feature = "gradient-accumulation fusion"
+    if not on_gpu:
+        return feature, "off", "no CUDA"
+    if has_module("fused_weight_gradient_mlp_cuda"):
+        return feature, "on", ""
+    return feature, "off", f"apex: {_describe_apex(apex)}"
+
+
+def _fp8_row(on_gpu: bool, layers: str, asked: DeviceConfig) -> Row:
+    if asked.fp8 != "none":
+        return "fp8", f"{asked.fp8}, {asked.fp8_recipe} scaling", ""
+    if not on_gpu:
+        return "fp8", "off", "no CUDA"
+    if layers == "torch":
+        return "fp8", "off", "it needs Transformer Engine layers"
+    return "fp8", "off", "device.fp8 is none"
