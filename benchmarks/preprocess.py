@@ -311,7 +311,7 @@ def write(tokens: int, rounds: int, document_tokens: int = 500, batch_documents:
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from data_tools.writer import CorpusWriter
+    from data_tools.writing.writer import CorpusWriter
     from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest
 
     documents = tokens // document_tokens // batch_documents * batch_documents

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.score_checks import show_scores
-from data_tools.statistics_report import length_summary, read_statistics
 from data_tools.verify import find_tokenizer
+from data_tools.writing.statistics_report import length_summary, read_statistics
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index

@@ -20,8 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from data_tools.corpus_files import CorpusCopy, finished_before
-from data_tools.statistics_report import merged_statistics, read_statistics, write_statistics
+from data_tools.writing.corpus_files import CorpusCopy, finished_before
+from data_tools.writing.statistics_report import (
+    merged_statistics,
+    read_statistics,
+    write_statistics,
+)
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.indexed import check_bin_size, read_index

@@ -15,11 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from data_tools.documents import DataError
-from data_tools.filters import FilterSettings, load_predicate
-from data_tools.pool import WorkerDied
-from data_tools.run import RunSettings, run
-from data_tools.worker import EncodeSettings
+from data_tools.encoding.filters import FilterSettings, load_predicate
+from data_tools.encoding.pool import WorkerDied
+from data_tools.encoding.worker import EncodeSettings
+from data_tools.preprocessing import PreprocessingSettings, run
+from data_tools.reading.documents import InputDataError
 from megatron_slm.config.arguments import Program
 
 
@@ -167,7 +167,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-def settings_of(arguments: argparse.Namespace) -> RunSettings:
+def settings_of(arguments: argparse.Namespace) -> PreprocessingSettings:
     """Raises ValueError with all problems of the options at once."""
     problems = []
     if arguments.workers < 1:
@@ -215,12 +215,12 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
         arguments.prepend_bos,
         filters,
     )
-    return RunSettings(
+    return PreprocessingSettings(
         inputs=tuple(arguments.input),
         tokenizer=arguments.tokenizer,
         output_prefix=arguments.output_prefix,
         workers=arguments.workers,
-        form=arguments.format,
+        file_format=arguments.format,
         include=tuple(arguments.include),
         encode=encode,
         max_bad_fraction=arguments.max_bad_fraction,
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         run(settings_of(arguments))
-    except DataError as error:
+    except InputDataError as error:
         print(f"preprocess: {error}", file=sys.stderr)
         return 3
     except ValueError as error:

@@ -23,8 +23,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from data_tools.corpus_files import CorpusCopy, finished_before
-from data_tools.split_scores import carried_before, carry_scores, open_scores
+from data_tools.writing.corpus_files import CorpusCopy, finished_before
+from data_tools.writing.split_scores import carried_before, carry_scores, open_scores
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Count

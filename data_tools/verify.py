@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_tools import score_checks
-from data_tools.documents import DataError
+from data_tools.reading.documents import InputDataError
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Count, NotNegative
@@ -167,7 +167,7 @@ def find_tokenizer(prefix: str, manifest: CorpusManifest, path: str | None) -> T
 def decode_sample(
     tokens: FileArray, index: CorpusIndex, tokenizer: Tokenizer, count: int
 ) -> list[tuple[int, str]]:
-    """(document number, text) of `count` documents spread evenly. Raises DataError where decoding gives no text."""
+    """(document number, text) of `count` documents spread evenly. Raises InputDataError where decoding gives no text."""
     starts_tokens = index.document_starts_tokens()
     numbers = np.unique(
         np.linspace(0, index.documents - 1, min(count, index.documents)).astype(np.int64)
@@ -183,7 +183,7 @@ def decode_sample(
         ]
         text = tokenizer.decode(ids)
         if len(ids) and not text:
-            raise DataError(
+            raise InputDataError(
                 f"document {number} decodes to nothing: the tokens do not belong to this tokenizer"
             )
         sample.append((number, text))
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         problems = verify(arguments)
-    except (ValueError, DataError, OSError) as error:
+    except (ValueError, InputDataError, OSError) as error:
         problems = [str(error)]
     for problem in problems:
         print(f"verify: {problem}", file=sys.stderr)

@@ -79,6 +79,9 @@ WITHOUT_TORCH = (
     "submit.py",
 )
 
+DATA_TOOLS_ROOMS = ("reading", "encoding", "writing")
+"""A room of data_tools may import rooms before it; the programs on top may import all."""
+
 
 def test_every_room_is_known_to_this_test():
     there = {room_of(path) for path in library_files()} - {"__init__"}
@@ -98,6 +101,21 @@ def test_imports_flow_one_way(room):
         rooms = {name.split(".")[1] for name in names} & {*ROOMS, *PROGRAMS}
         wrong += [f"{inside(path)} imports {other}" for other in sorted(rooms - allowed - {room})]
     assert not wrong, f"{wrong}: {room} may import {sorted(allowed)} only"
+
+
+def test_imports_inside_data_tools_flow_one_way():
+    folder = ROOT / "data_tools"
+    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert rooms == {*DATA_TOOLS_ROOMS}, "a new room belongs into DATA_TOOLS_ROOMS"
+    wrong = []
+    for path in folder.glob("*/*.py"):
+        place = path.relative_to(folder)
+        allowed = DATA_TOOLS_ROOMS[: DATA_TOOLS_ROOMS.index(place.parts[0]) + 1]
+        names = {name for name in imported_modules(path) if name.startswith("data_tools.")}
+        wrong += [
+            f"{place} imports {name}" for name in sorted(names) if name.split(".")[1] not in allowed
+        ]
+    assert not wrong, f"the order of the rooms is {DATA_TOOLS_ROOMS}, then the programs"
 
 
 def test_scoring_and_training_meet_only_on_disk():

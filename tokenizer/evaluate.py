@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.documents import DataError, text_bytes
-from data_tools.reading import read_documents
+from data_tools.reading.documents import InputDataError, text_bytes
+from data_tools.reading.read import read_documents
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
@@ -141,7 +141,9 @@ def measure(
             if seen_bytes >= arguments.max_bytes:
                 break
         if not seen_bytes:
-            raise DataError(f"{source}: no usable text ({dict(rejects) or 'the input is empty'})")
+            raise InputDataError(
+                f"{source}: no usable text ({dict(rejects) or 'the input is empty'})"
+            )
     return fits, rejects
 
 
@@ -204,7 +206,7 @@ def draw(path: str, fits: dict[str, dict[str, Fit]]) -> None:
     places = np.arange(len(fits))
     with house_style():
         figure, both = new_figure(len(panels))
-        for axes, (key, title, form, factor) in zip(both, panels, strict=True):
+        for axes, (key, title, label_format, factor) in zip(both, panels, strict=True):
             for number, name in enumerate(names):
                 heights = [factor * of_source[name].to_json()[key] for of_source in fits.values()]
                 bars = axes.bar(
@@ -215,7 +217,7 @@ def draw(path: str, fits: dict[str, dict[str, Fit]]) -> None:
                     label=name[-50:],
                     color=colour(number),
                 )
-                axes.bar_label(bars, fmt=form, padding=2)
+                axes.bar_label(bars, fmt=label_format, padding=2)
             axes.set(
                 title=title, xticks=places + 0.4, xticklabels=[source[-30:] for source in fits]
             )
@@ -252,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if arguments.picture:
             draw(arguments.picture, fits)
-    except DataError as error:
+    except InputDataError as error:
         print(f"tokenizer.evaluate: {error}", file=sys.stderr)
         return 3
     except (ValueError, OSError) as error:

@@ -21,9 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_tools.documents import DataError
-from data_tools.inputs import find_files, plan_fingerprint
-from data_tools.reading import read_documents, total_input_bytes
+from data_tools.reading.documents import InputDataError
+from data_tools.reading.inputs import find_files, plan_fingerprint
+from data_tools.reading.read import read_documents, total_input_bytes
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.atomic import sync_folder, write_json_atomically
@@ -243,14 +243,14 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def train(arguments: argparse.Namespace) -> tuple[bytes, Sample]:
-    """The model file's bytes. Raises DataError when the sample is empty or too small for the vocabulary."""
+    """The model file's bytes. Raises InputDataError when the sample is empty or too small for the vocabulary."""
     import sentencepiece
 
     sample, model = Sample(arguments), io.BytesIO()
     lines = iter(sample)
     first = next(lines, None)
     if first is None:
-        raise DataError(
+        raise InputDataError(
             f"no usable text in {arguments.input}: {dict(sample.rejects) or 'the inputs are empty'}. "
             f"Records are looked up under the key {arguments.text_key}."
         )
@@ -285,7 +285,7 @@ def train(arguments: argparse.Namespace) -> tuple[bytes, Sample]:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(
+        raise InputDataError(
             f"SentencePiece could not train {arguments.vocab_size} pieces on {sample.bytes:,} bytes of text: "
             f"{_last_sentence(error)}"
         ) from None
@@ -310,7 +310,7 @@ def publish(arguments: argparse.Namespace, model: bytes, sample: Sample) -> Toke
         failures = round_trip_failures(tokenizer, AWKWARD_TEXTS)
         lossless = arguments.byte_fallback and arguments.normalization == "identity"
         if failures and lossless:
-            raise DataError(
+            raise InputDataError(
                 f"the vocabulary does not give these texts back: {failures}; it was not written"
             )
         _write_vocabulary(Path(f"{prefix}.vocab"), tokenizer)
@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         model, sample = train(arguments)
         tokenizer = publish(arguments, model, sample)
-    except DataError as error:
+    except InputDataError as error:
         print(f"tokenizer.train: {error}", file=sys.stderr)
         return 3
     except (ValueError, OSError) as error:

@@ -100,7 +100,7 @@ def test_the_limit(tmp_path, vocabulary, capsys):
 
 
 def test_line_numbers_run_through_all_blocks(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (64,))
+    monkeypatch.setattr("data_tools.reading.inputs.plan_units.__defaults__", (64,))
     path = tmp_path / "c.jsonl"
     path.write_bytes(b"\n".join([GOOD] * 50 + [b"x"] + [GOOD] * 50 + [b"y"]))
     assert preprocess([path], vocabulary, tmp_path / "c", "--max-bad-fraction", "1") == 0
@@ -213,14 +213,14 @@ def test_nothing_left_is_an_error(tmp_path, vocabulary, capsys):
 
 
 def test_wrong_key_stops_early(tmp_path, vocabulary, capsys, monkeypatch):
-    monkeypatch.setattr("data_tools.run._HOPELESS_RECORDS", 20)
+    monkeypatch.setattr("data_tools.preprocessing._HOPELESS_RECORDS", 20)
     write_jsonl(tmp_path / "c.jsonl", ["x"] * 30)
     assert preprocess([tmp_path / "c.jsonl"], vocabulary, tmp_path / "c", "--text-key", "body") == 3
     assert "--text-key" in capsys.readouterr().err
 
 
 def test_full_disk_is_a_sentence_and_can_be_continued(tmp_path, vocabulary, capsys, monkeypatch):
-    from data_tools.writer import CorpusWriter
+    from data_tools.writing.writer import CorpusWriter
 
     write_jsonl(tmp_path / "c.jsonl", ["some text"] * 30)
     with monkeypatch.context() as patch:

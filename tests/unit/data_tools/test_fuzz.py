@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_tools.blocks import Block
-from data_tools.decompression import decompressed
-from data_tools.documents import BLANK_LINE
-from data_tools.encoders import PlainEncoder
-from data_tools.filters import FilterSettings
-from data_tools.inputs import SourceFile, Unit
+from data_tools.encoding.encoders import PlainEncoder
+from data_tools.encoding.filters import FilterSettings
+from data_tools.encoding.worker import BlockEncoder, EncodeSettings
 from data_tools.preprocess import main as preprocess
-from data_tools.worker import BlockEncoder, EncodeSettings
+from data_tools.reading.blocks import Block
+from data_tools.reading.decompression import decompressed
+from data_tools.reading.documents import BLANK_LINE
+from data_tools.reading.inputs import SourceFile, Unit
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import check_corpus
 from megatron_slm.tokenization import load_tokenizer

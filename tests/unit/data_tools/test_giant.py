@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import blocks, giant, streams
+from data_tools.encoding import giant_encoding
 from data_tools.preprocess import main
+from data_tools.reading import blocks, giant, streams
 from megatron_slm.data.manifest import CorpusManifest
 
 GENERATOR = random.Random(3)
@@ -66,14 +67,17 @@ def preprocess(inputs, vocabulary, prefix, *more) -> int:
 @pytest.fixture
 def small_limits(monkeypatch):
     """Everything beyond 4 kB is a giant, read in pieces of 97 bytes: every escape and character is cut somewhere."""
-    for module in (blocks, streams, giant):
+    for module in (blocks, streams, giant, giant_encoding):
         monkeypatch.setattr(module, "GIANT_BYTES", 4000)
-    monkeypatch.setattr(giant, "_PIECE_BYTES", 97)
+    for module in (giant, giant_encoding):
+        monkeypatch.setattr(module, "PIECE_BYTES", 97)
     monkeypatch.setattr(blocks, "_READ_BYTES", 512)
-    monkeypatch.setattr("data_tools.decompression._READ_BYTES", 512)
+    monkeypatch.setattr("data_tools.reading.decompression._READ_BYTES", 512)
     # blocks are smaller than giants, as they are in earnest
-    monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (1000,))
-    monkeypatch.setattr("data_tools.streams.blocks_of_units.__kwdefaults__", {"block_bytes": 1000})
+    monkeypatch.setattr("data_tools.reading.inputs.plan_units.__defaults__", (1000,))
+    monkeypatch.setattr(
+        "data_tools.reading.streams.blocks_of_units.__kwdefaults__", {"block_bytes": 1000}
+    )
 
 
 def result(prefix) -> bytes:
@@ -101,7 +105,7 @@ def test_jsonl(tmp_path, vocabulary, suffix, pack, ascii_only, request, monkeypa
     request.getfixturevalue("small_limits")
     giants = []
     monkeypatch.setattr(
-        "data_tools.worker.scan",
+        "data_tools.encoding.worker.scan",
         lambda document, forbidden: giants.append(1) or giant.scan(document, forbidden),
     )
     assert preprocess([path], vocabulary, tmp_path / "pieces", *options) == 0

@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_tools.blocks import lines_of_range
-from data_tools.inputs import find_files, plan_units, shard_of
 from data_tools.preprocess import main
-from data_tools.reading import read_documents
+from data_tools.reading.blocks import lines_of_range
+from data_tools.reading.inputs import find_files, plan_units, shard_of
+from data_tools.reading.read import read_documents
 from megatron_slm.data.manifest import CorpusManifest
 
 TEXTS = [
@@ -81,8 +81,10 @@ def as_zst(content: bytes) -> bytes:
     [(".jsonl", bytes), (".jsonl.gz", as_gz), (".ndjson.zst", as_zst), (".json", bytes)],
 )
 def test_jsonl_forms(tmp_path, vocabulary, expected, suffix, pack, monkeypatch):
-    monkeypatch.setattr("data_tools.streams.blocks_of_units.__kwdefaults__", {"block_bytes": 1000})
-    monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (1000,))
+    monkeypatch.setattr(
+        "data_tools.reading.streams.blocks_of_units.__kwdefaults__", {"block_bytes": 1000}
+    )
+    monkeypatch.setattr("data_tools.reading.inputs.plan_units.__defaults__", (1000,))
     content = write_jsonl(tmp_path / "plain", MANY).read_bytes()
     path = tmp_path / f"c{suffix}"
     path.write_bytes(pack(content))

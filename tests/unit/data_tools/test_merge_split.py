@@ -12,7 +12,7 @@ import pytest
 from data_tools import merge as merge_program
 from data_tools import split as split_program
 from data_tools.preprocess import main
-from data_tools.run import shard_prefix
+from data_tools.preprocessing import shard_prefix
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore
@@ -28,7 +28,7 @@ def documents(prefix):
 @pytest.fixture
 def corpus(tmp_path, vocabulary, monkeypatch):
     """(prefix of the whole, command to make it or a shard)."""
-    monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (2000,))
+    monkeypatch.setattr("data_tools.reading.inputs.plan_units.__defaults__", (2000,))
     path = tmp_path / "a.jsonl"
     path.write_text(
         "".join(
@@ -249,7 +249,9 @@ def test_scores_follow_their_documents(tmp_path, corpus, shard_tokens, monkeypat
     """Token by token: the score of a token in a part is the score of that token in the whole corpus."""
     whole, _ = corpus
     store = write_scores(tmp_path / "scores", whole, columns=("loss", "entropy"))
-    monkeypatch.setattr("data_tools.split_scores.default_shard_tokens", lambda tokens: shard_tokens)
+    monkeypatch.setattr(
+        "data_tools.writing.split_scores.default_shard_tokens", lambda tokens: shard_tokens
+    )
     run = [
         "--held-out-fraction",
         "0.2",

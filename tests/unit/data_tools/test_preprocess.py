@@ -232,8 +232,8 @@ def test_prepend_bos(tmp_path, corpus_file, vocabulary):
 def test_memory_does_not_grow_with_the_input(tmp_path, vocabulary):
     """Peak memory of the process on 20 times the input, in blocks of 256 kB."""
     launch = (
-        "import resource, sys, data_tools.inputs\n"
-        "data_tools.inputs.plan_units.__defaults__ = (1 << 18,)\n"
+        "import resource, sys, data_tools.reading.inputs\n"
+        "data_tools.reading.inputs.plan_units.__defaults__ = (1 << 18,)\n"
         "from data_tools.preprocess import main\n"
         "assert main(sys.argv[1:]) == 0\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.preprocess import main
-from data_tools.writer import CorpusWriter
+from data_tools.writing.writer import CorpusWriter
 from megatron_slm.data.manifest import check_corpus
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,8 +64,10 @@ def outputs(prefix):
 
 
 def small_blocks(monkeypatch, size=3000):
-    monkeypatch.setattr("data_tools.inputs.plan_units.__defaults__", (size,))
-    monkeypatch.setattr("data_tools.streams.blocks_of_units.__kwdefaults__", {"block_bytes": size})
+    monkeypatch.setattr("data_tools.reading.inputs.plan_units.__defaults__", (size,))
+    monkeypatch.setattr(
+        "data_tools.reading.streams.blocks_of_units.__kwdefaults__", {"block_bytes": size}
+    )
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -115,7 +117,7 @@ def test_killed_while_files_are_moved_out(tmp_path, vocabulary, inputs, monkeypa
                     raise KeyboardInterrupt
             real(source, target)
 
-        patch.setattr("data_tools.writer.os.replace", replace)
+        patch.setattr("data_tools.writing.writer.os.replace", replace)
         assert main(command(inputs, vocabulary, tmp_path / "stopped", "--workers", "1")) == 130
     assert not (tmp_path / "stopped.manifest.json").exists()
     assert main(command(inputs, vocabulary, tmp_path / "stopped", "--workers", "1")) == 0
@@ -125,9 +127,9 @@ def test_killed_while_files_are_moved_out(tmp_path, vocabulary, inputs, monkeypa
 def test_random_kills(tmp_path, vocabulary, inputs):
     """SIGKILL to the parent alone, at random moments: workers must end too, and the result must not change."""
     launch = (
-        "import sys, data_tools.inputs, data_tools.streams\n"
-        "data_tools.inputs.plan_units.__defaults__ = (3000,)\n"
-        "data_tools.streams.blocks_of_units.__kwdefaults__ = {'block_bytes': 3000}\n"
+        "import sys, data_tools.reading.inputs, data_tools.reading.streams\n"
+        "data_tools.reading.inputs.plan_units.__defaults__ = (3000,)\n"
+        "data_tools.reading.streams.blocks_of_units.__kwdefaults__ = {'block_bytes': 3000}\n"
         "from data_tools.preprocess import main\n"
         "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
     )

@@ -11,10 +11,17 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import word_cache
-from data_tools.encoders import PlainEncoder, build_encoder
-from data_tools.segments import BEYOND_ASCII, LETTER, NEWLINE, OTHER_ASCII, SPACE, cut_rules
-from data_tools.word_cache import CachedEncoder
+from data_tools.encoding import word_cache
+from data_tools.encoding.encoders import PlainEncoder, build_encoder
+from data_tools.encoding.segments import (
+    BEYOND_ASCII,
+    LETTER,
+    NEWLINE,
+    OTHER_ASCII,
+    SPACE,
+    cut_rules,
+)
+from data_tools.encoding.word_cache import CachedEncoder
 from megatron_slm.tokenization import load_tokenizer
 
 ALPHABET = " \n\t_-=.'\"()ab zAB019éüñ日本語한🙂\u0301\u200d\u2581\u00a0<s>/"

@@ -13,7 +13,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 
-from data_tools.segments import SPACE_SIGN, CutRules, class_of_byte
+from data_tools.encoding.segments import SPACE_SIGN, CutRules, class_of_byte
 from megatron_slm.tokenization import Tokenizer
 
 _SHORT_BYTES = 8

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.run_state import RunState, SourceCounts
+from data_tools.writing.run_state import RunState, SourceCounts
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.files.atomic import write_json_atomically

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.blocks import Block
-from data_tools.documents import HASH_BYTES, DataError
-from data_tools.inputs import (
+from data_tools.encoding.pool import ordered_map
+from data_tools.encoding.worker import BlockEncoder, BlockResult, EncodeSettings, Part
+from data_tools.reading.blocks import Block
+from data_tools.reading.documents import HASH_BYTES, InputDataError
+from data_tools.reading.inputs import (
     STDIN,
     SourceFile,
     Unit,
@@ -25,13 +27,11 @@ from data_tools.inputs import (
     plan_units,
     shard_of,
 )
-from data_tools.pool import ordered_map
-from data_tools.progress import RunProgress, print_summary
-from data_tools.run_state import RunState, SourceCounts
-from data_tools.statistics_report import statistics_of, write_statistics
-from data_tools.streams import blocks_of_units
-from data_tools.worker import BlockEncoder, BlockResult, EncodeSettings, Part
-from data_tools.writer import CorpusWriter, existing_output
+from data_tools.reading.streams import blocks_of_units
+from data_tools.writing.run_progress import RunProgress, print_summary
+from data_tools.writing.run_state import RunState, SourceCounts
+from data_tools.writing.statistics_report import statistics_of, write_statistics
+from data_tools.writing.writer import CorpusWriter, existing_output
 from megatron_slm import __version__
 from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus, manifest_path
 from megatron_slm.files.made_from import refuse_other_origin
@@ -42,12 +42,12 @@ _HOPELESS_RECORDS = 10_000
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class PreprocessingSettings:
     inputs: tuple[str, ...]
     tokenizer: str
     output_prefix: str
     workers: int
-    form: str
+    file_format: str
     include: tuple[str, ...]
     encode: EncodeSettings
     max_bad_fraction: float
@@ -69,8 +69,8 @@ def shard_prefix(output_prefix: str, index: int, count: int) -> str:
     return f"{output_prefix}.shard-{index:05d}-of-{count:05d}"
 
 
-def run(settings: RunSettings) -> CorpusManifest:
-    """Make the corpus and return its manifest. Raises ValueError (usage), DataError (bad input), OSError, WorkerDied."""
+def run(settings: PreprocessingSettings) -> CorpusManifest:
+    """Make the corpus and return its manifest. Raises ValueError (usage), InputDataError (bad input), OSError, WorkerDied."""
     prefix = settings.prefix
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(f"{prefix}.partial", "finished.json").exists()
@@ -79,18 +79,18 @@ def run(settings: RunSettings) -> CorpusManifest:
             return check_corpus(prefix)
         return _finished_before(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
-    files = find_files(settings.inputs, settings.form, settings.include)
+    files = find_files(settings.inputs, settings.file_format, settings.include)
     units = plan_units(files)
     if settings.shard:
         units = shard_of(units, *settings.shard)
     identity = identity_of(settings, tokenizer, files)
     with CorpusWriter(prefix, tokenizer.token_dtype, identity, restart=settings.restart) as writer:
         if writer.published is None:
-            return _Run(settings, tokenizer, files, units, identity, writer).make()
+            return _PreprocessingRun(settings, tokenizer, files, units, identity, writer).make()
         return writer.published
 
 
-def _finished_before(settings: RunSettings) -> CorpusManifest:
+def _finished_before(settings: PreprocessingSettings) -> CorpusManifest:
     """The corpus under the prefix, which an earlier run of this very command made. ValueError when it is another one."""
     advice = "Give --overwrite to replace it, or another --output-prefix."
     before, now = None, {}
@@ -98,7 +98,7 @@ def _finished_before(settings: RunSettings) -> CorpusManifest:
         # What was read from standard input cannot be compared with what comes from it now.
         created_by = CorpusManifest.read(settings.prefix).created_by
         if created_by.get("program") == PROGRAM:
-            files = find_files(settings.inputs, settings.form, settings.include)
+            files = find_files(settings.inputs, settings.file_format, settings.include)
             before = created_by.get("options")
             identity = identity_of(settings, load_tokenizer(settings.tokenizer), files)
             now = finished_identity(settings, identity)
@@ -106,7 +106,7 @@ def _finished_before(settings: RunSettings) -> CorpusManifest:
     try:
         manifest = check_corpus(settings.prefix)
     except ValueError as error:
-        raise DataError(f"{error} ({advice})") from None
+        raise InputDataError(f"{error} ({advice})") from None
     print(
         f"{settings.prefix}: done before, from the same inputs and options; "
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
@@ -115,7 +115,7 @@ def _finished_before(settings: RunSettings) -> CorpusManifest:
 
 
 def identity_of(
-    settings: RunSettings, tokenizer: Tokenizer, files: list[SourceFile]
+    settings: PreprocessingSettings, tokenizer: Tokenizer, files: list[SourceFile]
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the corpus; a run continues only one with the same identity."""
     encode = asdict(settings.encode)
@@ -127,7 +127,7 @@ def identity_of(
     return {
         "inputs": list(settings.inputs),
         "files": plan_fingerprint(files),
-        "format": settings.form,
+        "format": settings.file_format,
         "tokenizer": tokenizer.fingerprint,
         "eod_id": tokenizer.eod_id,
         "bos_id": tokenizer.bos_id,
@@ -137,15 +137,15 @@ def identity_of(
     }
 
 
-def finished_identity(settings: RunSettings, identity: dict[str, Any]) -> dict[str, Any]:
+def finished_identity(settings: PreprocessingSettings, identity: dict[str, Any]) -> dict[str, Any]:
     """What a finished corpus was made from: also the limit it kept, which an unfinished run may be continued with another of."""
     return {**identity, "max_bad_fraction": settings.max_bad_fraction}
 
 
-class _Run:
+class _PreprocessingRun:
     def __init__(
         self,
-        settings: RunSettings,
+        settings: PreprocessingSettings,
         tokenizer: Tokenizer,
         files: list[SourceFile],
         units: list[Unit],
@@ -260,7 +260,7 @@ class _Run:
 
     def _stop_if_hopeless(self) -> None:
         if not self._writer.documents and self._state.bad_records() >= _HOPELESS_RECORDS:
-            raise DataError(
+            raise InputDataError(
                 f"none of the first {self._state.bad_records()} records is usable: {self._rejected_words()}. "
                 "Check --text-key and --format."
             )
@@ -269,13 +269,13 @@ class _Run:
         state, limit = self._state, self._settings.max_bad_fraction
         fraction = state.bad_fraction(self._input_bytes)
         if fraction > limit:
-            raise DataError(
+            raise InputDataError(
                 f"{state.bad_records()} of {state.total('records')} records are bad ({fraction:.2%} of records or bytes; the limit "
                 f"is {limit:.2%}): {self._rejected_words()}. They are listed in {self._writer.folder}/rejects.jsonl. Mend the "
                 "input, or run the same command with a higher --max-bad-fraction: it continues from here."
             )
         if not self._writer.documents and self._settings.shard is None:
-            raise DataError(
+            raise InputDataError(
                 f"no document is left: {self._rejected_words() or 'the input has no records'}"
             )
 

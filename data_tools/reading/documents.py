@@ -20,7 +20,7 @@ class BadRecord(Exception):
         self.reason, self.detail = reason, detail
 
 
-class DataError(Exception):
+class InputDataError(Exception):
     """Bad data that stops a program (exit code 3)."""
 
 

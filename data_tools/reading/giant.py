@@ -1,8 +1,7 @@
-"""Documents too large to hold: a text file or a jsonl line of gigabytes, read and encoded in pieces.
+"""Documents too large to hold: a text file or a jsonl line of gigabytes, read in pieces.
 
-The first pass proves the document good (UTF-8, JSON, no NUL, not empty) without keeping it, the second encodes it; both need
-memory for a few pieces only. Encoding in pieces is exact for vocabularies with cut rules (see segments); for others a giant
-document is rejected with a sentence, since nothing proves what its tokens would be.
+`scan` proves the document good (UTF-8, JSON, no NUL, not empty) without keeping it; a second pass
+over its pieces encodes it (encoding/giant_encoding.py). Both need memory for a few pieces only.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from data_tools.documents import EMPTY, HASH_BYTES, BadRecord, text_of_record
-from data_tools.word_cache import CachedEncoder
+from data_tools.reading.documents import EMPTY, HASH_BYTES, BadRecord, text_of_record
 
 GIANT_BYTES = 16 << 20
 """Records beyond this take the slow, lean path."""
-_PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
 _PLACEHOLDER = "\0giant:"
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _WHOLE_ESCAPES = re.compile(
@@ -131,26 +129,9 @@ def scan(document: GiantText, forbidden: Sequence[str]) -> Scan:
     return Scan(characters, size_bytes, digest.digest(), whole)
 
 
-def encode_giant(document: GiantText, encoder: CachedEncoder) -> Iterator[bytes]:
-    """Tokens of the document in pieces. Raises BadRecord where the text offers no place to cut for very long."""
-    carry = encoder.prefix
-    for piece in document.pieces():
-        carry += encoder.as_bytes(piece)
-        if len(carry) < _PIECE_BYTES:
-            continue
-        end = encoder.last_cut(carry)
-        if end:
-            yield encoder.encode_part(carry[:end])
-            carry = carry[end:]
-        elif len(carry) > GIANT_BYTES:
-            raise BadRecord("too long to encode", f"{len(carry)} bytes without a place to cut")
-    if carry:
-        yield encoder.encode_part(carry)
-
-
 def _pieces_of(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:
     stream.seek(start)
-    while start < end and (piece := stream.read(min(_PIECE_BYTES, end - start))):
+    while start < end and (piece := stream.read(min(PIECE_BYTES, end - start))):
         start += len(piece)
         yield piece
 
@@ -178,7 +159,7 @@ def _skeleton(stream: BinaryIO, start: int, end: int) -> tuple[bytes, list[tuple
                     inside, string_start, string_kept = True, position + at, []
                 continue
             stop = _STRING_BODY.match(data, at).end()
-            if position + stop - string_start <= _PIECE_BYTES:
+            if position + stop - string_start <= PIECE_BYTES:
                 string_kept.append(data[at:stop])
             at = stop
             if at == len(data):
@@ -188,7 +169,7 @@ def _skeleton(stream: BinaryIO, start: int, end: int) -> tuple[bytes, list[tuple
             ):  # a backslash at the very end: its partner is in the next piece
                 pending = data[at:]
                 break
-            if position + at - string_start > _PIECE_BYTES:
+            if position + at - string_start > PIECE_BYTES:
                 kept.append(b"\\u0000giant:%d" % len(spans))
                 spans.append((string_start, position + at))
             else:

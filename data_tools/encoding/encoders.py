@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
-from data_tools.segments import cut_rules
-from data_tools.word_cache import CachedEncoder
+from data_tools.encoding.segments import cut_rules
+from data_tools.encoding.word_cache import CachedEncoder
 from megatron_slm.tokenization import Tokenizer
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.writer import UNFINISHED, lock_of_partial_folder
+from data_tools.writing.writer import UNFINISHED, lock_of_partial_folder
 from megatron_slm.data.file_array import open_array
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus, manifest_path

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.blocks import Block, BlockReader, Record
-from data_tools.documents import DAMAGED_FILE, BadRecord, Reject, text_bytes
-from data_tools.encoders import Encoder, build_encoder
-from data_tools.filters import Filters, FilterSettings
-from data_tools.giant import GiantText, encode_giant, scan
-from data_tools.word_cache import CachedEncoder
+from data_tools.encoding.encoders import Encoder, build_encoder
+from data_tools.encoding.filters import Filters, FilterSettings
+from data_tools.encoding.giant_encoding import encode_giant
+from data_tools.encoding.word_cache import CachedEncoder
+from data_tools.reading.blocks import Block, BlockReader, Record
+from data_tools.reading.documents import DAMAGED_FILE, BadRecord, Reject, text_bytes
+from data_tools.reading.giant import GiantText, scan
 from megatron_slm.data.indexed import MAX_SEQUENCE_TOKENS
 from megatron_slm.tokenization import Tokenizer
 

@@ -6,10 +6,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from data_tools.blocks import Block, BlockReader, Record
-from data_tools.documents import Document, Reject
-from data_tools.inputs import find_files, plan_units, shard_of
-from data_tools.streams import blocks_of_units
+from data_tools.reading.blocks import Block, BlockReader, Record
+from data_tools.reading.documents import Document, Reject
+from data_tools.reading.inputs import find_files, plan_units, shard_of
+from data_tools.reading.streams import blocks_of_units
 
 GIANT = "too large to hold in memory"
 
@@ -19,7 +19,7 @@ def read_documents(
     keys: Sequence[str] = ("text",),
     *,
     separator: str = "\n\n",
-    form: str = "auto",
+    file_format: str = "auto",
     include: Sequence[str] = (),
     rank: int = 0,
     world_size: int = 1,
@@ -29,7 +29,7 @@ def read_documents(
 
     With `world_size` > 1 the part that belongs to `rank`; the parts of all ranks in order are the whole.
     """
-    units = plan_units(find_files(inputs, form, include))
+    units = plan_units(find_files(inputs, file_format, include))
     if world_size > 1:
         units = shard_of(units, rank, world_size)
     with tempfile.TemporaryDirectory(prefix="slm-read-") as spool_folder:
@@ -58,10 +58,10 @@ def _documents(
 
 
 def total_input_bytes(
-    inputs: Sequence[str], form: str = "auto", include: Sequence[str] = ()
+    inputs: Sequence[str], file_format: str = "auto", include: Sequence[str] = ()
 ) -> int:
     """Size of the inputs, compressed files at four times their size (what text commonly gives)."""
     return sum(
         file.size_bytes * (4 if file.compression else 1)
-        for file in find_files(inputs, form, include)
+        for file in find_files(inputs, file_format, include)
     )

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.decompression import decompressed
-from data_tools.documents import (
+from data_tools.reading.decompression import decompressed
+from data_tools.reading.documents import (
     BLANK_LINE,
     DAMAGED_FILE,
     BadRecord,
@@ -22,8 +22,8 @@ from data_tools.documents import (
     text_of_line,
     text_of_record,
 )
-from data_tools.giant import GIANT_BYTES, GiantText, giant_file, giant_line
-from data_tools.inputs import SourceFile, Unit
+from data_tools.reading.giant import GIANT_BYTES, GiantText, giant_file, giant_line
+from data_tools.reading.inputs import SourceFile, Unit
 
 _READ_BYTES = 1 << 20
 _ROWS_PER_BATCH = 256

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.blocks import Block
-from data_tools.documents import HARMLESS
-from data_tools.worker import BlockResult
+from data_tools.encoding.worker import BlockResult
+from data_tools.reading.blocks import Block
+from data_tools.reading.documents import HARMLESS
 
 REJECTS_LISTED_PER_REASON = 1000
 

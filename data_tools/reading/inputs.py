@@ -27,7 +27,7 @@ class SourceFile:
     source: int
     """Which --input argument."""
     path: str
-    form: str
+    file_format: str
     """lines, text or parquet."""
     compression: str
     """"" , gz or zst."""
@@ -51,7 +51,7 @@ class Unit:
 
 
 def find_files(
-    inputs: Sequence[str], form: str = "auto", include: Sequence[str] = ()
+    inputs: Sequence[str], file_format: str = "auto", include: Sequence[str] = ()
 ) -> list[SourceFile]:
     """Every file the arguments name: files, folders (all files below, hidden ones left out), globs, or - for standard input.
 
@@ -60,7 +60,11 @@ def find_files(
     files: list[SourceFile] = []
     for source, argument in enumerate(inputs):
         if argument == STDIN:
-            files.append(SourceFile(source, STDIN, "lines" if form == "auto" else form, "", 0, 0))
+            files.append(
+                SourceFile(
+                    source, STDIN, "lines" if file_format == "auto" else file_format, "", 0, 0
+                )
+            )
             continue
         paths = list(_paths_of(argument, include))
         if not paths:
@@ -68,7 +72,7 @@ def find_files(
                 f"--input {argument}: no such file or folder, and no file matches it"
                 + (f" and --include {' '.join(include)}" if include else "")
             )
-        files.extend(_describe(source, path, in_folder, form) for path, in_folder in paths)
+        files.extend(_describe(source, path, in_folder, file_format) for path, in_folder in paths)
     return files
 
 
@@ -95,23 +99,23 @@ def _paths_of(argument: str, include: Sequence[str]) -> Iterator[tuple[str, bool
         yield from ((each, True) for each in sorted(found, key=os.fsencode))
 
 
-def _describe(source: int, path: str, in_folder: bool, form: str) -> SourceFile:
+def _describe(source: int, path: str, in_folder: bool, file_format: str) -> SourceFile:
     stem, suffix = os.path.splitext(path.lower())
     compression = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}.get(suffix, "")
     suffix = os.path.splitext(stem)[1] if compression else suffix
-    if form == "auto":
+    if file_format == "auto":
         if suffix in _LINES or (suffix == ".json" and not in_folder):
-            form = "lines"
+            file_format = "lines"
         else:
-            form = "parquet" if suffix in _PARQUET and not compression else "text"
+            file_format = "parquet" if suffix in _PARQUET and not compression else "text"
     else:
-        form = {"jsonl": "lines"}.get(form, form)
+        file_format = {"jsonl": "lines"}.get(file_format, file_format)
     try:
         status = os.stat(path)
         size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
     except OSError:  # a dangling link: kept, so that reading it is reported
         size_bytes, mtime_ns = 0, 0
-    return SourceFile(source, path, form, compression, size_bytes, mtime_ns)
+    return SourceFile(source, path, file_format, compression, size_bytes, mtime_ns)
 
 
 def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> list[Unit]:
@@ -127,7 +131,7 @@ def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> l
             group.clear()
 
     for file in files:
-        if file.form != "text" or (
+        if file.file_format != "text" or (
             group
             and (
                 file.source != group[0].source
@@ -136,12 +140,12 @@ def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> l
             )
         ):
             close_group()
-        if file.path == STDIN or (file.form == "lines" and file.compression):
+        if file.path == STDIN or (file.file_format == "lines" and file.compression):
             units.append(Unit("stream", (file,), 0, 0, file.size_bytes))
-        elif file.form == "text":
+        elif file.file_format == "text":
             group_bytes = group_bytes + file.size_bytes if group else file.size_bytes
             group.append(file)
-        elif file.form == "parquet":
+        elif file.file_format == "parquet":
             units.extend(_row_groups(file))
         else:
             units.extend(
@@ -189,7 +193,7 @@ def plan_fingerprint(files: Sequence[SourceFile]) -> str:
     state = hashlib.sha256()
     for file in files:
         state.update(
-            f"{file.source}\0{file.path}\0{file.form}\0{file.size_bytes}\0{file.mtime_ns}\n".encode(
+            f"{file.source}\0{file.path}\0{file.file_format}\0{file.size_bytes}\0{file.mtime_ns}\n".encode(
                 "utf-8", "surrogateescape"
             )
         )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.blocks import Record
-from data_tools.documents import HASH_BYTES, BadRecord, Reject
+from data_tools.reading.blocks import Record
+from data_tools.reading.documents import HASH_BYTES, BadRecord, Reject
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from data_tools.blocks import Block
-from data_tools.decompression import decompressed
-from data_tools.giant import GIANT_BYTES
-from data_tools.inputs import BLOCK_BYTES, STDIN, Unit
+from data_tools.reading.blocks import Block
+from data_tools.reading.decompression import decompressed
+from data_tools.reading.giant import GIANT_BYTES
+from data_tools.reading.inputs import BLOCK_BYTES, STDIN, Unit
 
 
 def blocks_of_units(
