@@ -120,7 +120,7 @@ def print_numbers(
             )
 
 
-def draw(path: str, statistics: dict[str, Any]) -> None:
+def draw_lengths(path: str, statistics: dict[str, Any]) -> None:
     """The share of documents over their length in tokens, one line per source; lengths are counted in powers of two."""
     from megatron_slm.analysis.style import colour, dash, house_style, new_figure, short_count
 
@@ -203,7 +203,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     statistics = statistics_of_corpus(prefix, manifest, index)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     if arguments.picture:
-        draw(arguments.picture, statistics)
+        draw_lengths(arguments.picture, statistics)
     if arguments.json:
         print(json.dumps({"manifest": manifest.to_json(), "statistics": statistics}, indent=2))
     elif not arguments.document:

@@ -1,4 +1,4 @@
-"""What verify and inspect_corpus do with a score store: check it against its corpus, price parts of it again, show it as text."""
+"""What verify and inspect_corpus do with a score store: check it against its corpus, score parts of it again, show it as text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_scores(
 def rescore_windows(
     prefix: str, folder: str, reference: str, count: int, tolerance_nats: float, console: Console
 ) -> list[str]:
-    """Price `count` random windows with the reference (our checkpoint, or a Hugging Face folder) and compare with the store."""
+    """Score `count` random windows with the reference (our checkpoint, or a Hugging Face folder) and compare with the store."""
     store = ScoreStore.open(folder)
     rescore_with = (
         _rescore_with_transformers
@@ -53,7 +53,7 @@ def rescore_windows(
     )
     worst = rescore_with(store, prefix, reference, count)
     listed = ", ".join(f"{column} {difference:.2g} nats" for column, difference in worst.items())
-    console.print(f"{count} windows priced again: largest difference {listed}", highlight=False)
+    console.print(f"{count} windows scored again: largest difference {listed}", highlight=False)
     return [
         f"{folder}: {column} differs by {difference:.3g} nats from what {reference} gives (allowed: {tolerance_nats}); the scores are of another model "
         "or another context"
@@ -69,11 +69,11 @@ def _rescore_with_transformers(
 
     from megatron_slm.scoring.corpus import TokenStream, rescore
     from megatron_slm.scoring.foreign_model import huggingface_fingerprint
-    from megatron_slm.scoring.importers import transformers_scorer
+    from megatron_slm.scoring.importers import transformers_runner
 
     _same_reference(store, huggingface_fingerprint(reference), reference)
     stream = TokenStream(prefix)
-    scorer = transformers_scorer(
+    runner = transformers_runner(
         reference,
         stream,
         stream.plan(store.manifest),
@@ -81,7 +81,7 @@ def _rescore_with_transformers(
         device="cuda" if torch.cuda.is_available() else "cpu",
         vocabulary_size=CorpusManifest.read(prefix).tokenizer["vocabulary_size"],
     )
-    return rescore(scorer, store, count)
+    return rescore(runner, store, count)
 
 
 def _rescore_with_checkpoint(
@@ -93,13 +93,13 @@ def _rescore_with_checkpoint(
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
     from megatron_slm.parallel import join_job, leave_job
     from megatron_slm.scoring.corpus import TokenStream, rescore
-    from megatron_slm.scoring.model import megatron_scorer
-    from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
+    from megatron_slm.scoring.model import megatron_runner
+    from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config
 
     opened = open_reference(reference, CorpusManifest.read(prefix))
     _same_reference(store, opened.fingerprint, reference)
     stream = TokenStream(prefix)
-    config = reference_config(
+    config = scoring_config(
         opened,
         store.manifest.window_tokens,
         ParallelConfig(),
@@ -107,15 +107,15 @@ def _rescore_with_checkpoint(
     )
     groups = join_job(config.parallel, device, config.run.seed)
     try:
-        scorer = megatron_scorer(
-            load_reference(opened, config, groups),
+        runner = megatron_runner(
+            load_scoring_model(opened, config, groups),
             groups,
             stream,
             stream.plan(store.manifest),
             store.columns,
             micro_batch_size=4,
         )
-        return rescore(scorer, store, count)
+        return rescore(runner, store, count)
     finally:
         leave_job()
 
@@ -160,9 +160,9 @@ def show_scores(
         shade = SHADES[int(np.searchsorted(SHADE_NATS, loss))] if loss == loss else "dim"
         text.append(piece if console.is_terminal else f"{piece}[{_number(loss)}]", style=shade)
     console.print(text, soft_wrap=True)
-    priced = losses[~np.isnan(losses)]
+    scored = losses[~np.isnan(losses)]
     mean = (
-        f"mean {name} {priced.mean():.3f} nats over {len(priced)} tokens; " if len(priced) else ""
+        f"mean {name} {scored.mean():.3f} nats over {len(scored)} tokens; " if len(scored) else ""
     )
     console.print(
         f"{mean}shades begin at {', '.join(map(str, SHADE_NATS))} nats"

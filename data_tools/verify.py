@@ -7,7 +7,7 @@ documents without their closing token, disagreement with the manifest; then deco
 
     python -m data_tools.verify data/corpus --scores data/scores --rescore 20 --reference runs/reference
 
-also checks a score store: every byte against its markers, coverage, the corpus and tokenizer it belongs to; and prices 20 random
+also checks a score store: every byte against its markers, coverage, the corpus and tokenizer it belongs to; and scores 20 random
 windows again with the reference.
 
 For a corpus that another tool wrote, `--write-manifest --tokenizer P.model` checks what can be checked without a manifest and
@@ -89,7 +89,7 @@ def build_parser() -> Program:
         type=number_in(Count),
         default=0,
         metavar="N",
-        help="with --scores: price N random windows again and compare",
+        help="with --scores: score N random windows again and compare",
     )
     parser.add_argument(
         "--reference",
@@ -274,7 +274,7 @@ def verify_scores(
     arguments: argparse.Namespace,
     console: Console,
 ) -> list[str]:
-    """Problems of the score store named by --scores, and of the windows priced again."""
+    """Problems of the score store named by --scores, and of the windows scored again."""
     problems = score_checks.check_scores(arguments.scores, manifest, index, console)
     if not problems and arguments.rescore:
         problems = score_checks.rescore_windows(

@@ -59,7 +59,7 @@ def compare_logits(options) -> tuple[float, str]:
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
     from megatron_slm.convert.model_folder import read_json
     from megatron_slm.data.corpora import open_corpora
-    from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
+    from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config
 
     [corpus] = open_corpora([options.corpus])
     reference = open_reference(options.checkpoint, corpus.manifest)
@@ -76,12 +76,12 @@ def compare_logits(options) -> tuple[float, str]:
     from megatron_slm.data.scored_dataset import validation_dataset
     from megatron_slm.parallel import join_job, leave_job
 
-    config = reference_config(
+    config = scoring_config(
         reference, reference.info.sequence_length, ParallelConfig(), DeviceConfig(kind="cpu")
     )
     groups = join_job(ParallelConfig(), device, seed=0, rank=0, world_size=1)
     try:
-        model = load_reference(reference, config, groups)[0].float()
+        model = load_scoring_model(reference, config, groups)[0].float()
         dataset = validation_dataset(corpus, sequence_length=reference.info.sequence_length)
         tokens_BS = torch.stack(
             [

@@ -11,7 +11,7 @@ from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.files.hashing import file_sha256
-from megatron_slm.scoring.options import column_names, parse_share, resume_command
+from megatron_slm.scoring.options import column_names, parse_job_slice, resume_command
 from megatron_slm.scoring.summary import finish, means, pending_shards
 from megatron_slm.training.stop_signals import StopSignals
 
@@ -132,13 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         columns = _columns(options)
         _refuse_unused(options)
-        share = parse_share(options.shard)
+        job_slice = parse_job_slice(options.shard)
     except ValueError as error:
         print(f"import_scores: {error}", file=sys.stderr)
         return 2
     sentence = "import_scores: stopped; finished shards are kept, and the same command continues"
     with StopSignals(sentence, on_request=_leave):
-        return _import(options, argv, columns, share)
+        return _import(options, argv, columns, job_slice)
 
 
 def _leave() -> None:
@@ -146,15 +146,18 @@ def _leave() -> None:
 
 
 def _import(
-    options: argparse.Namespace, argv: list[str], columns: tuple[str, ...], share: tuple[int, int]
+    options: argparse.Namespace,
+    argv: list[str],
+    columns: tuple[str, ...],
+    job_slice: tuple[int, int],
 ) -> int:
     """Fill the store with this job's share and say what it holds; the exit code."""
     try:
         corpus = check_corpus(options.corpus)
         store = ScoreStore.create(options.output, _manifest(options, argv, corpus, columns))
-        pending = pending_shards(store, share)
+        pending = pending_shards(store, job_slice)
         if pending:
-            _fill(store, options, corpus, share)
+            _fill(store, options, corpus, job_slice)
         state = ("" if pending else "done before, ") + finish(store)
         described = means(store)
     except (ValueError, OSError) as error:
@@ -233,7 +236,10 @@ def _manifest(
 
 
 def _fill(
-    store: ScoreStore, options: argparse.Namespace, corpus: CorpusManifest, share: tuple[int, int]
+    store: ScoreStore,
+    options: argparse.Namespace,
+    corpus: CorpusManifest,
+    job_slice: tuple[int, int],
 ) -> None:
     from megatron_slm.scoring import importers
     from megatron_slm.scoring.corpus import TokenStream, score_corpus
@@ -248,7 +254,7 @@ def _fill(
     elif options.jsonl:
         importers.import_jsonl(store, stream, options.jsonl, key=options.key, show_progress=True)
     else:
-        scorer = importers.transformers_scorer(
+        runner = importers.transformers_runner(
             options.huggingface,
             stream,
             stream.plan(store.manifest),
@@ -258,7 +264,7 @@ def _fill(
             precision=options.precision,
             device=options.device,
         )
-        score_corpus(scorer, store, job=share, show_progress=True)
+        score_corpus(runner, store, job_slice=job_slice, show_progress=True)
 
 
 if __name__ == "__main__":

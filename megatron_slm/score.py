@@ -25,8 +25,8 @@ STOPPED = 85
 def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
     from megatron_slm.parallel import join_job, leave_job
     from megatron_slm.scoring.corpus import TokenStream, score_corpus
-    from megatron_slm.scoring.model import megatron_scorer
-    from megatron_slm.scoring.reference import load_reference
+    from megatron_slm.scoring.model import megatron_runner
+    from megatron_slm.scoring.reference import load_scoring_model
 
     groups = join_job(
         job.config.parallel,
@@ -36,8 +36,8 @@ def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
     )
     try:
         stream = TokenStream(job.options.corpus)
-        models = load_reference(job.reference, job.config, groups)
-        scorer = megatron_scorer(
+        models = load_scoring_model(job.reference, job.config, groups)
+        runner = megatron_runner(
             models,
             groups,
             stream,
@@ -46,11 +46,11 @@ def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
             job.options.micro_batch_size,
         )
         report = score_corpus(
-            scorer,
+            runner,
             store,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
-            job=job.share,
+            job_slice=job.job_slice,
             show_progress=groups.is_logger,
         )
     finally:
@@ -72,7 +72,9 @@ def run(job: ScoringJob, store: ScoreStore, device, rank: int) -> int:
 def done_before(job: ScoringJob, store: ScoreStore, rank: int) -> int:
     """Nothing is left of this job's share: no process waits for another, and no model is loaded."""
     if rank == 0:
-        done = "done before" if job.share[1] == 1 else f"share {job.options.shard} was done before"
+        done = (
+            "done before" if job.job_slice[1] == 1 else f"share {job.options.shard} was done before"
+        )
         print(f"{job.options.output}: {done}, {finish(store)}")
         print(f"{job.options.output}: {means(store)}")
     return 0
@@ -101,7 +103,7 @@ def score(argv: list[str] | None) -> int:
         if check_only:
             print(job.options.output)
             return 0
-        if not pending_shards(store, job.share):
+        if not pending_shards(store, job.job_slice):
             return done_before(job, store, rank)
         from megatron_slm.device import choose_device, set_threads
 

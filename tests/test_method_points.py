@@ -18,7 +18,7 @@ from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.ops import linear_cross_entropy
 from megatron_slm.scoring.options import ScoreOptions
-from megatron_slm.scoring.reference import open_reference, reference_config
+from megatron_slm.scoring.reference import open_reference, scoring_config
 from megatron_slm.selection import select_top
 from megatron_slm.testing.corpora import (
     random_documents,
@@ -391,4 +391,4 @@ def test_point_18_no_dropout_by_default_and_none_in_a_reference(tmp_path, monkey
     opened = open_reference("somewhere", CorpusManifest.read(tmp_path / "corpus"))
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
 
-    assert reference_config(opened, 16, ParallelConfig(), DeviceConfig()).model.dropout == 0.0
+    assert scoring_config(opened, 16, ParallelConfig(), DeviceConfig()).model.dropout == 0.0

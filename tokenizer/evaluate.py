@@ -194,7 +194,7 @@ def print_table(fits: dict[str, dict[str, Fit]], console: Console) -> None:
     console.print(table)
 
 
-def draw(path: str, fits: dict[str, dict[str, Fit]]) -> None:
+def draw_fits(path: str, fits: dict[str, dict[str, Fit]]) -> None:
     """Two panels, bars grouped by source: bytes per token (longer tokens are shorter sequences), and the share of tokens that spell bytes."""
     from megatron_slm.analysis.style import colour, house_style, new_figure
 
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
                 },
             )
         if arguments.picture:
-            draw(arguments.picture, fits)
+            draw_fits(arguments.picture, fits)
     except InputDataError as error:
         print(f"tokenizer.evaluate: {error}", file=sys.stderr)
         return 3

@@ -26,7 +26,7 @@ from data_tools.reading.inputs import find_files, plan_fingerprint
 from data_tools.reading.read import read_documents, total_input_bytes
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
-from megatron_slm.files.atomic import sync_folder, write_json_atomically
+from megatron_slm.files.atomic import sync_path, write_json_atomically
 from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.made_from import refuse_other_origin
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
@@ -297,16 +297,16 @@ def _last_sentence(error: Exception) -> str:
 
 
 def publish(arguments: argparse.Namespace, model: bytes, sample: Sample) -> Tokenizer:
-    """Write the model aside, prove the round trip on it, then move it to its name; it comes last, so it is finished where it stands."""
+    """Write the model under a temporary name, prove the round trip on it, then move it to its name; it comes last, so it is finished where it stands."""
     prefix = arguments.output_prefix
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{prefix}.model.{os.getpid()}.tmp")
+    temporary = Path(f"{prefix}.model.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as stream:
+        with open(temporary, "wb") as stream:
             stream.write(model)
             stream.flush()
             os.fsync(stream.fileno())
-        tokenizer = load_tokenizer(aside)
+        tokenizer = load_tokenizer(temporary)
         failures = round_trip_failures(tokenizer, AWKWARD_TEXTS)
         lossless = arguments.byte_fallback and arguments.normalization == "identity"
         if failures and lossless:
@@ -317,10 +317,10 @@ def publish(arguments: argparse.Namespace, model: bytes, sample: Sample) -> Toke
         write_json_atomically(
             f"{prefix}.manifest.json", manifest_of(arguments, tokenizer, sample, failures)
         )
-        os.replace(aside, f"{prefix}.model")
-        sync_folder(Path(prefix).parent)
+        os.replace(temporary, f"{prefix}.model")
+        sync_path(Path(prefix).parent)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return load_tokenizer(f"{prefix}.model")
 
 

@@ -20,7 +20,7 @@ from data_tools.writing.writer import UNFINISHED, lock_of_partial_folder
 from megatron_slm.data.file_array import open_array
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus, manifest_path
-from megatron_slm.files.atomic import sync_folder
+from megatron_slm.files.atomic import sync_path
 from megatron_slm.files.made_from import refuse_other_origin
 
 _COPY_BYTES = 16 << 20
@@ -137,6 +137,6 @@ class CorpusCopy:
         Path(f"{self.prefix}.verified.json").unlink(missing_ok=True)
         os.replace(self._folder / "tokens.bin", f"{self.prefix}.bin")
         os.replace(self._folder / "corpus.idx", f"{self.prefix}.idx")
-        sync_folder(Path(self.prefix).parent)
+        sync_path(Path(self.prefix).parent)
         manifest.write(self.prefix)
         return manifest

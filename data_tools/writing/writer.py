@@ -21,7 +21,7 @@ import numpy as np
 from megatron_slm.data.file_array import FileArray, open_array
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import CorpusManifest, manifest_path
-from megatron_slm.files.atomic import sync_folder, write_json_atomically
+from megatron_slm.files.atomic import sync_path, write_json_atomically
 from megatron_slm.files.folder_lock import FolderLock
 
 _STREAMS = ("tokens.bin", "lengths.i32", "rejects.jsonl", "hashes.bin")
@@ -209,7 +209,7 @@ class CorpusWriter:
         for name, suffix in finished["moves"].items():
             if (self.folder / name).exists():
                 os.replace(self.folder / name, f"{self.prefix}{suffix}")
-        sync_folder(Path(self.prefix).parent)
+        sync_path(Path(self.prefix).parent)
         manifest.write(self.prefix)
         for name in (
             _PROGRESS,

@@ -11,7 +11,6 @@
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.files.atomic import sync_path, write_json
 from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.plain import (
     LeadsOutside,
@@ -112,10 +112,10 @@ def tidy(checkpoints: Path) -> None:
     """Clear up after kills: an unfinished save goes, a replacement that was cut in two gets its old name back or goes."""
     if not checkpoints.is_dir():
         return
-    for aside in checkpoints.glob(".replaced_step_*"):
-        final = checkpoints / aside.name.removeprefix(".replaced_")
+    for replaced in checkpoints.glob(".replaced_step_*"):
+        final = checkpoints / replaced.name.removeprefix(".replaced_")
         if not final.exists():
-            aside.rename(final)
+            replaced.rename(final)
     for pattern in (".writing_step_*", ".replaced_step_*", ".removing_step_*"):
         for unfinished in checkpoints.glob(pattern):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -124,20 +124,20 @@ def tidy(checkpoints: Path) -> None:
 def settle_on(good: Path, damaged: list[Path]) -> None:
     """Go on from `good`: give damaged newer checkpoints a name that nothing reads, and let the latest pointer name `good`."""
     for path in damaged:
-        aside = path.with_name(f"{path.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        renamed = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(renamed, ignore_errors=True)
+        path.rename(renamed)
     point_to(good)
 
 
 def point_to(checkpoint: Path, name: str = "latest") -> None:
     """Make the pointer `name` name this checkpoint: written aside, on disk, then renamed, so that it always names a whole one."""
-    aside, pointer = checkpoint.with_name(f".{name}.new"), checkpoint.with_name(name)
-    with open(aside, "w") as file:
+    temporary = checkpoint.with_name(f".{name}.new")
+    with open(temporary, "w") as file:
         file.write(checkpoint.name + "\n")
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(pointer)
+    temporary.replace(checkpoint.with_name(name))
     sync_path(checkpoint.parent)
 
 
@@ -201,12 +201,8 @@ def _fingerprint(checksums: dict[str, str]) -> str:
     return "sha256:" + hashlib.sha256("\n".join(weights).encode()).hexdigest()
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write and fsync; only used inside a folder that is not yet a checkpoint."""
-    with open(path, "w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, content: dict) -> None:
+    write_json(path, content, indent=1, sort_keys=True, ensure_ascii=True)
 
 
 def complete(
@@ -216,11 +212,11 @@ def complete(
     writing, final = writing_folder(checkpoints, step), step_folder(checkpoints, step)
     described = asdict(info)
     described.pop("fingerprint")
-    write_json(writing / "model.json", described)
-    write_json(writing / "trainer.json", trainer)
+    _write(writing / "model.json", described)
+    _write(writing / "trainer.json", trainer)
     for name in ("model.json", "trainer.json"):
         checksums[name] = file_sha256(writing / name)
-    write_json(writing / "checksums.json", checksums)
+    _write(writing / "checksums.json", checksums)
     sync_path(writing)
     if final.exists():  # the same step saved again (a resumed run that re-reached it): keep the complete one until replaced
         trash = checkpoints / f".replaced_{final.name}"
@@ -233,15 +229,6 @@ def complete(
     sync_path(checkpoints)  # the rename is on disk before the pointer can name it
     point_to(final)
     return final
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file, or a folder, so that names written in it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -263,10 +250,10 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return checksums
 
 
-def damaged_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+def damaged_files(folder: Path, rank_slice: tuple[int, int] = (0, 1)) -> list[str]:
     """Names of files that are missing, no plain files, or not what checksums.json says.
 
-    `share` = (rank, size) checks every size-th file. LeadsOutside, on every rank, when checksums.json
+    `rank_slice` = (rank, size) checks every size-th file. LeadsOutside, on every rank, when checksums.json
     names what does not lie in the folder.
     """
     try:
@@ -277,7 +264,7 @@ def damaged_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
         return ["checksums.json"]
     return [
         name
-        for name in sorted(checksums)[share[0] :: share[1]]
+        for name in sorted(checksums)[rank_slice[0] :: rank_slice[1]]
         if not _is_whole(folder, name, checksums[name])
     ]
 

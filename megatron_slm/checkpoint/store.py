@@ -28,7 +28,7 @@ from megatron_slm.checkpoint.optimizer_state import (
 )
 from megatron_slm.checkpoint.plain_reader import RANDOM_KEY
 from megatron_slm.checkpoint.retention import Retention
-from megatron_slm.checkpoint.writing import Share, plan_save, words
+from megatron_slm.checkpoint.writing import RankWriter, describe_exception, plan_save
 from megatron_slm.files.plain import read_json_object
 from megatron_slm.parallel import Groups
 
@@ -37,7 +37,7 @@ from megatron_slm.parallel import Groups
 class _Pending:
     """A checkpoint that is being written."""
 
-    share: Share
+    writer: RankWriter
     info: CheckpointInfo
     trainer: dict
     begun: float
@@ -85,16 +85,16 @@ class CheckpointStore:
         if problem:
             self._give_up(writing, info.step, problem)
             return
-        share = plan_save(
+        writer = plan_save(
             self._state(models, optimizer, for_loading=False)[0], writing, self.groups.dp_cp
         )
-        problem = self._agree(share.start())
+        problem = self._agree(writer.start())
         if problem:
-            share.abandon()
+            writer.abandon()
             dist.barrier()  # nobody writes any more
             self._give_up(writing, info.step, problem)
             return
-        self.pending = _Pending(share, info, trainer, begun)
+        self.pending = _Pending(writer, info, trainer, begun)
         if self.asynchronous:
             self.report(f"checkpoint of step {info.step}: writing in the background", "info")
         else:
@@ -102,10 +102,10 @@ class CheckpointStore:
 
     def finish_pending(self, *, wait: bool = False) -> None:
         """Complete a background save that is written on every rank (or `wait` for it); call it every step, on every rank."""
-        if self.pending is None or not (wait or self._everywhere(self.pending.share.is_written())):
+        if self.pending is None or not (wait or self._all_ranks(self.pending.writer.is_written())):
             return
         pending, self.pending = self.pending, None
-        written, problem = pending.share.collect()
+        written, problem = pending.writer.collect()
         problem = self._agree(problem)
         if not problem:
             everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -161,7 +161,7 @@ class CheckpointStore:
             try:
                 action()
             except OSError as error:
-                problem = words(error)
+                problem = describe_exception(error)
         problem = self._agree(problem)
         if problem:
             self.report(f"{self.checkpoints} could not be tidied ({problem})", "warning")
@@ -209,20 +209,20 @@ class CheckpointStore:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
         except OSError as error:
-            return words(error)
+            return describe_exception(error)
         return ""
 
     def _complete(self, pending: "_Pending", everyone: list) -> str:
         """Describe, checksum and rename what all ranks wrote (rank 0 alone); what went wrong."""
         try:
-            checksums = pending.share.finish(
+            checksums = pending.writer.finish(
                 folders.writing_folder(self.checkpoints, pending.info.step), everyone
             )
             folders.complete(
                 self.checkpoints, pending.info.step, pending.info, pending.trainer, checksums
             )
         except Exception as error:  # whatever storage raises: the other ranks wait to hear of it
-            return words(error)
+            return describe_exception(error)
         return ""
 
     def _agree(self, problem: str) -> str:
@@ -231,9 +231,9 @@ class CheckpointStore:
         dist.all_gather_object(problems, problem)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), "")
 
-    def _everywhere(self, here: bool) -> bool:
+    def _all_ranks(self, flag: bool) -> bool:
         """Whether it is so on every rank; one 8-byte all-reduce over the world."""
-        return self._sum(int(not here)) == 0
+        return self._sum(int(not flag)) == 0
 
     def _sum(self, number: int) -> int:
         total = torch.tensor(number, dtype=torch.int64, device=self.groups.device)

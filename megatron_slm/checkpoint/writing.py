@@ -3,7 +3,7 @@
 megatron-core plans a save together, then writes; but its own order puts files that only rank 0 writes (common.pt,
 .metadata, metadata.json) between collectives, and a full disk there leaves the other ranks waiting for ever. Here the
 plan is megatron-core's, and so is every byte of the files; the order is ours: `plan_save` (collective, writes nothing),
-`Share.start` and `Share.collect` (this rank alone), `Share.finish` (rank 0 alone).
+`RankWriter.start` and `RankWriter.collect` (this rank alone), `RankWriter.finish` (rank 0 alone).
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_slm.checkpoint.folder import sync_path
+from megatron_slm.files.atomic import sync_path
 from megatron_slm.files.hashing import file_sha256
 
 _FORK = multiprocessing.get_context(
@@ -43,26 +43,26 @@ class Written:
 
 
 class _Planning(TorchDistSaveShardedStrategy):
-    """megatron-core's planning; in place of its request to write, our Share."""
+    """megatron-core's planning; in place of its request to write, our RankWriter."""
 
     def _get_save_and_finalize_callbacks(self, writer, planned):
-        return Share(writer, planned[1])
+        return RankWriter(writer, planned[1])
 
 
-def plan_save(state: dict, folder: Path, group) -> "Share":
+def plan_save(state: dict, folder: Path, group) -> "RankWriter":
     """Agree on who writes what, spread over `group` where ranks hold the same data. Collective; nothing is written yet."""
     # megatron-core would start a manager process per rank, importing the program anew, for a queue that is not used here.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
     sharded, common = save_preprocess(state)
-    share = FullyParallelSaveStrategyWrapper(_Planning("torch_dist", 1), group).async_save(
+    rank_writer = FullyParallelSaveStrategyWrapper(_Planning("torch_dist", 1), group).async_save(
         sharded, str(folder)
     )
-    share.common = common
-    return share
+    rank_writer.common = common
+    return rank_writer
 
 
 @dataclass
-class Share:
+class RankWriter:
     """This rank's share of one checkpoint: its files are written by forked processes, one per file."""
 
     writer: FileSystemWriterAsync
@@ -84,7 +84,7 @@ class Share:
                 sender.close()  # else the end of the process would not end the pipe
                 self.processes.append((process, receiver))
         except Exception as error:  # no memory to copy or fork: this rank's alone, so it must be told and not raised
-            return words(error)
+            return describe_exception(error)
         finally:
             self.writer.write_buckets = []  # the processes have it all; a second copy of the model is not kept
         return ""
@@ -157,11 +157,11 @@ def _write_file(bucket, transforms: list, sender, trainer_process: int) -> None:
         sync_path(path)  # megatron-core syncs before it has flushed its last block
         digest, size = file_sha256(path), path.stat().st_size
     except Exception as error:
-        records, problem = [], f"{path.name}: {words(error)}"
+        records, problem = [], f"{path.name}: {describe_exception(error)}"
     sender.send((records, name, digest, size, problem))
 
 
-def words(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """Type and text of an error and of what caused it: torch hides "No space left on device" behind its own."""
     said = [f"{type(error).__name__}: {error}".splitlines()[0]]
     while (error := error.__cause__ or error.__context__) is not None:

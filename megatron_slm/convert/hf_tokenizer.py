@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from megatron_slm.convert.begin_of_text import begin_token, with_beginning
+from megatron_slm.files.atomic import write_json
 from megatron_slm.files.export_note import write_export_note
 from megatron_slm.tokenization import Tokenizer
 
@@ -73,7 +74,7 @@ def write_tokenizer(
         "model_max_length": sequence_length,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(folder / "tokenizer_config.json", _special_names(tokenizer, settings) | fixed)
+    write_json(folder / "tokenizer_config.json", _special_names(tokenizer, settings) | fixed)
     write_export_note(folder, kept, prepend_bos)
 
 
@@ -88,10 +89,6 @@ def _settings_beside(tokenizer: Tokenizer) -> dict:
     """The tokenizer_config.json that lies beside a tokenizer.json, if one does."""
     beside = tokenizer.path.with_name("tokenizer_config.json")
     return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _special_names(tokenizer: Tokenizer, settings: dict) -> dict:

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_slm.checkpoint.folder import CheckpointInfo, sync_path
+from megatron_slm.checkpoint.folder import CheckpointInfo
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
 from megatron_slm.convert.model_folder import LAST_FILE, MADE_FROM, check_output, made_from_note
 from megatron_slm.convert.names import Geometry, to_huggingface
+from megatron_slm.files.atomic import sync_path, write_json
 from megatron_slm.files.plain import LeadsOutside, is_plain_name
 from megatron_slm.tokenization import Tokenizer
 
@@ -125,10 +126,6 @@ def _write_shard(shard: dict[str, Tensor], folder: Path, number: int) -> list[st
     save_file(shard, path, metadata={"format": "pt"})
     path.chmod(mode)  # safetensors makes its files readable by their owner only
     return list(shard)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _shards(index: Path) -> list[str]:

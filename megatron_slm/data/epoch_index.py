@@ -140,17 +140,17 @@ def _lock_of(folder: Path) -> Iterator[bool]:
 
 
 def _save(folder: Path, arrays) -> None:
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    aside.mkdir()
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    temporary.mkdir()
     try:
         for f in fields(arrays):
-            with open(aside / f"{f.name}.npy", "wb") as stream:
+            with open(temporary / f"{f.name}.npy", "wb") as stream:
                 np.save(stream, getattr(arrays, f.name))
                 stream.flush()
                 os.fsync(stream.fileno())
         with contextlib.suppress(FileExistsError, OSError):  # another machine was first
-            os.rename(aside, folder)
+            os.rename(temporary, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     if not folder.exists():
         raise OSError(f"{folder} could not be written; give data.index_cache a folder that can.")

@@ -1,7 +1,7 @@
 """What a score store says about itself: manifest.json and one marker per finished shard. No torch.
 
 A store holds one value per token of a corpus, so its manifest binds it by fingerprint to that corpus, to the
-tokenizer the corpus was made with and to the reference that priced the tokens.
+tokenizer the corpus was made with and to the reference that scored the tokens.
 """
 
 import hashlib
@@ -173,7 +173,7 @@ class ShardMarker:
     end: int
     sha256: dict[str, str]
     without_score: dict[str, int]
-    """Tokens whose value is NaN, per column: first tokens of documents, plus whatever the reference could not price."""
+    """Tokens whose value is NaN, per column: first tokens of documents, plus whatever the reference could not score."""
 
     @staticmethod
     def path(folder: Path, shard: int) -> Path:

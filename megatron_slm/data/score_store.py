@@ -4,7 +4,7 @@
     STORE/<column>.bin             raw little-endian fp16 or fp32, exactly one value per token of the corpus's .bin
     STORE/shards/shard_000007.json one marker per finished shard, with a sha256 per column
 
-`score[i] = -log p(token_i | context before i)`: the value lies under the token it prices, so the labels of a training
+`score[i] = -log p(token_i | context before i)`: the value lies under the token it scores, so the labels of a training
 sample and their scores are the same slice. NaN = no score. Because the key is the offset in the corpus, scores outlive any
 change of sequence length, shuffling, blend or batch.
 
@@ -33,7 +33,7 @@ from megatron_slm.data.score_manifest import (
     presented_name,
     sha256_of,
 )
-from megatron_slm.files.atomic import sync_folder, write_json_atomically
+from megatron_slm.files.atomic import sync_path, write_json_atomically
 
 
 class ScoreStore:
@@ -110,7 +110,7 @@ class ScoreStore:
         """Put one shard's values in place, durably, then mark it finished.
 
         values: every column of the store, one value per token of the shard, any float dtype; infinities become NaN
-        (a token the reference cannot price has no score). ValueError when a finite value does not fit the store's dtype.
+        (a token the reference cannot score has no score). ValueError when a finite value does not fit the store's dtype.
         """
         start, end = self.manifest.shard_range(shard)
         if set(values) != set(self.columns):
@@ -194,11 +194,11 @@ class ScoreStore:
                         f"{self.column_path(name)}: the scores of tokens {marker.start:,} to {marker.end:,} (shard {shard}) "
                         f"are not the bytes that were written. {self._redo(shard)}"
                     )
-                unpriced = np.isnan(values)
+                without_value = np.isnan(values)
                 if first_tokens is not None:
                     low, high = np.searchsorted(first_tokens, (marker.start, marker.end))
-                    unpriced[first_tokens[low:high] - marker.start] = False
-                without[name] += int(unpriced.sum())
+                    without_value[first_tokens[low:high] - marker.start] = False
+                without[name] += int(without_value.sum())
         return without
 
     def check_against(self, corpus: CorpusManifest) -> None:
@@ -365,20 +365,22 @@ def _missing_shards(folder: Path, manifest: ScoreManifest) -> frozenset[int]:
 
 
 def _lay_out(folder: Path, manifest: ScoreManifest) -> None:
-    """Make an empty store aside and rename it into place; losing that race to another process is fine."""
+    """Make an empty store under a temporary name and rename it into place; losing that race to another process is fine."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
-        (aside / "shards").mkdir(parents=True)
+        (temporary / "shards").mkdir(parents=True)
         for name in manifest.columns:
-            with open(aside / f"{name}.bin", "wb") as stream:
+            with open(temporary / f"{name}.bin", "wb") as stream:
                 stream.truncate(manifest.corpus_tokens * manifest.numpy_dtype.itemsize)
                 os.fsync(stream.fileno())
-        write_json_atomically(aside / "manifest.json", replace(manifest, complete=False).to_json())
-        os.rename(aside, folder)
-        sync_folder(folder.parent)
+        write_json_atomically(
+            temporary / "manifest.json", replace(manifest, complete=False).to_json()
+        )
+        os.rename(temporary, folder)
+        sync_path(folder.parent)
     except OSError:
         if not (folder / "manifest.json").exists():
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -26,12 +26,28 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
-def sync_folder(folder: str | Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def write_json(
+    path: str | Path,
+    content: Any,
+    *,
+    indent: int = 2,
+    sort_keys: bool = False,
+    ensure_ascii: bool = False,
+) -> None:
+    """Write `content` as JSON and fsync it. Only for a file that nobody reads before a rename."""
+    text = json.dumps(content, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_path(path: str | Path) -> None:
+    """fsync a file; or a folder, so that the names and renames in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -155,7 +155,7 @@ def cut_after_step(path: Path, step: int) -> int:
     """Remove lines of a later step, and lines that are not whole JSON objects, from a metrics file;
     how many went.
 
-    The shorter file is written aside and renamed over the old one.
+    The shorter file is written under a temporary name and renamed over the old one.
     """
     if not path.exists():
         return 0
@@ -163,12 +163,12 @@ def cut_after_step(path: Path, step: int) -> int:
     kept = [line for line in lines if _belongs(line, step)]
     if len(kept) == len(lines):
         return 0
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
     return len(lines) - len(kept)
 
 

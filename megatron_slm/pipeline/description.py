@@ -133,7 +133,7 @@ class TrainingRun:
     scores: list[str] = field(default_factory=list)
     """Entries of the section scores, one per corpus in `train`; empty = what the recipe says."""
     reference: str = ""
-    """A run whose model prices the tokens while training, instead of stored scores."""
+    """A run whose model scores the tokens while training, instead of stored scores."""
     slurm: Resources = field(default_factory=Resources)
     """Where it differs from slurm.train."""
 
@@ -143,7 +143,7 @@ class ScoreStage:
     """The reference's loss of every token of a corpus."""
 
     reference: str = ""
-    """The run or imported model that prices the tokens."""
+    """The run or imported model that scores the tokens."""
     corpus: str = ""
     """The corpus to score."""
     jobs: Size = 1

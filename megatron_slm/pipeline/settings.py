@@ -10,7 +10,7 @@ from megatron_slm.config.check import check_config
 from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.load import ConfigError, from_mapping, merge_file, to_mapping
 from megatron_slm.config.schema import Config, DataConfig, DeviceConfig
-from megatron_slm.scoring.options import ScoreOptions, own_problems
+from megatron_slm.scoring.options import ScoreOptions, option_problems
 from megatron_slm.training.scorer_settings import choice_rules
 
 _OF_THE_PIPELINE = {
@@ -146,7 +146,7 @@ def score_options(
 ) -> tuple[ScoreOptions, list[str]]:
     """The options of a scoring, and what is wrong with them.
 
-    reference: the configuration of the run that prices the tokens; None where it is no run of this
+    reference: the configuration of the run that scores the tokens; None where it is no run of this
     pipeline.
     """
     values: dict = {}
@@ -158,7 +158,7 @@ def score_options(
     ]
     values |= {"checkpoint": checkpoint, "corpus": corpus, "output": output}
     options, unreadable = from_mapping(values, ScoreOptions)
-    found = unreadable or [*own_problems(options)]
+    found = unreadable or [*option_problems(options)]
     if not found and reference is not None:
         found = _layout_problems(options, reference, world_size)
     return options, problems + [f"{where}.settings: {problem}" for problem in found]

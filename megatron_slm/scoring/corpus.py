@@ -1,7 +1,7 @@
 """Walk a corpus with a reference model and put each token's loss where the token is.
 
 Shards are fixed ranges of tokens; data-parallel ranks and array jobs take them in turn and never wait for each other. A shard
-is priced by one model-parallel group in fixed batches and written whole, so a run killed at any moment and started again ends
+is scored by one model-parallel group in fixed batches and written whole, so a run killed at any moment and started again ends
 with the same bytes.
 
 B = windows of one micro-batch, S = padded inputs of a window.
@@ -18,7 +18,7 @@ from megatron_slm.data.batch import Batch
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.score_manifest import ScoreManifest
 from megatron_slm.data.score_store import ScoreStore
-from megatron_slm.scoring.progress import Progress
+from megatron_slm.scoring.progress import ProgressBar
 from megatron_slm.scoring.summary import pending_shards
 from megatron_slm.scoring.windows import Window, WindowPlan, batches, padded_lengths
 
@@ -42,8 +42,8 @@ class TokenStream:
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """Prices ranges of a corpus. What runs the model is behind `forward`: megatron-core (model.py) or transformers."""
+class ReferenceRunner:
+    """Scores ranges of a corpus. What runs the model is behind `forward`: megatron-core (model.py) or transformers."""
 
     stream: TokenStream
     plan: WindowPlan
@@ -58,8 +58,8 @@ class Scorer:
     batches_per_call: int = 1
     """Micro-batches per call of `forward`."""
 
-    def price(
-        self, start: int, end: int, progress: Progress | None = None
+    def score_range(
+        self, start: int, end: int, progress: ProgressBar | None = None
     ) -> dict[str, np.ndarray]:
         """fp32 values of the tokens [start, end) per column, NaN at first tokens of documents; {} on ranks without losses.
 
@@ -138,19 +138,19 @@ class ScoringReport:
 
 
 def score_corpus(
-    scorer: Scorer,
+    runner: ReferenceRunner,
     store: ScoreStore,
     *,
     dp_rank: int = 0,
     dp_size: int = 1,
-    job: tuple[int, int] = (0, 1),
+    job_slice: tuple[int, int] = (0, 1),
     show_progress: bool = False,
 ) -> ScoringReport:
-    """Price every unfinished shard of this job's share and write it. Every rank calls it; then one calls `store.finish()`.
+    """Score every unfinished shard of this job's share and write it. Every rank calls it; then one calls `store.finish()`.
 
-    job = (i, n): this job takes the shards s with s % n == i; array jobs with the same n never touch the same shard.
+    job_slice = (i, n): this job takes the shards s with s % n == i; array jobs with the same n never touch the same shard.
     """
-    pending = _agree(pending_shards(store, job))
+    pending = _agree(pending_shards(store, job_slice))
     mine = pending[dp_rank::dp_size]
     sizes = {
         shard: end - start
@@ -158,15 +158,15 @@ def score_corpus(
         for start, end in [store.manifest.shard_range(shard)]
     }
     counts = np.zeros(1 + len(store.columns), np.int64)
-    with Progress(
+    with ProgressBar(
         sum(sizes.values()), sum(sizes[shard] for shard in mine), shown=show_progress
     ) as progress:
         for shard in mine:
             start, end = store.manifest.shard_range(shard)
-            values = scorer.price(start, end, progress)
-            if scorer.collects:
+            values = runner.score_range(start, end, progress)
+            if runner.collects:
                 marker = store.write_shard(shard, values)
-                expected = len(scorer.plan.first_tokens(start, end))
+                expected = len(runner.plan.first_tokens(start, end))
                 counts += [
                     1,
                     *(marker.without_score[column] - expected for column in store.columns),
@@ -175,8 +175,10 @@ def score_corpus(
     return ScoringReport(written, dict(zip(store.columns, without, strict=True)))
 
 
-def rescore(scorer: Scorer, store: ScoreStore, count: int, seed: int = 0) -> dict[str, float]:
-    """Price `count` random windows again and compare with the store: largest absolute difference per column, in nats.
+def rescore(
+    runner: ReferenceRunner, store: ScoreStore, count: int, seed: int = 0
+) -> dict[str, float]:
+    """Score `count` random windows again and compare with the store: largest absolute difference per column, in nats.
 
     Compares values rounded to the store's dtype. A token that has a score on one side only counts as infinitely different.
     """
@@ -185,7 +187,7 @@ def rescore(scorer: Scorer, store: ScoreStore, count: int, seed: int = 0) -> dic
     for _ in range(count):
         start = int(random.randint(0, store.manifest.corpus_tokens))
         end = min(start + store.manifest.window_tokens, store.manifest.corpus_tokens)
-        for column, values in scorer.price(start, end).items():
+        for column, values in runner.score_range(start, end).items():
             stored = store.read(column, start, end - start)
             again = values.astype(store.manifest.numpy_dtype).astype(np.float32)
             both = np.isnan(stored) & np.isnan(again)

@@ -14,8 +14,8 @@ import numpy as np
 from megatron_slm.data.batch import Batch
 from megatron_slm.data.file_array import FileArray, ReadOnlyFile, open_npy
 from megatron_slm.data.score_store import ScoreStore
-from megatron_slm.scoring.corpus import Scorer, TokenStream
-from megatron_slm.scoring.progress import Progress
+from megatron_slm.scoring.corpus import ReferenceRunner, TokenStream
+from megatron_slm.scoring.progress import ProgressBar
 from megatron_slm.scoring.windows import WindowPlan
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def import_arrays(
 ) -> None:
     """Fill the store's missing shards from one array per column, value i belonging to token i of the corpus."""
     plan = stream.plan(store.manifest)
-    with Progress(*[_missing_tokens(store)] * 2, shown=show_progress) as progress:
+    with ProgressBar(*[_missing_tokens(store)] * 2, shown=show_progress) as progress:
         for shard in sorted(store.missing):
             start, end = store.manifest.shard_range(shard)
             values = {
@@ -87,7 +87,7 @@ def import_jsonl(
         )
     plan = stream.plan(store.manifest)
     pending, offset, shard = [], 0, 0
-    with Progress(*[store.manifest.corpus_tokens] * 2, shown=show_progress) as progress:
+    with ProgressBar(*[store.manifest.corpus_tokens] * 2, shown=show_progress) as progress:
         for losses in _documents_of_jsonl(Path(path), stream, key):
             pending.append(losses)
             offset += len(losses)
@@ -163,7 +163,7 @@ def _missing_tokens(store: ScoreStore) -> int:
     return sum(end - start for start, end in store.missing_ranges())
 
 
-def transformers_scorer(
+def transformers_runner(
     folder: str | Path,
     stream: TokenStream,
     plan: WindowPlan,
@@ -173,7 +173,7 @@ def transformers_scorer(
     vocabulary_size: int,
     precision: str = "fp32",
     device: str = "cpu",
-) -> Scorer:
+) -> ReferenceRunner:
     """Losses (and entropies) of any causal model that transformers can open from a local folder, in this process.
 
     The model's own logits are taken to fp32. At precision bf16 the logits themselves are rounded,
@@ -223,7 +223,7 @@ def transformers_scorer(
             )
         return made
 
-    return Scorer(stream, plan, columns, micro_batch_size, forward)
+    return ReferenceRunner(stream, plan, columns, micro_batch_size, forward)
 
 
 def _column(name: str, log_p_SV: "Tensor", labels_S: "Tensor") -> "Tensor":

@@ -1,4 +1,4 @@
-"""A scorer that runs our own model through megatron-core, in any parallel layout."""
+"""A runner that runs our own model through megatron-core, in any parallel layout."""
 
 import numpy as np
 import torch
@@ -7,20 +7,20 @@ import torch.distributed as dist
 from megatron_slm.data.batch import Batch, slice_for_context_parallel
 from megatron_slm.model.forward_backward import forward_losses
 from megatron_slm.parallel import Groups
-from megatron_slm.scoring.corpus import Scorer, TokenStream
+from megatron_slm.scoring.corpus import ReferenceRunner, TokenStream
 from megatron_slm.scoring.windows import WindowPlan
 
 MICRO_BATCHES_PER_STAGE = 8
 
 
-def megatron_scorer(
+def megatron_runner(
     models: list,
     groups: Groups,
     stream: TokenStream,
     plan: WindowPlan,
     columns: tuple[str, ...],
     micro_batch_size: int,
-) -> Scorer:
+) -> ReferenceRunner:
     """Losses and entropies of `models` (this rank's chunks). Every rank of a model-parallel group makes one and calls it alike."""
     extras = tuple(column for column in columns if column != "loss")
 
@@ -36,7 +36,7 @@ def megatron_scorer(
         ]
 
     divided = groups.tp_size * groups.cp_size > 1
-    return Scorer(
+    return ReferenceRunner(
         stream,
         plan,
         columns,

@@ -14,7 +14,7 @@ from megatron_slm.config.ranges import Count, Size, out_of_range
 from megatron_slm.config.schema import Config, DeviceConfig, ParallelConfig
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
-from megatron_slm.scoring.reference import Reference, open_reference, reference_config
+from megatron_slm.scoring.reference import Reference, open_reference, scoring_config
 from megatron_slm.tokenization import load_tokenizer
 
 EXTRA_COLUMNS = ("entropy",)
@@ -95,14 +95,14 @@ class ScoringJob:
     reference: Reference
     config: Config
     manifest: ScoreManifest
-    share: tuple[int, int]
+    job_slice: tuple[int, int]
 
 
 def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJob:
     """Open and check what scoring needs; ConfigError lists every bad setting, ValueError names bad data."""
-    problems = [*own_problems(options)]
+    problems = [*option_problems(options)]
     try:
-        share = parse_share(options.shard)
+        job_slice = parse_job_slice(options.shard)
     except ValueError as error:
         problems.append(str(error))
     if problems:
@@ -112,7 +112,7 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
     device = dataclasses.asdict(options.device)
     if device["precision"] == "checkpoint":
         device["precision"] = reference.info.precision
-    config = reference_config(reference, window_tokens, options.parallel, DeviceConfig(**device))
+    config = scoring_config(reference, window_tokens, options.parallel, DeviceConfig(**device))
     check_config(config, world_size, training=False)
     manifest = ScoreManifest(
         corpus_fingerprint=corpus.fingerprint,
@@ -129,7 +129,7 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
         columns=column_names(options.columns),
         resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score {shlex.join(resume_command(argv))}",
     )
-    return ScoringJob(options, corpus, reference, config, manifest, share)
+    return ScoringJob(options, corpus, reference, config, manifest, job_slice)
 
 
 def _open(options: ScoreOptions) -> tuple[CorpusManifest, Reference]:
@@ -159,7 +159,7 @@ def column_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def parse_share(text: str) -> tuple[int, int]:
+def parse_job_slice(text: str) -> tuple[int, int]:
     """ "i/n" as numbers, 0 <= i < n."""
     part, slash, parts = text.partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
@@ -179,7 +179,7 @@ def resume_command(argv: list[str]) -> list[str]:
     return words
 
 
-def own_problems(options: ScoreOptions) -> list[str]:
+def option_problems(options: ScoreOptions) -> list[str]:
     """What is wrong with the options alone, one sentence each."""
     problems = [sentence for _, sentence in out_of_range(options)]
     columns = column_names(options.columns)

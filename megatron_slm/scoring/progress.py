@@ -10,7 +10,7 @@ from megatron_slm.monitoring.console import format_duration, short_number
 LINE_INTERVAL_SECONDS = 60
 
 
-class Progress:
+class ProgressBar:
     """Estimates the whole job from this rank's share: shards are dealt out in turn, so ranks
     advance alike.
     """
@@ -20,7 +20,7 @@ class Progress:
         self.done_tokens = 0
         self.bar = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         self.started_at = self.printed_at = time.monotonic()
         if self.shown and sys.stderr.isatty():
             from rich.console import Console

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A checkpoint chosen to price tokens; nothing is loaded yet."""
+    """A checkpoint chosen to score tokens; nothing is loaded yet."""
 
     folder: str
     info: CheckpointInfo
@@ -49,7 +49,7 @@ def open_reference(checkpoint: str, corpus: CorpusManifest | None) -> Reference:
     return Reference(str(folder), info)
 
 
-def reference_config(
+def scoring_config(
     reference: Reference, window_tokens: int, parallel: ParallelConfig, device: DeviceConfig
 ) -> Config:
     """The Config that builds this reference for windows of window_tokens: no dropout, nothing recomputed."""
@@ -61,7 +61,7 @@ def reference_config(
     )
 
 
-def load_reference(reference: Reference, config: Config, groups: Groups) -> list:
+def load_scoring_model(reference: Reference, config: Config, groups: Groups) -> list:
     """The model chunks of this rank, weights loaded, in eval mode. Every rank calls it.
 
     Without dropout, as docs/method.md#point-18 asks.

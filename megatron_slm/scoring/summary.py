@@ -8,9 +8,9 @@ IN_NATS = ("loss", "entropy")
 """Columns made elsewhere may hold anything."""
 
 
-def pending_shards(store: ScoreStore, share: tuple[int, int]) -> list[int]:
-    """The unfinished shards of share i of n, in order: those with shard % n == i."""
-    part, parts = share
+def pending_shards(store: ScoreStore, job_slice: tuple[int, int]) -> list[int]:
+    """The unfinished shards of slice i of n, in order: those with shard % n == i."""
+    part, parts = job_slice
     return [shard for shard in sorted(store.missing) if shard % parts == part]
 
 

@@ -1,10 +1,10 @@
-"""Which windows of tokens price which tokens. Pure numpy.
+"""Which windows of tokens score which tokens. Pure numpy.
 
 A window reads up to W consecutive tokens and predicts the token after each. Within a span of text (the whole corpus when
-packed, one document when isolated) window 0 prices the first W tokens (all but the very first, which nothing precedes), and
+packed, one document when isolated) window 0 scores the first W tokens (all but the very first, which nothing precedes), and
 each later window the next `stride` tokens, its inputs ending just before the last of them. So
 
-- every token but the first of its span is priced exactly once,
+- every token but the first of its span is scored exactly once,
 - with at least min(W - stride + 1, all there are) tokens of left context,
 - and the windows of a token depend only on (W, stride, policy), not on shards, batches or processes.
 
@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs are the tokens [first, last); it prices the tokens [score_start, score_end), all inside (first, last]."""
+    """Inputs are the tokens [first, last); it scores the tokens [score_start, score_end), all inside (first, last]."""
 
     first: int
     last: int
@@ -44,7 +44,7 @@ class WindowPlan:
     document_policy: str
 
     def windows(self, start: int, end: int) -> Iterator[Window]:
-        """The windows that price the tokens [start, end), in order. One on the edge is cut to the tokens asked for."""
+        """The windows that score the tokens [start, end), in order. One on the edge is cut to the tokens asked for."""
         for span_start, span_end in self._spans(start, end):
             yield from self._span_windows(
                 span_start, span_end, max(start, span_start), min(end, span_end)

@@ -140,7 +140,7 @@ def _online_reference(
             if differences := tokenizer_differences(trained_with, tokenizer or {}):
                 problems.append(
                     f"selection.reference.checkpoint {reference} was trained with another tokenizer "
-                    f"({info.tokenizer.get('path')}; {'; '.join(differences)}); its losses price other tokens: train a reference "
+                    f"({info.tokenizer.get('path')}; {'; '.join(differences)}); its losses score other tokens: train a reference "
                     "with this run's tokenizer"
                 )
             check_config(reference_config(config, info), world_size, training=False)

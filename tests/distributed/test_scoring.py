@@ -53,8 +53,8 @@ def score_layout(groups, folder: str) -> dict:
     from megatron_slm.config.schema import DeviceConfig
     from megatron_slm.data.score_manifest import ScoreManifest
     from megatron_slm.scoring.corpus import TokenStream, rescore, score_corpus
-    from megatron_slm.scoring.model import megatron_scorer
-    from megatron_slm.scoring.reference import load_reference, open_reference, reference_config
+    from megatron_slm.scoring.model import megatron_runner
+    from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config
 
     corpus = CorpusManifest.read(f"{folder}/corpus")
     reference = open_reference(f"{folder}/run", corpus)
@@ -64,8 +64,8 @@ def score_layout(groups, folder: str) -> dict:
         context=groups.cp_size,
         sequence=groups.tp_size > 1,
     )
-    models = load_reference(
-        reference, reference_config(reference, WINDOW, parallel, DeviceConfig()), groups
+    models = load_scoring_model(
+        reference, scoring_config(reference, WINDOW, parallel, DeviceConfig()), groups
     )
     stream = TokenStream(f"{folder}/corpus")
     differences = {}
@@ -85,10 +85,10 @@ def score_layout(groups, folder: str) -> dict:
             columns=("loss", "entropy"),
         )
         store = ScoreStore.create(f"{folder}/{layout_name(groups)}/{name}", manifest)
-        scorer = megatron_scorer(
+        runner = megatron_runner(
             models, groups, stream, stream.plan(manifest), store.columns, micro_batch_size=4
         )
-        report = score_corpus(scorer, store, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        report = score_corpus(runner, store, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         assert (
             report.without_score == {"loss": 0, "entropy": 0}
             and report.shards_written == manifest.shard_count
@@ -96,7 +96,7 @@ def score_layout(groups, folder: str) -> dict:
         if groups.world_rank == 0:
             assert store.finish()
         torch.distributed.barrier()
-        differences[name] = rescore(scorer, ScoreStore.open(store.folder), 3)
+        differences[name] = rescore(runner, ScoreStore.open(store.folder), 3)
     return differences
 
 
@@ -116,7 +116,7 @@ def plain_scores(
     values = {name: np.full(len(tokens), np.nan, np.float32) for name in ("loss", "entropy")}
     for begin, end in spans:
         for token in range(begin + 1, end):
-            # The window that prices this token ends where its block ends; see windows.py.
+            # The window that scores this token ends where its block ends; see windows.py.
             block_end = (
                 begin + WINDOW
                 if token < begin + WINDOW
@@ -236,7 +236,7 @@ def score_in_turn(commands: list[list[str]]) -> None:
 
 
 def verify_in_turn(prefix: str, store: str, run: str) -> None:
-    """data_tools.verify prices windows again with the checkpoint; then finds that the scores are not those of changed windows."""
+    """data_tools.verify scores windows again with the checkpoint; then finds that the scores are not those of changed windows."""
     from data_tools import verify
     from megatron_slm.data.score_store import ScoreStore
 

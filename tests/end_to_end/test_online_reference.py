@@ -3,7 +3,7 @@
 A stored score was made in a window of the corpus as it lies; a training sequence is S + 1 tokens of shuffled documents, each S further on:
 in general a token has another context in each. Here they coincide: every document has exactly S tokens, so a sequence is one document (its
 last label opens the next one and is masked), and documents are scored in isolation with a window of S. The shuffle then only changes the
-order, and every token is priced after exactly the tokens it is trained after. What is left is the rounding of stored scores to fp16.
+order, and every token is scored after exactly the tokens it is trained after. What is left is the rounding of stored scores to fp16.
 """
 
 import json

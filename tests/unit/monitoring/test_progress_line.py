@@ -7,7 +7,7 @@ import pytest
 
 from megatron_slm.monitoring import ConsoleSink
 from megatron_slm.monitoring.progress_line import BAR, Part, fitting
-from megatron_slm.scoring.progress import Progress
+from megatron_slm.scoring.progress import ProgressBar
 
 RECORD = {
     "kind": "train",
@@ -76,7 +76,7 @@ def test_what_matters_less_goes_first(width, there, gone, monkeypatch):
 
 
 def test_scoring_keeps_its_place_and_time_left_on_a_narrow_terminal():
-    progress = Progress(123_456_789_000, 1, shown=False)
+    progress = ProgressBar(123_456_789_000, 1, shown=False)
     line = progress._line(12_345_678_000.0, 120_000.0)
     assert [part.text for part in fitting(line, 40)] == ["12.3G/123G tokens", "10d 17:12:05 left"]
     assert BAR in fitting(line, 60)

@@ -13,7 +13,7 @@ from megatron_slm.scoring.importers import (
     import_arrays,
     import_jsonl,
     read_array,
-    transformers_scorer,
+    transformers_runner,
 )
 from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus
 from megatron_slm.training.stop_signals import STOP_SIGNALS
@@ -168,7 +168,7 @@ def test_a_huggingface_model_gives_what_plain_torch_gives(data):
         reference_fingerprint=huggingface_fingerprint(folder / "model"),
     )
     store = ScoreStore.create(folder / "s", manifest)
-    scorer = transformers_scorer(
+    runner = transformers_runner(
         folder / "model",
         stream,
         stream.plan(manifest),
@@ -176,7 +176,7 @@ def test_a_huggingface_model_gives_what_plain_torch_gives(data):
         micro_batch_size=3,
         vocabulary_size=VOCABULARY,
     )
-    report = score_corpus(scorer, store)
+    report = score_corpus(runner, store)
     assert (
         report.shards_written == manifest.shard_count
         and report.without_score == {"loss": 0, "entropy": 0}
@@ -199,7 +199,7 @@ def test_a_huggingface_model_gives_what_plain_torch_gives(data):
             atol=1e-4,
         )
         offset += len(document)
-    assert rescore(scorer, store, 4)["loss"] < 1e-5
+    assert rescore(runner, store, 4)["loss"] < 1e-5
     wrong = ScoreStore.create(folder / "wrong", manifest)
     for shard in range(manifest.shard_count):
         start, end = manifest.shard_range(shard)
@@ -210,9 +210,9 @@ def test_a_huggingface_model_gives_what_plain_torch_gives(data):
                 "entropy": store.read("entropy", start, end - start),
             },
         )
-    assert rescore(scorer, wrong, 4)["loss"] == pytest.approx(1, abs=1e-4)
+    assert rescore(runner, wrong, 4)["loss"] == pytest.approx(1, abs=1e-4)
     with pytest.raises(ValueError, match="knows 64 tokens"):
-        transformers_scorer(
+        transformers_runner(
             folder / "model", stream, stream.plan(manifest), ("loss",), vocabulary_size=65
         )
 

@@ -13,7 +13,7 @@ class StoredScores:
     def __init__(self, store, token: int, value: float):
         self.store, self.token, self.value = store, token, value
 
-    def price(self, start: int, end: int) -> dict[str, np.ndarray]:
+    def score_range(self, start: int, end: int) -> dict[str, np.ndarray]:
         values = self.store.read("loss", start, end - start).copy()
         if start <= self.token < end:
             values[self.token - start] = self.value

@@ -12,7 +12,7 @@ from data_tools.score_checks import show_scores
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import TokenStream, score_corpus
 from megatron_slm.scoring.foreign_model import huggingface_fingerprint
-from megatron_slm.scoring.importers import transformers_scorer
+from megatron_slm.scoring.importers import transformers_runner
 from megatron_slm.testing.corpora import (
     random_documents,
     score_manifest,
@@ -108,7 +108,7 @@ def test_rescoring_with_a_huggingface_model(tmp_path, corpus, capsys):
     for name in ("right", "wrong"):
         store = ScoreStore.create(tmp_path / f"scores_{name}", manifest)
         score_corpus(
-            transformers_scorer(
+            transformers_runner(
                 tmp_path / name, stream, stream.plan(manifest), ("loss",), vocabulary_size=50
             ),
             store,
