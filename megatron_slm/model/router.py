@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.parallel import Groups
-from megatron_slm.selection.diagnostics import MetricSums
+from megatron_slm.selection.metric_sums import MetricSums
 
 # RouterGatingLinearFunction asks for this name also where Transformer Engine is not installed
 # (megatron-core 0.16.1).

@@ -1,18 +1,18 @@
 """Token selection: which tokens carry the loss. Needs torch only; process groups are arguments;
 nothing is logged or configured here.
 
-scorers.py      columns -> score: what a scorer is, and the registry that other packages extend
+scorers.py            columns -> score: what a scorer is, and the registry others extend
 builtin_scorers.py    the scorers of the literature, one function each
-combinators.py  scorers made of scorers: both, either, band, mixtures
-scorer_files.py a scorer in a file of the user's own: PATH.py:NAME
-rules.py        what a scorer, a scope and the head's rows decide before any token is seen
-select.py       the exact top-k of a population spread over ranks
-threshold.py    how ranks agree on it, with radix.py
-scope.py        which tokens compete with which
+combinators.py        scorers made of scorers: both, either, band, mixtures
+scorer_files.py       a scorer in a file of the user's own: PATH.py:NAME
+rules.py              what a scorer, a scope and the head's rows decide before any token is seen
+select.py             the exact top-k of a population spread over ranks
+threshold.py          how ranks agree on its threshold, with radix.py
+scope.py              which tokens compete with which, with sequence_top.py
 running_threshold.py  a threshold carried over steps
-schedule.py     keep fraction over training
-diagnostics.py  sums and counts that describe a choice
-alarms.py       what they warn of
+schedule.py           keep fraction over training
+diagnostics.py        sums and counts that describe a choice, with rates.py and metric_sums.py
+alarms.py             heuristic warnings computed from them
 
 Scorers and rules, schedules and alarms import no torch: a configuration is checked and planned, and
 a report written, with the very scorers that train. A public name is loaded when it is asked for.
@@ -32,7 +32,6 @@ MODULES = {
     "build_schedule": "schedule",
     "SCOPES": "populations",
     "Population": "scope",
-    "select_in_scope": "scope",
     "SCORERS": "scorers",
     "Scorer": "scorers",
     "build_scorer": "scorers",

@@ -1,5 +1,5 @@
-"""Warnings that think: pure functions of reduced sums, each returning a sentence that says what was
-seen and what to do.
+"""Heuristic warnings computed from reduced metrics: pure functions, each returning a sentence that
+says what was seen and what to do, or None.
 
 No torch: the report, which needs none, asks the same functions as the run.
 """
@@ -49,8 +49,9 @@ def _reference_is_the_model(summary: Mapping) -> str | None:
     if excess is None or excess >= SAME_MODEL_NATS:
         return None
     return (
-        f"The model's loss equals the reference's on almost every token (mean |excess| {excess:.2g} nats), so rounding and ties make the choice. "
-        "Was the reference scored with the checkpoint that training starts from? Train the reference on curated data first."
+        "The model's loss equals the reference's on almost every token (mean |excess| "
+        f"{excess:.2g} nats), so rounding and ties make the choice. Was the reference scored with "
+        "the checkpoint that training starts from? Train the reference on curated data first."
     )
 
 
@@ -59,8 +60,9 @@ def _scores_tied(summary: Mapping) -> str | None:
     if tied is None or tied < TIED_FRACTION:
         return None
     return (
-        f"{tied:.0%} of the competing tokens have exactly the score of the threshold, so their ids make the choice. "
-        "Look at the stored column: is it constant, or stored too coarsely (8 bits, bf16)?"
+        f"{tied:.0%} of the competing tokens have exactly the score of the threshold, so their ids "
+        "make the choice. Look at the stored column: is it constant, or stored too coarsely (8 "
+        "bits, bf16)?"
     )
 
 
@@ -69,8 +71,8 @@ def _coverage_hole(summary: Mapping) -> str | None:
     if unscored < UNSCORED_FRACTION:
         return None
     return (
-        f"{unscored:.2%} of the tokens in training have no score and are never selected. "
-        "Finish the score run (its manifest.json holds the command), or score with a smaller stride."
+        f"{unscored:.2%} of the tokens in training have no score and are never selected. Finish "
+        "the score run (its manifest.json holds the command), or score with a smaller stride."
     )
 
 
@@ -79,17 +81,20 @@ def _scores_not_finite(summary: Mapping) -> str | None:
     if not broken:
         return None
     return (
-        f"{broken:.0f} tokens have an infinite score or a loss that is not a number; they are left out. "
-        "A diverging model shows up here first; so does a reference loss above 65504 stored in fp16."
+        f"{broken:.0f} tokens have an infinite score or a loss that is not a number; they are left "
+        "out. A diverging model shows up here first; so does a reference loss above 65504 stored "
+        "in fp16."
     )
 
 
 def zero_gradient(step: int) -> str:
     """Sentence for a step that trained nothing."""
     return (
-        f"The gradient of step {step} is zero: no token of its global batch was trained on. All of them are the first tokens of "
-        "documents (which are never trained on), have no score, or were given a weight of 0 by the scorer. Look at the corpora of "
-        "data.train for documents of one token, and at the coverage of the stored scores (python -m data_tools.verify C --scores S)."
+        f"The gradient of step {step} is zero: no token of its global batch was trained on. All of "
+        "them are the first tokens of documents (which are never trained on), have no score, or "
+        "were given a weight of 0 by the scorer. Look at the corpora of data.train for documents "
+        "of one token, and at the coverage of the stored scores (python -m data_tools.verify C "
+        "--scores S)."
     )
 
 
@@ -98,12 +103,17 @@ def _keep_fraction_not_met(summary: Mapping, keep_fraction: float | None) -> str
     if keep_fraction is None:
         return None
     if kept is None:
-        return "No token competed in this interval, so nothing was selected: every token is masked or has no score."
+        return (
+            "No token competed in this interval, so nothing was selected: every token is masked or "
+            "has no score."
+        )
     if abs(kept - keep_fraction) <= KEPT_TOLERANCE:
         return None
     return (
-        f"{kept:.3f} of the competing tokens were kept, but keep_fraction is {keep_fraction:.3f}. Populations of a few tokens cannot meet it "
-        "(at least one token of each is kept: choose a wider scope), and a running threshold lags while losses fall fast (scope data_parallel does not)."
+        f"{kept:.3f} of the competing tokens were kept, but keep_fraction is {keep_fraction:.3f}. "
+        "Populations of a few tokens cannot meet it (at least one token of each is kept: choose a "
+        "wider scope), and a running threshold lags while losses fall fast (scope data_parallel "
+        "does not)."
     )
 
 
@@ -127,18 +137,23 @@ def reference_overtaken(all_nats: float, reference_nats: float) -> str | None:
     if all_nats > reference_nats:
         return None
     return (
-        f"The model has overtaken the reference: {all_nats:.3f} against {reference_nats:.3f} nats on all tokens. Excess loss no longer "
-        "tells which tokens are worth learning: train a better reference, or go on with plain training."
+        f"The model has overtaken the reference: {all_nats:.3f} against {reference_nats:.3f} nats "
+        "on all tokens. Excess loss no longer tells which tokens are worth learning: train a "
+        "better reference, or go on with plain training."
     )
 
 
 def _reference_overtaken(summary: Mapping) -> str | None:
-    losses = summary.get("loss/all"), summary.get("loss/reference")
-    return None if None in losses else reference_overtaken(*losses)
+    all_nats = summary.get("loss/all")
+    reference_nats = summary.get("loss/reference")
+    if all_nats is None or reference_nats is None:
+        return None
+    return reference_overtaken(all_nats, reference_nats)
 
 
 def smallest_population(keep_fraction: float) -> int:
-    """Eligible tokens from which keeping ceil(k * n) is within KEPT_TOLERANCE of k: smaller
-    populations always keep too many.
+    """The least number of eligible tokens of which ceil(k * n) is within KEPT_TOLERANCE of k.
+
+    Smaller populations always keep too many.
     """
     return max(1, round((1.0 - keep_fraction) / KEPT_TOLERANCE)) if keep_fraction < 1.0 else 1

@@ -1,4 +1,7 @@
-"""The scorers of the literature, one function each (equations and sources: docs/selection.md). B, S and columns: see scorers.py."""
+"""The scorers of the literature, one function each (equations and sources: docs/selection.md).
+
+B, S and columns: see scorers.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ def _excess_loss(columns, progress, *, column="reference_loss"):
 
 @register_scorer("own_loss", needs=("loss",))
 def _own_loss(columns, progress):
-    """L_theta: the top k is what lies above the (1 - k) quantile. ESLM with loss as the risk (value at risk); also hard-token baselines."""
+    """L_theta: the top k is what lies above the (1 - k) quantile. ESLM with loss as the risk (value
+    at risk); also hard-token baselines.
+    """
     return columns["loss"]
 
 
@@ -32,7 +37,10 @@ def _own_entropy(columns, progress):
 
 @register_scorer("history", needs=("loss", "{column}"))
 def _history(columns, progress, *, column="history_loss"):
-    """L_history - L_theta: what the model has learned since. ssToken and REL; `column` holds losses of an earlier checkpoint."""
+    """L_history - L_theta: what the model has learned since. ssToken and REL.
+
+    `column` holds losses of an earlier checkpoint.
+    """
     return columns[column] - columns["loss"]
 
 
@@ -53,7 +61,10 @@ def _reference_entropy(columns, progress, *, column="reference_entropy"):
 
 @register_scorer("color_filter", needs=("{prior}", "{conditional}"))
 def _color_filter(columns, progress, *, prior="prior_loss", conditional="conditional_loss"):
-    """L_prior - L_conditional, of a model before and after fine-tuning on the target data. CoLoR-Filter."""
+    """L_prior - L_conditional: a model before and after fine-tuning on the target data.
+
+    CoLoR-Filter.
+    """
     return columns[prior] - columns[conditional]
 
 
@@ -102,7 +113,10 @@ def _entropy_weight(columns, progress, *, gamma=1.0):
 
 @register_scorer("long_context_weight", needs=("loss", "{column}"), kind="weight")
 def _long_context_weight(columns, progress, *, column="short_context_loss", cap=5.0):
-    """min(exp(L_short - L_theta), cap): tokens that the long context helps weigh more. LongCE; `column` holds short-context losses."""
+    """min(exp(L_short - L_theta), cap): tokens that the long context helps weigh more. LongCE.
+
+    `column` holds short-context losses.
+    """
     return (columns[column] - columns["loss"]).exp().clamp(max=cap)
 
 
@@ -111,14 +125,17 @@ def _long_context_weight(columns, progress, *, column="short_context_loss", cap=
 
 @register_scorer("random", needs=("token_id",))
 def _random(columns, progress, *, seed=0):
-    """Uniform in [0, 1) from (seed, step, token id): the same draw on whichever rank the token lies."""
+    """Uniform in [0, 1) from (seed, step, token id): the same draw on every rank."""
     token_id = columns["token_id"]
     stream = _mix(_mix(token_id.new_tensor([seed])) + progress.step)
     return ((_mix(token_id + stream) >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64: a bijection of int64 in which every input bit moves every output bit. int64 products wrap, as they should here."""
+    """splitmix64: a bijection of int64 in which every input bit moves every output bit.
+
+    int64 products wrap, as they should here.
+    """
     x = x + (0x9E3779B97F4A7C15 - (1 << 64))
     x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))

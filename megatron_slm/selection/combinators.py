@@ -1,6 +1,9 @@
-"""Scorers made of scorers, and those that compare a token with the rest of its population. B, S and columns: see scorers.py.
+"""Scorers made of scorers, and those that compare a token with the rest of its population.
 
-A child is given by its name or by a mapping: {name: reference_entropy} or {name: own_loss, keep_fraction: 0.8} where a choice is made.
+B, S and columns: see scorers.py.
+
+A child is given by its name or by a mapping: {name: reference_entropy}, or
+{name: own_loss, keep_fraction: 0.8} where a choice is made.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_slm.selection.schedule import build_schedule, check_keep_fraction
 from megatron_slm.selection.scorers import (
@@ -29,14 +32,18 @@ def _ranking_child(setting) -> Scorer:
     child = child_scorer(setting)
     if child.kind != "score":
         raise ValueError(
-            f"its child {child.name!r} does not rank tokens; use one that gives a score, such as excess_loss"
+            f"its child {child.name!r} does not rank tokens; use one that gives a score, such as "
+            "excess_loss"
         )
     return child
 
 
 @register_scorer("reverse")
 class Reverse(Scorer):
-    """-score of the child: the opposite choice, a baseline that should hurt. Tokens without a score stay without."""
+    """-score of the child: the opposite choice, a baseline that should hurt.
+
+    Tokens without a score stay without.
+    """
 
     def __init__(self, of: str | Mapping = "excess_loss"):
         self.child = _ranking_child(of)
@@ -51,23 +58,25 @@ class Reverse(Scorer):
 
 @register_scorer("weighted_sum")
 class WeightedSum(Scorer):
-    """sum_c weight_c * (score_c - mean) / deviation; mean and deviation over the tokens of the population that have a score."""
+    """sum_c weight_c * (score_c - mean) / deviation; mean and deviation over the tokens of the
+    population that have a score.
+    """
 
-    def __init__(self, of: Mapping[str, float] | Sequence[Mapping]):
-        parts = (
-            [{"name": name, "weight": weight} for name, weight in of.items()]
-            if isinstance(of, Mapping)
-            else list(of)
-        )
+    def __init__(self, of: Mapping[str, float] | Sequence[Mapping[str, Any]]):
+        if isinstance(of, Mapping):
+            parts: list[Mapping[str, Any]] = [
+                {"name": name, "weight": weight} for name, weight in of.items()
+            ]
+        else:
+            parts = list(of)
         if not parts or not all(isinstance(part, Mapping) and "weight" in part for part in parts):
             raise ValueError(
-                "of must map scorers to weights, {excess_loss: 1.0, own_entropy: -0.5}, or list them with their options, "
-                f"[{{name: history, column: old_loss, weight: 0.5}}, ...]; got {of!r}"
+                "of must map scorers to weights, {excess_loss: 1.0, own_entropy: -0.5}, or list "
+                f"them with their options, [{{name: history, column: old_loss, weight: 0.5}}, "
+                f"...]; got {of!r}"
             )
         self.weights = [float(part["weight"]) for part in parts]
-        self.children = [
-            _ranking_child({key: part[key] for key in part if key != "weight"}) for part in parts
-        ]
+        self.children = [_ranking_child(_without_weight(part)) for part in parts]
         self.needs = frozenset().union(*(child.needs for child in self.children))
 
     def rank(self, columns, eligible_BS, population, progress):
@@ -79,12 +88,16 @@ class WeightedSum(Scorer):
         return total
 
 
+def _without_weight(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "weight"}
+
+
 @register_scorer("rho_loss")
 class RhoLoss(Scorer):
     """RHO-LOSS: whole sequences, by the mean of L_theta - L_holdout over their eligible tokens.
 
-    The exact token-level choice would cut the last sequence in two; a sequence of which any token is chosen is kept whole, so less than one
-    sequence is kept beyond keep_fraction.
+    The exact token-level choice would cut the last sequence in two; a sequence of which any token
+    is chosen is kept whole, so less than one sequence is kept beyond keep_fraction.
     """
 
     def __init__(self, column: str = "reference_loss"):
@@ -96,15 +109,15 @@ class RhoLoss(Scorer):
     def rank(self, columns, eligible_BS, population, progress):
         excess_BS = excess_loss(columns["loss"], columns[self.column])
         known_BS = eligible_BS.bool() & excess_BS.isfinite()
-        mean_B1 = population.of_sequence(excess_BS.where(known_BS, 0.0)) / population.of_sequence(
-            known_BS
-        )
+        sum_B1 = population.of_sequence(excess_BS.where(known_BS, 0.0))
+        mean_B1 = sum_B1 / population.of_sequence(known_BS)
         return mean_B1.float().expand_as(excess_BS).where(known_BS, math.nan)
 
     def check_scope(self, scope):
         if scope == "sequence":
             raise ValueError(
-                "scorer rho_loss ranks whole sequences, which cannot compete with themselves; use another scope than sequence"
+                "scorer rho_loss ranks whole sequences, which cannot compete with themselves; use "
+                "another scope than sequence"
             )
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress):
@@ -116,16 +129,21 @@ class RhoLoss(Scorer):
 
 
 class _OfChoices(Scorer):
-    """Children that each choose their own top share; a child's keep_fraction overrides the configured one."""
+    """Children that each choose their own top share; a child's keep_fraction overrides the
+    configured one.
+    """
 
     kind = "choice"
 
     def __init__(self, of: Sequence[str | Mapping] = ("reference_loss", "reference_entropy")):
         if isinstance(of, str | Mapping) or len(of) < 2:
             raise ValueError(f"of must be a list of at least two scorers, got {of!r}")
-        self.children, self.keep_fractions = [], []
+        self.children: list[Scorer] = []
+        self.keep_fractions: list[float | None] = []
         for setting in of:
-            options = dict(setting) if isinstance(setting, Mapping) else {"name": setting}
+            options: dict[str, Any] = {"name": setting}
+            if isinstance(setting, Mapping):
+                options = dict(setting)
             own = options.pop("keep_fraction", None)
             self.keep_fractions.append(None if own is None else check_keep_fraction(own))
             self.children.append(build_scorer(**options))
@@ -147,7 +165,10 @@ class _OfChoices(Scorer):
 
 @register_scorer("intersection")
 class Intersection(_OfChoices):
-    """Tokens that every child chooses: fewer than keep_fraction. Default: Rho-1's self-reference, lowest L_ref and lowest H_ref."""
+    """Tokens that every child chooses: fewer than keep_fraction.
+
+    Default: Rho-1's self-reference, lowest L_ref and lowest H_ref.
+    """
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
         masks = self._masks(columns, eligible_BS, keep_fraction, population, progress)
@@ -171,18 +192,21 @@ class Union(_OfChoices):
 
 @register_scorer("band")
 class Band(Scorer):
-    """A quantile band: skip the top skip_fraction of the child's ranking (outliers, noise) and keep the next keep_fraction.
+    """A quantile band: skip the top skip_fraction of the child's ranking (outliers, noise) and
+    keep the next keep_fraction.
 
     Exactly kept_tokens(skip + keep) - kept_tokens(skip) tokens of every population.
     """
 
-    kind, choices = "choice", 2
+    kind = "choice"
+    choices = 2
     keeps_fixed_weight = True  # the difference of two exact shares
 
     def __init__(self, of: str | Mapping = "excess_loss", skip_fraction: float = 0.1):
         if not 0.0 < skip_fraction < 1.0:
             raise ValueError(f"skip_fraction must be above 0 and below 1, got {skip_fraction!r}")
-        self.child, self.skip_fraction = _ranking_child(of), skip_fraction
+        self.child = _ranking_child(of)
+        self.skip_fraction = skip_fraction
         self.needs = self.child.needs
 
     def choose(self, columns, eligible_BS, keep_fraction, population, progress) -> Selection:
@@ -190,7 +214,8 @@ class Band(Scorer):
         reach = self.skip_fraction + keep_fraction
         if reach > 1.0 + 1e-9:
             raise ValueError(
-                f"skip_fraction {self.skip_fraction} and keep_fraction {keep_fraction} add to more than 1; lower one of them"
+                f"skip_fraction {self.skip_fraction} and keep_fraction {keep_fraction} add to more "
+                "than 1; lower one of them"
             )
         score_BS = self.child.rank(columns, eligible_BS, population, progress)
         skipped = population.top(score_BS, eligible_BS, self.skip_fraction)
@@ -201,10 +226,11 @@ class Band(Scorer):
 
 @register_scorer("mixed_with_clm")
 class MixedWithClm(Scorer):
-    """lambda * CLM + (1 - lambda) * SLM as weights: lambda on every eligible token, plus (1 - lambda) * eligible / kept on the chosen ones.
+    """lambda * CLM + (1 - lambda) * SLM, as weights.
 
-    Divided by their sum this is lambda * (mean over all tokens) + (1 - lambda) * (mean over the chosen). clm_weight (lambda) is a number
-    from 0 to 1 or a schedule in tokens.
+    They are lambda on every eligible token, plus (1 - lambda) * eligible / kept on the chosen ones.
+    Divided by their sum this is lambda * (mean over all tokens) + (1 - lambda) * (mean over the
+    chosen). clm_weight (lambda) is a number from 0 to 1 or a schedule in tokens.
     """
 
     def __init__(
@@ -216,7 +242,9 @@ class MixedWithClm(Scorer):
                 f"its child {self.child.name!r} gives soft weights; mix plain CLM with a 0/1 choice"
             )
         self.clm_weight = build_schedule(clm_weight, "clm_weight", allow_zero=True)
-        self.needs, self.choices, self.kind = self.child.needs, self.child.choices, "weight"
+        self.needs = self.child.needs
+        self.choices = self.child.choices
+        self.kind = "weight"
 
     @property
     def uses_keep_fraction(self) -> bool:
@@ -239,7 +267,7 @@ class MixedWithClm(Scorer):
         chosen = self.child.choose(columns, eligible_BS, keep_fraction, population, progress)
         if clm_weight == 0.0:
             return chosen
-        # counted apart from chosen.eligible: plain CLM also trains on tokens without a score
+        # Counted apart from chosen.eligible: plain CLM also trains on tokens without a score.
         trained = population.chosen(eligible_BS.bool(), eligible_BS).eligible
         selective = (1.0 - clm_weight) * trained / max(chosen.kept, 1)
         weight_BS = clm_weight * eligible_BS.float() + selective * chosen.mask.float()

@@ -6,7 +6,7 @@ The scopes are described and carried out in scope.py.
 SCOPES = ("sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold")
 """The sets of tokens that can compete in one choice."""
 GATHER_MAX_TOKENS_ACCELERATOR = 4_194_304
-"""On accelerators, up to this population all scores are gathered; above, three all-reduces of counts.
+"""Up to this population an accelerator gathers all scores; above, three all-reduces of counts.
 
 By the cost model of benchmarks/selection.py: the links of accelerators are faster than a CPU's, and
 the latency of a collective weighs more.

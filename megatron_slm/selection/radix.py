@@ -1,11 +1,14 @@
-"""Exact k-th value of a population spread over ranks, by radix select: traffic does not depend on the number of tokens.
+"""Exact k-th value of a population spread over ranks, by radix select: traffic does not depend on
+the number of tokens.
 
-Write every value as a whole number whose order is the order wanted. Count how many values have each leading digit, add the counts of all
-ranks, and the digit of the k-th value is known; go on with the next digit among the values that share it. An fp32 score has 32 bits: three
-digits of 11, 11 and 10 bits, three all-reduces of 2048 counts. Nothing is approximated, and every rank computes from the same counts, so
-every rank comes to the same bits.
+Write every value as a whole number whose order is the order wanted. Count how many values have each
+leading digit, add the counts of all ranks, and the digit of the k-th value is known; go on with the
+next digit among the values that share it. An fp32 score has 32 bits: three digits of 11, 11 and 10
+bits, three all-reduces of 2048 counts. Nothing is approximated, and every rank computes from the
+same counts, so every rank comes to the same bits.
 
-N: this rank's values. Counts are int64 (int32 would cap a population at 2^31 tokens; latency, not bytes, is the cost).
+N: this rank's values. Counts are int64 (int32 would cap a population at 2^31 tokens; latency, not
+bytes, is the cost).
 """
 
 import math
@@ -25,16 +28,18 @@ def kth_largest_score(
     *,
     compact: bool | None = None,
 ) -> tuple[float, int, int, int, int]:
-    """(threshold, kept, eligible, ties, ties kept) of the population: what a sort of all ranks' scores would say.
+    """(threshold, kept, eligible, ties, ties kept) of the population: what a sort of all ranks'
+    scores would say.
 
-    score_N is fp32 with -inf where a token does not compete. compact: drop the scores that are out between digits (default: on CPU), or
-    mark them, because on an accelerator a shape that depends on data is a host synchronisation. There is one, at the end.
+    score_N is fp32 with -inf where a token does not compete. compact: drop the scores that are out
+    between digits (default: on CPU), or mark them, because on an accelerator a shape that depends
+    on data is a host synchronisation. There is one, at the end.
     """
     compact = score_N.device.type == "cpu" if compact is None else compact
     key_N = _order_preserving(score_N)
     prefix = torch.zeros((), dtype=torch.int64, device=key_N.device)
     eligible = take = kept = ties = prefix
-    alive_N = None
+    alive_N: Tensor | None = None
     for shift, bits in ((21, 11), (10, 11), (0, 10)):
         digit_N = (key_N >> shift) & ((1 << bits) - 1)
         if shift == 21:
@@ -49,28 +54,36 @@ def kth_largest_score(
         key_N, alive_N = _keep_alive(key_N, alive_N, digit_N == digit, compact)
     threshold = _score_of(prefix - (1 << 31))
     packed = torch.stack([kept, eligible, ties, take]).double()
-    value, *counted = torch.cat([threshold.double().view(1), packed]).tolist()
-    kept_, eligible_, ties_, taken_ = map(int, counted)
-    return (value, kept_, eligible_, ties_, taken_) if eligible_ else (math.inf, 0, 0, 0, 0)
+    value, *numbers = torch.cat([threshold.double().view(1), packed]).tolist()
+    host_kept, host_eligible, host_ties, host_taken = map(int, numbers)
+    if not host_eligible:
+        return math.inf, 0, 0, 0, 0
+    return value, host_kept, host_eligible, host_ties, host_taken
 
 
 def kth_smallest_id(
     id_N: Tensor, k: int, group: ProcessGroup | None, *, compact: bool | None = None
 ) -> tuple[int, int]:
-    """(the k-th smallest int64 of the population, how often it occurs). k must be between 1 and the population's size."""
+    """(the k-th smallest int64 of the population, how often it occurs).
+
+    k must be between 1 and the population's size.
+    """
     compact = id_N.device.type == "cpu" if compact is None else compact
-    # one all-reduce finds the range, so that only the digits which differ are walked: 2 for a million tokens
-    bounds = (
-        torch.stack([id_N.max(), -id_N.min()]) if id_N.numel() else id_N.new_full((2,), -(1 << 62))
-    )
+    # One all-reduce finds the range, so that only the digits which differ are walked: 2 for a
+    # million tokens.
+    if id_N.numel():
+        bounds = torch.stack([id_N.max(), -id_N.min()])
+    else:
+        bounds = id_N.new_full((2,), -(1 << 62))
     if group is not None:
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
-    largest, smallest = bounds[0], -bounds[1]
+    largest = bounds[0]
+    smallest = -bounds[1]
     key_N = largest - id_N  # descending order of keys is ascending order of ids
     digits = max(1, math.ceil(int(largest - smallest).bit_length() / DIGIT_BITS))
     prefix = torch.zeros((), dtype=torch.int64, device=id_N.device)
     take = copies = prefix + k
-    alive_N = None
+    alive_N: Tensor | None = None
     for shift in range((digits - 1) * DIGIT_BITS, -1, -DIGIT_BITS):
         digit_N = (key_N >> shift) & ((1 << DIGIT_BITS) - 1)
         counts = _count(digit_N, alive_N, 1 << DIGIT_BITS, group)
@@ -81,12 +94,16 @@ def kth_smallest_id(
     return kth, copies
 
 
-# Leading 11 bits of the key of -inf, sign already flipped; finite scores have other exponents, so nothing else has this digit.
+# Leading 11 bits of the key of -inf, sign already flipped; finite scores have other exponents, so
+# nothing else has this digit.
 _DIGIT_OF_MINUS_INF = 3
 
 
 def _order_preserving(score_N: Tensor) -> Tensor:
-    """int32 whose signed order is the order of the floats: the bits below the sign of a negative float count downwards, so flip them."""
+    """int32 whose signed order is the order of the floats.
+
+    The bits below the sign of a negative float count downwards, so they are flipped.
+    """
     bits_N = score_N.contiguous().view(torch.int32)
     flip_N = bits_N >> 31
     return flip_N.bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits_N)
@@ -101,22 +118,22 @@ def _score_of(key: Tensor) -> Tensor:
 def _count(
     digit_N: Tensor, alive_N: Tensor | None, bins: int, group: ProcessGroup | None
 ) -> Tensor:
-    """How many living values of the population have each digit: int64 (bins,)."""
+    """How many of the population's remaining values have each digit: int64 (bins,)."""
     if digit_N.device.type == "cpu" and alive_N is None:
         counts = torch.bincount(digit_N, minlength=bins)
     else:  # on an accelerator bincount looks at its maximum on the host; scatter_add_ does not
         counts = torch.zeros(bins, dtype=torch.int64, device=digit_N.device)
-        living_N = (
-            torch.ones_like(digit_N, dtype=torch.int64) if alive_N is None else alive_N.long()
-        )
-        counts.scatter_add_(0, digit_N.long(), living_N)
+        ones_N = torch.ones_like(digit_N, dtype=torch.int64) if alive_N is None else alive_N.long()
+        counts.scatter_add_(0, digit_N.long(), ones_N)
     if group is not None:
         dist.all_reduce(counts, group=group)
     return counts
 
 
 def _walk_down(counts: Tensor, take: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(digit of the take-th value counted from the top, how many are still to take inside that digit, how many it has)."""
+    """(digit of the take-th value counted from the top, how many are still to take inside that
+    digit, how many it has).
+    """
     down = counts.flip(0)
     reached = down.cumsum(0)
     place = (reached < take).sum().clamp(max=counts.numel() - 1)

@@ -46,9 +46,8 @@ def _named(name: object, options: Mapping) -> Iterator[str]:
         elif isinstance(child, Mapping) and "name" in child:
             yield from _named(child["name"], child)
         elif isinstance(child, Mapping):
-            yield from (
-                key for key in child if isinstance(key, str)
-            )  # weighted_sum: {name: weight}
+            # weighted_sum: {name: weight}
+            yield from (key for key in child if isinstance(key, str))
 
 
 def _load(setting: str) -> None:
@@ -58,8 +57,10 @@ def _load(setting: str) -> None:
         raise ValueError(f"scorer {setting}: there is no file {path} (looked from {Path.cwd()})")
     module_name = _MODULE_PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     specification = importlib.util.spec_from_file_location(module_name, path)
+    assert specification is not None  # of a path that ends with .py there always is one
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    module.source_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    vars(module)["source_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     sys.modules[module_name] = module  # dataclasses in the user's file look themselves up here
     try:
         with scorers.registered_as(f"{file_name}:") as found:

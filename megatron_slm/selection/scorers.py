@@ -1,11 +1,14 @@
 """Columns in, score out: what makes a token worth training on.
 
-B: sequences, S: tokens of a sequence on this rank. A column is one value per token; the scorers say which they need:
+B: sequences, S: tokens of a sequence on this rank. A column is one value per token; the scorers say
+which they need:
 
     loss               L_theta, the model's own loss, fp32, nats: always there
     entropy            H_theta, when a scorer asks for it
-    reference_loss, reference_entropy, any other name      stored columns, fp32 (NaN: no score for this token)
-    token_id, position, corpus_id                           int64
+    token_id, position, corpus_id
+                       int64
+    reference_loss, reference_entropy, any other name
+                       stored columns, fp32 (NaN: no score for this token)
 
 A scorer is a function. This is a whole one, options included:
 
@@ -14,9 +17,10 @@ A scorer is a function. This is a whole one, options included:
         excess_BS = columns["loss"] - columns[column]
         return excess_BS / (columns[column] + floor_nats)
 
-`build_scorer("relative_excess", floor_nats=0.5)` makes it; the configuration names it the same way. A package of your own names the module that
-registers it under the entry point group "megatron_slm.scorers". The scorers of the literature are in builtin_scorers.py; those that weigh tokens
-against each other, or make more than one choice, are classes in combinators.py.
+`build_scorer("relative_excess", floor_nats=0.5)` makes it; the configuration names it the same way.
+A package of your own names the module that registers it under the entry point group
+"megatron_slm.scorers". The scorers of the literature are in builtin_scorers.py; those that weigh
+tokens against each other, or make more than one choice, are classes in combinators.py.
 
 None of these files imports torch: a scorer works through the methods of the tensors it is given, so
 what it is and what it needs can be asked, and its options checked, before torch is loaded.
@@ -47,12 +51,14 @@ Columns = Mapping[str, "Tensor"]
 
 
 class Scorer:
-    """What is asked of every scorer. Subclass it when a function is not enough, and override the first method that differs.
+    """What is asked of every scorer. Subclass it when a function is not enough, and override the
+    first method that differs.
 
-    needs   names of the columns it reads.
-    kind    "score": the top keep_fraction is kept. "choice": made of several such choices. "mask": the scorer decides alone. "weight":
-            soft weights. The last two have no use for keep_fraction.
-    choices how many thresholds one choice searches (scope running_threshold tracks one only).
+    needs    names of the columns it reads.
+    kind     "score": the top keep_fraction is kept. "choice": made of several such choices. "mask":
+             the scorer decides alone. "weight": soft weights. The last two have no use for
+             keep_fraction.
+    choices  how many thresholds one choice searches (scope running_threshold tracks one only).
     """
 
     name: str = "unnamed"
@@ -73,7 +79,9 @@ class Scorer:
         population: Population,
         progress: TrainingProgress,
     ) -> Tensor:
-        """The score, when it depends on the other tokens of the population (a z-score, a mean over the sequence)."""
+        """The score, when it depends on the other tokens of the population (a z-score, a mean over
+        the sequence).
+        """
         return self(columns, progress)
 
     def choose(
@@ -84,7 +92,10 @@ class Scorer:
         population: Population,
         progress: TrainingProgress,
     ) -> Selection:
-        """The choice. What training calls, whatever the kind; every rank of the population's groups must call it."""
+        """The choice, which training calls whatever the kind.
+
+        Every rank of the population's groups must call it.
+        """
         return population.top(
             self.rank(columns, eligible_BS, population, progress), eligible_BS, keep_fraction
         )
@@ -95,19 +106,24 @@ class Scorer:
 
     @property
     def is_static(self) -> bool:
-        """Whether the choice is known before the model runs: no forward pass first for global_batch, and a head on kept rows only."""
+        """Whether the choice is known before the model runs: no forward pass first for
+        global_batch, and a head on kept rows only.
+        """
         return not self.needs & {"loss", "entropy"}
 
     @property
     def keeps_fixed_weight(self) -> bool:
-        """Whether the sum of the weights is known before the model's losses: an exact share of the tokens with a score, or a static choice.
+        """Whether the sum of the weights is known before the model's losses: an exact share of the
+        tokens with a score, or a static choice.
 
-        It assumes that the losses do not decide which tokens have a score. Override it in a scorer whose number of chosen tokens moves.
+        It assumes that the losses do not decide which tokens have a score. Override it in a scorer
+        whose number of chosen tokens moves.
         """
         return self.kind == "score" or self.is_static
 
     def kept_fraction_at_most(self, keep_fraction: float) -> float:
-        """The largest share of the eligible tokens that a choice can keep; 1.0 where only the data decide.
+        """The largest share of the eligible tokens that a choice can keep; 1.0 where only the data
+        decide.
 
         keep_fraction is the last value of the configured schedule. The planner counts backward
         work by it; what is really kept is in the metric selection/kept_fraction.
@@ -118,7 +134,8 @@ class Scorer:
         """Raises ValueError when the scorer cannot work in this scope."""
         if scope == "running_threshold" and self.choices > 1:
             raise ValueError(
-                f"scorer {self.name} makes {self.choices} choices, but scope running_threshold tracks one threshold; use another scope"
+                f"scorer {self.name} makes {self.choices} choices, but scope running_threshold "
+                "tracks one threshold; use another scope"
             )
 
 
@@ -128,7 +145,10 @@ class FunctionScorer(Scorer):
     def __init__(
         self, name: str, function: Callable[..., Tensor], needs: frozenset[str], kind: str
     ):
-        self.name, self._function, self.needs, self.kind = name, function, needs, kind
+        self.name = name
+        self._function = function
+        self.needs = needs
+        self.kind = kind
         self.choices = 1 if kind == "score" else 0
 
     def __call__(self, columns: Columns, progress: TrainingProgress) -> Tensor:
@@ -144,7 +164,9 @@ class FunctionScorer(Scorer):
 def choose_by_weight(
     value_BS: Tensor, eligible_BS: Tensor, population: Population, *, soft: bool
 ) -> Selection:
-    """Keep the eligible tokens with a positive finite value; soft keeps the value as the weight, a mask (0 or 1) does not."""
+    """Keep the eligible tokens with a positive finite value; soft keeps the value as the weight, a
+    mask (0 or 1) does not.
+    """
     value_BS = value_BS.detach().float()
     mask_BS = eligible_BS.bool() & (value_BS > 0) & (value_BS < math.inf)
     return population.chosen(mask_BS, eligible_BS, value_BS.where(mask_BS, 0.0) if soft else None)
@@ -153,8 +175,9 @@ def choose_by_weight(
 def register_scorer(name: str, *, needs: tuple[str, ...] = ("loss",), kind: str = "score"):
     """Decorator: make a function or a Scorer subclass available as `name`.
 
-    A function is called as function(columns, progress, **options): its keyword-only arguments are the options of the scorer, and a need
-    written "{option}" is the column that this option names. For a class, the arguments of __init__ are the options.
+    A function is called as function(columns, progress, **options): its keyword-only arguments are
+    the options of the scorer, and a need written "{option}" is the column that this option names.
+    For a class, the arguments of __init__ are the options.
     """
     if kind not in KINDS:
         raise ValueError(f"kind of scorer {name!r} must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -162,11 +185,10 @@ def register_scorer(name: str, *, needs: tuple[str, ...] = ("loss",), kind: str 
     def register(definition):
         if name in SCORERS:
             raise ValueError(f"a scorer named {name!r} is registered already; choose another name")
-        SCORERS[name] = (
-            definition
-            if isinstance(definition, type)
-            else partial(_bind, name, definition, needs, kind)
-        )
+        if isinstance(definition, type):
+            SCORERS[name] = definition
+        else:
+            SCORERS[name] = partial(_bind, name, definition, needs, kind)
         return definition
 
     return register
@@ -188,7 +210,10 @@ def _bind(
 
 
 def build_scorer(name: str, **options) -> Scorer:
-    """The scorer registered as `name`, here or by an installed package. Raises ValueError for an unknown name or option."""
+    """The scorer registered as `name`, here or by an installed package.
+
+    Raises ValueError for an unknown name or option.
+    """
     if name not in SCORERS:
         _load_entry_point(name)
     made_by = SCORERS[name]
@@ -227,27 +252,33 @@ def _load_entry_point(name: str) -> None:
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    if name in found:
-        try:
-            found[name].load()
-        except Exception as error:  # someone else's module: whatever it raises, the setting that asked for it is what a person can change
-            raise ValueError(
-                f"scorer {name}: entry point {found[name].value} of an installed package cannot be loaded: {error!r}"
-            ) from error
-        if name not in SCORERS:
-            raise ValueError(
-                f"entry point {found[name].value} was loaded but registers no scorer named {name!r}; use @register_scorer({name!r})"
-            )
-        return
-    known = sorted({*SCORERS, *found})
-    if in_file(name):
+    if name not in found:
+        raise ValueError(_unknown(name, {*SCORERS, *found}))
+    try:
+        found[name].load()
+    except Exception as error:
+        # Someone else's module: whatever it raises, the setting that asked for it is what a person
+        # can change.
         raise ValueError(
-            f"scorer {name} is code in a file, which only train and plan run, and only when their own "
-            "configuration names it"
+            f"scorer {name}: entry point {found[name].value} of an installed package cannot be "
+            f"loaded: {error!r}"
+        ) from error
+    if name not in SCORERS:
+        raise ValueError(
+            f"entry point {found[name].value} was loaded but registers no scorer named "
+            f"{name!r}; use @register_scorer({name!r})"
         )
-    raise ValueError(
-        f"unknown scorer {name!r}{meant(name, known)}; known: {', '.join(known)}, or PATH.py:NAME"
-    )
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    if in_file(name):
+        return (
+            f"scorer {name} is code in a file, which only train and plan run, and only when their "
+            "own configuration names it"
+        )
+    names = sorted(known)
+    listed = ", ".join(names)
+    return f"unknown scorer {name!r}{meant(name, names)}; known: {listed}, or PATH.py:NAME"
 
 
 def in_file(name: str) -> bool:
@@ -258,8 +289,9 @@ def in_file(name: str) -> bool:
 
 @contextmanager
 def registered_as(prefix: str) -> Iterator[list[str]]:
-    """Scorers registered inside the block are known by `prefix` and their name; yields the names."""
-    before, found = set(SCORERS), []
+    """Scorers registered inside the block get `prefix` before their names; yields the names."""
+    before = set(SCORERS)
+    found: list[str] = []
     try:
         yield found
     finally:
@@ -269,5 +301,8 @@ def registered_as(prefix: str) -> Iterator[list[str]]:
 
 
 def excess_loss(loss: Tensor, reference_loss: Tensor) -> Tensor:
-    """loss - reference_loss: same shape, fp32, detached. Rho-1, equation 3. NaN where the reference has no score."""
+    """loss - reference_loss: same shape, fp32, detached.
+
+    Rho-1, equation 3. NaN where the reference has no score.
+    """
     return loss.detach().float() - reference_loss.detach().float()

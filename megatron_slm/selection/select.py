@@ -1,22 +1,25 @@
 """Exact top-k of a population of tokens that may be spread over ranks.
 
-N: tokens that this rank holds (any shape, flattened). A population is the tokens of every rank of `group`.
+N: tokens that this rank holds (any shape, flattened). A population is the tokens of every rank of
+`group`.
 
     order    score descending, then global token id ascending
     kept     ceil(keep_fraction * eligible - 1e-9), at least 1 when any token is eligible
     mask     the first `kept` tokens in that order
 
-A token competes when it is eligible and its score is finite. Every other token (padding, masked, no score, NaN, +-inf) is outside the
-mask *and* outside the count: a padding token given the score 0 would sit inside the selection, because the threshold sits near 0.
+A token competes when it is eligible and its score is finite. Every other token (padding, masked,
+no score, NaN, +-inf) is outside the mask *and* outside the count: a padding token given the score 0
+would sit inside the selection, because the threshold sits near 0.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.selection.rankable import check_same_shape, rankable
 from megatron_slm.selection.schedule import check_keep_fraction
 from megatron_slm.selection.threshold import (
     Threshold,
@@ -32,15 +35,19 @@ __all__ = ["Selection", "kept_tokens", "select_top"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of this rank's tokens carry the loss, and the facts of the population they were chosen from.
+    """Which of this rank's tokens carry the loss, and the facts of the population they come from.
 
     mask        bool, the shape of the score: this rank's tokens that carry the loss.
-    threshold   score of the last kept token, in the score's unit (nats for a loss); +inf when nothing is eligible. When several populations
-                were chosen at once (scope `sequence`), the mean over those that have one.
+    threshold   score of the last kept token, in the score's unit (nats for a loss); +inf when
+                nothing is eligible. When several populations were chosen at once (scope
+                `sequence`), the mean over those that have one.
     kept, eligible, ties
-                tokens of the whole population (all ranks): kept, competing, and equal in score to the threshold.
-    weight      None for a 0/1 choice, else fp32 in the shape of the mask and 0 outside it (soft weights).
-    preferred   None, except where plain CLM is mixed in: then the mask is every eligible token, and this (bool) is the selective choice.
+                tokens of the whole population (all ranks): kept, competing, and equal in score to
+                the threshold.
+    weight      None for a 0/1 choice, else fp32 in the shape of the mask and 0 outside it (soft
+                weights).
+    preferred   None, except where plain CLM is mixed in: then the mask is every eligible token, and
+                this (bool) is the selective choice.
     """
 
     mask: Tensor
@@ -53,31 +60,34 @@ class Selection:
 
     @property
     def choice(self) -> Tensor:
-        """bool: the tokens that won; the mask, unless plain CLM is mixed in. What a description of the choice is about."""
+        """bool: the tokens that won, which is the mask unless plain CLM is mixed in."""
         return self.mask if self.preferred is None else self.preferred
-
-    @property
-    def selected_count(self) -> Tensor:
-        """Tokens this rank selected: int64, 0-d, on the device. The integer that megatron-core sums over ranks."""
-        return self.mask.sum()
-
-    @property
-    def weight_sum(self) -> Tensor:
-        """Sum of this rank's weights: float64, 0-d, on the device. Its part of what the step's summed losses are divided by (1 per token for a 0/1 choice)."""
-        return self.weights.sum(dtype=torch.float64)
 
     @property
     def weights(self) -> Tensor:
         """fp32 in the shape of the mask: what each token's loss is multiplied by before the sum."""
         return self.mask.float() if self.weight is None else self.weight
 
+    @property
+    def weight_sum(self) -> Tensor:
+        """Sum of this rank's weights (float64, 0-d, on the device; 1 per token for a 0/1 choice).
+
+        The step's summed losses are divided by the sum of this over ranks and micro-batches.
+        """
+        return self.weights.sum(dtype=torch.float64)
+
     def split(self, rows: list[int]) -> "list[Selection]":
-        """The same choice cut along the first dimension, one piece per micro-batch; the facts of the population are repeated."""
-        names = [
-            name for name in ("mask", "weight", "preferred") if getattr(self, name) is not None
-        ]
-        pieces = zip(*(getattr(self, name).split(rows) for name in names), strict=True)
-        return [replace(self, **dict(zip(names, piece, strict=True))) for piece in pieces]
+        """The same choice cut along the first dimension, one piece per micro-batch.
+
+        Every piece repeats the facts of the whole population.
+        """
+        cut = {
+            name: value.split(rows)
+            for name in ("mask", "weight", "preferred")
+            if (value := getattr(self, name)) is not None
+        }
+        pieces = zip(*cut.values(), strict=True)
+        return [replace(self, **dict(zip(cut, piece, strict=True))) for piece in pieces]
 
 
 def select_top(
@@ -90,35 +100,38 @@ def select_top(
     backend: str = "auto",
     capacity: int | None = None,
 ) -> Selection:
-    """The top share of a population by score, exactly. In plain torch, for one rank and distinct token ids:
+    """The top share of a population by score, exactly. For one rank and distinct token ids:
 
         ranked = eligible & score.isfinite()
         kept   = max(1, ceil(keep_fraction * ranked.sum() - 1e-9))
         order  = sorted(ranked.nonzero(), key=lambda i: (-score[i], token_id[i]))
         mask[order[:kept]] = True
 
-    score      floating point, any shape, this rank's part (may be empty). Ranked in fp32; -0.0 equals +0.0. Never differentiated.
+    score      floating point, any shape, this rank's part (may be empty). Ranked in fp32; -0.0
+               equals +0.0. Never differentiated.
     eligible   bool (or 0/1), the shape of score.
-    token_id   int64, the shape of score: breaks ties, so it must be unique in the population. Default: position in rank order.
-    group      the ranks whose tokens compete; None is this rank alone. Every rank of the group must call, also with no tokens. Pass the
-               data x context parallel group; never a tensor group, whose ranks hold copies of the same tokens.
-    backend    how ranks agree on the threshold; the same answer to the bit. "gather": an all-gather of the scores. "radix": three
-               all-reduces of 2048 counts, whatever the number of tokens. "auto" chooses by size (see threshold.py).
+    token_id   int64, the shape of score: breaks ties, so it must be unique in the population.
+               Default: position in rank order.
+    group      the ranks whose tokens compete; None is this rank alone. Every rank of the group must
+               call, also with no tokens. Pass the data x context parallel group; never a tensor
+               group, whose ranks hold copies of the same tokens.
+    backend    how ranks agree on the threshold, with the same answer to the bit: "gather", "radix",
+               or "auto", which chooses by size (threshold.py says what each costs).
+    capacity   the most tokens that any rank of the group holds, the same number on every rank:
+               spares the ranks telling each other their sizes. Default: they tell.
 
-    capacity   the most tokens that any rank of the group holds, the same number on every rank (sequences * tokens of a micro-batch): spares
-               the ranks telling each other their sizes. Default: they tell.
-
-    Every rank gets the same threshold, kept, eligible and ties. Costs one host synchronisation; a few more small all-reduces only when
-    the threshold falls inside a run of equal scores. Raises ValueError for a bad shape, dtype or keep_fraction, and when token ids repeat
-    inside such a run. Source: Rho-1, equation 5 (I_k).
+    Every rank gets the same threshold, kept, eligible and ties. Costs one host synchronisation; a
+    few more small all-reduces only when the threshold falls inside a run of equal scores. Raises
+    ValueError for a bad shape, dtype or keep_fraction, and when token ids repeat inside such a run.
+    Source: Rho-1, equation 5 (I_k).
     """
     keep_fraction = check_keep_fraction(keep_fraction)
     check_same_shape(score, eligible=eligible, token_id=token_id)
     group = other_ranks(group)
-    flat_score = rankable(score, eligible).reshape(-1)
-    found = find_threshold(flat_score, keep_fraction, group, backend, capacity)
-    mask = _top_mask(flat_score, None if token_id is None else token_id.reshape(-1), found, group)
-    return Selection(mask.view(score.shape), found.score, found.kept, found.eligible, found.ties)
+    score_N = rankable(score, eligible).reshape(-1)
+    found = find_threshold(score_N, keep_fraction, group, backend, capacity)
+    mask_N = _top_mask(score_N, None if token_id is None else token_id.reshape(-1), found, group)
+    return Selection(mask_N.view(score.shape), found.score, found.kept, found.eligible, found.ties)
 
 
 def _top_mask(
@@ -129,7 +142,8 @@ def _top_mask(
     if found.ties_kept == found.ties:
         return score_N >= found.score
     tie_N = score_N == found.score
-    token_id_N = _position_in_rank_order(score_N, group) if token_id_N is None else token_id_N
+    if token_id_N is None:
+        token_id_N = _position_in_rank_order(score_N, group)
     last_id = last_kept_id(token_id_N[tie_N], found.ties_kept, group)
     return (score_N > found.score) | (tie_N & (token_id_N <= last_id))
 
@@ -138,28 +152,4 @@ def _position_in_rank_order(score_N: Tensor, group: ProcessGroup | None) -> Tens
     position_N = torch.arange(score_N.numel(), device=score_N.device)
     if group is None:
         return position_N
-    return position_N + tokens_of_ranks(score_N, group)[: torch.distributed.get_rank(group)].sum()
-
-
-def rankable(score: Tensor, eligible: Tensor) -> Tensor:
-    """fp32 score with -inf wherever a token does not compete, so that no finite threshold ever lets it in; -0.0 becomes +0.0."""
-    score = score.detach().float()
-    return torch.where(eligible.bool() & (score.abs() < math.inf), score + 0.0, -math.inf)
-
-
-def check_same_shape(score: Tensor, **others: Tensor | None) -> None:
-    if not score.is_floating_point():
-        raise ValueError(
-            f"score must be a floating point tensor, got {score.dtype}; convert it with .float()"
-        )
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.shape != score.shape:
-            raise ValueError(
-                f"{name} must have the shape of score {tuple(score.shape)}, got {tuple(tensor.shape)}"
-            )
-        if name == "token_id" and tensor.dtype != torch.int64:
-            raise ValueError(
-                f"token_id must be int64 (ids pass 2^31 in a long run), got {tensor.dtype}"
-            )
+    return position_N + tokens_of_ranks(score_N, group)[: dist.get_rank(group)].sum()

@@ -21,7 +21,7 @@ from megatron_slm.model.optimizer import update_weights
 from megatron_slm.model.router import has_auxiliary_losses, pop_router_metrics
 from megatron_slm.parallel import Groups
 from megatron_slm.selection import Selection, TrainingProgress
-from megatron_slm.selection.diagnostics import MetricSums, add
+from megatron_slm.selection.metric_sums import MetricSums, add
 from megatron_slm.training.token_selector import TokenSelector
 
 

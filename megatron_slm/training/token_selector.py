@@ -17,7 +17,8 @@ from megatron_slm.selection import (
     TrainingProgress,
     build_schedule,
 )
-from megatron_slm.selection.diagnostics import MetricSums, describe
+from megatron_slm.selection.diagnostics import describe
+from megatron_slm.selection.metric_sums import MetricSums
 from megatron_slm.selection.rules import MODEL_COLUMNS
 from megatron_slm.training.scorer_settings import choice_rules
 

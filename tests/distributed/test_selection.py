@@ -14,7 +14,6 @@ from megatron_slm.selection import (
     RunningThreshold,
     TrainingProgress,
     build_scorer,
-    select_in_scope,
     select_top,
 )
 from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
@@ -214,21 +213,14 @@ def _check_scopes_under_layouts(rank, groups):
         common = {"group": group, "cp_group": cp_group}
         step = list(chain(*micro_batches))
         piece, mine = _piece(columns, eligible, step, places)
-        chosen = select_in_scope(
-            piece["loss"] - piece["reference_loss"],
-            mine,
-            0.6,
-            scope="global_batch",
-            token_id=piece["token_id"],
-            **common,
-        )
+        population = Population("global_batch", piece["token_id"], **common)
+        chosen = population.top(piece["loss"] - piece["reference_loss"], mine, 0.6)
         _assert_piece(chosen, whole, step, places, f"global_batch {name}")
         for i, rows in enumerate(micro_batches):
             piece, mine = _piece(columns, eligible, rows, places)
             piece_score = piece["loss"] - piece["reference_loss"]
-            chosen = select_in_scope(
-                piece_score, mine, 0.6, scope="sequence", token_id=piece["token_id"], **common
-            )
+            population = Population("sequence", piece["token_id"], **common)
+            chosen = population.top(piece_score, mine, 0.6)
             _assert_piece(chosen, by_row, rows, places, f"sequence {name}")
             current = slice(
                 4 * i, 4 * i + 4
@@ -237,15 +229,13 @@ def _check_scopes_under_layouts(rank, groups):
             expected[current] = expected_mask(score[current], eligible[current], 0.6, ids[current])[
                 0
             ]
-            chosen = select_in_scope(
-                piece_score, mine, 0.6, scope="data_parallel", token_id=piece["token_id"], **common
-            )
+            population = Population("data_parallel", piece["token_id"], **common)
+            chosen = population.top(piece_score, mine, 0.6)
             _assert_piece(chosen, expected, rows, places, f"data_parallel {name}")
             expected = torch.zeros_like(whole)
             expected[rows] = expected_mask(score[rows], eligible[rows], 0.6, ids[rows])[0]
-            chosen = select_in_scope(
-                piece_score, mine, 0.6, scope="micro_batch", token_id=piece["token_id"], **common
-            )
+            population = Population("micro_batch", piece["token_id"], **common)
+            chosen = population.top(piece_score, mine, 0.6)
             _assert_piece(chosen, expected, rows, places, f"micro_batch {name}")
 
 

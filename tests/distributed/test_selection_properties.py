@@ -13,7 +13,7 @@ import torch.multiprocessing as multiprocessing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_slm.selection import RunningThreshold, select_in_scope, select_top
+from megatron_slm.selection import Population, RunningThreshold, select_top
 from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
 
 WORLD = 4
@@ -88,16 +88,8 @@ def check_step(rank, groups, step, keep_fraction):
         expected = brute_force(populations, score, eligible, keep_fraction, token_id)
         for rows in [list(chain(*mine))] if scope == "global_batch" else mine:
             piece, able, ids = cut(rows)
-            chosen = select_in_scope(
-                piece,
-                able,
-                keep_fraction,
-                scope=scope,
-                token_id=ids,
-                group=group,
-                cp_group=cp_group,
-                capacity=piece.numel(),
-            )
+            population = Population(scope, ids, group, cp_group, capacity=piece.numel())
+            chosen = population.top(piece, able, keep_fraction)
             if not torch.equal(chosen.mask, expected[rows][:, places]):
                 wrong.append(f"{scope} under {layout}: wrong choice on rank {rank}")
     piece, able, ids = cut(list(chain(*mine)))

@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from megatron_slm.selection import excess_loss, select_top
-from megatron_slm.selection.diagnostics import (
-    ChoiceOverlap,
-    add,
-    describe,
-    pack,
-    rate_by_quantile,
-    summarise,
-    unpack,
-)
+from megatron_slm.selection.diagnostics import ChoiceOverlap, describe, summarise
+from megatron_slm.selection.metric_sums import add, pack, unpack
+from megatron_slm.selection.rates import rate_by_quantile
 
 B, S = 6, 64
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_slm.selection import SCOPES, Population, RunningThreshold, select_in_scope
+from megatron_slm.selection import SCOPES, Population, RunningThreshold
 from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
 
 
@@ -28,7 +28,7 @@ FRACTIONS = st.one_of(st.sampled_from([1.0, 0.7, 0.6, 0.5, 1e-6]), st.floats(1e-
 @given(batches(), FRACTIONS)
 def test_scope_sequence_is_the_brute_force_choice_of_every_row(batch, keep_fraction):
     score, eligible, token_id = batch
-    chosen = select_in_scope(score, eligible, keep_fraction, scope="sequence", token_id=token_id)
+    chosen = Population("sequence", token_id).top(score, eligible, keep_fraction)
     kept = competing = 0
     thresholds = []
     for b in range(len(score)):
@@ -55,25 +55,20 @@ def test_on_one_rank_the_wide_scopes_are_the_brute_force_choice_of_everything(
 ):
     score, eligible, token_id = batch
     token_id = torch.arange(score.numel()).view(score.shape) if token_id is None else token_id
-    chosen = select_in_scope(score, eligible, keep_fraction, scope=scope, token_id=token_id)
+    chosen = Population(scope, token_id).top(score, eligible, keep_fraction)
     assert torch.equal(chosen.mask, expected_mask(score, eligible, keep_fraction, token_id)[0])
 
 
 def test_sequence_scope_breaks_ties_by_id_and_refuses_repeated_ids():
     score, eligible = torch.zeros(2, 4), torch.ones(2, 4)
     ids = torch.tensor([[3, 1, 2, 0], [4, 5, 6, 7]])
-    assert select_in_scope(score, eligible, 0.5, scope="sequence", token_id=ids).mask.tolist() == [
+    assert Population("sequence", ids).top(score, eligible, 0.5).mask.tolist() == [
         [False, True, False, True],
         [True, True, False, False],
     ]
     with pytest.raises(ValueError, match="token id 5 occurs twice in one sequence"):
-        select_in_scope(
-            score,
-            eligible,
-            0.5,
-            scope="sequence",
-            token_id=torch.tensor([[3, 1, 2, 0], [4, 5, 5, 7]]),
-        )
+        repeated = torch.tensor([[3, 1, 2, 0], [4, 5, 5, 7]])
+        Population("sequence", repeated).top(score, eligible, 0.5)
 
 
 def test_population_rejects_what_it_cannot_honour():
@@ -84,7 +79,7 @@ def test_population_rejects_what_it_cannot_honour():
     with pytest.raises(ValueError, match="running_threshold needs its state"):
         Population("running_threshold")
     with pytest.raises(ValueError, match=r"shape \(sequences, tokens\)"):
-        select_in_scope(torch.zeros(4), torch.ones(4), 0.5, scope="sequence")
+        Population("sequence").top(torch.zeros(4), torch.ones(4), 0.5)
     assert len(SCOPES) == 5
 
 
