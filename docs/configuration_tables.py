@@ -1,4 +1,5 @@
-"""Write the tables of docs/configuration.md from the schema, so that the page cannot be out of date.
+"""Write the tables of docs/configuration.md from the schema, so that the page cannot be out of
+date.
 
     python docs/configuration_tables.py
 
@@ -17,7 +18,10 @@ from megatron_slm.config import schema  # noqa: E402
 from megatron_slm.config.help import default_of, texts_of, values_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
-MARK = "<!-- From here on written by docs/configuration_tables.py: change megatron_slm/config/schema.py instead. -->"
+MARK = (
+    "<!-- From here on written by docs/configuration_tables.py: change "
+    "megatron_slm/config/schema.py instead. -->"
+)
 
 
 def table(cls, prefix: str) -> list[str]:

@@ -35,21 +35,24 @@ ANCHORS = (
         2,
     ),
     (
-        "[torchtitan](https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md), Llama-3.1-8B, 8 H100 of 500 W, bf16, compiled",
+        "[torchtitan](https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md), "
+        "Llama-3.1-8B, 8 H100 of 500 W, bf16, compiled",
         "H100",
         6_667,
         "llama3_8b_slm",
         1,
     ),
     (
-        "[Rho-1](https://arxiv.org/abs/2404.07965), 15 B tokens in about 3.5 hours on 32 H100, selective",
+        "[Rho-1](https://arxiv.org/abs/2404.07965), 15 B tokens in about 3.5 hours on 32 H100, "
+        "selective",
         "H100",
         15e9 / 3.5 / 3600 / 32,
         "tinyllama_1.1b_math_slm",
         4,
     ),
 )
-# The arithmetic of the worked example: name, expression with the recipe's numbers. Checked against the planner below.
+# The arithmetic of the worked example: name, expression with the recipe's numbers. Checked against
+# the planner below.
 TERMS_8B = {
     "Parameters of one tensor rank": [
         (
@@ -58,15 +61,18 @@ TERMS_8B = {
         ),
         (
             "32 layers with two norms each",
-            "32 * (((32 + 2 * 8) * 128 * 4096 + 32 * 128 * 4096 + 3 * 14336 * 4096) / 2 + 2 * 4096)",
+            "32 * (((32 + 2 * 8) * 128 * 4096 + 32 * 128 * 4096 + 3 * 14336 * 4096) / 2 + 2 * "
+            "4096)",
         ),
         ("embedding and head, last norm", "2 * 128256 / 2 * 4096 + 4096"),
         (
             "**parameters**",
-            "32 * (((32 + 2 * 8) * 128 * 4096 + 32 * 128 * 4096 + 3 * 14336 * 4096) / 2 + 2 * 4096) + 2 * 128256 / 2 * 4096 + 4096",
+            "32 * (((32 + 2 * 8) * 128 * 4096 + 32 * 128 * 4096 + 3 * 14336 * 4096) / 2 + 2 * "
+            "4096) + 2 * 128256 / 2 * 4096 + 4096",
         ),
     ],
-    "Activations of one micro-batch, bytes per token and layer (8192 tokens, 2 bytes a value, tensor 2 with sequence parallelism)": [
+    "Activations of one micro-batch, bytes per token and layer (8192 tokens, 2 bytes a value, "
+    "tensor 2 with sequence parallelism)": [
         ("norms: input and output, split by sequence parallelism", "2 * 4096 * (2 + 2) / 2"),
         (
             "attention: projection, rotated queries and keys, output, log-sum-exp",
@@ -82,11 +88,13 @@ TERMS_8B = {
         ("head, forward", "2 * 4096 * 128256"),
         (
             "**model** (3 times both)",
-            "3 * (32 * (2 * 4096 * (2 * 4096 + 2 * 8 * 128) + 2 * 4096 * (8192 + 1) + 6 * 4096 * 14336) + 2 * 4096 * 128256)",
+            "3 * (32 * (2 * 4096 * (2 * 4096 + 2 * 8 * 128) + 2 * 4096 * (8192 + 1) + 6 * 4096 * "
+            "14336) + 2 * 4096 * 128256)",
         ),
         (
             "**executed** (the head: 1 + 2 * 0.6)",
-            "3 * 32 * (2 * 4096 * (2 * 4096 + 2 * 8 * 128) + 2 * 4096 * (8192 + 1) + 6 * 4096 * 14336) + (1 + 2 * 0.6) * 2 * 4096 * 128256",
+            "3 * 32 * (2 * 4096 * (2 * 4096 + 2 * 8 * 128) + 2 * 4096 * (8192 + 1) + 6 * 4096 * "
+            "14336) + (1 + 2 * 0.6) * 2 * 4096 * 128256",
         ),
     ],
 }
@@ -125,8 +133,10 @@ def by_hand(plan: Plan) -> list[str]:
     lines = [
         "## Llama-3-8B by hand",
         "",
-        "The same numbers from the formulas, with `llama3_8b_slm.yaml`'s sizes put in: hidden 4096, 32 layers, 32 query and 8 key/value heads of 128, "
-        "feed-forward 14336, vocabulary 128256, sequences of 8192, tensor 2 with sequence parallelism, 64 data-parallel ranks, 8 micro-batches of one sequence.",
+        "The same numbers from the formulas, with `llama3_8b_slm.yaml`'s sizes put in: hidden "
+        "4096, 32 layers, 32 query and 8 key/value heads of 128, feed-forward 14336, vocabulary "
+        "128256, sequences of 8192, tensor 2 with sequence parallelism, 64 data-parallel ranks, "
+        "8 micro-batches of one sequence.",
         "",
     ]
     for title, terms in TERMS_8B.items():
@@ -174,13 +184,21 @@ def by_hand(plan: Plan) -> list[str]:
 
     return [
         *lines,
-        f"- Memory: weights 2 × {parameters:,.0f} = {gib(memory.weights)}; gradients 4 × that number = {gib(memory.gradients)}; optimizer 12 × that number / 64 = {gib(memory.optimizer)}.",
-        f"- Activations: 32 layers × 8192 tokens × {per_token:,.0f} bytes, and the last norm's 8192 × 4096 × (2 + 2) / 2 = {gib(activations)}.",
-        f"- Head, keep mode: 8192 × 64128 kept values of 2 bytes, and in backward the weight's gradient of 64128 × 4096 in fp32 and bf16 = {gib(head)}.",
-        f"- Time: 4,194,304 tokens × {executed / 1e9:,.2f} GFLOP / (128 × 989 TFLOP/s × 0.5) = {seconds:.3f} s of computing.",
-        f"- Tensor parallelism: a message is 8192 × 4096 × 2 bytes = {message / 2**20:.0f} MiB; ten halves of an all-reduce per layer, two for the embedding and 1 + 2 × 0.6 for the head, "
-        f"(2 - 1)/2 of each, 8 micro-batches: {sent / 1e9:,.1f} GB over NVLink at 0.8 × 450 GB/s = {hidden:.3f} s.",
-        f"- Step: {time.step_seconds:.3f} s, which is 4,194,304 / {time.step_seconds:.3f} = {time.tokens_per_second:,.0f} tokens/s.",
+        f"- Memory: weights 2 × {parameters:,.0f} = {gib(memory.weights)}; gradients 4 × that "
+        f"number = {gib(memory.gradients)}; optimizer 12 × that number / 64 = "
+        f"{gib(memory.optimizer)}.",
+        f"- Activations: 32 layers × 8192 tokens × {per_token:,.0f} bytes, and the last norm's "
+        f"8192 × 4096 × (2 + 2) / 2 = {gib(activations)}.",
+        "- Head, keep mode: 8192 × 64128 kept values of 2 bytes, and in backward the weight's "
+        f"gradient of 64128 × 4096 in fp32 and bf16 = {gib(head)}.",
+        f"- Time: 4,194,304 tokens × {executed / 1e9:,.2f} GFLOP / (128 × 989 TFLOP/s × 0.5) = "
+        f"{seconds:.3f} s of computing.",
+        f"- Tensor parallelism: a message is 8192 × 4096 × 2 bytes = {message / 2**20:.0f} MiB; "
+        "ten halves of an all-reduce per layer, two for the embedding and 1 + 2 × 0.6 for the "
+        f"head, (2 - 1)/2 of each, 8 micro-batches: {sent / 1e9:,.1f} GB over NVLink at 0.8 × 450 "
+        f"GB/s = {hidden:.3f} s.",
+        f"- Step: {time.step_seconds:.3f} s, which is 4,194,304 / {time.step_seconds:.3f} = "
+        f"{time.tokens_per_second:,.0f} tokens/s.",
         "",
     ]
 
@@ -190,7 +208,8 @@ def anchors() -> list[str]:
     lines = [
         "## Is 50 % plausible?",
         "",
-        "What others published, in this page's definition of MFU (a causal mask's half of attention is not counted as work):",
+        "What others published, in this page's definition of MFU (a causal mask's half of "
+        "attention is not counted as work):",
         "",
         "| | tokens/s and GPU, published | MFU | the plan at 50 % |",
         "|---|--:|--:|--:|",
@@ -199,13 +218,17 @@ def anchors() -> list[str]:
         plan = plan_of(recipe, nodes, gpu)
         utilization = rate * plan.work.model / plan.job.gpu.bf16_flops_per_second
         lines.append(
-            f"| {what} | {rate:,.0f} | {utilization:.0%} | {plan.duration.tokens_per_second / plan.job.ranks:,.0f} |"
+            f"| {what} | {rate:,.0f} | {utilization:.0%} | "
+            f"{plan.duration.tokens_per_second / plan.job.ranks:,.0f} |"
         )
     return [
         *lines,
-        "| [Megatron-LM](https://github.com/NVIDIA/Megatron-LM/blob/main/README.md), 2 B and larger, H100 | - | 41 to 48 % (its own count) | - |",
+        "| [Megatron-LM](https://github.com/NVIDIA/Megatron-LM/blob/main/README.md), 2 B and "
+        "larger, H100 | - | 41 to 48 % (its own count) | - |",
         "",
-        "So 50 % is what well-tuned runs reach and not what a first run gets. These are other people's measurements of other programs: they bound the efficiency, they do not confirm the plan.",
+        "So 50 % is what well-tuned runs reach and not what a first run gets. These are other "
+        "people's measurements of other programs: they bound the efficiency, they do not confirm "
+        "the plan.",
         "",
     ]
 
@@ -218,7 +241,8 @@ def tables_text() -> str:
             f"## {title}",
             "",
             "```bash",
-            f"python -m megatron_slm.plan --config launch/recipes/{recipe}.yaml --gpu H100 --nodes {nodes}",
+            f"python -m megatron_slm.plan --config launch/recipes/{recipe}.yaml --gpu H100 "
+            f"--nodes {nodes}",
             "```",
             "",
         ]

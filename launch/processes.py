@@ -45,7 +45,9 @@ REPEAT_SECONDS = 0.5
 LEFT_TO_TORCHRUN = "--signals-to-handle=SIGQUIT"
 """It takes over the signals in this list, which cannot be empty."""
 NO_LOG_FOLDER = f"--log-dir={os.devnull}"
-"""Without one given, torchrun leaves a folder torchelastic_* in the temporary folder at every start."""
+"""Without one given, torchrun leaves a folder torchelastic_* in the temporary folder at every
+start.
+"""
 
 
 class StopRequests:
@@ -102,7 +104,9 @@ def workers() -> list[int]:
 
 
 def quieten(logger: str, requests: StopRequests) -> None:
-    """Keep torchrun from reporting workers that stopped, or said themselves what is wrong; other failures stay."""
+    """Keep torchrun from reporting workers that stopped, or said themselves what is wrong; other
+    failures stay.
+    """
     spoken = tuple(f"exitcode: {code})" for code in SPOKEN)
     logging.getLogger(logger).setLevel(logging.ERROR)
     logging.getLogger(logger).addFilter(

@@ -1,6 +1,7 @@
 """Which programs a launcher may start several processes of.
 
-python launch/programs.py NAME      exit code 0: run it with launch/local.sh; 2: a sentence says how to run it, or what was meant
+python launch/programs.py NAME      exit code 0: run it with launch/local.sh; 2: a sentence says how
+to run it, or what was meant
 """
 
 import difflib

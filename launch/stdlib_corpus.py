@@ -1,11 +1,14 @@
-"""Real text that every Python has: the source files of its standard library, as jsonl for the quickstart.
+"""Real text that every Python has: the source files of its standard library, as jsonl for the
+quickstart.
 
     python launch/stdlib_corpus.py --output-folder runs/quickstart/text
 
 One document per .py file. The rule, by path only:
-  curated   library modules a person would read: everything but tests, generated tables and bundled or legacy packages
+  curated   library modules a person would read: everything but tests, generated tables and bundled
+            or legacy packages
   held out  every sixth curated file by the hash of its path: the target domain, in no training data
-  corpus    every file that is not held out, tests and generated tables included: what pretraining meets
+  corpus    every file that is not held out, tests and generated tables included: what pretraining
+            meets
 """
 
 import argparse
@@ -16,7 +19,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# Path parts that mark a file as not curated: tests, generated tables, bundled installers, legacy and demo packages.
+# Path parts that mark a file as not curated: tests, generated tables, bundled installers, legacy
+# and demo packages.
 NOT_CURATED = (
     "test",
     "tests",
@@ -103,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:>9}: {documents:5} files, {characters / 1e6:6.2f} MB")
     if not counts["curated"][0] or not counts["held_out"][0]:
         print(
-            "stdlib_corpus: found no curated library files; give your own text with --corpus and --curated",
+            "stdlib_corpus: found no curated library files; give your own text with --corpus and "
+            "--curated",
             file=sys.stderr,
         )
         return 3

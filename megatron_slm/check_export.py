@@ -49,13 +49,17 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     verdict = "agree" if difference < options.tolerance else "DIFFER"
     print(
-        f"logits {verdict}: largest difference {difference:.2e} (allowed {options.tolerance:g}); the export continues a text with: {generated!r}"
+        f"logits {verdict}: largest difference {difference:.2e} (allowed {options.tolerance:g}); "
+        f"the export continues a text with: {generated!r}"
     )
     return 0 if difference < options.tolerance else 1
 
 
 def compare_logits(options) -> tuple[float, str]:
-    """(largest absolute difference of a logit, a few generated words). ValueError says what cannot be opened."""
+    """(largest absolute difference of a logit, a few generated words).
+
+    ValueError says what cannot be opened.
+    """
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
     from megatron_slm.convert.model_folder import read_json
     from megatron_slm.data.corpora import open_corpora

@@ -40,7 +40,10 @@ def build_parser() -> Program:
     parser.add_argument(
         "--output",
         required=True,
-        help="folder to write; it must not hold anything but this very export, unless --overwrite is given",
+        help=(
+            "folder to write; it must not hold anything but this very export, unless --overwrite "
+            "is given"
+        ),
     )
     parser.add_argument(
         "--dtype",
@@ -51,7 +54,10 @@ def build_parser() -> Program:
     parser.add_argument(
         "--tokenizer",
         default="",
-        help="tokenizer file, when it is no longer where the checkpoint says; none = export without one",
+        help=(
+            "tokenizer file, when it is no longer where the checkpoint says; none = export "
+            "without one"
+        ),
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export at --output"
@@ -91,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if damaged := damaged_files(folder):
             raise ValueError(
-                f"{folder}: {', '.join(damaged)} missing, no plain files, or different from what checksums.json says; use another "
-                "step_* folder, or copy it again"
+                f"{folder}: {', '.join(damaged)} missing, no plain files, or different from what "
+                "checksums.json says; use another step_* folder, or copy it again"
             )
         # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
         from megatron_slm.convert.huggingface import export
@@ -135,17 +141,22 @@ def _say_what_it_adds(tokenizer: Tokenizer, info: CheckpointInfo) -> None:
 
 
 def tokenizer_of_checkpoint(given: str, info: CheckpointInfo, folder: Path) -> Tokenizer:
-    """The tokenizer the model was trained with: the given file or the one its model.json names. ValueError when it is another one."""
+    """The tokenizer the model was trained with: the given file or the one its model.json names.
+
+    ValueError when it is another one.
+    """
     path = given or info.tokenizer.get("path", "")
     try:
         tokenizer = load_tokenizer(path)
     except ValueError as error:
         raise ValueError(
-            f"{error} (the checkpoint {folder} was trained with it; say where it is now with --tokenizer, or --tokenizer none)"
+            f"{error} (the checkpoint {folder} was trained with it; say where it is now with "
+            "--tokenizer, or --tokenizer none)"
         ) from None
     if differences := tokenizer_differences(tokenizer.entry, info.tokenizer):
         raise ValueError(
-            f"{path} is not the tokenizer this model was trained with; it and the checkpoint say: {'; '.join(differences)}"
+            f"{path} is not the tokenizer this model was trained with; it and the checkpoint say: "
+            f"{'; '.join(differences)}"
         )
     return tokenizer
 

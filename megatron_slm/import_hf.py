@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"import_hf: {error}", file=sys.stderr)
         return 3
     print(
-        f"imported {options.input} to {folder}; start from it with --checkpoint.initialize_from {options.output}"
+        f"imported {options.input} to {folder}; start from it with --checkpoint.initialize_from "
+        f"{options.output}"
     )
     if _begins_texts(folders.read_checkpoint_info(folder).tokenizer):
         print(
@@ -73,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _imported_before(options: argparse.Namespace, checkpoints: Path) -> int:
-    """Exit code for a run folder that has checkpoints: 0 when step 0 is this very import, 2 when it is not."""
+    """Exit code for a run folder that has checkpoints: 0 when step 0 is this very import, 2 when it
+    is not.
+    """
     imported = folders.step_folder(checkpoints, 0)
     before = None
     if imported in folders.complete_checkpoints(checkpoints):
@@ -111,7 +114,10 @@ def _begins_texts(tokenizer: dict) -> bool:
 
 
 def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: str = "") -> Path:
-    """Write the model in `source` as the step-0 checkpoint in `checkpoints`; returns its folder. ValueError says what cannot be read."""
+    """Write the model in `source` as the step-0 checkpoint in `checkpoints`; returns its folder.
+
+    ValueError says what cannot be read.
+    """
     from megatron_slm.convert.hf_config import model_config
     from megatron_slm.convert.model_folder import read_json
 
@@ -119,7 +125,8 @@ def import_folder(source: Path, checkpoints: Path, dtype: str, tokenizer_path: s
     tokenizer = load_tokenizer(tokenizer_path or source)
     if tokenizer.vocabulary_size > model.vocabulary_size:
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only {model.vocabulary_size}; give its own --tokenizer"
+            f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only "
+            f"{model.vocabulary_size}; give its own --tokenizer"
         )
     # These load torch, so they wait until the folder's own files have been read.
     from megatron_slm.convert.huggingface import DTYPES, SafetensorsFolder

@@ -64,20 +64,28 @@ def build_parser() -> Program:
         "--efficiency",
         type=float,
         default=0.5,
-        help="share of the peak while a GPU computes, 0..1 (default: %(default)s; waiting and bubbles come on top)",
+        help=(
+            "share of the peak while a GPU computes, 0..1 (default: %(default)s; waiting and "
+            "bubbles come on top)"
+        ),
     )
     parser.add_argument(
         "--reference-config",
         metavar="FILE",
-        help="recipe of the reference, where it is another model (default: the online reference's checkpoint, else this recipe)",
+        help=(
+            "recipe of the reference, where it is another model (default: the online reference's "
+            "checkpoint, else this recipe)"
+        ),
     )
     parser.add_argument(
         "--corpus-tokens",
         type=_count,
         default=0,
         metavar="N",
-        help="tokens of the training corpora, for epochs and scoring: 100e9, 100B or 100_000_000_000 "
-        "(default: of data.train if it is here, else one epoch)",
+        help=(
+            "tokens of the training corpora, for epochs and scoring: 100e9, 100B or "
+            "100_000_000_000 (default: of data.train if it is here, else one epoch)"
+        ),
     )
     parser.add_argument(
         "--proposals",
@@ -153,7 +161,8 @@ def _check_options(options) -> None:
     ]
     if not 0 < options.efficiency <= 1:
         problems.append(
-            f"--efficiency: got {options.efficiency}; expected above 0 and at most 1 (0.5 is 50 % of the peak)"
+            f"--efficiency: got {options.efficiency}; expected above 0 and at most 1 (0.5 is 50 % "
+            "of the peak)"
         )
     if find_gpu(options.gpu) is None:
         problems.append(
@@ -169,7 +178,8 @@ def _vocabulary_size(config) -> int:
     if not Path(config.data.tokenizer).is_file():
         raise ConfigError(
             [
-                f"model.vocabulary_size: 0, which means the tokenizer's, and there is no file {config.data.tokenizer!r}; give the size"
+                "model.vocabulary_size: 0, which means the tokenizer's, and there is no file "
+                f"{config.data.tokenizer!r}; give the size"
             ]
         )
     return load_tokenizer(config.data.tokenizer).vocabulary_size
@@ -192,7 +202,9 @@ def _start_problems(config, vocabulary_size: int) -> list[str]:
 
 
 def _reference_model(recipe: str | None, config):
-    """The reference's shape where it is known: from its recipe, or from an online reference's checkpoint."""
+    """The reference's shape where it is known: from its recipe, or from an online reference's
+    checkpoint.
+    """
     checkpoint = config.selection.reference.checkpoint
     if recipe:
         return load_yaml(recipe, take_architecture).model

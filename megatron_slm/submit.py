@@ -1,8 +1,10 @@
 """The whole pipeline from one description: text, tokenizer, corpora, scores, runs, exports, report.
 
-    python -m megatron_slm.submit --config PIPELINE.yaml              SLURM jobs that wait for each other
+    python -m megatron_slm.submit --config PIPELINE.yaml              SLURM jobs that wait for each
+        other
     python -m megatron_slm.submit --config PIPELINE.yaml --dry-run    print every sbatch line
-    python -m megatron_slm.submit --config PIPELINE.yaml --local      here, one stage after the other
+    python -m megatron_slm.submit --config PIPELINE.yaml --local      here, one stage after the
+        other
 
 Everything is checked before anything is started. Finished stages are kept for as long as what they
 were made from is unchanged. Exit codes: 0 done (or submitted), 2 bad description, 3 bad data, 4
@@ -86,7 +88,8 @@ def _do(pipeline: Assembled, asked: set[str]) -> int:
     if slurm.was_submitted(pipeline.folder) and not asked & {"--resume", "--dry-run"}:
         raise ConfigError(
             [
-                f"{pipeline.folder}: was submitted before; --resume submits what is missing, --status shows where it stands"
+                f"{pipeline.folder}: was submitted before; --resume submits what is missing, "
+                "--status shows where it stands"
             ]
         )
     missing, dead = slurm.missing(pipeline, state, queue)

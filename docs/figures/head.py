@@ -1,4 +1,6 @@
-"""Draw head.svg, the picture of docs/head.md: which rows each kind of loss head computes.  python docs/figures/head.py [OUTPUT]"""
+"""Draw head.svg, the picture of docs/head.md: which rows each kind of loss head computes.  python
+docs/figures/head.py [OUTPUT]
+"""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,10 @@
 """Draw the pictures of docs/selection.md: python docs/figures/selection.py (needs matplotlib).
 
-scopes.svg     which tokens compete with which, for two ranks with two micro-batches of two sequences
+scopes.svg     which tokens compete with which, for two ranks with two micro-batches of two
+               sequences
 scorers.png    which tokens each scorer keeps, in the plane of reference loss and current loss
-running.svg    how far a running threshold is from the exact choice, by smoothing, on simulated steps
+running.svg    how far a running threshold is from the exact choice, by smoothing, on simulated
+               steps
 """
 
 import sys
@@ -135,7 +137,9 @@ def _tokens(count: int) -> dict[str, torch.Tensor]:
 
 
 def draw_running() -> None:
-    """Steps of 64 documents of 256 tokens: excess = drift + document offset (0.3 nats) + token noise (0.5 nats)."""
+    """Steps of 64 documents of 256 tokens: excess = drift + document offset (0.3 nats) + token
+    noise (0.5 nats).
+    """
     figure, axis = plt.subplots(figsize=(6, 2.8))
     for smoothing in (0.0, 0.5, 0.9, 0.98):
         generator = torch.Generator().manual_seed(1)
@@ -154,7 +158,8 @@ def draw_running() -> None:
         late = sum(wrong[60:]) / 60
         axis.plot(wrong[1:], label=f"smoothing {smoothing}: {late:.1%} later", linewidth=1)
         print(
-            f"smoothing {smoothing}: missed + extra {sum(wrong[1:30]) / 29:.4f} in steps 1-29, {late:.4f} in steps 60-119"
+            f"smoothing {smoothing}: missed + extra {sum(wrong[1:30]) / 29:.4f} in steps 1-29, "
+            f"{late:.4f} in steps 60-119"
         )
     axis.set(xlabel="step", ylabel="(missed + extra) / exact set", ylim=(0, 0.3))
     axis.legend(frameon=False, fontsize=8)

@@ -68,7 +68,8 @@ def run_differences(run: Run, baseline: Run, corpus: str | None = None) -> list[
     if untold:
         return [f"the config.yaml of {' and '.join(untold)} names no data.train"]
     return [
-        f"{name} is {_shown(run, name)} in {run.name} and {_shown(baseline, name)} in {baseline.name}"
+        f"{name} is {_shown(run, name)} in {run.name} and {_shown(baseline, name)} in "
+        f"{baseline.name}"
         for name in own
         if name in other and own[name] != other[name]
     ]
@@ -122,8 +123,8 @@ def _why(baseline: Run, like_it: Sequence[Run], runs: Sequence[Run], corpus: str
     others = _names([run for run in like_it if run is not baseline])
     data = ", ".join(map(str, baseline.setting("data.train")))
     parts = [
-        f"Baseline: {baseline.name}. It trains on every token, and shares data ({data}), tokens per step, model and start "
-        f"({_start(like_it)}) with {others}."
+        f"Baseline: {baseline.name}. It trains on every token, and shares data ({data}), tokens "
+        f"per step, model and start ({_start(like_it)}) with {others}."
     ]
     parts += [
         f"{run.name} is not measured against it: {run_differences(run, baseline, corpus)[0]}."
@@ -146,15 +147,16 @@ def _why_none(runs: Sequence[Run], plain: Sequence[Run], corpus: str | None) -> 
         return ""
     if not plain:
         return (
-            "Baseline: none, for every run selects tokens. To have one, train with selection.scorer none on the same data, "
-            "from the same weights."
+            "Baseline: none, for every run selects tokens. To have one, train with "
+            "selection.scorer none on the same data, from the same weights."
         )
     first = plain[0]
     other = next(run for run in runs if run is not first)
     reason = run_differences(other, first, corpus)[0]
     return (
-        f"Baseline: none. {_names(plain)} {'trains' if len(plain) == 1 else 'train'} on every token, but "
-        f"{reason}; a baseline differs from the runs that select in the choice of tokens alone."
+        f"Baseline: none. {_names(plain)} {'trains' if len(plain) == 1 else 'train'} on every "
+        f"token, but {reason}; a baseline differs from the runs that select in the choice of "
+        "tokens alone."
     )
 
 

@@ -102,9 +102,15 @@ def validation(runs: Sequence[Run], corpus: str) -> str:
     first = (
         f"{name} has the lowest loss on {corpus}, {best:.3f} nats per token"
         if not level
-        else f"{_list([name, *level])} are level on {corpus} at {best:.3f} nats per token (less than {EQUAL_NATS} apart)"
+        else (
+            f"{_list([name, *level])} are level on {corpus} at {best:.3f} nats per token (less "
+            f"than {EQUAL_NATS} apart)"
+        )
     )
-    return f"{where} {'; '.join([first, *behind, *missing])}. One run each: how much chance moves these numbers is not measured here."
+    return (
+        f"{where} {'; '.join([first, *behind, *missing])}. One run each: how much chance moves "
+        "these numbers is not measured here."
+    )
 
 
 def unfinished(runs: Sequence[Run]) -> str:
@@ -190,12 +196,14 @@ def by_reference_loss(runs: Sequence[Run]) -> str:
         low, high = int(np.nanargmin(rate_Q)), int(np.nanargmax(rate_Q))
         if rate_Q[high] - rate_Q[low] < 0.05:
             sentences.append(
-                f"{run.name} selects all classes of reference loss alike ({rate_Q[low]:.0%} to {rate_Q[high]:.0%})"
+                f"{run.name} selects all classes of reference loss alike ({rate_Q[low]:.0%} to "
+                f"{rate_Q[high]:.0%})"
             )
         else:
             sentences.append(
-                f"{run.name} selects {rate_Q[high]:.0%} of class {high + 1}, its most, and {rate_Q[low]:.0%} of class {low + 1}, its least, "
-                f"of {len(rate_Q)} classes of reference loss (1 = the easiest tokens for the reference)"
+                f"{run.name} selects {rate_Q[high]:.0%} of class {high + 1}, its most, and "
+                f"{rate_Q[low]:.0%} of class {low + 1}, its least, of {len(rate_Q)} classes of "
+                "reference loss (1 = the easiest tokens for the reference)"
             )
     return ". ".join(sentences) + "."
 
@@ -206,7 +214,8 @@ def by_position(runs: Sequence[Run]) -> str:
         rates = run.vectors(BY_POSITION)[1][-1]
         if np.isfinite(rates).any():
             sentences.append(
-                f"{run.name} selects between {np.nanmin(rates):.0%} and {np.nanmax(rates):.0%} at the {len(rates)} places of a sequence"
+                f"{run.name} selects between {np.nanmin(rates):.0%} and {np.nanmax(rates):.0%} at "
+                f"the {len(rates)} places of a sequence"
             )
     return ". ".join(sentences) + "."
 
@@ -225,7 +234,8 @@ def optimization(runs: Sequence[Run]) -> str:
                 else ""
             )
             sentences.append(
-                f"{run.name}: median gradient norm {np.median(norm):.3g}, largest {norm.max():.3g}{clipped}"
+                f"{run.name}: median gradient norm {np.median(norm):.3g}, largest "
+                f"{norm.max():.3g}{clipped}"
             )
     return ". ".join(sentences) + "."
 

@@ -1,4 +1,6 @@
-"""The shell of a report: one HTML file with its style and pictures inside, nothing fetched, nothing executed."""
+"""The shell of a report: one HTML file with its style and pictures inside, nothing fetched, nothing
+executed.
+"""
 
 import base64
 import io
@@ -35,7 +37,10 @@ a { color: var(--mark-line); } @media print { body { background: #fff; } details
 
 
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole document. sections: (heading, HTML); empty ones are left out. Titles are escaped, sections are HTML already."""
+    """A whole document. sections: (heading, HTML); empty ones are left out.
+
+    Titles are escaped, sections are HTML already.
+    """
     sections = [(heading, body) for heading, body in sections if body]
     links = "".join(
         f'<a href="#s{i}">{escape(heading)}</a>' for i, (heading, _) in enumerate(sections)
@@ -62,11 +67,17 @@ def picture(figure: Figure | None, reading: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     # As an image rather than inline: ids of several inline SVGs would collide.
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{escape(reading, quote=True)}" src="data:image/svg+xml;base64,{data}"><figcaption>{escape(reading)}</figcaption></figure>\n'
+    return (
+        f'<figure><img alt="{escape(reading, quote=True)}" '
+        f'src="data:image/svg+xml;base64,{data}"><figcaption>{escape(reading)}</figcaption></figure>\n'
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
-    """A table of ready HTML cells; a cell that starts with '*' is marked as the best of its column. The header is escaped."""
+    """A table of ready HTML cells; a cell that starts with '*' is marked as the best of its column.
+
+    The header is escaped.
+    """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>"
@@ -77,4 +88,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = 
         + "</tr>\n"
         for row in rows
     )
-    return f'<div class="wide"><table{" class=text" if text else ""}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    return (
+        "<div "
+        f'class="wide"><table{" class=text" if text else ""}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    )

@@ -44,7 +44,8 @@ def choose_corpus(runs: Sequence[Run], corpus: str | None) -> str | None:
     known = list(dict.fromkeys(name for run_names in names for name in run_names))
     if corpus is not None and corpus not in known:
         raise ValueError(
-            f"no run was validated on {corpus!r}; the validation corpora of these runs: {', '.join(known) or 'none'}"
+            f"no run was validated on {corpus!r}; the validation corpora of these runs: "
+            f"{', '.join(known) or 'none'}"
         )
     shared = [name for name in known if all(name in run_names for run_names in names)]
     return corpus or (shared or known or [None])[0]
@@ -96,7 +97,8 @@ def _selection(runs: Sequence[Run]) -> str:
         + picture(selection_figures.rate_by_position(runs), captions.by_position(runs))
         + picture(
             selection_figures.rate_by_corpus(runs),
-            "Share of tokens selected in each training corpus, as last recorded; a run has bars for its own corpora only.",
+            "Share of tokens selected in each training corpus, as last recorded; a run has bars "
+            "for its own corpora only.",
         )
     )
 
@@ -122,7 +124,8 @@ def _warnings(runs: Sequence[Run]) -> str:
         for text in [*_ending(run), *run.warnings]
     ]
     items += [
-        f"<li><b>{escape(run.name)}</b>: {run.unreadable_lines} unreadable line{'s' if run.unreadable_lines > 1 else ''} in metrics.jsonl left out</li>"
+        f"<li><b>{escape(run.name)}</b>: {run.unreadable_lines} unreadable "
+        f"line{'s' if run.unreadable_lines > 1 else ''} in metrics.jsonl left out</li>"
         for run in runs
         if run.unreadable_lines
     ]
@@ -174,8 +177,9 @@ def _provenance(runs: Sequence[Run]) -> str:
             else '<p class="note">no versions.txt</p>'
         )
         parts.append(
-            f"<details><summary>{escape(run.name)}</summary><p>Started again, under torchrun or srun with the same number of processes, with</p>"
-            f"<pre>{escape(command)}</pre>{versions}</details>"
+            f"<details><summary>{escape(run.name)}</summary><p>Started again, under torchrun or "
+            "srun with the same number of processes, "
+            f"with</p><pre>{escape(command)}</pre>{versions}</details>"
         )
     return "".join(parts)
 

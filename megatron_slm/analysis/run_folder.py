@@ -154,14 +154,17 @@ def read_run(folder: str | Path) -> Run:
     state = read_state(folder, config, max((record["step"] for record in records), default=0))
     if not metrics.is_file() and not state.is_told:
         raise ValueError(
-            f"{folder}: holds no metrics.jsonl, so it is not a run folder of megatron_slm.train (or the run never started)"
+            f"{folder}: holds no metrics.jsonl, so it is not a run folder of megatron_slm.train "
+            "(or the run never started)"
         )
     training, validation = (_by_step(records, kind) for kind in ("train", "validation"))
     if not training and not validation:
         status = f" Its status: {state.description}" if state.is_told else ""
         raise ValueError(
-            f"{metrics}: holds no metrics yet; the run ended before its first log interval (monitoring.log_interval_steps), "
-            f"or is still starting.{status}" + f": {state.reason}" * bool(state.reason)
+            f"{metrics}: holds no metrics yet; the run ended before its first log interval "
+            f"(monitoring.log_interval_steps), or is still starting.{status}"
+            + f": {state.reason}"
+            * bool(state.reason)
         )
     name = (config.get("run") or {}).get("name") or folder.resolve().name
     warnings, _ = read_jsonl(folder / "warnings.jsonl")

@@ -1,4 +1,6 @@
-"""Token categories of Rho-1 (Lin et al. 2024, section 2.1): how each token's loss moved over checkpoints.
+"""Token categories of Rho-1 (Lin et al.
+
+2024, section 2.1): how each token's loss moved over checkpoints.
 
 T: tokens of a fixed validation set, C = n + 1 checkpoints at equal token spacing.
 """
@@ -15,7 +17,9 @@ CHANGE_NATS = 0.2
 
 @dataclass(frozen=True)
 class TokenDynamics:
-    """category_T int8 (index into CATEGORIES, -1 where a loss is not finite); change_nats_T = end minus start of the fitted line."""
+    """category_T int8 (index into CATEGORIES, -1 where a loss is not finite); change_nats_T = end
+    minus start of the fitted line.
+    """
 
     category_T: np.ndarray
     change_nats_T: np.ndarray
@@ -32,16 +36,18 @@ class TokenDynamics:
 
 
 def classify(loss_TC: np.ndarray, change_nats: float = CHANGE_NATS) -> TokenDynamics:
-    """Equals, per token, a, b = numpy.polyfit(0..n, losses, 1); change = a * n;
-    H→L when change < -change_nats, L→H when change > change_nats, otherwise L→L when the last raw loss is at most the mean
-    loss of all tokens at the last checkpoint, else H→H.
+    """Equals, per token, a, b = numpy.polyfit(0..n, losses, 1); change = a * n; H→L when change <
+    -change_nats, L→H when change > change_nats, otherwise L→L when the last raw loss is at most the
+    mean loss of all tokens at the last checkpoint, else H→H.
 
-    loss_TC: nats, at least two checkpoints. A token with a loss that is not finite is undefined and outside the mean.
+    loss_TC: nats, at least two checkpoints. A token with a loss that is not finite is undefined and
+    outside the mean.
     """
     loss_TC = np.asarray(loss_TC, dtype=np.float64)
     if loss_TC.ndim != 2 or loss_TC.shape[1] < 2:
         raise ValueError(
-            f"token losses have shape {loss_TC.shape}; expected [tokens, checkpoints] with at least 2 checkpoints"
+            f"token losses have shape {loss_TC.shape}; expected [tokens, checkpoints] with at "
+            "least 2 checkpoints"
         )
     defined_T = np.isfinite(loss_TC).all(axis=1)
     n = loss_TC.shape[1] - 1

@@ -173,16 +173,18 @@ def render(view: TokenView) -> str:
     """
     spans = "".join(map(_span, view.tokens, view.loss, view.reference_loss, view.selected))
     return (
-        f'<p class="note"><b>{escape(view.corpus)}</b>{escape(view.origin)}: {sum(view.selected)} of {len(view.tokens)} tokens '
-        f'selected ({view.kept_fraction:.0%})</p>\n<div class="tokens">{spans}</div>\n'
+        f'<p class="note"><b>{escape(view.corpus)}</b>{escape(view.origin)}: {sum(view.selected)} '
+        f"of {len(view.tokens)} tokens selected ({view.kept_fraction:.0%})</p>\n<div "
+        f'class="tokens">{spans}</div>\n'
     )
 
 
 def legend() -> str:
     """A sentence that explains the marks."""
     return (
-        '<p class="note legend"><span class="s">marked</span> = selected, trained on; plain = read as context, not trained on; '
-        '<span class="n">dotted</span> = no reference score. Hover a token for its losses in nats.</p>'
+        '<p class="note legend"><span class="s">marked</span> = selected, trained on; plain = '
+        'read as context, not trained on; <span class="n">dotted</span> = no reference score. '
+        "Hover a token for its losses in nats.</p>"
     )
 
 

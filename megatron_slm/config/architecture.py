@@ -52,7 +52,8 @@ RUN_CHOICES = (
     "recompute",
 )
 """How weights are begun, padded and trained: free to differ between a checkpoint and a run that
-starts from it. Rows of padding are in no loss: with another padding the rows both have are loaded."""
+starts from it. Rows of padding are in no loss: with another padding the rows both have are loaded.
+"""
 
 
 def has_auxiliary_losses(model: ModelConfig) -> bool:

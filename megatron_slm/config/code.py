@@ -26,8 +26,8 @@ def code_of_the_file_alone(values: Mapping, path: str, given: Mapping[str, str])
     """
     selection = values.get("selection")
     return [
-        f"selection.{setting}: {path} names {name}, and a configuration file runs no code; if you trust that Python file, name "
-        f"it on the command line too, in --selection.{setting}"
+        f"selection.{setting}: {path} names {name}, and a configuration file runs no code; if you "
+        f"trust that Python file, name it on the command line too, in --selection.{setting}"
         for setting, value in (selection.items() if isinstance(selection, Mapping) else ())
         for name in _named(value)
         if not any(name in text for text in given.values())

@@ -1,6 +1,8 @@
-"""Read a run's settings: defaults, then the YAML file, then dotted overrides; every problem reported at once.
+"""Read a run's settings: defaults, then the YAML file, then dotted overrides; every problem
+reported at once.
 
-`--model.layers 8` beats the file, the file beats the defaults. An unknown key is an error that names the nearest one.
+`--model.layers 8` beats the file, the file beats the defaults. An unknown key is an error that
+names the nearest one.
 """
 
 import dataclasses
@@ -44,7 +46,9 @@ def _shortened(problem: str) -> str:
 
 
 class _ExactDumper(yaml.SafeDumper):
-    """Text with control characters or foreign line breaks in double quotes: PyYAML's own choice reads U+0085 back as a space."""
+    """Text with control characters or foreign line breaks in double quotes: PyYAML's own choice
+    reads U+0085 back as a space.
+    """
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar(
@@ -66,7 +70,9 @@ OWN_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class PrintedPath:
-    """An option without a value that prints where the program writes; scripts must not read YAML to know."""
+    """An option without a value that prints where the program writes; scripts must not read YAML to
+    know.
+    """
 
     option: str
     of: Callable[[typing.Any], str]
@@ -128,7 +134,8 @@ def parse_config(
             )
         except yaml.YAMLError as error:
             problems.append(
-                f"--{key}: got {text!r}, which is not readable as YAML: {' '.join(str(error).split())}"
+                f"--{key}: got {text!r}, which is not readable as YAML: "
+                f"{' '.join(str(error).split())}"
             )
     refused = fill(values)
     config = _build(settings_class, values, "", problems)
@@ -188,7 +195,8 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         position += 1
         if not word.startswith("--"):
             problems.append(
-                f"got {word!r} where an option was expected; options look like --section.field VALUE"
+                f"got {word!r} where an option was expected; options look like --section.field "
+                "VALUE"
             )
             continue
         name, equals, value = word[2:].partition("=")
@@ -299,7 +307,8 @@ def _build_named(cls, values, where: str, problems: list[str]):
 def _build_list(cls, values, where: str, problems: list[str]):
     if not isinstance(values, list):
         problems.append(
-            f"{where}: got {values!r}; expected a list of entries with {', '.join(field.name for field in dataclasses.fields(cls))}"
+            f"{where}: got {values!r}; expected a list of entries with "
+            f"{', '.join(field.name for field in dataclasses.fields(cls))}"
         )
         return UNREADABLE
     return [_build(cls, item, f"{where}[{i}].", problems) for i, item in enumerate(values)]

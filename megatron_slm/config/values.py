@@ -41,7 +41,9 @@ def union_members(hint) -> tuple:
 
 
 def named_class(hint):
-    """The dataclass of the entries that a `dict[str, ...]` holds by name; None for any other annotation."""
+    """The dataclass of the entries that a `dict[str, ...]` holds by name; None for any other
+    annotation.
+    """
     arguments = typing.get_args(hint)
     is_mapping = typing.get_origin(hint) is dict
     return arguments[1] if is_mapping and dataclasses.is_dataclass(arguments[1]) else None

@@ -63,8 +63,9 @@ def _count_values(node: yaml.Node, counted: dict[int, int | None], where: str) -
             count += _count_values(key, counted, inside) + _count_values(value, counted, inside)
     if count > VALUES_AT_MOST:
         raise RefusedYaml(
-            f"line {_line(node)}: {where or 'the document'} stands for more than {VALUES_AT_MOST:,} values, most of them "
-            "repeated by aliases (*name); write out what is meant"
+            f"line {_line(node)}: {where or 'the document'} stands for more than "
+            f"{VALUES_AT_MOST:,} values, most of them repeated by aliases (*name); write out what "
+            "is meant"
         )
     counted[id(node)] = count
     return count
@@ -79,7 +80,8 @@ def _refuse_repeated_keys(node: yaml.MappingNode, where: str) -> None:
         if first is not key:
             name = f"{where}.{key.value}" if where else key.value
             raise RefusedYaml(
-                f"{name} is given twice, on lines {_line(first)} and {_line(key)}; keep the one that is meant"
+                f"{name} is given twice, on lines {_line(first)} and {_line(key)}; keep the one "
+                "that is meant"
             )
 
 

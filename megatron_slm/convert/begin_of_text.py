@@ -1,4 +1,5 @@
-"""An exported tokenizer begins a text as the corpora's documents begin, with the begin-of-text token or without.
+"""An exported tokenizer begins a text as the corpora's documents begin, with the begin-of-text
+token or without.
 
 tokenizer.json adds special tokens in its post-processor, which preprocessing never runs: documents
 get the begin token from --prepend-bos alone, and the end token at their end. A published tokenizer
@@ -30,7 +31,8 @@ def begin_token(tokenizer: Tokenizer) -> tuple[str, int]:
 
 
 def with_beginning(content: str, begin: tuple[str, int] | None) -> str:
-    """A tokenizer.json that adds `begin` (text, id), or nothing, before a text, and nothing after it.
+    """A tokenizer.json that adds `begin` (text, id), or nothing, before a text, and nothing after
+    it.
 
     `content` itself where it does so already. ValueError: it cannot be made to.
     """

@@ -1,7 +1,7 @@
 """config.json of a Hugging Face model, out of and into ModelConfig.
 
-Which architecture a model becomes: qk_norm -> Qwen3, qkv_bias -> Qwen2, otherwise Llama; with experts, qk_norm -> Qwen3-MoE, otherwise Mixtral.
-Mistral folders are read as Llama.
+Which architecture a model becomes: qk_norm -> Qwen3, qkv_bias -> Qwen2, otherwise Llama; with
+experts, qk_norm -> Qwen3-MoE, otherwise Mixtral. Mistral folders are read as Llama.
 """
 
 from megatron_slm.config.schema import ModelConfig
@@ -11,7 +11,10 @@ MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict:
-    """bos, eos and pad ids as config.json names them. Generation stops at the token that closes documents in the corpora."""
+    """bos, eos and pad ids as config.json names them.
+
+    Generation stops at the token that closes documents in the corpora.
+    """
     if tokenizer is None:
         return {}
     ids = {
@@ -23,18 +26,24 @@ def special_ids(tokenizer: Tokenizer | None) -> dict:
 
 
 def huggingface_architecture(model: ModelConfig) -> tuple[str, str]:
-    """(class, model_type) of the Hugging Face model that computes the same. ValueError when there is none."""
+    """(class, model_type) of the Hugging Face model that computes the same.
+
+    ValueError when there is none.
+    """
     if model.qk_norm and model.qkv_bias:
         raise ValueError(
-            "model.qk_norm together with model.qkv_bias has no Hugging Face architecture to export to; train with one of them"
+            "model.qk_norm together with model.qkv_bias has no Hugging Face architecture to "
+            "export to; train with one of them"
         )
     if model.experts and model.qkv_bias:
         raise ValueError(
-            "model.qkv_bias together with model.experts has no Hugging Face architecture to export to (Qwen2-MoE also has a shared expert)"
+            "model.qkv_bias together with model.experts has no Hugging Face architecture to "
+            "export to (Qwen2-MoE also has a shared expert)"
         )
     if model.experts and not model.qk_norm and not model.renormalize_experts:
         raise ValueError(
-            "model.experts with renormalize_experts: false has no Hugging Face architecture to export to without model.qk_norm (Qwen3-MoE)"
+            "model.experts with renormalize_experts: false has no Hugging Face architecture to "
+            "export to without model.qk_norm (Qwen3-MoE)"
         )
     if model.experts:
         return (
@@ -117,7 +126,9 @@ def rope_scaling(model: ModelConfig) -> dict | None:
 
 
 def rope_settings(config: dict) -> dict:
-    """The rope_* fields of ModelConfig that a config.json describes; ValueError for a kind of scaling that is not implemented."""
+    """The rope_* fields of ModelConfig that a config.json describes; ValueError for a kind of
+    scaling that is not implemented.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     settings = {"rope_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -156,7 +167,10 @@ def expert_settings(config: dict) -> dict:
 
 
 def model_config(config: dict) -> tuple[ModelConfig, int]:
-    """(ModelConfig, sequence length) that compute what a config.json describes. ValueError naming every setting we have no place for."""
+    """(ModelConfig, sequence length) that compute what a config.json describes.
+
+    ValueError naming every setting we have no place for.
+    """
     model_type = config.get("model_type")
     problems = []
     if model_type not in MODEL_TYPES:
@@ -176,14 +190,16 @@ def model_config(config: dict) -> tuple[ModelConfig, int]:
         problems.append(f"hidden_act {config['hidden_act']!r}; expected silu")
     if config.get("mlp_bias") or config.get("attention_bias"):
         problems.append(
-            "biases on the attention output or feed-forward layers (attention_bias or mlp_bias true)"
+            "biases on the attention output or feed-forward layers (attention_bias or mlp_bias "
+            "true)"
         )
     if problems:
         raise ValueError("this Hugging Face model cannot be expressed here: " + "; ".join(problems))
     windowed = config.get("use_sliding_window", model_type == "mistral") and config.get(
         "sliding_window"
     )
-    # Within its window, sliding attention is full attention: sequences up to that length are computed exactly.
+    # Within its window, sliding attention is full attention: sequences up to that length are
+    # computed exactly.
     sequence_length = min(
         config["max_position_embeddings"], windowed or config["max_position_embeddings"]
     )

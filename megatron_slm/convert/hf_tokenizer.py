@@ -1,7 +1,9 @@
-"""The vocabulary of an exported model: a SentencePiece model rewritten as a tokenizer.json that gives the same ids.
+"""The vocabulary of an exported model: a SentencePiece model rewritten as a tokenizer.json that
+gives the same ids.
 
-Hugging Face's own LlamaTokenizer replaces the normaliser of what it loads by Llama's, so it is not used: the exported folder says
-PreTrainedTokenizerFast, which runs tokenizer.json as it stands. The ids are compared with SentencePiece's before anything is kept.
+Hugging Face's own LlamaTokenizer replaces the normaliser of what it loads by Llama's, so it is not
+used: the exported folder says PreTrainedTokenizerFast, which runs tokenizer.json as it stands. The
+ids are compared with SentencePiece's before anything is kept.
 """
 
 import json
@@ -14,8 +16,9 @@ from megatron_slm.tokenization import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space so
 
-# What conversions get wrong: spaces in runs and at the ends, tabs and line ends, scripts without spaces, combining marks, characters
-# outside the vocabulary (byte fallback), SentencePiece's own space mark, ligatures and full-width forms (normalisation), repeats.
+# What conversions get wrong: spaces in runs and at the ends, tabs and line ends, scripts without
+# spaces, combining marks, characters outside the vocabulary (byte fallback), SentencePiece's own
+# space mark, ligatures and full-width forms (normalisation), repeats.
 AWKWARD_TEXTS = (
     "",
     " ",
@@ -135,7 +138,8 @@ def from_sentencepiece(tokenizer: Tokenizer):
         if p.type in (kinds.CONTROL, kinds.UNKNOWN)
     ]
     fast.add_special_tokens(special)
-    # SentencePiece writes spaces as SPACE before it looks for user-defined symbols, so one that holds a plain space never matches.
+    # SentencePiece writes spaces as SPACE before it looks for user-defined symbols, so one that
+    # holds a plain space never matches.
     symbols = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED and " " not in p.piece]
     fast.add_tokens([AddedToken(symbol, special=False, normalized=False) for symbol in symbols])
     return fast
@@ -153,7 +157,8 @@ def _pieces_model(proto):
         )
     if trainer.model_type != trainer.BPE:
         raise ValueError(
-            "only BPE and unigram SentencePiece models can be written as a tokenizer.json; this one is of words or characters"
+            "only BPE and unigram SentencePiece models can be written as a tokenizer.json; this "
+            "one is of words or characters"
         )
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     unknown = proto.pieces[trainer.unk_id].piece
@@ -167,7 +172,9 @@ def _pieces_model(proto):
 
 
 def _merges(proto, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece out of two, best-scored piece first: the order in which SentencePiece would merge them."""
+    """Every way to make a piece out of two, best-scored piece first: the order in which
+    SentencePiece would merge them.
+    """
     normal = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}
     ranked = []
     for piece in proto.pieces:
@@ -198,11 +205,14 @@ def _normalizer(spec):
 
 
 def check_same_ids(fast, tokenizer: Tokenizer, texts: tuple[str, ...] = AWKWARD_TEXTS) -> None:
-    """ValueError with the first text on which the rewritten vocabulary gives other ids than SentencePiece."""
+    """ValueError with the first text on which the rewritten vocabulary gives other ids than
+    SentencePiece.
+    """
     for text in texts:
         got, expected = fast.encode(text, add_special_tokens=False).ids, tokenizer.encode(text)
         if got != expected:
             raise ValueError(
-                f"{tokenizer.path} cannot be written as an exact tokenizer.json: {text[:60]!r} gives {expected[:12]} in SentencePiece and "
-                f"{got[:12]} in Hugging Face. Export with --tokenizer none and ship the .model file beside the weights."
+                f"{tokenizer.path} cannot be written as an exact tokenizer.json: {text[:60]!r} "
+                f"gives {expected[:12]} in SentencePiece and {got[:12]} in Hugging Face. Export "
+                "with --tokenizer none and ship the .model file beside the weights."
             )

@@ -38,10 +38,13 @@ def export(
     largest_shard_bytes: int = LARGEST_SHARD_BYTES,
     made_from: dict | None = None,
 ) -> Path:
-    """Write `state` (whole tensors under our names, read one at a time) as a Hugging Face model folder `output`.
+    """Write `state` (whole tensors under our names, read one at a time) as a Hugging Face model
+    folder `output`.
 
-    Everything is written beside `output` and renamed, so `output` is either absent, what it was, or complete. tokenizer=None leaves the
-    tokenizer out. made_from: kept beside the model, so that a second run knows that it is one. ValueError when `output` holds something and `overwrite` is off, or is on but `output` is not an export.
+    Everything is written beside `output` and renamed, so `output` is either absent, what it was, or
+    complete. tokenizer=None leaves the tokenizer out. made_from: kept beside the model, so that a
+    second run knows that it is one. ValueError when `output` holds something and `overwrite` is
+    off, or is on but `output` is not an export.
     """
     output = Path(os.path.abspath(output))
     check_output(output, overwrite)
@@ -90,7 +93,9 @@ def write_safetensors(
     folder: Path,
     largest_shard_bytes: int = LARGEST_SHARD_BYTES,
 ) -> None:
-    """model.safetensors, or numbered shards with model.safetensors.index.json; holds one shard in memory."""
+    """model.safetensors, or numbered shards with model.safetensors.index.json; holds one shard in
+    memory.
+    """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     held_bytes = total_bytes = 0
@@ -150,7 +155,10 @@ def _shards(index: Path) -> list[str]:
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder, one file or sharded; each is read when asked for. ValueError when there are none."""
+    """The tensors of a Hugging Face folder, one file or sharded; each is read when asked for.
+
+    ValueError when there are none.
+    """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
@@ -159,7 +167,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise ValueError(
-                f"{folder}: {', '.join(missing)} not found; expected model.safetensors, or its shards with {index.name}"
+                f"{folder}: {', '.join(missing)} not found; expected model.safetensors, or its "
+                f"shards with {index.name}"
             )
         opened = [safe_open(folder / name, framework="pt") for name in files]
         # What safe_open gives is no mapping: it cannot be iterated over.

@@ -15,12 +15,17 @@ MADE_FROM = "made_from.json"
 
 
 def made_from_note(folder: Path, made_from: dict) -> dict:
-    """The content of MADE_FROM for the export in `folder`, whose files are all there but for MADE_FROM and LAST_FILE."""
+    """The content of MADE_FROM for the export in `folder`, whose files are all there but for
+    MADE_FROM and LAST_FILE.
+    """
     return {"made_from": made_from, "bytes": _sizes_bytes(folder)}
 
 
 def exported_before(output: Path, now: dict) -> bool:
-    """Whether `output` is a whole export that was made from `now`. ValueError when it is one of something else, or has changed."""
+    """Whether `output` is a whole export that was made from `now`.
+
+    ValueError when it is one of something else, or has changed.
+    """
     if not (output / MADE_FROM).exists() or not (output / LAST_FILE).exists():
         return False
     note = read_json(output / MADE_FROM)
@@ -40,7 +45,9 @@ def _sizes_bytes(folder: Path) -> dict[str, int]:
 
 
 def files_fingerprint(folder: Path) -> str:
-    """Identity of the files in a folder: names, sizes and modification times; reading models whole would take minutes."""
+    """Identity of the files in a folder: names, sizes and modification times; reading models whole
+    would take minutes.
+    """
     state = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         status = path.stat()
@@ -55,11 +62,13 @@ def check_output(output: Path, overwrite: bool) -> None:
     content = [path.name for path in output.iterdir()] if output.is_dir() else [output.name]
     if content and not overwrite:
         raise ValueError(
-            f"{output} already holds {', '.join(sorted(content)[:3])}; give another --output, or --overwrite to replace an earlier export"
+            f"{output} already holds {', '.join(sorted(content)[:3])}; give another --output, or "
+            "--overwrite to replace an earlier export"
         )
     if content and LAST_FILE not in content:
         raise ValueError(
-            f"{output} is not a model folder (no {LAST_FILE} in it), so --overwrite will not remove it; give another --output"
+            f"{output} is not a model folder (no {LAST_FILE} in it), so --overwrite will not "
+            "remove it; give another --output"
         )
 
 

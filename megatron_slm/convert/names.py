@@ -1,9 +1,11 @@
 """One table of tensor names and transforms, used in both directions.
 
-Legend: V true vocabulary, Vp padded vocabulary, H hidden size, F feed-forward size, A query heads, G query groups (key/value heads),
-D head size, E experts. All tensors are whole: tensor- and pipeline-parallel pieces are put together before they come here.
+Legend: V true vocabulary, Vp padded vocabulary, H hidden size, F feed-forward size, A query heads,
+G query groups (key/value heads), D head size, E experts. All tensors are whole: tensor- and
+pipeline-parallel pieces are put together before they come here.
 
-Rotary embedding needs no transform: megatron-core's non-interleaved form and Hugging Face's rotate_half pair the same channels.
+Rotary embedding needs no transform: megatron-core's non-interleaved form and Hugging Face's
+rotate_half pair the same channels.
 """
 
 import math
@@ -36,15 +38,19 @@ class Geometry:
 
     @classmethod
     def from_model(cls, model: ModelConfig) -> "Geometry":
-        """ValueError when the vocabulary size is not known or the query heads do not fall into equal groups."""
+        """ValueError when the vocabulary size is not known or the query heads do not fall into
+        equal groups.
+        """
         if model.vocabulary_size <= 0:
             raise ValueError(
-                "model.vocabulary_size is 0; a conversion needs the true vocabulary size of the tokenizer"
+                "model.vocabulary_size is 0; a conversion needs the true vocabulary size of the "
+                "tokenizer"
             )
         groups = model.query_groups or model.attention_heads
         if model.attention_heads % groups:
             raise ValueError(
-                f"model.query_groups {groups} must divide model.attention_heads {model.attention_heads}"
+                f"model.query_groups {groups} must divide model.attention_heads "
+                f"{model.attention_heads}"
             )
         multiple = max(1, model.pad_vocabulary_to_multiple_of)
         return cls(
@@ -65,7 +71,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Transform:
-    """How one tensor of ours becomes Hugging Face's (`split`), and back (`join`); each undoes the other exactly."""
+    """How one tensor of ours becomes Hugging Face's (`split`), and back (`join`); each undoes the
+    other exactly.
+    """
 
     split: Callable[[Tensor, Geometry], tuple[Tensor, ...]]
     join: Callable[[Sequence[Tensor], Geometry], Tensor]
@@ -74,7 +82,8 @@ class Transform:
 def _cut_padding(weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
     if weight.shape[0] < geometry.vocabulary_size:
         raise ValueError(
-            f"the embedding has {weight.shape[0]} rows, fewer than the vocabulary of {geometry.vocabulary_size} tokens"
+            f"the embedding has {weight.shape[0]} rows, fewer than the vocabulary of "
+            f"{geometry.vocabulary_size} tokens"
         )
     return (weight[: geometry.vocabulary_size],)
 
@@ -86,7 +95,9 @@ def _add_padding(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
 
 
 def _split_qkv(fused: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
-    """[(A + 2G)·D, ...] grouped as (query heads of the group, its key head, its value head) per group → q [A·D], k [G·D], v [G·D]."""
+    """[(A + 2G)·D, ...] grouped as (query heads of the group, its key head, its value head) per
+    group → q [A·D], k [G·D], v [G·D].
+    """
     queries = geometry.heads // geometry.groups
     grouped = fused.view(geometry.groups, queries + 2, geometry.head_size, *fused.shape[1:])
     return tuple(part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1))
@@ -107,7 +118,9 @@ GATE_UP = Transform(lambda fused, _: tuple(fused.chunk(2)), lambda parts, _: tor
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table; {layer} and {expert} in the names stand for every layer's and every expert's global number."""
+    """One line of the table; {layer} and {expert} in the names stand for every layer's and every
+    expert's global number.
+    """
 
     ours: str
     theirs: tuple[str, ...]
@@ -145,7 +158,9 @@ def _expert_rules(
     gate_up: tuple[str, str],
     down: str,
 ) -> tuple[Rule, ...]:
-    """A mixture of experts under the names of one family: the router, and each expert as a feed-forward layer of its own."""
+    """A mixture of experts under the names of one family: the router, and each expert as a
+    feed-forward layer of its own.
+    """
     own, theirs = _OURS + "mlp.experts.local_experts.{expert}.", _THEIRS + expert
     return (
         Rule(
@@ -310,9 +325,11 @@ def entries(geometry: Geometry) -> list[Entry]:
 
 
 def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:
-    """Our whole tensors under Hugging Face's names, one at a time, so that `state` may read them from disk as they are asked for.
+    """Our whole tensors under Hugging Face's names, one at a time, so that `state` may read them
+    from disk as they are asked for.
 
-    ValueError when `state` has other names than the model's or a tensor of another shape (rows of vocabulary padding excepted).
+    ValueError when `state` has other names than the model's or a tensor of another shape (rows of
+    vocabulary padding excepted).
     """
     table = entries(geometry)
     check_names(set(state), {entry.ours for entry in table}, "the checkpoint")
@@ -329,8 +346,8 @@ def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[
 class FromHuggingface(Mapping[str, Tensor]):
     """Hugging Face tensors seen under our names; each is made when it is asked for.
 
-    ValueError (on construction) for missing or unknown names. Buffers that older exports carry along (rotary inv_freq, and the copy
-    of a tied head) are derived from the rest and passed over.
+    ValueError (on construction) for missing or unknown names. Buffers that older exports carry
+    along (rotary inv_freq, and the copy of a tied head) are derived from the rest and passed over.
     """
 
     def __init__(self, theirs: Mapping[str, Tensor], geometry: Geometry):
@@ -351,7 +368,8 @@ class FromHuggingface(Mapping[str, Tensor]):
         tensor = entry.transform.join([self._theirs[name] for name in entry.theirs], self._geometry)
         if tuple(tensor.shape) != entry.shape:
             raise ValueError(
-                f"{', '.join(entry.theirs)} make {ours} of shape {tuple(tensor.shape)}; config.json says {entry.shape}"
+                f"{', '.join(entry.theirs)} make {ours} of shape {tuple(tensor.shape)}; "
+                f"config.json says {entry.shape}"
             )
         return tensor
 

@@ -1,11 +1,16 @@
-"""Whole model tensors out of, and into, a checkpoint folder: one process, no GPU, no process group, one tensor in memory at a time.
+"""Whole model tensors out of, and into, a checkpoint folder: one process, no GPU, no process group,
+one tensor in memory at a time.
 
-A checkpoint is a torch.distributed.checkpoint folder as megatron-core's "torch_dist" format writes it (`.metadata`, `__R_T.distcp`)
-with four habits of megatron-core:
-- all layers of one kind are one tensor with the layer number in front: decoder.layers.mlp.linear_fc2.weight is [L, H, F];
-- so are all experts of all layers: decoder.layers.mlp.experts.experts.linear_fc2.weight is [L, E, H, F];
-- the two norms of a layer are stored under Transformer Engine's fused names, except the one before a mixture of experts;
-- the fused gate+up matrix is stored whole (all gate rows, then all up rows), whatever the tensor-parallel size.
+A checkpoint is a torch.distributed.checkpoint folder as megatron-core's "torch_dist" format writes
+it (`.metadata`, `__R_T.distcp`) with four habits of megatron-core:
+- all layers of one kind are one tensor with the layer number in front:
+  decoder.layers.mlp.linear_fc2.weight is [L, H, F];
+- so are all experts of all layers: decoder.layers.mlp.experts.experts.linear_fc2.weight is [L, E,
+  H, F];
+- the two norms of a layer are stored under Transformer Engine's fused names, except the one before
+  a mixture of experts;
+- the fused gate+up matrix is stored whole (all gate rows, then all up rows), whatever the
+  tensor-parallel size.
 """
 
 import dataclasses
@@ -45,12 +50,15 @@ STORED_NAMES = {
 }
 OUR_EXPERTS, STORED_EXPERTS = "mlp.experts.local_experts.", "mlp.experts.experts."
 OUR_NAMES = {stored: ours for ours, stored in STORED_NAMES.items()}
-# Only what starts like this is the model's; optimizer state and random states in the same folder are left alone.
+# Only what starts like this is the model's; optimizer state and random states in the same folder
+# are left alone.
 MODEL_KEY = re.compile(r"(embedding|decoder|output_layer)\..*")
 
 
 def stored_key(name: str, *, mixture: bool = False) -> tuple[str, tuple[int, ...]]:
-    """The checkpoint's key of one of our tensors, and its place in the leading dimensions: (), (layer,) or (layer, expert)."""
+    """The checkpoint's key of one of our tensors, and its place in the leading dimensions: (),
+    (layer,) or (layer, expert).
+    """
     match = re.fullmatch(re.escape(LAYERS) + r"(\d+)\.(.+)", name)
     if match is None:
         return name, ()
@@ -62,10 +70,11 @@ def stored_key(name: str, *, mixture: bool = False) -> tuple[str, tuple[int, ...
 
 
 class FullState(Mapping[str, Tensor]):
-    """The whole, unsharded model tensors of a checkpoint folder under our names; each is read from disk when asked for.
+    """The whole, unsharded model tensors of a checkpoint folder under our names; each is read from
+    disk when asked for.
 
-    ValueError when the folder is no complete checkpoint; UnsafeFile when a file of it names something
-    that could run code.
+    ValueError when the folder is no complete checkpoint; UnsafeFile when a file of it names
+    something that could run code.
     """
 
     def __init__(self, folder: str | Path):
@@ -75,7 +84,8 @@ class FullState(Mapping[str, Tensor]):
         ]
         if missing:
             raise ValueError(
-                f"{self.folder} is not a complete checkpoint: {' and '.join(missing)} not found in it"
+                f"{self.folder} is not a complete checkpoint: {' and '.join(missing)} not found "
+                "in it"
             )
         self._metadata = read_metadata(self.folder)
         self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -123,7 +133,9 @@ class FullState(Mapping[str, Tensor]):
 
 
 def read_full_state(folder: str | Path) -> FullState:
-    """The model tensors of one checkpoint folder (a step_* folder), from any tensor x pipeline layout; see FullState."""
+    """The model tensors of one checkpoint folder (a step_* folder), from any tensor x pipeline
+    layout; see FullState.
+    """
     return FullState(folder)
 
 
@@ -156,10 +168,12 @@ def write_full_state(
     folder: Path,
     dtype: torch.dtype,
 ) -> None:
-    """Write whole tensors as a checkpoint that megatron-core's dist_checkpointing.load reads into any parallel layout.
+    """Write whole tensors as a checkpoint that megatron-core's dist_checkpointing.load reads into
+    any parallel layout.
 
-    `shapes` names every tensor of the model; `state` is asked for each of them once, when it is written. The folder must exist and
-    be empty; the caller renames it into place. metadata.json, megatron-core's mark of a complete checkpoint, is written last.
+    `shapes` names every tensor of the model; `state` is asked for each of them once, when it is
+    written. The folder must exist and be empty; the caller renames it into place. metadata.json,
+    megatron-core's mark of a complete checkpoint, is written last.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -176,7 +190,9 @@ def write_full_state(
 
 
 def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:
-    """Keys of the (empty) extra state that the linear layers of megatron-core expect, one object per layer, or per layer and expert."""
+    """Keys of the (empty) extra state that the linear layers of megatron-core expect, one object
+    per layer, or per layer and expert.
+    """
     layers = counts[0]
     per_layer = ["self_attention.linear_qkv", "self_attention.linear_proj"] + [
         "mlp.linear_fc1",
@@ -193,7 +209,9 @@ def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:
 
 
 class _OneByOne(DefaultSavePlanner):
-    """Plans one piece per layer (and expert) and tensor, and asks for its content only when the writer has reached it."""
+    """Plans one piece per layer (and expert) and tensor, and asks for its content only when the
+    writer has reached it.
+    """
 
     def __init__(
         self,

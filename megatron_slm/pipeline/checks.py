@@ -34,7 +34,9 @@ _SET_BY_SUBMIT = {
     "container": "a container is code, and a description runs none; name it in launch/env.sh",
     "bbf": "a description runs no code",
 }
-"""Options that a description cannot give. sbatch takes abbreviations, so their beginnings cannot either."""
+"""Options that a description cannot give. sbatch takes abbreviations, so their beginnings cannot
+either.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,15 @@ def _bad_settings(description: Pipeline) -> Iterator[str]:
         if not corpus.input:
             yield f"corpora.{name}.input: empty; give files, folders or globs of text"
         if corpus.drop_duplicates and corpus.jobs > 1:
-            yield f"corpora.{name}.drop_duplicates: got true with jobs {corpus.jobs}; duplicates are found in one job only"
+            yield (
+                f"corpora.{name}.drop_duplicates: got true with jobs {corpus.jobs}; duplicates "
+                "are found in one job only"
+            )
         if 0 < corpus.max_characters < corpus.min_characters:
-            yield f"corpora.{name}.max_characters: got {corpus.max_characters}, below min_characters ({corpus.min_characters})"
+            yield (
+                f"corpora.{name}.max_characters: got {corpus.max_characters}, below "
+                f"min_characters ({corpus.min_characters})"
+            )
     for name, model in description.imports.items():
         if not model.input:
             yield f"imports.{name}.input: empty; give a Hugging Face folder"
@@ -156,7 +164,10 @@ def _bad_for_slurm(description: Pipeline) -> Iterator[str]:
         words += [description.folder, description.tokenizer.path]
         spaced = [word for word in words if any(character.isspace() for character in word)]
         if corpus.jobs > 1 and spaced:
-            yield f"corpora.{name}: {spaced[0]!r} has spaces, which launch/preprocess.sbatch splits at; use one job, or another name"
+            yield (
+                f"corpora.{name}: {spaced[0]!r} has spaces, which launch/preprocess.sbatch splits "
+                "at; use one job, or another name"
+            )
 
 
 def _missing_files(description: Pipeline, names: Names) -> Iterator[str]:
@@ -170,8 +181,14 @@ def _missing_files(description: Pipeline, names: Names) -> Iterator[str]:
                 yield f"{where}: {path}: no such file or folder, and no file matches it"
     for name, model in description.imports.items():
         if model.input and not Path(model.input, "config.json").is_file():
-            yield f"imports.{name}.input: {model.input} holds no config.json; expected a Hugging Face folder"
+            yield (
+                f"imports.{name}.input: {model.input} holds no config.json; expected a Hugging "
+                "Face folder"
+            )
     for name, corpus in description.corpora.items():
         file = corpus.keep_if.rpartition(":")[0]
         if corpus.keep_if and not Path(file).is_file():
-            yield f"corpora.{name}.keep_if: got {corpus.keep_if!r}; expected FILE.py:FUNCTION of a file that exists"
+            yield (
+                f"corpora.{name}.keep_if: got {corpus.keep_if!r}; expected FILE.py:FUNCTION of a "
+                "file that exists"
+            )

@@ -23,14 +23,15 @@ def code_of_the_file_alone(
     command = description.text.command
     if command and "--text." not in given and not _of_the_checkout(command, checkout):
         yield (
-            f"text.command: the description names {command[0]}, and a file runs no code but that of the checkout "
-            "(python launch/PROGRAM.py); if you trust it, give the command on the command line, in --text.command"
+            f"text.command: the description names {command[0]}, and a file runs no code but that "
+            "of the checkout (python launch/PROGRAM.py); if you trust it, give the command on "
+            "the command line, in --text.command"
         )
     for where, value in _texts(to_mapping(description), ""):
         if names_code(value) and value not in given:
             yield (
-                f"{where}: the description names {value}, and a file runs no code; if you trust that Python file, "
-                f"name it on the command line too, in --{where}"
+                f"{where}: the description names {value}, and a file runs no code; if you trust "
+                f"that Python file, name it on the command line too, in --{where}"
             )
 
 

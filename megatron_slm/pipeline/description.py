@@ -206,8 +206,10 @@ class Pipeline:
     """From text to trained, exported and compared models."""
 
     folder: str
-    """The pipeline's folder: everything is written below it. On a cluster, on a file system that all
-    nodes share."""
+    """The pipeline's folder: everything is written below it.
+
+    On a cluster, on a file system that all nodes share.
+    """
     text: Text = field(default_factory=Text)
     """A program that makes the text."""
     tokenizer: TokenizerStage = field(default_factory=TokenizerStage)

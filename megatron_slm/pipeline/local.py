@@ -59,8 +59,8 @@ class LocalRun:
         self._state.finish(stage)
         if not (standing := self._state.standing(stage)).complete:
             print(
-                f"{stage.name} ended with exit code 0, but what it should have left is not complete "
-                f"({standing.progress or 'nothing is there'})",
+                f"{stage.name} ended with exit code 0, but what it should have left is not "
+                f"complete ({standing.progress or 'nothing is there'})",
                 file=sys.stderr,
             )
             return 3

@@ -240,7 +240,8 @@ def missing(
             dead.append(stage.name)
         elif not state.is_current(stage):
             problems.append(
-                f"{stage.name}: job {queued.job} was submitted from an earlier description; let it end, or scancel {queued.job}"
+                f"{stage.name}: job {queued.job} was submitted from an earlier description; let "
+                f"it end, or scancel {queued.job}"
             )
     if problems:
         raise ConfigError(problems)

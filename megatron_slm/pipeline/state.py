@@ -74,7 +74,8 @@ class State:
         return self._record(stage).with_name(f"{stage.name}.done")
 
     def begin(self, stage: Stage) -> str:
-        """Note what the stage is made from, before it starts; move what was made from something else aside.
+        """Note what the stage is made from, before it starts; move what was made from something
+        else aside.
 
         Returns a sentence where something was moved.
         """

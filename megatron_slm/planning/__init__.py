@@ -1,1 +1,4 @@
-"""What a run will need, computed from its configuration alone: sizes, memory, work, traffic, time. No torch, nothing started."""
+"""What a run will need, computed from its configuration alone: sizes, memory, work, traffic, time.
+
+No torch, nothing started.
+"""

@@ -1,10 +1,14 @@
-"""Bytes each rank sends per step, by what for and over which link. Ring algorithms: an all-gather or reduce-scatter of M bytes over
-r ranks sends M(r - 1)/r from each, an all-reduce twice that.
+"""Bytes each rank sends per step, by what for and over which link.
 
-Ranks are placed as megatron-core places them: tensor innermost, then context, then data, pipeline outermost. A group whose ranks fit in
-one node talks over NVLink. A larger group's ring enters and leaves each node once, over as many network ports as it has ranks there.
+Ring algorithms: an all-gather or reduce-scatter of M bytes over r ranks sends M(r - 1)/r from each,
+an all-reduce twice that.
 
-n tokens of a micro-batch on a rank, H hidden, w bytes of an activation, L layers of a stage, M micro-batches of a step.
+Ranks are placed as megatron-core places them: tensor innermost, then context, then data, pipeline
+outermost. A group whose ranks fit in one node talks over NVLink. A larger group's ring enters and
+leaves each node once, over as many network ports as it has ranks there.
+
+n tokens of a micro-batch on a rank, H hidden, w bytes of an activation, L layers of a stage, M
+micro-batches of a step.
 """
 
 from dataclasses import dataclass
@@ -64,8 +68,10 @@ def _one(
 
 
 def _tensor(job: Job, stage: int):
-    """Per layer: all-reduce after attention and after the feed-forward layer, and of both input gradients in backward. Sequence parallelism:
-    an all-gather and a reduce-scatter in the place of each all-reduce, and two more all-gathers for the weight gradients."""
+    """Per layer: all-reduce after attention and after the feed-forward layer, and of both input
+    gradients in backward. Sequence parallelism: an all-gather and a reduce-scatter in the place of
+    each all-reduce, and two more all-gathers for the weight gradients.
+    """
     parallel, hidden_size = job.config.parallel, job.config.model.hidden_size
     ranks = parallel.tensor
     if ranks == 1:
@@ -105,8 +111,10 @@ def _tensor(job: Job, stage: int):
 
 
 def _context(job: Job):
-    """Keys and values of the whole sequence: all-gather in forward, reduce-scatter of their gradients in backward, and once more where
-    attention is recomputed. Transformer Engine passes the same bytes around a ring, and passes them again in backward."""
+    """Keys and values of the whole sequence: all-gather in forward, reduce-scatter of their
+    gradients in backward, and once more where attention is recomputed. Transformer Engine passes
+    the same bytes around a ring, and passes them again in backward.
+    """
     parallel, model = job.config.parallel, job.config.model
     ranks = parallel.context
     if ranks == 1:
@@ -132,7 +140,10 @@ def _context(job: Job):
 
 
 def _experts(job: Job):
-    """Each token's row to its experts and back, in forward and in backward. Experts that are split over tensor ranks gather and reduce rows too."""
+    """Each token's row to its experts and back, in forward and in backward.
+
+    Experts that are split over tensor ranks gather and reduce rows too.
+    """
     parallel, model = job.config.parallel, job.config.model
     if not model.experts:
         return
@@ -188,7 +199,10 @@ def _pipeline(job: Job, stage: int):
 
 
 def _data(job: Job, stage: int):
-    """Gradients (fp32) once per step, and with the distributed optimizer the updated weights. Tied copies of the embedding add theirs."""
+    """Gradients (fp32) once per step, and with the distributed optimizer the updated weights.
+
+    Tied copies of the embedding add theirs.
+    """
     parallel = job.config.parallel
     ranks = job.data_parallel * parallel.context
     held = stage_parameters(job, stage)
@@ -249,7 +263,10 @@ def _data(job: Job, stage: int):
 
 
 def _selection(job: Job, stage: int):
-    """Scores of the competing tokens, or counts of their digits (selection/threshold.py). Waiting for the slowest rank is not in this."""
+    """Scores of the competing tokens, or counts of their digits (selection/threshold.py).
+
+    Waiting for the slowest rank is not in this.
+    """
     selection, parallel = job.config.selection, job.config.parallel
     ranks = {
         "data_parallel": job.data_parallel * parallel.context,

@@ -1,7 +1,8 @@
 """How long a step and a run take, at a stated efficiency. Predicted, not measured.
 
-A rank computes at `efficiency` x peak. Tensor, context and (plain 1F1B) pipeline communication waits in line; gradient reduction and
-weight gathering are hidden behind one micro-batch's backward and forward as far as they fit, when the overlap settings are on.
+A rank computes at `efficiency` x peak. Tensor, context and (plain 1F1B) pipeline communication
+waits in line; gradient reduction and weight gathering are hidden behind one micro-batch's backward
+and forward as far as they fit, when the overlap settings are on.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from megatron_slm.planning.parameters import stage_parameters
 from megatron_slm.planning.work import Work, forward_flops, work
 
 OPTIMIZER_BYTES = 34
-"""Memory traffic of one parameter's update: gradient norm, clipping, AdamW on fp32 weight and moments, the cast to bf16."""
+"""Memory traffic of one parameter's update: gradient norm, clipping, AdamW on fp32 weight and
+moments, the cast to bf16.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ def bubble_fraction(job: Job) -> float:
 
 
 def duration(job: Job) -> Duration:
-    """The prediction. With stages of different length the longest one sets the pace: M · longest + (sum of the others) / v."""
+    """The prediction.
+
+    With stages of different length the longest one sets the pace: M · longest + (sum of the others)
+    / v.
+    """
     parallel, micro_batches = job.config.parallel, job.micro_batches
     per_token = work(job)
     by_stage = [traffic(job, stage) for stage in range(parallel.pipeline)]
@@ -91,7 +98,8 @@ def stage_seconds(job: Job, per_token: Work, stage: int) -> float:
     """Computing one micro-batch, forward and backward, on one rank of a stage."""
     parallel = job.config.parallel
     stages = parallel.pipeline
-    # With experts this takes an even load: a micro-batch lasts as long as the busiest expert's rank.
+    # With experts this takes an even load: a micro-batch lasts as long as the busiest expert's
+    # rank.
     flops = (per_token.layers + per_token.recomputed) / stages
     flops += (
         _forward_share(job, forward_flops(job, job.config.model), stage)
@@ -135,7 +143,9 @@ def _in_line(each: Traffic) -> bool:
 
 
 def _exposed(found: list[Traffic], micro_batch_seconds: float) -> float:
-    """Seconds of gradient and weight traffic that stick out: backward is two thirds of a micro-batch, forward one third."""
+    """Seconds of gradient and weight traffic that stick out: backward is two thirds of a
+    micro-batch, forward one third.
+    """
     exposed = 0.0
     for each in found:
         if each.role == "data":

@@ -1,4 +1,6 @@
-"""Work of one token: the model's own (what MFU is measured against), and what is executed beside it."""
+"""Work of one token: the model's own (what MFU is measured against), and what is executed beside
+it.
+"""
 
 from dataclasses import dataclass
 
@@ -20,7 +22,10 @@ class FlopsPerToken:
 
     @property
     def training(self) -> int:
-        """Forward plus backward (gradients of inputs and of weights: twice the forward). Recomputation is not counted."""
+        """Forward plus backward (gradients of inputs and of weights: twice the forward).
+
+        Recomputation is not counted.
+        """
         return 3 * self.forward
 
 
@@ -29,11 +34,13 @@ def model_flops_per_token(
 ) -> FlopsPerToken:
     """Matrix-multiply FLOPs of the decoder, per token; a [1, m] x [m, n] product is 2mn.
 
-    With H = hidden, L = layers, a = query heads, g = key/value heads, d = head size, F = feed-forward, S = sequence, V = vocabulary,
-    E = experts, k = experts per token:
+    With H = hidden, L = layers, a = query heads, g = key/value heads, d = head size, F =
+    feed-forward, S = sequence, V = vocabulary, E = experts, k = experts per token:
       projections  L * 2H(a + 2g)d + L * 2adH      queries, keys and values; output
-      core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a causal mask shows on average
-      feed-forward L * 6HF                         gate, up and down of SwiGLU; with experts L * (6HFk + 2HE): the k experts a token is sent to, and the router
+      core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a
+                   causal mask shows on average
+      feed-forward L * 6HF                         gate, up and down of SwiGLU; with experts L *
+          (6HFk + 2HE): the k experts a token is sent to, and the router
       head         2HV                             the embedding is a lookup and costs none
     """
     head_size = model.head_size or model.hidden_size // model.attention_heads

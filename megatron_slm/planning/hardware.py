@@ -1,9 +1,11 @@
 """What GPUs can do, from their makers' data sheets: peaks without sparsity, decimal units.
 
-NVLink and network are per GPU and per direction (data sheets often state both directions together). Network is that of the maker's
-own eight-GPU machine: one 400 Gb/s port per GPU in DGX H100, H200 and B200, 200 Gb/s in DGX A100. PCIe cards without a bridge: 16 lanes.
+NVLink and network are per GPU and per direction (data sheets often state both directions together).
+Network is that of the maker's own eight-GPU machine: one 400 Gb/s port per GPU in DGX H100, H200
+and B200, 200 Gb/s in DGX A100. PCIe cards without a bridge: 16 lanes.
 
-Sources: NVIDIA data sheets of H100, H200, GH200, B200 (DGX B200), A100, A800, H20, L40S; user guides of DGX A100, H100, H200 and B200.
+Sources: NVIDIA data sheets of H100, H200, GH200, B200 (DGX B200), A100, A800, H20, L40S; user
+guides of DGX A100, H100, H200 and B200.
 """
 
 from dataclasses import dataclass
@@ -43,7 +45,9 @@ GPUS = (
 
 
 def find_gpu(name: str) -> GPU | None:
-    """The GPU of a name as people write it ("h100") or as the driver does ("NVIDIA H100 80GB HBM3"); None where none is known."""
+    """The GPU of a name as people write it ("h100") or as the driver does ("NVIDIA H100 80GB
+    HBM3"); None where none is known.
+    """
     normalized = name.replace("-", " ").lower()
     return next(
         (gpu for gpu in GPUS if all(word in normalized for word in gpu.name.lower().split())), None

@@ -1,4 +1,6 @@
-"""Memory and work of the selective head. The choices are those of ops/head_plan.py, which needs torch; a test holds the two together.
+"""Memory and work of the selective head.
+
+The choices are those of ops/head_plan.py, which needs torch; a test holds the two together.
 
 N tokens of a micro-batch, V vocabulary columns of a tensor rank, H hidden, C rows of a chunk.
 """
@@ -25,9 +27,10 @@ class HeadMemory:
 def head_memory(job: Job) -> HeadMemory:
     """What one micro-batch's head holds and uses, for `mode="auto"`.
 
-    keep: one value per logit while that fits 2 GiB: 2 bytes in bf16 on a GPU, 4 in fp32. Scratch in forward: C·V fp32 logits. In
-    backward of bf16 on a GPU: gradient rows, 6C·V of 2 bytes unless the kept values are overwritten in place, beside the logits when
-    they are computed again. The weight's gradient V·H is made in fp32 and cast to the weight's type.
+    keep: one value per logit while that fits 2 GiB: 2 bytes in bf16 on a GPU, 4 in fp32. Scratch in
+    forward: C·V fp32 logits. In backward of bf16 on a GPU: gradient rows, 6C·V of 2 bytes unless
+    the kept values are overwritten in place, beside the logits when they are computed again. The
+    weight's gradient V·H is made in fp32 and cast to the weight's type.
     """
     tokens, columns, hidden = job.rank_tokens, job.head_columns, job.config.model.hidden_size
     low = job.config.device.precision != "fp32"
@@ -48,11 +51,15 @@ def head_memory(job: Job) -> HeadMemory:
 
 
 def chunk_tokens(tokens: int, columns: int) -> int:
-    """Rows whose fp32 logits exist at once, on a GPU: a sixteenth of the tokens within 256 MiB of logits."""
+    """Rows whose fp32 logits exist at once, on a GPU: a sixteenth of the tokens within 256 MiB of
+    logits.
+    """
     fitting = (256 << 20) // (4 * max(columns, 1))
     return max(256, min(-(-tokens // 16), fitting, 4096) // 128 * 128)
 
 
 def head_products(mode: str, trained_fraction: float) -> float:
-    """Products of H x V per token, forward and backward, in units of one forward: 1 + 2k (keep) or 1 + 3k (recompute)."""
+    """Products of H x V per token, forward and backward, in units of one forward: 1 + 2k (keep) or
+    1 + 3k (recompute).
+    """
     return 1 + (2 if mode == "keep" else 3) * trained_fraction

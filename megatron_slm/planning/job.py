@@ -30,7 +30,9 @@ class Job:
     efficiency: float = 0.5
     """Share of the peak while a rank computes; bubbles and waiting for other ranks come on top."""
     fused: bool = True
-    """Transformer Engine's layers (or, with device.layers torch, torch's fused norm and megatron-core's fused SwiGLU): any GPU. False: a CPU."""
+    """Transformer Engine's layers (or, with device.layers torch, torch's fused norm and
+    megatron-core's fused SwiGLU): any GPU. False: a CPU.
+    """
     reference: ModelConfig | None = None
     """The reference model where it is not the trained one's shape."""
     corpus_tokens: int = 0
@@ -86,7 +88,9 @@ class Job:
 
     @property
     def expert_data_parallel(self) -> int:
-        """Ranks that hold the same experts: their gradients are summed, their optimizer state is shared out."""
+        """Ranks that hold the same experts: their gradients are summed, their optimizer state is
+        shared out.
+        """
         return self.ranks // (
             self.expert_tensor * self.config.parallel.expert * self.config.parallel.pipeline
         )

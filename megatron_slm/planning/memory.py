@@ -1,9 +1,12 @@
-"""Memory of one rank by part. The formulas are for this code: megatron-core's DistributedDataParallel with fp32 gradient buffers,
-mixed-precision AdamW, our layers, our head. Activations after Korthikanti et al. (arXiv 2205.05198), adapted to SwiGLU, RMSNorm,
-grouped queries and attention that keeps no [s, s] matrix.
+"""Memory of one rank by part.
 
-H hidden, F feed-forward, a query heads, g key/value heads, d head size, t tensor ranks, c context ranks, q = t with sequence
-parallelism, else 1; n tokens of a micro-batch on this rank; w bytes of an activation.
+The formulas are for this code: megatron-core's DistributedDataParallel with fp32 gradient buffers,
+mixed-precision AdamW, our layers, our head. Activations after Korthikanti et al. (arXiv
+2205.05198), adapted to SwiGLU, RMSNorm, grouped queries and attention that keeps no [s, s] matrix.
+
+H hidden, F feed-forward, a query heads, g key/value heads, d head size, t tensor ranks, c context
+ranks, q = t with sequence parallelism, else 1; n tokens of a micro-batch on this rank; w bytes of
+an activation.
 """
 
 from dataclasses import dataclass, fields
@@ -14,7 +17,9 @@ from megatron_slm.planning.job import Job, head_size, query_groups
 from megatron_slm.planning.parameters import stage_parameters
 
 CONTEXT_BYTES = 2 << 30
-"""CUDA context, cuBLAS workspaces and NCCL's buffers of several groups: an allowance, not a measurement."""
+"""CUDA context, cuBLAS workspaces and NCCL's buffers of several groups: an allowance, not a
+measurement.
+"""
 USABLE_FRACTION = 0.95
 """Of the data sheet's memory; the rest for the allocator's fragments. An allowance too."""
 
@@ -42,7 +47,9 @@ class RankMemory:
 
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
-    """The peak of a rank of pipeline stage `stage`: backward of its oldest micro-batch while the others are in flight."""
+    """The peak of a rank of pipeline stage `stage`: backward of its oldest micro-batch while the
+    others are in flight.
+    """
     parallel = job.config.parallel
     state = state_bytes(job, stage)
     last = stage == parallel.pipeline - 1
@@ -84,8 +91,10 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
 def state_bytes(job: Job, stage: int) -> tuple[int, int, int]:
     """(weights, gradients, optimizer).
 
-    bf16: 2 bytes a weight, 4 of its gradient, 12 of optimizer: fp32 weight and two moments. fp32: 4, 4 and 8. The distributed
-    optimizer spreads the optimizer's part over data x context ranks, that of experts over the ranks that hold the same ones; megatron-core pads its buffers by less than 1 % more.
+    bf16: 2 bytes a weight, 4 of its gradient, 12 of optimizer: fp32 weight and two moments. fp32:
+    4, 4 and 8. The distributed optimizer spreads the optimizer's part over data x context ranks,
+    that of experts over the ranks that hold the same ones; megatron-core pads its buffers by less
+    than 1 % more.
     """
     held = stage_parameters(job, stage)
     each = 8 if job.config.device.precision == "fp32" else 12
@@ -99,7 +108,8 @@ def state_bytes(job: Job, stage: int) -> tuple[int, int, int]:
 def chunks_in_flight(job: Job, stage: int) -> int:
     """Model chunks whose activations a rank holds at most.
 
-    1F1B: pp - stage micro-batches. Interleaved over v chunks: 2(pp - stage - 1) + (v - 1)pp + 1 chunks (megatron-core's warm-up, and one).
+    1F1B: pp - stage micro-batches. Interleaved over v chunks: 2(pp - stage - 1) + (v - 1)pp + 1
+    chunks (megatron-core's warm-up, and one).
     """
     pipeline, virtual = job.config.parallel.pipeline, job.config.parallel.virtual_pipeline
     if virtual == 1:
@@ -112,16 +122,18 @@ def chunks_in_flight(job: Job, stage: int) -> int:
 def layer_bytes(job: Job, recompute: str | None = None) -> float:
     """Saved for backward by one layer for one micro-batch.
 
-    full: the layer's input, n·H·w / q.
-    none: n times
-      norms        2 · H · (input + output) / q     input: fp32 copy in the torch-native norm, w in Transformer Engine's; output: w
-      q, k, v      ((a + 2g)d + (a + g)d) · w / t   the projection (values are a view of it), queries and keys after rotation
+    full: the layer's input, n·H·w / q. none: n times
+      norms        2 · H · (input + output) / q     input: fp32 copy in the torch-native norm, w in
+                   Transformer Engine's; output: w
+      q, k, v      ((a + 2g)d + (a + g)d) · w / t   the projection (values are a view of it),
+                   queries and keys after rotation
       attention    (a·d·w + 4a) / t                 its output, and one fp32 log-sum-exp per head
       feed-forward 3F · w / t                       gate and up, and their product
-    selective: the attention core's q, k, v and its output, but not its log-sum-exp: with attention that keeps no [s, s] matrix that
-    saves next to nothing.
-    On a CPU (not `fused`) torch's norm keeps its normalised input too (4 more bytes), and SwiGLU two more results (5F).
-    Under context parallelism the torch-native attention holds keys and values of the whole sequence, and its output twice.
+    selective: the attention core's q, k, v and its output, but not its log-sum-exp: with attention
+    that keeps no [s, s] matrix that saves next to nothing. On a CPU (not `fused`) torch's norm
+    keeps its normalised input too (4 more bytes), and SwiGLU two more results (5F). Under context
+    parallelism the torch-native attention holds keys and values of the whole sequence, and its
+    output twice.
     """
     model, width, tokens = job.config.model, job.weight_bytes, job.rank_tokens
     recompute = recompute or model.recompute
@@ -134,7 +146,8 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
         2 * model.hidden_size if model.dropout else 0
     )  # one byte of mask per value, twice a layer
     experts = expert_bytes_per_token(job) if model.experts else 0
-    # torch's attention keeps a mask of documents as a bias per query and key, whole on every tensor rank; recomputed, it keeps none.
+    # torch's attention keeps a mask of documents as a bias per query and key, whole on every tensor
+    # rank; recomputed, it keeps none.
     mask = (
         job.config.data.sequence_length * width
         if job.isolated_documents and recompute == "none"
@@ -148,10 +161,12 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
 
 
 def expert_bytes_per_token(job: Job) -> float:
-    """What the mixture of experts saves for one token, with the load spread evenly (a busier expert's rank holds more).
+    """What the mixture of experts saves for one token, with the load spread evenly (a busier
+    expert's rank holds more).
 
-    For each of its k experts: the row that is sent there (on every rank the expert is split over), 3F as in a dense layer (on a CPU 6F: the
-    router's weight multiplies one more result), 36 bytes of places and weights. For the router 9 bytes per expert: probabilities twice, a mask.
+    For each of its k experts: the row that is sent there (on every rank the expert is split over),
+    3F as in a dense layer (on a CPU 6F: the router's weight multiplies one more result), 36 bytes
+    of places and weights. For the router 9 bytes per expert: probabilities twice, a mask.
     """
     model, width = job.config.model, job.weight_bytes
     row = model.hidden_size * width * job.expert_tensor
@@ -202,7 +217,9 @@ def final_norm_bytes(job: Job) -> int:
 
 
 def working_bytes(job: Job) -> int:
-    """Backward through one layer: gradients of gate and up and of the residual stream, twice each; the recomputed layer when full."""
+    """Backward through one layer: gradients of gate and up and of the residual stream, twice each;
+    the recomputed layer when full.
+    """
     model: ModelConfig = job.config.model
     wide = (
         2
@@ -216,7 +233,9 @@ def working_bytes(job: Job) -> int:
 
 
 def communication_bytes(job: Job) -> int:
-    """megatron-core's buffer for gathered activations under sequence parallelism, and two p2p receive buffers between stages."""
+    """megatron-core's buffer for gathered activations under sequence parallelism, and two p2p
+    receive buffers between stages.
+    """
     hidden = job.rank_tokens * job.config.model.hidden_size * job.weight_bytes
     gathered = hidden if job.sequence_split > 1 else 0
     return gathered + (2 * hidden // job.sequence_split if job.config.parallel.pipeline > 1 else 0)

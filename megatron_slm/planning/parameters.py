@@ -1,4 +1,6 @@
-"""Parameters of the decoder, whole and per rank: equal to the tensors that model/build.py makes (tests hold them together)."""
+"""Parameters of the decoder, whole and per rank: equal to the tensors that model/build.py makes
+(tests hold them together).
+"""
 
 from dataclasses import dataclass
 
@@ -15,7 +17,9 @@ class Parameters:
     layers: int
     final_norm: int
     head: int
-    """0 where the output weight is the embedding itself; with tied embeddings and pipeline stages the last stage has a copy."""
+    """0 where the output weight is the embedding itself; with tied embeddings and pipeline stages
+    the last stage has a copy.
+    """
 
     experts: int = 0
     """Experts of all layers; on a rank its own, in the whole model all of them. Not in `layers`."""
@@ -31,11 +35,14 @@ class Parameters:
 
 
 def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
-    """One layer on one of `tensor` ranks. H hidden, a query heads, g key/value heads, d head size, F feed-forward:
+    """One layer on one of `tensor` ranks.
 
-    queries, keys, values (a + 2g)d·H / t, output a·d·H / t, gate and up 2F·H / t, down F·H / t; two norms of H on every rank;
-    optional bias (a + 2g)d / t and norms 2d of queries and keys. With E experts the router's E·H in the place of the feed-forward layer;
-    the experts are expert_parameters'.
+    H hidden, a query heads, g key/value heads, d head size, F feed-forward:
+
+    queries, keys, values (a + 2g)d·H / t, output a·d·H / t, gate and up 2F·H / t, down F·H / t; two
+    norms of H on every rank; optional bias (a + 2g)d / t and norms 2d of queries and keys. With E
+    experts the router's E·H in the place of the feed-forward layer; the experts are
+    expert_parameters'.
     """
     hidden, size, groups = model.hidden_size, head_size(model), query_groups(model)
     projected = (model.attention_heads + 2 * groups) * size
@@ -64,7 +71,9 @@ def active_parameters(job: Job) -> int:
 
 
 def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> Parameters:
-    """What a rank of pipeline stage `stage` holds of the trained model, or of `model` (a reference) in the same layout."""
+    """What a rank of pipeline stage `stage` holds of the trained model, or of `model` (a reference)
+    in the same layout.
+    """
     model = model or job.config.model
     parallel = job.config.parallel
     rows = (
@@ -85,7 +94,9 @@ def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> 
 
 
 def model_parameters(job: Job, model: ModelConfig | None = None) -> Parameters:
-    """The whole model, each parameter once, padded vocabulary rows included: what a checkpoint holds."""
+    """The whole model, each parameter once, padded vocabulary rows included: what a checkpoint
+    holds.
+    """
     return parameters_of_model(job.config, job.vocabulary_size, model)
 
 

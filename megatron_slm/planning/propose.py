@@ -1,4 +1,6 @@
-"""Layouts that fit, the fastest first: every combination this framework would accept is computed and ranked."""
+"""Layouts that fit, the fastest first: every combination this framework would accept is computed
+and ranked.
+"""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +16,10 @@ from megatron_slm.planning.memory import RankMemory, fullest_stage, usable_bytes
 
 RECOMPUTE = ("none", "selective", "full")
 CHUNKS = (1, 2, 4, 5)
-"""Of a pipeline rank. More would shorten the bubble further, by messages whose start is not in the prediction."""
+"""Of a pipeline rank.
+
+More would shorten the bubble further, by messages whose start is not in the prediction.
+"""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -32,10 +37,12 @@ class Proposal:
         parallel, config = self.job.config.parallel, self.job.config
         experts = f"--parallel.expert {parallel.expert} " if config.model.experts else ""
         return (
-            f"--parallel.tensor {parallel.tensor} --parallel.sequence {str(parallel.sequence).lower()} --parallel.pipeline {parallel.pipeline} "
-            f"--parallel.virtual_pipeline {parallel.virtual_pipeline} --parallel.context {parallel.context} {experts}"
-            f"--parallel.distributed_optimizer {str(parallel.distributed_optimizer).lower()} --model.recompute {config.model.recompute} "
-            f"--data.micro_batch_size {config.data.micro_batch_size}"
+            f"--parallel.tensor {parallel.tensor} --parallel.sequence "
+            f"{str(parallel.sequence).lower()} --parallel.pipeline {parallel.pipeline} "
+            f"--parallel.virtual_pipeline {parallel.virtual_pipeline} --parallel.context "
+            f"{parallel.context} {experts}--parallel.distributed_optimizer "
+            f"{str(parallel.distributed_optimizer).lower()} --model.recompute "
+            f"{config.model.recompute} --data.micro_batch_size {config.data.micro_batch_size}"
         )
 
 
@@ -44,10 +51,12 @@ def fits(job: Job) -> bool:
 
 
 def propose(job: Job, count: int) -> list[Proposal]:
-    """The `count` fastest layouts that fit, the best recomputation, chunks and micro-batch of each (tensor, pipeline, context, expert) only.
+    """The `count` fastest layouts that fit, the best recomputation, chunks and micro-batch of each
+    (tensor, pipeline, context, expert) only.
 
-    The global batch, the sequence length and the overlap settings stay. The micro-batch times the data-parallel size decides which tokens
-    compete under the data_parallel scope: a proposal may change that.
+    The global batch, the sequence length and the overlap settings stay. The micro-batch times the
+    data-parallel size decides which tokens compete under the data_parallel scope: a proposal may
+    change that.
     """
     best: dict[tuple[int, ...], Proposal] = {}
     rank = partial(_rank, configured_micro_batch=job.config.data.micro_batch_size)
@@ -110,7 +119,10 @@ def _other_nodes(job: Job, step: int) -> Alternative | None:
 
 
 def candidates(job: Job) -> Iterator[Job]:
-    """Every layout of the job's GPUs that train would accept. Tensor and expert groups stay inside a node, where the links are fast."""
+    """Every layout of the job's GPUs that train would accept.
+
+    Tensor and expert groups stay inside a node, where the links are fast.
+    """
     config = job.config
     for tensor, pipeline, context in product(
         _powers(job.gpus_per_node), range(1, config.model.layers + 1), _powers(min(16, job.ranks))
@@ -170,7 +182,9 @@ def _accepted(job: Job) -> bool:
 
 
 def _rank(proposal: Proposal, configured_micro_batch: int) -> tuple:
-    """Fastest first; among layouts within half a percent of each other, the micro-batch nearest to the configured one, then free memory."""
+    """Fastest first; among layouts within half a percent of each other, the micro-batch nearest to
+    the configured one, then free memory.
+    """
     away = abs(math.log2(proposal.job.config.data.micro_batch_size / configured_micro_batch))
     return (
         -round(math.log(proposal.duration.tokens_per_second) / 0.005),

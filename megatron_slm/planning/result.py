@@ -20,7 +20,10 @@ from megatron_slm.planning.work import Scoring, Work, scoring, work
 
 @dataclass(frozen=True)
 class Plan:
-    """Every number of a job. Bytes and counts are of one rank of the stage named, FLOPs of one token."""
+    """Every number of a job.
+
+    Bytes and counts are of one rank of the stage named, FLOPs of one token.
+    """
 
     job: Job
     parameters: Parameters
@@ -79,7 +82,9 @@ def busiest_traffic(job: Job) -> list[Traffic]:
 
 
 def checkpoint_bytes(job: Job, *, with_optimizer: bool | None = None) -> int:
-    """One checkpoint: the weights, and with the optimizer two fp32 moments and under bf16 the fp32 weights. Metadata is not counted."""
+    """One checkpoint: the weights, and with the optimizer two fp32 moments and under bf16 the fp32
+    weights. Metadata is not counted.
+    """
     count = model_parameters(job).total
     low = job.config.device.precision != "fp32"
     optimizer = job.config.checkpoint.save_optimizer if with_optimizer is None else with_optimizer
@@ -87,7 +92,9 @@ def checkpoint_bytes(job: Job, *, with_optimizer: bool | None = None) -> int:
 
 
 def checkpoints_on_disk(config: Config, steps: int) -> int:
-    """Checkpoints that lie in the run folder at most: the newest, one for good every so often, the best, and one being written."""
+    """Checkpoints that lie in the run folder at most: the newest, one for good every so often, the
+    best, and one being written.
+    """
     settings = config.checkpoint
     saved = -(-steps // settings.interval_steps) if settings.interval_steps else 1
     kept = saved if settings.keep_last == 0 else min(saved, settings.keep_last)

@@ -59,7 +59,8 @@ def job_table(plan: Plan) -> Table:
         [
             (
                 "parameters",
-                f"{parameters.total:,} (embedding {_count(parameters.embedding)}, layers {_count(parameters.layers)}, "
+                f"{parameters.total:,} (embedding {_count(parameters.embedding)}, layers "
+                f"{_count(parameters.layers)}, "
                 + (f"experts {_count(parameters.experts)}, " if parameters.experts else "")
                 + f"head {_count(parameters.head)})",
             ),
@@ -69,7 +70,9 @@ def job_table(plan: Plan) -> Table:
                 [
                     (
                         "a token meets",
-                        f"{active_parameters(job):,} parameters: {job.config.model.experts_per_token} of {job.config.model.experts} experts",
+                        f"{active_parameters(job):,} parameters: "
+                        f"{job.config.model.experts_per_token} of {job.config.model.experts} "
+                        "experts",
                     )
                 ]
                 if parameters.experts
@@ -78,8 +81,9 @@ def job_table(plan: Plan) -> Table:
             ("recomputation", job.config.model.recompute),
             (
                 "step",
-                f"{data.global_batch_size} sequences of {data.sequence_length} = {job.step_tokens:,} tokens; "
-                f"{job.micro_batches} micro-batches of {data.micro_batch_size} per data-parallel rank",
+                f"{data.global_batch_size} sequences of {data.sequence_length} = "
+                f"{job.step_tokens:,} tokens; {job.micro_batches} micro-batches of "
+                f"{data.micro_batch_size} per data-parallel rank",
             ),
             ("run", f"{job.steps:,} steps, {_count(job.steps * job.step_tokens)} tokens"),
             ("data", describe_data(job)),
@@ -93,7 +97,8 @@ def job_table(plan: Plan) -> Table:
             ),
             (
                 "optimizer",
-                f"AdamW, {'spread over the data-parallel ranks' if parallel.distributed_optimizer else 'whole on every rank'}",
+                "AdamW, "
+                f"{'spread over the data-parallel ranks' if parallel.distributed_optimizer else 'whole on every rank'}",
             ),
         ],
     )
@@ -189,7 +194,8 @@ def time_table(plan: Plan) -> Table:
         ("run", f"{time.run_seconds / 3600:,.1f} hours, {time.gpu_hours:,.0f} GPU-hours"),
     ]
     return Table(
-        f"Time, predicted at {job.efficiency:.0%} of the peak ({job.gpu.peak_flops_per_second(job.config.device.precision) / 1e12:,.0f} TFLOP/s)",
+        f"Time, predicted at {job.efficiency:.0%} of the peak "
+        f"({job.gpu.peak_flops_per_second(job.config.device.precision) / 1e12:,.0f} TFLOP/s)",
         ("", ""),
         rows,
     )
@@ -210,8 +216,8 @@ def storage_table(plan: Plan) -> Table:
             ),
             (
                 "scoring the corpus once, before the run",
-                f"{_flops(scoring.flops_per_token)} FLOPs per token, {scoring.gpu_hours:,.1f} GPU-hours "
-                f"({scoring.gpu_hours / plan.duration.gpu_hours:.0%} of the run)",
+                f"{_flops(scoring.flops_per_token)} FLOPs per token, {scoring.gpu_hours:,.1f} "
+                f"GPU-hours ({scoring.gpu_hours / plan.duration.gpu_hours:.0%} of the run)",
             ),
         ]
     return Table("On disk, and scoring", ("", ""), rows)
@@ -253,7 +259,8 @@ def proposal_table(proposals: list[Proposal], job: Job) -> Table:
         *(("compete",) if selects else ()),
     )
     return Table(
-        "Layouts that fit, the fastest first (sequence parallelism where tp > 1, distributed optimizer)",
+        "Layouts that fit, the fastest first (sequence parallelism where tp > 1, distributed "
+        "optimizer)",
         headings,
         rows,
     )

@@ -41,9 +41,9 @@ def advice(plan: Plan) -> list[str]:
     epochs = plan.job.epochs
     if epochs is not None and epochs > MANY_EPOCHS:
         lines.append(
-            f"WARNING: the run passes {epochs:,.0f} times over its data: the corpora of data.train "
-            f"hold {plan.job.corpus_tokens:,} tokens. If the run will read another corpus, give its "
-            "size as --corpus-tokens (100e9); else lower schedule.train_tokens."
+            f"WARNING: the run passes {epochs:,.0f} times over its data: the corpora of "
+            f"data.train hold {plan.job.corpus_tokens:,} tokens. If the run will read another "
+            "corpus, give its size as --corpus-tokens (100e9); else lower schedule.train_tokens."
         )
     memory = rank_memory(plan.job, plan.fullest_stage)
     need, there = memory.total / 2**30, plan.usable_bytes / 2**30
@@ -66,7 +66,8 @@ def advice(plan: Plan) -> list[str]:
             ]
     elif not plan.fits:
         lines.append(
-            "No layout of these GPUs fits: take more nodes, a GPU with more memory, shorter sequences, or a smaller model."
+            "No layout of these GPUs fits: take more nodes, a GPU with more memory, shorter "
+            "sequences, or a smaller model."
         )
     return lines
 

@@ -1,4 +1,6 @@
-"""Floating-point operations that are executed, beside the model's own: recomputation, the selective head, the reference."""
+"""Floating-point operations that are executed, beside the model's own: recomputation, the selective
+head, the reference.
+"""
 
 from dataclasses import dataclass
 
@@ -13,7 +15,9 @@ class Work:
     """FLOPs per processed token."""
 
     model: int
-    """Forward and backward of every token, plain training without recomputation: what MFU is measured against."""
+    """Forward and backward of every token, plain training without recomputation: what MFU is
+    measured against.
+    """
     layers: int
     """Forward and backward of the transformer layers as executed."""
     recomputed: int
@@ -53,7 +57,9 @@ def forward_flops(job: Job, model: ModelConfig) -> FlopsPerToken:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Pricing the corpus once with a reference, before the run; None when the run needs no stored scores."""
+    """Pricing the corpus once with a reference, before the run; None when the run needs no stored
+    scores.
+    """
 
     flops_per_token: int
     tokens: int
@@ -62,7 +68,10 @@ class Scoring:
 
 
 def scoring(job: Job) -> Scoring | None:
-    """Windows without overlap (the default of python -m megatron_slm.score); fp16 scores. Half-overlapping windows cost twice as much."""
+    """Windows without overlap (the default of python -m megatron_slm.score); fp16 scores.
+
+    Half-overlapping windows cost twice as much.
+    """
     if not job.config.selection.reference.scores:
         return None
     flops = forward_flops(job, job.reference_model).forward
@@ -76,5 +85,8 @@ def scoring(job: Job) -> Scoring | None:
 
 
 def score_store_bytes(corpus_tokens: int, columns: int = 1) -> int:
-    """The values of a finished store: fp16, one per token and column. Its JSON files add a few hundred bytes per shard."""
+    """The values of a finished store: fp16, one per token and column.
+
+    Its JSON files add a few hundred bytes per shard.
+    """
     return 2 * corpus_tokens * columns

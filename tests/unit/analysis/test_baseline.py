@@ -51,8 +51,9 @@ def test_a_plain_run_of_other_data_is_not_the_baseline():
     baseline = find_baseline([reference, slm], "target")
     assert baseline.run is None
     assert baseline.sentence == (
-        "Baseline: none. reference trains on every token, but data.train is data/corpus in slm and data/curated in "
-        "reference; a baseline differs from the runs that select in the choice of tokens alone."
+        "Baseline: none. reference trains on every token, but data.train is data/corpus in slm "
+        "and data/curated in reference; a baseline differs from the runs that select in the "
+        "choice of tokens alone."
     )
     assert [line.tokens_to_baseline for line in captions.outcomes([reference, slm], "target")] == [
         None,
@@ -73,12 +74,12 @@ def test_the_plain_arm_is_found_among_other_plain_runs():
     assert baseline.run.name == "plain"
     assert [run.name for run in baseline.measured] == ["plain", "slm", "random"]
     assert (
-        "Baseline: plain. It trains on every token, and shares data (data/corpus), tokens per step, model and start "
-        "(the weights of runs/base) with slm and random." in baseline.sentence
+        "Baseline: plain. It trains on every token, and shares data (data/corpus), tokens per "
+        "step, model and start (the weights of runs/base) with slm and random." in baseline.sentence
     )
     assert (
-        "base is not measured against it: checkpoint.initialize_from is not set in base and runs/base in plain"
-        in baseline.sentence
+        "base is not measured against it: checkpoint.initialize_from is not set in base and "
+        "runs/base in plain" in baseline.sentence
     )
     assert (
         "reference is not measured against it: data.train is data/curated in reference"
@@ -170,7 +171,10 @@ def test_page_and_terminal_say_which_run_is_the_baseline(tmp_path, capsys):
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
         folders.append(str(folder))
     assert report.main(["--runs", *folders, "--output", str(tmp_path / "r.html")]) == 0
-    sentence = "Baseline: none. reference trains on every token, but data.train is data/corpus in slm and x in reference"
+    sentence = (
+        "Baseline: none. reference trains on every token, but data.train is data/corpus in slm "
+        "and x in reference"
+    )
     assert sentence in capsys.readouterr().out
     page = (tmp_path / "r.html").read_text()
     assert sentence in page

@@ -135,8 +135,8 @@ def test_the_program_writes_one_file_with_the_numbers(pages):
         ["random", "done by its metrics", "3.550", "2k", "1.2k", "1.23k", "not reached"],
     ]
     assert (
-        "slm &lt;0.6&gt; has the lowest loss on curated, 3.300 nats per token; plain is 0.100 higher; random is 0.250 higher"
-        in page
+        "slm &lt;0.6&gt; has the lowest loss on curated, 3.300 nats per token; plain is 0.100 "
+        "higher; random is 0.250 higher" in page
     )
     assert (
         "selection.scorer" in page
@@ -207,7 +207,8 @@ def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path):
     long = write_run(tmp_path / "long", scorer="none", losses=[4.0, 3.5, 3.0, 2.5])
     short = write_run(tmp_path / "short", scorer="excess_loss", losses=[4.0, 3.25])
     assert captions.validation(read_runs([long, short]), "curated").startswith(
-        "After 1k processed tokens short has the lowest loss on curated, 3.250 nats per token; long is 0.250 higher"
+        "After 1k processed tokens short has the lowest loss on curated, 3.250 nats per token; "
+        "long is 0.250 higher"
     )
 
 
@@ -242,8 +243,10 @@ def test_bad_usage_and_bad_folders(folders, tmp_path, capsys):
 
 def test_help_and_imports_stay_light():
     code = (
-        "import sys\nfrom megatron_slm import report\ntry:\n    report.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
-        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\nimport megatron_slm.analysis.report_page\nassert 'torch' not in sys.modules"
+        "import sys\nfrom megatron_slm import report\ntry:\n    report.main(['--help'])\nexcept "
+        "SystemExit as stop:\n    assert stop.code == 0\nassert 'torch' not in sys.modules and "
+        "'matplotlib' not in sys.modules\nimport megatron_slm.analysis.report_page\nassert "
+        "'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -129,8 +129,8 @@ def test_only_finished_runs_have_a_final_loss(tmp_path, capsys):
     assert "tokens to reach 3.800, the final loss of plain" in page
     assert "Not finished: slm: failed at step 73 of 120." in page
     assert (
-        "<b>slm</b>: failed at step 73 of 120: the gradient norm of step 73 is nan: training &lt;diverged&gt;"
-        in page
+        "<b>slm</b>: failed at step 73 of 120: the gradient norm of step 73 is nan: training "
+        "&lt;diverged&gt;" in page
     )
     told = capsys.readouterr().out
     assert "last loss" in told

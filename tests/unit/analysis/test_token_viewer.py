@@ -53,9 +53,8 @@ def heading(view):
 
 
 def test_a_heading_names_corpus_documents_and_first_token():
-    assert (
-        heading(VIEW)
-        == "web, documents 1010 and 37, from token 5,120 of the corpus: 3 of 7 tokens selected (43%)"
+    assert heading(VIEW) == (
+        "web, documents 1010 and 37, from token 5,120 of the corpus: 3 of 7 tokens selected (43%)"
     )
     assert heading(VIEW.cut(4)).startswith("web, document 1010, from token 5,120 of the corpus: 1")
     many = replace(VIEW, documents=[(number, 0) for number in (9, 8, 7, 6, 5, 4)])

@@ -150,7 +150,8 @@ def test_scorer_none_and_flags_without_a_value():
         (["--selection.scope", "global"], "did you mean global_batch?"),
         (
             ["--data.validation", "[{nmae: a, corpus: c}]"],
-            "data.validation[0].nmae: unknown field (got 'a'); did you mean data.validation[0].name?",
+            "data.validation[0].nmae: unknown field (got 'a'); did you mean "
+            "data.validation[0].name?",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""python -m megatron_slm.train with a bad configuration: every problem, exit code 2, and nothing started."""
+"""python -m megatron_slm.train with a bad configuration: every problem, exit code 2, and nothing
+started.
+"""
 
 import os
 import socket

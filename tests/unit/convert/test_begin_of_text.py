@@ -1,4 +1,6 @@
-"""An exported tokenizer adds to a text what preprocessing added, and the export knows its corpora's file."""
+"""An exported tokenizer adds to a text what preprocessing added, and the export knows its corpora's
+file.
+"""
 
 import io
 import json
@@ -25,7 +27,9 @@ def post_processor(kind: str, ids: dict[str, int]):
 
 
 def huggingface(folder, kind: str):
-    """A byte-level BPE tokenizer.json as models are published with, whose post-processor is of this kind."""
+    """A byte-level BPE tokenizer.json as models are published with, whose post-processor is of this
+    kind.
+    """
     fast = tokenizers.Tokenizer(models.BPE())
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,4 +1,6 @@
-"""A SentencePiece vocabulary as tokenizer.json: the same ids as SentencePiece, also through AutoTokenizer."""
+"""A SentencePiece vocabulary as tokenizer.json: the same ids as SentencePiece, also through
+AutoTokenizer.
+"""
 
 import io
 import random

@@ -1,4 +1,6 @@
-"""Whole folders: checkpoints of real megatron-core layouts out to Hugging Face and its models in, compared by logits."""
+"""Whole folders: checkpoints of real megatron-core layouts out to Hugging Face and its models in,
+compared by logits.
+"""
 
 import json
 import shutil
@@ -36,7 +38,8 @@ VARIANTS = {
     "LlamaForCausalLM": {"query_groups": 2, "norm_epsilon": 1e-6},
     "Qwen2ForCausalLM": {"query_groups": 2, "qkv_bias": True, "tied_embeddings": True},
     "Qwen3ForCausalLM": {"query_groups": 4, "qk_norm": True, "head_size": 16},
-    # 24 tokens of context stretched from 16: the five channels lie on both sides of the blend and in it.
+    # 24 tokens of context stretched from 16: the five channels lie on both sides of the blend and
+    # in it.
     "LlamaForCausalLM, llama3": {
         "head_size": 10,
         "rope_base": 100.0,
@@ -111,7 +114,9 @@ def logits_BSV(model, groups) -> torch.Tensor:
 
 
 def save_and_run(groups, folder: str) -> dict[str, torch.Tensor]:
-    """Save one checkpoint per variant, with every parameter drawn at random; return its logits and those of the imported models."""
+    """Save one checkpoint per variant, with every parameter drawn at random; return its logits and
+    those of the imported models.
+    """
     from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
     from megatron_slm.model.build import build_model
 
@@ -157,7 +162,9 @@ def huggingface_logits(folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(folder of runs saved by two tensor-parallel processes and of the models they imported, logits of all of them)."""
+    """(folder of runs saved by two tensor-parallel processes and of the models they imported,
+    logits of all of them).
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("runs")
@@ -245,7 +252,9 @@ def test_imported_logits_are_those_of_the_hugging_face_model(runs, name):
     "variant, layout", [("LlamaForCausalLM", dict(pp=2)), ("MixtralForCausalLM", dict(dp=2, ep=2))]
 )
 def test_the_layout_of_the_checkpoint_does_not_matter(runs, tmp_path, variant, layout):
-    """Saved from 2 tensor ranks, loaded and saved again by 2 pipeline or expert ranks: the same whole tensors."""
+    """Saved from 2 tensor ranks, loaded and saved again by 2 pipeline or expert ranks: the same
+    whole tensors.
+    """
     folder, _ = runs
     source, target = folder / variant, tmp_path / "again"
     run_on_cpu(save_again, str(source), str(target), variant, **layout)

@@ -1,4 +1,6 @@
-"""The name table against Hugging Face's own classes: every tensor has a place, and both directions undo each other exactly."""
+"""The name table against Hugging Face's own classes: every tensor has a place, and both directions
+undo each other exactly.
+"""
 
 import pytest
 import torch
@@ -84,7 +86,9 @@ def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
 
 
 def test_qkv_rows_are_interleaved_by_query_group():
-    """Megatron-core's order, spelt out by hand: per group its query heads, then its key head, then its value head."""
+    """Megatron-core's order, spelt out by hand: per group its query heads, then its key head, then
+    its value head.
+    """
     geometry = Geometry.from_model(ModelConfig(**{**SIZES, "query_groups": 2}))
     rows = ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
     number = {row: i for i, row in enumerate(rows)}

@@ -1,4 +1,6 @@
-"""Whole tensors out of a checkpoint folder: whatever the pieces, nothing but the model, one tensor at a time."""
+"""Whole tensors out of a checkpoint folder: whatever the pieces, nothing but the model, one tensor
+at a time.
+"""
 
 from dataclasses import replace
 

@@ -18,13 +18,15 @@ def test_one_torchrun_per_node_meets_at_the_first_node(cluster):
     )
     assert cluster.log("check")[1] == "WORLD_SIZE=16"
     assert train_step.startswith(
-        "--nodes=2 --nodelist=node07,node08 --ntasks=2 --ntasks-per-node=1 --distribution=block --cpus-per-task=64 --kill-on-bad-exit=1 bash -c"
+        "--nodes=2 --nodelist=node07,node08 --ntasks=2 --ntasks-per-node=1 --distribution=block "
+        "--cpus-per-task=64 --kill-on-bad-exit=1 bash -c"
     )
     [command] = cluster.log("python")
     port = 10000 + 123456 % 20000
     assert command == (
-        f"{cluster.folder}/launch/processes.py --nnodes=2 --node-rank=0 --nproc-per-node=8 --max-restarts=0 --master-addr=node07 --master-port={port} "
-        "-m megatron_slm.train --config recipe with spaces.yaml --selection.keep_fraction 0.6"
+        f"{cluster.folder}/launch/processes.py --nnodes=2 --node-rank=0 --nproc-per-node=8 "
+        f"--max-restarts=0 --master-addr=node07 --master-port={port} -m megatron_slm.train "
+        "--config recipe with spaces.yaml --selection.keep_fraction 0.6"
     )
     assert not cluster.requeued()
 
@@ -171,7 +173,9 @@ def test_a_warning_that_comes_first_is_heard_and_nothing_is_started(cluster, pro
 
 
 def test_a_run_folder_that_cannot_be_written_is_no_reason_to_go_on(cluster):
-    """The stop file's place is taken by a folder that cannot be touched either: root may write everywhere."""
+    """The stop file's place is taken by a folder that cannot be touched either: root may write
+    everywhere.
+    """
     blocked = {"WHEN_ASKED": "4"}
     process = cluster.start("train.sbatch", *TRAIN, work="save", **blocked)
     cluster.wait_for("started", process)
@@ -256,7 +260,8 @@ def test_srun_can_start_every_process(cluster):
     code, output = cluster.run("train.sbatch", *TRAIN, work="0", SLM_LAUNCH="srun")
     assert code == 0, output
     assert cluster.log("srun")[1].startswith(
-        "--nodes=2 --nodelist=node07,node08 --ntasks=16 --ntasks-per-node=8 --distribution=block --cpus-per-task=8 --kill-on-bad-exit=1 bash -c"
+        "--nodes=2 --nodelist=node07,node08 --ntasks=16 --ntasks-per-node=8 --distribution=block "
+        "--cpus-per-task=8 --kill-on-bad-exit=1 bash -c"
     )
     assert cluster.log("python")[0].endswith(
         "processes.py --slurm-task -m megatron_slm.train --config recipe with spaces.yaml "
@@ -278,7 +283,10 @@ def test_a_setting_of_env_sh_that_means_nothing_is_refused(cluster, name, value,
 
 
 def test_containers_start_the_check_and_the_processes(cluster):
-    """pyxis takes options of srun; apptainer is a command. Both stand-ins start what they are given."""
+    """pyxis takes options of srun; apptainer is a command.
+
+    Both stand-ins start what they are given.
+    """
     apptainer = cluster.folder / "bin" / "apptainer"
     apptainer.write_text(
         '#!/bin/bash\nprintf "%s\\n" "$*" >> "$SCRATCH/apptainer.log"\nshift 3\nexec "$@"\n'

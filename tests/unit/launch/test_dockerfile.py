@@ -1,4 +1,6 @@
-"""The Dockerfile as text, and its helper as a program: no Docker engine is needed to see that nothing can replace the image's packages."""
+"""The Dockerfile as text, and its helper as a program: no Docker engine is needed to see that
+nothing can replace the image's packages.
+"""
 
 import re
 import subprocess
@@ -13,7 +15,9 @@ HEREDOC = re.search(r"COPY <<'EOF' /opt/slm/image_packages\.py\n(.*?)\nEOF\n", T
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) in order, comments and the helper's text left out, continued lines joined."""
+    """(instruction, arguments) in order, comments and the helper's text left out, continued lines
+    joined.
+    """
     text = TEXT.replace(HEREDOC[1], "")
     lines = (
         "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -101,8 +105,9 @@ def call(helper: Path, *arguments, site: Path | None = None) -> subprocess.Compl
     start = [sys.executable, "-I", helper]
     if site is not None:
         code = (
-            f"import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{str(site)!r}]; "
-            f"sys.argv = {['x', *map(str, arguments)]!r}; runpy.run_path({str(helper)!r}, run_name='__main__')"
+            "import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] "
+            f"+ [{str(site)!r}]; sys.argv = {['x', *map(str, arguments)]!r}; "
+            f"runpy.run_path({str(helper)!r}, run_name='__main__')"
         )
         return subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True)
@@ -201,7 +206,8 @@ def test_the_range_is_the_one_megatron_core_states():
 def test_requirements_without_the_images_packages(helper, tmp_path):
     wanted = tmp_path / "wanted.txt"
     wanted.write_text(
-        "# why\ntorch==2.13.0  # the framework\nmegatron-core==0.16.1\nnumpy>=2\ntorchmetrics==1.0\nsentencepiece==0.2.3\n"
+        "# why\ntorch==2.13.0  # the "
+        "framework\nmegatron-core==0.16.1\nnumpy>=2\ntorchmetrics==1.0\nsentencepiece==0.2.3\n"
     )
     assert call(helper, "requirements", wanted, tmp_path).returncode == 0
     assert (tmp_path / "requirements.txt").read_text().splitlines() == [

@@ -1,4 +1,6 @@
-"""launch/quickstart.sh with a stand-in for every program: which stages run, again or not, on whose text, and what is moved aside."""
+"""launch/quickstart.sh with a stand-in for every program: which stages run, again or not, on whose
+text, and what is moved aside.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ import yaml
 from megatron_slm.data.score_manifest import ScoreManifest
 
 ROOT = Path(__file__).parents[3]
-# Plays every program: notes its words, and makes what they say it writes. A text that says "bad" fails its reader.
+# Plays every program: notes its words, and makes what they say it writes. A text that says "bad"
+# fails its reader.
 PYTHON = r"""#!/bin/bash
 case "$*" in
     "-m megatron_slm.submit"*) exec "$REAL_PYTHON" "$@" ;;
@@ -71,7 +74,9 @@ class Checkout:
         (self.here / "curated.jsonl").write_text(curated)
 
     def run(self, *arguments: str) -> tuple[int, str, list[str]]:
-        """Exit code, output, and the programs that ran, in order; called from the folder of the texts."""
+        """Exit code, output, and the programs that ran, in order; called from the folder of the
+        texts.
+        """
         log = self.folder / "programs.log"
         log.unlink(missing_ok=True)
         done = subprocess.run(

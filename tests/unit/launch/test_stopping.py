@@ -1,4 +1,6 @@
-"""Real bash and real torchrun around stand-ins for the trainer: requests to stop arrive, exit codes come back, nothing is orphaned."""
+"""Real bash and real torchrun around stand-ins for the trainer: requests to stop arrive, exit codes
+come back, nothing is orphaned.
+"""
 
 import contextlib
 import os
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# A trainer without torch: it listens as the real one does, works until it is asked, and says so in a file of its rank.
+# A trainer without torch: it listens as the real one does, works until it is asked, and says so in
+# a file of its rank.
 TRAINER = """
 import os, pathlib, sys, time
 from stop_signals import StopSignals
@@ -33,7 +36,9 @@ with StopSignals("stopping") as signals:
 
 
 class Checkout:
-    """A checkout with the launcher's own files and a trainer of two processes that runs until it is asked to stop."""
+    """A checkout with the launcher's own files and a trainer of two processes that runs until it is
+    asked to stop.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -100,7 +105,9 @@ class Checkout:
 
 
 def _take_signals() -> None:
-    """A test run in the background of a shell, or under nohup, ignores some, and bash cannot trap what was ignored."""
+    """A test run in the background of a shell, or under nohup, ignores some, and bash cannot trap
+    what was ignored.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
 
@@ -169,7 +176,9 @@ def test_processes_passes_on_the_workers_exit_code_and_leaves_no_temporary_folde
 
 
 def test_a_task_of_slurm_is_one_process_of_the_job(tmp_path):
-    """SLM_LAUNCH=srun: ranks are SLURM's numbers, a request to stop is passed on, and 85 is said, not returned."""
+    """SLM_LAUNCH=srun: ranks are SLURM's numbers, a request to stop is passed on, and 85 is said,
+    not returned.
+    """
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import os, pathlib, signal, sys, time\n"

@@ -1,4 +1,6 @@
-"""The plan counts the forward passes and the backward work that training does, for every scorer in every scope."""
+"""The plan counts the forward passes and the backward work that training does, for every scorer in
+every scope.
+"""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""The planned head is the head that ops/head_plan.py would choose, and does the products that ops does."""
+"""The planned head is the head that ops/head_plan.py would choose, and does the products that ops
+does.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def test_the_choices_are_those_of_the_head(precision, dtype, tokens, columns):
 
 
 def test_scratch_of_a_large_head_by_hand():
-    """65536 tokens over 128256 columns in bf16: 16 GiB would be kept, so logits are computed again, 512 rows at a time."""
+    """65536 tokens over 128256 columns in bf16: 16 GiB would be kept, so logits are computed again,
+    512 rows at a time.
+    """
     memory = planned.head_memory(job("bf16", 65536, 128256))
     logits, gradient_rows, weight_gradient = (
         512 * 128256 * 4,

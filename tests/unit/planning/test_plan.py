@@ -47,7 +47,10 @@ def test_parameters_are_the_published_ones(recipe, count):
 
 
 def test_chunks_in_flight():
-    """1F1B: the first stage holds as many micro-batches as there are stages. Interleaved: a factor 1 + (p - 1) / (p v) of all layers."""
+    """1F1B: the first stage holds as many micro-batches as there are stages.
+
+    Interleaved: a factor 1 + (p - 1) / (p v) of all layers.
+    """
     plain = job("llama3_70b_slm", 256, "--parallel.virtual_pipeline", "1")
     assert [chunks_in_flight(plain, stage) for stage in range(4)] == [4, 3, 2, 1]
     interleaved = job("llama3_70b_slm", 256)
@@ -87,7 +90,9 @@ def test_traffic_by_hand():
 
 
 def test_tensor_parallel_traffic_by_hand():
-    """Without sequence parallelism: 4 all-reduces per layer and 1 at the embedding, each 2 (t - 1) / t of a 32 MiB message; the head's kept rows."""
+    """Without sequence parallelism: 4 all-reduces per layer and 1 at the embedding, each 2 (t - 1)
+    / t of a 32 MiB message; the head's kept rows.
+    """
     planned = job("tinyllama_1.1b_math_slm", 4, "--parallel.tensor", "2")
     message, vectors = 8 * 2048 * 2048 * 2, 8 * 8 * 2048 * 2
     by_hand = planned.micro_batches * (0.5 * message * (22 * 8 + 2 + 2 * 0.6) + 0.5 * vectors)
@@ -95,7 +100,9 @@ def test_tensor_parallel_traffic_by_hand():
 
 
 def test_links():
-    """Tensor groups stay in a node; a data-parallel ring leaves it through as many ports as it has ranks there."""
+    """Tensor groups stay in a node; a data-parallel ring leaves it through as many ports as it has
+    ranks there.
+    """
     found = {each.name: each for each in traffic(job("llama3_8b_slm", 16), 0)}
     assert found["all-gather, reduce-scatter of activations"].link == "NVLink"
     gradients = found["reduce-scatter of gradients"]
@@ -176,7 +183,9 @@ def test_experts_by_hand():
 
 
 def test_isolated_documents_keep_a_mask():
-    """A bias of 2 bytes per query and key and layer, beside what the torch-native norms keep; recomputed attention keeps none."""
+    """A bias of 2 bytes per query and key and layer, beside what the torch-native norms keep;
+    recomputed attention keeps none.
+    """
     torch_native, isolated = (
         rank_memory(tinyllama(*words), 0).activations
         for words in (("--device.layers", "torch"), ("--data.document_policy", "isolated"))

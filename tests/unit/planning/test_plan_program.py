@@ -58,7 +58,9 @@ def test_json_holds_everything(capsys):
 
 
 def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
-    """The corpus's tokens from its manifest; the shape of an online reference from its checkpoint, of another one from its recipe."""
+    """The corpus's tokens from its manifest; the shape of an online reference from its checkpoint,
+    of another one from its recipe.
+    """
     step = tmp_path / "reference" / "checkpoints" / "step_00000001"
     step.mkdir(parents=True)
     (step / "model.json").write_text(
@@ -142,7 +144,10 @@ def test_what_cannot_be_planned(words, expected, capsys):
 
 
 def test_gpus_that_the_batch_cannot_use_are_answered_with_what_can(capsys):
-    """512 sequences over 3 nodes of 8: no layout. The nearest batches and numbers of nodes are named, and each works."""
+    """512 sequences over 3 nodes of 8: no layout.
+
+    The nearest batches and numbers of nodes are named, and each works.
+    """
     assert run("--nodes", "3") == 2
     said = capsys.readouterr().err
     assert "data.global_batch_size: got 512" in said
@@ -211,9 +216,9 @@ def test_help_teaches(capsys):
 
 def test_planning_loads_no_torch():
     code = (
-        "import sys; from megatron_slm import plan; "
-        f"code = plan.main(['--config', {str(RECIPES / 'tinyllama_1.1b_math_slm.yaml')!r}, '--nodes', '4']); "
-        "assert code == 0 and not [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules]"
+        "import sys; from megatron_slm import plan; code = plan.main(['--config', "
+        f"{str(RECIPES / 'tinyllama_1.1b_math_slm.yaml')!r}, '--nodes', '4']); assert code == 0 "
+        "and not [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules]"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
