@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_slm.config import schema  # noqa: E402
-from megatron_slm.config.help import default_of, texts_of, values_of  # noqa: E402
+from megatron_slm.config.help import about, default_of, texts_of, values_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 MARK = (
@@ -33,15 +33,14 @@ def table(cls, prefix: str) -> list[str]:
     lines = [
         f"## {prefix}",
         "",
-        cls.__doc__.strip(),
+        about(cls),
         "",
         "| setting | default | values | |",
         "|---|---|---|---|",
     ]
     for field in dataclasses.fields(cls):
         if field not in nested:
-            text = " ".join(texts[field.name].split())
-            text = text.replace("|", "\\|").replace("<name>", "`<name>`")
+            text = texts[field.name].replace("|", "\\|").replace("<name>", "`<name>`")
             default = f"`{default_of(field)}`" if default_of(field) else "empty"
             values = values_of(hints[field.name])
             lines.append(f"| `{prefix}.{field.name}` | {default} | {values} | {text} |")

@@ -46,8 +46,7 @@ LEFT_TO_TORCHRUN = "--signals-to-handle=SIGQUIT"
 """It takes over the signals in this list, which cannot be empty."""
 NO_LOG_FOLDER = f"--log-dir={os.devnull}"
 """Without one given, torchrun leaves a folder torchelastic_* in the temporary folder at every
-start.
-"""
+start."""
 
 
 class StopRequests:

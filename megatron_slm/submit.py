@@ -27,7 +27,7 @@ from megatron_slm.config.load import (
 from megatron_slm.files.folder_lock import FolderInUse, FolderLock
 from megatron_slm.pipeline import slurm, status
 from megatron_slm.pipeline.checks import Assembled, assemble
-from megatron_slm.pipeline.code import code_of_the_file_alone
+from megatron_slm.pipeline.code import code_in_the_description_alone
 from megatron_slm.pipeline.description import Pipeline
 from megatron_slm.pipeline.local import LocalRun
 from megatron_slm.pipeline.state import State
@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         description = parse_config(
             words, "slm-submit", __doc__, Pipeline, printed_path=FOLDER, own_options=OWN_OPTIONS
         )
-        if problems := [*code_of_the_file_alone(description, _without_config(words), CHECKOUT)]:
+        if problems := [
+            *code_in_the_description_alone(description, _without_config(words), CHECKOUT)
+        ]:
             raise ConfigError(problems)
         if not (CHECKOUT / "launch" / "local.sh").is_file():
             raise ConfigError([f"{CHECKOUT} is no checkout: submit needs its folder launch/"])

@@ -17,8 +17,7 @@ SHARED_DATA = (
     "data.global_batch_size",
 )
 """Settings in which a run and its baseline agree, beside the corpora, the initial weights and the
-model.
-"""
+model."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from megatron_slm.selection.alarms import reference_overtaken
 
 EQUAL_NATS = 0.005
 """Smaller differences of a validation loss are called equal: other seeds alone move small runs by
-more.
-"""
+more."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class Outcome:
     tokens_per_second: float | None
     tokens_to_baseline: float | None
     """Processed tokens at which this run's validation loss first was at or below the baseline's
-    last one.
-    """
+    last one."""
     measured: bool
     """Whether this run is measured against the baseline: it shares its data, model and start."""
 

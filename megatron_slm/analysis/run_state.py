@@ -19,8 +19,7 @@ class RunState:
 
     state: str
     """done, stopped, failed, running, killed; of a run that tells nothing itself: done by its
-    metrics, unfinished, unknown.
-    """
+    metrics, unfinished, unknown."""
     step: int
     """The last step that is known of."""
     steps: int | None = None

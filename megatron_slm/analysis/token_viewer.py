@@ -46,8 +46,7 @@ class TokenView:
     """Offset of its first token in the corpus; None where it was not recorded."""
     documents: list[tuple[int, int]]
     """(number of a document, place of its first token in the lists), in order; empty where they
-    were not recorded.
-    """
+    were not recorded."""
     tokens: list[str]
     loss: list[float | None]
     reference_loss: list[float | None]

@@ -8,16 +8,17 @@ from typing import NoReturn
 from megatron_slm import __version__
 from megatron_slm.config.help import values_of
 from megatron_slm.config.nearest import did_you_mean, nearest
-from megatron_slm.config.ranges import range_of
+from megatron_slm.config.ranges import Range, range_of
 from megatron_slm.config.values import UNREADABLE, convert
 
 
 def number_in(hint) -> Callable[[str], int | float]:
     """What argparse reads an option with, from an annotation: type=number_in(Count)."""
+    bounds = range_of(hint) or Range()
 
     def read(text: str) -> int | float:
         value = convert(text, hint, "", [])
-        if value is UNREADABLE or value not in range_of(hint):
+        if value is UNREADABLE or value not in bounds:
             raise argparse.ArgumentTypeError(f"got {text}; expected {values_of(hint)}")
         return value
 
@@ -25,8 +26,8 @@ def number_in(hint) -> Callable[[str], int | float]:
 
 
 def take_switch(argv: list[str] | None, name: str) -> tuple[list[str], bool]:
-    """The words of a command line (None = sys.argv) without the option `name`, which takes no
-    value; whether it was there.
+    """The words of a command line (None = sys.argv) without the option `name`, and whether it was
+    there. It takes no value.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     rest = [word for word in words if word not in (name, name.replace("_", "-"))]

@@ -15,19 +15,32 @@ from megatron_slm.config.values import named_class, plain, union_members
 
 def texts_of(settings_class) -> dict[str, str]:
     """Field name -> the string under the field, for a dataclass and those it extends."""
-    texts = {}
+    texts: dict[str, str] = {}
     for part in reversed(settings_class.__mro__):
         if dataclasses.is_dataclass(part):
-            source = Path(sys.modules[part.__module__].__file__).read_text(encoding="utf-8")
-            [found] = [
-                node
-                for node in ast.parse(source).body
-                if isinstance(node, ast.ClassDef) and node.name == part.__name__
-            ]
-            for field, below in pairwise(found.body):
-                if isinstance(field, ast.AnnAssign):
-                    texts[field.target.id] = below.value.value
+            texts |= _own_texts_of(part)
     return texts
+
+
+def _own_texts_of(settings_class) -> dict[str, str]:
+    file = sys.modules[settings_class.__module__].__file__
+    assert file is not None  # settings are defined in files
+    [found] = [
+        node
+        for node in ast.parse(Path(file).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == settings_class.__name__
+    ]
+    texts: dict[str, str] = {}
+    for field, below in pairwise(found.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(below, ast.Expr), f"no text stands under {field.target.id}"
+            texts[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return texts
+
+
+def about(settings_class) -> str:
+    """What a section is about: its docstring on one line."""
+    return " ".join(settings_class.__doc__.split())
 
 
 def values_of(hint) -> str:
@@ -87,8 +100,8 @@ def _section(settings_class, where: str, width: int) -> list[str]:
     texts = texts_of(settings_class)
     fields = dataclasses.fields(settings_class)
     nested = [field for field in fields if dataclasses.is_dataclass(hints[field.name])]
-    about = f"{where.rstrip('.')}: {settings_class.__doc__.strip()}" if where else "settings:"
-    lines = ["", *textwrap.wrap(about, width)] if len(nested) < len(fields) else []
+    heading = f"{where.rstrip('.')}: {about(settings_class)}" if where else "settings:"
+    lines = ["", *textwrap.wrap(heading, width)] if len(nested) < len(fields) else []
     for field in fields:
         if field not in nested:
             required = field.default is field.default_factory is dataclasses.MISSING

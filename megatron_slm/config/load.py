@@ -14,15 +14,12 @@ from pathlib import Path
 import yaml
 
 from megatron_slm import __version__
+from megatron_slm.config.build import build_settings
 from megatron_slm.config.code import code_of_the_file_alone
 from megatron_slm.config.help import help_text
-from megatron_slm.config.nearest import nearest
 from megatron_slm.config.schema import Config
 from megatron_slm.config.values import (
-    UNREADABLE,
-    convert,
     named_class,
-    require_known,
     union_members,
 )
 from megatron_slm.config.yaml_text import read_yaml
@@ -121,24 +118,10 @@ def parse_config(
     path = given.pop("config", None)
     print_only = given.pop("print_config", None) is not None
     path_only = given.pop(printed_path.option, None) is not None
-    values: dict = {}
-    if path is not None:
-        problems += merge_file(values, path)
-        problems += code_of_the_file_alone(values, path, given)
-    for key, text in given.items():
-        try:
-            _set(
-                values,
-                key.split("."),
-                text if _is_text(settings_class, key.split("."), text) else read_yaml(text),
-            )
-        except yaml.YAMLError as error:
-            problems.append(
-                f"--{key}: got {text!r}, which is not readable as YAML: "
-                f"{' '.join(str(error).split())}"
-            )
+    values, unreadable = _given_values(settings_class, path, given)
+    problems += unreadable
     refused = fill(values)
-    config = _build(settings_class, values, "", problems)
+    config = build_settings(settings_class, values, "", problems)
     if problems or refused:
         raise ConfigError(problems + refused)
     if print_only:
@@ -150,13 +133,34 @@ def parse_config(
     return config
 
 
+def _given_values(
+    settings_class, path: str | None, given: Mapping[str, str]
+) -> tuple[dict, list[str]]:
+    """The nested values of the file, overridden by those of the command line, and what is wrong."""
+    values: dict = {}
+    problems: list[str] = []
+    if path is not None:
+        problems += merge_file(values, path)
+        problems += code_of_the_file_alone(values, path, given)
+    for option, text in given.items():
+        keys = option.split(".")
+        try:
+            _set(values, keys, text if _is_text(settings_class, keys, text) else read_yaml(text))
+        except yaml.YAMLError as error:
+            problems.append(
+                f"--{option}: got {text!r}, which is not readable as YAML: "
+                f"{' '.join(str(error).split())}"
+            )
+    return values, problems
+
+
 def from_mapping(values: Mapping, settings_class=None):
     """Build a Config (or another settings class) from nested plain values.
 
     Returns it with the list of problems (unknown keys, wrong types).
     """
     problems: list[str] = []
-    return _build(settings_class or Config, values, "", problems), problems
+    return build_settings(settings_class or Config, values, "", problems), problems
 
 
 def load_yaml(path: str | Path, fill: Fill = lambda values: []) -> Config:
@@ -243,72 +247,3 @@ def _set(values: dict, keys: list[str], value) -> None:
         values[key] = inner = dict(inner) if isinstance(inner, Mapping) else {}
         values = inner
     values[keys[-1]] = value
-
-
-def _build(cls, values, where: str, problems: list[str]):
-    if not isinstance(values, Mapping):
-        problems.append(f"{where or 'the file'}: expected fields of {cls.__name__}, got {values!r}")
-        return cls()
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            hint = _nearest_setting(key, hints, where) or f"known here: {', '.join(fields)}"
-            problems.append(f"{where}{key}: unknown field (got {values[key]!r}); {hint}")
-    made = {}
-    for name, hint in hints.items():
-        entries, named = _entry_class(hint), named_class(hint)
-        if not dataclasses.is_dataclass(hint) and entries is None and named is None:
-            require_known(hint, f"{where}{name}")
-        if name not in values:
-            if fields[name].default is fields[name].default_factory is dataclasses.MISSING:
-                problems.append(f"{where}{name}: missing; it must be given")
-                made[name] = ""
-            continue
-        if dataclasses.is_dataclass(hint):
-            made[name] = _build(hint, values[name] or {}, f"{where}{name}.", problems)
-        elif entries is not None:
-            made[name] = _build_list(entries, values[name], f"{where}{name}", problems)
-        elif named is not None:
-            made[name] = _build_named(named, values[name], f"{where}{name}", problems)
-        else:
-            made[name] = convert(values[name], hint, f"{where}{name}", problems)
-    return cls(**{name: value for name, value in made.items() if value is not UNREADABLE})
-
-
-def _nearest_setting(key, hints: dict, where: str) -> str:
-    """`did you mean model.layers?` for `layer`: names here, and those one section further in."""
-    places = {name: [f"{where}{name}"] for name in hints}
-    for section, hint in hints.items():
-        if dataclasses.is_dataclass(hint):
-            for name in typing.get_type_hints(hint):
-                places.setdefault(name, []).append(f"{where}{section}.{name}")
-    name = nearest(key, places)
-    return f"did you mean {' or '.join(places[name])}?" if name else ""
-
-
-def _entry_class(hint):
-    """The dataclass whose entries a `list[...]` holds; None for any other annotation."""
-    arguments = typing.get_args(hint)
-    is_list = typing.get_origin(hint) is list
-    return arguments[0] if is_list and dataclasses.is_dataclass(arguments[0]) else None
-
-
-def _build_named(cls, values, where: str, problems: list[str]):
-    if not isinstance(values or {}, Mapping):
-        problems.append(f"{where}: got {values!r}; expected entries by name, each with its fields")
-        return UNREADABLE
-    return {
-        str(name): _build(cls, value or {}, f"{where}.{name}.", problems)
-        for name, value in (values or {}).items()
-    }
-
-
-def _build_list(cls, values, where: str, problems: list[str]):
-    if not isinstance(values, list):
-        problems.append(
-            f"{where}: got {values!r}; expected a list of entries with "
-            f"{', '.join(field.name for field in dataclasses.fields(cls))}"
-        )
-        return UNREADABLE
-    return [_build(cls, item, f"{where}[{i}].", problems) for i, item in enumerate(values)]

@@ -8,7 +8,6 @@ import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Annotated
 
 from megatron_slm.config.values import union_members
@@ -30,7 +29,7 @@ class Range:
     below: float | None = None
     note: str = ""
 
-    def __contains__(self, number: Real) -> bool:
+    def __contains__(self, number: float) -> bool:
         if _too_large(number) or not math.isfinite(number):
             return False
         return (
@@ -83,13 +82,13 @@ def _problems(value, hint, name: str) -> Iterator[tuple[str, str]]:
         # Options of scorers and schedules, whose own checks know their bounds.
         for key, item in value.items():
             yield from _problems(item, typing.Any, f"{name}.{key}")
-    elif isinstance(value, Real) and not isinstance(value, bool):
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         bounds = next(filter(None, map(range_of, union_members(hint))), Range())
         if value not in bounds:
             yield name, f"{name}: got {value}; expected {_expected(value, bounds)}"
 
 
-def _expected(value: Real, bounds: Range) -> str:
+def _expected(value: float, bounds: Range) -> str:
     if _too_large(value):
         return f"at most {LARGEST_WHOLE_NUMBER:,}, the largest 64-bit whole number"
     expected = str(bounds)
@@ -98,5 +97,5 @@ def _expected(value: Real, bounds: Range) -> str:
     return f"{expected} ({bounds.note})" if bounds.note else expected
 
 
-def _too_large(number: Real) -> bool:
+def _too_large(number: float) -> bool:
     return isinstance(number, int) and abs(number) > LARGEST_WHOLE_NUMBER

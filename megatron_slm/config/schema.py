@@ -1,12 +1,14 @@
 """Every setting of a run: type, range, default, and its help text (the string under the field).
 
-Sizes carry their unit in the name. Nothing here imports torch: launchers and data programs read it
-too. Cross-field rules live in check.py, reading and overriding in load.py.
+The sections `device`, `model` and `parallel` are in model_settings.py. Sizes carry their unit in
+the name. Nothing here imports torch: launchers and data programs read it too. Rules between
+settings live in check.py, reading and overriding in load.py.
 """
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megatron_slm.config.model_settings import DeviceConfig, ModelConfig, ParallelConfig
 from megatron_slm.config.ranges import (
     BelowOne,
     Count,
@@ -30,165 +32,13 @@ class RunConfig:
     folder: str = "runs/run"
     """Run folder: config.yaml, versions.txt, metrics.jsonl, checkpoints/, wandb/.
 
-    A folder with a checkpoint is resumed.
-    """
+    A folder with a checkpoint is resumed."""
     name: str = ""
     """Name shown in W&B and reports; empty = the folder's name."""
     seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)] = 1234
     """Seed of initial weights, data order and random selectors.
 
-    The same seed gives the same weights in every parallel layout.
-    """
-
-
-@dataclass
-class DeviceConfig:
-    """What the run computes on."""
-
-    kind: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = CUDA with NCCL where there is a GPU, otherwise CPU processes with gloo."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of weights and activations; bf16 and fp16 keep fp32 main weights and accumulate
-    gradients in fp32; fp16 scales the loss.
-    """
-    fp8: Literal["none", "hybrid", "e4m3"] = "none"
-    """fp8 matrix products of Transformer Engine's layers: hybrid = e4m3 forward, e5m2 for
-    gradients. Needs bf16, and compute capability 8.9.
-    """
-    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
-    """How fp8 scales are found: tensorwise keeps no history, so a resumed run is the same run;
-    delayed does; mxfp8 needs Blackwell.
-    """
-    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
-    """Layer implementation; auto = Transformer Engine when it is installed and the device is CUDA,
-    else torch-native.
-    """
-    head_engine: Literal["torch", "liger"] = "torch"
-    """Who computes the head's backward; liger = Liger-Kernel's Hopper kernels on the selected rows
-    (H100, H200; bf16; liger-kernel[cutedsl]).
-    """
-    threads_per_process: Annotated[int, Range(at_least=0, at_most=4096)] = 0
-    """CPU threads of each process; 0 = cores / processes on this machine."""
-    timeout_minutes: Annotated[int, Range(at_least=1, at_most=525_600)] = 30
-    """How long a collective may wait for the slowest rank before the job is stopped."""
-
-
-@dataclass
-class ModelConfig:
-    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
-
-    from_checkpoint: str = ""
-    """Run folder or checkpoint whose architecture this model has: every setting of this section
-    that says what weights mean is taken from it. One that is given as well and differs is refused.
-    Weights are not taken: checkpoint.initialize_from does that."""
-    layers: Size = 4
-    """Transformer layers."""
-    hidden_size: Size = 256
-    """Width of the residual stream."""
-    ffn_hidden_size: Size = 704
-    """Width of the SwiGLU feed-forward layer; in a mixture of experts, of each expert."""
-    attention_heads: Size = 4
-    """Query heads; must divide hidden_size unless head_size is set."""
-    query_groups: Count = 0
-    """Key/value heads of grouped-query attention; 0 = one per query head (multi-head attention)."""
-    head_size: Count = 0
-    """Size of one head; 0 = hidden_size / attention_heads."""
-    vocabulary_size: Count = 0
-    """True vocabulary size; 0 = the tokenizer's."""
-    pad_vocabulary_to_multiple_of: Size = 128
-    """The embedding is padded to a multiple of this and of the tensor-parallel size; padded columns
-    are excluded from every loss.
-    """
-    rope_base: Positive = 10000.0
-    """Base of the rotary position embedding."""
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"
-    """Stretching of the rotary embedding for longer sequences: linear = every frequency / factor;
-    llama3 = only slow frequencies (Llama 3.1's rule).
-    """
-    rope_scaling_factor: Annotated[float, Range(at_least=1)] = 8.0
-    """How far rope_scaling stretches; at least 1."""
-    rope_original_sequence_length: Size = 8192
-    """Sequence length in tokens before stretching (llama3 only): wavelengths are compared with it.
-    """
-    rope_low_frequency_factor: Positive = 1.0
-    """Wavelengths above rope_original_sequence_length / this are stretched fully (llama3 only)."""
-    rope_high_frequency_factor: Positive = 4.0
-    """Wavelengths below rope_original_sequence_length / this are left alone (llama3 only); between
-    the two, a linear blend.
-    """
-    norm_epsilon: Positive = 1e-5
-    """Epsilon of RMSNorm."""
-    tied_embeddings: bool = False
-    """Share the input embedding with the output head."""
-    qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen-2 style)."""
-    qk_norm: bool = False
-    """RMSNorm on queries and keys (Qwen-3 style)."""
-    experts: Count = 0
-    """Experts of the mixture that replaces every feed-forward layer (Mixtral, Qwen3-MoE); 0 = one
-    dense feed-forward layer.
-    """
-    experts_per_token: Size = 2
-    """Experts each token is sent to (top-k of the router).
-
-    Nothing is dropped: an expert takes every token that chooses it.
-    """
-    renormalize_experts: bool = True
-    """Weights of a token's experts sum to 1 (softmax over the chosen ones); false = their share of
-    the softmax over all experts.
-    """
-    load_balancing: Literal["sequence", "micro_batch"] = "micro_batch"
-    """Tokens over which the load of the experts is balanced; sequence = the same in every layout,
-    micro_batch = changes with micro_batch_size.
-    """
-    load_balancing_coefficient: NotNegative = 0.01
-    """Weight of the load-balancing loss, over all tokens whether selected or not; 0 = none."""
-    router_z_loss_coefficient: NotNegative = 0.0
-    """Weight of the router z-loss (mean squared logsumexp of the router's logits), over all tokens;
-    0 = none.
-    """
-    initialization_std: NotNegative = 0.02
-    """Standard deviation of the initial weights."""
-    dropout: BelowOne = 0.0
-    """Dropout; keep 0 for selective training: dropout noise raises the current loss and biases the
-    excess.
-    """
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in backward: the attention core (selective) or every layer (full).
-    """
-
-
-@dataclass
-class ParallelConfig:
-    """How the model and the batch are spread; data parallelism takes the processes that remain."""
-
-    tensor: Size = 1
-    """Tensor-parallel size: each layer's matrices are split over this many processes."""
-    pipeline: Size = 1
-    """Pipeline-parallel size: the layers are split over this many processes."""
-    virtual_pipeline: Size = 1
-    """Model chunks per pipeline rank (interleaved schedule); 1 = plain 1F1B."""
-    context: Size = 1
-    """Context-parallel size: each sequence is split over this many processes."""
-    expert: Size = 1
-    """Expert-parallel size: the experts of each layer are spread over this many processes, taken
-    from the data, context (and tensor) ranks.
-    """
-    expert_tensor: Count = 0
-    """Tensor-parallel size inside an expert; 0 = parallel.tensor.
-
-    1 keeps experts whole, which suits many small ones (needs expert > 1).
-    """
-    sequence: bool = False
-    """Sequence parallelism: split norms and residuals over the tensor group (needs tensor > 1)."""
-    distributed_optimizer: bool = False
-    """Shard optimizer state (and fp32 main weights) over the data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while backward still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward runs (needs distributed_optimizer and
-    overlap_grad_reduce).
-    """
+    The same seed gives the same weights in every parallel layout."""
 
 
 @dataclass
@@ -217,8 +67,7 @@ class DataConfig:
     """Tokens per training sequence."""
     document_policy: Literal["packed", "isolated"] = "packed"
     """packed = attention runs across the documents of a sequence; isolated = no token sees another
-    document, positions restart with each.
-    """
+    document, positions restart with each."""
     micro_batch_size: Size = 4
     """Sequences per forward pass of one data-parallel rank."""
     global_batch_size: Size = 8
@@ -226,8 +75,7 @@ class DataConfig:
     index_cache: str = ""
     """Folder of the sample indices; empty = index_cache/ in the run folder.
 
-    Keyed by corpus content.
-    """
+    Keyed by corpus content."""
 
 
 @dataclass
@@ -238,14 +86,12 @@ class ReferenceConfig:
 
     scores: list[str] = field(default_factory=list)
     """Score-store folders, one per training corpus in the same order (python -m megatron_slm.score
-    makes them).
-    """
+    makes them)."""
     allow_missing_scores: bool = False
     """Train although a score store is incomplete; tokens without a score are never selected."""
     checkpoint: str | None = None
     """Checkpoint folder of a frozen reference model that is run forward-only in every step (costs
-    about a third more).
-    """
+    about a third more)."""
 
 
 @dataclass
@@ -255,26 +101,21 @@ class SelectionConfig:
     scorer: str = "none"
     """none = plain CLM; excess_loss = Rho-1's loss minus reference loss; random, reference_loss,
     ... see docs/selection.md; PATH.py:NAME = a scorer in a file of your own, whose code is then
-    run: it has to be named on the command line.
-    """
+    run: it has to be named on the command line."""
     scorer_options: dict[str, Any] = field(default_factory=dict)
     """Options of the scorer, for example {of: own_loss, skip_fraction: 0.1} for band; see
-    docs/selection.md.
-    """
+    docs/selection.md."""
     keep_fraction: KeepFraction | dict[str, Any] = 0.6
     """Share of the competing tokens that is kept (0..1], or a schedule such as {style: linear,
-    start: 1.0, end: 0.6, tokens: 1000000}.
-    """
+    start: 1.0, end: 0.6, tokens: 1000000}."""
     clm_weight: Fraction | dict[str, Any] = 0.0
     """lambda of lambda * CLM + (1 - lambda) * SLM: weight of the plain loss beside the selective
-    one, 0 = selective only.
-    """
+    one, 0 = selective only."""
     scope: Literal[
         "sequence", "micro_batch", "data_parallel", "global_batch", "running_threshold"
     ] = "data_parallel"
     """Which tokens compete: those of one sequence, of this rank's micro-batch, of all ranks'
-    current micro-batch, of the whole step.
-    """
+    current micro-batch, of the whole step."""
     head_rows: Literal["auto", "all", "selected"] = "auto"
     """Tokens the loss head computes in the training pass. selected needs a choice known before the
     head (a static scorer, or scope global_batch), and saves its products for the others; auto =
@@ -283,8 +124,7 @@ class SelectionConfig:
     backward_rows: Literal["all", "last_layer", "every_layer_approximate"] = "all"
     """Tokens whose gradients the layers' backward products compute. last_layer: the last layer
     leaves out unselected tokens, the gradient stays exact; every_layer_approximate: every layer
-    drops their gradient, which CHANGES the gradient; see docs/head.md.
-    """
+    drops their gradient, which CHANGES the gradient; see docs/head.md."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The reference losses."""
 
@@ -313,18 +153,15 @@ class OptimizerConfig:
     initial_loss_scale: Positive = 4096.0
     """fp16 only: what losses are multiplied with before backward, at first.
 
-    A token's gradient is not yet divided by the tokens of a step, so this is small.
-    """
+    A token's gradient is not yet divided by the tokens of a step, so this is small."""
     min_loss_scale: Positive = 1.0
     """fp16 only: the scale is never halved below this; gradients that overflow even there end the
-    run as diverged.
-    """
+    run as diverged."""
     loss_scale_window_steps: Size = 1000
     """fp16 only: steps without overflow after which the scale doubles."""
     loss_scale_hysteresis_steps: Size = 2
     """fp16 only: overflowing steps it takes until each further one halves the scale; counted anew
-    when the scale doubles.
-    """
+    when the scale doubles."""
 
 
 @dataclass
@@ -356,12 +193,10 @@ class CheckpointConfig:
     keep_best: Count = 0
     """Checkpoints kept for their low validation loss, beside the newest; 0 = none.
 
-    Every scheduled checkpoint is then validated; the file checkpoints/best names the best.
-    """
+    Every scheduled checkpoint is then validated; the file checkpoints/best names the best."""
     best_validation: str = ""
     """Name of the validation corpus whose loss decides what is best; empty = the first of
-    data.validation.
-    """
+    data.validation."""
     initialize_from: str = ""
     """Checkpoint whose weights (only) start this run, as for continual pretraining; ignored when
     the run folder has its own checkpoint. A model or tokenizer that differs from the checkpoint's
@@ -372,8 +207,7 @@ class CheckpointConfig:
     save_optimizer: bool = True
     """Save optimizer state; without it a checkpoint cannot be resumed, only used as weights.
 
-    One made because the run is asked to stop always has it.
-    """
+    One made because the run is asked to stop always has it."""
     asynchronous: bool = False
     """Write checkpoints in the background while training goes on."""
     max_failed_saves: Size = 3

@@ -1,9 +1,9 @@
 """Read YAML that somebody else may have written: plain values only, each key once, and no more
 values than a person would write.
 
-PyYAML's safe loader makes no objects of foreign classes, but takes the last of two equal keys in
-silence, and expands a few hundred bytes of aliases into gigabytes. Its other failures (dates that
-do not exist, numbers of thousands of digits, brackets nested by the thousand) come as errors of
+PyYAML's safe loader makes no objects of foreign classes. But it silently takes the last of two equal
+keys, and expands a few hundred bytes of aliases into gigabytes. Its other failures (dates that do
+not exist, numbers of thousands of digits, brackets nested by the thousand) come as errors of
 Python's own; here they are all YAMLErrors.
 """
 
@@ -29,7 +29,7 @@ def read_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _count_values(node, {}, "")
+        _ValueCounter().count(node, "")
         return loader.construct_document(node)
     except RecursionError:
         raise RefusedYaml("it is nested too deeply") from None
@@ -39,36 +39,40 @@ def read_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _count_values(node: yaml.Node, counted: dict[int, int | None], where: str) -> int:
-    """How many values a node stands for once its aliases are expanded; RefusedYaml when it is too
-    many, or a key comes twice.
+class _ValueCounter:
+    """Counts the values that a node stands for once its aliases are expanded.
 
-    `counted` holds the count of every node seen, by identity (an alias is the node that it
-    repeats); None = begun and not done.
+    RefusedYaml when there are too many, when a key comes twice, or when a value contains itself.
     """
-    if id(node) in counted:
-        if counted[id(node)] is None:
+
+    def __init__(self) -> None:
+        # By identity: an alias is the very node that it repeats.
+        self._counts: dict[int, int] = {}
+        self._begun: set[int] = set()
+
+    def count(self, node: yaml.Node, where: str) -> int:
+        if id(node) in self._counts:
+            return self._counts[id(node)]
+        if id(node) in self._begun:
             raise RefusedYaml(f"line {_line(node)}: {where or 'the document'} contains itself")
-        return counted[id(node)]
-    counted[id(node)] = None
-    count = 1
-    if isinstance(node, yaml.SequenceNode):
-        count += sum(
-            _count_values(each, counted, f"{where}[{i}]") for i, each in enumerate(node.value)
-        )
-    elif isinstance(node, yaml.MappingNode):
-        _refuse_repeated_keys(node, where)
-        for key, value in node.value:
-            inside = f"{where}.{key.value}" if where else str(key.value)
-            count += _count_values(key, counted, inside) + _count_values(value, counted, inside)
-    if count > VALUES_AT_MOST:
-        raise RefusedYaml(
-            f"line {_line(node)}: {where or 'the document'} stands for more than "
-            f"{VALUES_AT_MOST:,} values, most of them repeated by aliases (*name); write out what "
-            "is meant"
-        )
-    counted[id(node)] = count
-    return count
+        self._begun.add(id(node))
+        count = 1
+        if isinstance(node, yaml.SequenceNode):
+            for position, item in enumerate(node.value):
+                count += self.count(item, f"{where}[{position}]")
+        elif isinstance(node, yaml.MappingNode):
+            _refuse_repeated_keys(node, where)
+            for key, value in node.value:
+                inside = f"{where}.{key.value}" if where else str(key.value)
+                count += self.count(key, inside) + self.count(value, inside)
+        if count > VALUES_AT_MOST:
+            raise RefusedYaml(
+                f"line {_line(node)}: {where or 'the document'} stands for more than "
+                f"{VALUES_AT_MOST:,} values, most of them repeated by aliases (*name); write out "
+                "what is meant"
+            )
+        self._counts[id(node)] = count
+        return count
 
 
 def _refuse_repeated_keys(node: yaml.MappingNode, where: str) -> None:

@@ -18,8 +18,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_slm.accelerations import fp8_problem, has_module, has_transformer_engine
-from megatron_slm.config.check import padded_vocabulary_size
 from megatron_slm.config.schema import Config
+from megatron_slm.config.sizes import padded_vocabulary_size
 from megatron_slm.model.backward_rows import follow_selection_in_backward
 from megatron_slm.model.layers import layer_spec
 from megatron_slm.model.rope import scaled_frequencies

@@ -35,8 +35,7 @@ _SET_BY_SUBMIT = {
     "bbf": "a description runs no code",
 }
 """Options that a description cannot give. sbatch takes abbreviations, so their beginnings cannot
-either.
-"""
+either."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron_slm.pipeline.description import Pipeline
 from megatron_slm.pipeline.stages import PYTHON
 
 
-def code_of_the_file_alone(
+def code_in_the_description_alone(
     description: Pipeline, words: list[str], checkout: Path
 ) -> Iterator[str]:
     """One sentence for everything that names code which the command line (`words`) does not."""

@@ -208,8 +208,7 @@ class Pipeline:
     folder: str
     """The pipeline's folder: everything is written below it.
 
-    On a cluster, on a file system that all nodes share.
-    """
+    On a cluster, on a file system that all nodes share."""
     text: Text = field(default_factory=Text)
     """A program that makes the text."""
     tokenizer: TokenizerStage = field(default_factory=TokenizerStage)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import yaml
 
-from megatron_slm.config.check import train_steps
 from megatron_slm.config.code import names_code
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
+from megatron_slm.config.sizes import train_steps
 from megatron_slm.pipeline.description import Pipeline, Resources
 from megatron_slm.pipeline.names import Found, Names
 from megatron_slm.pipeline.outputs import Checkpoints, Files, Scores

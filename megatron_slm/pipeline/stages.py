@@ -33,8 +33,7 @@ class Stage:
     """What decides the output, apart from the stages before it and the files it reads, as plain
     values.
 
-    None: it goes on with what the one stage before it was made from.
-    """
+    None: it goes on with what the one stage before it was made from."""
     reads: tuple[str, ...] = ()
     """Files, folders and globs from outside the pipeline that decide the output."""
     makes: tuple[str, ...] = ()

@@ -15,8 +15,7 @@ from megatron_slm.planning.work import Work, forward_flops, work
 
 OPTIMIZER_BYTES = 34
 """Memory traffic of one parameter's update: gradient norm, clipping, AdamW on fp32 weight and
-moments, the cast to bf16.
-"""
+moments, the cast to bf16."""
 
 
 @dataclass(frozen=True)

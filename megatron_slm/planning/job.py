@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_slm.config.architecture import has_auxiliary_losses
-from megatron_slm.config.check import (
+from megatron_slm.config.schema import Config, ModelConfig
+from megatron_slm.config.sizes import (
     data_parallel_size,
     padded_vocabulary_size,
     tokens_per_step,
     train_steps,
 )
-from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.planning.hardware import GPU
 from megatron_slm.selection.populations import population_sequences
 from megatron_slm.selection.rules import ChoiceRules, configured_scorer
@@ -31,8 +31,7 @@ class Job:
     """Share of the peak while a rank computes; bubbles and waiting for other ranks come on top."""
     fused: bool = True
     """Transformer Engine's layers (or, with device.layers torch, torch's fused norm and
-    megatron-core's fused SwiGLU): any GPU. False: a CPU.
-    """
+    megatron-core's fused SwiGLU): any GPU. False: a CPU."""
     reference: ModelConfig | None = None
     """The reference model where it is not the trained one's shape."""
     corpus_tokens: int = 0

@@ -18,8 +18,7 @@ from megatron_slm.planning.parameters import stage_parameters
 
 CONTEXT_BYTES = 2 << 30
 """CUDA context, cuBLAS workspaces and NCCL's buffers of several groups: an allowance, not a
-measurement.
-"""
+measurement."""
 USABLE_FRACTION = 0.95
 """Of the data sheet's memory; the rest for the allocator's fragments. An allowance too."""
 

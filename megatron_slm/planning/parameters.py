@@ -4,8 +4,8 @@
 
 from dataclasses import dataclass
 
-from megatron_slm.config.check import padded_vocabulary_size
 from megatron_slm.config.schema import Config, ModelConfig
+from megatron_slm.config.sizes import padded_vocabulary_size
 from megatron_slm.planning.job import Job, head_size, query_groups
 
 
@@ -18,8 +18,7 @@ class Parameters:
     final_norm: int
     head: int
     """0 where the output weight is the embedding itself; with tied embeddings and pipeline stages
-    the last stage has a copy.
-    """
+    the last stage has a copy."""
 
     experts: int = 0
     """Experts of all layers; on a rank its own, in the whole model all of them. Not in `layers`."""

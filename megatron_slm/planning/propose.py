@@ -18,8 +18,7 @@ RECOMPUTE = ("none", "selective", "full")
 CHUNKS = (1, 2, 4, 5)
 """Of a pipeline rank.
 
-More would shorten the bubble further, by messages whose start is not in the prediction.
-"""
+More would shorten the bubble further, by messages whose start is not in the prediction."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 

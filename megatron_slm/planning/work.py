@@ -16,8 +16,7 @@ class Work:
 
     model: int
     """Forward and backward of every token, plain training without recomputation: what MFU is
-    measured against.
-    """
+    measured against."""
     layers: int
     """Forward and backward of the transformer layers as executed."""
     recomputed: int

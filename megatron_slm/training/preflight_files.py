@@ -7,8 +7,8 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from megatron_slm.config.check import train_steps
 from megatron_slm.config.schema import Config
+from megatron_slm.config.sizes import train_steps
 from megatron_slm.data.corpora import Corpus
 from megatron_slm.data.verified import check_sample
 from megatron_slm.planning.hardware import GPU

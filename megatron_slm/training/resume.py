@@ -15,9 +15,9 @@ from megatron_slm.checkpoint.folder import (
     complete_checkpoints,
     read_checkpoint_info,
 )
-from megatron_slm.config.check import tokens_per_step
 from megatron_slm.config.load import ConfigError, load_yaml, to_mapping
 from megatron_slm.config.schema import Config
+from megatron_slm.config.sizes import tokens_per_step
 from megatron_slm.data.corpora import Corpus
 from megatron_slm.data.position import CorpusPosition, DataPosition, is_count
 from megatron_slm.files.plain import read_json_object

@@ -4,8 +4,8 @@ may change between starts.
 
 from dataclasses import dataclass
 
-from megatron_slm.config.check import tokens_per_step
 from megatron_slm.config.schema import Config
+from megatron_slm.config.sizes import tokens_per_step
 
 
 @dataclass(frozen=True)

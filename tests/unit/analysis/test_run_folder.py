@@ -52,17 +52,16 @@ def test_series_vectors_and_messages(tmp_path):
         file.write('{"step": 40, "kind": "tra')
     run = read_run(folder)
     x, y = run.series("loss")
-    assert x.tolist() == [1000, 2000] and y.tolist() == [3.0, 1.5], (
-        "sorted, the later of two lines of a step counts, null is left out"
-    )
+    # Sorted by step; the later of two lines of one step counts; null is left out.
+    assert x.tolist() == [1000, 2000]
+    assert y.tolist() == [3.0, 1.5]
     assert run.vectors("hist")[1].tolist() == [[0.25, 0.75]]
-    assert run.validation_names() == ["curated"] and run.last("validation/curated/loss") == 3.5
-    assert (
-        run.warnings == ["twice"]
-        and run.unreadable_lines == 1
-        and run.name == "arm"
-        and not run.is_plain
-    )
+    assert run.validation_names() == ["curated"]
+    assert run.last("validation/curated/loss") == 3.5
+    assert run.warnings == ["twice"]
+    assert run.unreadable_lines == 1
+    assert run.name == "arm"
+    assert not run.is_plain
     assert run.setting("selection.reference.checkpoint", "none") == "none"
 
 
@@ -84,7 +83,8 @@ def test_selected_tokens_at_a_validation_are_interpolated(tmp_path):
     slm = read_run(write_run(tmp_path / "slm", records, {"selection": {"scorer": "excess_loss"}}))
     assert slm.series("validation/v/loss", "tokens/selected")[0].tolist() == [0, 800]
     plain = read_run(write_run(tmp_path / "plain", validation, {"selection": {"scorer": "none"}}))
-    assert plain.is_plain and plain.series("validation/v/loss", "tokens/selected")[0].tolist() == [
+    assert plain.is_plain
+    assert plain.series("validation/v/loss", "tokens/selected")[0].tolist() == [
         0,
         1500,
     ]
@@ -100,12 +100,10 @@ def test_selected_tokens_at_a_validation_are_interpolated(tmp_path):
 
 def test_only_metrics_are_needed(tmp_path):
     run = read_run(write_run(tmp_path / "bare", [train(1, loss=1.0)]))
-    assert (
-        run.name == "bare"
-        and run.versions == ""
-        and run.token_views == []
-        and run.vectors("none")[1].shape == (0, 0)
-    )
+    assert run.name == "bare"
+    assert run.versions == ""
+    assert run.token_views == []
+    assert run.vectors("none")[1].shape == (0, 0)
     assert np.isnan(run.series("loss")[1]).sum() == 0
 
 
@@ -122,8 +120,6 @@ def test_every_bad_folder_is_named(tmp_path):
         read_runs([tmp_path / "absent", bare, empty])
     lines = str(error.value).splitlines()
     assert len(lines) == 3
-    assert (
-        "absent: no such folder" in lines[0]
-        and "holds no metrics.jsonl" in lines[1]
-        and "holds no metrics yet" in lines[2]
-    )
+    assert "absent: no such folder" in lines[0]
+    assert "holds no metrics.jsonl" in lines[1]
+    assert "holds no metrics yet" in lines[2]

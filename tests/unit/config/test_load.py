@@ -92,7 +92,8 @@ def test_yaml_reads_numbers_with_an_exponent(recipe, text, number):
 )
 def test_whole_numbers_may_be_written_large(text, number):
     config = read("--schedule.train_tokens", text)
-    assert config.schedule.train_tokens == number and type(config.schedule.train_tokens) is int
+    assert config.schedule.train_tokens == number
+    assert type(config.schedule.train_tokens) is int
 
 
 @pytest.mark.parametrize(
@@ -122,11 +123,10 @@ def test_lists_and_mappings_on_the_command_line():
         "--selection.keep_fraction",
         "{style: linear, start: 1.0, end: 0.6, tokens: 10}",
     )
-    assert config.data.train == ["a", "b"] and config.data.weights == [0.5, 2.0]
-    assert (
-        config.selection.scorer_options == {"band": [0.2, 0.8]}
-        and config.selection.keep_fraction["end"] == 0.6
-    )
+    assert config.data.train == ["a", "b"]
+    assert config.data.weights == [0.5, 2.0]
+    assert config.selection.scorer_options == {"band": [0.2, 0.8]}
+    assert config.selection.keep_fraction["end"] == 0.6
     assert config.data.validation == [CorpusConfig("held_out", "c")]
     assert read("--data.train", "alone").data.train == ["alone"]  # one corpus needs no brackets
 
@@ -134,7 +134,8 @@ def test_lists_and_mappings_on_the_command_line():
 def test_scorer_none_and_flags_without_a_value():
     assert read("--selection.scorer", "none").selection.scorer == "none"
     config = read("--parallel.sequence", "--parallel.tensor", "2")
-    assert config.parallel.sequence is True and config.parallel.tensor == 2
+    assert config.parallel.sequence is True
+    assert config.parallel.tensor == 2
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,8 @@ def test_unknown_keys_name_the_nearest_one(argv, expected):
 )
 def test_wrong_types_say_what_is_expected(name, value, expected):
     [problem] = problems_of(f"--{name}", value)
-    assert problem.startswith(name) and expected in problem
+    assert problem.startswith(name)
+    assert expected in problem
 
 
 def test_all_problems_come_at_once(recipe):
@@ -206,7 +208,8 @@ def test_the_message_lists_them_all():
     with pytest.raises(ConfigError) as caught:
         read("--model.layers", "a", "--model.banana", "b")
     text = str(caught.value)
-    assert text.startswith("2 problems in the configuration:\n  - ") and text.count("\n  - ") == 2
+    assert text.startswith("2 problems in the configuration:\n  - ")
+    assert text.count("\n  - ") == 2
 
 
 @pytest.mark.parametrize(
@@ -219,7 +222,8 @@ def test_the_message_lists_them_all():
 )
 def test_a_file_that_is_no_configuration(recipe, text, expected):
     [problem] = problems_of("--config", recipe(text))
-    assert "recipe.yaml" in problem and expected in problem
+    assert "recipe.yaml" in problem
+    assert expected in problem
 
 
 def test_an_override_that_cannot_be_read():
@@ -229,7 +233,8 @@ def test_an_override_that_cannot_be_read():
 
 def test_a_file_that_is_not_there(tmp_path):
     [problem] = problems_of("--config", tmp_path / "nothing.yaml")
-    assert "no such file" in problem and "nothing.yaml" in problem
+    assert "no such file" in problem
+    assert "nothing.yaml" in problem
 
 
 @pytest.mark.parametrize("text", ["", "model:\n", "model: {}\n"])
@@ -250,7 +255,8 @@ def test_print_config_is_what_the_program_would_use(recipe, capsys):
         read("--config", recipe("model: {layers: 7}"), "--print_config", "--run.name", "mine")
     assert stopped.value.code == 0
     printed, problems = from_mapping(yaml.safe_load(capsys.readouterr().out))
-    assert not problems and (printed.model.layers, printed.run.name) == (7, "mine")
+    assert not problems
+    assert (printed.model.layers, printed.run.name) == (7, "mine")
 
 
 def test_yaml_round_trip(tmp_path):
@@ -313,7 +319,8 @@ def test_yaml_round_trip_of_awkward_values(learning_rate, name, weights):
 )
 def test_split_arguments(argv, given, problems):
     found, wrong = split_arguments(argv)
-    assert found == given and len(wrong) == problems
+    assert found == given
+    assert len(wrong) == problems
 
 
 @dataclasses.dataclass

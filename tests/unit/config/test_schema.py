@@ -104,7 +104,8 @@ def test_defaults_are_of_the_declared_types():
     from megatron_slm.config.load import from_mapping, to_mapping
 
     config, problems = from_mapping(to_mapping(Config()))
-    assert problems == [] and config == Config()
+    assert problems == []
+    assert config == Config()
 
 
 def test_the_page_of_settings_is_up_to_date():

@@ -100,4 +100,5 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, capsys):
 def test_asking_is_not_an_error(argv, code, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
-    assert stopped.value.code == code and "model" in capsys.readouterr().out
+    assert stopped.value.code == code
+    assert "model" in capsys.readouterr().out

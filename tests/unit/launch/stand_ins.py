@@ -160,7 +160,8 @@ class Cluster:
     def wait_for(self, name: str, process: subprocess.Popen) -> None:
         deadline = time.monotonic() + 30
         while not (self.folder / name).exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, f"{name} has not come within 30 seconds"
             time.sleep(0.02)
 
     def log(self, name: str) -> list[str]:

@@ -11,7 +11,8 @@ from tests.unit.launch.stand_ins import LAUNCH, TRAIN
 
 def test_one_torchrun_per_node_meets_at_the_first_node(cluster):
     code, output = cluster.run("train.sbatch", *TRAIN, work="0")
-    assert code == 0 and "done" in output
+    assert code == 0
+    assert "done" in output
     config_step, train_step = cluster.log("srun")[0], "\n".join(cluster.log("srun")[1:])
     assert config_step.startswith(
         "--nodes=1 --ntasks=1 python -m megatron_slm.train --config recipe with spaces.yaml"
@@ -46,7 +47,8 @@ def test_near_the_time_limit_the_run_is_stopped_saved_and_requeued(cluster):
 def test_a_start_that_saved_nothing_new_is_not_requeued(cluster):
     code, output = cluster.run("train.sbatch", *TRAIN, work="stall", send=signal.SIGUSR1)
     assert not cluster.requeued()
-    assert code == 85 and "made no progress" in output
+    assert code == 85
+    assert "made no progress" in output
 
 
 def test_a_pace_that_needs_too_many_starts_is_not_requeued(cluster):
@@ -71,7 +73,8 @@ def test_a_requeue_that_slurm_refuses_is_said(cluster):
     code, output = cluster.run(
         "train.sbatch", *TRAIN, work="save", send=signal.SIGUSR1, REFUSED="1"
     )
-    assert code == 85 and "not requeued: scontrol refused" in output
+    assert code == 85
+    assert "not requeued: scontrol refused" in output
 
 
 @pytest.mark.parametrize("saved, requeued", [("", []), ("12", ["requeue 123456"])])
@@ -94,7 +97,8 @@ def test_a_run_that_hung_is_requeued_when_it_had_made_progress(cluster, saved, r
 def test_who_ends_the_job_decides_on_the_queue(cluster, number, restarts, sentence):
     code, output = cluster.run("train.sbatch", *TRAIN, work="save", send=number, RESTARTS=restarts)
     assert not cluster.requeued()
-    assert code == 85 and f"stopped at step 42; {sentence}" in output
+    assert code == 85
+    assert f"stopped at step 42; {sentence}" in output
 
 
 def test_at_the_limit_itself_the_run_is_requeued_too(cluster):
@@ -109,7 +113,8 @@ def test_at_the_limit_itself_the_run_is_requeued_too(cluster):
 @pytest.mark.parametrize("failure", ["1", "2", "3", "4", "137"])
 def test_a_failure_is_passed_on_and_not_requeued(cluster, failure):
     code, output = cluster.run("train.sbatch", *TRAIN, work=failure)
-    assert code == int(failure) and f"failed with exit code {failure}; not requeued" in output
+    assert code == int(failure)
+    assert f"failed with exit code {failure}; not requeued" in output
     assert not cluster.requeued()
 
 
@@ -158,7 +163,8 @@ def test_a_warning_that_comes_first_is_heard_and_nothing_is_started(cluster, pro
         SLM_ENV=str(slow),
     )
     assert (code, cluster.log("python"), cluster.requeued()) == (85, [], []), output
-    assert "not started, and not requeued" in output and "--signal=B:USR1@SECONDS" in output
+    assert "not started, and not requeued" in output
+    assert "--signal=B:USR1@SECONDS" in output
     code, output = cluster.run(
         f"{program}.sbatch",
         *TRAIN,
@@ -192,7 +198,8 @@ def test_stopping_by_hand_is_not_requeued(cluster):
     cluster.wait_for("started", process)
     (cluster.run_folder / "stop_requested").touch()
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == 85 and not cluster.requeued(), output
+    assert process.returncode == 85, output
+    assert not cluster.requeued(), output
 
 
 def test_a_stop_file_left_by_a_killed_job_does_not_stop_the_next(cluster):
@@ -204,7 +211,8 @@ def test_a_stop_file_left_by_a_killed_job_does_not_stop_the_next(cluster):
 
 def test_a_bad_configuration_ends_the_job_before_the_nodes_start(cluster):
     code, output = cluster.run("train.sbatch", *TRAIN, "--nonsense", work="0")
-    assert code == 2 and "nonsense: unknown field" in output
+    assert code == 2
+    assert "nonsense: unknown field" in output
     assert not cluster.log("python")
 
 
@@ -212,7 +220,8 @@ def test_submitting_from_elsewhere_is_explained(cluster, tmp_path):
     code, output = cluster.run(
         "train.sbatch", *TRAIN, work="0", SLURM_SUBMIT_DIR=str(tmp_path / "spool")
     )
-    assert code == 2 and "submit from it, or set SLM_ROOT" in output
+    assert code == 2
+    assert "submit from it, or set SLM_ROOT" in output
 
 
 SPARE = {

@@ -37,17 +37,17 @@ def test_everything_fetched_is_pinned():
     [base] = [arguments for name, arguments in instructions() if name == "FROM"]
     assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", base)
     assert re.search(r"ARG APEX_COMMIT=[0-9a-f]{40}\n", TEXT)
-    assert (
-        TEXT.count("git fetch") == 1
-        and 'https://github.com/NVIDIA/apex.git "${APEX_COMMIT}"' in TEXT
-    )
+    assert TEXT.count("git fetch") == 1
+    assert 'https://github.com/NVIDIA/apex.git "${APEX_COMMIT}"' in TEXT
     assert 'test "$(git rev-parse HEAD)" = "${APEX_COMMIT}"' in TEXT
-    assert "latest" not in base and not [name for name, _ in instructions() if name == "ADD"]
+    assert "latest" not in base
+    assert not [name for name, _ in instructions() if name == "ADD"]
 
 
 def test_apex_is_nvidias_with_its_cuda_extensions():
     run = instructions()[position("pip uninstall --yes apex")][1]
-    assert "APEX_CPP_EXT=1 APEX_CUDA_EXT=1" in run and "--no-build-isolation" in run
+    assert "APEX_CPP_EXT=1 APEX_CUDA_EXT=1" in run
+    assert "--no-build-isolation" in run
     assert "ARG TORCH_CUDA_ARCH_LIST" not in TEXT  # the base image's ENV of that name would win
     # pip is never asked for the name `apex`, which on PyPI is another project.
     assert not re.search(
@@ -72,11 +72,9 @@ def test_no_install_escapes_the_constraint():
     for name, arguments in instructions():
         for command in re.findall(r"pip install[^&]*", arguments) if name == "RUN" else []:
             assert "--no-deps" in command or "--constraint" in command, command
-            assert (
-                "--upgrade" not in command
-                and "--ignore-installed" not in command
-                and "--force" not in command
-            )
+            assert "--upgrade" not in command
+            assert "--ignore-installed" not in command
+            assert "--force" not in command
 
 
 def test_the_container_does_not_run_as_root():
@@ -163,27 +161,31 @@ def test_record_and_check_accept_an_untouched_image(helper, image, tmp_path):
         "transformer-engine==2.9.0+70f5366",
     ]
     checked = call(helper, "check", tmp_path / "slm", site=image)
-    assert checked.returncode == 0 and "torch 2.10.0a0+b558c98" in checked.stdout, checked.stderr
+    assert checked.returncode == 0, checked.stderr
+    assert "torch 2.10.0a0+b558c98" in checked.stdout
 
 
 def test_check_names_what_was_replaced(helper, image, tmp_path):
     call(helper, "record", tmp_path / "slm", site=image)
     (image / "torch/__init__.py").write_text("compiled = 2\n")  # the same version, other files
     changed = call(helper, "check", tmp_path / "slm", site=image)
-    assert changed.returncode != 0 and "files ['torch']" in changed.stderr
+    assert changed.returncode != 0
+    assert "files ['torch']" in changed.stderr
     (image / "torch/__init__.py").write_text("compiled = 1\n")
     (image / "apex-0.1.dist-info/METADATA").write_text(
         "Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\n"
     )
     moved = call(helper, "check", tmp_path / "slm", site=image)
-    assert moved.returncode != 0 and "apex 0.1 -> 0.9.10.dev0" in moved.stderr
+    assert moved.returncode != 0
+    assert "apex 0.1 -> 0.9.10.dev0" in moved.stderr
 
 
 def test_check_needs_the_extensions(helper, image, tmp_path):
     (image / "fused_weight_gradient_mlp_cuda.py").unlink()
     call(helper, "record", tmp_path / "slm", site=image)
     result = call(helper, "check", tmp_path / "slm", site=image)
-    assert result.returncode != 0 and "fused_weight_gradient_mlp_cuda" in result.stderr
+    assert result.returncode != 0
+    assert "fused_weight_gradient_mlp_cuda" in result.stderr
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.12.0+5671fd3"])
@@ -193,14 +195,16 @@ def test_a_transformer_engine_outside_the_range_is_refused(helper, tmp_path, ver
         install(site, name, "1.0", {f"{name}.py": ""})
     install(site, "transformer_engine", version, {"transformer_engine/__init__.py": ""})
     result = call(helper, "record", tmp_path / "slm", site=site)
-    assert result.returncode != 0 and "outside >=2.9,<2.12" in result.stderr
+    assert result.returncode != 0
+    assert "outside >=2.9,<2.12" in result.stderr
 
 
 def test_the_range_is_the_one_megatron_core_states():
     from importlib.metadata import requires
 
     [stated] = [line for line in requires("megatron-core") if line.startswith("transformer-engine")]
-    assert "<2.12.0" in stated and ">=2.9.0a0" in stated
+    assert "<2.12.0" in stated
+    assert ">=2.9.0a0" in stated
 
 
 def test_requirements_without_the_images_packages(helper, tmp_path):

@@ -68,4 +68,5 @@ def test_the_page_of_the_preflight_is_left_to_the_whole_job(cluster):
 
 def test_local_usage_is_shown(cluster):
     code, output = cluster.run("local.sh", "train", work="0")
-    assert code == 2 and "bash launch/local.sh 2 train" in output
+    assert code == 2
+    assert "bash launch/local.sh 2 train" in output

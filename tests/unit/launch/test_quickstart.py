@@ -152,7 +152,8 @@ def test_a_changed_text_redoes_what_depends_on_it_and_nothing_else(checkout):
     checkout.write("my text", "better text")
     code, output, programs = checkout.own_text()
     assert code == 0, output
-    assert "done before: tokenizer" in output and "done before: corpus" in output
+    assert "done before: tokenizer" in output
+    assert "done before: corpus" in output
     assert [name for name in programs if name.startswith("data_tools")] == [
         "data_tools.preprocess",
         "data_tools.split",

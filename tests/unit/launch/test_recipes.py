@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.config.check import check_config, tokens_per_step, train_steps
+from megatron_slm.config.check import check_config
 from megatron_slm.config.load import load_yaml
+from megatron_slm.config.sizes import tokens_per_step, train_steps
 
 RECIPES = Path(__file__).parents[3] / "launch" / "recipes"
 PROCESSES = {"quickstart": (2,), "llama3_8b_slm": (8, 128), "llama3_70b_slm": (64, 2048)}
@@ -46,7 +47,8 @@ def test_baseline_and_selective_run_differ_in_the_selection_alone():
     assert train_steps(baseline) == train_steps(selective)
     for section in ("model", "data", "optimizer", "schedule", "parallel", "device", "checkpoint"):
         assert getattr(baseline, section) == getattr(selective, section), section
-    assert baseline.run.seed == selective.run.seed and baseline.run.folder != selective.run.folder
+    assert baseline.run.seed == selective.run.seed
+    assert baseline.run.folder != selective.run.folder
 
 
 def test_the_model_is_tinyllama():

@@ -25,7 +25,8 @@ def test_shares_need_all_array_ids(cluster):
     code, output = cluster.run(
         "score.sbatch", "--output=scores", work="0", **{**ARRAY, "SLURM_ARRAY_TASK_MIN": "2"}
     )
-    assert code == 2 and "without gaps" in output
+    assert code == 2
+    assert "without gaps" in output
     code, output = cluster.run("score.sbatch", "--corpus", "c", work="0", CHECKED="3", **ARRAY)
     assert (code, cluster.log("python")) == (3, []), output
     assert "nothing was started: the check of settings and inputs ended with exit code 3" in output
@@ -38,11 +39,16 @@ def test_scoring_is_stopped_and_requeued_when_shards_were_finished(cluster):
     assert cluster.log("signals") == ["asked"]
     # The number alone would mean all tasks of the array.
     assert cluster.log("scancel") == ["--signal=USR1 123450_3"]
-    assert code == 0 and cluster.requeued() == ["requeue 123450_3"], output
+    assert code == 0, output
+    assert cluster.requeued() == ["requeue 123450_3"], output
     code, output = cluster.run(*arguments, work="score", send=signal.SIGUSR1, **ARRAY)
-    assert code == 85 and len(cluster.requeued()) == 1 and "made no progress" in output
+    assert code == 85
+    assert len(cluster.requeued()) == 1
+    assert "made no progress" in output
     # A shard of another share is no progress of this one.
     code, output = cluster.run(
         *arguments, work="score", send=signal.SIGUSR1, SHARD="000012", **ARRAY
     )
-    assert code == 85 and len(cluster.requeued()) == 1 and "made no progress" in output
+    assert code == 85
+    assert len(cluster.requeued()) == 1
+    assert "made no progress" in output

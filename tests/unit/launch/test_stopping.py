@@ -126,7 +126,9 @@ def test_a_request_reaches_every_worker_and_the_exit_code_comes_back(checkout):
     assert (process.returncode, checkout.asked()) == (85, ["SIGTERM", "SIGTERM"]), output
     assert "start the same command again to continue" in output
     # torchrun's own report calls a worker that stopped on request a failure
-    assert "failed" not in output and "closing signal" not in output and "Traceback" not in output
+    assert "failed" not in output
+    assert "closing signal" not in output
+    assert "Traceback" not in output
 
 
 def test_a_second_request_ends_everything_at_once(checkout):
@@ -171,7 +173,8 @@ def test_processes_passes_on_the_workers_exit_code_and_leaves_no_temporary_folde
     )
     assert list(temporary.iterdir()) == []
     assert done.returncode == 3, done.stderr
-    assert "exit code 3: process" in done.stderr and "Traceback" not in done.stderr
+    assert "exit code 3: process" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "exitcode" not in done.stderr  # torchrun's words for what the worker has said itself
 
 

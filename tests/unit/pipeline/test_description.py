@@ -28,7 +28,8 @@ def test_every_problem_of_every_stage_is_said_at_once(cluster, capsys):
     )
     del cluster.values["corpora"]["corpus"]["worker"]
     said = refused(cluster, capsys)
-    assert "5 problems" not in said and "4 problems" in said
+    assert "5 problems" not in said
+    assert "4 problems" in said
     assert "runs.slm: selection.scorer: " in said or "runs.slm: " in said
     assert "runs.plain.train: got 'corpsu'; did you mean corpus?" in said
     assert "scores.scores.settings: window_token: unknown field" in said
@@ -76,7 +77,8 @@ def test_a_setting_given_in_its_section_and_dotted_is_refused(cluster, capsys):
 def test_stages_that_wait_for_each_other_are_refused(cluster, capsys):
     cluster.values["runs"]["reference"]["start_from"] = "slm"
     said = refused(cluster, capsys)
-    assert "wait for each other in a circle" in said and "slm needs" in said
+    assert "wait for each other in a circle" in said
+    assert "slm needs" in said
 
 
 def test_names_that_would_share_files_are_refused(cluster, capsys):
@@ -94,7 +96,8 @@ def test_missing_files_alone_are_bad_data(cluster, capsys):
     cluster.values["runs"]["plain"]["start_from"] = "runs/nowhere"
     said = refused(cluster, capsys, code=3)
     assert "text/*.parquet: no such file or folder, and no file matches it" in said
-    assert "runs.plain.start_from: " in said and "runs/nowhere: no such checkpoint" in said
+    assert "runs.plain.start_from: " in said
+    assert "runs/nowhere: no such checkpoint" in said
     with pytest.raises(RunInputError):
         cluster.assembled()
 
@@ -103,7 +106,8 @@ def test_text_that_a_stage_makes_need_not_be_there(cluster):
     cluster.values["text"] = {"command": ["python", "write.py", "{folder}/text"]}
     cluster.values["corpora"]["corpus"]["input"] = ["{folder}/text/corpus.jsonl"]
     stages = {stage.name: stage for stage in cluster.assembled().stages}
-    assert "text" in stages["corpus"].after and "text" not in stages["curated"].after
+    assert "text" in stages["corpus"].after
+    assert "text" not in stages["curated"].after
     assert stages["text"].command[-1] == f"{cluster.folder}/out/text"
 
 
@@ -154,7 +158,8 @@ def test_every_option_of_a_corpus_reaches_its_program(cluster):
     assert (settings.encode.prepend_bos, settings.max_bad_fraction) == (True, 0.1)
     filters = settings.encode.filters
     assert (filters.min_characters, filters.max_characters) == (3, 9)
-    assert filters.drop_duplicates and filters.keep_if.endswith("keep.py:keep")
+    assert filters.drop_duplicates
+    assert filters.keep_if.endswith("keep.py:keep")
 
 
 def test_every_option_of_the_tokenizer_reaches_its_program(cluster):
@@ -183,7 +188,8 @@ def test_a_path_stands_for_what_exists(cluster, capsys):
     assert names.corpus("corpus", "x").after == ("corpus.merge",)
     assert names.corpus("curated_train", "x").after == ("curated.split",)
     assert names.corpus("data/elsewhere", "x").after == ()
-    assert names.data and not names.settings
+    assert names.data
+    assert not names.settings
 
 
 def test_a_description_alone_runs_no_code_from_elsewhere(cluster, capsys):

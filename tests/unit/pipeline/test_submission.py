@@ -57,12 +57,16 @@ def test_each_kind_goes_through_its_script_with_its_resources(cluster):
     lines, out = cluster.lines, cluster.folder / "out"
     assert "launch/preprocess.sbatch" in lines["corpus"]
     assert f"SLM_INPUT={cluster.folder}/text/corpus.jsonl SLM_MERGE= " in lines["corpus"]
-    assert "--array=0-1 " in lines["corpus"] and "--cpus-per-task=2 " in lines["corpus"]
-    assert " SLM_MERGE=1 " in lines["corpus.merge"] and "--array" not in lines["corpus.merge"]
-    assert "processes=2 " in lines["slm"] and "--nodes=2 " in lines["slm"]
+    assert "--array=0-1 " in lines["corpus"]
+    assert "--cpus-per-task=2 " in lines["corpus"]
+    assert " SLM_MERGE=1 " in lines["corpus.merge"]
+    assert "--array" not in lines["corpus.merge"]
+    assert "processes=2 " in lines["slm"]
+    assert "--nodes=2 " in lines["slm"]
     assert "--gpus-per-node=2 " in lines["slm"]
     assert lines["slm"].endswith(f"launch/train.sbatch --config {out}/pipeline/configs/slm.yaml")
-    assert "launch/score.sbatch" in lines["scores"] and "--array=0-2 " in lines["scores"]
+    assert "launch/score.sbatch" in lines["scores"]
+    assert "--array=0-2 " in lines["scores"]
     assert "launch/program.sbatch python -m megatron_slm.export_hf" in lines["exported"]
     assert all("--partition=all " in line for line in lines.values())
     assert all("--kill-on-invalid-dep=yes " in line for line in lines.values())
@@ -73,7 +77,8 @@ def test_the_folder_holds_the_description_the_settings_and_the_lines(cluster):
     own = cluster.folder / "out" / "pipeline"
     assert "corpus: target" in (own / "description.yaml").read_text()
     config = (own / "configs" / "slm.yaml").read_text()
-    assert f"- {cluster.folder}/out/scores" in config and "keep_fraction: 0.6" in config
+    assert f"- {cluster.folder}/out/scores" in config
+    assert "keep_fraction: 0.6" in config
     assert "micro_batch_size" in (own / "configs" / "scores.yaml").read_text()
     script = (own / "submit.sh").read_text()
     assert "job_corpus_merge=$(SLM_ROOT=" in script
@@ -83,7 +88,8 @@ def test_the_folder_holds_the_description_the_settings_and_the_lines(cluster):
 def test_a_dry_run_prints_every_line_and_changes_nothing(cluster, capsys):
     assert cluster.submit("--dry-run") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(EVERYTHING) and all("sbatch --parsable" in each for each in printed)
+    assert len(printed) == len(EVERYTHING)
+    assert all("sbatch --parsable" in each for each in printed)
     assert cluster.submitted() == []
     assert not (cluster.folder / "out").exists()
 
@@ -235,7 +241,8 @@ def test_when_slurm_fails_in_between_the_rest_is_submitted_later(cluster, capsys
     assert "slurmctld is away" in capsys.readouterr().err
     first = cluster.submitted()
     (cluster.folder / "fail_at").unlink()
-    assert len(first) == 3 and cluster.submit("--resume") == 0
+    assert len(first) == 3
+    assert cluster.submit("--resume") == 0
     assert set(cluster.submitted()) == EVERYTHING - set(first)
 
 
@@ -249,7 +256,8 @@ def test_status_says_where_each_stage_stands(cluster, capsys):
     jobs = jobs_of(cluster.folder)
     assert lines["plain"].split()[1:] == ["done", "4", "steps"]
     assert lines["reference"].split()[1:3] == ["pending", "job"]
-    assert "unfinished" in lines["scores"] and f"scores-{jobs['scores']}" in lines["scores"]
+    assert "unfinished" in lines["scores"]
+    assert f"scores-{jobs['scores']}" in lines["scores"]
     assert set(lines) == EVERYTHING
 
 

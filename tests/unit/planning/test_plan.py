@@ -58,7 +58,8 @@ def test_chunks_in_flight():
     few = job(
         "llama3_70b_slm", 256, "--parallel.virtual_pipeline", "1", "--data.global_batch_size", "128"
     )
-    assert few.micro_batches == 2 and [chunks_in_flight(few, stage) for stage in range(4)] == [
+    assert few.micro_batches == 2
+    assert [chunks_in_flight(few, stage) for stage in range(4)] == [
         2,
         2,
         2,
@@ -106,9 +107,8 @@ def test_links():
     found = {each.name: each for each in traffic(job("llama3_8b_slm", 16), 0)}
     assert found["all-gather, reduce-scatter of activations"].link == "NVLink"
     gradients = found["reduce-scatter of gradients"]
-    assert gradients.link == "network" and gradients.seconds == pytest.approx(
-        gradients.sent_bytes / (4 * 50e9 * 0.8)
-    )
+    assert gradients.link == "network"
+    assert gradients.seconds == pytest.approx(gradients.sent_bytes / (4 * 50e9 * 0.8))
 
 
 def test_selection_saves_head_work_and_plain_training_does_not():
@@ -173,11 +173,9 @@ def test_experts_by_hand():
     rows = 8192 // 2 * 2 * 4096 * 2  # a rank's half sequence, 2 experts a token
     assert found["all-to-all of tokens"] == rows * 7 / 8 * 4 * 32 * planned.micro_batches
     assert found["reduce-scatter of gradients of experts"] == 4 * held.experts * 7 / 8
+    assert "all-gather, reduce-scatter inside experts" not in found
     assert (
-        "all-gather, reduce-scatter inside experts" not in found
-        and sent(mixtral("--parallel.expert_tensor", "2"))[
-            "all-gather, reduce-scatter inside experts"
-        ]
+        sent(mixtral("--parallel.expert_tensor", "2"))["all-gather, reduce-scatter inside experts"]
         > 0
     )
 
@@ -268,15 +266,14 @@ def test_no_layout_fits_a_model_that_is_too_large():
         "--data.global_batch_size",
         "64",
     )
-    assert not fits(planned) and propose(planned, 3) == []
+    assert not fits(planned)
+    assert propose(planned, 3) == []
 
 
 def test_every_gpu_is_found_by_its_name():
     assert [find_gpu(gpu.name) for gpu in GPUS] == list(GPUS)
-    assert (
-        find_gpu("NVIDIA H100 80GB HBM3").name == "H100"
-        and find_gpu("NVIDIA A100-SXM4-40GB").name == "A100 40GB"
-    )
+    assert find_gpu("NVIDIA H100 80GB HBM3").name == "H100"
+    assert find_gpu("NVIDIA A100-SXM4-40GB").name == "A100 40GB"
 
 
 def test_recipes_of_the_guide_fit():

@@ -36,25 +36,22 @@ def test_a_plan_that_fits(capsys):
 def test_a_plan_that_does_not_fit_says_what_does(capsys):
     assert run("--gpu", "A100 40GB", "--nodes", "4", "--data.micro_batch_size", "16") == 1
     printed = capsys.readouterr().out
-    assert "does not fit" in printed and "--data.micro_batch_size 8" in printed
+    assert "does not fit" in printed
+    assert "--data.micro_batch_size 8" in printed
 
 
 def test_json_holds_everything(capsys):
     assert run("--nodes", "4", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (
-        found["parameters"]["total"] == 1_100_048_384
-        and found["fits"]
-        and found["job"]["layout"]["data"] == 32
-    )
+    assert found["parameters"]["total"] == 1_100_048_384
+    assert found["fits"]
+    assert found["job"]["layout"]["data"] == 32
     assert found["memory"][0]["total"] == sum(
         value for part, value in found["memory"][0].items() if part != "total"
     )
-    assert (
-        found["duration"]["tokens_per_second"] > 0
-        and found["proposals"][0]["overrides"]
-        and found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
-    )
+    assert found["duration"]["tokens_per_second"] > 0
+    assert found["proposals"][0]["overrides"]
+    assert found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
 
 
 def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
@@ -123,7 +120,8 @@ def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
         == 0
     )
     scoring = json.loads(capsys.readouterr().out)["scoring"]
-    assert scoring["tokens"] == 5_000_000 and scoring["store_bytes"] == 10_000_000
+    assert scoring["tokens"] == 5_000_000
+    assert scoring["store_bytes"] == 10_000_000
     assert scoring["flops_per_token"] < 4 * 128 * 32000
 
 

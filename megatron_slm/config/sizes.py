@@ -1,0 +1,38 @@
+"""Sizes that follow from a configuration and a number of processes."""
+
+import math
+
+from megatron_slm.config.schema import Config
+
+
+def model_parallel_size(config: Config) -> int:
+    """Processes that hold one copy of the model: tensor * pipeline * context."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Processes left for data parallelism: world size / (tensor * pipeline * context)."""
+    return world_size // model_parallel_size(config)
+
+
+def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
+    """Rows of the embedding: the vocabulary, rounded up to a multiple of the configured number and
+    of the tensor size.
+
+    It is the same for all tensor sizes that divide the configured number. Weights of one seed, and
+    checkpoints, then agree between layouts.
+    """
+    multiple = math.lcm(config.model.pad_vocabulary_to_multiple_of, config.parallel.tensor)
+    return -(-vocabulary_size // multiple) * multiple
+
+
+def train_steps(config: Config) -> int:
+    """Optimizer steps of the run: train_steps, or train_tokens rounded up to whole steps."""
+    return config.schedule.train_steps or -(
+        -config.schedule.train_tokens // tokens_per_step(config)
+    )
+
+
+def tokens_per_step(config: Config) -> int:
+    """Processed tokens of one optimizer step."""
+    return config.data.global_batch_size * config.data.sequence_length
