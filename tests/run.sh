@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Lint, format, and all tests that need no GPU, the cheap ones first. Makes the virtual environment when there is none.
+# Lint, format, and all tests that need no GPU. Makes the virtual environment when there is none.
 #
-#   bash tests/run.sh                    everything but the tests marked slow or gpu
-#   bash tests/run.sh -k selection       further options go to pytest
-#   bash tests/run.sh -m slow            the slow ones instead
+#   bash tests/run.sh                        everything but the tests marked slow or gpu
+#   bash tests/run.sh tests/unit/selection   these files or folders instead of all
+#   bash tests/run.sh -k selection           further options go to pytest
+#   bash tests/run.sh -m slow                the slow ones instead
+#   bash tests/run.sh -n 0 --pdb             in one process
 #
 # Works from any folder; nothing is sent anywhere. Exit code 0 when ruff found nothing and every test passed.
 set -euo pipefail
@@ -18,9 +20,14 @@ ruff format --check .
 # One thread per process: distributed tests start up to eight processes, and threads that wait for a core spin.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline WANDB_SILENT=true
 export CUDA_VISIBLE_DEVICES=     # two processes of a test must not share one GPU; tests/gpu is run by itself: pytest -m gpu tests/gpu
-places=()
-for place in tests/test_architecture.py tests/test_code_style.py tests/test_references.py tests/unit tests/test_megatron_core_surface.py tests/test_method_points.py tests/distributed tests/end_to_end tests/slurm; do
-    [ ! -e "$place" ] || places+=("$place")
+
+# Named files and folders replace the default, which is every test file and folder but tests/gpu.
+places=(tests/test_*.py tests/unit tests/distributed tests/end_to_end tests/slurm)
+for argument in "$@"; do
+    [ ! -e "${argument%%::*}" ] || places=()
 done
-# pytest keeps the order of its arguments, and the last -m wins. A hung collective fails its test after the time limit.
-exec python -m pytest -q --durations=15 --durations-min=1 --timeout=900 -m "not slow and not gpu" "${places[@]}" "$@"
+
+# Files run beside each other on up to four cores; tests of several processes run one at a time in one of the
+# workers (tests/conftest.py). Of options given twice the last counts. A hung collective fails its test after the time limit.
+exec python -m pytest -q -n logical --maxprocesses=4 --dist loadfile --durations=15 --durations-min=1 --timeout=900 \
+    -m "not slow and not gpu" "${places[@]}" "$@"
