@@ -2,11 +2,11 @@
 
     python -m tests.soak --hours 2 --folder /tmp/soak
 
-A tiny model is trained by the real programs (launch/processes.py, megatron_slm.train). Every kind of
-fault of FAULTS comes in random order, again and again, each at a random moment; the run is started
-again after each that ended it. In every 37th step the gradients are NaN, and the step is skipped.
-When the time is over the run is trained to its end, and then once more from the start without
-a fault (but with the same steps skipped); that comes on top of the hours.
+A tiny model is trained by the real programs (launch/processes.py, megatron_slm.train). Every kind
+of fault of FAULTS comes in random order, again and again, each at a random moment; the run is
+started again after each that ended it. In every 37th step the gradients are NaN, and the step is
+skipped. When the time is over the run is trained to its end, and then once more from the start
+without a fault (but with the same steps skipped); that comes on top of the hours.
 
 Every fault must end the run with its exit code, leave no process behind and cost no checkpoint. At
 the end every metric of every line, and every bit of the weights, must be that of the run left
@@ -45,7 +45,9 @@ FULL_DISK_BYTES = 16384
 MEMORY_GROWTH_KIB = 16 * 1024
 SAMPLES_FOR_GROWTH = 40
 COMPILER_CACHE = "torchinductor_"
-"""One folder for each user, which every start uses again: torch's cache of compiled kernels, empty here."""
+"""torch's cache of compiled kernels, empty here: one folder for each user, which every start uses
+again.
+"""
 SETTINGS = {
     "schedule.style": "constant",  # so that the length of the run changes no step
     "schedule.warmup_fraction": "0",
@@ -97,7 +99,9 @@ def slow_a_rank(job: Job, chance: random.Random) -> None:
 
 
 def limit_files(job: Job, limit_bytes: int) -> None:
-    """What a full disk does: no file of the trainers grows beyond this. Writers of checkpoints inherit it."""
+    """What a full disk does: no file of the trainers grows beyond this. Writers of checkpoints
+    inherit it.
+    """
     for pid in job.trainers().values():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
 
@@ -126,7 +130,7 @@ FAULTS = {
     "a full disk for a moment": (fill_the_disk_for_a_moment, {GOES_ON, 4}),
     "NaN gradients in every step": (None, {4}),  # from a step on, which the start is told
 }
-"""name -> (what is done to a start, the exit codes that this may have; GOES_ON: the run goes on)."""
+"""name -> (what is done to a start, the exit codes it may have; GOES_ON: the run goes on)."""
 
 
 @dataclass
@@ -259,7 +263,9 @@ class Soak:
         return wrong + self.left_over()
 
     def growth_kib(self) -> dict[str, float]:
-        """From the second quarter to the last of every process that was looked at for twenty seconds: medians."""
+        """From the second quarter to the last, of every process that was looked at for twenty
+        seconds: medians.
+        """
         found = {}
         for number, job in enumerate([*self.jobs, *self.alone]):
             for rank, samples in job.memory_kib.items():
@@ -274,17 +280,16 @@ class Soak:
         sockets = set().union(*(job.sockets for job in [*self.jobs, *self.alone]))
         runs = [self.run, self.folder / "alone"]
         unfinished = [path for run in runs for path in (run / "checkpoints").glob(".*")]
+        locked = [run.name for run in runs if (run / "lock").exists()]
+        temporary = {path.name for path in self.temporary.iterdir()}
+        compiler_caches = {path.name for path in self.temporary.glob(f"{COMPILER_CACHE}*")}
         left = {
             "processes": sorted(processes_of(self.folder)),
             "ports": sorted(sockets & listening_sockets()),
             "shared memory": sorted(unused_shared_memory() - self.shared_memory_before),
-            "temporary files": sorted(
-                path.name
-                for path in self.temporary.iterdir()
-                if not path.name.startswith(COMPILER_CACHE)
-            ),
-            "locks": [run.name for run in runs if (run / "lock").exists()],
-            "unfinished checkpoints": [str(path) for path in unfinished],
+            "temporary files": sorted(temporary - compiler_caches),
+            "locks": locked,
+            "unfinished checkpoints": list(map(str, unfinished)),
         }
         return [f"left over: {name}: {values}" for name, values in left.items() if values]
 

@@ -1,4 +1,4 @@
-"""The project's files and their syntax trees, for the tests that read code: test_architecture.py, test_code_style.py."""
+"""The project's files and their syntax trees, for the tests that read code."""
 
 import ast
 import functools

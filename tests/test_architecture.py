@@ -1,4 +1,6 @@
-"""The shape of the house: which room may import which, what stays light, and that the README's tree is true."""
+"""The shape of the house: which room may import which, what stays light, what is packaged, and that
+the README's tree and the names in the guides are true.
+"""
 
 import ast
 import re
@@ -27,7 +29,7 @@ from tests.source_tree import (
     tree,
 )
 
-# A room may import rooms before it. `model` reads the batches that `data` makes, so data comes first.
+# A room may import rooms before it. `model` reads the batches that `data` makes, so data is first.
 ROOMS = (
     "files",
     "config",
@@ -86,7 +88,8 @@ DATA_TOOLS_ROOMS = ("reading", "encoding", "writing")
 def test_every_room_is_known_to_this_test():
     there = {room_of(path) for path in library_files()} - {"__init__"}
     assert there == {*ROOMS, *PROGRAMS}, (
-        "a new room belongs into ROOMS (in the order of imports), a new program into PROGRAMS, and both into the README's tree"
+        "a new room belongs into ROOMS (in the order of imports), a new program into PROGRAMS, "
+        "and both into the README's tree"
     )
 
 
@@ -119,12 +122,13 @@ def test_imports_inside_data_tools_flow_one_way():
 
 
 def test_scoring_and_training_meet_only_on_disk():
+    others = {"scoring": "megatron_slm.training", "training": "megatron_slm.scoring"}
     wrong = [
-        inside(path)
+        f"{inside(path)} imports {name}"
         for path in library_files()
-        for mine, other in (("scoring", "training"), ("training", "scoring"))
-        if room_of(path) == mine
-        and any(name.startswith(f"megatron_slm.{other}") for name in imported_modules(path))
+        if room_of(path) in others
+        for name in imported_modules(path)
+        if name.startswith(others[room_of(path)])
     ]
     assert not wrong
 
@@ -150,7 +154,9 @@ def test_megatron_core_is_touched_in_few_rooms():
 
 @pytest.mark.parametrize("room", ("selection", "ops"))
 def test_the_algorithm_needs_torch_alone(room):
-    """torch, numpy and the standard library; Triton inside functions, or in files named after it that are imported inside functions."""
+    """torch, numpy and the standard library; Triton inside functions, or in files named after it
+    that are imported inside functions.
+    """
     for path in library_files():
         if room_of(path) != room:
             continue
@@ -183,7 +189,7 @@ def test_light_files_load_no_torch():
         "import importlib, sys\n"
         f"for name in {modules!r}:\n"
         "    importlib.import_module(name)\n"
-        "    heavy = [other for other in ('torch', 'megatron', 'transformers') if other in sys.modules]\n"
+        "    heavy = {'torch', 'megatron', 'transformers'} & {*sys.modules}\n"
         "    assert not heavy, f'importing {name} loads {heavy}'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -201,7 +207,8 @@ def test_only_the_library_is_packaged():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     include = settings["tool"]["setuptools"]["packages"]["find"]["include"]
     found = find_packages(str(ROOT), include=include)
-    assert "megatron_slm" in found and {name.split(".")[0] for name in found} == {"megatron_slm"}
+    assert "megatron_slm" in found
+    assert {name.split(".")[0] for name in found} == {"megatron_slm"}
     assert {
         f"megatron_slm.{path.parent.relative_to(PACKAGE).as_posix().replace('/', '.')}"
         for path in library_files()
@@ -216,7 +223,8 @@ def test_console_commands_exist():
     for command, target in settings["project"]["scripts"].items():
         module, function = target.split(":")
         path = ROOT / (module.replace(".", "/") + ".py")
-        assert command.startswith("slm-") and path.is_file(), f"{command} = {target}"
+        assert command.startswith("slm-"), f"{command} = {target}"
+        assert path.is_file(), f"{command} = {target}"
         assert function in {
             node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)
         }, f"{command} = {target}"
@@ -230,15 +238,17 @@ def test_programs_can_be_imported_and_run():
             for node in tree(PACKAGE / f"{name}.py").body
             if isinstance(node, ast.FunctionDef) and node.name == "main"
         )
-        assert [argument.arg for argument in main.args.args] == ["argv"] and len(
-            main.args.defaults
-        ) == 1, f"{name}.main(argv=None)"
-        # megatron-core's saving spawns a process that imports the program again; unguarded it would train twice.
+        assert [argument.arg for argument in main.args.args] == ["argv"], f"{name}.main(argv=None)"
+        assert len(main.args.defaults) == 1, f"{name}.main(argv=None)"
+        # megatron-core's saving spawns a process that imports the program again; unguarded it
+        # would train twice.
         assert 'if __name__ == "__main__":' in source, name
 
 
 def _dependency_names() -> set[str]:
-    """What requirements.txt lists, and what our code imports (the two can differ: PyYAML is imported as yaml)."""
+    """What requirements.txt lists, and what our code imports: the two can differ, as PyYAML is
+    imported as yaml.
+    """
     requirements = (
         (ROOT / "requirements.txt").read_text() if (ROOT / "requirements.txt").is_file() else ""
     )
@@ -258,13 +268,17 @@ def _dependency_names() -> set[str]:
 
 @pytest.mark.parametrize("folder", ("tokenizer", "data_tools", "launch"))
 def test_no_file_hides_a_library(folder):
-    """A script's folder comes first on sys.path: a tokenizer/sentencepiece.py would be imported instead of the package."""
+    """A script's folder comes first on sys.path: a tokenizer/sentencepiece.py would be imported
+    instead of the package.
+    """
     files = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
     assert not files & (sys.stdlib_module_names | _dependency_names())
 
 
 def test_every_setting_is_read():
-    """Nothing configured is ignored: each field's name is read somewhere in the library outside the schema and the loader."""
+    """Nothing configured is ignored: each field's name is read somewhere in the library outside the
+    schema and the loader.
+    """
     sections = [
         node
         for node in tree(PACKAGE / "config" / "schema.py").body
@@ -281,7 +295,7 @@ def test_every_setting_is_read():
         for path in library_files()
         if inside(path) not in ("config/schema.py", "config/load.py")
     ]
-    # check.py asks with getattr(section, name) for many; only a plain attribute counts as reading here.
+    # check.py asks with getattr(section, name) for many; here only a plain attribute counts.
     read = {
         node.attr
         for path in readers

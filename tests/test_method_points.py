@@ -1,8 +1,8 @@
 """Every point that a correct implementation must get right, and tests that fail when it is broken.
 
 docs/method.md explains the points; POINTS is their index: number -> (its sentence there, tests).
-Tests named test_point_NN_... must stand under their own numbers. What no other file covers is tested
-below.
+Tests named test_point_NN_... must stand under their own numbers. What no other file covers is
+tested below.
 """
 
 import ast
@@ -166,7 +166,8 @@ POINTS = {
         ],
     ),
     17: (
-        "Padded columns of the vocabulary have no part in the losses and entropies of either model.",
+        "Padded columns of the vocabulary have no part in the losses and entropies "
+        "of either model.",
         [
             (HERE, "test_point_17_padding_has_no_share_in_loss_and_entropy"),
             (MODEL, "test_point_17_padded_vocabulary_columns_are_minus_infinity_in_both_models"),
@@ -268,7 +269,8 @@ def test_point_13_a_run_begins_with_a_warning_of_another_context(tmp_path, monke
     config.selection.reference.scores = [str(tmp_path / "scores")]
     config.data.sequence_length = 64
     said = started_reporter(monkeypatch, config, [SimpleNamespace(scores=store)])
-    assert "windows of 16 tokens" in said and "sequences of 64" in said
+    assert "windows of 16 tokens" in said
+    assert "sequences of 64" in said
     config.data.sequence_length = 16
     assert "windows of" not in started_reporter(
         monkeypatch, config, [SimpleNamespace(scores=store)]

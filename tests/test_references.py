@@ -1,4 +1,4 @@
-"""What the tree refers to is in the tree: documents, their anchors, and the gates of the benchmarks.
+"""What the tree refers to is in it: documents, their anchors, and the gates of the benchmarks.
 
 A reader of a comment can look up only what came with the code. megatron-core is quoted by symbol,
 since line numbers change with every release.
@@ -82,7 +82,7 @@ def test_such_references_are_recognised(kind, text):
 
 
 def test_anchors_of_guides_lead_somewhere():
-    """`docs/page.md#anchor`, and `, #anchor` after it, wherever they stand; links within docs/ too."""
+    """`docs/page.md#anchor`, and `, #anchor` after it, anywhere; links within docs/ too."""
     lost = []
     for name, text in texts().items():
         cited = re.findall(r"docs/(\w+\.md)((?:#[\w-]+)(?:(?:, | and )#[\w-]+)*)", text)

@@ -233,15 +233,14 @@ def test_point_03_a_rank_or_step_with_nothing_selected_is_legal(layout, results)
     plain_ids, _, plain_loss, plain_norm = PlainTrainer(
         PlainDecoder(config.model, VOCABULARY, start), config.optimizer
     ).step(batch, [[0, 1], [2, 3]], KEEP, 1e-3)
-    assert set().union(*ids) == plain_ids and len(plain_ids) == 2 * math.ceil(KEEP * LENGTH)
-    assert loss[0] == pytest.approx(plain_loss, rel=2e-5) and norm[0] == pytest.approx(
-        plain_norm, rel=2e-4
-    )
+    assert set().union(*ids) == plain_ids
+    assert len(plain_ids) == 2 * math.ceil(KEEP * LENGTH)
+    assert loss[0] == pytest.approx(plain_loss, rel=2e-5)
+    assert norm[0] == pytest.approx(plain_norm, rel=2e-4)
     for rank in ranks:
         rows = rank["empty"][0]
-        assert rows[1][0] == set() and rows[1][2] == 0.0, (
-            "nothing was selected, so there is no gradient"
-        )
+        assert rows[1][0] == set()
+        assert rows[1][2] == 0.0, "nothing was selected, so there is no gradient"
         assert all(math.isfinite(row[2]) and row[3] for row in rows)
     assert set().union(*(rank[2][0] for rank in last)), "the step after an empty one trains again"
 

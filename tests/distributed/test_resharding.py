@@ -295,13 +295,12 @@ def test_any_layout_continues_what_any_layout_saved(source, target, results, uni
 def test_bf16_state_passes_through_another_layout_bit_for_bit(source, target, results, folder):
     saved = stored_tensors(folder / "bf16" / source)
     again = stored_tensors(folder / "bf16_again" / f"{source} to {target}")
-    assert (
-        saved.keys() == again.keys()
-        and any("exp_avg_sq" in name for name in saved)
-        and any("optimizer.param" in name for name in saved)
-    )
+    assert saved.keys() == again.keys()
+    assert any("exp_avg_sq" in name for name in saved)
+    assert any("optimizer.param" in name for name in saved)
     for name, tensor in saved.items():
-        assert tensor.dtype == again[name].dtype and torch.equal(tensor, again[name]), name
+        assert tensor.dtype == again[name].dtype, name
+        assert torch.equal(tensor, again[name]), name
     assert {saved[name].dtype for name in saved if "optimizer" not in name} == {torch.bfloat16}
 
 

@@ -185,7 +185,8 @@ def read_on(loader, folder: Path) -> None:
         corpus = int(sample["corpus_id"])
         assert (sample["tokens"] == alone[corpus][places[corpus]]["tokens"]).all()
         places[corpus] += 1
-    assert min(places) > 0 and places[1] > 16
+    assert min(places) > 0
+    assert places[1] > 16
 
 
 def refuse_code_in_random_states(groups, folder: Path, case: dict) -> None:

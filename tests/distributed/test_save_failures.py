@@ -161,16 +161,18 @@ def test_a_failure_on_one_rank_is_given_up_by_all(mode, results, folder):
     assert heard[0] == heard[1], "all ranks are told the same"
     first, *failed, last = by_rank[0]
     for _, said, _ in (first, last):
-        assert [level for level, _ in said if level != "info"] == [] and "is complete" in said[-1][
-            1
-        ]
+        assert [level for level, _ in said if level != "info"] == []
+        assert "is complete" in said[-1][1]
     assert len(failed) == 8
     for name, said, expected, rank, found, damaged, files in failed:
         level, text = said[-1]
-        assert level == "error" and "older checkpoints are intact" in text, name
+        assert level == "error", name
+        assert "older checkpoints are intact" in text, name
         # The last save of a run that was asked to stop, or of max_failed_saves, fails like this too.
         assert "goes on" not in text, name
-        assert expected in text and f"rank {rank}" in text, f"{name}: {text}"
-        assert found == [1] and damaged == [], name
+        assert expected in text, f"{name}: {text}"
+        assert f"rank {rank}" in text, f"{name}: {text}"
+        assert found == [1], name
+        assert damaged == [], name
         assert files == ["latest", "step_00000001"], name
     assert "99" in (folder / mode / "checkpoints" / "latest").read_text()

@@ -380,9 +380,14 @@ def test_the_probe_sees_whole_sequences_and_the_same_choice_in_every_layout(layo
                 if selected
             }
             sets.append(chosen)
-        assert before == {} and after == resumed == {
-            "selection/probe_overlap_fraction": pytest.approx(
-                len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-            )
-        }
+        assert before == {}
+        assert (
+            after
+            == resumed
+            == {
+                "selection/probe_overlap_fraction": pytest.approx(
+                    len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+                )
+            }
+        )
         assert 0.5 < after["selection/probe_overlap_fraction"] < 1.0

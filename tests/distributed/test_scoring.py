@@ -89,10 +89,8 @@ def score_layout(groups, folder: str) -> dict:
             models, groups, stream, stream.plan(manifest), store.columns, micro_batch_size=4
         )
         report = score_corpus(runner, store, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        assert (
-            report.without_score == {"loss": 0, "entropy": 0}
-            and report.shards_written == manifest.shard_count
-        )
+        assert report.without_score == {"loss": 0, "entropy": 0}
+        assert report.shards_written == manifest.shard_count
         if groups.world_rank == 0:
             assert store.finish()
         torch.distributed.barrier()
@@ -299,7 +297,8 @@ def test_a_killed_run_started_again_ends_with_the_same_bytes(data):
     assert rest.exitcode == 0
     assert content(folder / "killed") == content(folder / "whole")
     store = ScoreStore.open(folder / "whole")
-    assert store.manifest.complete and store.manifest.dtype == "fp16"
+    assert store.manifest.complete
+    assert store.manifest.dtype == "fp16"
     finite = ~np.isnan(truth["packed"]["loss"])
     np.testing.assert_array_equal(np.isnan(store.read("loss", 0, len(finite))), ~finite)
 
@@ -311,7 +310,8 @@ def test_a_second_run_of_finished_scoring_loads_no_model(data, capsys, monkeypat
     monkeypatch.setattr(score, "run", lambda *_: pytest.fail("scored again"))
     assert score.main(arguments(folder, "whole")) == 0
     printed = capsys.readouterr().out
-    assert "done before, complete" in printed and "mean loss" in printed
+    assert "done before, complete" in printed
+    assert "mean loss" in printed
 
 
 def test_verify_prices_windows_again(data):
@@ -355,7 +355,7 @@ def test_bad_settings_and_data_are_sentences(data, capfd):
     nowhere = ["--checkpoint", str(folder / "nowhere"), "--corpus", str(folder / "nothing")]
     assert score.main([*plain, *nowhere]) == 3
     printed = capfd.readouterr().err
-    assert (
-        "2 problems" in printed and "no such checkpoint" in printed and "no such corpus" in printed
-    )
+    assert "2 problems" in printed
+    assert "no such checkpoint" in printed
+    assert "no such corpus" in printed
     assert not (folder / "bad").exists()

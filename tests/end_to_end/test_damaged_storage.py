@@ -47,7 +47,8 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_is_used(corpus, wh
     assert told_everywhere(run, output, damaged.name, "is damaged", newest.name)
     assert "resumed after step 12" in output
     assert compared(run) == compared(whole)
-    assert damaged_files(newest) == [] and damaged_files(before) == []
+    assert damaged_files(newest) == []
+    assert damaged_files(before) == []
     assert newest.with_name("step_00000014.damaged").is_dir()
     assert (run / "checkpoints" / "latest").read_text() == "step_00000014\n"
 
@@ -100,6 +101,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(
     )
     assert compared(small_disk) == compared(whole), "the same losses to the last step"
     kept = complete_checkpoints(small_disk / "checkpoints")
-    assert [step_of(path) for path in kept] == [3] and damaged_files(kept[0]) == []
+    assert [step_of(path) for path in kept] == [3]
+    assert damaged_files(kept[0]) == []
     assert (small_disk / "checkpoints" / "latest").read_text() == "step_00000003\n"
     assert max(line["step"] for line in lines(small_disk) if line["kind"] == "train") == STEPS

@@ -46,7 +46,9 @@ def newest(run: Path) -> int | None:
         if (run / "checkpoints" / "latest").exists()
         else found[-1]
     )
-    assert damaged_files(found[-1]) == [] and named in found and damaged_files(named) == []
+    assert damaged_files(found[-1]) == []
+    assert named in found
+    assert damaged_files(named) == []
     return step_of(found[-1])
 
 
@@ -78,12 +80,13 @@ def test_a_killed_run_continues_with_the_uninterrupted_losses(corpus, whole, tmp
             text=True,
             timeout=300,
         )
-        assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr, (
-            f"{words}: did not die\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
-        )
+        said = f"{words}: did not die\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        assert done.returncode != 0, said
+        assert "Signal 9 (SIGKILL)" in done.stderr, said
         assert newest(run) == expected, words
     assert [path.name for path in temporary.iterdir() if "wandb" in path.name] == []
     output = run_to_end(command(corpus, run, *SETTINGS))
     assert f"resumed after step {DEATHS[-1][-1]}" in output
     assert compared(run) == compared(whole)
-    assert newest(run) == STEPS and not list((run / "checkpoints").glob(".*"))
+    assert newest(run) == STEPS
+    assert not list((run / "checkpoints").glob(".*"))

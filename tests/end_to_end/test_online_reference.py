@@ -145,7 +145,8 @@ def first_steps(tmp_path_factory):
 def test_every_token_of_the_step_has_a_score(first_steps):
     """Otherwise the context was another one than intended, and the comparison below would be of other tokens."""
     for record in first_steps.values():
-        assert record["selection/without_score"] == 0 and record["selection/non_finite_scores"] == 0
+        assert record["selection/without_score"] == 0
+        assert record["selection/non_finite_scores"] == 0
 
 
 def test_the_model_s_own_loss_is_the_same(first_steps):
@@ -157,7 +158,8 @@ def test_the_model_s_own_loss_is_the_same(first_steps):
 def test_the_reference_loss_agrees_up_to_fp16_storage(first_steps):
     """Values of 4 to 8 nats are stored within 2^-9 nats; means of many of them agree much better."""
     stored, online = (first_steps[name]["loss/reference"] for name in ("stored", "online"))
-    assert online == pytest.approx(stored, abs=2**-9) and online > 1.0
+    assert online == pytest.approx(stored, abs=2**-9)
+    assert online > 1.0
     assert abs(first_steps["online"]["loss/all"] - online) > 0.01, (
         "the reference is another model than the one in training"
     )

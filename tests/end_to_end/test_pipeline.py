@@ -175,7 +175,8 @@ def records(run: Path, kind: str) -> list[dict]:
 
 def test_selective_training_logs_what_it_did(chain):
     last = records(chain / "slm", "train")[-1]
-    assert last["step"] == 6 and last["tokens/processed"] == 6 * 8 * 64
+    assert last["step"] == 6
+    assert last["tokens/processed"] == 6 * 8 * 64
     assert last["selection/kept_fraction"] == pytest.approx(0.6, abs=0.01)
     assert last["tokens/selected"] == pytest.approx(0.6 * last["tokens/processed"], rel=0.02)
     assert (
@@ -211,7 +212,8 @@ def test_scores_are_the_references_own_losses(chain, reference_hf):
         np.fromfile(chain / "corpus.bin", manifest.token_dtype)[:64].astype(np.int64)
     )
     stored = np.fromfile(chain / "scores" / "loss.bin", np.float16)
-    assert len(stored) == manifest.tokens and np.isnan(stored[0])
+    assert len(stored) == manifest.tokens
+    assert np.isnan(stored[0])
     logits = AutoModelForCausalLM.from_pretrained(reference_hf, dtype=torch.float32)(
         tokens[None, :-1]
     ).logits[0]
@@ -269,7 +271,8 @@ def test_report_is_one_page(chain):
         chain / "report.html",
     )
     page = (chain / "report.html").read_text()
-    assert page.count("data:image/svg+xml") >= 3 and "<script" not in page
+    assert page.count("data:image/svg+xml") >= 3
+    assert "<script" not in page
 
 
 def test_a_changed_corpus_is_refused_before_training(chain):
@@ -291,9 +294,7 @@ def test_a_changed_corpus_is_refused_before_training(chain):
         )
     finally:
         corpus.write_bytes(whole)
-    assert (
-        done.returncode == 3
-        and "content has changed" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 3
+    assert "content has changed" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (chain / "refused" / "metrics.jsonl").exists()

@@ -92,5 +92,6 @@ def test_scoring_on_two_nodes_is_stopped_with_85_and_requeued(
     task.warn()
     assert task.wait_for_end() == "COMPLETED", job.text
     assert (task.exit_code, task.restarts) == (0, 1), job.text
-    assert "processes.py: exit code 85" in job.text and "requeueing job" in job.text
+    assert "processes.py: exit code 85" in job.text
+    assert "requeueing job" in job.text
     assert (tmp_path / "scores" / "loss.bin").read_bytes() == whole_store

@@ -78,7 +78,8 @@ def test_near_the_limit_two_nodes_stop_are_requeued_and_end_with_the_same_losses
     assert (job.exit_code, job.restarts) == (0, 1), job.text
     [stopped] = re.findall(r"went from step 0 to (\d+)", job.text)
     assert 10 <= int(stopped) < 300
-    assert f"at step {stopped}\n" in job.text and f"resumed after step {stopped}" in job.text
+    assert f"at step {stopped}\n" in job.text
+    assert f"resumed after step {stopped}" in job.text
     assert compared(run) == expected
     assert not (run / "stop_requested").exists()
 
@@ -107,7 +108,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, corpus, tmp_path):
     assert job.wait_for_end() == "CANCELLED"
     job.wait_for(lambda: "stopped at step" in job.text, "the last word of the job")
     assert "SLURM has not put the job back into the queue" in job.text
-    assert job.restarts == 0 and (run / "checkpoints" / "latest").exists()
+    assert job.restarts == 0
+    assert (run / "checkpoints" / "latest").exists()
     assert read_status(run).state == "stopped"
 
 
@@ -160,7 +162,8 @@ def test_missing_data_is_said_once_before_the_nodes_start(cluster, corpus, tmp_p
     assert job.wait_for_end() == "FAILED"
     assert job.exit_code == 3, job.text
     assert job.text.count("nowhere/corpus: no such corpus") == 1
-    assert "nothing was started" in job.text and "rendezvous" not in job.text
+    assert "nothing was started" in job.text
+    assert "rendezvous" not in job.text
 
 
 @pytest.mark.slow
@@ -169,7 +172,8 @@ def test_a_limit_shorter_than_the_warning_is_said_and_not_requeued(cluster, corp
     job = cluster.submit(*options, *settings(corpus, tmp_path / "run"))
     assert job.wait_for_end() == "FAILED"
     assert (job.exit_code, job.restarts) == (85, 0), job.text
-    assert "not requeued" in job.text and "--signal=B:USR1@SECONDS" in job.text
+    assert "not requeued" in job.text
+    assert "--signal=B:USR1@SECONDS" in job.text
 
 
 @pytest.mark.slow

@@ -251,4 +251,5 @@ def test_a_check_alone_starts_nothing_and_prints_where_the_run_would_write(confi
         [sys.executable, "-c", ask, *words], capture_output=True, text=True, cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
-    assert "c.bin: cannot be read" in done.stderr and "Traceback" not in done.stderr
+    assert "c.bin: cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr

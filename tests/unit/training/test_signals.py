@@ -50,7 +50,8 @@ def test_the_file_asks_and_is_cleared(stop, tmp_path):
     (tmp_path / STOP_FILE).touch()
     assert stop.agreed() is True
     stop.clear()
-    assert not (tmp_path / STOP_FILE).exists() and stop.agreed() is False
+    assert not (tmp_path / STOP_FILE).exists()
+    assert stop.agreed() is False
     stop.clear()  # nothing to remove is no error
 
 

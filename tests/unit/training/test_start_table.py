@@ -19,13 +19,10 @@ def rows(dp_size: int = 1, recompute: str = "none", **parallel) -> dict[str, tup
 def test_one_process_has_everything_off_with_a_reason():
     table = rows()
     assert table.pop("gradient accumulation") == ("2 micro-batches of 4 sequences", "")
-    assert {state for state, _ in table.values()} == {"off"} and all(
-        why for _, why in table.values()
-    )
-    assert (
-        table["tensor parallel"][1] == "parallel.tensor is 1"
-        and table["sequence parallel"][1] == "parallel.tensor is 1"
-    )
+    assert {state for state, _ in table.values()} == {"off"}
+    assert all(why for _, why in table.values())
+    assert table["tensor parallel"][1] == "parallel.tensor is 1"
+    assert table["sequence parallel"][1] == "parallel.tensor is 1"
     assert table["virtual pipeline parallel"][1] == "parallel.pipeline is 1"
     assert table["data parallel"][1] == "one copy of the model takes all processes, 1"
 
@@ -62,19 +59,15 @@ def test_experts_have_rows_of_their_own():
     config = Config()
     config.model.experts, config.parallel.expert, config.parallel.tensor = 8, 4, 2
     table = {feature: state for feature, state, _ in layout_rows(config, 2)}
-    assert (
-        table["expert parallel"] == "4"
-        and table["experts, tensor parallel"] == "2"
-        and "expert parallel" not in rows(2)
-    )
+    assert table["expert parallel"] == "4"
+    assert table["experts, tensor parallel"] == "2"
+    assert "expert parallel" not in rows(2)
 
 
 def test_what_is_asked_for_and_has_nothing_to_do_is_said():
     assert rows(1, overlap_grad_reduce=True)["gradient reduction overlapped"][0] == "no effect"
-    assert (
-        rows(2)["sequence parallel"][1] == "parallel.tensor is 1"
-        and rows(2, tensor=2)["sequence parallel"][1] == "parallel.sequence is false"
-    )
+    assert rows(2)["sequence parallel"][1] == "parallel.tensor is 1"
+    assert rows(2, tensor=2)["sequence parallel"][1] == "parallel.sequence is false"
 
 
 ACCELERATIONS = [("device", "cpu", "gloo collectives"), ("fp8", "off", "no CUDA")]
