@@ -19,8 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.score_checks import show_scores
-from data_tools.verify import find_tokenizer
+from data_tools.corpus_arguments import add_corpus, add_tokenizer_of_corpus
+from data_tools.corpus_checks import find_tokenizer
+from data_tools.stored_scores import show_scored_text, show_scored_tokens
 from data_tools.writing.statistics_report import length_summary, read_statistics
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.file_array import FileArray
@@ -36,12 +37,8 @@ def build_parser() -> Program:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prefix", metavar="C", help="the corpus, without .bin")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="P.model",
-        help="its tokenizer, when it is no longer where the manifest says",
-    )
+    add_corpus(parser)
+    add_tokenizer_of_corpus(parser)
     parser.add_argument(
         "--document",
         type=int,
@@ -91,8 +88,8 @@ def print_numbers(
 ) -> None:
     policy = "closed by the end-of-document token" if manifest.append_eod else "not closed"
     console.print(
-        f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.token_dtype}), documents "
-        f"{policy}; vocabulary {manifest.tokenizer['path']}",
+        f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
+        f"({manifest.token_dtype}), documents {policy}; vocabulary {manifest.tokenizer['path']}",
         highlight=False,
     )
     table = Table()
@@ -156,44 +153,59 @@ def draw_lengths(path: str, statistics: dict[str, Any]) -> None:
         figure.savefig(path, dpi=150)
 
 
-def show_document(
-    number: int,
-    tokens: FileArray,
-    index: CorpusIndex,
-    tokenizer: Tokenizer,
-    by_token: bool,
-    max_tokens: int,
-    console: Console,
-    scores: ScoreStore | None = None,
-) -> None:
-    starts_tokens = index.document_starts_tokens()
-    number = number + index.documents if number < 0 else number
-    if not 0 <= number < index.documents:
-        raise ValueError(
-            f"--document {number}: the corpus has documents 0 to {index.documents - 1}"
-        )
-    start, end = int(starts_tokens[number]), int(starts_tokens[number + 1])
-    ids = tokens[start : min(end, start + max_tokens)]
-    console.rule(f"document {number}: tokens {start:,} to {end:,}", align="left")
-    if scores is not None:
-        show_scores(scores, start, ids, tokenizer, by_token, console)
-    elif by_token:
-        for offset, token_id in enumerate(ids.tolist()):
-            console.print(
-                f"{start + offset:>12} {token_id:>7} {tokenizer.piece(token_id)!r}",
+class DocumentViewer:
+    """Prints documents of one corpus: as text, token by token, or with their scores."""
+
+    def __init__(
+        self,
+        tokens: FileArray,
+        index: CorpusIndex,
+        tokenizer: Tokenizer,
+        scores: ScoreStore | None,
+        console: Console,
+    ) -> None:
+        self._tokens = tokens
+        self._starts_tokens = index.document_starts_tokens()
+        self._documents = index.documents
+        self._tokenizer = tokenizer
+        self._scores = scores
+        self._console = console
+
+    def show(self, number: int, *, by_token: bool, max_tokens: int) -> None:
+        """Print a document, counted from the end when `number` is negative. ValueError when there is none."""
+        if number < 0:
+            number += self._documents
+        if not 0 <= number < self._documents:
+            raise ValueError(
+                f"--document {number}: the corpus has documents 0 to {self._documents - 1}"
+            )
+        start, end = map(int, self._starts_tokens[number : number + 2])
+        ids = self._tokens[start : min(end, start + max_tokens)]
+        self._console.rule(f"document {number}: tokens {start:,} to {end:,}", align="left")
+        if self._scores is not None:
+            show = show_scored_tokens if by_token else show_scored_text
+            show(self._scores, start, ids, self._tokenizer, self._console)
+        elif by_token:
+            self._show_tokens(start, ids)
+        else:
+            text = self._tokenizer.decode(ids[ids != self._tokenizer.eod_id])
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if end - start > max_tokens:
+            left_tokens = end - start - max_tokens
+            self._console.print(f"… {left_tokens:,} more tokens (--max-tokens)", markup=False)
+
+    def _show_tokens(self, start: int, ids: np.ndarray) -> None:
+        for offset, token_id in enumerate(ids.tolist(), start=start):
+            self._console.print(
+                f"{offset:>12} {token_id:>7} {self._tokenizer.piece(token_id)!r}",
                 markup=False,
                 highlight=False,
             )
-    else:
-        ids = ids[ids != tokenizer.eod_id]
-        console.print(tokenizer.decode(ids), markup=False, highlight=False, soft_wrap=True)
-    if end - start > max_tokens:
-        console.print(f"… {end - start - max_tokens:,} more tokens (--max-tokens)", markup=False)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Raises ValueError with a sentence."""
-    prefix = arguments.prefix.removesuffix(".bin").removesuffix(".idx")
+    """Show what the arguments ask for. Raises ValueError with a sentence."""
+    prefix = arguments.prefix
     if arguments.tokens and not arguments.document:
         raise ValueError("--tokens shows documents: say which with --document N")
     if arguments.max_tokens < 1:
@@ -215,21 +227,16 @@ def inspect(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"{manifest.tokenizer['path']} is gone; give --tokenizer P.model to see text"
             )
+        viewer = DocumentViewer(tokens, index, tokenizer, scores, console)
         for number in arguments.document:
-            show_document(
-                number,
-                tokens,
-                index,
-                tokenizer,
-                arguments.tokens,
-                arguments.max_tokens,
-                console,
-                scores,
-            )
+            viewer.show(number, by_token=arguments.tokens, max_tokens=arguments.max_tokens)
 
 
 def open_scores(arguments: argparse.Namespace, manifest: CorpusManifest) -> ScoreStore | None:
-    """The store named by --scores, checked to be of this corpus; an unfinished one is shown as far as it goes."""
+    """The store named by --scores, checked to be of this corpus; None without --scores.
+
+    An unfinished store is shown as far as it goes.
+    """
     if arguments.scores is None:
         return None
     if not arguments.document:

@@ -59,6 +59,7 @@ PROGRAMS = (
     "export_hf",
     "import_hf",
     "check_export",
+    "check_scores",
     "report",
     "plan",
     "submit",
@@ -81,6 +82,8 @@ WITHOUT_TORCH = (
     "submit.py",
 )
 
+TEXT_PROGRAMS = ("data_tools", "tokenizer")
+"""Folders of programs that run on machines without torch."""
 DATA_TOOLS_ROOMS = ("reading", "encoding", "writing")
 """A room of data_tools may import rooms before it; the programs on top may import all."""
 
@@ -185,6 +188,12 @@ def test_light_files_load_no_torch():
         for where in WITHOUT_TORCH
         if inside(path).startswith(where) and path.stem != "__init__"
     ]
+    modules += [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for folder in TEXT_PROGRAMS
+        for path in (ROOT / folder).rglob("*.py")
+        if path.stem != "__init__"
+    ]
     code = (
         "import importlib, sys\n"
         f"for name in {modules!r}:\n"
@@ -194,6 +203,15 @@ def test_light_files_load_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", TEXT_PROGRAMS)
+def test_text_programs_name_neither_torch_nor_megatron(folder):
+    """Nor transformers, not even inside functions: these programs run on machines without them."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    heavy = {"torch", "megatron", "transformers"}
+    found = {path.name: top_level(imported_modules(path)) & heavy for path in files}
+    assert not {name: names for name, names in found.items() if names}
 
 
 def test_the_root_of_the_package_holds_the_version_only():

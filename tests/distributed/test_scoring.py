@@ -233,19 +233,19 @@ def score_in_turn(commands: list[list[str]]) -> None:
         assert score.main(command) == 0
 
 
-def verify_in_turn(prefix: str, store: str, run: str) -> None:
-    """data_tools.verify scores windows again with the checkpoint; then finds that the scores are not those of changed windows."""
-    from data_tools import verify
+def check_in_turn(prefix: str, scores: str, run: str) -> None:
+    """check_scores scores windows again with the checkpoint, and finds scores that were changed."""
+    from megatron_slm import check_scores
     from megatron_slm.data.score_store import ScoreStore
 
-    command = [prefix, "--scores", store, "--rescore", "4", "--reference", run]
-    assert verify.main(command) == 0
-    opened = ScoreStore.open(store)
+    command = ["--corpus", prefix, "--scores", scores, "--windows", "4", "--reference", run]
+    assert check_scores.main(command) == 0
+    opened = ScoreStore.open(scores)
     for shard in range(opened.manifest.shard_count):
         start, end = opened.manifest.shard_range(shard)
         values = {column: opened.read(column, start, end - start) for column in opened.columns}
         opened.write_shard(shard, {**values, "loss": values["loss"] + 0.5})
-    assert verify.main(command) == 3
+    assert check_scores.main(command) == 3
 
 
 def start(function, *arguments):
@@ -314,10 +314,10 @@ def test_a_second_run_of_finished_scoring_loads_no_model(data, capsys, monkeypat
     assert "mean loss" in printed
 
 
-def test_verify_prices_windows_again(data):
+def test_check_scores_scores_windows_again(data):
     folder, _ = data
     process = start(
-        verify_in_turn, str(folder / "corpus"), str(folder / "whole"), str(folder / "run")
+        check_in_turn, str(folder / "corpus"), str(folder / "whole"), str(folder / "run")
     )
     process.join()
     assert process.exitcode == 0

@@ -18,6 +18,7 @@ PROGRAMS = (
     "megatron_slm.import_hf",
     "megatron_slm.import_scores",
     "megatron_slm.check_export",
+    "megatron_slm.check_scores",
     "megatron_slm.submit",
     "tokenizer.train",
     "tokenizer.evaluate",
@@ -89,6 +90,18 @@ FAULTS = [
         "got 0; expected whole number, at least 1",
     ),
     ("megatron_slm.import_hf", "--input nowhere --output runs/n".split(), 3, "nowhere"),
+    (
+        "megatron_slm.check_scores",
+        "--corpus c --scores nowhere --reference nowhere".split(),
+        3,
+        "nowhere",
+    ),
+    (
+        "megatron_slm.check_scores",
+        "--corpus c --scores s --reference r --windows 0".split(),
+        2,
+        "got 0; expected whole number, at least 1",
+    ),
     (
         "megatron_slm.check_export",
         "--checkpoint nowhere --export nowhere --corpus nowhere".split(),

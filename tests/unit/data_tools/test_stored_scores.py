@@ -1,18 +1,13 @@
 """data_tools.verify --scores and data_tools.inspect_corpus --scores."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from data_tools import verify
-from data_tools.score_checks import show_scores
+from data_tools.stored_scores import show_scored_text, show_scored_tokens
 from megatron_slm.data.score_store import ScoreStore
-from megatron_slm.scoring.corpus import TokenStream, score_corpus
-from megatron_slm.scoring.foreign_model import huggingface_fingerprint
-from megatron_slm.scoring.importers import transformers_runner
+from megatron_slm.scoring.corpus import TokenStream
 from megatron_slm.testing.corpora import (
     random_documents,
     score_manifest,
@@ -71,62 +66,6 @@ def test_tokens_without_a_score_are_counted(tmp_path, corpus, capsys):
     assert "3 tokens besides the first" in " ".join(capsys.readouterr().out.split())
 
 
-def test_rescoring_needs_to_know_the_reference(tmp_path, corpus, capsys):
-    assert verify.main([str(tmp_path / "c"), "--rescore", "3"]) == 2
-    assert "--reference" in capsys.readouterr().err
-
-
-def test_rescoring_with_a_huggingface_model(tmp_path, corpus, capsys):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    for name in ("right", "wrong"):
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=50,
-                hidden_size=8,
-                intermediate_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=1,
-                initializer_range=0.5,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        ).save_pretrained(tmp_path / name)
-    stream = TokenStream(str(tmp_path / "c"))
-    manifest = score_manifest(
-        corpus, reference_fingerprint=huggingface_fingerprint(tmp_path / "right")
-    )
-    command = [
-        str(tmp_path / "c"),
-        "--rescore",
-        "3",
-        "--reference",
-        str(tmp_path / "right"),
-        "--scores",
-    ]
-    for name in ("right", "wrong"):
-        store = ScoreStore.create(tmp_path / f"scores_{name}", manifest)
-        score_corpus(
-            transformers_runner(
-                tmp_path / name, stream, stream.plan(manifest), ("loss",), vocabulary_size=50
-            ),
-            store,
-        )
-        store.finish()
-    assert verify.main([*command, str(tmp_path / "scores_right")]) == 0
-    assert verify.main([*command, str(tmp_path / "scores_wrong")]) == 3
-    assert "scores are of another model" in capsys.readouterr().err
-    other = ScoreStore.create(
-        tmp_path / "other", replace(manifest, reference_fingerprint="sha256:other")
-    )
-    for shard in range(manifest.shard_count):
-        other.write_shard(shard, {"loss": np.zeros(np.diff(manifest.shard_range(shard))[0])})
-    other.finish()
-    assert verify.main([*command, str(tmp_path / "other")]) == 3
-    assert "is not the reference of" in capsys.readouterr().err
-
-
 class Words:
     """A tokenizer whose pieces are words."""
 
@@ -139,13 +78,13 @@ class Words:
 def test_text_is_shown_with_the_score_of_each_token(tmp_path, corpus, capsys):
     store = write_scores(tmp_path / "s", tmp_path / "c", lambda offsets: offsets / 8)
     ids = TokenStream(str(tmp_path / "c")).tokens[:6]
-    show_scores(store, 0, ids, Words(), False, Console(width=200))
+    show_scored_text(store, 0, ids, Words(), Console(width=200))
     shown = capsys.readouterr().out
     assert (
         shown.startswith(f" w{ids[0]}[–] w{ids[1]}[0.125] w{ids[2]}[0.250]")
         and "mean loss 0.375 nats over 5 tokens" in shown
     )
-    show_scores(store, 0, ids, Words(), True, Console(width=200))
+    show_scored_tokens(store, 0, ids, Words(), Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split() == ["2", str(ids[2]), "0.250", "'", f"w{ids[2]}'"] and len(lines) == 7
 
