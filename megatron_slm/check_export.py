@@ -7,11 +7,14 @@ from pathlib import Path
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Positive, Size
 
-DESCRIPTION = """Compare the logits of a checkpoint with those of its Hugging Face export, position by position, in fp32.
+DESCRIPTION = """Compare the logits of a checkpoint with those of its Hugging Face export, position by
+position, in fp32.
 
-Prints the largest difference; exit code 0 when it is below --tolerance, 1 when it is not, 3 when something cannot be opened."""
+Prints the largest difference; exit code 0 when it is below --tolerance, 1 when it is not, 3 when
+something cannot be opened."""
 EXAMPLE = """example:
-  python -m megatron_slm.check_export --checkpoint runs/slm --export exports/slm --corpus data/held_out"""
+  python -m megatron_slm.check_export \\
+    --checkpoint runs/slm --export exports/slm --corpus data/held_out"""
 
 
 def build_parser() -> Program:
@@ -87,12 +90,8 @@ def compare_logits(options) -> tuple[float, str]:
     try:
         model = load_scoring_model(reference, config, groups)[0].float()
         dataset = validation_dataset(corpus, sequence_length=reference.info.sequence_length)
-        tokens_BS = torch.stack(
-            [
-                torch.from_numpy(dataset[i]["tokens"])
-                for i in range(min(options.sequences, len(dataset)))
-            ]
-        )
+        count = min(options.sequences, len(dataset))
+        tokens_BS = torch.stack([torch.from_numpy(dataset[i]["tokens"]) for i in range(count)])
         position_ids_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
         exported = AutoModelForCausalLM.from_pretrained(
             options.export, dtype=torch.float32, trust_remote_code=False, local_files_only=True
@@ -109,7 +108,9 @@ def compare_logits(options) -> tuple[float, str]:
                 do_sample=False,
                 attention_mask=torch.ones(1, 32),
             )
-        return difference, tokenizer.decode(continued[0, 32:])
+        text = tokenizer.decode(continued[0, 32:])
+        assert isinstance(text, str)  # it decodes to a list where it is given several sequences
+        return difference, text
     finally:
         leave_job()
 

@@ -16,11 +16,12 @@ from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_diffe
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).
 
-Works on a checkpoint of any layout, in one process and without a GPU. The model becomes LlamaForCausalLM, or Qwen2ForCausalLM with
-model.qkv_bias, or Qwen3ForCausalLM with model.qk_norm; with model.experts, MixtralForCausalLM or (model.qk_norm) Qwen3MoeForCausalLM."""
+Works on a checkpoint of any layout, in one process and without a GPU. The model becomes
+LlamaForCausalLM, or Qwen2ForCausalLM with model.qkv_bias, or Qwen3ForCausalLM with model.qk_norm;
+with model.experts, MixtralForCausalLM or (model.qk_norm) Qwen3MoeForCausalLM."""
 EXAMPLE = """example:
   python -m megatron_slm.export_hf --checkpoint runs/slm --output exports/slm
-  python -c "from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('exports/slm'))"
+  python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('exports/slm')"
 
 exit codes: 0 done, 2 bad usage, 3 bad checkpoint or tokenizer"""
 

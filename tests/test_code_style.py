@@ -36,7 +36,6 @@ NOT_YET_SHORT = (
     "launch",
     "megatron_slm/analysis",
     "megatron_slm/checkpoint",
-    "megatron_slm/convert",
     "megatron_slm/data",
     "megatron_slm/import_scores.py",
     "megatron_slm/model",

@@ -5,6 +5,7 @@ experts, qk_norm -> Qwen3-MoE, otherwise Mixtral. Mistral folders are read as Ll
 """
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.geometry import Geometry
 from megatron_slm.tokenization import Tokenizer
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -60,8 +61,6 @@ def huggingface_config(
     model: ModelConfig, sequence_length: int, tokenizer: Tokenizer | None, dtype: str
 ) -> dict:
     """config.json of an exported model, in the field names that transformers 4 and 5 both read."""
-    from megatron_slm.convert.names import Geometry  # which loads torch
-
     geometry = Geometry.from_model(model)
     name, model_type = huggingface_architecture(model)
     config = {

@@ -9,6 +9,9 @@ ids are compared with SentencePiece's before anything is kept.
 import json
 from pathlib import Path
 
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import Tokenizer as FastTokenizer
+
 from megatron_slm.convert.begin_of_text import begin_token, with_beginning
 from megatron_slm.files.atomic import write_json
 from megatron_slm.files.export_note import write_export_note
@@ -61,9 +64,13 @@ def write_tokenizer(
     """
     original = tokenizer.path.read_bytes()
     if tokenizer.kind == "huggingface":
-        content, kept, settings = original.decode(), "tokenizer.json", _settings_beside(tokenizer)
+        content = original.decode()
+        kept = "tokenizer.json"
+        settings = _settings_beside(tokenizer)
     else:
-        content, kept, settings = _rewritten(tokenizer), "tokenizer.model", {}
+        content = _rewritten(tokenizer)
+        kept = "tokenizer.model"
+        settings = {}
     if prepend_bos is not None:
         content = with_beginning(content, begin_token(tokenizer) if prepend_bos else None)
     if prepend_bos is not None or tokenizer.kind == "sentencepiece":
@@ -118,13 +125,13 @@ def _content(entry) -> str | None:
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def from_sentencepiece(tokenizer: Tokenizer):
+def from_sentencepiece(tokenizer: Tokenizer) -> FastTokenizer:
     """A `tokenizers.Tokenizer` with SentencePiece's pieces, scores and normalisation."""
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, decoders
-    from tokenizers import Tokenizer as FastTokenizer
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    # protobuf makes the classes of this module when it is imported.
+    model_proto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+    proto = model_proto.FromString(tokenizer.path.read_bytes())
     fast = FastTokenizer(_pieces_model(proto))
     fast.normalizer = _normalizer(proto.normalizer_spec)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -146,8 +153,6 @@ def from_sentencepiece(tokenizer: Tokenizer):
 
 
 def _pieces_model(proto):
-    from tokenizers import models
-
     trainer = proto.trainer_spec
     if trainer.model_type == trainer.UNIGRAM:
         return models.Unigram(
@@ -189,22 +194,24 @@ def _merges(proto, ids: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _normalizer(spec):
-    from tokenizers import Regex, normalizers
-
-    steps = (
-        [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    )
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [
             normalizers.Replace(Regex(r"\A +| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
-    steps += [normalizers.Prepend(SPACE)] * spec.add_dummy_prefix
-    steps += [normalizers.Replace(" ", SPACE)] * spec.escape_whitespaces
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", SPACE))
     return normalizers.Sequence(steps)
 
 
-def check_same_ids(fast, tokenizer: Tokenizer, texts: tuple[str, ...] = AWKWARD_TEXTS) -> None:
+def check_same_ids(
+    fast: FastTokenizer, tokenizer: Tokenizer, texts: tuple[str, ...] = AWKWARD_TEXTS
+) -> None:
     """ValueError with the first text on which the rewritten vocabulary gives other ids than
     SentencePiece.
     """

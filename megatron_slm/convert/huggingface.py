@@ -3,28 +3,42 @@
 What config.json says is in hf_config.py.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_slm.checkpoint.folder import CheckpointInfo
+from megatron_slm.checkpoint.folder import (
+    CheckpointInfo,
+    complete,
+    describe_model,
+    writing_folder,
+)
+from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
-from megatron_slm.convert.model_folder import LAST_FILE, MADE_FROM, check_output, made_from_note
-from megatron_slm.convert.names import Geometry, to_huggingface
+from megatron_slm.convert.model_folder import (
+    LAST_FILE,
+    MADE_FROM,
+    ModelFolder,
+    check_output,
+    made_from_note,
+)
+from megatron_slm.convert.names import FromHuggingface, to_huggingface
+from megatron_slm.convert.safetensors_folder import (
+    LARGEST_SHARD_BYTES,
+    SafetensorsFolder,
+    write_safetensors,
+)
+from megatron_slm.convert.stored_state import write_full_state
 from megatron_slm.files.atomic import sync_path, write_json
-from megatron_slm.files.plain import LeadsOutside, is_plain_name
+from megatron_slm.files.hashing import file_sha256
 from megatron_slm.tokenization import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LARGEST_SHARD_BYTES = 5 * 10**9
 
 
 def export(
@@ -88,97 +102,27 @@ def _replace(writing: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_safetensors(
-    tensors: Iterable[tuple[str, Tensor]],
-    folder: Path,
-    largest_shard_bytes: int = LARGEST_SHARD_BYTES,
-) -> None:
-    """model.safetensors, or numbered shards with model.safetensors.index.json; holds one shard in
-    memory.
+def import_model(source: ModelFolder, checkpoints: Path, dtype: str) -> Path:
+    """Write the model of `source` as the step-0 checkpoint in `checkpoints`; returns its folder.
+
+    ValueError: the tensors are not those that config.json describes.
     """
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    held_bytes = total_bytes = 0
-    for name, tensor in tensors:
-        if shard and held_bytes + tensor.nbytes > largest_shard_bytes:
-            shards.append(_write_shard(shard, folder, len(shards)))
-            shard, held_bytes = {}, 0
-        shard[name] = tensor.contiguous()
-        held_bytes, total_bytes = held_bytes + tensor.nbytes, total_bytes + tensor.nbytes
-    shards.append(_write_shard(shard, folder, len(shards)))
-    if len(shards) == 1:
-        (folder / _part(0)).rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / _part(number)).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
+    geometry = Geometry.from_model(source.model)
+    state = FromHuggingface(SafetensorsFolder(source.folder), geometry)
+    info = CheckpointInfo(
+        model=describe_model(source.model, source.model.vocabulary_size),
+        sequence_length=source.sequence_length,
+        tokenizer={**source.tokenizer.entry, "prepend_bos": source.prepend_bos},
+        step=0,
+        tokens_processed=0,
+        precision=dtype,
+        extra={"imported_from": str(source.folder), "made_from": source.made_from(dtype)},
     )
-
-
-def _part(number: int) -> str:
-    return f"part_{number}.safetensors"
-
-
-def _write_shard(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
-    path = folder / _part(number)
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(shard, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors makes its files readable by their owner only
-    return list(shard)
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index of shards names.
-
-    They may be links, as in the cache that `hf download` fills: what they lead to is read as
-    safetensors, which holds no code. ValueError when it is no index; LeadsOutside when a file lies
-    outside of the folder.
-    """
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{index}: no index of safetensors files ({type(error).__name__}: {error})"
-        ) from None
-    outside = [name for name in names if not is_plain_name(name)]
-    if outside:
-        raise LeadsOutside(
-            f"{index} names {outside[0]!r}: only files in the model's own folder are read"
-        )
-    return sorted(names)
-
-
-class SafetensorsFolder(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder, one file or sharded; each is read when asked for.
-
-    ValueError when there are none.
-    """
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        index = folder / "model.safetensors.index.json"
-        files = _shards(index) if index.is_file() else ["model.safetensors"]
-        missing = [name for name in files if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"{folder}: {', '.join(missing)} not found; expected model.safetensors, or its "
-                f"shards with {index.name}"
-            )
-        opened = [safe_open(folder / name, framework="pt") for name in files]
-        # What safe_open gives is no mapping: it cannot be iterated over.
-        self._places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._places[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+    writing = writing_folder(checkpoints, 0)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    shapes = {name: entry.shape for name, entry in state.entries.items()}
+    write_full_state(state, shapes, geometry.layers, writing, DTYPES[dtype])
+    checksums = {path.name: file_sha256(path) for path in writing.iterdir()}
+    trainer_state = {"layout": {}, "adam_steps": 0, "weights_only": True}
+    return complete(checkpoints, 0, info, trainer_state, checksums)

@@ -2,16 +2,59 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.hf_config import model_config
+from megatron_slm.files.export_note import read_export_note
 from megatron_slm.files.made_from import refuse_other_origin
+from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
 LAST_FILE = "config.json"
 """Written last: a folder that has it is a complete export."""
-
-
 MADE_FROM = "made_from.json"
 """In an export: what it was made from, and the sizes of its files."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face folder that can be imported, as its small files describe it."""
+
+    folder: Path
+    model: ModelConfig
+    sequence_length: int
+    tokenizer: Tokenizer
+    prepend_bos: bool | None
+    """Whether the corpora's documents begin with the begin-of-text token; only an export of ours
+    says it."""
+
+    def made_from(self, dtype: str) -> dict[str, str]:
+        """What an import of it is made from."""
+        return origin_of_import(self.folder, self.tokenizer, dtype)
+
+
+def open_model_folder(folder: Path, tokenizer_path: str = "") -> ModelFolder:
+    """ValueError says what of the folder cannot be read."""
+    model, sequence_length = model_config(read_json(folder / "config.json"))
+    tokenizer = load_tokenizer(tokenizer_path or folder)
+    if tokenizer.vocabulary_size > model.vocabulary_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only "
+            f"{model.vocabulary_size}; give its own --tokenizer"
+        )
+    note = None if tokenizer_path else read_export_note(folder)
+    prepend_bos = None if note is None else note["prepend_bos"]
+    return ModelFolder(folder, model, sequence_length, tokenizer, prepend_bos)
+
+
+def origin_of_import(folder: Path, tokenizer: Tokenizer, dtype: str) -> dict[str, str]:
+    """What decides an import, to find out whether it was done before."""
+    return {
+        "files": files_fingerprint(folder),
+        "dtype": dtype,
+        "tokenizer": tokenizer.fingerprint,
+    }
 
 
 def made_from_note(folder: Path, made_from: dict) -> dict:

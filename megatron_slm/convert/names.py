@@ -1,327 +1,12 @@
-"""One table of tensor names and transforms, used in both directions.
+"""Our tensors under Hugging Face's names, and Hugging Face's under ours, by the table in table.py."""
 
-Legend: V true vocabulary, Vp padded vocabulary, H hidden size, F feed-forward size, A query heads,
-G query groups (key/value heads), D head size, E experts. All tensors are whole: tensor- and
-pipeline-parallel pieces are put together before they come here.
-
-Rotary embedding needs no transform: megatron-core's non-interleaved form and Hugging Face's
-rotate_half pair the same channels.
-"""
-
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
-from megatron_slm.config.schema import ModelConfig
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes a conversion needs, with every "0 = default" of ModelConfig resolved."""
-
-    layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    heads: int
-    groups: int
-    head_size: int
-    vocabulary_size: int
-    padded_vocabulary_size: int
-    tied: bool
-    qkv_bias: bool
-    qk_norm: bool
-    experts: int = 0
-
-    @classmethod
-    def from_model(cls, model: ModelConfig) -> "Geometry":
-        """ValueError when the vocabulary size is not known or the query heads do not fall into
-        equal groups.
-        """
-        if model.vocabulary_size <= 0:
-            raise ValueError(
-                "model.vocabulary_size is 0; a conversion needs the true vocabulary size of the "
-                "tokenizer"
-            )
-        groups = model.query_groups or model.attention_heads
-        if model.attention_heads % groups:
-            raise ValueError(
-                f"model.query_groups {groups} must divide model.attention_heads "
-                f"{model.attention_heads}"
-            )
-        multiple = max(1, model.pad_vocabulary_to_multiple_of)
-        return cls(
-            layers=model.layers,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
-            heads=model.attention_heads,
-            groups=groups,
-            head_size=model.head_size or model.hidden_size // model.attention_heads,
-            vocabulary_size=model.vocabulary_size,
-            padded_vocabulary_size=math.ceil(model.vocabulary_size / multiple) * multiple,
-            tied=model.tied_embeddings,
-            qkv_bias=model.qkv_bias,
-            qk_norm=model.qk_norm,
-            experts=model.experts,
-        )
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How one tensor of ours becomes Hugging Face's (`split`), and back (`join`); each undoes the
-    other exactly.
-    """
-
-    split: Callable[[Tensor, Geometry], tuple[Tensor, ...]]
-    join: Callable[[Sequence[Tensor], Geometry], Tensor]
-
-
-def _cut_padding(weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
-    if weight.shape[0] < geometry.vocabulary_size:
-        raise ValueError(
-            f"the embedding has {weight.shape[0]} rows, fewer than the vocabulary of "
-            f"{geometry.vocabulary_size} tokens"
-        )
-    return (weight[: geometry.vocabulary_size],)
-
-
-def _add_padding(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    """Padding rows are zeros: no label ever names them and their logits are excluded everywhere."""
-    padding = geometry.padded_vocabulary_size - parts[0].shape[0]
-    return torch.cat([parts[0], parts[0].new_zeros(padding, *parts[0].shape[1:])])
-
-
-def _split_qkv(fused: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
-    """[(A + 2G)·D, ...] grouped as (query heads of the group, its key head, its value head) per
-    group → q [A·D], k [G·D], v [G·D].
-    """
-    queries = geometry.heads // geometry.groups
-    grouped = fused.view(geometry.groups, queries + 2, geometry.head_size, *fused.shape[1:])
-    return tuple(part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1))
-
-
-def _join_qkv(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    grouped = [
-        part.view(geometry.groups, -1, geometry.head_size, *part.shape[1:]) for part in parts
-    ]
-    return torch.cat(grouped, dim=1).flatten(0, 2)
-
-
-SAME = Transform(lambda tensor, _: (tensor,), lambda parts, _: parts[0])
-VOCABULARY = Transform(_cut_padding, _add_padding)
-QKV = Transform(_split_qkv, _join_qkv)
-GATE_UP = Transform(lambda fused, _: tuple(fused.chunk(2)), lambda parts, _: torch.cat(list(parts)))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of the table; {layer} and {expert} in the names stand for every layer's and every
-    expert's global number.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    transform: Transform
-    shape: Callable[[Geometry], tuple[int, ...]]
-    """Shape of our tensor."""
-    present: Callable[[Geometry], bool] = lambda _: True
-    """Whether a model of this kind has it."""
-
-
-def _qkv_rows(geometry: Geometry) -> int:
-    return (geometry.heads + 2 * geometry.groups) * geometry.head_size
-
-
-_OURS = "decoder.layers.{layer}."
-_THEIRS = "model.layers.{layer}."
-
-
-def _dense(geometry: Geometry) -> bool:
-    return not geometry.experts
-
-
-def _mixtral(geometry: Geometry) -> bool:
-    return geometry.experts > 0 and not geometry.qk_norm
-
-
-def _qwen3_moe(geometry: Geometry) -> bool:
-    return geometry.experts > 0 and geometry.qk_norm
-
-
-def _expert_rules(
-    present: Callable[[Geometry], bool],
-    router: str,
-    expert: str,
-    gate_up: tuple[str, str],
-    down: str,
-) -> tuple[Rule, ...]:
-    """A mixture of experts under the names of one family: the router, and each expert as a
-    feed-forward layer of its own.
-    """
-    own, theirs = _OURS + "mlp.experts.local_experts.{expert}.", _THEIRS + expert
-    return (
-        Rule(
-            _OURS + "mlp.router.weight",
-            (_THEIRS + router,),
-            SAME,
-            lambda g: (g.experts, g.hidden_size),
-            present,
-        ),
-        Rule(
-            own + "linear_fc1.weight",
-            tuple(theirs + name for name in gate_up),
-            GATE_UP,
-            lambda g: (2 * g.ffn_hidden_size, g.hidden_size),
-            present,
-        ),
-        Rule(
-            own + "linear_fc2.weight",
-            (theirs + down,),
-            SAME,
-            lambda g: (g.hidden_size, g.ffn_hidden_size),
-            present,
-        ),
-    )
-
-
-def _attention(suffix: str, parts: str = "qkv") -> tuple[str, ...]:
-    return tuple(f"{_THEIRS}self_attn.{part}_{suffix}" for part in parts)
-
-
-TABLE: tuple[Rule, ...] = (
-    Rule(
-        "embedding.word_embeddings.weight",
-        ("model.embed_tokens.weight",),
-        VOCABULARY,
-        lambda g: (g.padded_vocabulary_size, g.hidden_size),
-    ),
-    Rule(
-        _OURS + "input_layernorm.weight",
-        (_THEIRS + "input_layernorm.weight",),
-        SAME,
-        lambda g: (g.hidden_size,),
-    ),
-    Rule(
-        _OURS + "self_attention.linear_qkv.weight",
-        _attention("proj.weight"),
-        QKV,
-        lambda g: (_qkv_rows(g), g.hidden_size),
-    ),
-    Rule(
-        _OURS + "self_attention.linear_qkv.bias",
-        _attention("proj.bias"),
-        QKV,
-        lambda g: (_qkv_rows(g),),
-        lambda g: g.qkv_bias,
-    ),
-    Rule(
-        _OURS + "self_attention.q_layernorm.weight",
-        _attention("norm.weight", "q"),
-        SAME,
-        lambda g: (g.head_size,),
-        lambda g: g.qk_norm,
-    ),
-    Rule(
-        _OURS + "self_attention.k_layernorm.weight",
-        _attention("norm.weight", "k"),
-        SAME,
-        lambda g: (g.head_size,),
-        lambda g: g.qk_norm,
-    ),
-    Rule(
-        _OURS + "self_attention.linear_proj.weight",
-        _attention("proj.weight", "o"),
-        SAME,
-        lambda g: (g.hidden_size, g.heads * g.head_size),
-    ),
-    Rule(
-        _OURS + "pre_mlp_layernorm.weight",
-        (_THEIRS + "post_attention_layernorm.weight",),
-        SAME,
-        lambda g: (g.hidden_size,),
-    ),
-    Rule(
-        _OURS + "mlp.linear_fc1.weight",
-        (_THEIRS + "mlp.gate_proj.weight", _THEIRS + "mlp.up_proj.weight"),
-        GATE_UP,
-        lambda g: (2 * g.ffn_hidden_size, g.hidden_size),
-        _dense,
-    ),
-    Rule(
-        _OURS + "mlp.linear_fc2.weight",
-        (_THEIRS + "mlp.down_proj.weight",),
-        SAME,
-        lambda g: (g.hidden_size, g.ffn_hidden_size),
-        _dense,
-    ),
-    *_expert_rules(
-        _mixtral,
-        "block_sparse_moe.gate.weight",
-        "block_sparse_moe.experts.{expert}.",
-        ("w1.weight", "w3.weight"),
-        "w2.weight",
-    ),
-    *_expert_rules(
-        _qwen3_moe,
-        "mlp.gate.weight",
-        "mlp.experts.{expert}.",
-        ("gate_proj.weight", "up_proj.weight"),
-        "down_proj.weight",
-    ),
-    Rule(
-        "decoder.final_layernorm.weight", ("model.norm.weight",), SAME, lambda g: (g.hidden_size,)
-    ),
-    Rule(
-        "output_layer.weight",
-        ("lm_head.weight",),
-        VOCABULARY,
-        lambda g: (g.padded_vocabulary_size, g.hidden_size),
-        lambda g: not g.tied,
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of one model: a rule with its layer and expert numbers filled in."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    transform: Transform
-    shape: tuple[int, ...]
-
-
-def entries(geometry: Geometry) -> list[Entry]:
-    """Every tensor of a model, in the order of the network."""
-    before, per_layer, after = [], [], []
-    for rule in TABLE:
-        if rule.present(geometry):
-            (per_layer if "{layer}" in rule.ours else after if per_layer else before).append(rule)
-
-    def fill(rule: Rule, layer: int = 0) -> Iterator[Entry]:
-        for expert in range(geometry.experts if "{expert}" in rule.ours else 1):
-            theirs = tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
-            yield Entry(
-                rule.ours.format(layer=layer, expert=expert),
-                theirs,
-                rule.transform,
-                rule.shape(geometry),
-            )
-
-    layers = [
-        entry
-        for layer in range(geometry.layers)
-        for rule in per_layer
-        for entry in fill(rule, layer)
-    ]
-    return (
-        [entry for rule in before for entry in fill(rule)]
-        + layers
-        + [entry for rule in after for entry in fill(rule)]
-    )
+from megatron_slm.convert.geometry import Geometry
+from megatron_slm.convert.table import VOCABULARY, entries
 
 
 def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:
@@ -352,16 +37,14 @@ class FromHuggingface(Mapping[str, Tensor]):
 
     def __init__(self, theirs: Mapping[str, Tensor], geometry: Geometry):
         self.entries = {entry.ours: entry for entry in entries(geometry)}
-        self._theirs, self._geometry = theirs, geometry
+        self._theirs = theirs
+        self._geometry = geometry
         derived = re.compile(
             r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if geometry.tied else "")
         )
         got = {name for name in theirs if not derived.fullmatch(name)}
-        check_names(
-            got,
-            {name for entry in self.entries.values() for name in entry.theirs},
-            "the Hugging Face folder",
-        )
+        expected = {name for entry in self.entries.values() for name in entry.theirs}
+        check_names(got, expected, "the Hugging Face folder")
 
     def __getitem__(self, ours: str) -> Tensor:
         entry = self.entries[ours]
@@ -382,12 +65,11 @@ class FromHuggingface(Mapping[str, Tensor]):
 
 def check_names(got: set[str], expected: set[str], where: str) -> None:
     """ValueError naming what is missing and what is not known."""
-    problems = [f"lacks {_some(expected - got)}"] if expected - got else []
-    problems += (
-        [f"has {_some(got - expected)}, which this model has no place for"]
-        if got - expected
-        else []
-    )
+    problems = []
+    if expected - got:
+        problems.append(f"lacks {_some(expected - got)}")
+    if got - expected:
+        problems.append(f"has {_some(got - expected)}, which this model has no place for")
     if problems:
         raise ValueError(f"{where} does not fit the model's settings: it {'; it '.join(problems)}")
 

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import planner as planning
 from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
@@ -36,6 +35,16 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -69,6 +78,16 @@ def stored_key(name: str, *, mixture: bool = False) -> tuple[str, tuple[int, ...
     return LAYERS + (STORED_NAMES.get(suffix, suffix) if fused else suffix), (layer,)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where one tensor of ours lies in the checkpoint."""
+
+    key: str
+    stored: TensorStorageMetadata
+    index: tuple[int, ...]
+    """Its place in the leading dimensions: (), (layer,) or (layer, expert)."""
+
+
 class FullState(Mapping[str, Tensor]):
     """The whole, unsharded model tensors of a checkpoint folder under our names; each is read from
     disk when asked for.
@@ -88,7 +107,7 @@ class FullState(Mapping[str, Tensor]):
                 "in it"
             )
         self._metadata = read_metadata(self.folder)
-        self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._places: dict[str, _Place] = {}
         for key, stored in self._metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and MODEL_KEY.fullmatch(key):
                 self._add(key, stored)
@@ -97,32 +116,33 @@ class FullState(Mapping[str, Tensor]):
 
     def _add(self, key: str, stored: TensorStorageMetadata) -> None:
         if not key.startswith(LAYERS):
-            self._places[key] = (key, ())
+            self._places[key] = _Place(key, stored, ())
             return
         suffix = key.removeprefix(LAYERS)
+        kind = suffix.removeprefix(STORED_EXPERTS)
         for layer in range(stored.size[0]):
             if suffix.startswith(STORED_EXPERTS):
                 for expert in range(stored.size[1]):
-                    self._places[
-                        f"{LAYERS}{layer}.{OUR_EXPERTS}{expert}.{suffix.removeprefix(STORED_EXPERTS)}"
-                    ] = (key, (layer, expert))
+                    name = f"{LAYERS}{layer}.{OUR_EXPERTS}{expert}.{kind}"
+                    self._places[name] = _Place(key, stored, (layer, expert))
             else:
-                self._places[f"{LAYERS}{layer}.{OUR_NAMES.get(suffix, suffix)}"] = (key, (layer,))
+                name = f"{LAYERS}{layer}.{OUR_NAMES.get(suffix, suffix)}"
+                self._places[name] = _Place(key, stored, (layer,))
 
     def __getitem__(self, name: str) -> Tensor:
-        key, place = self._places[name]
-        stored = self._metadata.state_dict_metadata[key]
-        own_size = stored.size[len(place) :]
-        size, offsets = torch.Size([1] * len(place) + [*own_size]), [*place, *[0] * len(own_size)]
-        tensor = torch.empty(size, dtype=stored.properties.dtype)
+        place = self._places[name]
+        leading = len(place.index)
+        own_size = place.stored.size[leading:]
+        size = torch.Size([1] * leading + [*own_size])
+        offsets = torch.Size([*place.index, *[0] * len(own_size)])
+        tensor = torch.empty(size, dtype=place.stored.properties.dtype)
         reader = PlainReader(self.folder, self._metadata)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        items = create_read_items_for_chunk_list(
-            key, stored, [ChunkStorageMetadata(torch.Size(offsets), size)]
-        )
+        chunk = ChunkStorageMetadata(offsets, size)
+        items = create_read_items_for_chunk_list(place.key, place.stored, [chunk])
         if sum(math.prod(item.lengths) for item in items) != tensor.numel():
             raise ValueError(f"{self.folder}: {name} is only partly stored; use another checkpoint")
-        reader.read_data(planning.LoadPlan(items), _OneTensor(tensor)).wait()
+        reader.read_data(LoadPlan(items), _OneTensor(tensor)).wait()
         return tensor.view(own_size)
 
     def __iter__(self) -> Iterator[str]:
@@ -139,13 +159,13 @@ def read_full_state(folder: str | Path) -> FullState:
     return FullState(folder)
 
 
-class _OneTensor(planning.LoadPlanner):
+class _OneTensor(LoadPlanner):
     """Hands the reader views of one destination tensor; the plan is made by the caller."""
 
     def __init__(self, destination: Tensor):
         self.destination = destination
 
-    def resolve_tensor(self, read_item: planning.ReadItem) -> Tensor:
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         view = self.destination
         for dimension, (offset, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
@@ -153,12 +173,23 @@ class _OneTensor(planning.LoadPlanner):
             view = view.narrow(dimension, offset, length)
         return view
 
-    def commit_tensor(self, read_item: planning.ReadItem, tensor: Tensor) -> None: ...
-    def load_bytes(self, read_item: planning.ReadItem, value: io.BytesIO) -> None: ...
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None: ...
-    def create_local_plan(self) -> planning.LoadPlan: ...
-    def create_global_plan(self, global_plan): ...
-    def finish_plan(self, central_plan): ...
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the reader has written into the view."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """No objects are asked for."""
+
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
+        """Nothing is planned here."""
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError("the caller makes the plan")
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError("the caller makes the plan")
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError("the caller makes the plan")
 
 
 def write_full_state(
@@ -190,22 +221,21 @@ def write_full_state(
 
 
 def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:
-    """Keys of the (empty) extra state that the linear layers of megatron-core expect, one object
-    per layer, or per layer and expert.
+    """Keys of the (empty) extra state that the linear layers of megatron-core expect.
+
+    It is one object per layer, or per layer and expert.
     """
     layers = counts[0]
-    per_layer = ["self_attention.linear_qkv", "self_attention.linear_proj"] + [
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    ] * (len(counts) == 1)
-    yield from (
-        f"{LAYERS}{kind}._extra_state/shard_{layer}_{layers}"
-        for kind in per_layer
-        for layer in range(layers)
-    )
+    kinds = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+    if len(counts) == 1:
+        kinds += ["mlp.linear_fc1", "mlp.linear_fc2"]
+    for kind in kinds:
+        for layer in range(layers):
+            yield f"{LAYERS}{kind}._extra_state/shard_{layer}_{layers}"
     for layer, expert in itertools.product(*map(range, counts)) if len(counts) == 2 else ():
+        place = f"shard_{layer}.{expert}_{layers}.{counts[1]}"
         for kind in ("linear_fc1", "linear_fc2"):
-            yield f"{LAYERS}{STORED_EXPERTS}{kind}._extra_state/shard_{layer}.{expert}_{layers}.{counts[1]}"
+            yield f"{LAYERS}{STORED_EXPERTS}{kind}._extra_state/{place}"
 
 
 class _OneByOne(DefaultSavePlanner):
@@ -221,51 +251,43 @@ class _OneByOne(DefaultSavePlanner):
         dtype: torch.dtype,
     ):
         super().__init__()
-        self._state, self._dtype, self._names = state, dtype, {}
-        numbers = [
-            place[1] for place in (stored_key(name)[1] for name in shapes) if len(place) == 2
-        ]
-        counts = (layers, max(numbers) + 1) if numbers else (layers,)
+        self._state = state
+        self._dtype = dtype
+        self._names: dict[tuple[str, torch.Size | None], str] = {}
+        places = [stored_key(name)[1] for name in shapes]
+        experts = max((place[1] + 1 for place in places if len(place) == 2), default=0)
+        counts = (layers, experts) if experts else (layers,)
         self._items = [self._tensor_item(name, shape, counts) for name, shape in shapes.items()]
         for key in _extra_states(counts):
             self._items.append(
-                planning.WriteItem(
-                    MetadataIndex(key), planning.WriteItemType.BYTE_IO, planning.BytesIOWriteData(0)
-                )
+                WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, BytesIOWriteData(0))
             )
 
-    def _tensor_item(
-        self, name: str, shape: tuple[int, ...], counts: tuple[int, ...]
-    ) -> planning.WriteItem:
+    def _tensor_item(self, name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> WriteItem:
         key, place = stored_key(name, mixture=len(counts) == 2)
-        piece, whole, offsets = (
-            (*[1] * len(place), *shape),
-            (*counts[: len(place)], *shape),
-            (*place, *[0] * len(shape)),
-        )
-        index = MetadataIndex(key, torch.Size(offsets))
+        piece = torch.Size((*[1] * len(place), *shape))
+        whole = torch.Size((*counts[: len(place)], *shape))
+        offsets = torch.Size((*place, *[0] * len(shape)))
+        index = MetadataIndex(key, offsets)
         self._names[key, index.offset] = name
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(piece))
-        properties = TensorProperties(dtype=self._dtype)
-        data = planning.TensorWriteData(chunk, properties, torch.Size(whole))
-        return planning.WriteItem(index, planning.WriteItemType.SHARD, tensor_data=data)
+        data = TensorWriteData(
+            ChunkStorageMetadata(offsets, piece), TensorProperties(dtype=self._dtype), whole
+        )
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
-    def create_local_plan(self) -> planning.SavePlan:
-        return planning.SavePlan(self._items)
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan(self._items)
 
     def create_global_plan(self, all_plans):
         plans, metadata = create_default_global_save_plan(all_plans)
         return plans, dataclasses.replace(metadata, planner_data={})
 
-    def resolve_data(self, write_item: planning.WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == planning.WriteItemType.BYTE_IO:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
             nothing = io.BytesIO()
             torch.save([None], nothing)  # megatron-core stores the objects of one key as a list
             return nothing
         name = self._names[write_item.index.fqn, write_item.index.offset]
-        return (
-            self._state[name]
-            .to(self._dtype)
-            .reshape(write_item.tensor_data.chunk.sizes)
-            .contiguous()
-        )
+        assert write_item.tensor_data is not None  # _tensor_item gave it one
+        piece = write_item.tensor_data.chunk.sizes
+        return self._state[name].to(self._dtype).reshape(piece).contiguous()

@@ -19,7 +19,8 @@ from megatron_slm.checkpoint.folder import (
 )
 from megatron_slm.config.architecture import architecture_differences
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
-from megatron_slm.convert.huggingface import SafetensorsFolder, export, write_safetensors
+from megatron_slm.convert.huggingface import export
+from megatron_slm.convert.safetensors_folder import SafetensorsFolder, write_safetensors
 from megatron_slm.convert.stored_state import FullState, read_full_state
 from megatron_slm.testing.spawn import run_on_cpu
 from megatron_slm.tokenization import load_tokenizer

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.hf_config import huggingface_config, model_config
-from megatron_slm.convert.names import FromHuggingface, Geometry, entries, to_huggingface
+from megatron_slm.convert.names import FromHuggingface, to_huggingface
+from megatron_slm.convert.table import entries
 
 SIZES = dict(
     layers=2,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_slm.convert.huggingface import SafetensorsFolder
+from megatron_slm.convert.safetensors_folder import SafetensorsFolder
 
 
 @pytest.mark.parametrize(

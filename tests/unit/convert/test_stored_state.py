@@ -9,8 +9,9 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.names import Geometry, entries
+from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.stored_state import FullState, stored_key, write_full_state
+from megatron_slm.convert.table import entries
 
 GEOMETRY = Geometry.from_model(
     ModelConfig(
