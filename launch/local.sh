@@ -48,8 +48,7 @@ trap '' PIPE # the program this one is piped into may be gone: no reason to leav
 # waits 30 seconds for the others. The page of --preflight shows what is wrong itself.
 look=--check_only
 case " $* " in *" --preflight "*) look=--print_run_folder ;; esac
-written=$(WORLD_SIZE=$SLM_PROCESSES_PER_NODE python -m "megatron_slm.$program" "$@" $look) || exit $?
-[ "$program" = score ] || rm -f "$written/stop_requested" # left by a run that was killed before it could stop
+WORLD_SIZE=$SLM_PROCESSES_PER_NODE python -m "megatron_slm.$program" "$@" $look >/dev/null || exit $?
 
 # A session of its own: the terminal's Ctrl-C reaches this script, not the workers in the middle of a step.
 SLM_LAUNCHER_PID=$$ setsid python "$SLM_ROOT/launch/processes.py" --standalone \

@@ -12,6 +12,7 @@ on request with a checkpoint (start the same command again), 86 hung.
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import take_architecture
 from megatron_slm.config.arguments import take_switch
@@ -19,7 +20,7 @@ from megatron_slm.config.check import check_config
 from megatron_slm.config.load import CHECK_ONLY, parse_config
 from megatron_slm.files.folder_lock import FolderLock
 from megatron_slm.training import preflight, preflight_files, preflight_page, setup
-from megatron_slm.training.stop_signals import StopSignals
+from megatron_slm.training.stop_signals import STOP_FILE, StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
         if check_only or not only_look:
             preflight.raise_if_fatal(found)
         if check_only:
+            _forget_stop_request(config.run.folder)
             print(config.run.folder)
             return 0
         from megatron_slm.device import choose_device, set_threads
@@ -95,7 +97,7 @@ def _keep_others_out(run_folder: str, held: contextlib.ExitStack) -> None:
     metrics and checkpoints.
     """
     advice = (
-        f"Let it end, ask it to stop with a checkpoint (touch {os.path.join(run_folder, 'stop_requested')}), "
+        f"Let it end, ask it to stop with a checkpoint (touch {os.path.join(run_folder, STOP_FILE)}), "
         "or give this run another run.folder"
     )
     try:
@@ -104,6 +106,16 @@ def _keep_others_out(run_folder: str, held: contextlib.ExitStack) -> None:
         raise ValueError(
             f"run.folder {run_folder}: cannot be written ({error.strerror}); give another, or make it writable"
         ) from None
+
+
+def _forget_stop_request(run_folder: str) -> None:
+    """Remove the stop file of a run that was killed before it could stop.
+
+    Only while the folder is locked, or it could be the request to a run that lives. The scripts of
+    launch/ have this done by the check that comes first, because from then on they write the file
+    themselves, also before the trainer is there to read it.
+    """
+    Path(run_folder, STOP_FILE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_slm.training.data_fault import DataFault, share_fault
-from megatron_slm.training.stop_signals import StopSignals
+from megatron_slm.training.stop_signals import STOP_FILE, StopSignals
 
 EXIT_RESUME = 85
 """Exit code of a run that saved a checkpoint and wants to be started again."""
-STOP_FILE = "stop_requested"
 _CANNOT_READ = 2
 """What a rank answers that cannot read the next step, above 1 (asked to stop) and 0."""
 

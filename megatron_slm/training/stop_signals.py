@@ -15,6 +15,8 @@ from typing import TextIO
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Each asks for a stop. One that was ignored when the process started (nohup, a background job) stays ignored."""
+STOP_FILE = "stop_requested"
+"""In the run folder, it asks as a signal does."""
 STDERR = 2
 LAUNCHER_POLL_SECONDS = 1.0
 REPEAT_SECONDS = 0.5

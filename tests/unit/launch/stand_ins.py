@@ -62,7 +62,7 @@ leave() {
 printf '%s\n' "$*" >> "$SCRATCH/python.log"
 echo $$ > "$SCRATCH/worker"
 trap 'echo asked >> "$SCRATCH/signals.log"; leave "${WHEN_ASKED:-85}"' TERM USR1
-[ -e "$RUN_FOLDER/stop_requested" ] && touch "$SCRATCH/stale_stop_file_seen"
+[ -e "$RUN_FOLDER/stop_requested" ] && touch "$SCRATCH/stop_file_seen"
 [ "$WORK" = score ] && mkdir -p "$STORE/shards" && touch "$STORE/shards/shard_${SHARD:-000003}.json"
 save() { mkdir -p "$RUN_FOLDER/checkpoints"; echo "step_000000$1" > "$RUN_FOLDER/checkpoints/latest"; }
 [ -z "$STEPS" ] || printf '{\n  "steps": %s,\n  "exit_code": null\n}\n' "$STEPS" > "$RUN_FOLDER/status.json"

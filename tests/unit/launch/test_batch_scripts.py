@@ -202,11 +202,12 @@ def test_stopping_by_hand_is_not_requeued(cluster):
     assert not cluster.requeued(), output
 
 
-def test_a_stop_file_left_by_a_killed_job_does_not_stop_the_next(cluster):
+def test_a_stop_file_is_left_to_the_check_which_locks_the_run_folder(cluster):
+    """The script cannot tell one that a killed job left from a request to a run that lives."""
     cluster.run_folder.mkdir(parents=True)
     (cluster.run_folder / "stop_requested").touch()
     assert cluster.run("train.sbatch", *TRAIN, work="0")[0] == 0
-    assert not (cluster.folder / "stale_stop_file_seen").exists()
+    assert (cluster.folder / "stop_file_seen").exists()
 
 
 def test_a_bad_configuration_ends_the_job_before_the_nodes_start(cluster):

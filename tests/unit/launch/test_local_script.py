@@ -20,11 +20,13 @@ def test_local_runs_are_asked_to_stop_and_waited_for(cluster, program, number):
     )
 
 
-def test_a_stop_file_left_by_a_killed_local_run_does_not_stop_the_next(cluster):
+@pytest.mark.parametrize("more", [[], ["--preflight"]])
+def test_a_stop_file_is_left_to_the_check_which_locks_the_run_folder(cluster, more):
+    """The script cannot tell one that a killed run left from a request to a run that lives."""
     cluster.run_folder.mkdir(parents=True)
     (cluster.run_folder / "stop_requested").touch()
-    assert cluster.run("local.sh", "2", "train", *TRAIN, work="0")[0] == 0
-    assert not (cluster.folder / "stale_stop_file_seen").exists()
+    assert cluster.run("local.sh", "2", "train", *TRAIN, *more, work="0")[0] == 0
+    assert (cluster.folder / "stop_file_seen").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import pytest
 from megatron_slm.checkpoint.folder import describe_model
 from megatron_slm.config.load import ConfigError, to_yaml
 from megatron_slm.config.schema import Config, CorpusConfig, ModelConfig
+from megatron_slm.files.folder_lock import FolderLock
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.tokenization import load_tokenizer
+from megatron_slm.train import main
 from megatron_slm.training.setup import RunInputError, open_run_inputs
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -253,3 +255,16 @@ def test_a_check_alone_starts_nothing_and_prints_where_the_run_would_write(confi
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
     assert "c.bin: cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_check_removes_a_stop_file_only_while_it_holds_the_run_folder(config, tmp_path, capsys):
+    """One that was left by a killed run would stop the next; one for a run that lives is left to it."""
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    words = ["--config", str(tmp_path / "run.yaml"), "--schedule.train_steps", "5", "--check_only"]
+    request = tmp_path / "run" / "stop_requested"
+    with FolderLock(tmp_path / "run", "a training run", ""):
+        request.touch()
+        assert main(words) == 2
+        assert request.exists(), capsys.readouterr().err
+    assert main(words) == 0
+    assert not request.exists()
