@@ -33,6 +33,7 @@ from megatron_slm.selection import TrainingProgress
 from megatron_slm.selection.alarms import zero_gradient
 from megatron_slm.selection.diagnostics import summarise
 from megatron_slm.training import resume, setup
+from megatron_slm.training.busy_time import SlowRankReport
 from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.ending import NotSaved
 from megatron_slm.training.evaluate import validate
@@ -182,7 +183,8 @@ class TrainingRun:
         """
         stop = StopRequest(self.folder, self.groups.device, self.signals)
         throughput = self._throughput()
-        with self._watchdog() as self.watchdog:
+        self.slow_ranks = SlowRankReport(self.groups, self.trainer.models, self.step)
+        with self._watchdog() as self.watchdog, self.slow_ranks:
             stopping = self._train(stop, throughput)
             with self.watchdog.phase("finishing"):
                 self.store.close()
@@ -201,6 +203,7 @@ class TrainingRun:
             stopping = stop.fault is not None
         throughput.start_interval()
         while self.step < self.steps and not stopping:
+            self.slow_ranks.step_begins()
             with throughput.waiting_for_data():
                 batches = on_this_rank(self.loader.next_step(), self.groups)
             after = self.length.after(self.done)
@@ -323,6 +326,7 @@ class TrainingRun:
         if scale is not None or self.skipped_steps:
             fp16["optimizer/skipped_steps"] = self.skipped_steps
         norm = {"optimizer/grad_norm": report.grad_norm} if report.updated else {}
+        slowest, slow_rank = self.slow_ranks.interval(self.step)
         self.reporter.log(
             {
                 "kind": "train",
@@ -333,9 +337,12 @@ class TrainingRun:
                 "optimizer/learning_rate": rate,
                 **fp16,
                 **throughput.interval(self.done.tokens),
+                **slowest,
             },
             self.step,
         )
+        if slow_rank:
+            self.reporter.message(slow_rank, "warning")
         keep_fraction = self.trainer.selector.keep_fraction(
             self.done.tokens - self.length.step_tokens
         )

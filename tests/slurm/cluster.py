@@ -3,6 +3,7 @@
 munged, slurmctld and one slurmd per node keep everything in one folder.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -91,6 +92,7 @@ class Cluster:
         self.folder = folder
         self.nodes = nodes
         self.daemons: list[subprocess.Popen] = []
+        self.node_daemons: dict[str, subprocess.Popen] = {}
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -126,7 +128,7 @@ class Cluster:
             wait_until((folder / "munge.socket").exists, 30, lambda: "munged did not start")
             self.start("slurmctld", "-D", "-i")
             for node in self.nodes:
-                self.start("slurmd", "-D", "-N", node)
+                self.start_node(node)
             wait_until(self.is_up, 90, lambda: f"the cluster did not come up: {folder}")
         except BaseException:
             self.__exit__()
@@ -143,7 +145,18 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
-    def start(self, program: str, *options: str) -> None:
+    def start_node(self, node: str) -> None:
+        self.node_daemons[node] = self.start("slurmd", "-D", "-N", node)
+
+    def crash(self, node: str) -> None:
+        """Everything of the node ends in one instant: its daemon, those of its steps, their tasks."""
+        self.node_daemons[node].kill()
+        for pid in processes_of_node(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.node_daemons[node].wait()
+
+    def start(self, program: str, *options: str) -> subprocess.Popen:
         with open(self.folder / f"{program}.{len(self.daemons)}.out", "w") as output:
             self.daemons.append(
                 subprocess.Popen(
@@ -154,6 +167,7 @@ class Cluster:
                     preexec_fn=_take_signals,
                 )
             )
+        return self.daemons[-1]
 
     def is_up(self) -> bool:
         count = str(len(self.nodes))
@@ -238,6 +252,29 @@ class Job:
             except OSError:  # it ended in the meantime
                 continue
         return sorted(found)
+
+
+def processes_of_node(node: str) -> list[int]:
+    """Daemons of the steps on a node, then their tasks with all that these started."""
+    parents, tasks = {}, []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it ended in the meantime
+            if entry.name.isdigit():
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
+                if f"SLURMD_NODENAME={node}\0".encode() in (entry / "environ").read_bytes():
+                    tasks.append(int(entry.name))
+    above = {parents[pid] for pid in tasks} - set(tasks)
+    steps = [pid for pid in above if pid != 1 and _name(pid) == "slurmstepd"]
+    return steps + tasks
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _take_signals() -> None:

@@ -132,6 +132,30 @@ def test_a_job_that_slurm_takes_back_goes_on(cluster, corpus, tmp_path, how):
 
 
 @pytest.mark.slow
+def test_a_node_that_crashes_ends_the_run_at_once_and_the_job_goes_on(cluster, corpus, tmp_path):
+    """SLURM needs SlurmdTimeout, which is 20 s here, to see that the node is gone."""
+    run = tmp_path / "run"
+    words = settings(corpus, run, LONG, "--checkpoint.interval_steps", "20")
+    job = cluster.submit("--nodes=2", "--time=20", "launch/train.sbatch", *words)
+    wait_for_steps(job, run, 30)
+    assert job.record["NodeList"] == "n[1-2]"
+    cluster.crash("n2")
+    try:
+        job.wait_for(lambda: not job.processes("megatron_slm.train"), "the end of the run", 60)
+        assert job.restarts == 0, "the processes did not wait for SLURM to notice"
+        assert job.wait_for_end(400) == "COMPLETED", job.text
+        assert job.record["NodeList"] == "n[1,3]"
+    finally:
+        cluster.start_node("n2")
+        bring_back(cluster, "n2")
+    assert (job.exit_code, job.restarts) == (0, 1)
+    resumed = re.findall(r"^resumed after step (\d+)", job.text, re.MULTILINE)
+    assert len(resumed) == 1, job.text
+    assert int(resumed[0]) >= 20
+    assert logged_step(run) == LONG
+
+
+@pytest.mark.slow
 def test_a_spare_node_takes_the_place_of_one_that_is_set_down(cluster, corpus, tmp_path):
     run = tmp_path / "run"
     words = settings(corpus, run, LONG, "--checkpoint.interval_steps", "20")

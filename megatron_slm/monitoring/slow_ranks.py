@@ -1,0 +1,116 @@
+"""Which rank keeps the others waiting: the time that each spends on its own work, compared. No torch.
+
+The ranks of a job finish their steps together, so the length of a step says nothing about who is
+slow. What differs is the time a rank works while the others wait for it in a collective.
+
+R: ranks, P: phases.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DATA = "waiting for data"
+COMPUTE = "forward and backward"
+OPTIMIZER = "the optimizer"
+CHECKPOINT = "saving a checkpoint"
+VALIDATION = "validation"
+OTHER = "everything else"
+PHASES = (DATA, COMPUTE, OPTIMIZER, CHECKPOINT, VALIDATION, OTHER)
+
+SLOW_INTERVALS = 5
+"""So many log intervals in a row a rank must be slow before it is told."""
+SLOW_SECONDS = 60.0
+"""So long they must have lasted together: short ones differ by chance."""
+SLOW_FRACTION = 0.1
+"""Slow in an interval: this part of it or more goes to what a rank works longer than the others."""
+
+
+@dataclass
+class _Streak:
+    """Log intervals in a row in which a rank was slow."""
+
+    intervals: int = 0
+    seconds: float = 0.0
+
+
+class SlowRanks:
+    """Remembers, from log line to log line, which ranks are slow.
+
+    hosts, stages: of every rank, its machine and its pipeline stage. A rank is compared with those
+    of its own stage, because stages have different work.
+    """
+
+    def __init__(self, hosts: Sequence[str], stages: Sequence[int]):
+        self.hosts = hosts
+        self._peers_of = [
+            [other for other, stage in enumerate(stages) if stage == own_stage and other != rank]
+            for rank, own_stage in enumerate(stages)
+        ]
+        self._streaks = [_Streak() for _ in hosts]
+        self._told: set[int] = set()
+
+    def look(
+        self, seconds_RP: Sequence[Sequence[float]], interval_seconds: float, steps: int
+    ) -> tuple[dict[str, float], str | None]:
+        """(metrics of a log interval, a sentence when a rank has turned out to be slow).
+
+        seconds_RP: what every rank worked in each of PHASES. interval_seconds: how long it all took.
+        """
+        own_R = [sum(seconds_P) for seconds_P in seconds_RP]
+        others_R = [
+            statistics.median(own_R[peer] for peer in peers) if peers else own
+            for own, peers in zip(own_R, self._peers_of, strict=True)
+        ]
+        excess_R = [own - others for own, others in zip(own_R, others_R, strict=True)]
+        slowest = max(range(len(own_R)), key=lambda rank: (excess_R[rank], own_R[rank]))
+        metrics = {
+            "throughput/slowest_rank": slowest,
+            "throughput/slowest_rank_seconds": own_R[slowest] / steps,
+            "throughput/slowest_rank_excess_seconds": excess_R[slowest] / steps,
+        }
+        found = self._newly_slow(excess_R, interval_seconds)
+        if not found:
+            return metrics, None
+        worst = max(found, key=lambda rank: excess_R[rank])
+        sentence = self._sentence(found, worst, own_R[worst] / steps, others_R[worst] / steps)
+        return metrics, f"{sentence} {self._where(seconds_RP, worst)}"
+
+    def _newly_slow(self, excess_R: Sequence[float], interval_seconds: float) -> list[int]:
+        """Ranks that have been slow for long enough, and were not told before."""
+        found = []
+        for rank, (streak, excess) in enumerate(zip(self._streaks, excess_R, strict=True)):
+            if excess < SLOW_FRACTION * interval_seconds:
+                self._streaks[rank] = _Streak()
+                continue
+            streak.intervals += 1
+            streak.seconds += interval_seconds
+            long_enough = streak.intervals >= SLOW_INTERVALS and streak.seconds >= SLOW_SECONDS
+            if long_enough and rank not in self._told:
+                found.append(rank)
+        self._told.update(found)
+        return found
+
+    def _sentence(
+        self, ranks: Sequence[int], worst: int, own_seconds: float, others_seconds: float
+    ) -> str:
+        named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks)
+        streak = self._streaks[worst]
+        return (
+            f"slower than the others for {streak.intervals} log intervals ({streak.seconds:.0f} s): {named}. "
+            f"Rank {worst} works {own_seconds:.3f} s per step, the others {others_seconds:.3f} s "
+            "(median), and wait for it."
+        )
+
+    def _where(self, seconds_RP: Sequence[Sequence[float]], rank: int) -> str:
+        """The phase in which a rank loses most, and what to do."""
+        peers = self._peers_of[rank]
+        lost_P = [
+            own - statistics.median(seconds_RP[peer][place] for peer in peers)
+            for place, own in enumerate(seconds_RP[rank])
+        ]
+        phase = PHASES[max(range(len(PHASES)), key=lost_P.__getitem__)]
+        return (
+            f"Most of the difference is in {phase}. Look at that machine "
+            "(docs/monitoring.md, A slow rank)"
+        )
