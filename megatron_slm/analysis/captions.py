@@ -255,7 +255,24 @@ def throughput(runs: Sequence[Run]) -> str:
                 f"{run.name} {short_count(speed)} tokens per second{beside}"
                 + (f", MFU {np.median(mfu):.1%}" if len(mfu) else "")
             )
-    return "Median speed: " + "; ".join(sentences) + "."
+    return "Median speed: " + "; ".join(sentences) + "." + _slowest_ranks(runs)
+
+
+def _slowest_ranks(runs: Sequence[Run]) -> str:
+    """Which rank most often kept the others waiting, for each run of several processes."""
+    sentences = []
+    for run in runs:
+        ranks = run.series("throughput/slowest_rank", x="step")[1]
+        excess = run.series("throughput/slowest_rank_excess_seconds", x="step")[1]
+        if not len(ranks) or len(excess) != len(ranks):
+            continue
+        rank = int(np.bincount(ranks.astype(int)).argmax())
+        own = ranks == rank
+        sentences.append(
+            f" The slowest rank of {run.name} was most often rank {rank}, in {own.sum()} of {len(own)} log "
+            f"intervals; it worked {np.median(excess[own]):.2g} s per step longer than the others (median)."
+        )
+    return "".join(sentences)
 
 
 def _list(names: Sequence[str]) -> str:

@@ -125,6 +125,21 @@ def cells(page):
     ]
 
 
+def test_the_slowest_rank_is_told_where_there_are_several(tmp_path):
+    folder = write_run(tmp_path / "run", scorer="none", losses=[4.0, 3.6, 3.5, 3.4])
+    assert "slowest" not in captions.throughput(read_runs([folder]))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [each for each in records if each["kind"] == "train"]
+    for record, rank, excess in zip(training, (2, 0, 2), (0.5, 0.1, 0.25), strict=True):
+        record["throughput/slowest_rank"] = rank
+        record["throughput/slowest_rank_excess_seconds"] = excess
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    assert captions.throughput(read_runs([folder])).endswith(
+        "The slowest rank of run was most often rank 2, in 2 of 3 log intervals; it worked 0.38 s "
+        "per step longer than the others (median)."
+    )
+
+
 def test_the_program_writes_one_file_with_the_numbers(pages):
     page = pages[0]
     # 3.4 is crossed between 3.5 at 1000 and 3.3 at 2000 tokens: at 1500, 0.75 of the plain run's
