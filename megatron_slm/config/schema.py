@@ -76,6 +76,11 @@ class DataConfig:
     """Folder of the sample indices; empty = index_cache/ in the run folder.
 
     Keyed by corpus content."""
+    check_interval_seconds: Count = 60
+    """While the run trains, each node reads a part of its data again every so often; 0 = never.
+
+    One block of every corpus and one shard of every score store are compared with their checksums.
+    Damage ends the run with exit code 3 and a checkpoint."""
 
 
 @dataclass

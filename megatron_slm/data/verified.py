@@ -8,6 +8,7 @@ what it once gave.
 import contextlib
 import hashlib
 import json
+import os
 import random
 import zlib
 from pathlib import Path
@@ -57,24 +58,66 @@ def check_sample(prefix: str | Path, blocks: int) -> int:
 
     ValueError names the bytes that are no longer what they were when the file was hashed.
     """
-    path = Path(f"{prefix}.bin")
-    known = _remembered(prefix).get(".bin")
-    sums = known.get("block_crc32") if isinstance(known, dict) else None
-    size_bytes = path.stat().st_size
-    block_bytes = _block_bytes(size_bytes)
-    if not isinstance(sums, list) or len(sums) != -(-size_bytes // block_bytes):
-        return 0
-    chosen = random.sample(range(len(sums)), min(blocks, len(sums)))
-    with open(path, "rb") as stream:
-        for number in chosen:
-            stream.seek(number * block_bytes)
-            if zlib.crc32(stream.read(block_bytes)) != sums[number]:
-                start = number * block_bytes
-                raise ValueError(
-                    f"{path}: bytes {start:,} to {start + block_bytes:,} are no longer what they were when the file was hashed, and its "
-                    "times are unchanged: the disk has lost them. Copy it again, or make the corpus again."
-                )
+    stored = StoredBlocks(prefix)
+    # Not Python's global generator: its state is part of a run's.
+    chosen = random.SystemRandom().sample(range(len(stored)), min(blocks, len(stored)))
+    for number in chosen:
+        stored.check(number)
     return len(chosen)
+
+
+class StoredBlocks:
+    """The blocks of PREFIX.bin, with their checksums from when the file was hashed; none where
+    no checksums are kept.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.path = Path(f"{prefix}.bin")
+        size_bytes = self.path.stat().st_size
+        self._block_bytes = _block_bytes(size_bytes)
+        known = _remembered(prefix).get(".bin")
+        sums = known.get("block_crc32") if isinstance(known, dict) else None
+        whole = isinstance(sums, list) and len(sums) == -(-size_bytes // self._block_bytes)
+        self._sums: list[int] = sums if whole else []
+        self._written_at = self._file_now()
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def check(self, number: int) -> None:
+        """ValueError where a block, read from the disk, is no longer what it was."""
+        start = number * self._block_bytes
+        end = start + self._block_bytes
+        forget_cached(self.path, start, self._block_bytes)
+        crc32 = 0
+        with open(self.path, "rb") as stream:
+            stream.seek(start)
+            while piece := stream.read(min(PIECE_BYTES, end - stream.tell())):
+                crc32 = zlib.crc32(piece, crc32)
+        if crc32 != self._sums[number]:
+            raise ValueError(
+                f"{self.path}: bytes {start:,} to {end:,} are no longer what they were when the file was hashed, and its "
+                "times are unchanged: the disk has lost them. Copy it again, or make the corpus again."
+            )
+
+    def is_the_same_file(self) -> bool:
+        """Whether nobody has removed, replaced or written to the file since it was opened here."""
+        try:
+            return self._file_now() == self._written_at
+        except OSError:
+            return False
+
+    def _file_now(self) -> tuple[int, int, int]:
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def forget_cached(path: Path, start_bytes: int, count_bytes: int) -> None:
+    """Let the next read of a range come from the disk: what the kernel keeps in memory says nothing
+    about it.
+    """
+    with open(path, "rb") as stream:
+        os.posix_fadvise(stream.fileno(), start_bytes, count_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def hashed(path: Path) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from megatron_slm.training.saved_state import restore, save
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
 from megatron_slm.training.step import StepReport, Trainer, train_step
 from megatron_slm.training.stop_signals import StopSignals
+from megatron_slm.training.stored_data import StoredDataCheck
 from megatron_slm.training.token_selector import TokenSelector
 from megatron_slm.training.watchdog import Watchdog
 
@@ -184,7 +185,11 @@ class TrainingRun:
         stop = StopRequest(self.folder, self.groups.device, self.signals)
         throughput = self._throughput()
         self.slow_ranks = SlowRankReport(self.groups, self.trainer.models, self.step)
-        with self._watchdog() as self.watchdog, self.slow_ranks:
+        self.stored_data = StoredDataCheck(
+            [*self.run_inputs.corpora, *self.run_inputs.validation.values()],
+            self.config.data.check_interval_seconds,
+        )
+        with self._watchdog() as self.watchdog, self.slow_ranks, self.stored_data:
             stopping = self._train(stop, throughput)
             with self.watchdog.phase("finishing"):
                 self.store.close()
@@ -218,7 +223,7 @@ class TrainingRun:
                 self.reporter.warn_once("zero_gradient", zero_gradient(self.step))
             with throughput.waiting_for_data():
                 fault = self.loader.fault() if self.step < self.steps else None
-            stopping = stop.agreed(fault)
+            stopping = stop.agreed(fault or self.stored_data.fault())
             if self.step == self.steps or _due(
                 self.step, self.config.monitoring.log_interval_steps
             ):

@@ -135,7 +135,7 @@ def _data(run_inputs: RunInputs, shards_sampled: int) -> list[Finding]:
             continue
         shards = corpus.scores.manifest.shard_count
         finished = sorted(set(range(shards)) - corpus.scores.missing)
-        sample = random.sample(finished, min(shards_sampled, len(finished)))
+        sample = random.SystemRandom().sample(finished, min(shards_sampled, len(finished)))
         try:
             corpus.scores.verify(shards=sample)
         except ValueError as error:

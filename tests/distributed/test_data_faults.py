@@ -2,13 +2,16 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_slm.data.manifest import check_corpus
 from megatron_slm.testing.corpora import random_documents, write_corpus
 from megatron_slm.testing.spawn import run_on_cpu
-from tests.distributed.test_resume import CASES, VOCABULARY, Tokenizer, make_config
+from tests.distributed.test_resume import CASES, VOCABULARY, Tokenizer, make_config, start
 
 CASE = CASES["fp32, own loss"]
 CUT_AT_STEP = 3
@@ -50,6 +53,47 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
     return str(caught.value), run.step, run.store.saved_step
 
 
+def train_until_the_disk_lies(groups, folder: Path) -> tuple[str, int, int]:
+    """A byte of the corpus changes in mid-run, and nothing in the file's size or times shows it.
+
+    Returns the words of the fault, the last step and the saved one.
+    """
+    from megatron_slm.training.data_fault import DataFault
+
+    prefix = folder / "text"
+    if groups.world_rank == 0:
+        documents = random_documents(40, 30, vocabulary_size=VOCABULARY)
+        write_corpus(prefix, documents, vocabulary_size=VOCABULARY)
+        check_corpus(prefix)
+    torch.distributed.barrier()
+    config = make_config(folder, "run", CASE, groups.dp_size)
+    config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    config.data.check_interval_seconds = 1
+    run = start(groups, config, [str(prefix)])
+    hand_out = run.loader.next_step
+
+    def next_step():
+        if groups.world_rank == 1 and run.step == CUT_AT_STEP - 1:
+            flip_a_byte(Path(f"{prefix}.bin"))
+            while run.stored_data.fault() is None:
+                time.sleep(0.05)
+        return hand_out()
+
+    run.loader.next_step = next_step
+    with pytest.raises(DataFault) as caught:
+        run.run()
+    return str(caught.value), run.step, run.store.saved_step
+
+
+def flip_a_byte(path: Path) -> None:
+    before = path.stat()
+    with open(path, "r+b") as stream:
+        byte = stream.read(1)
+        stream.seek(0)
+        stream.write(bytes([byte[0] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def train_on_nothing(groups, folder: Path) -> None:
     """A run whose corpus has no document of more than one token, which `train` would refuse."""
     from megatron_slm.data.corpora import open_corpora
@@ -69,7 +113,8 @@ def train_on_nothing(groups, folder: Path) -> None:
 
 def meet_all_faults(groups, folder: Path):
     train_on_nothing(groups, folder / "nothing")
-    return [train_until_a_file_is_cut(groups, folder / cut, cut) for cut in ("train", "target")]
+    cut = [train_until_a_file_is_cut(groups, folder / cut, cut) for cut in ("train", "target")]
+    return [*cut, train_until_the_disk_lies(groups, folder / "lies")]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +126,21 @@ def met(tmp_path_factory):
 def test_every_rank_ends_with_the_name_of_the_file_that_one_cannot_read(met):
     _, ours, theirs = met
     for cut, (words, step, saved), told_on_rank_1 in zip(
-        ("train", "target"), ours, theirs, strict=True
+        ("train", "target"), ours[:2], theirs[:2], strict=True
     ):
         assert f"rank1/{cut}.bin: the file was cut short while it was in use" in words
         assert "(process 1 on " in words
         assert saved == step >= CUT_AT_STEP, "what was trained before is in a checkpoint"
         assert told_on_rank_1 == (words, step, saved)
+
+
+def test_bytes_that_the_disk_has_changed_are_found_while_the_run_trains(met):
+    folder, ours, theirs = met
+    words, step, saved = ours[2]
+    assert f"{folder}/lies/text.bin: bytes 0 to " in words
+    assert "the disk has lost them" in words
+    assert saved == step >= CUT_AT_STEP, "what was trained before is in a checkpoint"
+    assert theirs[2] == ours[2]
 
 
 def test_a_step_that_trains_nothing_is_a_warning_once(met):

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import statistics
 import time
 from pathlib import Path
 
@@ -12,17 +13,18 @@ from megatron_slm.testing.spawn import run_on_cpu
 from tests.distributed.test_resume import CASES, STEPS, VOCABULARY, make_config, start
 
 CASE = CASES["fp32, own loss"]
-SLEEP_SECONDS = 0.3
+SLEEP_SECONDS = 0.5
 
 
 def slow_reading(run) -> None:
-    read_step = run.loader._read_step
+    """Whoever asks for the next step waits, however long the other rank's step takes."""
+    reading = run.loader._reading
 
-    def slowly(first_sample):
+    def slowly():
         time.sleep(SLEEP_SECONDS)
-        return read_step(first_sample)
+        return reading()
 
-    run.loader._read_step = slowly
+    run.loader._reading = slowly
 
 
 def slow_computing(run) -> None:
@@ -34,7 +36,8 @@ def train_slowed(groups, folder: Path, name: str, rank: int, slow) -> None:
     """A run in which `slow` has been done to one rank."""
     from megatron_slm.monitoring import slow_ranks
 
-    slow_ranks.SLOW_SECONDS = 0.0  # the run takes seconds, and its ranks differ by no chance
+    # The run is short, and its ranks differ by no chance.
+    slow_ranks.SLOW_SECONDS, slow_ranks.SLOW_INTERVALS = 0.0, 3
     config = make_config(folder, name, CASE, groups.dp_size)
     config.monitoring.log_interval_steps, config.monitoring.validation_interval_steps = 1, 0
     config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
@@ -70,12 +73,15 @@ CASES_OF_SLOWNESS = [("computing", 1, "forward and backward"), ("reading", 0, "w
 def test_the_slow_rank_is_in_the_metrics(folder, name, rank, phase):
     lines = [each for each in records(folder / name, "metrics.jsonl") if each["kind"] == "train"]
     assert len(lines) == STEPS
-    # Two steps of data were read ahead before anything was waited for, and none is after the last.
-    slowed = lines[2:-1]
-    assert {each["throughput/slowest_rank"] for each in slowed} == {rank}
-    for each in slowed:
-        assert each["throughput/slowest_rank_seconds"] > 0.5 * SLEEP_SECONDS
-        assert each["throughput/slowest_rank_excess_seconds"] > 0.3 * SLEEP_SECONDS
+    named = [each["throughput/slowest_rank"] for each in lines]
+    assert statistics.mode(named) == rank, "on a busy machine the other one may be slower once"
+    own = [each for each in lines if each["throughput/slowest_rank"] == rank]
+    assert statistics.median(_of(own, "seconds")) > 0.9 * SLEEP_SECONDS
+    assert statistics.median(_of(own, "excess_seconds")) > 0.5 * SLEEP_SECONDS
+
+
+def _of(lines: list[dict], what: str) -> list[float]:
+    return [each[f"throughput/slowest_rank_{what}"] for each in lines]
 
 
 @pytest.mark.parametrize("name, rank, phase", CASES_OF_SLOWNESS)
