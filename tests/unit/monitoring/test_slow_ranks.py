@@ -49,7 +49,7 @@ def test_a_slow_interval_now_and_then_is_no_warning():
 def test_short_intervals_are_no_warning():
     """Below a minute of all together, ranks of small runs differ by chance."""
     ranks = four()
-    shorter = [[seconds / 10 for seconds in seconds_P] for seconds_P in SLOW]
+    shorter = [interval(data=0.05, compute=seconds) for seconds in (1.0, 1.0, 1.3, 1.0)]
     found = [ranks.look(shorter, SECONDS / 10, STEPS)[1] for _ in range(35)]
     assert [place for place, sentence in enumerate(found) if sentence] == [29]
 
