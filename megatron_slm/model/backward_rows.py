@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_slm.ops.row_skipping import drop_unselected_rows, skip_zero_gradient_rows
+from megatron_slm.ops.row_dropping import drop_unselected_rows
+from megatron_slm.ops.row_skipping import skip_zero_gradient_rows
 
 
 def follow_selection_in_backward(chunk: torch.nn.Module, rows: str, layers: str) -> None:

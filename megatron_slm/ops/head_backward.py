@@ -1,10 +1,13 @@
 """Gradients of the head for the rows that have one.
 
-With g the incoming gradient of a row, p its softmax and z the z-loss coefficient, the gradient of its logits is
+With g the incoming gradient of a row, p its softmax and z the z-loss coefficient, the gradient of
+its logits is
     g * ((1 + 2 z lse) * p - onehot(target)).
-Rows with g = 0 never enter: no product, no pass over the vocabulary, no byte of a collective is spent on them.
+Rows with g = 0 never enter: no product, no pass over the vocabulary and no byte of a collective is
+spent on them.
 
-Legend: N tokens, K rows with a gradient, C rows of a chunk, H hidden, V this rank's true columns, M rows of a sequence-parallel shard.
+Legend: N tokens, K rows with a gradient, C rows of a chunk, G rows of a group of chunks, H hidden,
+V this rank's true vocabulary columns, M rows of a sequence-parallel shard.
 """
 
 from dataclasses import dataclass
@@ -15,14 +18,14 @@ from torch import Tensor
 
 from megatron_slm.ops.head_call import HeadCall, chunks, logit_rows
 from megatron_slm.ops.liger_engine import liger_gradients
-from megatron_slm.ops.matmul import (
-    accumulate_weight_gradient,
-    logits_into,
-    operand,
-    product_precision,
-)
-from megatron_slm.ops.row_passes import place_target, row_passes
+from megatron_slm.ops.matmul import logits_into, operand, product_precision
+from megatron_slm.ops.row_passes import gradient_from_kept, place_target, row_passes
 from megatron_slm.ops.vocab_parallel import KeptRowLayout, VocabularyShard
+from megatron_slm.ops.weight_gradient import (
+    ParameterWithMainGrad,
+    WeightGradient,
+    deliver_weight_gradient,
+)
 
 
 @dataclass
@@ -31,150 +34,178 @@ class HeadBackwardInputs:
 
     head: HeadCall
     rows: Tensor
+    """[N, H], or this rank's [M, H] under sequence parallelism."""
     weight: Tensor
     target_N: Tensor
     upstream_N: Tensor
+    """The gradient of the loss; 0 = the row is left out."""
     lse_N: Tensor
     target_logit_N: Tensor
     maximum_N: Tensor
     kept_NV: Tensor | None
+    """exp(logits - maximum_N) in keep mode; backward overwrites it."""
     widened_VH: Tensor | None
     """Forward's fp32 copy of the weight, where it was kept."""
     needs_hidden: bool
     needs_weight: bool
-    parameter: Tensor | None
+    parameter: ParameterWithMainGrad | None
     """The parameter whose main_grad takes the weight's gradient; None = return it."""
 
 
 def head_gradients(inputs: HeadBackwardInputs) -> tuple[Tensor | None, Tensor | None]:
     """(gradient of rows, gradient of weight), None where not needed."""
     head, shard = inputs.head, inputs.head.shard
-    tokens = len(inputs.target_N)
     index_K = inputs.upstream_N.nonzero().squeeze(1)
-    layout = KeptRowLayout.of(index_K, len(inputs.rows), shard) if head.sequence_parallel else None
-    every_row = len(index_K) == tokens
-    gathered_KH = layout.gather(inputs.rows) if layout is not None else None
+    layout = None
+    if head.sequence_parallel:
+        layout = KeptRowLayout.of(index_K, len(inputs.rows), shard)
+    kept = _KeptRows(inputs, index_K, layout)
     with product_precision(head.plan):
-        partial_KH, gradient_VH = _gradients_of_kept_rows(
-            inputs, gathered_KH, None if every_row else index_K, len(index_K)
-        )
-    gradient_rows = None
-    if inputs.needs_hidden:
-        gradient_rows = reduce_rows(partial_KH, inputs.rows, shard, index_K, layout).to(
-            inputs.rows.dtype
-        )
-    return gradient_rows, deliver_weight_gradient(
-        gradient_VH, inputs.parameter, inputs.weight.dtype
-    ) if inputs.needs_weight else None
+        partial_KH, total_VH = _gradients_of_kept_rows(inputs, kept)
+    gradient_rows = gradient_weight = None
+    if partial_KH is not None:
+        whole = reduce_rows(partial_KH, inputs.rows, shard, index_K, layout)
+        gradient_rows = whole.to(inputs.rows.dtype)
+    if total_VH is not None:
+        gradient_weight = deliver_weight_gradient(total_VH, inputs.parameter, inputs.weight.dtype)
+    return gradient_rows, gradient_weight
+
+
+class _KeptRows:
+    """The K rows that have a gradient, numbered 0 to K - 1."""
+
+    def __init__(self, inputs: HeadBackwardInputs, index_K: Tensor, layout: KeptRowLayout | None):
+        self.count = len(index_K)
+        self.index: Tensor | slice = index_K
+        """Where they are among the N rows."""
+        if self.count == len(inputs.target_N):
+            self.index = slice(None)
+        self._rows = inputs.rows
+        self._gathered_KH = None if layout is None else layout.gather(inputs.rows)
+
+    def places(self, numbers: slice) -> Tensor | slice:
+        """Where the kept rows with these numbers are among the N rows."""
+        return numbers if isinstance(self.index, slice) else self.index[numbers]
+
+    def hidden(self, numbers: slice) -> Tensor:
+        """Hidden states of the kept rows with these numbers."""
+        if self._gathered_KH is not None:
+            return self._gathered_KH[numbers]
+        return self._rows[self.places(numbers)]
 
 
 def _gradients_of_kept_rows(
-    inputs: HeadBackwardInputs, gathered_KH: Tensor | None, index_K: Tensor | None, kept: int
+    inputs: HeadBackwardInputs, kept: _KeptRows
 ) -> tuple[Tensor | None, Tensor | None]:
-    """This rank's (partial gradient of the kept rows, fp32 gradient of its weight rows: main_grad itself when accumulating)."""
+    """(this rank's partial gradient of the kept rows, fp32 gradient of its weight rows).
+
+    The latter is main_grad itself when accumulating into it.
+    """
     plan, columns = inputs.head.plan, inputs.head.shard.columns
-    weight_VH = (
-        inputs.widened_VH
-        if inputs.widened_VH is not None
-        else operand(inputs.weight[:columns], plan)
-    )
-    partial_KH = (
-        inputs.rows.new_zeros((kept, inputs.weight.shape[1]), dtype=weight_VH.dtype)
-        if inputs.needs_hidden
-        else None
-    )
-    total_VH, fresh = _weight_gradient_buffer(inputs)
-    if not kept or not columns:
-        return partial_KH, total_VH.zero_() if fresh and total_VH is not None else total_VH
-    if plan.engine == "liger":
-        return _by_liger(
-            inputs, gathered_KH, slice(None) if index_K is None else index_K, total_VH, fresh
-        )
-    fill = _GradientRows(inputs, index_K, weight_VH)
-    for group in chunks(0, kept, plan.gradient_chunk_tokens):
-        gradient_GV = fill.storage(group)
-        rows_GH = (
-            gathered_KH[group]
-            if gathered_KH is not None
-            else inputs.rows[group if index_K is None else index_K[group]]
-        )
+    weight_VH = inputs.widened_VH
+    if weight_VH is None:
+        weight_VH = operand(inputs.weight[:columns], plan)
+    weight_gradient = partial_KH = None
+    if inputs.needs_weight:
+        weight_gradient = WeightGradient(inputs.weight, columns, inputs.parameter)
+    if inputs.needs_hidden:
+        size = (kept.count, inputs.weight.shape[1])
+        partial_KH = inputs.rows.new_zeros(size, dtype=weight_VH.dtype)
+    if kept.count and columns:
+        if plan.engine == "liger":
+            partial_KH = _by_liger(inputs, kept, weight_gradient)
+        else:
+            _by_chunks(inputs, kept, weight_VH, partial_KH, weight_gradient)
+    return partial_KH, None if weight_gradient is None else weight_gradient.total()
+
+
+def _by_chunks(
+    inputs: HeadBackwardInputs,
+    kept: _KeptRows,
+    weight_VH: Tensor,
+    partial_KH: Tensor | None,
+    weight_gradient: WeightGradient | None,
+) -> None:
+    """Fill partial_KH and weight_gradient: logit gradients chunk by chunk, products by groups."""
+    plan = inputs.head.plan
+    logit_gradients = _LogitGradients(inputs, kept, weight_VH)
+    for group in chunks(0, kept.count, plan.gradient_chunk_tokens):
+        gradient_GV = logit_gradients.storage(group)
+        rows_GH = kept.hidden(group)
         for chunk in chunks(group.start, group.stop, plan.chunk_tokens):
             inside = slice(chunk.start - group.start, chunk.stop - group.start)
-            fill.into(gradient_GV[inside], chunk, rows_GH[inside])
+            logit_gradients.fill(gradient_GV[inside], chunk, rows_GH[inside])
         if partial_KH is not None:
             torch.mm(gradient_GV, weight_VH, out=partial_KH[group])
-        if total_VH is not None:
-            accumulate_weight_gradient(
-                total_VH[:columns], gradient_GV, operand(rows_GH, plan), fresh=fresh
-            )
-            if fresh:
-                total_VH[columns:].zero_()
-                fresh = False
-    return partial_KH, total_VH
+        if weight_gradient is not None:
+            weight_gradient.add(gradient_GV, operand(rows_GH, plan))
 
 
 def _by_liger(
-    inputs: HeadBackwardInputs,
-    gathered_KH: Tensor | None,
-    index_K: Tensor | slice,
-    total_VH: Tensor | None,
-    fresh: bool,
-) -> tuple[Tensor, Tensor | None]:
+    inputs: HeadBackwardInputs, kept: _KeptRows, weight_gradient: WeightGradient | None
+) -> Tensor | None:
+    """The partial gradient of the kept rows, when it is needed; adds to weight_gradient."""
     shard = inputs.head.shard
-    rows_KH = gathered_KH if gathered_KH is not None else inputs.rows[index_K]
-    column_K, owned_K = shard.local_target(inputs.target_N[index_K])
-    weight_VH = inputs.weight[: shard.columns]
-    partial_KH, gradient_VH = liger_gradients(
-        rows_KH, weight_VH, column_K, owned_K, inputs.upstream_N[index_K], inputs.lse_N[index_K]
+    column_K, owned_K = shard.local_target(inputs.target_N[kept.index])
+    partial_KH, product_VH = liger_gradients(
+        kept.hidden(slice(0, kept.count)),
+        inputs.weight[: shard.columns],
+        column_K,
+        owned_K,
+        inputs.upstream_N[kept.index],
+        inputs.lse_N[kept.index],
     )
-    if total_VH is not None and fresh:
-        total_VH[: shard.columns], total_VH[shard.columns :] = gradient_VH, 0.0
-    elif total_VH is not None:
-        total_VH[: shard.columns].add_(gradient_VH)
-    return partial_KH, total_VH
+    if weight_gradient is not None:
+        weight_gradient.add_product(product_VH)
+    return partial_KH if inputs.needs_hidden else None
 
 
-class _GradientRows:
-    """Writes the logit gradients of a chunk of kept rows, from kept exponentials or by computing the logits again."""
+class _LogitGradients:
+    """Logit gradients of kept rows, from kept exponentials or from logits computed again."""
 
-    def __init__(self, inputs: HeadBackwardInputs, index_K: Tensor | None, weight_VH: Tensor):
+    def __init__(self, inputs: HeadBackwardInputs, kept: _KeptRows, weight_VH: Tensor):
         head, plan = inputs.head, inputs.head.plan
-        every = slice(None) if index_K is None else index_K
-        self.plan, self.weight_VH, self.index_K = plan, weight_VH, index_K
+        self.plan, self.weight_VH, self.kept = plan, weight_VH, kept
         self.kept_NV, self.passes = inputs.kept_NV, row_passes(plan)
-        upstream_K, self.lse_K = inputs.upstream_N[every], inputs.lse_N[every]
+        upstream_K, self.lse_K = inputs.upstream_N[kept.index], inputs.lse_N[kept.index]
         z_loss_factor_K = 1.0 + 2.0 * head.z_loss * self.lse_K
         self.scale_K = upstream_K * z_loss_factor_K
         if self.kept_NV is not None:
-            self.scale_K = self.scale_K * (inputs.maximum_N[every] - self.lse_K).exp()
-        # The target's entry is placed from fp32 vectors: p - 1 of a confident token would drown in the rounding of a kept p.
-        self.target_value_K = upstream_K * (
-            z_loss_factor_K * (inputs.target_logit_N[every] - self.lse_K).exp() - 1.0
-        )
-        self.column_K, self.owned_K = head.shard.local_target(inputs.target_N[every])
-        self.in_place = self.kept_NV is not None and self.kept_NV.dtype == weight_VH.dtype
-        rows = min(plan.gradient_chunk_tokens, len(self.scale_K))
-        self.group_GV = (
-            None
-            if self.in_place
-            else logit_rows(inputs.rows, rows, len(weight_VH), weight_VH.dtype)
-        )
-        needs_logits = self.kept_NV is None and weight_VH.dtype != torch.float32
-        self.logits_CV = (
-            logit_rows(inputs.rows, min(plan.chunk_tokens, rows), len(weight_VH), torch.float32)
-            if needs_logits
-            else None
-        )
+            self.scale_K = self.scale_K * (inputs.maximum_N[kept.index] - self.lse_K).exp()
+        # The target's entry is placed from fp32 vectors: p - 1 of a confident token would be lost
+        # in the rounding of a kept p.
+        target_probability_K = (inputs.target_logit_N[kept.index] - self.lse_K).exp()
+        self.target_value_K = upstream_K * (z_loss_factor_K * target_probability_K - 1.0)
+        self.column_K, self.owned_K = head.shard.local_target(inputs.target_N[kept.index])
+        self._allocate(inputs.rows)
+
+    def _allocate(self, like: Tensor) -> None:
+        """Memory for the gradients of a group, and for logits where these need their own."""
+        dtype, columns = self.weight_VH.dtype, len(self.weight_VH)
+        group_rows = min(self.plan.gradient_chunk_tokens, self.kept.count)
+        self.logits_CV: Tensor | None = None
+        if self.kept_NV is not None and self.kept_NV.dtype == dtype:
+            self.in_place, self.storage_GV = True, self.kept_NV
+            return
+        self.in_place, self.storage_GV = False, logit_rows(like, group_rows, columns, dtype)
+        if self.kept_NV is None and dtype != torch.float32:
+            chunk_rows = min(self.plan.chunk_tokens, group_rows)
+            self.logits_CV = logit_rows(like, chunk_rows, columns, torch.float32)
 
     def storage(self, group: slice) -> Tensor:
-        """Where the rows of a group are written: the front of the kept rows when they have the right dtype, else scratch."""
-        return self.kept_NV[group] if self.in_place else self.group_GV[: group.stop - group.start]
+        """Where the rows of a group are written.
 
-    def into(self, out_CV: Tensor, chunk: slice, rows_CH: Tensor) -> None:
+        The front of the kept rows when these have the right dtype, else scratch memory.
+        """
+        if self.in_place:
+            return self.storage_GV[group]
+        return self.storage_GV[: group.stop - group.start]
+
+    def fill(self, out_CV: Tensor, chunk: slice, rows_CH: Tensor) -> None:
         """Fill out_CV for the kept rows numbered `chunk`, whose hidden states are rows_CH."""
         if self.kept_NV is not None:
-            index = chunk if self.index_K is None else self.index_K[chunk]
-            self.passes.gradient_from_kept(self.kept_NV, index, self.scale_K[chunk], out_CV)
+            places = self.kept.places(chunk)
+            gradient_from_kept(self.kept_NV, places, self.scale_K[chunk], out_CV)
         else:
             logits_CV = out_CV if self.logits_CV is None else self.logits_CV[: len(out_CV)]
             logits_into(logits_CV, operand(rows_CH, self.plan), self.weight_VH)
@@ -191,11 +222,15 @@ def reduce_rows(
     index_K: Tensor,
     layout: KeptRowLayout | None,
 ) -> Tensor:
-    """Sum the tensor ranks' parts of the kept rows and put them at their places among `rows`; the others are zero."""
+    """Sum the tensor ranks' parts of the kept rows and put them at their places among `rows`.
+
+    The other rows are zero.
+    """
     if layout is not None:
         return layout.reduce_scatter(partial_KH, len(rows))
     if shard.group is not None:
-        # One row at least: no rank may leave a collective out, and some backends do when there is nothing to send.
+        # One row at least: no rank may leave a collective out, and some backends do when there is
+        # nothing to send.
         sent = partial_KH if len(partial_KH) else partial_KH.new_zeros((1, partial_KH.shape[1]))
         dist.all_reduce(sent, group=shard.group)
     if len(index_K) == len(rows):
@@ -203,31 +238,3 @@ def reduce_rows(
     rows_NH = rows.new_zeros(rows.shape)
     rows_NH[index_K] = partial_KH.to(rows.dtype)
     return rows_NH
-
-
-def _weight_gradient_buffer(inputs: HeadBackwardInputs) -> tuple[Tensor | None, bool]:
-    """(fp32 buffer over all weight rows, whether it holds nothing yet)."""
-    if not inputs.needs_weight:
-        return None, False
-    if inputs.parameter is not None and inputs.parameter.main_grad.dtype == torch.float32:
-        return inputs.parameter.main_grad, False
-    return torch.empty(inputs.weight.shape, dtype=torch.float32, device=inputs.weight.device), True
-
-
-def deliver_weight_gradient(
-    gradient_VH: Tensor, parameter: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """The gradient autograd gets. With `parameter`: into its main_grad, by megatron-core's protocol (tensor_parallel/layers.py, 0.16.1)."""
-    if parameter is None:
-        return gradient_VH.to(dtype)
-    if gradient_VH is not parameter.main_grad:
-        parameter.main_grad.add_(gradient_VH)
-    if not hasattr(parameter, "grad_added_to_main_grad"):
-        return None
-    parameter.grad_added_to_main_grad = True
-    # A tied embedding adds its own gradient to this placeholder, and megatron-core then adds the sum: it must be zeros.
-    return (
-        torch.zeros_like(parameter)
-        if getattr(parameter, "zero_out_wgrad", False)
-        else torch.empty_like(parameter)
-    )

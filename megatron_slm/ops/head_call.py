@@ -1,4 +1,7 @@
-"""One call of the head: everything about it that is not a tensor, and the checks at its door."""
+"""One call of the head: everything about it that is not a tensor, and the checks at its door.
+
+Legend: C rows of a chunk, H hidden, V vocabulary columns of this tensor rank.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,9 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_slm.ops.head_plan import HeadPlan
+from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.ops.vocab_parallel import VocabularyShard
 
 EXTRAS = ("entropy", "sum_squared_probability", "target_rank")
+"""What forward can give beside the loss: the entropy of the softmax in nats; the sum of its squared
+probabilities; and the target's rank (int64; 0 = the most likely token, -1 = ignored), which takes
+one more collective over the tensor ranks."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +28,64 @@ class HeadCall:
     ignore_index: int
     z_loss: float
     sequence_parallel: bool
+    """Hidden rows are sharded over several tensor ranks."""
     accumulate_into_main_grad: bool
-    extras: tuple[str, ...]
+    extras: tuple[str, ...] = ()
+
+    def check(self, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+        """ValueError when the tensors do not fit each other or these settings."""
+        self._check_shapes(hidden, weight, target)
+        if target.dtype != torch.int64:
+            raise ValueError(f"target is {target.dtype}; token ids must be int64.")
+        accepted = (torch.float32, torch.bfloat16, torch.float16)
+        if hidden.dtype != weight.dtype or hidden.dtype not in accepted:
+            raise ValueError(
+                f"hidden is {hidden.dtype} and weight {weight.dtype}; "
+                "both must be the same of float32, bfloat16, float16."
+            )
+        if unknown := set(self.extras) - set(EXTRAS):
+            raise ValueError(f"unknown extras {sorted(unknown)}; choose from {', '.join(EXTRAS)}.")
+        if self.accumulate_into_main_grad and getattr(weight, "main_grad", None) is None:
+            raise ValueError(
+                "accumulate_into_main_grad is on but weight has no main_grad buffer; wrap the "
+                "model in megatron-core's DistributedDataParallel, or turn it off."
+            )
+        if target.device.type == "cpu":  # on a GPU, looking at the ids would stall the stream
+            self._check_ids(target)
+        if self.plan.engine == "liger":
+            check_liger(hidden.dtype, hidden.device, hidden.shape[-1])
+            if self.z_loss:
+                raise ValueError(
+                    f"z_loss is {self.z_loss} with engine 'liger', whose kernel has none; "
+                    "use engine 'torch', or z_loss 0."
+                )
+
+    def _check_shapes(self, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+        rows = list(hidden.shape[:-1])
+        if self.sequence_parallel and rows:
+            rows[0] *= self.shard.ranks
+        if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}; "
+                "expected [..., H] and [vocabulary, H] with the same H."
+            )
+        if list(target.shape) != rows:
+            gathered = ""
+            if self.sequence_parallel:
+                gathered = f" (sequence parallel: {self.shard.ranks} x the first dimension)"
+            raise ValueError(
+                f"target is {tuple(target.shape)}; "
+                f"for hidden {tuple(hidden.shape)} it must be {tuple(rows)}{gathered}."
+            )
+
+    def _check_ids(self, target: Tensor) -> None:
+        outside = (target < 0) | (target >= self.shard.vocabulary_size)
+        wrong = target[(target != self.ignore_index) & outside]
+        if len(wrong):
+            raise ValueError(
+                f"target holds id {wrong[0].item()}; ids must be in "
+                f"[0, {self.shard.vocabulary_size}) or {self.ignore_index} (ignored)."
+            )
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -42,53 +105,6 @@ def logit_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ten
     return storage[:, :columns]
 
 
-def check_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    shard: VocabularyShard,
-    *,
-    ignore_index: int,
-    sharded_rows: bool,
-    extras: tuple[str, ...],
-    accumulate_into_main_grad: bool,
-) -> None:
-    rows = list(hidden.shape[:-1])
-    if sharded_rows and rows:
-        rows[0] *= shard.ranks
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [..., H] and [vocabulary, H] with the same H."
-        )
-    if list(target.shape) != rows:
-        gathered = (
-            f" (sequence parallel: {shard.ranks} x the first dimension)" if sharded_rows else ""
-        )
-        raise ValueError(
-            f"target is {tuple(target.shape)}; for hidden {tuple(hidden.shape)} it must be {tuple(rows)}{gathered}."
-        )
-    if target.dtype != torch.int64:
-        raise ValueError(f"target is {target.dtype}; token ids must be int64.")
-    if hidden.dtype != weight.dtype or hidden.dtype not in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
-        raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be the same of float32, bfloat16, float16."
-        )
-    if unknown := set(extras) - set(EXTRAS):
-        raise ValueError(f"unknown extras {sorted(unknown)}; choose from {', '.join(EXTRAS)}.")
-    if accumulate_into_main_grad and getattr(weight, "main_grad", None) is None:
-        raise ValueError(
-            "accumulate_into_main_grad is on but weight has no main_grad buffer; wrap the model in megatron-core's DistributedDataParallel, "
-            "or turn it off."
-        )
-    if target.device.type == "cpu" and target.numel():
-        wrong = target[
-            (target != ignore_index) & ((target < 0) | (target >= shard.vocabulary_size))
-        ]
-        if len(wrong):
-            raise ValueError(
-                f"target holds id {wrong[0].item()}; ids must be in [0, {shard.vocabulary_size}) or {ignore_index} (ignored)."
-            )
+def target_logits(logits_CV: Tensor, column_C: Tensor, owned_C: Tensor) -> Tensor:
+    """The logit of each row's target; 0 where another rank has the target."""
+    return logits_CV.gather(1, column_C[:, None]).squeeze(1).masked_fill(~owned_C, 0.0)

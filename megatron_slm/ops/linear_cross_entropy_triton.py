@@ -1,12 +1,16 @@
-"""The elementwise passes of row_passes.py as one Triton kernel each: every logit is read from memory as few times as can be.
+"""The elementwise passes of row_passes.py as one Triton kernel each.
+
+Every logit is read from memory as few times as possible:
 
 bytes per logit                       here                          plain torch
 softmax_statistics, nothing kept      4                             36
 softmax_statistics, bf16 kept         4 + 4 + 2                     42
 gradient_from_logits                  4 + 2                         30
 
-Each row is one program, which walks over its columns; sums are formed in a fixed order. The arithmetic is tested without a GPU under
-TRITON_INTERPRET=1. Legend: C rows of a chunk, V vocabulary columns of this tensor rank.
+Each row is one program, which walks over its columns; sums are formed in a fixed order. The
+arithmetic is tested without a GPU under TRITON_INTERPRET=1.
+
+Legend: C rows of a chunk, V vocabulary columns of this tensor rank.
 """
 
 import torch

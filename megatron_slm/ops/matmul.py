@@ -1,11 +1,15 @@
 """Matrix products whose results are fp32 sums of exact products, on any device.
 
-A bf16 x bf16 product is exact in fp32, so fp32 copies of bf16 operands lose nothing. Three ways to the same numbers:
-  fp32_output         cuBLAS takes bf16 operands and writes fp32 (torch.mm(..., out_dtype=torch.float32));
-  widened             operands are copied to fp32 first. On CPUs without bf16 units this is also the fast way: torch's own bf16
-                      product there measured 7 to 150 times slower than widening, and rounds its result to bf16 besides;
-  widened_bf16_units  as widened, and oneDNN is allowed to compute fp32 products with its bf16 units: exact here, because the
-                      operands are bf16 values, and the result stays fp32, which torch's CPU bf16 product would round.
+A bf16 x bf16 product is exact in fp32, so fp32 copies of bf16 operands lose nothing. There are
+three ways to the same numbers:
+
+fp32_output         cuBLAS takes bf16 operands and writes fp32: torch.mm(..., out_dtype=float32).
+widened             Operands are copied to fp32 first. On CPUs without bf16 units this is also the
+                    fast way: torch's own bf16 product there measured 7 to 150 times slower than
+                    widening, and besides it rounds its result to bf16.
+widened_bf16_units  As widened, and oneDNN is allowed to compute fp32 products with its bf16 units.
+                    That is exact here, because the operands are bf16 values, and the result stays
+                    fp32, which torch's bf16 product on a CPU would round.
 
 Legend: C rows of a chunk, H hidden, V vocabulary columns of this rank.
 """
@@ -21,17 +25,21 @@ from megatron_slm.ops.head_plan import HeadPlan
 
 
 def operand(tensor: Tensor, plan: HeadPlan) -> Tensor:
-    """`tensor` in the dtype the products of this plan take."""
+    """`tensor` in the dtype that the products of this plan take."""
     return tensor.float() if plan.matmul.startswith("widened") else tensor
 
 
 @contextmanager
 def product_precision(plan: HeadPlan) -> Iterator[None]:
-    """Within: fp32 products on CPU may use bf16 units when the plan says so. The setting is process-wide, so it is put back."""
+    """Within, fp32 products on a CPU may use bf16 units where the plan says so.
+
+    The setting belongs to the whole process, so it is put back at the end.
+    """
     if plan.matmul != "widened_bf16_units":
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    # torch replaces its own module `mkldnn` by an object while it is imported.
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -50,25 +58,32 @@ def logits_into(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
 def accumulate_weight_gradient(
     total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, *, fresh: bool
 ) -> None:
-    """total += gradient.T @ hidden in fp32; `fresh` overwrites instead (total need not be initialised)."""
-    low_precision = {} if hidden_CH.dtype == torch.float32 else {"out_dtype": torch.float32}
-    if fresh:
-        torch.mm(gradient_CV.t(), hidden_CH, out=total_VH, **low_precision)
-    elif not low_precision or _addmm_takes_an_fp32_total(hidden_CH.dtype, hidden_CH.device):
-        torch.addmm(total_VH, gradient_CV.t(), hidden_CH, out=total_VH, **low_precision)
+    """total += gradient.T @ hidden in fp32; `fresh` overwrites a total that was never written."""
+    gradient_VC = gradient_CV.t()
+    fp32 = torch.float32
+    if hidden_CH.dtype == fp32:
+        if fresh:
+            torch.mm(gradient_VC, hidden_CH, out=total_VH)
+        else:
+            torch.addmm(total_VH, gradient_VC, hidden_CH, out=total_VH)
+    elif fresh:
+        torch.mm(gradient_VC, hidden_CH, out_dtype=fp32, out=total_VH)
+    elif _addmm_takes_an_fp32_total(hidden_CH.dtype, hidden_CH.device):
+        torch.addmm(total_VH, gradient_VC, hidden_CH, out_dtype=fp32, out=total_VH)
     else:
-        total_VH.add_(torch.mm(gradient_CV.t(), hidden_CH, **low_precision))
+        total_VH.add_(torch.mm(gradient_VC, hidden_CH, out_dtype=fp32))
 
 
 @cache
 def _addmm_takes_an_fp32_total(dtype: torch.dtype, device: torch.device) -> bool:
-    """torch 2.8 refuses an fp32 total with bf16 operands, later releases take it. Asked of the device once, with 8 x 8 values."""
-    total, operand_ = (
-        torch.zeros(8, 8, device=device),
-        torch.zeros(8, 8, dtype=dtype, device=device),
-    )
+    """Whether torch.addmm adds a product of `dtype` operands to an fp32 total on this device.
+
+    torch 2.8 refuses, later releases do it. It is tried once per process, with 8 x 8 values.
+    """
+    total = torch.zeros(8, 8, device=device)
+    matrix = torch.zeros(8, 8, dtype=dtype, device=device)
     try:
-        torch.addmm(total, operand_, operand_, out_dtype=torch.float32, out=total)
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
     except RuntimeError:
         return False
     return True

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_slm.ops import head_backward, linear_cross_entropy
+from megatron_slm.ops import head_backward, linear_cross_entropy, weight_gradient
 
 N, H, V, TRUE_V = 90, 48, 160, 150
 IGNORED = -100
@@ -122,20 +122,19 @@ def test_rows_without_a_gradient_are_never_touched(mode):
 
 def test_products_of_backward_see_kept_rows_only(monkeypatch):
     rows_of_dw, rows_of_logits = [], []
-    accumulate, logits_into = (
-        head_backward.accumulate_weight_gradient,
-        head_backward.logits_into,
-    )
-    monkeypatch.setattr(
-        head_backward,
-        "accumulate_weight_gradient",
-        lambda total, p, h, **kw: (rows_of_dw.append(len(p)), accumulate(total, p, h, **kw)),
-    )
-    monkeypatch.setattr(
-        head_backward,
-        "logits_into",
-        lambda out, h, w: (rows_of_logits.append(len(h)), logits_into(out, h, w)),
-    )
+    accumulate = weight_gradient.accumulate_weight_gradient
+    logits_into = head_backward.logits_into
+
+    def counting_accumulate(total_VH, gradient_CV, hidden_CH, **options):
+        rows_of_dw.append(len(gradient_CV))
+        accumulate(total_VH, gradient_CV, hidden_CH, **options)
+
+    def counting_logits_into(out_CV, hidden_CH, weight_VH):
+        rows_of_logits.append(len(hidden_CH))
+        return logits_into(out_CV, hidden_CH, weight_VH)
+
+    monkeypatch.setattr(weight_gradient, "accumulate_weight_gradient", counting_accumulate)
+    monkeypatch.setattr(head_backward, "logits_into", counting_logits_into)
     hidden, weight, target = problem()
     weight_N = upstream("weighted").masked_fill(target == IGNORED, 0.0)
     for mode in ("recompute", "keep"):

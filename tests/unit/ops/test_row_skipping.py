@@ -9,11 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_slm.ops.row_skipping import (
-    drop_unselected_rows,
-    linear_skipping_zero_rows,
-    skip_zero_gradient_rows,
-)
+from megatron_slm.ops.row_dropping import drop_unselected_rows
+from megatron_slm.ops.row_skipping import linear_skipping_zero_rows, skip_zero_gradient_rows
 
 N, H = 24, 16
 
