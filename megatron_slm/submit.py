@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return _do(pipeline, asked)
     except (ConfigError, FolderInUse) as error:
-        print(f"slm-submit: {error}", file=sys.stderr)
+        print(f"submit: {error}", file=sys.stderr)
         return 3 if isinstance(error, RunInputError) else 2
     except OSError as error:
-        print(f"slm-submit: {error}", file=sys.stderr)
+        print(f"submit: {error}", file=sys.stderr)
         return 4
 
 
@@ -119,7 +119,7 @@ def _queue(cluster: slurm.Cluster, must_answer: bool) -> dict[str, slurm.Queued]
     except slurm.SlurmError as error:
         if must_answer:
             raise
-        print(f"slm-submit: {error}; what is in the queue is not known", file=sys.stderr)
+        print(f"submit: {error}; what is in the queue is not known", file=sys.stderr)
         return {}
 
 

@@ -64,7 +64,7 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
         from megatron_slm.training import ending, loop, preflight_job
     except ValueError as error:
         if rank == 0:
-            print(f"slm-train: {error}", file=sys.stderr)
+            print(f"train: {error}", file=sys.stderr)
         if isinstance(error, preflight.PreflightFailed):
             return error.exit_code
         return 3 if isinstance(error, setup.RunInputError) else 2

@@ -236,6 +236,12 @@ def test_only_the_library_is_packaged():
     )
 
 
+def test_every_program_has_a_console_command():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    commands = {f"slm-{name.replace('_', '-')}": f"megatron_slm.{name}:main" for name in PROGRAMS}
+    assert settings["project"]["scripts"] == commands
+
+
 def test_console_commands_exist():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     for command, target in settings["project"]["scripts"].items():

@@ -108,7 +108,7 @@ def _tell_of_failure(error: BaseException, exit_code: int, config: Config, group
     status = run_status.end(config.run.folder, "failed", sentence, step=step, exit_code=exit_code)
     first = status.reason if status is not None and status.state == "failed" else sentence
     if first == sentence or not first.endswith(_words(error)):  # else another rank has said it
-        print(f"slm-train: {sentence}", file=sys.stderr, flush=True)
+        print(f"train: {sentence}", file=sys.stderr, flush=True)
     if run is not None and run.reporter is not None and groups.is_logger:
         run.reporter.message(first, "error")
         run.reporter.close("failed", exit_code)

@@ -189,7 +189,7 @@ class Deadline:
         members = {kind: dist.get_process_group_ranks(getattr(self.groups, kind)) for kind in KINDS}
         words = "; ".join(f"{kind}: {ranks}" for kind, ranks in members.items() if len(ranks) > 1)
         print(
-            f"slm-train: {self.who}: the processes of its groups ({words}) did not all answer within {self.seconds:.0f} s. Look for a "
+            f"train: {self.who}: the processes of its groups ({words}) did not all answer within {self.seconds:.0f} s. Look for a "
             f"process that failed first, a firewall, or the wrong network interface ({variable} in launch/env.sh)",
             file=sys.stderr,
             flush=True,

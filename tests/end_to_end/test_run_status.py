@@ -29,7 +29,7 @@ def test_a_run_that_diverges_is_told_everywhere(corpus, tmp_path):
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["steps"]) == ("failed", 4, 14)
     assert "training diverged" in status["reason"]
-    assert f"slm-train: {status['reason']}" in said
+    assert f"train: {status['reason']}" in said
     errors = [line["text"] for line in lines(run, "warnings.jsonl") if line["level"] == "error"]
     assert errors == [status["reason"]]
     (record,) = (run / "wandb").glob("offline-run-*/*.wandb")

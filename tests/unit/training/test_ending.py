@@ -86,7 +86,7 @@ def test_a_failure_is_told_everywhere(error, exit_code, tmp_path, capsys):
     assert (status.reason, status.step) == (str(error), 7)
     assert run.reporter.messages == [("error", str(error))]
     assert run.reporter.closed == ("failed", exit_code)
-    assert f"slm-train: {error}" in capsys.readouterr().err
+    assert f"train: {error}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
