@@ -153,7 +153,7 @@ def test_every_option_of_a_corpus_reaches_its_program(cluster):
     }
     [stage] = [each for each in cluster.assembled().stages if each.name == "curated"]
     settings = settings_of(build_parser().parse_args(stage.command[3:]))
-    assert (settings.form, settings.include, settings.workers) == ("jsonl", ("*.jsonl",), 3)
+    assert (settings.file_format, settings.include, settings.workers) == ("jsonl", ("*.jsonl",), 3)
     assert (settings.encode.keys, settings.encode.append_eod) == (("title", "text"), False)
     assert (settings.encode.prepend_bos, settings.max_bad_fraction) == (True, 0.1)
     filters = settings.encode.filters
