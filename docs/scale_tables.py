@@ -5,6 +5,7 @@
 Everything above the line MARK in the page is written by hand and stays.
 """
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ RUNS = {
     "Llama-3-8B on 128 GPUs": ("llama3_8b_slm", 16),
     "Llama-3-70B on 2048 GPUs": ("llama3_70b_slm", 256),
 }
-# (what, GPU, tokens per second and GPU that were published, recipe whose model it is)
+# (what, GPU, tokens per second and GPU that were published, recipe whose model it is, nodes)
 ANCHORS = (
     (
         "[TinyLlama](https://github.com/jzhang38/TinyLlama), 16 A100 40 GB, plain",
@@ -35,8 +36,8 @@ ANCHORS = (
         2,
     ),
     (
-        "[torchtitan](https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md), "
-        "Llama-3.1-8B, 8 H100 of 500 W, bf16, compiled",
+        "[torchtitan](https://github.com/pytorch/torchtitan/blob/main/benchmarks/"
+        "llama3_h100_202412_torchtitan.md), Llama-3.1-8B, 8 H100 of 500 W, bf16, compiled",
         "H100",
         6_667,
         "llama3_8b_slm",
@@ -100,9 +101,9 @@ TERMS_8B = {
 }
 
 
-def plan_of(recipe: str, nodes: int, gpu: str = "H100") -> Plan:
+def plan_of(recipe: str, nodes: int, gpu: str = "H100", proposals: int = 0) -> Plan:
     config = load_yaml(ROOT / "launch" / "recipes" / f"{recipe}.yaml")
-    return make_plan(Job(config, config.model.vocabulary_size, find_gpu(gpu), nodes))
+    return make_plan(Job(config, config.model.vocabulary_size, find_gpu(gpu), nodes), proposals)
 
 
 def markdown(table: Table) -> list[str]:
@@ -111,15 +112,19 @@ def markdown(table: Table) -> list[str]:
         "--:" if table.is_numeric(place) and any(table.headings) else "---"
         for place in range(len(headings))
     )
-    rows = [[cell.replace("  ", "&emsp;") for cell in row] for row in table.rows]
     return [
         f"**{table.title}**",
         "",
         f"| {' | '.join(headings)} |",
         f"|{aligned}|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *map(table_row, table.rows),
         "",
     ]
+
+
+def table_row(cells: tuple[str, ...]) -> str:
+    shown = [cell.replace("  ", "&emsp;") for cell in cells]
+    return f"| {' | '.join(shown)} |"
 
 
 def value(expression: str) -> float:
@@ -130,7 +135,7 @@ def value(expression: str) -> float:
 
 def by_hand(plan: Plan) -> list[str]:
     """The worked example; AssertionError where the arithmetic and the planner disagree."""
-    lines = [
+    return [
         "## Llama-3-8B by hand",
         "",
         "The same numbers from the formulas, with `llama3_8b_slm.yaml`'s sizes put in: hidden "
@@ -138,52 +143,39 @@ def by_hand(plan: Plan) -> list[str]:
         "128256, sequences of 8192, tensor 2 with sequence parallelism, 64 data-parallel ranks, "
         "8 micro-batches of one sequence.",
         "",
+        *terms_by_hand(),
+        *memory_by_hand(plan),
+        *time_by_hand(plan),
+        "",
     ]
+
+
+def terms_by_hand() -> list[str]:
+    """The expressions of TERMS_8B and their values."""
+    lines = []
     for title, terms in TERMS_8B.items():
+        lines += [f"**{title}**", "", "| | | |", "|---|---|--:|"]
         lines += [
-            f"**{title}**",
-            "",
-            "| | | |",
-            "|---|---|--:|",
-            *(
-                f"| {name} | `{expression}` | {value(expression):,.0f} |"
-                for name, expression in terms
-            ),
-            "",
+            f"| {name} | `{expression}` | {value(expression):,.0f} |" for name, expression in terms
         ]
+        lines.append("")
+    return lines
+
+
+def memory_by_hand(plan: Plan) -> list[str]:
+    """Memory of a rank, from the terms."""
     parameters = value(TERMS_8B["Parameters of one tensor rank"][-1][1])
     per_token = sum(value(expression) for _, expression in list(TERMS_8B.values())[1])
-    model, executed = (value(expression) for _, expression in TERMS_8B["FLOPs per token"][-2:])
-    memory, time = plan.memory[0], plan.duration
     activations = 32 * 8192 * per_token + 8192 * 4096 * (2 + 2) / 2
     head = 8192 * 64128 * 2 + 64128 * 4096 * (4 + 2)
-    message = 8192 * 4096 * 2
-    sent = 8 * 0.5 * (message * (32 * 10 + 2 + 1 + 2 * 0.6) + 8 * 8192 * 2)
-    seconds = 4194304 * executed / (128 * 989e12 * 0.5)
-    hidden = sent / (450e9 * 0.8)
-    assert (parameters, activations, head) == (
-        plan.stages[0].total,
-        memory.activations,
-        memory.head,
-    )
-    assert (memory.weights, memory.gradients, memory.optimizer) == (
-        2 * parameters,
-        4 * parameters,
-        12 * parameters / 64,
-    )
-    assert (
-        abs(model / plan.work.model - 1) < 1e-12 and abs(executed / plan.work.executed - 1) < 1e-12
-    )
-    assert (
-        abs(seconds / time.compute_seconds - 1) < 1e-9
-        and abs(hidden / time.communication_seconds - 1) < 1e-9
-    )
-
-    def gib(count: float) -> str:
-        return f"{count / 2**30:,.2f} GiB"
-
+    memory = plan.memory[0]
+    assert parameters == plan.stages[0].total
+    assert activations == memory.activations
+    assert head == memory.head
+    assert memory.weights == 2 * parameters
+    assert memory.gradients == 4 * parameters
+    assert memory.optimizer == 12 * parameters / 64
     return [
-        *lines,
         f"- Memory: weights 2 × {parameters:,.0f} = {gib(memory.weights)}; gradients 4 × that "
         f"number = {gib(memory.gradients)}; optimizer 12 × that number / 64 = "
         f"{gib(memory.optimizer)}.",
@@ -191,16 +183,35 @@ def by_hand(plan: Plan) -> list[str]:
         f"8192 × 4096 × (2 + 2) / 2 = {gib(activations)}.",
         "- Head, keep mode: 8192 × 64128 kept values of 2 bytes, and in backward the weight's "
         f"gradient of 64128 × 4096 in fp32 and bf16 = {gib(head)}.",
+    ]
+
+
+def time_by_hand(plan: Plan) -> list[str]:
+    """Seconds of a step, from the terms."""
+    model, executed = (value(expression) for _, expression in TERMS_8B["FLOPs per token"][-2:])
+    time = plan.duration
+    message = 8192 * 4096 * 2
+    sent = 8 * 0.5 * (message * (32 * 10 + 2 + 1 + 2 * 0.6) + 8 * 8192 * 2)
+    compute_seconds = 4194304 * executed / (128 * 989e12 * 0.5)
+    tensor_seconds = sent / (450e9 * 0.8)
+    assert math.isclose(model, plan.work.model, rel_tol=1e-12)
+    assert math.isclose(executed, plan.work.executed, rel_tol=1e-12)
+    assert math.isclose(compute_seconds, time.compute_seconds, rel_tol=1e-9)
+    assert math.isclose(tensor_seconds, time.communication_seconds, rel_tol=1e-9)
+    return [
         f"- Time: 4,194,304 tokens × {executed / 1e9:,.2f} GFLOP / (128 × 989 TFLOP/s × 0.5) = "
-        f"{seconds:.3f} s of computing.",
+        f"{compute_seconds:.3f} s of computing.",
         f"- Tensor parallelism: a message is 8192 × 4096 × 2 bytes = {message / 2**20:.0f} MiB; "
         "ten halves of an all-reduce per layer, two for the embedding and 1 + 2 × 0.6 for the "
         f"head, (2 - 1)/2 of each, 8 micro-batches: {sent / 1e9:,.1f} GB over NVLink at 0.8 × 450 "
-        f"GB/s = {hidden:.3f} s.",
+        f"GB/s = {tensor_seconds:.3f} s.",
         f"- Step: {time.step_seconds:.3f} s, which is 4,194,304 / {time.step_seconds:.3f} = "
         f"{time.tokens_per_second:,.0f} tokens/s.",
-        "",
     ]
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB"
 
 
 def anchors() -> list[str]:
@@ -246,7 +257,7 @@ def tables_text() -> str:
             "```",
             "",
         ]
-        for table in tables(plan_of(recipe, nodes)):
+        for table in tables(plan_of(recipe, nodes, proposals=5)):
             lines += markdown(table)
     lines += by_hand(plan_of("llama3_8b_slm", 16)) + anchors()
     return "\n".join(lines)

@@ -7,8 +7,9 @@ from pathlib import Path
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Positive, Size
 
-DESCRIPTION = """Compare the logits of a checkpoint with those of its Hugging Face export, position by
-position, in fp32.
+DESCRIPTION = """Compare the logits of a checkpoint with those of its Hugging Face export.
+
+They are compared position by position, in fp32.
 
 Prints the largest difference; exit code 0 when it is below --tolerance, 1 when it is not, 3 when
 something cannot be opened."""

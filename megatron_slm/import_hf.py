@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _imported_before(options: argparse.Namespace, checkpoints: Path) -> int:
-    """Exit code for a run folder with checkpoints: 0 when step 0 is this very import, 2 when not."""
+    """Exit code where checkpoints exist: 0 when step 0 is this very import, 2 when it is not."""
     imported = step_folder(checkpoints, 0)
     before = None
     if imported in complete_checkpoints(checkpoints):

@@ -42,7 +42,6 @@ NOT_YET_SHORT = (
     "megatron_slm/monitoring",
     "megatron_slm/ops",
     "megatron_slm/pipeline",
-    "megatron_slm/planning",
     "megatron_slm/scoring",
     "megatron_slm/selection",
     "megatron_slm/testing",

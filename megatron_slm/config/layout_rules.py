@@ -1,4 +1,4 @@
-"""Rules between settings that every program checks: sizes, the layout, what an engine can compute."""
+"""Rules between settings that every program checks: sizes, layout, what an engine can do."""
 
 from collections.abc import Iterator
 

@@ -8,7 +8,8 @@ import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 from megatron_slm.config.values import union_members
 
@@ -65,27 +66,39 @@ def range_of(hint) -> Range | None:
 
 def out_of_range(settings, where: str = "") -> Iterator[tuple[str, str]]:
     """(name, sentence) of every number out of range, in a dataclass and those inside it."""
-    hints = typing.get_type_hints(type(settings), include_extras=True)
-    for field in dataclasses.fields(settings):
-        name = f"{where}{field.name}"
-        yield from _problems(getattr(settings, field.name), hints[field.name], name)
+    for name, hint in _hints_of(type(settings)).items():
+        yield from _problems(getattr(settings, name), hint, f"{where}{name}")
+
+
+# The planner asks this of thousands of configurations, and finding out what annotations say takes
+# ten times as long as comparing numbers with it.
+@cache
+def _hints_of(settings_class) -> dict[str, Any]:
+    return typing.get_type_hints(settings_class, include_extras=True)
+
+
+@cache
+def _bounds_of(hint) -> Range:
+    return next(filter(None, map(range_of, union_members(hint))), Range())
 
 
 def _problems(value, hint, name: str) -> Iterator[tuple[str, str]]:
-    if dataclasses.is_dataclass(value):
+    if value is None or isinstance(value, str | bool):
+        return
+    if isinstance(value, int | float):
+        bounds = _bounds_of(hint)
+        if value not in bounds:
+            yield name, f"{name}: got {value}; expected {_expected(value, bounds)}"
+    elif dataclasses.is_dataclass(value):
         yield from out_of_range(value, f"{name}.")
     elif isinstance(value, list):
-        [of_items] = typing.get_args(hint) or [typing.Any]
+        [of_items] = typing.get_args(hint) or [Any]
         for position, item in enumerate(value):
             yield from _problems(item, of_items, f"{name}[{position}]")
     elif isinstance(value, Mapping):
         # Options of scorers and schedules, whose own checks know their bounds.
         for key, item in value.items():
-            yield from _problems(item, typing.Any, f"{name}.{key}")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        bounds = next(filter(None, map(range_of, union_members(hint))), Range())
-        if value not in bounds:
-            yield name, f"{name}: got {value}; expected {_expected(value, bounds)}"
+            yield from _problems(item, Any, f"{name}.{key}")
 
 
 def _expected(value: float, bounds: Range) -> str:

@@ -1,10 +1,10 @@
 """Read YAML that somebody else may have written: plain values only, each key once, and no more
 values than a person would write.
 
-PyYAML's safe loader makes no objects of foreign classes. But it silently takes the last of two equal
-keys, and expands a few hundred bytes of aliases into gigabytes. Its other failures (dates that do
-not exist, numbers of thousands of digits, brackets nested by the thousand) come as errors of
-Python's own; here they are all YAMLErrors.
+PyYAML's safe loader makes no objects of foreign classes. But it silently takes the last of two
+equal keys, and expands a few hundred bytes of aliases into gigabytes. Its other failures (dates
+that do not exist, numbers of thousands of digits, brackets nested by the thousand) come as errors
+of Python's own; here they are all YAMLErrors.
 """
 
 from typing import Any

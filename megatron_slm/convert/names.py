@@ -1,4 +1,4 @@
-"""Our tensors under Hugging Face's names, and Hugging Face's under ours, by the table in table.py."""
+"""Our tensors under Hugging Face's names and the other way round, by the table in table.py."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -50,7 +50,7 @@ class Duration:
 
 
 def bubble_fraction(job: Job) -> float:
-    """(pp - 1) / (v · micro-batches): idle time over the time without a bubble, for equal stages."""
+    """(pp - 1) / (v · micro-batches): idle time over busy time, for equal stages."""
     parallel = job.config.parallel
     return (parallel.pipeline - 1) / (parallel.virtual_pipeline * job.micro_batches)
 
@@ -58,23 +58,19 @@ def bubble_fraction(job: Job) -> float:
 def duration(job: Job) -> Duration:
     """The prediction.
 
-    With stages of different length the longest one sets the pace: M · longest + (sum of the others)
-    / v.
+    With stages of different length the longest one sets the pace:
+    M · longest + (sum of the others) / v.
     """
     parallel, micro_batches = job.config.parallel, job.micro_batches
     per_token = work(job)
     by_stage = [traffic(job, stage) for stage in range(parallel.pipeline)]
     compute = [stage_seconds(job, per_token, stage) for stage in range(parallel.pipeline)]
-    in_line = [
-        sum(each.seconds for each in found if _in_line(each)) / micro_batches for found in by_stage
-    ]
+    in_line = [_in_line_seconds(found) / micro_batches for found in by_stage]
     lengths = [a + b for a, b in zip(compute, in_line, strict=True)]
     slowest = max(range(len(lengths)), key=lambda stage: lengths[stage])
     bubble = (sum(lengths) - lengths[slowest]) / parallel.virtual_pipeline
-    data = max(_exposed(found, seconds) for found, seconds in zip(by_stage, compute, strict=True))
-    selection = max(
-        sum(each.seconds for each in found if each.role == "selection") for found in by_stage
-    )
+    data = max(map(_exposed_seconds, by_stage, compute))
+    selection = max(map(_selection_seconds, by_stage))
     optimizer = max(optimizer_seconds(job, stage) for stage in range(parallel.pipeline))
     step = micro_batches * lengths[slowest] + bubble + data + selection + optimizer
     tokens_per_second = job.step_tokens / step
@@ -100,58 +96,56 @@ def stage_seconds(job: Job, per_token: Work, stage: int) -> float:
     # With experts this takes an even load: a micro-batch lasts as long as the busiest expert's
     # rank.
     flops = (per_token.layers + per_token.recomputed) / stages
-    flops += (
-        _forward_share(job, forward_flops(job, job.config.model), stage)
-        if job.scores_before_backward
-        else 0
-    )
-    flops += (
-        _forward_share(job, forward_flops(job, job.reference_model), stage)
-        if job.online_reference
-        else 0
-    )
-    flops += per_token.head if stage == stages - 1 else 0
-    return (
-        job.rank_tokens
-        * flops
-        / parallel.tensor
-        / (job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency)
-    )
+    if job.scores_before_backward:
+        flops += _forward_share(job, forward_flops(job, job.config.model), stage)
+    if job.online_reference:
+        flops += _forward_share(job, forward_flops(job, job.reference_model), stage)
+    if stage == stages - 1:
+        flops += per_token.head
+    rate = job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency
+    return job.rank_tokens * flops / parallel.tensor / rate
 
 
 def _forward_share(job: Job, forward: FlopsPerToken, stage: int) -> float:
     """What a stage does of a forward pass."""
-    last = stage == job.config.parallel.pipeline - 1
-    return (forward.forward - forward.head) / job.config.parallel.pipeline + (
-        forward.head if last else 0
-    )
+    stages = job.config.parallel.pipeline
+    head = forward.head if stage == stages - 1 else 0
+    return (forward.forward - forward.head) / stages + head
 
 
 def optimizer_seconds(job: Job, stage: int) -> float:
-    """AdamW moves bytes and computes little."""
+    """The optimizer step is bound by the memory's bandwidth, not by computing."""
     held = stage_parameters(job, stage)
-    spread = job.config.parallel.distributed_optimizer
-    count = held.dense / (
-        job.data_parallel * job.config.parallel.context if spread else 1
-    ) + held.experts / (job.expert_data_parallel if spread else 1)
+    owners = owners_of_experts = 1
+    if job.config.parallel.distributed_optimizer:
+        owners = job.data_parallel * job.config.parallel.context
+        owners_of_experts = job.expert_data_parallel
+    count = held.dense / owners + held.experts / owners_of_experts
     return count * OPTIMIZER_BYTES / job.gpu.memory_bytes_per_second
 
 
-def _in_line(each: Traffic) -> bool:
-    return each.role in ("tensor", "context", "experts", "pipeline") and not each.hidden_by_compute
+def _in_line_seconds(of_stage: list[Traffic]) -> float:
+    """Seconds of communication that computation waits for."""
+    roles = ("tensor", "context", "experts", "pipeline")
+    return sum(
+        each.seconds for each in of_stage if each.role in roles and not each.hidden_by_compute
+    )
 
 
-def _exposed(found: list[Traffic], micro_batch_seconds: float) -> float:
-    """Seconds of gradient and weight traffic that stick out: backward is two thirds of a
-    micro-batch, forward one third.
+def _selection_seconds(of_stage: list[Traffic]) -> float:
+    return sum(each.seconds for each in of_stage if each.role == "selection")
+
+
+def _exposed_seconds(of_stage: list[Traffic], micro_batch_seconds: float) -> float:
+    """Seconds of exposed (not overlapped) gradient and weight traffic.
+
+    Backward, which gradients overlap with, is two thirds of a micro-batch; forward, which weights
+    overlap with, one third.
     """
     exposed = 0.0
-    for each in found:
+    for each in of_stage:
         if each.role == "data":
-            cover = (
-                0.0
-                if not each.hidden_by_compute
-                else micro_batch_seconds * (2 / 3 if "gradients" in each.name else 1 / 3)
-            )
-            exposed += max(0.0, each.seconds - cover)
+            share = 2 / 3 if "gradients" in each.name else 1 / 3
+            overlapped = micro_batch_seconds * share if each.hidden_by_compute else 0.0
+            exposed += max(0.0, each.seconds - overlapped)
     return exposed

@@ -1,6 +1,4 @@
-"""Work of one token: the model's own (what MFU is measured against), and what is executed beside
-it.
-"""
+"""The work of one token that MFU is measured against: the model's own, without recomputation."""
 
 from dataclasses import dataclass
 
@@ -9,7 +7,7 @@ from megatron_slm.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Floating-point operations (a multiply and an add are two) for one token of one forward pass."""
+    """Operations (a multiply and an add are two) for one token of one forward pass."""
 
     attention_projections: int
     attention_core: int
@@ -39,8 +37,8 @@ def model_flops_per_token(
       projections  L * 2H(a + 2g)d + L * 2adH      queries, keys and values; output
       core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a
                    causal mask shows on average
-      feed-forward L * 6HF                         gate, up and down of SwiGLU; with experts L *
-          (6HFk + 2HE): the k experts a token is sent to, and the router
+      feed-forward L * 6HF                         gate, up and down of SwiGLU
+                   L * (6HFk + 2HE)                with experts: k of them per token, and the router
       head         2HV                             the embedding is a lookup and costs none
     """
     head_size = model.head_size or model.hidden_size // model.attention_heads
@@ -51,11 +49,9 @@ def model_flops_per_token(
         feed_forward = (
             feed_forward * model.experts_per_token + 2 * model.hidden_size * model.experts
         )
+    projections = 2 * model.hidden_size * (2 * query_width + 2 * query_groups * head_size)
     return FlopsPerToken(
-        attention_projections=model.layers
-        * 2
-        * model.hidden_size
-        * (2 * query_width + 2 * query_groups * head_size),
+        attention_projections=model.layers * projections,
         attention_core=model.layers * 2 * query_width * (sequence_length + 1),
         feed_forward=model.layers * feed_forward,
         head=2 * model.hidden_size * vocabulary_size,

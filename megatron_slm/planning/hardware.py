@@ -45,10 +45,12 @@ GPUS = (
 
 
 def find_gpu(name: str) -> GPU | None:
-    """The GPU of a name as people write it ("h100") or as the driver does ("NVIDIA H100 80GB
-    HBM3"); None where none is known.
+    """The GPU of a name as people write it (h100) or as the driver does (NVIDIA H100 80GB HBM3).
+
+    None where none is known.
     """
     normalized = name.replace("-", " ").lower()
-    return next(
-        (gpu for gpu in GPUS if all(word in normalized for word in gpu.name.lower().split())), None
-    )
+    for gpu in GPUS:
+        if all(word in normalized for word in gpu.name.lower().split()):
+            return gpu
+    return None

@@ -38,28 +38,27 @@ def head_memory(job: Job) -> HeadMemory:
     mode = "keep" if kept <= KEPT_BUDGET_BYTES else "recompute"
     chunk = min(chunk_tokens(tokens, columns), tokens)
     logits = 4 * chunk * columns
-    in_place = (
-        mode == "keep" and job.config.device.precision != "fp16"
-    )  # what is kept is bf16, also in fp16
-    rows = 0 if in_place else min(6 * chunk, tokens) * columns * 2 if low else logits
+    # What is kept is bf16 in an fp16 run too, so its fp16 gradient cannot be written over it.
+    in_place = mode == "keep" and job.config.device.precision != "fp16"
+    gradient_rows = 0
+    if not in_place:
+        gradient_rows = min(6 * chunk, tokens) * columns * 2 if low else logits
     again = logits if mode == "recompute" and low else 0
-    gradient = columns * hidden * (4 + (2 if low else 0))
+    weight_gradient = columns * hidden * (4 + (2 if low else 0))
     forward = 0 if mode == "keep" and not low else logits
-    return HeadMemory(
-        mode, kept if mode == "keep" else 12 * tokens, max(forward, rows + again + gradient)
-    )
+    backward = gradient_rows + again + weight_gradient
+    return HeadMemory(mode, kept if mode == "keep" else 12 * tokens, max(forward, backward))
 
 
 def chunk_tokens(tokens: int, columns: int) -> int:
-    """Rows whose fp32 logits exist at once, on a GPU: a sixteenth of the tokens within 256 MiB of
-    logits.
-    """
+    """Rows whose fp32 logits exist at once on a GPU: a 16th of the tokens, in 256 MiB at most."""
     fitting = (256 << 20) // (4 * max(columns, 1))
     return max(256, min(-(-tokens // 16), fitting, 4096) // 128 * 128)
 
 
 def head_products(mode: str, trained_fraction: float) -> float:
-    """Products of H x V per token, forward and backward, in units of one forward: 1 + 2k (keep) or
-    1 + 3k (recompute).
+    """Products of H x V per token, forward and backward, in units of one forward.
+
+    1 + 2k (keep) or 1 + 3k (recompute), where k is the trained fraction.
     """
     return 1 + (2 if mode == "keep" else 3) * trained_fraction

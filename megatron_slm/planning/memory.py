@@ -46,45 +46,39 @@ class RankMemory:
 
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
-    """The peak of a rank of pipeline stage `stage`: backward of its oldest micro-batch while the
-    others are in flight.
-    """
+    """The peak of a rank of a stage: backward of its oldest micro-batch, the others in flight."""
     parallel = job.config.parallel
     state = state_bytes(job, stage)
     last = stage == parallel.pipeline - 1
     head = head_memory(job) if last else None
-    boundaries = 0
-    if (
-        parallel.pipeline > 1
-    ):  # the schedule holds the received input and the sent output of every chunk in flight
-        boundaries = (
-            2
-            * job.rank_tokens
-            * job.config.model.hidden_size
-            * job.weight_bytes
-            // job.sequence_split
-        )
     chunks = chunks_in_flight(job, stage)
     layers_of_chunk = job.stage_layers / parallel.virtual_pipeline
     saved = layer_bytes(job) * layers_of_chunk * chunks
-    if (
-        last and job.config.model.recompute != "full"
-    ):  # released before the first layer is computed again, which takes more
+    if last and job.config.model.recompute != "full":
+        # With full recomputation it is released before the first layer is computed again, which
+        # takes more.
         saved += final_norm_bytes(job)
-    reference = (
-        stage_parameters(job, stage, job.reference_model).total * job.weight_bytes
-        if job.online_reference
-        else 0
-    )
+    reference = 0
+    if job.online_reference:
+        held = stage_parameters(job, stage, job.reference_model)
+        reference = held.total * job.weight_bytes
     return RankMemory(
         *state,
         activations=int(saved),
         working=working_bytes(job),
         head=head.kept_bytes + head.scratch_bytes if head else 0,
         reference=reference,
-        communication=communication_bytes(job) + boundaries * chunks,
+        communication=communication_bytes(job) + boundary_bytes(job) * chunks,
         context=CONTEXT_BYTES if job.fused else 0,
     )
+
+
+def boundary_bytes(job: Job) -> int:
+    """The received input and the sent output that the schedule holds of every chunk in flight."""
+    if job.config.parallel.pipeline == 1:
+        return 0
+    width = job.config.model.hidden_size * job.weight_bytes
+    return 2 * job.rank_tokens * width // job.sequence_split
 
 
 def state_bytes(job: Job, stage: int) -> tuple[int, int, int]:
@@ -138,42 +132,38 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     recompute = recompute or model.recompute
     if recompute == "full":
         return tokens * model.hidden_size * width / job.sequence_split
-    feed_forward = 0 if model.experts else (3 if job.fused else 5) * model.ffn_hidden_size * width
+    feed_forward = 0
+    if not model.experts:
+        feed_forward = (3 if job.fused else 5) * model.ffn_hidden_size * width
     per_tensor_rank = attention_bytes_per_token(job, recompute) + feed_forward
     norms = 2 * model.hidden_size * (norm_input_bytes(job) + width)
-    dropped = (
-        2 * model.hidden_size if model.dropout else 0
-    )  # one byte of mask per value, twice a layer
+    # One byte of mask per value, twice a layer.
+    dropped = 2 * model.hidden_size if model.dropout else 0
     experts = expert_bytes_per_token(job) if model.experts else 0
-    # torch's attention keeps a mask of documents as a bias per query and key, whole on every tensor
-    # rank; recomputed, it keeps none.
-    mask = (
-        job.config.data.sequence_length * width
-        if job.isolated_documents and recompute == "none"
-        else 0
-    )
+    document_mask = 0
+    if job.isolated_documents and recompute == "none":
+        # torch's attention keeps a mask of documents as a bias per query and key, whole on every
+        # tensor rank; recomputed, it keeps none.
+        document_mask = job.config.data.sequence_length * width
     return tokens * (
-        mask
+        document_mask
         + (norms + dropped + experts) / job.sequence_split
         + per_tensor_rank / job.config.parallel.tensor
     )
 
 
 def expert_bytes_per_token(job: Job) -> float:
-    """What the mixture of experts saves for one token, with the load spread evenly (a busier
-    expert's rank holds more).
+    """What the mixture of experts saves for one token, with the load spread evenly.
 
-    For each of its k experts: the row that is sent there (on every rank the expert is split over),
-    3F as in a dense layer (on a CPU 6F: the router's weight multiplies one more result), 36 bytes
-    of places and weights. For the router 9 bytes per expert: probabilities twice, a mask.
+    The rank of a busier expert holds more. For each of its k experts: the row that is sent there
+    (on every rank the expert is split over), 3F as in a dense layer (on a CPU 6F: the router's
+    weight multiplies one more result), 36 bytes of places and weights. For the router 9 bytes per
+    expert: probabilities twice, a mask.
     """
     model, width = job.config.model, job.weight_bytes
     row = model.hidden_size * width * job.expert_tensor
-    return (
-        model.experts_per_token
-        * (row + (3 if job.fused else 6) * model.ffn_hidden_size * width + 36)
-        + 9 * model.experts
-    )
+    feed_forward = (3 if job.fused else 6) * model.ffn_hidden_size * width
+    return model.experts_per_token * (row + feed_forward + 36) + 9 * model.experts
 
 
 def attention_bytes_per_token(job: Job, recompute: str) -> float:
@@ -187,13 +177,8 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
     normed = (heads + groups) * size * norm_input_bytes(job) if model.qk_norm else 0
     if context > 1 and not job.transformer_engine:
         if recompute == "none":
-            return (
-                normed
-                + heads * size * width
-                + 2 * context * groups * size * width
-                + 2 * output
-                + lse
-            )
+            whole_sequence = 2 * context * groups * size * width
+            return normed + heads * size * width + whole_sequence + 2 * output + lse
         return normed + projection + rotated + output
     return normed + projection + rotated + output + lse
 
@@ -207,33 +192,26 @@ def norm_input_bytes(job: Job) -> int:
 
 def final_norm_bytes(job: Job) -> int:
     """Input and output of the last norm; its output is the head's input."""
-    return (
-        job.rank_tokens
-        * job.config.model.hidden_size
-        * (norm_input_bytes(job) + job.weight_bytes)
-        // job.sequence_split
-    )
+    width = job.config.model.hidden_size * (norm_input_bytes(job) + job.weight_bytes)
+    return job.rank_tokens * width // job.sequence_split
 
 
 def working_bytes(job: Job) -> int:
-    """Backward through one layer: gradients of gate and up and of the residual stream, twice each;
-    the recomputed layer when full.
+    """Backward through one layer: gradients of gate and up and of the residual stream, twice each.
+
+    With full recomputation also the layer that is computed again.
     """
     model: ModelConfig = job.config.model
-    wide = (
-        2
-        * model.ffn_hidden_size
-        * (model.experts_per_token if model.experts else 1)
-        // job.config.parallel.tensor
-    )
+    experts = model.experts_per_token if model.experts else 1
+    wide = 2 * model.ffn_hidden_size * experts // job.config.parallel.tensor
     gradients = 2 * job.rank_tokens * job.weight_bytes * (wide + model.hidden_size)
     again = layer_bytes(job, "none") if model.recompute == "full" else 0
     return int(gradients + again)
 
 
 def communication_bytes(job: Job) -> int:
-    """megatron-core's buffer for gathered activations under sequence parallelism, and two p2p
-    receive buffers between stages.
+    """megatron-core's buffers: gathered activations under sequence parallelism, and what two stages
+    receive from each other.
     """
     hidden = job.rank_tokens * job.config.model.hidden_size * job.weight_bytes
     gathered = hidden if job.sequence_split > 1 else 0

@@ -1,5 +1,6 @@
-"""Parameters of the decoder, whole and per rank: equal to the tensors that model/build.py makes
-(tests hold them together).
+"""Parameters of the decoder, whole and per rank.
+
+They are those of the tensors that model/build.py makes; tests hold the two together.
 """
 
 from dataclasses import dataclass
@@ -34,26 +35,22 @@ class Parameters:
 
 
 def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
-    """One layer on one of `tensor` ranks.
+    """One layer on one of t = `tensor` ranks.
 
-    H hidden, a query heads, g key/value heads, d head size, F feed-forward:
-
-    queries, keys, values (a + 2g)d·H / t, output a·d·H / t, gate and up 2F·H / t, down F·H / t; two
-    norms of H on every rank; optional bias (a + 2g)d / t and norms 2d of queries and keys. With E
-    experts the router's E·H in the place of the feed-forward layer; the experts are
-    expert_parameters'.
+    H hidden, a query heads, g key/value heads, d head size, F feed-forward: queries, keys, values
+    (a + 2g)d·H / t, output a·d·H / t, gate and up 2F·H / t, down F·H / t; two norms of H on every
+    rank; optional bias (a + 2g)d / t and norms 2d of queries and keys. With E experts the router's
+    E·H stands in the place of the feed-forward layer; expert_parameters counts the experts.
     """
     hidden, size, groups = model.hidden_size, head_size(model), query_groups(model)
     projected = (model.attention_heads + 2 * groups) * size
-    split = (
-        projected * hidden
-        + model.attention_heads * size * hidden
-        + (0 if model.experts else 3 * model.ffn_hidden_size * hidden)
-    )
-    split += projected if model.qkv_bias else 0
-    return (
-        split // tensor + 2 * hidden + (2 * size if model.qk_norm else 0) + model.experts * hidden
-    )
+    split = projected * hidden + model.attention_heads * size * hidden
+    if not model.experts:
+        split += 3 * model.ffn_hidden_size * hidden
+    if model.qkv_bias:
+        split += projected
+    norms = 2 * hidden + (2 * size if model.qk_norm else 0)
+    return split // tensor + norms + model.experts * hidden
 
 
 def expert_parameters(model: ModelConfig, ranks: int = 1) -> int:
@@ -64,38 +61,33 @@ def expert_parameters(model: ModelConfig, ranks: int = 1) -> int:
 def active_parameters(job: Job) -> int:
     """Parameters that one token meets: of the experts, those it is sent to."""
     model, whole = job.config.model, model_parameters(job)
-    return whole.dense + (
-        whole.experts * model.experts_per_token // model.experts if model.experts else 0
-    )
+    if not model.experts:
+        return whole.dense
+    return whole.dense + whole.experts * model.experts_per_token // model.experts
 
 
 def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> Parameters:
-    """What a rank of pipeline stage `stage` holds of the trained model, or of `model` (a reference)
-    in the same layout.
+    """What a rank of pipeline stage `stage` holds of the trained model.
+
+    model: another one in the same layout, a reference.
     """
     model = model or job.config.model
     parallel = job.config.parallel
-    rows = (
-        padded_vocabulary_size(job.config, job.vocabulary_size)
-        // parallel.tensor
-        * model.hidden_size
-    )
+    rows = padded_vocabulary_size(job.config, job.vocabulary_size) // parallel.tensor
+    vocabulary = rows * model.hidden_size
+    layers = model.layers // parallel.pipeline
     first, last = stage == 0, stage == parallel.pipeline - 1
     return Parameters(
-        embedding=rows if first else 0,
-        layers=model.layers // parallel.pipeline * layer_parameters(model, parallel.tensor),
+        embedding=vocabulary if first else 0,
+        layers=layers * layer_parameters(model, parallel.tensor),
         final_norm=model.hidden_size if last else 0,
-        head=rows if last and not (model.tied_embeddings and first) else 0,
-        experts=model.layers
-        // parallel.pipeline
-        * expert_parameters(model, parallel.expert * job.expert_tensor),
+        head=vocabulary if last and not (model.tied_embeddings and first) else 0,
+        experts=layers * expert_parameters(model, parallel.expert * job.expert_tensor),
     )
 
 
 def model_parameters(job: Job, model: ModelConfig | None = None) -> Parameters:
-    """The whole model, each parameter once, padded vocabulary rows included: what a checkpoint
-    holds.
-    """
+    """The whole model as a checkpoint holds it: each parameter once, padded rows included."""
     return parameters_of_model(job.config, job.vocabulary_size, model)
 
 

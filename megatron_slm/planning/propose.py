@@ -1,24 +1,24 @@
-"""Layouts that fit, the fastest first: every combination this framework would accept is computed
-and ranked.
-"""
+"""Layouts that fit, the fastest first: all combinations that train accepts are computed."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import Literal
 
 from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
+from megatron_slm.config.schema import ParallelConfig
 from megatron_slm.planning.duration import Duration, duration
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.memory import RankMemory, fullest_stage, usable_bytes
 
-RECOMPUTE = ("none", "selective", "full")
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 CHUNKS = (1, 2, 4, 5)
-"""Of a pipeline rank.
-
-More would shorten the bubble further, by messages whose start is not in the prediction."""
+"""Model chunks of a pipeline rank. More would shorten the bubble further, at the price of more
+messages, whose latency is not in the prediction."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -36,12 +36,14 @@ class Proposal:
         parallel, config = self.job.config.parallel, self.job.config
         experts = f"--parallel.expert {parallel.expert} " if config.model.experts else ""
         return (
-            f"--parallel.tensor {parallel.tensor} --parallel.sequence "
-            f"{str(parallel.sequence).lower()} --parallel.pipeline {parallel.pipeline} "
-            f"--parallel.virtual_pipeline {parallel.virtual_pipeline} --parallel.context "
-            f"{parallel.context} {experts}--parallel.distributed_optimizer "
-            f"{str(parallel.distributed_optimizer).lower()} --model.recompute "
-            f"{config.model.recompute} --data.micro_batch_size {config.data.micro_batch_size}"
+            f"--parallel.tensor {parallel.tensor} "
+            f"--parallel.sequence {str(parallel.sequence).lower()} "
+            f"--parallel.pipeline {parallel.pipeline} "
+            f"--parallel.virtual_pipeline {parallel.virtual_pipeline} "
+            f"--parallel.context {parallel.context} {experts}"
+            f"--parallel.distributed_optimizer {str(parallel.distributed_optimizer).lower()} "
+            f"--model.recompute {config.model.recompute} "
+            f"--data.micro_batch_size {config.data.micro_batch_size}"
         )
 
 
@@ -50,12 +52,12 @@ def fits(job: Job) -> bool:
 
 
 def propose(job: Job, count: int) -> list[Proposal]:
-    """The `count` fastest layouts that fit, the best recomputation, chunks and micro-batch of each
-    (tensor, pipeline, context, expert) only.
+    """The `count` fastest layouts that fit.
 
-    The global batch, the sequence length and the overlap settings stay. The micro-batch times the
-    data-parallel size decides which tokens compete under the data_parallel scope: a proposal may
-    change that.
+    Of each (tensor, pipeline, context, expert) only the best recomputation, number of chunks and
+    micro-batch. The global batch, the sequence length and the overlap settings stay. The micro-
+    batch times the data-parallel size decides which tokens compete under the data_parallel scope: a
+    proposal may change that.
     """
     best: dict[tuple[int, ...], Proposal] = {}
     rank = partial(_rank, configured_micro_batch=job.config.data.micro_batch_size)
@@ -73,7 +75,7 @@ def propose(job: Job, count: int) -> list[Proposal]:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A job near one that train refuses: what to change, and the fastest layout after the change."""
+    """A job near one that train refuses: what to change, and the fastest layout after that."""
 
     change: str
     """Options of plan and train beside the layout's; "" = the layout alone."""
@@ -122,26 +124,22 @@ def candidates(job: Job) -> Iterator[Job]:
 
     Tensor and expert groups stay inside a node, where the links are fast.
     """
-    config = job.config
-    for tensor, pipeline, context in product(
-        _powers(job.gpus_per_node), range(1, config.model.layers + 1), _powers(min(16, job.ranks))
-    ):
-        if config.model.layers % pipeline or job.ranks % (tensor * pipeline * context):
+    config, layers = job.config, job.config.model.layers
+    tensor_sizes = _powers(job.gpus_per_node)
+    context_sizes = _powers(min(16, job.ranks))
+    expert_sizes = [1]
+    if config.model.experts:
+        expert_sizes = [each for each in tensor_sizes if config.model.experts % each == 0]
+    micro_batches = sorted({*MICRO_BATCHES, config.data.micro_batch_size})
+    for tensor, pipeline, context in product(tensor_sizes, range(1, layers + 1), context_sizes):
+        if layers % pipeline or job.ranks % (tensor * pipeline * context):
             continue
         replicas = job.ranks // (tensor * pipeline * context)
-        virtual = (
-            [each for each in CHUNKS if config.model.layers % (pipeline * each) == 0]
-            if pipeline > 1
-            else [1]
-        )
-        experts = (
-            [each for each in _powers(job.gpus_per_node) if config.model.experts % each == 0]
-            if config.model.experts
-            else [1]
-        )
-        sizes = {*MICRO_BATCHES, config.data.micro_batch_size}
+        chunk_counts = [1]
+        if pipeline > 1:
+            chunk_counts = [each for each in CHUNKS if layers % (pipeline * each) == 0]
         for chunks, micro_batch, recompute, expert in product(
-            virtual, sorted(sizes), RECOMPUTE, experts
+            chunk_counts, micro_batches, RECOMPUTE, expert_sizes
         ):
             if config.data.global_batch_size % (replicas * micro_batch):
                 continue
@@ -155,17 +153,21 @@ def candidates(job: Job) -> Iterator[Job]:
                 sequence=tensor > 1,
                 distributed_optimizer=True,
             )
-            candidate = replace(
-                job,
-                config=replace(
-                    config,
-                    parallel=parallel,
-                    model=replace(config.model, recompute=recompute),
-                    data=replace(config.data, micro_batch_size=micro_batch),
-                ),
-            )
+            candidate = _with_layout(job, parallel, recompute, micro_batch)
             if _accepted(candidate):
                 yield candidate
+
+
+def _with_layout(
+    job: Job, parallel: ParallelConfig, recompute: Recompute, micro_batch_size: int
+) -> Job:
+    config = replace(
+        job.config,
+        parallel=parallel,
+        model=replace(job.config.model, recompute=recompute),
+        data=replace(job.config.data, micro_batch_size=micro_batch_size),
+    )
+    return replace(job, config=config)
 
 
 def _powers(limit: int) -> list[int]:
@@ -180,9 +182,9 @@ def _accepted(job: Job) -> bool:
     return True
 
 
-def _rank(proposal: Proposal, configured_micro_batch: int) -> tuple:
-    """Fastest first; among layouts within half a percent of each other, the micro-batch nearest to
-    the configured one, then free memory.
+def _rank(proposal: Proposal, configured_micro_batch: int) -> tuple[int, float, int]:
+    """Fastest first; within half a percent of each other, the micro-batch nearest to the configured
+    one, then free memory.
     """
     away = abs(math.log2(proposal.job.config.data.micro_batch_size / configured_micro_batch))
     return (

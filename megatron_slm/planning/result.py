@@ -53,11 +53,12 @@ class Plan:
 def make_plan(job: Job, proposals: int = 5) -> Plan:
     """The plan of a job that config.check accepts, with at most `proposals` other layouts."""
     stages = range(job.config.parallel.pipeline)
+    memory = [rank_memory(job, stage) for stage in stages]
     return Plan(
         job=job,
         parameters=model_parameters(job),
         stages=[stage_parameters(job, stage) for stage in stages],
-        memory=[rank_memory(job, stage) for stage in stages],
+        memory=memory,
         fullest_stage=fullest_stage(job)[0],
         head=head_memory(job),
         work=work(job),
@@ -82,18 +83,23 @@ def busiest_traffic(job: Job) -> list[Traffic]:
 
 
 def checkpoint_bytes(job: Job, *, with_optimizer: bool | None = None) -> int:
-    """One checkpoint: the weights, and with the optimizer two fp32 moments and under bf16 the fp32
-    weights. Metadata is not counted.
+    """One checkpoint without its metadata.
+
+    It holds the weights; with the optimizer also two fp32 moments and, under bf16, fp32 weights.
     """
     count = model_parameters(job).total
     low = job.config.device.precision != "fp32"
-    optimizer = job.config.checkpoint.save_optimizer if with_optimizer is None else with_optimizer
-    return count * (job.weight_bytes + ((12 if low else 8) if optimizer else 0))
+    if with_optimizer is None:
+        with_optimizer = job.config.checkpoint.save_optimizer
+    if not with_optimizer:
+        return count * job.weight_bytes
+    return count * (job.weight_bytes + (12 if low else 8))
 
 
 def checkpoints_on_disk(config: Config, steps: int) -> int:
-    """Checkpoints that lie in the run folder at most: the newest, one for good every so often, the
-    best, and one being written.
+    """Checkpoints in the run folder at most.
+
+    These are the newest, one for good every so often, the best, and one that is being written.
     """
     settings = config.checkpoint
     saved = -(-steps // settings.interval_steps) if settings.interval_steps else 1

@@ -1,5 +1,6 @@
 """A plan as tables of text: the terminal and docs/scale.md print the same ones."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_slm.planning.job import Job
@@ -7,6 +8,15 @@ from megatron_slm.planning.memory import USABLE_FRACTION
 from megatron_slm.planning.parameters import active_parameters
 from megatron_slm.planning.propose import Proposal
 from megatron_slm.planning.result import Plan, checkpoints_on_disk
+from megatron_slm.planning.wording import (
+    bytes_in_words,
+    describe_data,
+    describe_layout,
+    describe_selection,
+    flops_in_words,
+    gib,
+    in_words,
+)
 
 PARTS = {
     "weights": "weights",
@@ -25,7 +35,7 @@ PARTS = {
 class Table:
     title: str
     headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def is_numeric(self, place: int) -> bool:
         """Whether a column reads better right-aligned."""
@@ -50,88 +60,68 @@ def tables(plan: Plan) -> list[Table]:
 
 
 def job_table(plan: Plan) -> Table:
-    job = plan.job
-    parallel, data = job.config.parallel, job.config.data
-    parameters = plan.parameters
-    return Table(
-        "The job",
-        ("", ""),
-        [
+    job, parameters = plan.job, plan.parameters
+    data = job.config.data
+    experts = f"experts {in_words(parameters.experts)}, " if parameters.experts else ""
+    rows = [
+        (
+            "parameters",
+            f"{parameters.total:,} (embedding {in_words(parameters.embedding)}, layers "
+            f"{in_words(parameters.layers)}, {experts}head {in_words(parameters.head)})",
+        ),
+        ("GPUs", f"{job.ranks} {job.gpu.name}: {job.nodes} nodes of {job.gpus_per_node}"),
+        ("layout", f"{describe_layout(job)}, data {job.data_parallel}"),
+    ]
+    if parameters.experts:
+        model = job.config.model
+        rows.append(
             (
-                "parameters",
-                f"{parameters.total:,} (embedding {_count(parameters.embedding)}, layers "
-                f"{_count(parameters.layers)}, "
-                + (f"experts {_count(parameters.experts)}, " if parameters.experts else "")
-                + f"head {_count(parameters.head)})",
-            ),
-            ("GPUs", f"{job.ranks} {job.gpu.name}: {job.nodes} nodes of {job.gpus_per_node}"),
-            ("layout", f"{describe_layout(job)}, data {job.data_parallel}"),
-            *(
-                [
-                    (
-                        "a token meets",
-                        f"{active_parameters(job):,} parameters: "
-                        f"{job.config.model.experts_per_token} of {job.config.model.experts} "
-                        "experts",
-                    )
-                ]
-                if parameters.experts
-                else []
-            ),
-            ("recomputation", job.config.model.recompute),
-            (
-                "step",
-                f"{data.global_batch_size} sequences of {data.sequence_length} = "
-                f"{job.step_tokens:,} tokens; {job.micro_batches} micro-batches of "
-                f"{data.micro_batch_size} per data-parallel rank",
-            ),
-            ("run", f"{job.steps:,} steps, {_count(job.steps * job.step_tokens)} tokens"),
-            ("data", describe_data(job)),
-            (
-                "selection",
-                describe_selection(job),
-            ),
-            (
-                "tokens that compete",
-                f"{job.competing_tokens:,}" if job.rules.scorer.uses_keep_fraction else "-",
-            ),
-            (
-                "optimizer",
-                "AdamW, "
-                f"{'spread over the data-parallel ranks' if parallel.distributed_optimizer else 'whole on every rank'}",
-            ),
-        ],
-    )
+                "a token meets",
+                f"{active_parameters(job):,} parameters: {model.experts_per_token} of "
+                f"{model.experts} experts",
+            )
+        )
+    spread = job.config.parallel.distributed_optimizer
+    rows += [
+        ("recomputation", job.config.model.recompute),
+        (
+            "step",
+            f"{data.global_batch_size} sequences of {data.sequence_length} = "
+            f"{job.step_tokens:,} tokens; {job.micro_batches} micro-batches of "
+            f"{data.micro_batch_size} per data-parallel rank",
+        ),
+        ("run", f"{job.steps:,} steps, {in_words(job.steps * job.step_tokens)} tokens"),
+        ("data", describe_data(job)),
+        ("selection", describe_selection(job)),
+        (
+            "tokens that compete",
+            f"{job.competing_tokens:,}" if job.rules.scorer.uses_keep_fraction else "-",
+        ),
+        (
+            "optimizer",
+            f"AdamW, {'spread over the data-parallel ranks' if spread else 'whole on every rank'}",
+        ),
+    ]
+    return Table("The job", ("", ""), rows)
 
 
 def memory_table(plan: Plan) -> Table:
     """GiB per rank of the first, the fullest and the last pipeline stage."""
     last = len(plan.memory) - 1
     shown = sorted({0, plan.fullest_stage, last})
-    headings = (
-        ("GiB per rank", *(f"stage {stage}" for stage in shown))
-        if last
-        else ("GiB per rank", "all ranks")
-    )
-    rows = [
-        (words, *(_gib(getattr(plan.memory[stage], part)) for stage in shown))
-        for part, words in PARTS.items()
-        if any(getattr(memory, part) for memory in plan.memory)
+    stages = [f"stage {stage}" for stage in shown] if last else ["all ranks"]
+    rows: list[tuple[str, ...]] = []
+    for part, name in PARTS.items():
+        if any(getattr(memory, part) for memory in plan.memory):
+            rows.append((name, *(gib(getattr(plan.memory[stage], part)) for stage in shown)))
+    totals = [plan.memory[stage].total for stage in shown]
+    usable = f"usable: {USABLE_FRACTION:.0%} of {plan.job.gpu.memory_bytes / 1e9:.0f} GB"
+    rows += [
+        ("total", *map(gib, totals)),
+        (usable, *[gib(plan.usable_bytes)] * len(shown)),
+        ("fits", *("yes" if total <= plan.usable_bytes else "NO" for total in totals)),
     ]
-    rows.append(("total", *(_gib(plan.memory[stage].total) for stage in shown)))
-    rows.append(
-        (
-            f"usable: {USABLE_FRACTION:.0%} of {plan.job.gpu.memory_bytes / 1e9:.0f} GB",
-            *(_gib(plan.usable_bytes) for _ in shown),
-        )
-    )
-    rows.append(
-        (
-            "fits",
-            *("yes" if plan.memory[stage].total <= plan.usable_bytes else "NO" for stage in shown),
-        )
-    )
-    return Table(f"Memory (head: {plan.head.mode})", headings, rows)
+    return Table(f"Memory (head: {plan.head.mode})", ("GiB per rank", *stages), rows)
 
 
 def work_table(plan: Plan) -> Table:
@@ -148,7 +138,11 @@ def work_table(plan: Plan) -> Table:
     return Table(
         "Work",
         ("", "FLOPs per token", "FLOPs per step"),
-        [(name, _flops(value), _flops(value * tokens)) for name, value in parts if value],
+        [
+            (name, flops_in_words(value), flops_in_words(value * tokens))
+            for name, value in parts
+            if value
+        ],
     )
 
 
@@ -159,7 +153,7 @@ def traffic_table(plan: Plan) -> Table:
             each.name,
             each.link,
             str(each.ranks),
-            _bytes(each.sent_bytes),
+            bytes_in_words(each.sent_bytes),
             f"{each.seconds * 1e3:,.1f}",
             "overlapped" if each.hidden_by_compute else "waits",
         )
@@ -204,20 +198,20 @@ def time_table(plan: Plan) -> Table:
 def storage_table(plan: Plan) -> Table:
     count = checkpoints_on_disk(plan.job.config, plan.job.steps)
     rows = [
-        ("one checkpoint", _bytes(plan.checkpoint_bytes)),
-        (f"checkpoints on disk, at most {count}", _bytes(count * plan.checkpoint_bytes)),
+        ("one checkpoint", bytes_in_words(plan.checkpoint_bytes)),
+        (f"checkpoints on disk, at most {count}", bytes_in_words(count * plan.checkpoint_bytes)),
     ]
     if plan.scoring:
         scoring = plan.scoring
         rows += [
             (
-                f"score store of {_count(scoring.tokens)} corpus tokens, fp16",
-                _bytes(scoring.store_bytes),
+                f"score store of {in_words(scoring.tokens)} corpus tokens, fp16",
+                bytes_in_words(scoring.store_bytes),
             ),
             (
                 "scoring the corpus once, before the run",
-                f"{_flops(scoring.flops_per_token)} FLOPs per token, {scoring.gpu_hours:,.1f} "
-                f"GPU-hours ({scoring.gpu_hours / plan.duration.gpu_hours:.0%} of the run)",
+                f"{flops_in_words(scoring.flops_per_token)} FLOPs per token, "
+                f"{scoring.gpu_hours:,.1f} GPU-hours ({scoring.gpu_hours / plan.duration.gpu_hours:.0%} of the run)",
             ),
         ]
     return Table("On disk, and scoring", ("", ""), rows)
@@ -239,10 +233,10 @@ def proposal_table(proposals: list[Proposal], job: Job) -> Table:
                 str(each.job.data_parallel),
                 own.model.recompute,
                 str(own.data.micro_batch_size),
-                _gib(each.memory.total),
-                _count(each.duration.tokens_per_second),
+                gib(each.memory.total),
+                in_words(each.duration.tokens_per_second),
                 f"{each.duration.model_flops_utilization:.1%}",
-                *((_count(each.job.competing_tokens),) if selects else ()),
+                *((in_words(each.job.competing_tokens),) if selects else ()),
             )
         )
     headings = (
@@ -264,58 +258,3 @@ def proposal_table(proposals: list[Proposal], job: Job) -> Table:
         headings,
         rows,
     )
-
-
-def describe_selection(job: Job) -> str:
-    """The scorer, and the share of the tokens whose backward is counted."""
-    scorer = job.rules.scorer
-    if scorer.name == "none":
-        return "none"
-    if not scorer.uses_keep_fraction:
-        return f"{scorer.name}, which decides alone: every token is counted as trained on"
-    at_most = "" if scorer.kind == "score" else "at most "
-    return f"{scorer.name}, {at_most}{job.trained_fraction:.0%} of the tokens trained on"
-
-
-def describe_data(job: Job) -> str:
-    """Size of the training corpora, and how often the run passes over them."""
-    if job.epochs is None:
-        return "size not known: data.train is not on this machine; give --corpus-tokens"
-    return f"{_count(job.corpus_tokens)} tokens: {job.epochs:,.3g} epochs"
-
-
-def describe_layout(job: Job) -> str:
-    """tensor 8 + sequence, pipeline 4 x 2 chunks, context 2."""
-    parallel = job.config.parallel
-    words = [
-        f"tensor {parallel.tensor}{' + sequence' if parallel.sequence else ''}",
-        f"pipeline {parallel.pipeline}",
-    ]
-    if parallel.virtual_pipeline > 1:
-        words[1] += f" x {parallel.virtual_pipeline} chunks"
-    if parallel.context > 1:
-        words.append(f"context {parallel.context}")
-    if job.config.model.experts:
-        words.append(f"expert {parallel.expert} (each over {job.expert_tensor})")
-    return ", ".join(words)
-
-
-def _gib(value: float) -> str:
-    return f"{value / 2**30:,.2f}"
-
-
-def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    size, unit = next(((size, unit) for size, unit in units if value >= size), (1, ""))
-    return f"{value / size:,.3g}{unit}" if value / size < 1000 else f"{value / size:,.0f}{unit}"
-
-
-def _count(value: float) -> str:
-    return _scaled(value, ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")))
-
-
-def _flops(value: float) -> str:
-    return _scaled(value, ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M")))
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " KB")))

@@ -1,5 +1,6 @@
-"""Floating-point operations that are executed, beside the model's own: recomputation, the selective
-head, the reference.
+"""Floating-point operations that are executed beside the model's own.
+
+These are recomputation, the selective head and the reference.
 """
 
 from dataclasses import dataclass
@@ -56,9 +57,7 @@ def forward_flops(job: Job, model: ModelConfig) -> FlopsPerToken:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Pricing the corpus once with a reference, before the run; None when the run needs no stored
-    scores.
-    """
+    """Scoring the corpus once with a reference, before the run."""
 
     flops_per_token: int
     tokens: int
@@ -67,19 +66,17 @@ class Scoring:
 
 
 def scoring(job: Job) -> Scoring | None:
-    """Windows without overlap (the default of python -m megatron_slm.score); fp16 scores.
+    """None when the run needs no stored scores.
 
+    Windows do not overlap (the default of python -m megatron_slm.score), and scores are fp16.
     Half-overlapping windows cost twice as much.
     """
     if not job.config.selection.reference.scores:
         return None
     flops = forward_flops(job, job.reference_model).forward
     tokens = job.corpus_tokens or job.step_tokens * job.steps
-    seconds = (
-        flops
-        * tokens
-        / (job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency)
-    )
+    rate = job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency
+    seconds = flops * tokens / rate
     return Scoring(flops, tokens, seconds / 3600, score_store_bytes(tokens))
 
 
