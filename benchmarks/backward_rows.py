@@ -88,7 +88,7 @@ def backward(model: torch.nn.Module, batch: torch.Tensor, keep_fraction: float) 
     """One forward and backward of the selected tokens' mean loss; returns the mean over all tokens."""
     tokens_BS, labels_BS = batch[:, :-1], batch[:, 1:]
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
-    loss_BS = model(tokens_BS, positions_BS, None, labels=labels_BS)
+    loss_BS = model(tokens_BS, positions_BS, None, labels=labels_BS).loss_BS
     kept = round(keep_fraction * loss_BS.numel())
     weight_BS = (
         torch.zeros(loss_BS.numel())
@@ -231,7 +231,8 @@ def evaluate(model: torch.nn.Module, batches: Batches) -> float:
     for seed in range(4):
         batch = batches.take(seed, batches.held_out)
         positions_BS = torch.arange(batch.shape[1] - 1).expand(len(batch), -1)
-        losses.append(model(batch[:, :-1], positions_BS, None, labels=batch[:, 1:]).mean().item())
+        head = model(batch[:, :-1], positions_BS, None, labels=batch[:, 1:])
+        losses.append(head.loss_BS.mean().item())
     return statistics.mean(losses)
 
 

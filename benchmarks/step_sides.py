@@ -185,8 +185,9 @@ class Stock:
         """Gradient of the mean loss under token weights, in main_grad; plain CLM: the loss mask."""
         from megatron_slm.model.forward_backward import forward_backward
 
-        def masked(index, batch, loss_BS):
-            return (loss_BS.float() * weight_BS).sum(), weight_BS.sum(dtype=torch.float64), {}
+        def masked(index, batch, output):
+            loss_sum = (output.loss_BS.float() * weight_BS).sum()
+            return loss_sum, weight_BS.sum(dtype=torch.float64), {}
 
         for model in self.models:
             model.zero_grad_buffer()
@@ -206,13 +207,11 @@ def stock_model(
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_slm.model.build import (
-        initialize_weights,
-        padded_vocabulary_size,
-        resolve_layers,
-        transformer_config,
-    )
+    from megatron_slm.config.sizes import padded_vocabulary_size
+    from megatron_slm.model.build import resolve_layers
+    from megatron_slm.model.initialization import initialize_weights
     from megatron_slm.model.layers import layer_spec
+    from megatron_slm.model.transformer_config import transformer_config
 
     on_gpu = groups.device.type == "cuda"
     core_config = transformer_config(config, on_gpu=on_gpu)

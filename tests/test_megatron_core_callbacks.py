@@ -51,7 +51,7 @@ CALLBACKS = [
     (
         "models.gpt:GPTModel.forward",
         "self._postprocess",
-        ("model/build.py", "Decoder", "_postprocess"),
+        ("model/decoder.py", "Decoder", "_postprocess"),
         True,
     ),
     (

@@ -4,10 +4,12 @@ megatron-core's own local layers refuse sequence parallelism (WrappedTorchNorm) 
 parallelism (DotProductAttention), and materialise [s, s] attention scores. These two modules
 replace exactly those parts.
 
-Shapes: s = sequence (local to the sequence- or context-parallel rank), b = batch, n = heads, g = key/value groups, d = head size.
+s: sequence (local to the sequence- or context-parallel rank), b: batch, n: heads, g: key/value
+groups, d: head size.
 """
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -27,11 +29,12 @@ from megatron_slm.model.router import Router
 
 
 class RMSNorm(torch.nn.Module):
-    """torch.nn.functional.rms_norm in fp32, with a weight, by apex's fused kernel where it is built; marks its weight for sequence parallelism.
+    """torch.nn.functional.rms_norm in fp32, with a weight; by apex's fused kernel where it is
+    built.
 
-    Under sequence parallelism each tensor rank sees other positions, so the weight's gradient must be summed over the
-    tensor group; megatron-core does that for weights with `sequence_parallel` set
-    (_allreduce_non_tensor_model_parallel_grads).
+    Under sequence parallelism each tensor rank sees other positions, so the weight's gradient must
+    be summed over the tensor group; megatron-core does that for weights with `sequence_parallel`
+    set (_allreduce_non_tensor_model_parallel_grads).
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
         self.fused = apex_rms_norm()  # sums in fp32 too, reads and writes the hidden state once
 
     def forward(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
@@ -61,10 +64,11 @@ class RMSNorm(torch.nn.Module):
 class CausalAttention(torch.nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, also under context parallelism.
 
-    Equals softmax(QK^T / sqrt(d) + causal mask) V. With context parallelism a rank holds chunks r and 2c-1-r of the
-    2c equal chunks of the sequence (megatron-core's head-tail slicing, which balances causal work). Keys and values are
-    all-gathered over the context group (their gradient is reduce-scattered), put in order, and each of the two query
-    chunks attends to its prefix. A mask (bool, True = hidden) has a row per query here and a column per token of the whole
+    Equals softmax(QK^T / sqrt(d) + causal mask) V. With context parallelism a rank holds chunks r
+    and 2c-1-r of the 2c equal chunks of the sequence (megatron-core's head-tail slicing, which
+    balances causal work). Keys and values are all-gathered over the context group (their gradient
+    is reduce-scattered), put in order, and each of the two query chunks attends to its prefix. A
+    mask (bool, True = hidden) has a row per query here and a column per token of the whole
     sequence; it must hide the future itself.
     """
 
@@ -82,11 +86,9 @@ class CausalAttention(torch.nn.Module):
         super().__init__()
         self.scale = softmax_scale  # None = 1/sqrt(head size), torch's default
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.context_group = (
-            pg_collection.cp
-            if pg_collection is not None and config.context_parallel_size > 1
-            else None
-        )
+        self.context_group: dist.ProcessGroup | None = None
+        if pg_collection is not None and config.context_parallel_size > 1:
+            self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -100,18 +102,21 @@ class CausalAttention(torch.nn.Module):
     ):
         if attention_bias is not None or packed_seq_params is not None:
             raise NotImplementedError(
-                "torch-native attention takes neither an attention bias nor packed sequences; use device.layers: transformer_engine"
+                "torch-native attention takes neither an attention bias nor packed sequences; use "
+                "device.layers: transformer_engine"
             )
-        query, key, value = (
-            x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd)
-        )  # [b, n, s, d]
+        query = query_sbnd.permute(1, 2, 0, 3)  # [b, n, s, d]
         if self.context_group is not None:
-            key, value = self._whole_sequence(key_sbgd), self._whole_sequence(value_sbgd)
-            context = self._attend_chunks(query, key, value, attention_mask)
-        elif attention_mask is not None:  # bool, True = hidden, megatron-core's sense
-            context = self._attend(query, key, value, attn_mask=~attention_mask)
+            key = _whole_sequence(key_sbgd, self.context_group)
+            value = _whole_sequence(value_sbgd, self.context_group)
+            context = self._attend_chunks(query, key, value, attention_mask, self.context_group)
         else:
-            context = self._attend(query, key, value, is_causal=True)
+            key = key_sbgd.permute(1, 2, 0, 3)
+            value = value_sbgd.permute(1, 2, 0, 3)
+            if attention_mask is not None:  # bool, True = hidden, megatron-core's sense
+                context = self._attend(query, key, value, attn_mask=~attention_mask)
+            else:
+                context = self._attend(query, key, value, is_causal=True)
         return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, n*d]
 
     def _attend(self, query, key, value, **mask):
@@ -125,31 +130,32 @@ class CausalAttention(torch.nn.Module):
             **mask,
         )
 
-    def _whole_sequence(self, part_sbgd: torch.Tensor) -> torch.Tensor:
-        """All-gather over the context group and undo head-tail slicing: [s/c, b, g, d] -> [b, g, s, d]."""
-        size = self.context_group.size()
-        gathered = gather_from_sequence_parallel_region(
-            part_sbgd.contiguous(), group=self.context_group
-        )
-        chunks = gathered.chunk(2 * size, dim=0)  # rank r contributes chunks r and 2c-1-r
-        order = [2 * r if r < size else 2 * (2 * size - 1 - r) + 1 for r in range(2 * size)]
-        return torch.cat([chunks[i] for i in order]).permute(1, 2, 0, 3)
-
-    def _attend_chunks(self, query, key, value, hidden):
-        size, rank = self.context_group.size(), self.context_group.rank()
+    def _attend_chunks(self, query, key, value, hidden, context_group: dist.ProcessGroup):
+        size = context_group.size()
+        rank = context_group.rank()
         length = query.shape[2] // 2
         outputs = []
         for place, chunk in enumerate((rank, 2 * size - 1 - rank)):
-            rows, seen = slice(place * length, (place + 1) * length), (chunk + 1) * length
-            mask = (
-                causal_lower_right(length, seen) if hidden is None else ~hidden[:, :, rows, :seen]
-            )
+            rows = slice(place * length, (place + 1) * length)
+            end = (chunk + 1) * length  # of the prefix that this chunk attends to
+            mask = causal_lower_right(length, end) if hidden is None else ~hidden[:, :, rows, :end]
+            chunk_query = query[:, :, rows]
             outputs.append(
-                self._attend(
-                    query[:, :, rows], key[:, :, :seen], value[:, :, :seen], attn_mask=mask
-                )
+                self._attend(chunk_query, key[:, :, :end], value[:, :, :end], attn_mask=mask)
             )
         return torch.cat(outputs, dim=2)
+
+
+def _whole_sequence(part_sbgd: torch.Tensor, context_group: dist.ProcessGroup) -> torch.Tensor:
+    """All-gather over the context group and undo head-tail slicing.
+
+    [s/c, b, g, d] -> [b, g, s, d]
+    """
+    size = context_group.size()
+    gathered = gather_from_sequence_parallel_region(part_sbgd.contiguous(), group=context_group)
+    chunks = gathered.chunk(2 * size, dim=0)  # rank r contributes chunks r and 2c-1-r
+    order = [2 * r if r < size else 2 * (2 * size - 1 - r) + 1 for r in range(2 * size)]
+    return torch.cat([chunks[i] for i in order]).permute(1, 2, 0, 3)
 
 
 def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
@@ -173,7 +179,8 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts:
         parts.mlp.submodules.router = Router
-        # Transformer Engine fuses no norm into a mixture and stores it under its own name; the same here, so that checkpoints fit both.
+        # Transformer Engine fuses no norm into a mixture and stores it under its own name; the same
+        # is done here, so that checkpoints fit both.
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention

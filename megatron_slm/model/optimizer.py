@@ -1,22 +1,25 @@
 """megatron-core's DistributedDataParallel and mixed-precision AdamW around our model chunks."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_model_config
 
 from megatron_slm.config.schema import Config
-from megatron_slm.model.build import DTYPES
+from megatron_slm.model.transformer_config import DTYPES
 
 
 def wrap_data_parallel(
-    chunks: list[torch.nn.Module], config: Config
+    chunks: Sequence[torch.nn.Module], config: Config
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk: gradients are summed in fp32 over data x context ranks and divided once, later, by our own count."""
+    """Wrap each chunk: gradients are summed in fp32 over data x context ranks, and divided once,
+    later, by our own count.
+    """
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -32,10 +35,12 @@ def wrap_data_parallel(
 
 
 def build_optimizer(models: list[DistributedDataParallel], config: Config):
-    """AdamW with decoupled weight decay (none on biases and norm weights), global-norm clipping, fp32 main weights.
+    """AdamW with decoupled weight decay (none on biases and norm weights), global-norm clipping,
+    fp32 main weights.
 
-    Transformer Engine's or apex's fused Adam where installed, else torch's (megatron-core chooses). Under fp16 the models' losses are
-    multiplied by a scale that follows overflows; use `update_weights` to step.
+    Transformer Engine's or apex's fused Adam where installed, else torch's (megatron-core chooses).
+    Under fp16 the models' losses are multiplied by a scale that follows overflows; use
+    `update_weights` to step.
     """
     settings, precision = config.optimizer, config.device.precision
     optimizer = get_megatron_optimizer(
@@ -61,7 +66,8 @@ def build_optimizer(models: list[DistributedDataParallel], config: Config):
         models,
     )
     for group in optimizer.param_groups:
-        # megatron-core leaves this product to its own scheduler; without it norm weights would be decayed too.
+        # megatron-core leaves this product to its own scheduler; without it norm weights would be
+        # decayed too.
         group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
     if precision == "fp16":
         for model in models:
@@ -99,11 +105,15 @@ def _clip(optimizer: ChainedOptimizer, grad_norm: float) -> None:
 
 
 def _share_overflows(scalers: list) -> None:
-    """Dense and expert weights each have a scaler that hears of its own overflows only; the loss has one scale, so both go on from the more careful one."""
+    """Give every scaler the state of the one with the smallest scale.
+
+    megatron-core keeps one gradient scaler per chained optimizer (dense and expert weights), and
+    each sees only its own overflows; the loss has one scale.
+    """
     if len(scalers) < 2:
         return
-    # Of equal scales the one with less patience left: it is the one that has just overflowed.
-    careful = min(
+    # On a tie, the lower hysteresis counter: it is the one that has just overflowed.
+    smallest = min(
         (scaler.state_dict() for scaler in scalers),
         key=lambda state: (
             float(state["scale"]),
@@ -112,26 +122,28 @@ def _share_overflows(scalers: list) -> None:
         ),
     )
     for scaler in scalers:
-        scaler.load_state_dict({**careful, "scale": careful["scale"].clone()})
+        scaler.load_state_dict({**smallest, "scale": smallest["scale"].clone()})
 
 
-def loss_scale(optimizer) -> float | None:
+def loss_scale(optimizer: MegatronOptimizer) -> float | None:
     """What the next step's losses are multiplied with; None without fp16."""
     scalers = _loss_scalers(optimizer)
     return float(scalers[0].scale) if scalers else None
 
 
-def loss_scaler_state(optimizer) -> dict:
+def loss_scaler_state(optimizer: MegatronOptimizer) -> dict[str, float]:
     """The scale and its counters, JSON-able; {} without fp16."""
     scalers = _loss_scalers(optimizer)
-    return (
-        {name: float(value) for name, value in scalers[0].state_dict().items()} if scalers else {}
-    )
+    if not scalers:
+        return {}
+    return {name: float(value) for name, value in scalers[0].state_dict().items()}
 
 
-def load_loss_scaler_state(optimizer, state: dict) -> None:
+def load_loss_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, float]) -> None:
     """Restore; a run that newly uses fp16 starts at its configured scale."""
-    for scaler in _loss_scalers(optimizer) if state else []:
+    if not state:
+        return
+    for scaler in _loss_scalers(optimizer):
         scaler.load_state_dict(
             {
                 "scale": torch.tensor([state["scale"]]),
@@ -141,12 +153,12 @@ def load_loss_scaler_state(optimizer, state: dict) -> None:
         )
 
 
-def _loss_scalers(optimizer) -> list:
+def _loss_scalers(optimizer: MegatronOptimizer) -> list:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None) is not None]
 
 
-def set_learning_rate(optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
     """Write the learning rate of the coming step into every parameter group, as lr_mult asks."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)

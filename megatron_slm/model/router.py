@@ -1,12 +1,14 @@
-"""The router of a mixture of experts: megatron-core's, with auxiliary losses that token selection cannot weigh, and with sums for metrics.
+"""The router of a mixture of experts: megatron-core's, with auxiliary losses that do not depend on
+the token selection, and with sums for metrics.
 
 T tokens of a micro-batch on this rank, E experts, L layers of the whole model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
@@ -22,20 +24,25 @@ vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 class Router(TopKRouter):
-    """Top-k routing of every token, selected or not, with losses whose gradient does not depend on the selection.
+    """Top-k routing of every token, selected or not, with losses whose gradient does not depend on
+    the selection.
 
     The step's gradient equals that of, in one process,
 
-        (sum of selected losses) / W + mean over micro-batches of sum over layers of (a * balance + z * z_loss)
+        (sum of selected losses) / W
+            + mean over micro-batches of sum over layers of (a * balance + z * z_loss)
 
-    with W the selected weight of the step, a = load_balancing_coefficient, z = router_z_loss_coefficient and, over the tokens of a micro-batch
-    (of each of its sequences, then the mean, with load_balancing: sequence),
+    with W the selected weight of the step, a = load_balancing_coefficient,
+    z = router_z_loss_coefficient and, over the tokens of a micro-batch (of each of its sequences,
+    then the mean, with load_balancing: sequence),
 
-        balance = E * sum_e (share of the top-k choices that fell on e) * (mean over tokens of softmax(logits)_e)       1 when even
+        balance = E * sum_e (share of the top-k choices that fell on e)
+                      * (mean over tokens of softmax(logits)_e)            1 when even
         z_loss  = mean over tokens of logsumexp(logits)^2
 
-    All gradients are divided by W at the end of the step, so each loss is attached times W / micro-batches here: W must be known before
-    backward. megatron-core's own factor, the rank's number of tokens, is for a division by all tokens; selecting 60 % of them would multiply the
+    All gradients are divided by W at the end of the step, so each loss is attached times
+    W / micro-batches here: W must be known before backward. megatron-core's own factor, the rank's
+    number of tokens, is for a division by all tokens; selecting 60 % of them would multiply the
     losses by 1 / 0.6, and it misses a factor tensor x context size
     (attach_and_log_load_balancing_loss of 0.16.1 counts the rank's tokens, the sum runs over all).
     """
@@ -44,7 +51,8 @@ class Router(TopKRouter):
 
     def __init__(self, config, pg_collection=None):
         super().__init__(config, pg_collection)
-        # balance, z-loss, and micro-batches they are of; plain tensors: no part of the model's state, and fp64 in a bf16 model too.
+        # balance, z-loss, and the micro-batches they are of. Plain tensors: no part of the model's
+        # state, and fp64 in a bf16 model too.
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
         self.tokens_E = torch.zeros(
             config.num_moe_experts, dtype=torch.float64, device=torch.cuda.current_device()
@@ -52,9 +60,8 @@ class Router(TopKRouter):
 
     def routing(self, logits, padding_mask=None):
         probs_TE, chosen_TE = super().routing(logits, padding_mask)
-        if (
-            self.training and torch.is_grad_enabled()
-        ):  # once per micro-batch, also under recomputation
+        # This is true once per micro-batch, also under recomputation.
+        if self.training and torch.is_grad_enabled():
             self.tokens_E += chosen_TE.sum(0)
             self.losses_3[2] += 1.0 / self.tp_cp_group.size()
         return probs_TE, chosen_TE
@@ -78,27 +85,28 @@ class Router(TopKRouter):
     def _attached(self, activation, loss):
         if self.auxiliary_scale is None:
             raise RuntimeError(
-                "a router in training mode needs scale_auxiliary_losses() before the forward pass; forward_backward() calls it"
+                "a router in training mode needs scale_auxiliary_losses() before the forward pass; "
+                "forward_backward() calls it"
             )
         return MoEAuxLossAutoScaler.apply(activation, loss * self.auxiliary_scale)
 
     def _apply_expert_bias(self, routing_map, padding_mask=None):
-        """No balancing by bias here; megatron-core's method is compiled, which costs seconds, to find that out."""
+        """Expert bias is unused; skip megatron-core's torch.compiled no-op."""
 
 
-def routers_of(models: list) -> Iterator[Router]:
+def routers_of(models: Sequence[MegatronModule]) -> Iterator[Router]:
     """This rank's routers."""
     for model in models:
         yield from (module for module in model.modules() if isinstance(module, Router))
 
 
-def scale_auxiliary_losses(models: list, scale: Tensor) -> None:
+def scale_auxiliary_losses(models: Sequence[MegatronModule], scale: Tensor) -> None:
     """Multiply the auxiliary losses of every following micro-batch by `scale` (0-d)."""
     for router in routers_of(models):
         router.auxiliary_scale = scale.float()
 
 
-def has_auxiliary_losses(models: list) -> bool:
+def has_auxiliary_losses(models: Sequence[MegatronModule]) -> bool:
     """Whether the step must know its divisor before backward; the same on every rank."""
     config = get_model_config(models[0])
     return config.num_moe_experts is not None and bool(
@@ -106,35 +114,36 @@ def has_auxiliary_losses(models: list) -> bool:
     )
 
 
-def pop_router_metrics(models: list, groups: Groups) -> MetricSums:
-    """(sum, count) pairs of what the routers saw since the last call, as this data x context rank's part of the metrics; {} off the last
-    stage and for a model without experts.
+def pop_router_metrics(models: Sequence[MegatronModule], groups: Groups) -> MetricSums:
+    """(sum, count) pairs of what the routers counted since the last call, as this data x context
+    rank's part of the metrics; {} off the last stage and for a model without experts.
 
-    moe/load_balancing_loss, moe/router_z_loss: over layers and micro-batches, without their coefficients. moe/tokens_per_expert [L * E]: tokens
-    sent to each expert, out of all of the layer. Two small sums, over the tensor and the pipeline group; every rank calls it.
+    moe/load_balancing_loss, moe/router_z_loss
+        over layers and micro-batches, without their coefficients
+    moe/tokens_per_expert [L * E]
+        tokens sent to each expert, out of all of the layer
+
+    Two small sums, over the tensor and the pipeline group; every rank calls it.
     """
     config = get_model_config(models[0])
     if config.num_moe_experts is None:
         return {}
-    seen = torch.zeros(
+    counts_L = torch.zeros(
         config.num_layers, 3 + config.num_moe_experts, dtype=torch.float64, device=groups.device
     )
     for router in routers_of(models):
-        seen[router.layer_number - 1] = torch.cat([router.losses_3, router.tokens_E])
+        counts_L[router.layer_number - 1] = torch.cat([router.losses_3, router.tokens_E])
         router.losses_3.zero_()
         router.tokens_E.zero_()
     for group in (groups.tp, groups.pp):
         if group.size() > 1:
-            dist.all_reduce(seen, group=group)
+            dist.all_reduce(counts_L, group=group)
     if not groups.is_last_stage:
         return {}
-    (balance, z_loss, micro_batches), tokens_LE = seen[:, :3].sum(0), seen[:, 3:]
-    measured = {
-        "moe/tokens_per_expert": (
-            tokens_LE.flatten(),
-            tokens_LE.sum(1, keepdim=True).expand_as(tokens_LE).flatten(),
-        )
-    }
+    balance, z_loss, micro_batches = counts_L[:, :3].sum(0)
+    tokens_LE = counts_L[:, 3:]
+    tokens_of_layer_LE = tokens_LE.sum(1, keepdim=True).expand_as(tokens_LE)
+    measured = {"moe/tokens_per_expert": (tokens_LE.flatten(), tokens_of_layer_LE.flatten())}
     if config.moe_aux_loss_coeff:
         measured["moe/load_balancing_loss"] = (balance, micro_batches)
     if config.moe_z_loss_coeff:
@@ -145,7 +154,9 @@ def pop_router_metrics(models: list, groups: Groups) -> MetricSums:
 def summarise_routing(
     reduced: Mapping[str, tuple[Tensor, Tensor]], layers: int, experts: int
 ) -> dict[str, float]:
-    """moe/load_imbalance: tokens of a layer's busiest expert / its mean expert, mean over layers; moe/load_imbalance_worst: of the worst layer."""
+    """moe/load_imbalance: tokens of a layer's busiest expert / its mean expert, mean over layers;
+    moe/load_imbalance_worst: of the worst layer.
+    """
     if "moe/tokens_per_expert" not in reduced:
         return {}
     tokens_LE = reduced["moe/tokens_per_expert"][0].view(layers, experts)

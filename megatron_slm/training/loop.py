@@ -15,6 +15,7 @@ from megatron_slm.checkpoint.store import CheckpointStore, load_weights
 from megatron_slm.config.load import to_yaml
 from megatron_slm.config.schema import Config
 from megatron_slm.model.build import build_model
+from megatron_slm.model.context_parallel import on_this_rank
 from megatron_slm.model.optimizer import (
     build_optimizer,
     loss_scale,
@@ -40,16 +41,17 @@ from megatron_slm.training.evaluate import validate
 from megatron_slm.training.learning_rate import learning_rate
 from megatron_slm.training.non_finite import NonFiniteSteps
 from megatron_slm.training.probe import Probe
-from megatron_slm.training.rank_batches import ValidationOnThisRank, on_this_rank
+from megatron_slm.training.rank_batches import ValidationOnThisRank
 from megatron_slm.training.reference import load_reference
 from megatron_slm.training.reporter import Reporter
 from megatron_slm.training.run_length import Done, RunLength
 from megatron_slm.training.saved_state import restore, save
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
-from megatron_slm.training.step import StepReport, Trainer, train_step
+from megatron_slm.training.step import StepReport, train_step
 from megatron_slm.training.stop_signals import StopSignals
 from megatron_slm.training.stored_data import StoredDataCheck
 from megatron_slm.training.token_selector import TokenSelector
+from megatron_slm.training.trainer import Trainer
 from megatron_slm.training.watchdog import Watchdog
 
 
@@ -218,7 +220,7 @@ class TrainingRun:
             self.done = after
             self._count(report, of_use=not self.non_finite.is_fault(report, scale))
             throughput.step_done(self.length.step_tokens)
-            self.non_finite.look(report, batches, scale)
+            self.non_finite.check(report, batches, scale)
             if report.grad_norm == 0.0:
                 self.reporter.warn_once("zero_gradient", zero_gradient(self.step))
             with throughput.waiting_for_data():
@@ -236,9 +238,9 @@ class TrainingRun:
     def _count(self, report: StepReport, of_use: bool) -> None:
         """Add a step's sums to the interval's; those of a faulty step may not be finite and would hide the others."""
         self.skipped_steps += not report.updated
-        if of_use and report.measured:
+        if of_use and report.selected_tokens is not None:
             self.metrics.add_all(report.measured)
-            self.metrics.add_sum("tokens/selected", report.measured["selection/kept_fraction"][0])
+            self.metrics.add_sum("tokens/selected", report.selected_tokens)
 
     def _throughput(self) -> Throughput:
         flops = model_flops_per_token(

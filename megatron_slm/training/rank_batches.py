@@ -1,20 +1,13 @@
-"""Batches as this rank feeds them to its model: its part of every sequence, on its device."""
+"""Validation batches as this rank feeds them to its model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
-from megatron_slm.data.batch import Batch, slice_for_context_parallel
+from megatron_slm.data.batch import Batch
 from megatron_slm.data.loader import ValidationLoader
+from megatron_slm.model.context_parallel import on_this_rank
 from megatron_slm.parallel import Groups
 from megatron_slm.training.data_fault import read_together
-
-
-def on_this_rank(batches: Sequence[Batch], groups: Groups) -> list[Batch]:
-    """Micro-batches cut to this context-parallel rank and moved to its device."""
-    return [
-        slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size).to(groups.device)
-        for batch in batches
-    ]
 
 
 class ValidationOnThisRank:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_slm.training.resume import Fingerprints
     from megatron_slm.training.run_length import Done, RunLength
     from megatron_slm.training.setup import RunInputs
-    from megatron_slm.training.step import Trainer
+    from megatron_slm.training.trainer import Trainer
 
 
 class RunParts(Protocol):

@@ -8,182 +8,112 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_slm.data.batch import Batch
-from megatron_slm.model.forward_backward import (
-    LossFunction,
-    forward_backward,
-    forward_losses,
-    set_extra_outputs,
-    split_outputs,
-)
+from megatron_slm.model.decoder import HeadOutput
+from megatron_slm.model.forward_backward import LossFunction, forward_backward
 from megatron_slm.model.optimizer import update_weights
-from megatron_slm.model.router import has_auxiliary_losses, pop_router_metrics
-from megatron_slm.parallel import Groups
-from megatron_slm.selection import Selection, TrainingProgress
+from megatron_slm.model.router import pop_router_metrics
+from megatron_slm.selection import TrainingProgress
 from megatron_slm.selection.metric_sums import MetricSums, add
+from megatron_slm.training.step_choices import (
+    StepChoices,
+    divisor_ahead,
+    select_before_backward,
+    with_reference_losses,
+)
 from megatron_slm.training.token_selector import TokenSelector
-
-
-@dataclass
-class Trainer:
-    """What a step works on."""
-
-    models: list
-    optimizer: object
-    selector: TokenSelector
-    groups: Groups
-    reference: list | None = None
-    """Frozen reference models of an online reference, in the same layout."""
-
-    def __post_init__(self):
-        set_extra_outputs(self.models, self.selector.extras)
-        self.selector.weight_needed_ahead = has_auxiliary_losses(self.models)
-
-    @property
-    def reference_extras(self) -> tuple[str, ...]:
-        """What the online reference must give beside its loss."""
-        return ("entropy",) if "reference_entropy" in self.selector.scorer.needs else ()
-
-
-class Known(NamedTuple):
-    """The choice on one micro-batch that was made before the training pass."""
-
-    selection: Selection
-    outputs: dict[str, torch.Tensor]
-    """What a forward pass gave of every token, "loss" among it; empty for a static scorer, which needs none."""
+from megatron_slm.training.trainer import Trainer
 
 
 @dataclass
 class StepReport:
-    """What a step did. `measured`: this rank's sums and counts (last pipeline stage only). Not updated: fp16 overflow, norm nan."""
+    """What a step did."""
 
     updated: bool
+    """False after an fp16 overflow, whose norm is nan, or another norm that is not finite."""
     grad_norm: float
     measured: MetricSums = field(default_factory=dict)
+    """This rank's sums and counts; empty off the last pipeline stage."""
+    selected_tokens: Tensor | None = None
+    """How many tokens this rank selected (float64, 0-d); None off the last pipeline stage."""
+
+
+class MicroBatchReport(NamedTuple):
+    """What one micro-batch adds to the report of its step."""
+
+    selected_tokens: Tensor
+    measured: MetricSums
 
 
 def train_step(
     trainer: Trainer, batches: Sequence[Batch], progress: TrainingProgress, learning_rate: float
 ) -> StepReport:
-    """The gradient of the mean loss over the tokens selected in the global batch, and one AdamW update.
+    """The gradient of the mean loss over the tokens selected in the global batch, and one update.
 
-    Equals, in one process: sum over selected tokens of -log P(x_i | x_<i), divided by their number in the whole
-    optimizer step (Rho-1, equations 4 and 5), backward, clip, AdamW.
+    Equals, in one process: sum over selected tokens of -log P(x_i | x_<i), divided by their number
+    in the whole optimizer step (Rho-1, equations 4 and 5), backward, clip, AdamW.
     """
     for model in trainer.models:
         model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
 
-    score_with_reference(trainer, batches)
-    known = choose_before_backward(trainer, batches, progress)
+    batches = with_reference_losses(trainer, batches)
+    choices = select_before_backward(trainer, batches, progress)
+    head_weights = None
+    if choices is not None and trainer.selector.head_on_selected_rows:
+        head_weights = choices.weights
     reports = forward_backward(
         trainer.models,
         batches,
-        selected_loss(trainer.selector, known, progress),
+        selected_loss(trainer.selector, choices, progress),
         trainer.groups,
-        divisor_ahead=weight_ahead(trainer, batches, known, progress),
-        head_weights=head_weights(trainer.selector, known),
+        divisor_ahead=divisor_ahead(trainer, batches, choices, progress),
+        head_weights=head_weights,
     )
 
     updated, grad_norm = update_weights(trainer.optimizer, learning_rate)
-    measured: MetricSums = {
-        **trainer.selector.finish_step(progress),
-        **pop_router_metrics(trainer.models, trainer.groups),
-    }
-    for report in reports:
-        measured = add(measured, report)
-    return StepReport(updated, grad_norm, measured)
+    measured = trainer.selector.finish_step(progress)
+    measured |= pop_router_metrics(trainer.models, trainer.groups)
+    return _step_report(updated, grad_norm, measured, reports)
 
 
 def selected_loss(
-    selector: TokenSelector, known: list[Known] | None, progress: TrainingProgress
-) -> LossFunction:
-    """The loss function of one micro-batch: choose, then sum the chosen tokens' losses; the division comes at the end of the step."""
+    selector: TokenSelector, choices: StepChoices | None, progress: TrainingProgress
+) -> LossFunction[MicroBatchReport]:
+    """The loss function of one micro-batch: select, then sum the selected tokens' losses.
 
-    def loss_function(index: int, batch: Batch, output):
-        if selector.head_on_selected_rows:  # the head has summed what it was told to
-            (loss_sum, loss_BS), (selection, outputs) = output, known[index]
-            outputs = outputs or {"loss": loss_BS}
+    The division comes at the end of the step, when the number of selected tokens is known.
+    """
+
+    def loss_function(index: int, batch: Batch, output: HeadOutput):
+        outputs = output.per_token()
+        if choices is None:
+            selection = selector.choose(batch, outputs, progress)
         else:
-            outputs = split_outputs(output, selector.extras)
-            selection = (
-                selector.choose(batch, outputs, progress)
-                if known is None
-                else known[index].selection
-            )
+            selection = choices.selections[index]
+        loss_sum = output.loss_sum
+        if loss_sum is None:
             # where, not only times: a NaN outside the selection times 0 would still be NaN.
-            loss_sum = (
-                torch.where(selection.mask, outputs["loss"], 0.0).mul(selection.weights).sum()
-            )
-        return (
-            loss_sum,
-            selection.weight_sum,
-            selector.describe(batch, outputs, selection, progress),
-        )
+            loss_BS = torch.where(selection.mask, output.loss_BS, 0.0)
+            loss_sum = loss_BS.mul(selection.weights).sum()
+        elif choices is not None and choices.outputs[index]:
+            # The head has computed selected rows only: metrics take the losses of the first pass.
+            outputs = choices.outputs[index]
+        measured = selector.describe(batch, outputs, selection, progress)
+        report = MicroBatchReport(selection.choice.sum().double(), measured)
+        return loss_sum, selection.weight_sum, report
 
     return loss_function
 
 
-def head_weights(
-    selector: TokenSelector, known: list[Known] | None
-) -> list[torch.Tensor | None] | None:
-    """Per micro-batch, the weights of the tokens whose rows the head computes (last stage only); None = it computes every token."""
-    if not selector.head_on_selected_rows:
-        return None
-    return [choice and choice.selection.weights for choice in known]
-
-
-def score_with_reference(trainer: Trainer, batches: Sequence[Batch]) -> None:
-    """Run an online reference over the step's micro-batches; its losses become the batches' reference columns."""
-    if trainer.reference is None:
-        return
-    outputs = forward_losses(
-        trainer.reference, batches, trainer.groups, extras=trainer.reference_extras
-    )
-    # Only the last stage has outputs, and only there are the batches' columns read.
-    for batch, output in zip(batches, outputs, strict=trainer.groups.is_last_stage):
-        batch.columns.update({f"reference_{name}": value for name, value in output.items()})
-
-
-def choose_before_backward(
-    trainer: Trainer, batches: Sequence[Batch], progress: TrainingProgress
-) -> list[Known] | list[None] | None:
-    """What must or may be chosen before the training pass; None when each micro-batch chooses from its own losses, in that pass.
-
-    Scope global_batch: every loss of the step by a forward pass first, then one choice over all of them. 1F1B runs the backward of
-    micro-batch i before the forward of j, so one pass cannot know the step's threshold
-    (docs/method.md#point-7). A static scorer reads stored columns only: no forward pass, whatever
-    the scope. One Known per micro-batch on the last stage, where selection lives; None elsewhere.
-    """
-    selector = trainer.selector
-    if not (selector.needs_whole_step or selector.head_on_selected_rows):
-        return None
-    outputs = [{} for _ in batches]
-    if not selector.scorer.is_static:
-        outputs = forward_losses(trainer.models, batches, trainer.groups, extras=selector.extras)
-    if not trainer.groups.is_last_stage:
-        return [None] * len(batches)
-    return [
-        Known(*pair)
-        for pair in zip(selector.choose_step(batches, outputs, progress), outputs, strict=True)
-    ]
-
-
-def weight_ahead(
-    trainer: Trainer,
-    batches: Sequence[Batch],
-    known: list[Known] | None,
-    progress: TrainingProgress,
-) -> torch.Tensor | None:
-    """What this rank will add to the divisor (float64, 0-d; meant on the last stage): the auxiliary losses of experts are scaled by it before backward.
-
-    None for a model without such losses.
-    """
-    if not trainer.selector.weight_needed_ahead:
-        return None
-    if not trainer.groups.is_last_stage:
-        return torch.zeros((), dtype=torch.float64, device=trainer.groups.device)
-    if known is not None:
-        return sum(choice.selection.weight_sum for choice in known)
-    return sum(trainer.selector.weight_ahead(batch, progress) for batch in batches)
+def _step_report(
+    updated: bool, grad_norm: float, measured: MetricSums, reports: Sequence[MicroBatchReport]
+) -> StepReport:
+    selected_tokens: Tensor | None = None
+    for report in reports:
+        measured = add(measured, report.measured)
+        so_far = 0.0 if selected_tokens is None else selected_tokens
+        selected_tokens = so_far + report.selected_tokens
+    return StepReport(updated, grad_norm, measured, selected_tokens)

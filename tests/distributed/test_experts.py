@@ -224,7 +224,8 @@ def train_in_layout(groups, layouts, cases, folder):
             options,
         )
         trainer = make_trainer(config, groups)
-        assert trainer.selector.needs_whole_step
+        rules = trainer.selector.rules
+        assert rules.needs_whole_step(weight_needed_ahead=trainer.weight_needed_ahead)
         observe(trainer, config, 0, 2)  # which asserts that the divisor was known
     if layout["name"] in ("single", "ep2"):
         results["dense reference"] = dense_reference_losses(groups, layout)

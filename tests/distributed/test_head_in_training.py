@@ -35,7 +35,7 @@ class Samples(SyntheticSamples):
 def with_both_heads(groups, layouts):
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_slm.model.build import Decoder
+    from megatron_slm.model.decoder import Decoder
 
     config = make_config("data_parallel", take_layout(groups, layouts))
     ours = train(groups, config, Samples(), STEPS, VOCABULARY, note_scores)

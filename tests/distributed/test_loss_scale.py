@@ -109,6 +109,7 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
     from megatron.core.utils import get_model_config, unwrap_model
 
     from megatron_slm.model.build import build_model
+    from megatron_slm.model.decoder import head_output
 
     generator, found = torch.Generator().manual_seed(1), {}
     tokens_BS, labels_BS = torch.randint(0, 64, (2, 2, 16), generator=generator)
@@ -121,9 +122,10 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
             torch.arange(16).expand(2, 16),
             None,
             labels=labels_BS,
-            loss_mask=weight_BS if rows == "selected" else None,
+            head_weights=weight_BS if rows == "selected" else None,
         )
-        loss_sum = output[0] if rows == "selected" else (output * weight_BS).sum()
+        head = head_output(output)
+        loss_sum = (head.loss_BS * weight_BS).sum() if head.loss_sum is None else head.loss_sum
         (scale * loss_sum).backward()
         found[rows] = {
             "loss": float(loss_sum),

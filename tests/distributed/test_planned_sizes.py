@@ -155,7 +155,7 @@ def _forward_backward(models: list, groups, micro_batches: int, trained_tokens: 
 
     def loss(index, batch, output):
         return (
-            output[:, :trained_tokens].sum(),
+            output.loss_BS[:, :trained_tokens].sum(),
             torch.tensor(2.0 * trained_tokens, dtype=torch.float64),
             {},
         )

@@ -63,7 +63,8 @@ def gradients(groups) -> dict:
     for rows in ("all", "last_layer", "every_layer_approximate"):
         config.selection.backward_rows = rows
         (model,) = build_model(config, VOCABULARY, groups)
-        loss_BS = model(text[:, :-1], torch.arange(LENGTH).expand(4, -1), None, labels=text[:, 1:])
+        positions_BS = torch.arange(LENGTH).expand(4, -1)
+        loss_BS = model(text[:, :-1], positions_BS, None, labels=text[:, 1:]).loss_BS
         (loss_BS * (loss_BS >= loss_BS.detach().quantile(0.4))).sum().backward()
         named = dict(model.named_parameters())
         layers = {

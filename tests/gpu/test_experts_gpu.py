@@ -37,11 +37,12 @@ def make_config(layers: str, precision: str) -> Config:
 
 def whole_objective(model, tokens, labels) -> torch.Tensor:
     """What one micro-batch of plain training differentiates; the routers attach their losses themselves."""
+    from megatron_slm.model.decoder import head_output
     from megatron_slm.model.router import scale_auxiliary_losses
 
     scale_auxiliary_losses([model], torch.ones((), device="cuda"))
     positions = torch.arange(LENGTH, device="cuda").expand_as(tokens)
-    return model(tokens, positions, None, labels=labels).mean()
+    return head_output(model(tokens, positions, None, labels=labels)).loss_BS.mean()
 
 
 @pytest.mark.parametrize(

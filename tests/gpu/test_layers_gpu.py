@@ -20,6 +20,7 @@ def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False)
     """(loss_BS, gradient of the embedding) of one backward pass on fixed tokens."""
     from megatron_slm.data.batch import hidden_from
     from megatron_slm.model.build import build_model
+    from megatron_slm.model.decoder import head_output
 
     config = Config()
     config.model = dataclasses.replace(
@@ -37,12 +38,13 @@ def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False)
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator, device="cuda")
     positions = torch.arange(LENGTH, device="cuda").expand_as(tokens)
     starts = torch.where(positions < 20, 0, 20) if isolated else None
-    loss = model(
+    output = model(
         tokens,
         positions,
         None if starts is None else hidden_from(starts),
         labels=tokens.roll(-1, 1),
     )
+    loss = head_output(output).loss_BS
     loss.sum().backward()
     name = "embedding.word_embeddings.weight"
     return (

@@ -18,7 +18,7 @@ from megatron_slm.planning.work import work
 from megatron_slm.selection import SCORERS, TrainingProgress
 from megatron_slm.selection.populations import SCOPES
 from megatron_slm.selection.rules import MODEL_COLUMNS
-from megatron_slm.training import step
+from megatron_slm.training import step_choices
 from megatron_slm.training.token_selector import TokenSelector
 
 OPTIONS = {
@@ -70,11 +70,13 @@ def forward_passes_of_training(monkeypatch, settings, weight_needed_ahead: bool)
         values = torch.rand(B, S, generator=torch.Generator().manual_seed(1))
         return [{"loss": values, **dict.fromkeys(extras, values)} for _ in batches]
 
-    monkeypatch.setattr(step, "forward_losses", forward_losses)
+    monkeypatch.setattr(step_choices, "forward_losses", forward_losses)
     selector = TokenSelector(settings, ONE_RANK, sequence_length=S, corpora=1)
-    selector.weight_needed_ahead = weight_needed_ahead
-    trainer = SimpleNamespace(selector=selector, models=[], groups=ONE_RANK)
-    step.choose_before_backward(trainer, [batch_of(torch.Generator().manual_seed(0))], START)
+    trainer = SimpleNamespace(
+        selector=selector, models=[], groups=ONE_RANK, weight_needed_ahead=weight_needed_ahead
+    )
+    batch = batch_of(torch.Generator().manual_seed(0))
+    step_choices.select_before_backward(trainer, [batch], START)
     return len(ran)
 
 
@@ -158,7 +160,7 @@ def test_a_choice_of_several_sends_its_scores_several_times(scorer, searches):
 def test_auxiliary_losses_are_known_from_the_configuration():
     from megatron_slm.config.architecture import has_auxiliary_losses
     from megatron_slm.model import router
-    from megatron_slm.model.build import transformer_config
+    from megatron_slm.model.transformer_config import transformer_config
 
     for changes in (
         {},

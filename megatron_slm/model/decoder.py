@@ -1,0 +1,115 @@
+"""megatron-core's GPTModel with the selective head.
+
+B: sequences of one micro-batch, S: tokens of a sequence on this context-parallel rank, H: hidden
+size. megatron-core's own tensors have the sequence first: SB, SBH.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
+
+
+class HeadOutput(NamedTuple):
+    """What a model gives on the last pipeline stage when it is called with labels."""
+
+    loss_BS: Tensor
+    """fp32, nats; NaN where the head computed selected rows only and this is none of them."""
+    loss_sum: Tensor | None
+    """sum of weight * loss (0-d), where the head was given the weights; else None."""
+    extras: dict[str, Tensor]
+    """Other per-token values that were asked for ("entropy"), fp32 [B, S]."""
+
+    def per_token(self) -> dict[str, Tensor]:
+        """ "loss" and the extras by name."""
+        return {"loss": self.loss_BS, **self.extras}
+
+
+def head_output(output: HeadOutput | Sequence | Tensor) -> HeadOutput:
+    """A wrapped model's output as what its head gave.
+
+    megatron-core's Float16Module makes a plain tuple of it, and GPTModel's own head gives the
+    losses alone.
+    """
+    return HeadOutput(output, None, {}) if isinstance(output, Tensor) else HeadOutput(*output)
+
+
+class Decoder(GPTModel):
+    """GPTModel whose labels-path is the selective head: per-token fp32 losses, no logits kept.
+
+    `forward(tokens, position_ids, attention_mask, labels=labels_BS)` gives a HeadOutput on the last
+    stage, with a per-token value for each name in `extra_outputs`. With `head_weights=weight_BS`
+    too (0 = not selected) the head computes the selected rows only and sums weight * loss. Without
+    labels it gives logits, and on other stages a hidden state, as GPTModel does.
+    """
+
+    vocabulary_size: int
+    extra_outputs: tuple[str, ...] = ()
+    head_engine: Literal["torch", "liger"] = "torch"
+
+    def forward(self, *arguments: Any, head_weights: Tensor | None = None, **named: Any):
+        # GPTModel.forward hands loss_mask on to _postprocess and reads it for multi-token
+        # prediction only, which we do not build.
+        return super().forward(*arguments, loss_mask=head_weights, **named)
+
+    def _postprocess(
+        self, hidden_states, input_ids, position_ids, labels, *args, loss_mask=None, **kwargs
+    ):
+        if not self.post_process or labels is None:
+            return super()._postprocess(
+                hidden_states, input_ids, position_ids, labels, *args, **kwargs
+            )
+        labels_SB = labels.transpose(0, 1).contiguous()
+        if loss_mask is not None:
+            return self._selected_rows(hidden_states, labels_SB, weight_BS=loss_mask)
+        return self._all_rows(hidden_states, labels_SB)
+
+    def _all_rows(self, hidden_SBH: Tensor, labels_SB: Tensor) -> HeadOutput:
+        result = linear_cross_entropy(
+            hidden_SBH,
+            self._head_weight(),
+            labels_SB,
+            extras=self.extra_outputs,
+            engine=self.head_engine,
+            **self._head_settings(),
+        )
+        loss_SB, extras_SB = result if isinstance(result, tuple) else (result, {})
+        extras = {name: _batch_first(extras_SB[name].float()) for name in self.extra_outputs}
+        return HeadOutput(_batch_first(loss_SB), None, extras)
+
+    def _selected_rows(
+        self, hidden_SBH: Tensor, labels_SB: Tensor, weight_BS: Tensor
+    ) -> HeadOutput:
+        # This head makes its gradients in forward and stores them in the model's precision: in fp16
+        # the loss scale must be in them by then.
+        scale = 1.0
+        if self.config.grad_scale_func is not None:
+            scale = self.config.grad_scale_func(weight_BS.new_ones(()))
+        loss_sum, loss_SB = selected_linear_cross_entropy(
+            hidden_SBH,
+            self._head_weight(),
+            labels_SB,
+            weight_BS.transpose(0, 1) * scale,
+            **self._head_settings(),
+        )
+        return HeadOutput(_batch_first(loss_SB), (loss_sum / scale).squeeze(), {})
+
+    def _head_weight(self) -> Tensor:
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def _head_settings(self) -> dict[str, Any]:
+        tp_group = self.pg_collection.tp
+        return {
+            "vocabulary_size": self.vocabulary_size,
+            "tp_group": tp_group if tp_group.size() > 1 else None,
+            "sequence_parallel": self.config.sequence_parallel,
+            "accumulate_into_main_grad": self.config.gradient_accumulation_fusion,
+        }
+
+
+def _batch_first(value_SB: Tensor) -> Tensor:
+    return value_SB.transpose(0, 1).contiguous()

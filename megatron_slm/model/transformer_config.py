@@ -1,0 +1,110 @@
+"""Our settings as megatron-core's TransformerConfig."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_slm.accelerations import has_module
+from megatron_slm.config.schema import Config, ModelConfig, ParallelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+_LOAD_BALANCING = {"sequence": "seq_aux_loss", "micro_batch": "aux_loss"}
+
+
+def transformer_config(
+    config: Config, *, on_gpu: bool, grouped_experts: bool = False
+) -> TransformerConfig:
+    """megatron-core's TransformerConfig for our settings.
+
+    `grouped_experts`: one grouped matrix product over a rank's experts (Transformer Engine).
+    """
+    dtype = DTYPES[config.device.precision]
+    return TransformerConfig(
+        **_architecture(config.model),
+        **_layout(config.parallel),
+        **_RECOMPUTE[config.model.recompute],
+        **_experts(config.model, config.parallel, grouped_experts),
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        fp8=None if config.device.fp8 == "none" else config.device.fp8,
+        fp8_recipe=config.device.fp8_recipe,
+        attention_backend=AttnBackend.auto,
+        # The loss stays a sum; gradients are divided once, by the global selected count
+        # (docs/method.md#point-1).
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=on_gpu and has_module("fused_weight_gradient_mlp_cuda"),
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+    )
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.attention_heads,
+        "num_query_groups": model.query_groups or model.attention_heads,
+        "kv_channels": model.head_size or model.hidden_size // model.attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "qk_layernorm": model.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "hidden_dropout": model.dropout,
+        "attention_dropout": model.dropout,
+        "init_method_std": model.initialization_std,
+    }
+
+
+def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+    interleaved = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        # Interleaving over 2 ranks without overlap silently gives a wrong loss: sends to both
+        # neighbours reach the same peer and are matched in order (megatron-core 0.16.1 has no
+        # check). Overlap with unbatched p2p is right everywhere.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+
+
+def _experts(model: ModelConfig, parallel: ParallelConfig, grouped: bool) -> dict[str, Any]:
+    if not model.experts:
+        return {}
+    return {
+        "num_moe_experts": model.experts,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_topk": model.experts_per_token,
+        "moe_router_pre_softmax": not model.renormalize_experts,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": _LOAD_BALANCING[model.load_balancing],
+        "moe_aux_loss_coeff": model.load_balancing_coefficient,
+        "moe_z_loss_coeff": model.router_z_loss_coefficient or None,
+        "moe_grouped_gemm": grouped,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+    }
