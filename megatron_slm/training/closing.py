@@ -43,15 +43,11 @@ def _outcome(last: Mapping[str, Mapping[str, Any]], seconds: float, resume_step:
 def _places(folder: Path, name: str) -> list[str]:
     run = shlex.quote(str(folder))
     newest = complete_checkpoints(folder / "checkpoints")[-1:]
+    report = shlex.quote(str(folder / "report.html"))
+    exported = shlex.quote(f"exports/{name}")
     rows = [("checkpoint", str(path)) for path in newest] + [
         ("metrics", str(folder / "metrics.jsonl")),
-        (
-            "report",
-            f"python -m megatron_slm.report --runs {run} --output {shlex.quote(str(folder / 'report.html'))}",
-        ),
-        (
-            "export",
-            f"python -m megatron_slm.export_hf --checkpoint {run} --output {shlex.quote(f'exports/{name}')}",
-        ),
+        ("report", f"python -m megatron_slm.report --runs {run} --output {report}"),
+        ("export", f"python -m megatron_slm.export_hf --checkpoint {run} --output {exported}"),
     ]
     return [f"  {what:<10}  {where}" for what, where in rows]

@@ -22,12 +22,12 @@ def share_fault(fault: Exception | None) -> DataFault:
 
     Every rank calls it, once any of them is known to have one.
     """
-    words = (
-        None if fault is None else f"{fault} (process {dist.get_rank()} on {socket.gethostname()})"
-    )
-    told: list = [None] * dist.get_world_size()
-    dist.all_gather_object(told, words)
-    return DataFault(next(each for each in told if each is not None))
+    described = None
+    if fault is not None:
+        described = f"{fault} (process {dist.get_rank()} on {socket.gethostname()})"
+    of_ranks: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, described)
+    return DataFault(next(text for text in of_ranks if text is not None))
 
 
 def read_together(read: Callable[[], Read], device: torch.device) -> Read:
@@ -35,13 +35,14 @@ def read_together(read: Callable[[], Read], device: torch.device) -> Read:
 
     One 4-byte all-reduce over the world.
     """
-    fault, found = None, None
+    fault: Exception | None = None
+    found: list[Read] = []
     try:
-        found = read()
+        found.append(read())
     except (ValueError, OSError) as error:
         fault = error
     flag = torch.tensor(int(fault is not None), dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     if flag.item():
         raise share_fault(fault)
-    return found
+    return found[0]

@@ -1,12 +1,13 @@
-"""How a run ends. Whichever way it is, status.json says it, and after a failure every sink has
-heard of it.
-"""
+"""How a run ends. Whichever way it is, status.json says it, and a failure reaches every sink."""
+
+from __future__ import annotations
 
 import contextlib
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from megatron_slm.parallel import Groups
 from megatron_slm.training import resume
 from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.preflight import PreflightFailed
+
+if TYPE_CHECKING:
+    from megatron_slm.training.loop import TrainingRun
 
 EXIT_BAD_DATA = 3
 EXIT_TRAINING_FAILED = 4
@@ -39,10 +43,10 @@ class NotSaved(TrainingFailed):
     """
 
 
-def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
-    """Make a loop.TrainingRun, train it, and tell how it ended; the exit code.
+def train_to_an_end(config: Config, groups: Groups, make_run: Callable[[], TrainingRun]) -> int:
+    """Make a run, train it, and report how it ended; the exit code.
 
-    What is neither bad data nor a failure of training is raised again once it is told, for its
+    What is neither bad data nor a failure of training is raised again once it is reported, for its
     traceback.
     """
     folder = config.run.folder
@@ -50,7 +54,7 @@ def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
         run_status.begin(folder, resume.planned_length(config).steps)
     if groups.world_size > 1:
         torch.distributed.barrier()  # a rank that fails at once finds the status of this start
-    run = None
+    run: TrainingRun | None = None
     try:
         run = make_run()
         run.start()
@@ -61,13 +65,14 @@ def train_to_an_end(config: Config, groups: Groups, make_run: Callable) -> int:
         exit_code = _exit_code_of(error)
         if exit_code == 0:
             raise
-        _tell_of_failure(error, exit_code, config, groups, run)
+        _report_failure(error, exit_code, config, groups, run)
         if not isinstance(error, (TrainingFailed, ValueError)):
             raise
         return exit_code
-    state, reason = ("done", f"trained to its last step, {run.steps}")
+    state = "stopped" if exit_code else "done"
+    reason = f"trained to its last step, {run.steps}"
     if exit_code:
-        state, reason = ("stopped", f"stopped on request after step {run.step} of {run.steps}")
+        reason = f"stopped on request after step {run.step} of {run.steps}"
     if groups.world_rank == 0:
         run_status.end(folder, state, reason, step=run.step, exit_code=exit_code)
     run.reporter.close(state, exit_code)
@@ -86,18 +91,24 @@ def _exit_code_of(error: BaseException) -> int:
     return EXIT_UNEXPECTED
 
 
-def _tell_of_failure(error: BaseException, exit_code: int, config: Config, groups: Groups, run):
-    """status.json, standard error, and the sinks where this rank has them; else the file of
-    warnings.
+def _report_failure(
+    error: BaseException,
+    exit_code: int,
+    config: Config,
+    groups: Groups,
+    run: TrainingRun | None,
+) -> None:
+    """Report a failure in status.json, on standard error, and to the sinks where this rank has
+    them, else in the file of warnings.
 
     A rank that fails alone breaks the others' connections, and they fail in turn. The rank with the
-    sinks then tells the reason that the first one left in status.json. (It may be ended before it
+    sinks then reports the reason that the first one left in status.json. (It may be ended before it
     can: then status.json and warnings.jsonl have it.)
     """
     together = isinstance(error, (TrainingFailed, DataFault, PreflightFailed))
     if together and not groups.is_logger:
         return
-    sentence = _words(error)
+    sentence = _describe(error)
     if not together and groups.world_size > 1:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             sentence = (
@@ -107,7 +118,7 @@ def _tell_of_failure(error: BaseException, exit_code: int, config: Config, group
     step = run.step if run is not None else 0
     status = run_status.end(config.run.folder, "failed", sentence, step=step, exit_code=exit_code)
     first = status.reason if status is not None and status.state == "failed" else sentence
-    if first == sentence or not first.endswith(_words(error)):  # else another rank has said it
+    if first == sentence or not first.endswith(_describe(error)):  # else another rank has said it
         print(f"train: {sentence}", file=sys.stderr, flush=True)
     if run is not None and run.reporter is not None and groups.is_logger:
         run.reporter.message(first, "error")
@@ -117,7 +128,7 @@ def _tell_of_failure(error: BaseException, exit_code: int, config: Config, group
             append_warning(Path(config.run.folder) / "warnings.jsonl", step, "error", sentence)
 
 
-def _words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, (TrainingFailed, ValueError)):
         return redacted(str(error))
     if isinstance(error, KeyboardInterrupt):

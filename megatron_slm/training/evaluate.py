@@ -1,19 +1,23 @@
 """Validation: plain loss on held-out corpora, never selected, reported per corpus."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_slm.data.batch import Batch
-from megatron_slm.model.forward_backward import forward_losses
+from megatron_slm.model.forward_backward import MegatronModule, forward_losses
 from megatron_slm.parallel import Groups
 
 
-def plain_loss(models: list, steps: Iterable[Sequence[Batch]], groups: Groups) -> tuple[float, int]:
-    """(mean loss in nats, tokens) over all global batches in `steps` and all ranks: one sum divided by one count.
+def plain_loss(
+    models: Sequence[MegatronModule], steps: Iterable[Sequence[Batch]], groups: Groups
+) -> tuple[float, int]:
+    """(mean loss in nats, tokens) over all global batches in `steps` and all ranks: one sum divided
+    by one count.
 
-    Equals cross_entropy over every unmasked token in one process. Known on last-stage ranks; others get (nan, 0).
+    Equals cross_entropy over every unmasked token in one process. Known on last-stage ranks; others
+    get (nan, 0).
     """
     total = torch.zeros(2, dtype=torch.float64, device=groups.device)
     for batches in steps:
@@ -29,9 +33,13 @@ def plain_loss(models: list, steps: Iterable[Sequence[Batch]], groups: Groups) -
     return (loss_sum / count if count else float("nan")), int(count)
 
 
-def validate(models: list, loaders: dict, groups: Groups) -> dict[str, float]:
+def validate(
+    models: Sequence[MegatronModule],
+    loaders: Mapping[str, Iterable[Sequence[Batch]]],
+    groups: Groups,
+) -> dict[str, float]:
     """Metrics of every validation corpus: validation/<name>/loss, /perplexity and /tokens."""
-    record = {}
+    record: dict[str, float] = {}
     for name, loader in loaders.items():
         loss, tokens = plain_loss(models, loader, groups)
         record[f"validation/{name}/loss"] = loss

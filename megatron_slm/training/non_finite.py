@@ -34,7 +34,8 @@ class NonFiniteSteps:
         self.in_a_row = 0
 
     def is_fault(self, report: StepReport, loss_scale: float | None) -> bool:
-        """Whether the gradient is not finite for another reason than a loss scale that is too large.
+        """Whether the gradient is not finite for another reason than a loss scale that is too
+        large.
 
         loss_scale: fp16's scale before the step; None under other precisions. An overflow above the
         smallest scale is no fault: the scale goes down, and the gradients are finite again.
@@ -54,8 +55,8 @@ class NonFiniteSteps:
         found = f"the gradient norm of step {self.run.step} is {report.grad_norm}"
         if self.in_a_row <= self.allowed:
             self.run.reporter.message(
-                f"{found}: the step is skipped ({self.in_a_row} of at most {self.allowed} in a row, "
-                f"optimizer.max_non_finite_steps). Its data: {written}",
+                f"{found}: the step is skipped ({self.in_a_row} of at most {self.allowed} in a "
+                f"row, optimizer.max_non_finite_steps). Its data: {written}",
                 "warning",
             )
             return

@@ -1,4 +1,7 @@
-"""A frozen reference model beside the model in training: same parallel layout, its own (same or smaller) architecture."""
+"""A frozen reference model beside the model in training.
+
+It has the same parallel layout and its own (the same or a smaller) architecture.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ from megatron_slm.checkpoint.folder import CheckpointInfo, read_checkpoint_info
 from megatron_slm.config.schema import Config
 
 if TYPE_CHECKING:
+    from megatron_slm.model.build import MegatronModule
     from megatron_slm.parallel import Groups
 
 
 def reference_config(config: Config, info: CheckpointInfo) -> Config:
-    """What the frozen reference is built from: its own model in the run's layout, never in fp8, and without what only a backward or experts need."""
+    """What the frozen reference is built from: its own model in the run's layout, never in fp8, and
+    without what only a backward or experts need.
+    """
     model = info.reference_model()
-    parallel = (
-        config.parallel
-        if model.experts
-        else dataclasses.replace(config.parallel, expert=1, expert_tensor=0)
-    )
+    parallel = config.parallel
+    if not model.experts:
+        parallel = dataclasses.replace(parallel, expert=1, expert_tensor=0)
     return dataclasses.replace(
         config,
         model=model,
@@ -28,9 +32,10 @@ def reference_config(config: Config, info: CheckpointInfo) -> Config:
     )
 
 
-def load_reference(config: Config, groups: Groups) -> list | None:
-    """The online reference's model chunks, in eval mode without gradients and never in fp8, which would move the choice; None when the config names none.
+def load_reference(config: Config, groups: Groups) -> list[MegatronModule] | None:
+    """The online reference's model chunks; None when the config names none.
 
+    They are in eval mode without gradients and never in fp8, which would move the choice.
     setup.open_run_inputs has seen that its tokenizer is the run's and that it fits the layout.
     """
     from megatron_slm.checkpoint.store import load_weights

@@ -26,9 +26,11 @@ from megatron_slm.training.run_length import Done, RunLength, shorter_than_done
 Fingerprints = dict[str, dict[str, str]]
 """Setting -> path, as the configuration has it -> fingerprint of what lies there."""
 ADVICE = {
-    "data.train": "put the old one back, or give the new one another name: it is then read from its beginning",
+    "data.train": "put the old one back, or give the new one another name: it is then read from "
+    "its beginning",
     "selection.reference.scores": "put the old ones back, or give the new ones another name",
-    "selection.reference.checkpoint": "name the step_* folder of the old one, or give the new one another name",
+    "selection.reference.checkpoint": "name the step_* folder of the old one, or give the new one "
+    "another name",
 }
 
 
@@ -53,7 +55,8 @@ def read_saved(checkpoint: Path) -> Saved:
         return _saved(info, trainer)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{checkpoint / 'trainer.json'} does not say where its run stands ({error!r}); use an older step_* folder"
+            f"{checkpoint / 'trainer.json'} does not say where its run stands ({error!r}); use an "
+            "older step_* folder"
         ) from error
 
 
@@ -62,7 +65,8 @@ def _saved(info: CheckpointInfo, trainer: dict) -> Saved:
         position = DataPosition.from_json(trainer["data"])
         done = Done(trainer["step"], info.tokens_processed, trainer["samples"])
     else:  # tokens_processed was steps x the batch of the last start then; samples were counted
-        position, samples = None, trainer["loader"]["consumed_samples"]
+        position = None
+        samples = trainer["loader"]["consumed_samples"]
         done = Done(trainer["step"], samples * info.sequence_length, samples)
     if not all(is_count(each) for each in (done.steps, done.tokens, done.samples)):
         raise ValueError(f"{done} are no counts")
@@ -96,18 +100,20 @@ def fingerprints_of(
 ) -> Fingerprints:
     """Fingerprints of what a run reads beside its training corpora, for its checkpoints."""
     reference = config.selection.reference
-    return {
+    scores: dict[str, str] = {}
+    if reference.scores:
+        for path, corpus in zip(reference.scores, corpora, strict=True):
+            assert corpus.scores is not None  # a store is opened for each path
+            scores[str(path)] = corpus.scores.manifest.fingerprint
+    fingerprints: Fingerprints = {
         "data.validation": {each.prefix: each.manifest.fingerprint for each in validation.values()},
-        "selection.reference.scores": {
-            str(path): corpus.scores.manifest.fingerprint
-            for path, corpus in zip(reference.scores, corpora, strict=bool(reference.scores))
-        },
-        "selection.reference.checkpoint": {
-            reference.checkpoint: read_checkpoint_info(reference.checkpoint).fingerprint
-        }
-        if reference.checkpoint
-        else {},
+        "selection.reference.scores": scores,
+        "selection.reference.checkpoint": {},
     }
+    if reference.checkpoint:
+        fingerprint = read_checkpoint_info(reference.checkpoint).fingerprint
+        fingerprints["selection.reference.checkpoint"][reference.checkpoint] = fingerprint
+    return fingerprints
 
 
 def wanted_position(config: Config, corpora: list[Corpus]) -> DataPosition:
@@ -145,7 +151,8 @@ def bad_settings(saved: Saved, config: Config) -> list[str]:
 
 def bad_data(saved: Saved, wanted: DataPosition, fingerprints: Fingerprints) -> list[str]:
     """What lies under a name of this run and is not what the run was trained on."""
-    step, problems = saved.done.steps, []
+    step = saved.done.steps
+    problems: list[str] = []
     if saved.position is not None:
         known = (*saved.position.left_out, *saved.position.corpora)
         before = {corpus.prefix: corpus.fingerprint for corpus in known}
@@ -167,33 +174,28 @@ def notes(
     saved: Saved, config: Config, wanted: DataPosition, fingerprints: Fingerprints
 ) -> list[tuple[str, str]]:
     """What is said of changes with which the run goes on: (sentence, level)."""
-    said = [(text, "warning") for text in position_before(saved, wanted).changes(wanted)]
+    step = saved.done.steps
+    said = position_before(saved, wanted).changes(wanted)
     said += [
-        (
-            f"data.validation {path}: its content has changed since step {saved.done.steps}; losses before and after are of different text, also those "
-            "that checkpoint.keep_best compares",
-            "warning",
-        )
+        f"data.validation {path}: its content has changed since step {step}; losses before and "
+        "after are of different text, also those that checkpoint.keep_best compares"
         for path in _changed(saved, "data.validation", fingerprints)
     ]
-    batches, step_tokens = config.monitoring.validation_batches, tokens_per_step(config)
+    batches = config.monitoring.validation_batches
+    step_tokens = tokens_per_step(config)
     if config.data.validation and batches and step_tokens != saved.step_tokens:
         said.append(
-            (
-                f"monitoring.validation_batches: {batches} global batches are {batches * step_tokens:,} tokens now, and were "
-                f"{batches * saved.step_tokens:,} before; where a validation corpus has more, losses before and after are of different text",
-                "warning",
-            )
+            f"monitoring.validation_batches: {batches} global batches are "
+            f"{batches * step_tokens:,} tokens now, and were {batches * saved.step_tokens:,} "
+            "before; where a validation corpus has more, losses before and after are of different "
+            "text"
         )
     if saved.position is None:
         said.append(
-            (
-                "this checkpoint was saved by an earlier version, without the fingerprints of corpora and scores; that they are those it was trained on "
-                "cannot be checked this time",
-                "warning",
-            )
+            "this checkpoint was saved by an earlier version, without the fingerprints of corpora "
+            "and scores; that they are those it was trained on cannot be checked this time"
         )
-    return said
+    return [(text, "warning") for text in said]
 
 
 def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
@@ -203,7 +205,8 @@ def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
     path = folder / "config.yaml"
     if not path.exists():
         return []
-    before, now = _flat(to_mapping(load_yaml(path))), _flat(to_mapping(config))
+    before = _flat(to_mapping(load_yaml(path)))
+    now = _flat(to_mapping(config))
     return [
         (f"{name} was {before.get(name)!r} when this run started, and is {value!r} now", "warning")
         for name, value in now.items()
@@ -227,8 +230,9 @@ def _changed_order(config: Config) -> list[str]:
     if len(config.data.train) > 1:
         settings["data.weights"] = (before.data.weights, config.data.weights)
     return [
-        f"{name}: got {now}, and this run was started with {was}; its checkpoint was saved by an earlier version, which did not note what was read "
-        "of each corpus: go on with the old value until a checkpoint is saved, and change it then"
+        f"{name}: got {now}, and this run was started with {was}; its checkpoint was saved by an "
+        "earlier version, which did not note what was read of each corpus: go on with the old "
+        "value until a checkpoint is saved, and change it then"
         for name, (was, now) in settings.items()
         if was != now
     ]
@@ -244,8 +248,8 @@ def _changed(saved: Saved, setting: str, fingerprints: Fingerprints) -> list[str
 
 def _other_content(setting: str, path: str, found: str, before: dict[str, str], step: int) -> str:
     return (
-        f"{setting} {path}: its content has changed, it is {_short(found)} and was {_short(before[path])} at step {step} of this run; "
-        f"{ADVICE[setting]}"
+        f"{setting} {path}: its content has changed, it is {_short(found)} and was "
+        f"{_short(before[path])} at step {step} of this run; {ADVICE[setting]}"
     )
 
 
@@ -254,7 +258,7 @@ def _short(fingerprint: str) -> str:
 
 
 def _flat(mapping: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in mapping.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")

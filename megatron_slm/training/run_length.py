@@ -74,6 +74,7 @@ def shorter_than_done(config: Config, done: Done, step_tokens: int) -> str | Non
     else:
         return None
     return (
-        f"{wanted}, but the run in {config.run.folder} has done {done.steps} steps ({done.tokens:,} tokens); give more to go on, or the same to leave "
-        "it as it is; for a shorter run give another run.folder"
+        f"{wanted}, but the run in {config.run.folder} has done {done.steps} steps "
+        f"({done.tokens:,} tokens); give more to go on, or the same to leave it as it is; for a "
+        "shorter run give another run.folder"
     )

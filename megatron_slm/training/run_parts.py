@@ -1,7 +1,7 @@
 """What a run consists of, for the parts of this room that are handed one.
 
-loop.TrainingRun has all of it. Those that write a checkpoint or look at a bad step name this instead, so
-that imports go one way.
+loop.TrainingRun has all of it. Those that write a checkpoint or look at a bad step name this
+instead, so that imports go one way.
 """
 
 from __future__ import annotations

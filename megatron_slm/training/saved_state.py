@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,21 +20,10 @@ from megatron_slm.training.run_parts import RunParts
 
 def save(run: RunParts, with_optimizer: bool) -> None:
     """Begin the checkpoint of the run's present step; every rank calls it."""
-    config, groups, optimizer = run.config, run.groups, run.trainer.optimizer
+    config = run.config
+    optimizer = run.trainer.optimizer
     tokenizer = tokenizer_of([corpus.manifest for corpus in run.run_inputs.corpora])
-    # The sums and losses exist on the last pipeline stage; rank 0 writes model.json and
-    # trainer.json, so it must hear of them.
-    told = [
-        {
-            "metrics": run.metrics.state_dict(groups.dp_cp),
-            "tokens_selected": run.tokens_selected,
-            "selection": run.trainer.selector.state_dict(),
-            "probe": run.probe.state_dict(),
-            "loss_spikes": run.loss_spikes.state_dict(),
-        },
-        run.validated[1] if run.validated[0] == run.step else {},
-    ]
-    dist.broadcast_object_list(told, src=groups.world_size - 1)
+    trainer_fields, validation_loss = _from_last_stage(run)
     info = CheckpointInfo(
         describe_model(config.model, run.run_inputs.vocabulary_size),
         config.data.sequence_length,
@@ -41,12 +31,12 @@ def save(run: RunParts, with_optimizer: bool) -> None:
         run.step,
         run.done.tokens,
         precision=config.device.precision,
-        validation_loss=told[1],
+        validation_loss=validation_loss,
     )
     saved_optimizer = optimizer if with_optimizer else None
     state = trainer_state(
         saved_optimizer,
-        groups,
+        run.groups,
         loss_scaler=loss_scaler_state(optimizer),
         skipped_steps=run.skipped_steps,
         step=run.step,
@@ -55,21 +45,45 @@ def save(run: RunParts, with_optimizer: bool) -> None:
         data=replace(run.position, samples=run.loader.consumed_samples).to_json(),
         inputs=run.fingerprints,
         wandb_id=run.wandb_id,
-        **told[0],
+        **trainer_fields,
     )
     run.store.save(run.trainer.models, saved_optimizer, info, state)
+
+
+def _from_last_stage(run: RunParts) -> tuple[dict[str, Any], dict[str, float]]:
+    """(fields of trainer.json, validation losses of this step).
+
+    Metric sums and losses live on the last pipeline stage, but rank 0 writes the JSON files, so
+    they are broadcast.
+    """
+    validated_step, losses = run.validated
+    shared: list[dict[str, Any]] = [
+        {
+            "metrics": run.metrics.state_dict(run.groups.dp_cp),
+            "tokens_selected": run.tokens_selected,
+            "selection": run.trainer.selector.state_dict(),
+            "probe": run.probe.state_dict(),
+            "loss_spikes": run.loss_spikes.state_dict(),
+        },
+        losses if validated_step == run.step else {},
+    ]
+    dist.broadcast_object_list(shared, src=run.groups.world_size - 1)
+    trainer_fields, validation_loss = shared
+    return trainer_fields, validation_loss
 
 
 def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; what is to be
     said of changes.
 
-    ConfigError or RunInputError when it cannot go on from there: what was compared before the processes
-    joined was the newest checkpoint, and that may have been damaged.
+    ConfigError or RunInputError when it cannot go on from there: what was compared before the
+    processes joined was the newest checkpoint, and that may have been damaged.
     """
+    assert run.store.saved_step is not None  # a checkpoint has been loaded
     saved = resume.read_saved(step_folder(run.store.checkpoints, run.store.saved_step))
     setup.check_resume(run.config, run.run_inputs, saved)
-    wanted, before = run.position, resume.position_before(saved, run.position)
+    wanted = run.position
+    before = resume.position_before(saved, wanted)
     run.done = saved.done
     run.position = before.moved_to(
         wanted, partial(samples_by_corpus, index_cache=setup.index_cache(run.config))

@@ -7,7 +7,8 @@ from megatron_slm.selection.scorer_files import load_scorer_files
 
 
 def choice_rules(settings: SelectionConfig) -> ChoiceRules:
-    """The configured choice. Runs the file of a scorer that is given as PATH.py:NAME, once per process.
+    """The configured choice. Runs the file of a scorer that is given as PATH.py:NAME, once per
+    process.
 
     Raises ValueError for an unknown scorer, a wrong option, a keep fraction or scope that does not
     fit, and a reference that is missing or cannot give what the scorer reads.
