@@ -1,7 +1,8 @@
 """Token selection: which tokens carry the loss. Needs torch only; process groups are arguments;
 nothing is logged or configured here.
 
-scorers.py            columns -> score: what a scorer is, and the registry others extend
+scorers.py            columns -> score, and the registry that other packages extend
+scorer_base.py        what is asked of every scorer
 builtin_scorers.py    the scorers of the literature, one function each
 combinators.py        scorers made of scorers: both, either, band, mixtures
 scorer_files.py       a scorer in a file of the user's own: PATH.py:NAME
@@ -33,7 +34,7 @@ MODULES = {
     "SCOPES": "populations",
     "Population": "scope",
     "SCORERS": "scorers",
-    "Scorer": "scorers",
+    "Scorer": "scorer_base",
     "build_scorer": "scorers",
     "excess_loss": "scorers",
     "register_scorer": "scorers",

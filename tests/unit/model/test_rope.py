@@ -40,7 +40,8 @@ def test_frequencies_are_those_of_transformers(name):
         rope_parameters=scaling | {"rope_theta": model.rope_base},
     )
     theirs_D, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
-    assert factor == 1.0 and not torch.equal(theirs_D, plain_D)
+    assert factor == 1.0
+    assert not torch.equal(theirs_D, plain_D)
     torch.testing.assert_close(ours_D, theirs_D, rtol=1e-6, atol=0)
     decoder = PlainDecoder(model, 8, {})
     by_hand_D = torch.tensor(

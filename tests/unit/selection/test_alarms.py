@@ -33,9 +33,8 @@ def test_point_19_reference_equal_to_the_model_is_noticed_through_fp16_storage()
     loss, _ = healthy()
     assert "reference_is_the_model" in warnings_of(summary_of(loss, loss.half().float()), 0.6)
     exactly = warnings_of(summary_of(loss, loss), 0.6)
-    assert {"reference_is_the_model", "scores_tied"} <= set(
-        exactly
-    ) and "100% of the competing" in exactly["scores_tied"]
+    assert {"reference_is_the_model", "scores_tied"} <= set(exactly)
+    assert "100% of the competing" in exactly["scores_tied"]
 
 
 def test_holes_in_the_scores_are_noticed():
@@ -62,13 +61,15 @@ def test_a_keep_fraction_that_cannot_be_met_is_noticed():
     nothing = summary_of(loss, reference, eligible=torch.zeros_like(loss, dtype=torch.bool))
     assert "No token competed" in warnings_of(nothing, 0.6)["keep_fraction_not_met"]
     assert "keep_fraction_not_met" not in warnings_of(nothing, None)
-    assert smallest_population(0.6) == 20 and smallest_population(1.0) == 1
+    assert smallest_population(0.6) == 20
+    assert smallest_population(1.0) == 1
 
 
 def test_a_model_ahead_on_all_tokens_has_overtaken_though_it_is_behind_on_those_it_selects():
     loss, _ = healthy()
     generator = torch.Generator().manual_seed(1)
-    # 0.75 nats ahead in the mean, yet behind on a third of the tokens, which are most of the selected ones.
+    # 0.75 nats ahead in the mean, yet behind on a third of the tokens, which are most of the
+    # selected ones.
     reference = loss + 0.75 + torch.randn(loss.shape, generator=generator) * 2.0
     summary = summary_of(loss, reference, keep_fraction=0.2)
     assert summary["loss/selected"] > summary["loss/reference_selected"]
@@ -81,7 +82,8 @@ def test_a_model_ahead_on_all_tokens_has_overtaken_though_it_is_behind_on_those_
 
 def test_a_model_behind_on_all_tokens_has_not_overtaken_whatever_was_selected():
     loss, reference = healthy()
-    # Chosen where the model is ahead: as the band scorer, a mask, or a threshold that lags may choose.
+    # Chosen where the model is ahead: as the band scorer, a mask, or a threshold that lags may
+    # choose.
     selection = select_top(-excess_loss(loss, reference), torch.ones_like(loss).bool(), 0.1)
     columns = {"loss": loss, "reference_loss": reference}
     summary = summarise(describe(columns, None, torch.ones_like(loss).bool(), selection))

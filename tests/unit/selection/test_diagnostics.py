@@ -114,7 +114,8 @@ def test_rates_by_reference_loss_are_those_of_a_sort():
         torch.tensor(summary["selection/rate_by_reference_loss"]).double(), exact, atol=0.05
     )
     edges = torch.tensor(summary["selection/rate_by_reference_loss_edges_nats"])
-    assert len(edges) == 21 and bool((edges.diff() > 0).all())
+    assert len(edges) == 21
+    assert bool((edges.diff() > 0).all())
     assert torch.allclose(
         edges[1:-1], reference.view(-1).quantile(torch.arange(1, 20) / 20), atol=2e-3, rtol=0.02
     )
@@ -129,18 +130,17 @@ def test_quantiles_of_nothing_and_of_one_value():
     one = nothing.clone()
     one[100] = 40
     rates, edges = rate_by_quantile(one / 4, one)
-    assert rates == pytest.approx([0.25] * 20) and edges == sorted(edges)
+    assert rates == pytest.approx([0.25] * 20)
+    assert edges == sorted(edges)
 
 
 def test_without_a_reference_or_a_score_the_rest_is_described():
     columns, _, eligible = a_batch()
     loss = columns["loss"].nan_to_num(posinf=9.0)
     summary = summarise(describe({"loss": loss}, None, eligible, select_top(loss, eligible, 1.0)))
-    assert (
-        summary["selection/kept_fraction"] == 1.0
-        and "loss/reference" not in summary
-        and "selection/without_score" not in summary
-    )
+    assert summary["selection/kept_fraction"] == 1.0
+    assert "loss/reference" not in summary
+    assert "selection/without_score" not in summary
 
 
 def test_an_empty_population_gives_no_ratio_and_no_nan():
@@ -151,7 +151,8 @@ def test_an_empty_population_gives_no_ratio_and_no_nan():
             columns, score, nothing, select_top(score, nothing, 0.6), sequence_length=S, corpora=3
         )
     )
-    assert "loss/selected" not in summary and "selection/threshold_nats" not in summary
+    assert "loss/selected" not in summary
+    assert "selection/threshold_nats" not in summary
     assert all(math.isfinite(value) for value in summary.values() if isinstance(value, float))
 
 

@@ -27,7 +27,8 @@ from megatron_slm.selection.scorers import SCORERS
 for name in SCORERS:
     for scope in SCOPES:
         rules = ChoiceRules(configured_scorer(name, {OPTIONS!r}.get(name), 0.0), scope)
-        rules.runs_forward_first(weight_needed_ahead=True), rules.stored_columns, rules.knows_weight_ahead
+        rules.runs_forward_first(weight_needed_ahead=True)
+        rules.stored_columns, rules.knows_weight_ahead
 heavy = {{"torch", "numpy", "megatron"}} & set(sys.modules)
 assert not heavy, heavy
 print(len(SCORERS))

@@ -89,29 +89,30 @@ def test_moments_are_those_of_the_population_the_scope_names():
         torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
     )
     mean, deviation = Population("micro_batch").moments(value, known)
-    assert float(mean) == 5.0 and float(deviation) == pytest.approx(
-        value[known].std(correction=0).item()
-    )
+    assert float(mean) == 5.0
+    assert float(deviation) == pytest.approx(value[known].std(correction=0).item())
     mean, deviation = Population("sequence").moments(value, known)
-    assert mean.tolist() == [[2.0], [7.0]] and deviation[0].item() == 1.0
+    assert mean.tolist() == [[2.0], [7.0]]
+    assert deviation[0].item() == 1.0
 
 
 def test_running_threshold_averages_the_exact_thresholds():
     running = RunningThreshold(smoothing=0.5)
     score, everyone = torch.arange(10.0).view(1, 10), torch.ones(1, 10)
     first = running.choose(score, everyone, 0.5)
-    assert first.kept == 5 and running.threshold is None  # no past: exact on this micro-batch
+    assert first.kept == 5  # no past: exact on this micro-batch
+    assert running.threshold is None
     running.finish_step(0.5)
     assert running.threshold == 5.0
     second = running.choose(score + 2, everyone, 0.5)
-    assert second.mask.sum() == 7 == second.kept and second.threshold == 5.0
+    assert second.mask.sum() == 7 == second.kept
+    assert second.threshold == 5.0
     measured = running.finish_step(0.5)
     assert running.threshold == 0.5 * 5.0 + 0.5 * 7.0
     assert [int(x) for x in measured["selection/extra_fraction"]] == [2, 5]
     assert [int(x) for x in measured["selection/missed_fraction"]] == [0, 5]
-    assert (
-        running.finish_step(0.5) == {} and running.threshold == 6.0
-    )  # a step of plain CLM leaves it alone
+    assert running.finish_step(0.5) == {}  # a step of plain CLM leaves the threshold alone
+    assert running.threshold == 6.0
 
 
 def test_running_threshold_survives_a_step_without_eligible_tokens_and_a_resume():

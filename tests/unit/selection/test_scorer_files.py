@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slm.selection import TrainingProgress, build_scorer
-from megatron_slm.selection import scorers as scorers_room
+from megatron_slm.selection import TrainingProgress, build_scorer, scorers
 from megatron_slm.selection.rules import ChoiceRules, configured_scorer
 from megatron_slm.selection.scorer_files import load_scorer_files, loaded_scorer_files
 
@@ -25,7 +24,7 @@ def surprise(columns, progress, *, column="quality", floor_nats=0.1):
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    monkeypatch.setattr(scorers_room, "SCORERS", dict(scorers_room.SCORERS))
+    monkeypatch.setattr(scorers, "SCORERS", dict(scorers.SCORERS))
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_its_own_name_is_free_for_others(mine, tmp_path):
     (tmp_path / "other.py").write_text(SOURCE.replace('["loss"] /', '["loss"] *'))
     load_scorer_files(mine)
     load_scorer_files(f"{tmp_path}/other.py:surprise")
-    assert "surprise" not in scorers_room.SCORERS
+    assert "surprise" not in scorers.SCORERS
     assert build_scorer(mine).name != build_scorer(f"{tmp_path}/other.py:surprise").name
 
 
@@ -88,7 +87,7 @@ def test_children_are_found_wherever_they_are_named(mine, name, options):
 
 
 def test_a_registered_name_comes_first(mine):
-    scorers_room.SCORERS[mine] = scorers_room.SCORERS["own_loss"]
+    scorers.SCORERS[mine] = scorers.SCORERS["own_loss"]
     load_scorer_files(mine)
     assert build_scorer(mine).needs == {"loss"}
     assert not ran(mine)
@@ -127,7 +126,7 @@ def test_what_names_no_file_is_an_unknown_scorer(name):
 
 def test_only_programs_that_a_person_gives_a_configuration_load_files():
     """report, score and export read configurations that others wrote."""
-    package = Path(scorers_room.__file__).parents[1]
+    package = Path(scorers.__file__).parents[1]
     sources = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
     loading = {
         path.relative_to(package).as_posix()

@@ -12,8 +12,8 @@ from megatron_slm.selection import (
     TrainingProgress,
     build_scorer,
     register_scorer,
+    scorers,
 )
-from megatron_slm.selection import scorers as scorers_room
 
 START = TrainingProgress(step=3, tokens=0)
 
@@ -80,7 +80,8 @@ def test_scores_are_the_equations(columns, name, options, expected):
 def test_none_is_plain_clm_and_needs_no_score(columns, everyone):
     columns["loss"][0, 0] = math.nan  # plain training shows a diverged loss, it does not hide it
     chosen = build_scorer("none").choose(columns, everyone, 0.6, micro_batch(columns), START)
-    assert torch.equal(chosen.mask, everyone) and (chosen.kept, chosen.eligible) == (128, 128)
+    assert torch.equal(chosen.mask, everyone)
+    assert (chosen.kept, chosen.eligible) == (128, 128)
 
 
 def test_point_10_random_depends_on_step_and_token_id_only(columns):
@@ -113,8 +114,11 @@ def test_intersection_and_union_combine_the_children_s_choices(columns, everyone
     of = ["reference_loss", {"name": "reference_entropy", "keep_fraction": 0.4}]
     both = build_scorer("intersection", of=of).choose(columns, everyone, 0.6, population, START)
     either = build_scorer("union", of=of).choose(columns, everyone, 0.6, population, START)
-    assert torch.equal(both.mask, a & b) and torch.equal(either.mask, a | b)
-    assert both.kept == int((a & b).sum()) and both.eligible == 128 and math.isnan(both.threshold)
+    assert torch.equal(both.mask, a & b)
+    assert torch.equal(either.mask, a | b)
+    assert both.kept == int((a & b).sum())
+    assert both.eligible == 128
+    assert math.isnan(both.threshold)
     with pytest.raises(ValueError, match="makes 2 choices"):
         build_scorer("union").choose(
             columns, everyone, 0.6, Population("running_threshold", running=object()), START
@@ -128,7 +132,8 @@ def test_band_skips_the_top_and_keeps_the_next(columns, everyone):
     descending = columns["loss"].view(-1).argsort(descending=True)
     expected = torch.zeros(128, dtype=torch.bool)
     expected[descending[32:96]] = True
-    assert torch.equal(chosen.mask.view(-1), expected) and chosen.kept == 64
+    assert torch.equal(chosen.mask.view(-1), expected)
+    assert chosen.kept == 64
     with pytest.raises(ValueError, match="add to more than 1"):
         build_scorer("band", skip_fraction=0.5).choose(
             columns, everyone, 0.6, micro_batch(columns), START
@@ -161,10 +166,8 @@ def test_rho_loss_keeps_whole_sequences_by_their_mean(columns, everyone):
     assert torch.equal(
         chosen.mask.any(1), torch.tensor([False, True, False, True])
     )  # 0.4 of 118 reaches into the second best
-    assert (
-        torch.equal(chosen.mask, eligible & chosen.mask.any(1, keepdim=True))
-        and chosen.kept == 22 + 32
-    )
+    assert torch.equal(chosen.mask, eligible & chosen.mask.any(1, keepdim=True))
+    assert chosen.kept == 22 + 32
     with pytest.raises(ValueError, match="cannot compete with themselves"):
         build_scorer("rho_loss").choose(columns, everyone, 0.4, Population("sequence"), START)
 
@@ -183,23 +186,23 @@ def test_stored_mask_and_weights_decide_alone(columns, everyone):
     mask = build_scorer("stored_mask", column="mine").choose(
         columns, everyone, 0.1, micro_batch(columns), START
     )
-    assert (
-        torch.equal(mask.mask, columns["mine"] == 1.0) and mask.weight is None and mask.kept == 32
-    )
+    assert torch.equal(mask.mask, columns["mine"] == 1.0)
+    assert mask.weight is None
+    assert mask.kept == 32
     columns["mine"] = torch.tensor([0.5, 2.0, math.inf, -2.0] * 8).expand(4, 32).clone()
     soft = build_scorer("stored_weight", column="mine").choose(
         columns, everyone, 0.1, micro_batch(columns), START
     )
-    assert soft.weights.unique().tolist() == [0.0, 0.5, 2.0] and int(soft.mask.sum()) == 64
+    assert soft.weights.unique().tolist() == [0.0, 0.5, 2.0]
+    assert int(soft.mask.sum()) == 64
 
 
 def test_point_02_soft_weights_have_their_own_float_divisor(columns, everyone):
     soft = build_scorer("entropy_weight", gamma=0.5).choose(
         columns, everyone, 0.6, micro_batch(columns), START
     )
-    assert soft.weight_sum.is_floating_point() and float(soft.weight_sum) == pytest.approx(
-        float(columns["entropy"].sqrt().sum())
-    )
+    assert soft.weight_sum.is_floating_point()
+    assert float(soft.weight_sum) == pytest.approx(float(columns["entropy"].sqrt().sum()))
     assert int(soft.mask.sum()) == 128
 
 
@@ -219,7 +222,8 @@ def test_mixture_is_lambda_clm_plus_one_minus_lambda_slm(columns, everyone, clm_
         float(clm_weight * loss[everyone].mean() + (1 - clm_weight) * loss[selected].mean()),
         rel=1e-5,
     )
-    assert torch.equal(chosen.choice, selected) and not chosen.weights[~chosen.mask].any()
+    assert torch.equal(chosen.choice, selected)
+    assert not chosen.weights[~chosen.mask].any()
     assert torch.equal(chosen.split([1, 3])[1].choice, selected[1:])
 
 
@@ -229,7 +233,9 @@ def test_mixture_follows_a_schedule_in_tokens(columns, everyone):
     )
     early = scorer.choose(columns, everyone, 0.5, micro_batch(columns), TrainingProgress(0, 0))
     late = scorer.choose(columns, everyone, 0.5, micro_batch(columns), TrainingProgress(9, 100))
-    assert bool((early.weights == 1.0).all()) and late.weight is None and int(late.mask.sum()) == 64
+    assert bool((early.weights == 1.0).all())
+    assert late.weight is None
+    assert int(late.mask.sum()) == 64
 
 
 def test_static_scorers_know_the_choice_before_the_model_runs():
@@ -253,13 +259,14 @@ def test_static_scorers_know_the_choice_before_the_model_runs():
         "token_cleaning",
         "color_filter",
     }
-    assert not build_scorer("excess_loss").is_static and not build_scorer("own_entropy").is_static
+    assert not build_scorer("excess_loss").is_static
+    assert not build_scorer("own_entropy").is_static
 
 
 @pytest.fixture
 def guide_scorer(monkeypatch) -> str:
-    """The scorer that docs/selection.md writes in ten lines, registered for one test; its source."""
-    monkeypatch.setattr(scorers_room, "SCORERS", dict(SCORERS))
+    """The scorer that docs/selection.md writes in ten lines, for one test; its source."""
+    monkeypatch.setattr(scorers, "SCORERS", dict(SCORERS))
     guide = (Path(__file__).parents[3] / "docs" / "selection.md").read_text()
     section = guide[guide.index("## A scorer of your own") :]
     source = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
@@ -290,7 +297,7 @@ def test_the_guide_s_scorer_does_what_its_sentence_says(guide_scorer):
 def test_the_module_shows_the_same_scorer_as_the_guide(guide_scorer):
     lines = [line.strip() for line in guide_scorer.splitlines()]
     code = [line for line in lines if line and not line.startswith(("#", '"""', "from "))]
-    shown = [line.strip() for line in scorers_room.__doc__.splitlines()]
+    shown = [line.strip() for line in scorers.__doc__.splitlines()]
     assert [line for line in code if line not in shown] == []
 
 
@@ -318,7 +325,7 @@ def install(site: Path, name: str, module: str, source: str) -> None:
 def test_an_installed_package_adds_a_scorer_through_its_entry_point(
     columns, everyone, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(scorers_room, "SCORERS", dict(SCORERS))
+    monkeypatch.setattr(scorers, "SCORERS", dict(SCORERS))
     monkeypatch.syspath_prepend(tmp_path)
     install(
         tmp_path,
@@ -346,7 +353,8 @@ def theirs(columns, progress, *, column="reference_loss", margin=0.0):
         build_scorer("empty")
     with pytest.raises(
         ValueError,
-        match="broken_scorers of an installed package cannot be loaded.*a_package_that_is_not_there",
+        match="broken_scorers of an installed package cannot be loaded.*"
+        "a_package_that_is_not_there",
     ):
         build_scorer("broken")
     with pytest.raises(ValueError, match="did you mean 'theirs'"):

@@ -43,11 +43,9 @@ def test_point_05_exact_k_is_the_brute_force_choice(population, keep_fraction, g
     mask, threshold, kept, count = expected_mask(score, eligible, keep_fraction, token_id)
     assert torch.equal(chosen.mask, mask)
     assert (chosen.threshold, chosen.kept, chosen.eligible) == (threshold, kept, count)
-    assert (
-        type(chosen.threshold) is float
-        and type(chosen.kept) is int
-        and type(chosen.eligible) is int
-    )
+    assert type(chosen.threshold) is float
+    assert type(chosen.kept) is int
+    assert type(chosen.eligible) is int
     assert chosen.ties == int((rankable(score, eligible) == threshold).sum())
 
 
@@ -88,7 +86,8 @@ def test_point_05_exact_k_rounds_as_stated():
         == 55
         == kth_largest_score(hundred, 0.55, None)[1]
     )
-    assert kept_tokens(0.1, 30) == 3 and kept_tokens(0.6, 0) == 0
+    assert kept_tokens(0.1, 30) == 3
+    assert kept_tokens(0.6, 0) == 0
 
 
 def test_point_05_ties_are_broken_by_token_id_not_by_place():
@@ -118,15 +117,13 @@ def test_point_06_non_finite_scores_do_not_compete(broken):
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0)])
 def test_point_03_nothing_to_select_is_legal(shape):
     chosen = select_top(torch.zeros(shape), torch.ones(shape), 0.6)
-    assert (
-        chosen.mask.shape == shape
-        and chosen.kept == chosen.eligible == 0
-        and chosen.threshold == math.inf
-    )
+    assert chosen.mask.shape == shape
+    assert chosen.kept == chosen.eligible == 0
+    assert chosen.threshold == math.inf
     nothing = select_top(torch.zeros(4), torch.zeros(4), 0.6)
-    assert (
-        not nothing.mask.any() and int(nothing.mask.sum()) == 0 and float(nothing.weight_sum) == 0.0
-    )
+    assert not nothing.mask.any()
+    assert int(nothing.mask.sum()) == 0
+    assert float(nothing.weight_sum) == 0.0
 
 
 def test_keep_fraction_one_selects_every_eligible_token():
@@ -138,7 +135,8 @@ def test_negative_and_positive_zero_tie():
     chosen = select_top(
         torch.tensor([0.0, -0.0]), torch.ones(2), 0.5, token_id=torch.tensor([8, 4])
     )
-    assert chosen.mask.tolist() == [False, True] and chosen.ties == 2
+    assert chosen.mask.tolist() == [False, True]
+    assert chosen.ties == 2
 
 
 def test_more_tokens_than_torch_quantile_can_take():
@@ -187,8 +185,10 @@ def test_repeated_token_ids_at_the_threshold_are_an_error():
 def test_excess_loss_is_detached_fp32():
     loss = torch.tensor([2.0, 1.0], dtype=torch.bfloat16, requires_grad=True)
     excess = excess_loss(loss, torch.tensor([0.5, math.nan]))
-    assert excess.dtype == torch.float32 and not excess.requires_grad
-    assert excess[0] == 1.5 and excess[1].isnan()
+    assert excess.dtype == torch.float32
+    assert not excess.requires_grad
+    assert excess[0] == 1.5
+    assert excess[1].isnan()
 
 
 def test_split_gives_each_micro_batch_its_piece():
