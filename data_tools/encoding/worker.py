@@ -187,7 +187,7 @@ class BlockEncoder:
                     "too large to encode in one piece",
                 )
             found = scan(document, self._encoder.forbidden)
-            self._reader.note(found.digest)
+            self._reader.add_to_digest(found.digest)
             if found.must_stay_whole:
                 raise BadRecord(
                     "too large for this vocabulary",

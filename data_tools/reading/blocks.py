@@ -1,7 +1,9 @@
-"""A block: what one worker turns into tokens at a time. Reading a block yields its records in order.
+"""A block is what one worker turns into tokens at a time; reading a block yields its records in
+order.
 
-`lines` and `files` blocks are read by the worker itself; a `stream` block carries bytes that the parent decompressed. All
-lines begin inside the block; the last one may end beyond it.
+The worker itself reads blocks of kind `lines`, `files` and `rows`. A block of kind `stream` carries
+bytes that the parent has decompressed. All lines begin inside their block; the last one may end
+beyond it.
 """
 
 from __future__ import annotations
@@ -31,19 +33,21 @@ _ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    number: int
-    """Order in the run."""
-    unit: int
-    unit_block: int
-    """Order inside its unit; only streams have more than one."""
-    work: Unit
+    unit: Unit
+    """What it is a part of."""
+    number: int = 0
+    """Position among all blocks of the run."""
+    unit_number: int = 0
+    """Position of its unit among all units."""
+    unit_block: int = 0
+    """Position inside its unit; only streams have more than one block in a unit."""
     data: bytes | None = None
     """The lines of a stream block."""
     source_bytes: int = 0
-    """Bytes of the input file this block stands for, compressed ones where it is compressed."""
+    """Bytes of the input file that this block stands for, before decompression."""
     last_of_unit: bool = True
     spool: str = ""
-    """A file that holds one giant line of a stream."""
+    """Path of a file that holds one giant line of a stream."""
     damage: str = ""
     """Why the stream ended before its end."""
     damaged_bytes: int = 0
@@ -60,10 +64,11 @@ class Record:
 
 
 class BlockReader:
-    """Reads blocks; afterwards `lines`, `read_bytes` and `digest` describe the block that was read."""
+    """Reads blocks. `lines`, `read_bytes` and `digest` describe the block that was read last."""
 
     def __init__(self, keys: Sequence[str], separator: str) -> None:
-        self._keys, self._separator = tuple(keys), separator
+        self._keys = tuple(keys)
+        self._separator = separator
         self._begin()
 
     def _begin(self) -> None:
@@ -76,13 +81,13 @@ class BlockReader:
     def digest(self) -> bytes:
         return self._hash.digest()
 
-    def note(self, digest: bytes) -> None:
-        """Take the content of a giant document, which only its encoder reads, into the block's digest."""
+    def add_to_digest(self, digest: bytes) -> None:
+        """Add the digest of a giant document, whose content only its encoder reads."""
         self._hash.update(digest)
 
     def read(self, block: Block) -> Iterator[Record | Reject | GiantText]:
         self._begin()
-        unit = block.work
+        unit = block.unit
         if unit.kind == "files":
             for file in unit.files:
                 yield self._read_text_file(file)
@@ -99,7 +104,8 @@ class BlockReader:
             yield from self._read_range(unit)
 
     def _read_text_file(self, file: SourceFile) -> Record | Reject | GiantText:
-        kept, kept_bytes = [], 0
+        kept: list[bytes] = []
+        kept_bytes = 0
         try:
             for piece in _file_pieces(file):
                 kept.append(piece)
@@ -153,7 +159,8 @@ class BlockReader:
         lines = data.split(b"\n")
         if not lines[-1]:
             lines.pop()
-        keys, separator = self._keys, self._separator
+        keys = self._keys
+        separator = self._separator
         for self.lines, line in enumerate(lines, start=1):
             if not line or line.isspace():
                 yield Reject(file.path, self.lines, BLANK_LINE, "")
@@ -184,9 +191,8 @@ class BlockReader:
         except BadRecord as bad:
             self.damaged_bytes += unit.size_bytes
             yield Reject(file.path, 0, bad.reason, bad.detail)
-        except (
-            Exception
-        ) as error:  # pyarrow raises OSError, ArrowInvalid, ... for one and the same damage
+        except Exception as error:
+            # pyarrow raises OSError, ArrowInvalid and others for the same kind of damage.
             self.damaged_bytes += unit.size_bytes
             yield Reject(file.path, 0, DAMAGED_FILE, f"{type(error).__name__}: {error}"[:200])
 
@@ -212,7 +218,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | BadRecord]:
         yield from batch.to_pylist()
         return
     except UnicodeDecodeError:
-        pass  # parquet writers do not check UTF-8: find the row
+        pass  # parquet writers do not check UTF-8: look for the row
     for row in range(batch.num_rows):
         try:
             yield batch.slice(row, 1).to_pylist()[0]
@@ -226,10 +232,14 @@ def _file_pieces(file: SourceFile) -> Iterator[bytes]:
 
 
 def lines_of_range(path: str, start: int, end: int) -> tuple[bytes, tuple[int, int] | None]:
-    """The bytes of all lines that begin in [start, end), the last one whole; a giant last line only as where it lies."""
+    """The bytes of all lines that begin in [start, end), the last one to its end.
+
+    Of a last line that is giant, only where it begins and ends in the file.
+    """
     with open(path, "rb") as stream:
         position = start
-        if start:  # the line that began before us belongs to the block before
+        if start:
+            # The line that began before `start` belongs to the block before: skip to its end.
             stream.seek(start - 1)
             position = start - 1
             while piece := stream.readline(_READ_BYTES):
@@ -244,13 +254,14 @@ def lines_of_range(path: str, start: int, end: int) -> tuple[bytes, tuple[int, i
         if data.endswith(b"\n") or not data:
             return data, None
         last_line = data.rfind(b"\n") + 1
-        pieces, have = [data], len(data)
+        pieces = [data]
+        data_bytes = len(data)
         while piece := stream.readline(_READ_BYTES):
-            have += len(piece)
-            if have - last_line <= GIANT_BYTES:
+            data_bytes += len(piece)
+            if data_bytes - last_line <= GIANT_BYTES:
                 pieces.append(piece)
             if piece.endswith(b"\n"):
                 break
-        if have - last_line > GIANT_BYTES:
-            return data[:last_line], (position + last_line, position + have)
+        if data_bytes - last_line > GIANT_BYTES:
+            return data[:last_line], (position + last_line, position + data_bytes)
         return b"".join(pieces), None

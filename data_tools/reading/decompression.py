@@ -1,4 +1,7 @@
-"""gzip and zstd, read in pieces of bounded size; a damaged file gives all its good pieces first, then an error."""
+"""gzip and zstd, read in pieces of bounded size.
+
+A damaged file gives all its good pieces first, then an error.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ _READ_BYTES = 1 << 20
 
 
 def decompressed(compression: str, raw: BinaryIO) -> Iterator[bytes]:
-    """The content in pieces of bounded size. Raises EOFError or ValueError after the last good piece of a damaged file."""
+    """The content in pieces of bounded size.
+
+    Raises EOFError or ValueError after the last good piece of a damaged file.
+    """
     if compression == "gz":
         return _gunzip(raw)
     if compression == "zst":
@@ -35,7 +41,8 @@ def _gunzip(raw: BinaryIO) -> Iterator[bytes]:
         if piece:
             yield piece
         if member.eof:
-            pending, member = member.unused_data, None
+            pending = member.unused_data
+            member = None
     if member is not None:
         raise EOFError("the gzip stream ends before its end marker: the file is truncated")
 
@@ -45,9 +52,8 @@ def _unzstd(raw: BinaryIO) -> Iterator[bytes]:
 
     frame = None
     pending = b""
-    while pending or (
-        pending := raw.read(_READ_BYTES >> 4)
-    ):  # small, since zstd gives all that comes of it at once
+    # Small reads: zstd returns everything that a piece of input decompresses to at once.
+    while pending or (pending := raw.read(_READ_BYTES >> 4)):
         frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         try:
             piece = frame.decompress(pending)
@@ -57,6 +63,7 @@ def _unzstd(raw: BinaryIO) -> Iterator[bytes]:
         if piece:
             yield piece
         if frame.eof:
-            pending, frame = frame.unused_data, None
+            pending = frame.unused_data
+            frame = None
     if frame is not None:
         raise EOFError("the zstd stream ends inside a frame: the file is truncated")

@@ -1,7 +1,7 @@
-"""Documents and the records that are not documents: what every data program reads.
+"""Documents, and the records that are not documents: what every data program reads.
 
-A record is one line of jsonl, one row of parquet or one text file. `text_of_*` turn it into text or raise `BadRecord` with
-the reason; nothing is repaired and nothing is dropped without a reason.
+A record is one line of jsonl, one row of parquet or one text file. The functions `text_of_*` turn a
+record into text, or raise `BadRecord` with the reason. They repair nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from typing import Any
 
 
 class BadRecord(Exception):
-    """A record that holds no usable text. `reason` is short and fixed, so it can be counted; `detail` is for the reader."""
+    """A record that holds no usable text.
+
+    `reason` is one of a few short texts, so that it can be counted; `detail` is for the reader.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail
 
 
 class InputDataError(Exception):
@@ -50,16 +54,20 @@ BLANK_LINE = "blank line"
 EMPTY_FILE = "empty file"
 DAMAGED_FILE = "damaged or unreadable file"
 
-# Normal in real folders and hand-made jsonl: counted and listed, but no sign of damage, so outside --max-bad-fraction.
 HARMLESS = frozenset({BLANK_LINE, EMPTY_FILE})
+"""Reasons that are normal in real folders and hand-made jsonl.
+
+Such records are counted and listed, but they are no sign of damage: --max-bad-fraction ignores
+them.
+"""
 
 HASH_BYTES = 16
-"""Of the hash that tells equal texts."""
+"""Size of the hash of a text, by which duplicates are found."""
 _EXCERPT_CHARACTERS = 80
 
 
 def text_of_line(line: bytes, keys: Sequence[str], separator: str) -> tuple[str, dict[str, Any]]:
-    """The text of one jsonl line and the whole record (for a user's predicate). Raises BadRecord."""
+    """The text of one jsonl line, and the whole record for a user's predicate. Raises BadRecord."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -100,7 +108,7 @@ def text_of_record(record: dict[str, Any], keys: Sequence[str], separator: str) 
 
 
 def text_of_bytes(content: bytes) -> str:
-    """The text of one text file: UTF-8, without a byte order mark if it has one. Raises BadRecord."""
+    """The text of one UTF-8 file, without a byte order mark. Raises BadRecord."""
     if not content:
         raise BadRecord(EMPTY_FILE)
     try:
@@ -118,6 +126,7 @@ def text_of_bytes(content: bytes) -> str:
 
 
 def check_text(text: str) -> None:
+    """Raises BadRecord for a text that is empty, looks binary or has no UTF-8 form."""
     if not text or text.isspace():
         raise BadRecord(EMPTY)
     if "\x00" in text:

@@ -1,7 +1,8 @@
 """From --input arguments to an ordered list of files, and from files to units of work.
 
-Order is the order of documents in the corpus: arguments as given; inside a folder or a glob, files by path. A unit is the
-smallest piece a shard can begin at; cutting depends on sizes only, so it is the same on every machine.
+The order of the files is the order of documents in the corpus: arguments as given; inside a folder
+or a glob, files by path. A unit is the smallest piece that a shard can begin at. How files are cut
+into units depends on their sizes alone, so it is the same on every machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from data_tools.reading.documents import InputDataError
 
 BLOCK_BYTES = 4 << 20
 FILES_PER_BLOCK = 512
@@ -25,7 +28,7 @@ _COMPRESSED = (".gz", ".zst", ".zstd")
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     source: int
-    """Which --input argument."""
+    """Position of the --input argument that named it."""
     path: str
     file_format: str
     """lines, text or parquet."""
@@ -38,12 +41,14 @@ class SourceFile:
 @dataclass(frozen=True, slots=True)
 class Unit:
     kind: str
-    """lines: a byte range; files: whole text files; rows: a parquet row group; stream: one compressed jsonl or standard input."""
+    """`lines`: a byte range of jsonl; `files`: whole text files; `rows`: a row group of a parquet
+    file; `stream`: one compressed jsonl file, or standard input."""
     files: tuple[SourceFile, ...]
     start: int
     end: int
-    """Bytes for lines, row group for rows; for accounting everywhere, `size_bytes`."""
+    """For `lines` a byte, for `rows` a row group; else 0."""
     size_bytes: int
+    """What the unit counts for in shards and progress."""
 
     @property
     def source(self) -> int:
@@ -53,9 +58,10 @@ class Unit:
 def find_files(
     inputs: Sequence[str], file_format: str = "auto", include: Sequence[str] = ()
 ) -> list[SourceFile]:
-    """Every file the arguments name: files, folders (all files below, hidden ones left out), globs, or - for standard input.
+    """Every file that the arguments name.
 
-    Raises ValueError when an argument names nothing.
+    An argument is a file, a folder (all files below it but hidden ones), a glob, or - for standard
+    input. Raises InputDataError when an argument names nothing.
     """
     files: list[SourceFile] = []
     for source, argument in enumerate(inputs):
@@ -68,7 +74,7 @@ def find_files(
             continue
         paths = list(_paths_of(argument, include))
         if not paths:
-            raise ValueError(
+            raise InputDataError(
                 f"--input {argument}: no such file or folder, and no file matches it"
                 + (f" and --include {' '.join(include)}" if include else "")
             )
@@ -90,13 +96,15 @@ def _paths_of(argument: str, include: Sequence[str]) -> Iterator[tuple[str, bool
         found = []
         for folder, folders, names in os.walk(path):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [
-                os.path.join(folder, name)
-                for name in names
-                if not name.startswith(".")
-                and (not include or any(fnmatch.fnmatch(name, pattern) for pattern in include))
-            ]
-        yield from ((each, True) for each in sorted(found, key=os.fsencode))
+            found += [os.path.join(folder, name) for name in names if _is_wanted(name, include)]
+        yield from ((file, True) for file in sorted(found, key=os.fsencode))
+
+
+def _is_wanted(name: str, include: Sequence[str]) -> bool:
+    """Whether a file of this name, found inside a folder, is one of the inputs."""
+    if name.startswith("."):
+        return False
+    return not include or any(fnmatch.fnmatch(name, pattern) for pattern in include)
 
 
 def _describe(source: int, path: str, in_folder: bool, file_format: str) -> SourceFile:
@@ -112,15 +120,18 @@ def _describe(source: int, path: str, in_folder: bool, file_format: str) -> Sour
         file_format = {"jsonl": "lines"}.get(file_format, file_format)
     try:
         status = os.stat(path)
-        size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
-    except OSError:  # a dangling link: kept, so that reading it is reported
-        size_bytes, mtime_ns = 0, 0
-    return SourceFile(source, path, file_format, compression, size_bytes, mtime_ns)
+    except OSError:  # a dangling link: kept, so that whoever reads it reports it
+        return SourceFile(source, path, file_format, compression, 0, 0)
+    return SourceFile(source, path, file_format, compression, status.st_size, status.st_mtime_ns)
 
 
 def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> list[Unit]:
-    """Cut files into units, in order. Text files are grouped; jsonl is cut into byte ranges (a line belongs to the range it
-    begins in); parquet into row groups; a compressed file or standard input stays whole."""
+    """Cut files into units, in order.
+
+    Text files are grouped. jsonl is cut into byte ranges; a line belongs to the range that it
+    begins in. parquet is cut into row groups. A compressed jsonl file or standard input stays
+    whole.
+    """
     units: list[Unit] = []
     group: list[SourceFile] = []
     group_bytes = 0
@@ -148,18 +159,15 @@ def plan_units(files: Sequence[SourceFile], block_bytes: int = BLOCK_BYTES) -> l
         elif file.file_format == "parquet":
             units.extend(_row_groups(file))
         else:
-            units.extend(
-                Unit(
-                    "lines",
-                    (file,),
-                    start,
-                    min(start + block_bytes, file.size_bytes),
-                    min(start + block_bytes, file.size_bytes) - start,
-                )
-                for start in range(0, max(file.size_bytes, 1), block_bytes)
-            )
+            units.extend(_byte_ranges(file, block_bytes))
     close_group()
     return units
+
+
+def _byte_ranges(file: SourceFile, block_bytes: int) -> Iterator[Unit]:
+    for start in range(0, max(file.size_bytes, 1), block_bytes):
+        end = min(start + block_bytes, file.size_bytes)
+        yield Unit("lines", (file,), start, end, end - start)
 
 
 def _row_groups(file: SourceFile) -> list[Unit]:
@@ -167,9 +175,8 @@ def _row_groups(file: SourceFile) -> list[Unit]:
 
     try:
         metadata = pyarrow.parquet.read_metadata(file.path)
-    except (
-        Exception
-    ):  # pyarrow has several error families; the worker that reads the unit reports the file
+    except Exception:
+        # pyarrow has several families of errors; the worker that reads the unit reports the file.
         return [Unit("rows", (file,), 0, 0, file.size_bytes)]
     return [
         Unit("rows", (file,), group, group + 1, metadata.row_group(group).total_byte_size)
@@ -178,9 +185,13 @@ def _row_groups(file: SourceFile) -> list[Unit]:
 
 
 def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
-    """The contiguous part of the units that shard `index` of `count` owns, by bytes. Shards in order are the whole."""
+    """The part of the units that shard `index` of `count` owns: contiguous, and equal by bytes.
+
+    The shards, in order, are the whole.
+    """
     total_bytes = sum(max(unit.size_bytes, 1) for unit in units)
-    mine, done_bytes = [], 0
+    mine = []
+    done_bytes = 0
     for unit in units:
         if done_bytes * count // max(total_bytes, 1) == index:
             mine.append(unit)
@@ -189,12 +200,13 @@ def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
 
 
 def plan_fingerprint(files: Sequence[SourceFile]) -> str:
-    """Identity of the list of inputs: paths, sizes and modification times. Content is fingerprinted while it is read."""
+    """Identity of the list of inputs: paths, sizes and modification times.
+
+    The content has a fingerprint of its own, which is made while it is read.
+    """
     state = hashlib.sha256()
     for file in files:
-        state.update(
-            f"{file.source}\0{file.path}\0{file.file_format}\0{file.size_bytes}\0{file.mtime_ns}\n".encode(
-                "utf-8", "surrogateescape"
-            )
-        )
+        facts = (file.source, file.path, file.file_format, file.size_bytes, file.mtime_ns)
+        line = "\0".join(map(str, facts)) + "\n"
+        state.update(line.encode("utf-8", "surrogateescape"))
     return "sha256:" + state.hexdigest()

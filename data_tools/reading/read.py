@@ -1,4 +1,4 @@
-"""Documents one after another in this process, for programs that look at text rather than preprocess it."""
+"""Documents one after another in this process, for programs that read text but make no corpus."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from data_tools.reading.inputs import find_files, plan_units, shard_of
 from data_tools.reading.streams import blocks_of_units
 
 GIANT = "too large to hold in memory"
+"""The reason under which giant documents, which only preprocess can take, are counted."""
 
 
 def read_documents(
@@ -25,9 +26,10 @@ def read_documents(
     world_size: int = 1,
     rejects: Counter | None = None,
 ) -> Iterator[Document]:
-    """The usable documents of the inputs, in order; what is not usable is counted by reason in `rejects`.
+    """The usable documents of the inputs, in order; the others are counted by reason in `rejects`.
 
-    With `world_size` > 1 the part that belongs to `rank`; the parts of all ranks in order are the whole.
+    With `world_size` > 1 only the part that belongs to `rank`: the parts of all ranks, in order,
+    are the whole.
     """
     units = plan_units(find_files(inputs, file_format, include))
     if world_size > 1:
@@ -44,23 +46,25 @@ def read_documents(
 def _documents(
     blocks: Iterator[Block], reader: BlockReader, inputs: Sequence[str], rejects: Counter
 ) -> Iterator[Document]:
-    path, lines_before = "", 0
+    path = ""
+    lines_before = 0
     for block in blocks:
-        if block.work.files[0].path != path:
-            path, lines_before = block.work.files[0].path, 0
+        if block.unit.files[0].path != path:
+            path = block.unit.files[0].path
+            lines_before = 0
         for record in reader.read(block):
             if not isinstance(record, Record):
                 rejects[record.reason if isinstance(record, Reject) else GIANT] += 1
                 continue
             place = f"{record.path}:{lines_before + record.line}" if record.line else record.path
-            yield Document(record.text, place, inputs[block.work.source])
+            yield Document(record.text, place, inputs[block.unit.source])
         lines_before += reader.lines
 
 
 def total_input_bytes(
     inputs: Sequence[str], file_format: str = "auto", include: Sequence[str] = ()
 ) -> int:
-    """Size of the inputs, compressed files at four times their size (what text commonly gives)."""
+    """Size of the inputs; a compressed file counts four times its size, as text commonly does."""
     return sum(
         file.size_bytes * (4 if file.compression else 1)
         for file in find_files(inputs, file_format, include)

@@ -1,4 +1,7 @@
-"""From units to blocks: the parent's side of reading. Compressed files and standard input are decompressed here, in order."""
+"""From units to blocks: the parent's side of reading.
+
+Compressed files and standard input are decompressed here, in order.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from data_tools.reading.blocks import Block
 from data_tools.reading.decompression import decompressed
@@ -21,80 +25,88 @@ def blocks_of_units(
     spool_folder: str,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Block]:
-    """All blocks in order, from the place where an interrupted run stood. Streams are read again and skipped up to it.
+    """All blocks in order, from the place where an interrupted run stood.
 
-    A line of a stream that is too large to hold goes to a file `spill-...` in `spool_folder`, which the caller removes.
+    A stream is read again from its beginning, and its blocks are skipped up to that place. A line
+    of a stream that is too large to hold goes to a file `spill-...` in `spool_folder`, which the
+    caller removes.
     """
     number = 0
     for unit_number in range(units_done, len(units)):
         unit = units[unit_number]
         skip = unit_blocks_done if unit_number == units_done else 0
-        blocks = (
-            _blocks_of_stream(unit, block_bytes, f"{spool_folder}/spill-line-{unit_number}")
-            if unit.kind == "stream"
-            else iter([Block(0, 0, 0, unit, source_bytes=unit.size_bytes)])
-        )
+        if unit.kind == "stream":
+            spool = f"{spool_folder}/spill-line-{unit_number}"
+            blocks = _blocks_of_stream(unit, block_bytes, spool)
+        else:
+            blocks = iter([Block(unit, source_bytes=unit.size_bytes)])
         for unit_block, block in enumerate(blocks):
             if unit_block < skip:
                 if block.spool:
                     os.unlink(block.spool)
                 continue
-            yield dataclasses.replace(block, number=number, unit=unit_number, unit_block=unit_block)
+            yield dataclasses.replace(
+                block, number=number, unit_number=unit_number, unit_block=unit_block
+            )
             number += 1
 
 
 def _blocks_of_stream(unit: Unit, block_bytes: int, spool: str) -> Iterator[Block]:
-    """Whole lines in blocks of about `block_bytes`; damage is reported in the last block, after all lines before it."""
+    """Whole lines in blocks of about `block_bytes`.
+
+    Damage is reported in the last block, after all lines before it.
+    """
     file = unit.files[0]
     try:
         # Closed by `with raw` below.
         raw = sys.stdin.buffer if file.path == STDIN else open(file.path, "rb")  # noqa: SIM115
     except OSError as error:
         yield Block(
-            0,
-            0,
-            0,
             unit,
-            b"",
-            file.size_bytes,
+            data=b"",
+            source_bytes=file.size_bytes,
             damage=error.strerror or str(error),
             damaged_bytes=file.size_bytes,
         )
         return
     with raw:
         consumed_before = 0
-        for data, spooled, exhausted, damage in _whole_lines(
-            decompressed(file.compression, raw), block_bytes, spool
-        ):
+        for lines in _whole_lines(decompressed(file.compression, raw), block_bytes, spool):
             consumed = raw.tell() if file.size_bytes else 0
+            unread_bytes = max(file.size_bytes - consumed_before, 1)
             yield Block(
-                0,
-                0,
-                0,
                 unit,
-                data,
-                consumed - consumed_before,
-                exhausted,
-                spooled,
-                damage,
-                max(file.size_bytes - consumed_before, 1) if damage else 0,
+                data=lines.data,
+                source_bytes=consumed - consumed_before,
+                last_of_unit=lines.last,
+                spool=lines.spool,
+                damage=lines.damage,
+                damaged_bytes=unread_bytes if lines.damage else 0,
             )
             consumed_before = consumed
 
 
-def _whole_lines(
-    pieces: Iterator[bytes], block_bytes: int, spool: str
-) -> Iterator[tuple[bytes, str, bool, str]]:
-    """(lines, file of one giant line, whether they are the last, damage). A line that damage cut short is not given."""
+@dataclass(frozen=True)
+class _Lines:
+    """Whole lines of a stream: in memory, or one giant line in a file."""
+
+    data: bytes = b""
+    spool: str = ""
+    """Path of the file that holds the giant line."""
+    last: bool = False
+    damage: str = ""
+    """Why the stream ended before its end."""
+
+
+def _whole_lines(pieces: Iterator[bytes], block_bytes: int, spool: str) -> Iterator[_Lines]:
+    """The lines of a stream. A line that damage cut short is left out."""
     kept: list[bytes] = []
-    kept_bytes = spools = 0
+    kept_bytes = 0
+    spools = 0
     has_newline = False
     damage = ""
-    while True:
-        try:
-            piece = next(pieces, b"")
-        except (OSError, EOFError, ValueError) as error:
-            piece, damage = b"", str(error)
+    while not damage:
+        piece, damage = _next_piece(pieces)
         if not piece:
             break
         kept.append(piece)
@@ -103,8 +115,10 @@ def _whole_lines(
         if kept_bytes >= block_bytes and has_newline:
             data = b"".join(kept)
             end = data.rfind(b"\n") + 1
-            yield data[:end], "", False, ""
-            kept, kept_bytes, has_newline = [data[end:]], len(data) - end, False
+            yield _Lines(data[:end])
+            kept = [data[end:]]
+            kept_bytes = len(data) - end
+            has_newline = False
         elif kept_bytes > GIANT_BYTES and not has_newline:
             path = f"{spool}-{spools}"
             spools += 1
@@ -113,22 +127,38 @@ def _whole_lines(
                 os.unlink(path)
                 kept = []
                 break
-            yield b"", path, False, ""
-            kept, kept_bytes, has_newline = [rest], len(rest), b"\n" in rest
+            yield _Lines(spool=path)
+            kept = [rest]
+            kept_bytes = len(rest)
+            has_newline = b"\n" in rest
     data = b"".join(kept)
-    yield (data[: data.rfind(b"\n") + 1] if damage else data), "", True, damage
+    if damage:
+        data = data[: data.rfind(b"\n") + 1]
+    yield _Lines(data, last=True, damage=damage)
+
+
+def _next_piece(pieces: Iterator[bytes]) -> tuple[bytes, str]:
+    """The next piece, empty at the end of the stream, and the damage that ended it early."""
+    try:
+        return next(pieces, b""), ""
+    except (OSError, EOFError, ValueError) as error:
+        return b"", str(error) or type(error).__name__
 
 
 def _spool_line(path: str, kept: list[bytes], pieces: Iterator[bytes]) -> tuple[bytes, str]:
-    """Write a line that began in `kept` to `path`; returns what came after it, and the damage that cut it short."""
-    with open(path, "wb") as stream:
-        stream.writelines(kept)
+    """Write a line that began in `kept` to the file `path`.
+
+    Returns what came after the line, and the damage that cut it short.
+    """
+    with open(path, "wb") as file:
+        file.writelines(kept)
         while True:
-            try:
-                piece = next(pieces, b"")
-            except (OSError, EOFError, ValueError) as error:
-                return b"", str(error)
+            piece, damage = _next_piece(pieces)
+            if damage:
+                return b"", damage
             end = piece.find(b"\n")
-            stream.write(piece if end < 0 else piece[:end])
-            if end >= 0 or not piece:
-                return piece[end + 1 :] if end >= 0 else b"", ""
+            file.write(piece if end < 0 else piece[:end])
+            if end >= 0:
+                return piece[end + 1 :], ""
+            if not piece:
+                return b"", ""

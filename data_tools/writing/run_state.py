@@ -57,7 +57,7 @@ class RunState:
 
     def consume(self, block: Block, result: BlockResult, duplicates: int) -> list[dict[str, Any]]:
         """Count one block; returns the rejects to list, with line numbers of the file."""
-        counts = self.sources[block.work.source]
+        counts = self.sources[block.unit.source]
         counts.records += result.records
         counts.documents += len(result.lengths_tokens)
         counts.tokens += int(result.lengths_tokens.sum(dtype=np.int64))
@@ -71,10 +71,10 @@ class RunState:
         return self._rejects_to_list(block, result)
 
     def _rejects_to_list(self, block: Block, result: BlockResult) -> list[dict[str, Any]]:
-        path = block.work.files[0].path
+        path = block.unit.files[0].path
         if path != self.path:
             self.path, self.lines_before = path, 0
-            self.counted_from = block.work.start
+            self.counted_from = block.unit.start
         listed = []
         for reject in result.reject_samples:
             if self.listed.get(reject.reason, 0) >= REJECTS_LISTED_PER_REASON:

@@ -125,7 +125,7 @@ def test_jsonl(vocabulary, tmp_path):
             if case % 10 == 0
             else mutate(generator, data)
         )
-        result = encoder(Block(case, 0, 0, unit, data))
+        result = encoder(Block(unit, case, data=data))
         expected = texts_by_hand(data)
         good = [text for text in expected if text is not None]
         assert b"".join(part.tokens for part in result.parts) == b"".join(
