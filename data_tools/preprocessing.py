@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.encoding.block_result import BlockResult, Part
 from data_tools.encoding.pool import ordered_map
-from data_tools.encoding.worker import BlockEncoder, BlockResult, EncodeSettings, Part
+from data_tools.encoding.worker import BlockEncoder, EncodeSettings
 from data_tools.reading.blocks import Block
 from data_tools.reading.documents import HASH_BYTES, InputDataError
 from data_tools.reading.inputs import (

@@ -1,4 +1,7 @@
-"""Text to the bytes of the .bin: the tokenizer's own encoder, or the word cache where it is proved exact."""
+"""From texts to the bytes of the .bin.
+
+Either the tokenizer encodes them, or the word cache does where it is proved exact.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from megatron_slm.tokenization import Tokenizer
 
 
 class Encoder(Protocol):
-    """Turns texts into little-endian tokens of the tokenizer's dtype, exactly as Tokenizer.encode would."""
+    """Turns texts into little-endian tokens of the tokenizer's dtype, equal to Tokenizer.encode."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]: ...
 
 
 class PlainEncoder:
-    """The tokenizer itself, one call per document (SentencePiece) or per batch (Hugging Face)."""
+    """The tokenizer itself: one call per document (SentencePiece) or per batch (Hugging Face)."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -31,7 +34,7 @@ class PlainEncoder:
 
 
 def build_encoder(tokenizer: Tokenizer, name: str = "auto") -> Encoder:
-    """`plain`, or with `auto` the word cache for every vocabulary whose pieces prove it exact."""
+    """`plain`: the tokenizer; `auto`: the word cache where the pieces prove it exact."""
     if name == "auto" and (rules := cut_rules(tokenizer)) is not None:
         return CachedEncoder(tokenizer, rules)
     return PlainEncoder(tokenizer)

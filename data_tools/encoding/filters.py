@@ -1,6 +1,7 @@
-"""The few filters: exact duplicates, length bounds, a user's predicate. Each leaves a count in the report.
+"""The few filters: exact duplicates, bounds of the length, a user's predicate.
 
-Cleaning belongs to a cleaning framework, whose output is accepted as input.
+Every document that a filter drops is counted in the report. Cleaning of text belongs to a cleaning
+framework, whose output preprocess reads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from data_tools.reading.documents import HASH_BYTES, BadRecord, Reject
 
 @dataclass(frozen=True)
 class FilterSettings:
+    """Part of the identity of a run: it decides which documents the corpus has."""
+
     min_characters: int = 0
     max_characters: int = 0
     """0 = no bound."""
@@ -34,7 +37,10 @@ class Filters:
         self.wants_hashes = settings.drop_duplicates
 
     def reason_to_drop(self, record: Record) -> str | Reject | None:
-        """The name of the filter that drops this record, a Reject when the user's predicate failed on it, or None."""
+        """The name of the filter that drops this record; None when all keep it.
+
+        A Reject when the user's predicate raised an exception.
+        """
         if reason := self._length_reason(len(record.text)):
             return reason
         if self._keep_if is not None:
@@ -52,7 +58,10 @@ class Filters:
         return None
 
     def reason_to_drop_giant(self, characters: int) -> str | None:
-        """As `reason_to_drop`, for a document that is never in memory as a whole. Raises BadRecord: a predicate needs it whole."""
+        """As `reason_to_drop`, for a document that is never in memory as a whole.
+
+        Raises BadRecord when there is a predicate, which would need the whole text.
+        """
         if reason := self._length_reason(characters):
             return reason
         if self._keep_if is not None:
@@ -83,9 +92,8 @@ def load_predicate(argument: str) -> Callable[[str, dict[str, Any]], bool]:
     if specification is None or specification.loader is None:
         raise ValueError(f"--keep-if {argument}: {file_name} is not a Python file")
     module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = (
-        module  # dataclasses in the user's file look themselves up here
-    )
+    # Dataclasses in the user's file look up their module here.
+    sys.modules[specification.name] = module
     try:
         specification.loader.exec_module(module)
     except Exception as error:

@@ -14,7 +14,10 @@ from data_tools.reading.giant import GIANT_BYTES, PIECE_BYTES, GiantText
 
 
 def encode_giant(document: GiantText, encoder: CachedEncoder) -> Iterator[bytes]:
-    """Tokens of the document in pieces. Raises BadRecord where the text offers no place to cut for very long."""
+    """Tokens of the document in pieces.
+
+    Raises BadRecord when a stretch of GIANT_BYTES offers no place to cut.
+    """
     carry = encoder.prefix
     for piece in document.pieces():
         carry += encoder.as_bytes(piece)

@@ -1,7 +1,8 @@
-"""Worker processes fed through pipes; results come back in the order of the work.
+"""Worker processes that are fed through pipes; results come back in the order of the work.
 
-Each worker has one pipe. When the parent dies, however it dies, the pipes close and the workers end; when a worker dies, the
-parent sees its pipe close and says so. At most `window` results wait for a slow one before them, which bounds memory.
+Each worker has one pipe. When the parent dies, for whatever reason, the pipes close and the workers
+end. When a worker dies, the parent sees its pipe close and raises WorkerDied. At most `window`
+results wait for a slow one before them, which bounds memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 
 
 class WorkerDied(Exception):
-    """A worker process ended without an answer: killed (often for memory) or crashed in native code."""
+    """A worker process ended without an answer.
+
+    It was killed, often because memory was short, or crashed in native code.
+    """
 
 
 def ordered_map(
@@ -24,14 +28,17 @@ def ordered_map(
     workers: int,
     window: int | None = None,
 ) -> Iterator[Any]:
-    """`map(make_function(*arguments), work)` in `workers` spawned processes, order kept. One worker runs in this process.
+    """`map(make_function(*arguments), work)` in `workers` spawned processes, in the order of
+    `work`.
 
-    Exceptions raised in a worker are raised here. `work` is consumed lazily.
+    A single worker runs in this process. Exceptions of a worker are raised here. `work` is consumed
+    lazily.
     """
     if workers <= 1:
         yield from map(make_function(*arguments), work)
         return
-    # spawn, not fork: this process may hold threads (progress display, a caller's libraries), whose locks a fork would freeze
+    # spawn, not fork: a fork would freeze the locks of this process's other threads (the progress
+    # display, libraries of the caller).
     context = multiprocessing.get_context("spawn")
     connections: list[Connection] = []
     processes = []
@@ -57,9 +64,15 @@ def ordered_map(
 
 
 def _feed(connections: list[Connection], work: Iterator[Any], window: int) -> Iterator[Any]:
-    idle, busy = list(connections), {}
+    """Keep the workers busy; yield their results in order."""
+    idle = list(connections)
+    busy: dict[Connection, int] = {}
+    """The number of the item that each busy worker has."""
     ready: dict[int, Any] = {}
-    given, wanted, exhausted = 0, 0, False
+    """Results by number that wait for an earlier one."""
+    given = 0
+    wanted = 0
+    exhausted = False
     while True:
         while idle and not exhausted and given - wanted < window:
             try:
@@ -78,7 +91,8 @@ def _feed(connections: list[Connection], work: Iterator[Any], window: int) -> It
             return
         if idle and not exhausted and given - wanted < window:
             continue
-        for connection in wait(list(busy)):
+        answered = set(wait(list(busy)))
+        for connection in [worker for worker in busy if worker in answered]:
             ready[busy.pop(connection)] = _receive(connection)
             idle.append(connection)
 
@@ -87,7 +101,7 @@ def _send(connection: Connection, item: Any) -> None:
     try:
         connection.send(item)
     except (BrokenPipeError, ConnectionResetError):
-        _receive(connection)  # it may have left the exception that ended it
+        _receive(connection)  # raises the exception that ended the worker, if it could send one
         raise WorkerDied("a worker process ended unexpectedly") from None
 
 

@@ -1,121 +1,46 @@
-"""The exact word cache: texts are cut where the vocabulary proves it harmless, and each distinct segment is encoded once.
+"""The exact word cache: texts are cut into segments, and each distinct segment is encoded once.
 
-Words repeat: most segments of a text were seen before, and finding their tokens again costs far less than merging them again.
-All of it is done for a batch of documents at once in numpy: cut (a table of class pairs), pack each segment of up to 32 bytes
-into four integers, look these up in a hash table that compares all 32 bytes (so no collision can give wrong tokens), and copy
-the tokens out. Segments that are new or longer go to the tokenizer.
+Texts are cut only where the vocabulary proves that cutting does not change the tokens
+(segments.py). Words repeat: most segments of a text were encoded before, and looking up their
+tokens costs far less than merging them again. A batch of documents is worked on at once in numpy:
+cut (a table of pairs of classes), pack each segment of up to 32 bytes into four integers, look
+these up in a hash table (segment_table.py), and copy the tokens out. Segments that are new or
+longer go to the tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 
+from data_tools.encoding.segment_table import (
+    COUNT_BITS,
+    MOST_ENTRIES,
+    SegmentTable,
+    TokenStore,
+)
 from data_tools.encoding.segments import SPACE_SIGN, CutRules, class_of_byte
 from megatron_slm.tokenization import Tokenizer
 
 _SHORT_BYTES = 8
 _KEY_BYTES = 32
-_SLOT_BITS = 20
-_MOST_ENTRIES = (1 << _SLOT_BITS) * 5 // 8
 _MOST_LONG_ENTRIES = 50_000
 _LONGEST_KEPT_BYTES = 256
 _BATCH_BYTES = 1 << 18
-_COUNT_BITS = np.int64(8)
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)
-_MULTIPLIERS = np.array(
-    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64
-)
-
-
-class TokenStore:
-    """Token sequences back to back; a sequence is named by one integer, its place: start << 8 | count."""
-
-    def __init__(self, dtype: np.dtype) -> None:
-        self.tokens = np.zeros(1 << 16, dtype)
-        self._used = 0
-
-    def add(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        counts = np.fromiter(map(len, sequences), np.int64, len(sequences))
-        total = int(counts.sum())
-        if self._used + total > len(self.tokens):
-            self.tokens = np.concatenate(
-                [self.tokens, np.zeros(max(len(self.tokens), total), self.tokens.dtype)]
-            )
-        self.tokens[self._used : self._used + total] = np.fromiter(
-            chain.from_iterable(sequences), self.tokens.dtype, total
-        )
-        starts = self._used + np.cumsum(counts) - counts
-        self._used += total
-        return starts << _COUNT_BITS | counts
-
-
-class SegmentTable:
-    """Hash table from keys of `columns` integers (N x columns) to places; lookups and insertions work on arrays."""
-
-    def __init__(self, columns: int) -> None:
-        self._slots = 1 << _SLOT_BITS
-        self._keys = np.zeros(
-            (self._slots, columns), "<u8"
-        )  # an all-zero key is a free slot: texts hold no NUL
-        self._places = np.zeros(self._slots, np.int64)
-        self.entries = 0
-
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """The place of each key, -1 where it is absent."""
-        slots = self._hash(keys)
-        hit, free = self._compare(slots, keys)
-        places = self._places[slots]
-        places[~hit] = -1
-        todo = np.flatnonzero(~(hit | free))
-        while len(todo):  # linear probing, on ever fewer keys
-            slots[todo] = (slots[todo] + 1) & (self._slots - 1)
-            hit, free = self._compare(slots[todo], keys[todo])
-            places[todo[hit]] = self._places[slots[todo[hit]]]
-            todo = todo[~(hit | free)]
-        return places
-
-    def _compare(self, slots: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = self._keys[slots]
-        if found.shape[1] == 1:
-            return found[:, 0] == keys[:, 0], found[:, 0] == 0
-        differs = found ^ keys
-        return (differs[:, 0] | differs[:, 1] | differs[:, 2] | differs[:, 3]) == 0, found[
-            :, 0
-        ] == 0
-
-    def insert(self, keys: np.ndarray, places: np.ndarray) -> None:
-        """Add distinct absent keys. The caller keeps room."""
-        slots, todo = self._hash(keys), np.arange(len(keys))
-        while len(todo):
-            free = todo[self._keys[slots[todo], 0] == 0]
-            _, first = np.unique(
-                slots[free], return_index=True
-            )  # of several keys for one slot, the first gets it
-            winners = free[first]
-            self._keys[slots[winners]] = keys[winners]
-            self._places[slots[winners]] = places[winners]
-            todo = np.setdiff1d(todo, winners, assume_unique=True)
-            slots[todo] = (slots[todo] + 1) & (self._slots - 1)
-        self.entries += len(keys)
-
-    @staticmethod
-    def _hash(keys: np.ndarray) -> np.ndarray:
-        mixed = keys[:, 0] * _MULTIPLIERS[0]
-        for column in range(1, keys.shape[1]):
-            mixed ^= (keys[:, column] + (mixed >> np.uint64(29))) * _MULTIPLIERS[column]
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= _MULTIPLIERS[1]
-        return (mixed >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
 
 
 class CachedEncoder:
-    """Equals `Tokenizer.encode` on every text, as little-endian bytes; memory is bounded by the table's size."""
+    """Equals `Tokenizer.encode` on every text, as little-endian bytes.
+
+    Its memory is bounded: a full table is forgotten and begun again.
+    """
 
     def __init__(self, tokenizer: Tokenizer, rules: CutRules) -> None:
-        self._tokenizer, self._rules = tokenizer, rules
+        self._tokenizer = tokenizer
+        self._rules = rules
         self._dtype = tokenizer.token_dtype.newbyteorder("<")
         self._class_table = class_of_byte().tobytes()
         cut_of_pair = np.zeros(256, bool)
@@ -129,11 +54,15 @@ class CachedEncoder:
 
     def _forget(self) -> None:
         self._store = TokenStore(self._dtype)
-        self._short, self._medium = SegmentTable(1), SegmentTable(4)
+        self._short = SegmentTable(1)
+        self._medium = SegmentTable(4)
         self._long: dict[bytes, np.ndarray] = {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
-        """Tokens of each text. Long texts are worked on in parts, so the memory beyond the result does not grow with them."""
+        """Tokens of each text.
+
+        Long texts are worked on in parts, so that only the result grows with them.
+        """
         parts: list[bytes] = []
         owners: list[int] = []
         results: list[list[bytes]] = [[] for _ in texts]
@@ -148,7 +77,9 @@ class CachedEncoder:
                 waiting_bytes += len(part)
                 if waiting_bytes >= _BATCH_BYTES:
                     self._encode_into(results, owners, parts)
-                    parts, owners, waiting_bytes = [], [], 0
+                    parts = []
+                    owners = []
+                    waiting_bytes = 0
         self._encode_into(results, owners, parts)
         return [pieces[0] if len(pieces) == 1 else b"".join(pieces) for pieces in results]
 
@@ -170,11 +101,14 @@ class CachedEncoder:
             results[owner].append(content)
 
     def encode_part(self, content: bytes) -> bytes:
-        """Tokens of a part of a text that begins and ends where cutting is exact (`prefix` already before the first)."""
+        """Tokens of a part of a text that begins and ends where cutting is exact.
+
+        The caller has put `prefix` before the first part of the text.
+        """
         return b"".join(self._encode_parts([part])[0] for part in self.parts_of(content))
 
     def last_cut(self, content: bytes) -> int:
-        """The last place where this beginning of a longer text may be cut, 0 where there is none."""
+        """The last place where the beginning of a longer text may be cut; 0 when there is none."""
         end = content.rfind(b"\n")
         if end > 0:
             return end
@@ -183,17 +117,20 @@ class CachedEncoder:
 
     def parts_of(self, content: bytes) -> list[bytes]:
         """A text in parts of about a batch, each ending where cutting is exact."""
-        parts, start, window = [], 0, _BATCH_BYTES
+        parts = []
+        start = 0
+        window = _BATCH_BYTES
         while len(content) - start > window:
             end = content.rfind(b"\n", start + 1, start + window)
             if end < 0:
                 cuts = self._cuts(content[start : start + window])
                 if not len(cuts):
-                    window *= 2  # nothing to cut at so far
+                    window *= 2  # no place to cut so far
                     continue
                 end = start + int(cuts[-1])
             parts.append(content[start:end])
-            start, window = end, _BATCH_BYTES
+            start = end
+            window = _BATCH_BYTES
         parts.append(content[start:])
         return parts
 
@@ -205,14 +142,14 @@ class CachedEncoder:
         return np.flatnonzero(np.frombuffer(pairs.tobytes().translate(self._cut_table), bool)) + 1
 
     def _encode_parts(self, parts: list[bytes]) -> list[bytes]:
-        joined = (
-            b"\n".join(parts) + b"\n" + bytes(_KEY_BYTES)
-        )  # a newline between parts is a segment of its own
+        # A newline may always be cut off, so the one between two parts is a segment of its own.
+        joined = b"\n".join(parts) + b"\n" + bytes(_KEY_BYTES)
         size = len(joined) - _KEY_BYTES
         starts = np.concatenate([np.zeros(1, np.int64), self._cuts(joined[:size])])
         lengths = np.diff(starts, append=size)
         places = self._places(joined, starts, lengths)
-        firsts, counts = places >> _COUNT_BITS, places & ((1 << _COUNT_BITS) - 1)
+        firsts = places >> COUNT_BITS
+        counts = places & ((1 << COUNT_BITS) - 1)
         long = self._long_segments(joined, starts, lengths)
         for segment, tokens in long:
             counts[segment] = len(tokens)
@@ -221,9 +158,8 @@ class CachedEncoder:
         ends = np.cumsum(counts)
         sources = np.repeat(firsts - (ends - counts), counts)
         sources += np.arange(len(sources))
-        tokens = self._store.tokens.take(
-            sources, mode="clip"
-        )  # where a long segment goes, the place means nothing
+        # Where a long segment goes, the place means nothing; the clipped value is overwritten.
+        tokens = self._store.tokens.take(sources, mode="clip")
         for segment, sequence in long:
             tokens[ends[segment] - len(sequence) : ends[segment]] = sequence
         content = tokens.tobytes()
@@ -231,19 +167,20 @@ class CachedEncoder:
         return [content[start:end] for start, end in pairwise([0, *bounds])]
 
     def _places(self, joined: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Where the tokens of every segment of at most 32 bytes lie, new ones encoded and remembered; 0 for longer ones."""
-        windows = np.ndarray(
-            (len(joined) - 7,), "<u8", buffer=joined, strides=(1,)
-        )  # the 8 bytes from every place
+        """The place of the tokens of every segment of at most 32 bytes; 0 for longer segments.
+
+        New segments are encoded and remembered.
+        """
+        # windows[i]: the 8 bytes from i on, as one integer.
+        windows = np.ndarray((len(joined) - 7,), "<u8", buffer=joined, strides=(1,))
         places = np.zeros(len(starts), np.int64)
         is_short = lengths <= _SHORT_BYTES
         for table, chosen in (
             (self._short, np.flatnonzero(is_short)),
             (self._medium, np.flatnonzero(~is_short & (lengths <= _KEY_BYTES))),
         ):
-            keys = self._keys(
-                windows, starts[chosen], lengths[chosen], 1 if table is self._short else 4
-            )
+            columns = 1 if table is self._short else 4
+            keys = self._keys(windows, starts[chosen], lengths[chosen], columns)
             found = table.find(keys)
             missing = np.flatnonzero(found < 0)
             if len(missing):
@@ -256,7 +193,7 @@ class CachedEncoder:
                         strict=True,
                     )
                 }
-                if table.entries + len(new) > _MOST_ENTRIES:
+                if table.entries + len(new) > MOST_ENTRIES:
                     self._forget()
                     return self._places(joined, starts, lengths)
                 new_keys = keys[np.fromiter(new.values(), np.int64, len(new))]
@@ -265,9 +202,11 @@ class CachedEncoder:
             places[chosen] = found
         return places
 
+    @staticmethod
     def _keys(
-        self, windows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, columns: int
+        windows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, columns: int
     ) -> np.ndarray:
+        """The bytes of each segment as `columns` integers, filled up with zeros."""
         keys = np.zeros((len(starts), columns), "<u8")
         keys[:, 0] = windows[starts] & _MASKS[np.minimum(lengths, 8)]
         for column in range(1, columns):
@@ -281,6 +220,7 @@ class CachedEncoder:
     def _long_segments(
         self, joined: bytes, starts: np.ndarray, lengths: np.ndarray
     ) -> list[tuple[int, np.ndarray]]:
+        """(position among the segments, tokens) of each segment that is longer than a key."""
         places = np.flatnonzero(lengths > _KEY_BYTES).tolist()
         segments = [joined[starts[place] : starts[place] + lengths[place]] for place in places]
         known = {segment: self._long[segment] for segment in segments if segment in self._long}
@@ -303,7 +243,8 @@ class CachedEncoder:
         return [(place, known[segment]) for place, segment in zip(places, segments, strict=True)]
 
     def _encode_segments(self, segments: list[bytes]) -> list[list[int]]:
-        # One thread: the processes are the parallelism. One call for a list: each call with a list starts a thread anew.
+        # One thread, because the worker processes are the parallelism; and one call for all
+        # segments, because every call with a list starts a thread.
         return self._rules.inner.encode(
             [segment.decode("utf-8") for segment in segments], num_threads=1
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.encoding.worker import BlockResult
+from data_tools.encoding.block_result import BlockResult
 from data_tools.reading.blocks import Block
 from data_tools.reading.documents import HARMLESS
 

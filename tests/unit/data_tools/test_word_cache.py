@@ -11,7 +11,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.encoding import word_cache
+from data_tools.encoding import segment_table, word_cache
 from data_tools.encoding.encoders import PlainEncoder, build_encoder
 from data_tools.encoding.segments import (
     BEYOND_ASCII,
@@ -149,7 +149,7 @@ def test_plain_on_request(vocabulary):
 
 def test_a_full_table_starts_again(vocabulary, monkeypatch):
     tokenizer = load_tokenizer(vocabulary)
-    monkeypatch.setattr(word_cache, "_MOST_ENTRIES", 60)
+    monkeypatch.setattr(word_cache, "MOST_ENTRIES", 60)
     monkeypatch.setattr(word_cache, "_MOST_LONG_ENTRIES", 2)
     encoder = build_encoder(tokenizer)
     generator = random.Random(6)
@@ -164,10 +164,10 @@ def test_a_full_table_starts_again(vocabulary, monkeypatch):
 
 def test_colliding_slots(vocabulary, monkeypatch):
     """Every key hashes to one of four slots: probing, not luck, must tell them apart."""
-    monkeypatch.setattr(word_cache, "_SLOT_BITS", 10)
-    monkeypatch.setattr(word_cache, "_MOST_ENTRIES", 600)
+    monkeypatch.setattr(segment_table, "_SLOT_BITS", 10)
+    monkeypatch.setattr(word_cache, "MOST_ENTRIES", 600)
     monkeypatch.setattr(
-        word_cache.SegmentTable,
+        segment_table.SegmentTable,
         "_hash",
         staticmethod(lambda keys: (keys[:, 0] & np.uint64(3)).astype(np.int64)),
     )
