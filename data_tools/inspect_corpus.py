@@ -1,11 +1,12 @@
 """Look into a corpus: its documents as text, its numbers, the lengths of its documents.
 
-python -m data_tools.inspect_corpus data/corpus                        numbers and a length histogram
-python -m data_tools.inspect_corpus data/corpus --document 0 17        these documents as text
-python -m data_tools.inspect_corpus data/corpus --tokens --document 0  token by token
-python -m data_tools.inspect_corpus data/corpus --scores data/scores --document 7     the text with its scores
+python -m data_tools.inspect_corpus data/corpus                        numbers and a length
+histogram python -m data_tools.inspect_corpus data/corpus --document 0 17        these documents as
+text python -m data_tools.inspect_corpus data/corpus --tokens --document 0  token by token python -m
+data_tools.inspect_corpus data/corpus --scores data/scores --document 7     the text with its scores
 python -m data_tools.inspect_corpus data/corpus --json                 the numbers for a program
-python -m data_tools.inspect_corpus data/corpus --picture lengths.png  the histogram of every source as a picture
+python -m data_tools.inspect_corpus data/corpus --picture lengths.png  the histogram of every source
+as a picture
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m data_tools.merge --input 'data/corpus.shard-*-of-00008' --output-prefix data/corpus
 
-The tokens are copied as bytes; the result is what one run over the same input writes, to the byte. Shards of one run are put
-in their order, and a missing, foreign or damaged one is an error. Other corpora are joined in the order given, if they have the
-same tokenizer, token dtype and end-of-document policy. Statistics are joined too, where every part has them.
+The tokens are copied as bytes; the result is what one run over the same input writes, to the byte.
+Shards of one run are put in their order, and a missing, foreign or damaged one is an error. Other
+corpora are joined in the order given, if they have the same tokenizer, token dtype and
+end-of-document policy. Statistics are joined too, where every part has them.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def find_prefixes(arguments: list[str]) -> list[str]:
 
 
 def in_order(corpora: dict[str, CorpusManifest]) -> list[str]:
-    """Prefixes in the order to join them: shards by number, anything else as given. Raises ValueError when shards of one run
-    are missing or mixed with others."""
+    """Prefixes in the order to join them: shards by number, anything else as given. Raises
+    ValueError when shards of one run are missing or mixed with others."""
     shards = {prefix: manifest.shard for prefix, manifest in corpora.items() if manifest.shard}
     if not shards:
         return list(corpora)

@@ -1,10 +1,12 @@
 """Text to the .bin/.idx that megatron-core trains on.
 
-    python -m data_tools.preprocess --input corpus.jsonl --tokenizer vocab.model --output-prefix data/corpus --workers 8
+    python -m data_tools.preprocess --input corpus.jsonl --tokenizer vocab.model \\
+        --output-prefix data/corpus --workers 8
 
-reads jsonl (also .gz, .zst), parquet, text files, folders of text or standard input (-), and writes data/corpus.bin, .idx,
-.manifest.json and .statistics.json. Killed or interrupted, the same command continues; the result is the same to the byte,
-whatever the number of workers. One document of the input is one document of the corpus, in the order of the input.
+reads jsonl (also .gz, .zst), parquet, text files, folders of text or standard input (-), and writes
+data/corpus.bin, .idx, .manifest.json and .statistics.json. Killed or interrupted, the same command
+continues; the result is the same to the byte, whatever the number of workers. One document of the
+input is one document of the corpus, in the order of the input.
 """
 
 from __future__ import annotations
@@ -18,9 +20,15 @@ from pathlib import Path
 from data_tools.encoding.filters import FilterSettings, load_predicate
 from data_tools.encoding.pool import WorkerDied
 from data_tools.encoding.worker import EncodeSettings
-from data_tools.preprocessing import PreprocessingSettings, run
+from data_tools.preprocessing import preprocess
+from data_tools.reading.arguments import add_record_arguments
 from data_tools.reading.documents import InputDataError
+from data_tools.reading.inputs import STDIN
+from data_tools.writing.run_identity import PreprocessingSettings
 from megatron_slm.config.arguments import Program
+from megatron_slm.tokenization import VocabularyFileError
+
+_CONTINUE = "What was saved stands; run the same command again to continue."
 
 
 def build_parser() -> Program:
@@ -28,133 +36,130 @@ def build_parser() -> Program:
         prog="python -m data_tools.preprocess",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 done, 2 wrong usage, 3 bad data (nothing was published), 4 the machine failed (disk full, worker "
-        "killed): run the same command again to continue.",
+        epilog="exit codes: 0 done, 2 wrong usage, 3 bad data (nothing was published), 4 the machine "
+        "failed (disk full, worker killed): run the same command again to continue.",
     )
-    main = parser.add_argument_group("what goes in and comes out")
-    main.add_argument(
+    _add_input_and_output(parser.add_argument_group("what goes in and comes out"))
+    _add_filters(parser.add_argument_group("bad input and filters"))
+    _add_scale_and_restart(parser.add_argument_group("scale and restart"))
+    return parser
+
+
+def _add_input_and_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="F",
-        help="files, folders (every file below), globs in quotes, or - for jsonl on standard input; the order "
-        "given is the order of the documents",
+        help="files, folders (every file below), globs in quotes, or - for jsonl on standard input; "
+        "the order given is the order of the documents",
     )
-    main.add_argument(
+    group.add_argument(
         "--tokenizer",
         required=True,
         metavar="P.model",
         help="SentencePiece .model or Hugging Face tokenizer.json",
     )
-    main.add_argument(
+    group.add_argument(
         "--output-prefix",
         required=True,
         metavar="C",
         help="writes C.bin, C.idx, C.manifest.json, ...",
     )
-    main.add_argument(
+    group.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         metavar="W",
         help="processes (default: %(default)s)",
     )
-    main.add_argument(
+    group.add_argument(
         "--format",
         choices=("auto", "jsonl", "parquet", "text"),
         default="auto",
-        help="auto goes by the file name: .jsonl and .ndjson hold one record per line, .parquet one per row, any "
-        "other file is one document",
+        help="auto goes by the file name: .jsonl and .ndjson hold one record per line, .parquet one "
+        "per row, any other file is one document",
     )
-    main.add_argument(
-        "--include",
-        nargs="+",
-        default=[],
-        metavar="GLOB",
-        help="of folders, only file names like *.py",
-    )
-    main.add_argument(
-        "--text-key",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="where a record keeps its text; several keys are joined (default: text)",
-    )
-    main.add_argument(
+    add_record_arguments(group)
+    group.add_argument(
         "--key-separator", default="\n\n", help="between several keys (default: a blank line)"
     )
-    main.add_argument(
+    group.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="close every document with the end-of-document token",
     )
-    main.add_argument(
+    group.add_argument(
         "--prepend-bos",
         action="store_true",
         help="begin every document with the begin-of-sequence token",
     )
-    bad = parser.add_argument_group("bad input and filters")
-    bad.add_argument(
+
+
+def _add_filters(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--max-bad-fraction",
         type=float,
         default=0.05,
         metavar="X",
-        help="fail (exit code 3) when more of the records, or of the bytes, is broken; what was left out is listed "
-        "in C.rejects.jsonl (default: %(default)s)",
+        help="fail (exit code 3) when more of the records, or of the bytes, is broken; what was left "
+        "out is listed in C.rejects.jsonl (default: %(default)s)",
     )
-    bad.add_argument(
+    group.add_argument(
         "--min-characters", type=int, default=0, metavar="N", help="leave out shorter documents"
     )
-    bad.add_argument(
+    group.add_argument(
         "--max-characters", type=int, default=0, metavar="N", help="leave out longer documents"
     )
-    bad.add_argument(
+    group.add_argument(
         "--drop-duplicates",
         action="store_true",
-        help="keep the first of documents with the same text (about 100 bytes of memory per document)",
+        help="keep the first of documents with the same text (about 100 bytes of memory per "
+        "document)",
     )
-    bad.add_argument(
+    group.add_argument(
         "--keep-if",
         default="",
         metavar="FILE.py:FUNCTION",
         help="keep documents where FUNCTION(text, record) is true",
     )
-    scale = parser.add_argument_group("scale and restart")
-    scale.add_argument(
+
+
+def _add_scale_and_restart(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--shard",
         type=parse_shard,
         metavar="i/n",
         help="do part i of n (from 0) into C.shard-i-of-n; data_tools.merge joins the parts",
     )
-    scale.add_argument(
+    group.add_argument(
         "--overwrite",
         action="store_true",
         help="replace a complete corpus under this prefix, at the end",
     )
-    scale.add_argument(
+    group.add_argument(
         "--skip-complete",
         action="store_true",
-        help="succeed at once when the corpus is complete already, whatever it was made from (without this: when it "
-        "was made from the same inputs and options, and else fail)",
+        help="succeed at once when the corpus is complete already, whatever it was made from "
+        "(without this: when it was made from the same inputs and options, and else fail)",
     )
-    scale.add_argument(
+    group.add_argument(
         "--restart", action="store_true", help="throw away an unfinished run under this prefix"
     )
-    scale.add_argument(
+    group.add_argument(
         "--save-every-seconds",
         type=float,
         default=10.0,
         metavar="S",
         help="how much work a kill may cost (default: %(default)s)",
     )
-    scale.add_argument(
+    group.add_argument(
         "--encoder",
         choices=("auto", "plain"),
         default="auto",
         help="auto uses a word cache where it is proved to give the tokenizer's own ids",
     )
-    return parser
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -167,8 +172,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-def settings_of(arguments: argparse.Namespace) -> PreprocessingSettings:
-    """Raises ValueError with all problems of the options at once."""
+def problems_of(arguments: argparse.Namespace) -> list[str]:
+    """A sentence for every option that cannot be meant."""
     problems = []
     if arguments.workers < 1:
         problems.append(f"--workers {arguments.workers}: at least 1")
@@ -178,17 +183,19 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessingSettings:
         problems.append("--min-characters and --max-characters cannot be negative")
     if 0 < arguments.max_characters < arguments.min_characters:
         problems.append(
-            f"--max-characters {arguments.max_characters} is below --min-characters {arguments.min_characters}"
+            f"--max-characters {arguments.max_characters} is below --min-characters "
+            f"{arguments.min_characters}"
         )
     if not 0 <= arguments.save_every_seconds < math.inf:
         problems.append(f"--save-every-seconds {arguments.save_every_seconds}: at least 0")
-    if arguments.shard and "-" in arguments.input:
+    if arguments.shard and STDIN in arguments.input:
         problems.append(
             "--shard: standard input cannot be cut into shards; write it to a file first"
         )
     if arguments.shard and arguments.drop_duplicates:
         problems.append(
-            "--drop-duplicates with --shard would see only the duplicates inside one shard; drop them in one run"
+            "--drop-duplicates with --shard would see only the duplicates inside one shard; drop "
+            "them in one run"
         )
     if not Path(arguments.output_prefix).name or Path(arguments.output_prefix).is_dir():
         problems.append(
@@ -200,7 +207,12 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessingSettings:
             load_predicate(arguments.keep_if)
         except ValueError as error:
             problems.append(str(error))
-    if problems:
+    return problems
+
+
+def settings_of(arguments: argparse.Namespace) -> PreprocessingSettings:
+    """Raises ValueError with all problems of the options at once."""
+    if problems := problems_of(arguments):
         raise ValueError("\n".join(problems))
     filters = FilterSettings(
         arguments.min_characters,
@@ -236,24 +248,18 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessingSettings:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
-        run(settings_of(arguments))
-    except InputDataError as error:
+        preprocess(settings_of(arguments))
+    except (InputDataError, VocabularyFileError) as error:
         print(f"preprocess: {error}", file=sys.stderr)
         return 3
     except ValueError as error:
         print(f"preprocess: {error}", file=sys.stderr)
         return 2
     except (OSError, WorkerDied, MemoryError) as error:
-        print(
-            f"preprocess: {error or type(error).__name__}. What was saved stands; run the same command again to continue.",
-            file=sys.stderr,
-        )
+        print(f"preprocess: {error or type(error).__name__}. {_CONTINUE}", file=sys.stderr)
         return 4
     except KeyboardInterrupt:
-        print(
-            "preprocess: interrupted. What was saved stands; run the same command again to continue.",
-            file=sys.stderr,
-        )
+        print(f"preprocess: interrupted. {_CONTINUE}", file=sys.stderr)
         return 130
     return 0
 

@@ -2,12 +2,15 @@
 
     python -m data_tools.split data/corpus --held-out-fraction 0.01 --output-prefix data/split
 
-writes data/split_train and data/split_held_out. The same document always falls on the same side, in whatever corpus, order or
-shard it appears, and so do all its copies: no text is in both. Another `--seed` makes another choice.
+writes data/split_train and data/split_held_out. The same document always falls on the same side, in
+whatever corpus, order or shard it appears, and so do all its copies: no text is in both. Another
+`--seed` makes another choice.
 
-    python -m data_tools.split data/corpus --held-out-fraction 0.01 --output-prefix data/split --scores data/corpus_scores
+    python -m data_tools.split data/corpus --held-out-fraction 0.01 --output-prefix data/split
+    --scores data/corpus_scores
 
-also takes the scores of every document along: data/split_train.corpus_scores and data/split_held_out.corpus_scores.
+also takes the scores of every document along: data/split_train.corpus_scores and
+data/split_held_out.corpus_scores.
 """
 
 from __future__ import annotations
@@ -69,8 +72,8 @@ def build_parser() -> Program:
 
 
 def is_held_out(tokens: bytes, seed: int, fraction: float) -> bool:
-    """Whether the document with these tokens is held out: a function of content, seed and fraction alone. A document held out
-    at a small fraction stays held out at a larger one."""
+    """Whether the document with these tokens is held out: a function of content, seed and fraction
+    alone. A document held out at a small fraction stays held out at a larger one."""
     digest = hashlib.blake2b(
         tokens, digest_size=8, key=seed.to_bytes(8, "little", signed=True)
     ).digest()
@@ -149,7 +152,8 @@ def split(
 def _finished_before(
     prefixes: list[str], manifest: CorpusManifest, fraction: float, seed: int, scores: list[str]
 ) -> tuple[CorpusManifest, CorpusManifest] | None:
-    """Both parts, with all their scores, when an earlier call made them in the same way; None when there are none.
+    """Both parts, with all their scores, when an earlier call made them in the same way; None when
+    there are none.
 
     ValueError when they were made from something else.
     """

@@ -64,7 +64,8 @@ def show_scored_tokens(
 def show_scored_text(
     store: ScoreStore, start: int, ids: np.ndarray, tokenizer: Tokenizer, console: Console
 ) -> None:
-    """The tokens `ids`, which begin at `start` of the corpus, as running text with the first column's scores.
+    """The tokens `ids`, which begin at `start` of the corpus, as running text with the first
+    column's scores.
 
     A terminal shows them as shades of the background, a file as numbers.
     """

@@ -74,7 +74,7 @@ WITHOUT_TORCH = (
     "selection/rules.py",
     "training/scorer_settings.py",
     "data/manifest.py",
-    "tokenization.py",
+    "tokenization/",
     "checkpoint/folder.py",
     "checkpoint/architecture.py",
     "training/stop_signals.py",

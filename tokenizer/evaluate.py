@@ -23,7 +23,7 @@ from data_tools.reading.documents import InputDataError, text_bytes
 from data_tools.reading.read import read_documents
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.atomic import write_json_atomically
-from megatron_slm.tokenization import Tokenizer, load_tokenizer
+from megatron_slm.tokenization import Tokenizer, VocabularyFileError, load_tokenizer
 from tokenizer.round_trip import round_trip_failures
 
 _WORD = re.compile(r"\w+|[^\w\s]+")
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if arguments.picture:
             draw_fits(arguments.picture, fits)
-    except InputDataError as error:
+    except (InputDataError, VocabularyFileError) as error:
         print(f"tokenizer.evaluate: {error}", file=sys.stderr)
         return 3
     except (ValueError, OSError) as error:

@@ -12,7 +12,7 @@ import pytest
 from data_tools import merge as merge_program
 from data_tools import split as split_program
 from data_tools.preprocess import main
-from data_tools.preprocessing import shard_prefix
+from data_tools.writing.run_identity import shard_prefix
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_store import ScoreStore

@@ -161,8 +161,8 @@ def test_all_wrong_options_at_once(tmp_path, corpus_file, vocabulary, capsys):
     assert (
         "--workers 0" in message and "--max-bad-fraction 2" in message and "nowhere.py" in message
     )
-    assert preprocess([tmp_path / "missing.jsonl"], vocabulary, tmp_path / "c") == 2
-    assert preprocess([corpus_file], tmp_path / "missing.model", tmp_path / "c") == 2
+    assert preprocess([tmp_path / "missing.jsonl"], vocabulary, tmp_path / "c") == 3
+    assert preprocess([corpus_file], tmp_path / "missing.model", tmp_path / "c") == 3
 
 
 def test_uint16_ends_at_65499(tmp_path):

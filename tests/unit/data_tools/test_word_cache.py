@@ -190,7 +190,7 @@ def test_long_texts_are_cut_into_parts(vocabulary, monkeypatch):
 
 
 def test_wide_vocabularies_are_int32(vocabulary, monkeypatch):
-    monkeypatch.setattr("megatron_slm.tokenization.UINT16_VOCABULARY_LIMIT", 10)
+    monkeypatch.setattr("megatron_slm.tokenization.tokenizer.UINT16_VOCABULARY_LIMIT", 10)
     tokenizer = load_tokenizer(vocabulary)
     encoded = build_encoder(tokenizer).encode_batch(["some words"])[0]
     assert np.frombuffer(encoded, "<i4").tolist() == tokenizer.encode("some words")

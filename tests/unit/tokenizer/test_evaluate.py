@@ -88,7 +88,7 @@ def test_numbers(files):
 
 
 def test_errors_are_sentences(files, capsys):
-    assert main(["--tokenizer", str(files / "none.model"), "--input", str(files / "c.jsonl")]) == 2
+    assert main(["--tokenizer", str(files / "none.model"), "--input", str(files / "c.jsonl")]) == 3
     assert (
         main(
             [

@@ -128,7 +128,7 @@ def test_errors_are_sentences(tmp_path, corpus, capsys):
     assert "too high" in capsys.readouterr().err
     assert train(corpus, tmp_path / "v", "--text-key", "body") == 3
     assert "missing key" in capsys.readouterr().err
-    assert train(tmp_path / "none.jsonl", tmp_path / "v") == 2
+    assert train(tmp_path / "none.jsonl", tmp_path / "v") == 3
     assert not list(tmp_path.glob("v*"))
 
 
