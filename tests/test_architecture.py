@@ -82,11 +82,6 @@ WITHOUT_TORCH = (
     "submit.py",
 )
 
-TEXT_PROGRAMS = ("data_tools", "tokenizer")
-"""Folders of programs that run on machines without torch."""
-DATA_TOOLS_ROOMS = ("reading", "encoding", "writing")
-"""A room of data_tools may import rooms before it; the programs on top may import all."""
-
 
 def test_every_room_is_known_to_this_test():
     there = {room_of(path) for path in library_files()} - {"__init__"}
@@ -107,21 +102,6 @@ def test_imports_flow_one_way(room):
         rooms = {name.split(".")[1] for name in names} & {*ROOMS, *PROGRAMS}
         wrong += [f"{inside(path)} imports {other}" for other in sorted(rooms - allowed - {room})]
     assert not wrong, f"{wrong}: {room} may import {sorted(allowed)} only"
-
-
-def test_imports_inside_data_tools_flow_one_way():
-    folder = ROOT / "data_tools"
-    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
-    assert rooms == {*DATA_TOOLS_ROOMS}, "a new room belongs into DATA_TOOLS_ROOMS"
-    wrong = []
-    for path in folder.glob("*/*.py"):
-        place = path.relative_to(folder)
-        allowed = DATA_TOOLS_ROOMS[: DATA_TOOLS_ROOMS.index(place.parts[0]) + 1]
-        names = {name for name in imported_modules(path) if name.startswith("data_tools.")}
-        wrong += [
-            f"{place} imports {name}" for name in sorted(names) if name.split(".")[1] not in allowed
-        ]
-    assert not wrong, f"the order of the rooms is {DATA_TOOLS_ROOMS}, then the programs"
 
 
 def test_scoring_and_training_meet_only_on_disk():
@@ -188,12 +168,6 @@ def test_light_files_load_no_torch():
         for where in WITHOUT_TORCH
         if inside(path).startswith(where) and path.stem != "__init__"
     ]
-    modules += [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for folder in TEXT_PROGRAMS
-        for path in (ROOT / folder).rglob("*.py")
-        if path.stem != "__init__"
-    ]
     code = (
         "import importlib, sys\n"
         f"for name in {modules!r}:\n"
@@ -203,15 +177,6 @@ def test_light_files_load_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("folder", TEXT_PROGRAMS)
-def test_text_programs_name_neither_torch_nor_megatron(folder):
-    """Nor transformers, not even inside functions: these programs run on machines without them."""
-    files = sorted((ROOT / folder).rglob("*.py"))
-    heavy = {"torch", "megatron", "transformers"}
-    found = {path.name: top_level(imported_modules(path)) & heavy for path in files}
-    assert not {name: names for name, names in found.items() if names}
 
 
 def test_the_root_of_the_package_holds_the_version_only():
