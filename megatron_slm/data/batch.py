@@ -1,10 +1,12 @@
 """What one rank feeds the model in one forward pass.
 
-B = sequences in this rank's micro-batch, S = sequence length in tokens (this rank's part of it under context parallelism).
+B = sequences in this rank's micro-batch, S = sequence length in tokens (under context parallelism,
+the part of it that this rank holds).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ SAMPLE_KEYS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. columns are aligned with labels: columns[c][b, s] belongs to the token labels_BS[b, s]."""
+    """One micro-batch. Columns are aligned with labels: columns[c][b, s] is of labels_BS[b, s]."""
 
     tokens_BS: Tensor
     """int64"""
@@ -32,30 +34,34 @@ class Batch:
     loss_mask_BS: Tensor
     """fp32, 1 = counts; 0 where the label is the first token of a document and at padding."""
     position_ids_BS: Tensor
-    """int64: place in the sequence; where documents are isolated, place in this sequence's part of the document."""
+    """int64: position in the sequence; where documents are isolated, position in the part of the
+    document that this sequence holds.
+    """
     token_id_BS: Tensor
-    """int64: (index of the sample in the global batch) x S + position. The same in every parallel layout; breaks ties."""
+    """int64: (index of the sample in the global batch) x S + position. It is the same in every
+    parallel layout, and decides between equal scores.
+    """
     corpus_id_B: Tensor
     """int64: index in data.train."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     """fp32 [B, S] per stored column; NaN = no score."""
     document_start_BS: Tensor | None = None
-    """int64: where in the whole sequence the document of each input token begins; None = documents are packed, attention is causal."""
+    """int64: where in the whole sequence the document of each input token begins; None = documents
+    are packed and attention is causal.
+    """
     offsets_BS: Tensor | None = None
-    """int64: absolute token offset of each label in its corpus, -1 at padding; only when the dataset was asked for it."""
+    """int64: absolute token offset of each label in its corpus, -1 at padding; None unless the
+    dataset was made with `with_offsets`.
+    """
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply `function` to every [B, S] tensor."""
-        changed = {
-            f.name: function(getattr(self, f.name))
-            for f in fields(self)
-            if f.name.endswith("_BS") and getattr(self, f.name) is not None
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_BS")}
+        changed: dict[str, Any] = {
+            name: function(tensor) for name, tensor in tensors.items() if tensor is not None
         }
-        return replace(
-            self,
-            **changed,
-            columns={name: function(column) for name, column in self.columns.items()},
-        )
+        changed["columns"] = {name: function(column) for name, column in self.columns.items()}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -65,15 +71,11 @@ class Batch:
 def collate(
     samples: Sequence[dict[str, np.ndarray]], indices_in_global_batch: Sequence[int]
 ) -> Batch:
-    """Stack samples of a ScoredDataset; indices_in_global_batch gives each its place in the step's global batch."""
-    stacked = {
-        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-        for name in samples[0]
-    }
+    """Stack samples of a ScoredDataset; `indices_in_global_batch` are their positions in the step."""
+    stacked = {name: _stack(samples, name) for name in samples[0]}
     length = stacked["tokens"].shape[1]
-    token_id_BS = torch.tensor(indices_in_global_batch, dtype=torch.int64)[
-        :, None
-    ] * length + torch.arange(length)
+    index_B = torch.tensor(indices_in_global_batch, dtype=torch.int64)
+    token_id_BS = index_B[:, None] * length + torch.arange(length)
     return Batch(
         tokens_BS=stacked["tokens"],
         labels_BS=stacked["labels"],
@@ -87,33 +89,41 @@ def collate(
     )
 
 
+def _stack(samples: Sequence[dict[str, np.ndarray]], name: str) -> Tensor:
+    return torch.from_numpy(np.stack([sample[name] for sample in samples]))
+
+
 def masked_sample(like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A sample of the same shape in which nothing counts: fills the last global batch of a whole-corpus validation."""
-    sample = {
-        name: np.full_like(value, np.nan) if name not in SAMPLE_KEYS else np.zeros_like(value)
-        for name, value in like.items()
-    }
-    return {
-        **sample,
-        "position_ids": like["position_ids"],
-        **({"offsets": np.full_like(like["offsets"], -1)} if "offsets" in like else {}),
-    }
+    """A sample of the same shape in which no token counts.
+
+    It fills the last global batch when a whole corpus is validated.
+    """
+    sample = {}
+    for name, value in like.items():
+        is_score = name not in SAMPLE_KEYS
+        sample[name] = np.full_like(value, np.nan) if is_score else np.zeros_like(value)
+    sample["position_ids"] = like["position_ids"]
+    if "offsets" in like:
+        sample["offsets"] = np.full_like(like["offsets"], -1)
+    return sample
 
 
 def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
-    """This context-parallel rank's part: chunks cp_rank and 2 cp_size - 1 - cp_rank of the 2 cp_size equal chunks of S.
+    """The part of this context-parallel rank: of 2 cp_size equal chunks of S, the chunks cp_rank
+    and 2 cp_size - 1 - cp_rank.
 
-    The head-tail pairs of megatron-core's get_batch_on_this_cp_rank, which balance causal attention, applied to every [B, S]
-    tensor alike: tokens, labels, masks, positions, token ids and scores. ValueError when 2 cp_size does not divide S.
+    These are the head-tail pairs of megatron-core's get_batch_on_this_cp_rank, which balance causal
+    attention. Every [B, S] tensor is cut alike: tokens, labels, masks, positions, token ids and
+    scores. ValueError when 2 cp_size does not divide S.
     """
     if cp_size == 1:
         return batch
     length = batch.tokens_BS.shape[1]
     if length % (2 * cp_size):
         raise ValueError(
-            f"data.sequence_length is {length}; with parallel.context {cp_size} it must be a multiple of {2 * cp_size}."
+            f"data.sequence_length is {length}; with parallel.context {cp_size} it must be a "
+            f"multiple of {2 * cp_size}."
         )
-
     return batch.map(lambda tensor_BS: _head_and_tail(tensor_BS, cp_rank, cp_size))
 
 
@@ -123,10 +133,11 @@ def _head_and_tail(tensor_BS: Tensor, cp_rank: int, cp_size: int) -> Tensor:
 
 
 def hidden_from(document_start_BS: Tensor, cp_rank: int = 0, cp_size: int = 1) -> Tensor:
-    """The attention mask of isolated documents, bool [B, 1, S, S * cp_size], True = hidden: what is later, or of an earlier document.
+    """The attention mask of isolated documents: bool [B, 1, S, S * cp_size], True = hidden.
 
-    Rows are this rank's tokens (of which document_start_BS is this rank's part), columns the whole sequence in order. Costs one byte per
-    pair of tokens, once per micro-batch and pipeline stage.
+    A token does not see later tokens, nor those of an earlier document. Rows are this rank's tokens
+    (document_start_BS holds this rank's part), columns the whole sequence in order. The mask takes
+    one byte per pair of tokens, once per micro-batch and pipeline stage.
     """
     key = torch.arange(document_start_BS.shape[1] * cp_size, device=document_start_BS.device)
     query_BS = key[None] if cp_size == 1 else _head_and_tail(key[None], cp_rank, cp_size)

@@ -27,8 +27,8 @@ def too_few_tokens(corpus: Corpus, sequence_length: int) -> str:
     if tokens > sequence_length:
         return ""
     return (
-        f"{corpus.prefix} has {tokens} tokens, too few for one sample of sequence_length + 1 = {sequence_length + 1}. Use a "
-        "larger corpus or a shorter data.sequence_length."
+        f"{corpus.prefix} has {tokens} tokens, too few for one sample of sequence_length + 1 = "
+        f"{sequence_length + 1}. Use a larger corpus or a shorter data.sequence_length."
     )
 
 
@@ -37,9 +37,10 @@ def nothing_counts(corpus: Corpus) -> str:
     if open_index(f"{corpus.prefix}.idx").has_trainable_tokens():
         return ""
     return (
-        f"{corpus.prefix} has {corpus.manifest.tokens} tokens in {corpus.manifest.documents} documents, none of more than one token: "
-        "the first token of a document has no loss that counts, because nothing before it explains it. Look at the text it was "
-        f"made of: python -m data_tools.inspect_corpus {corpus.prefix} --document 0"
+        f"{corpus.prefix} has {corpus.manifest.tokens} tokens in {corpus.manifest.documents} "
+        "documents, none of more than one token: the first token of a document has no loss that "
+        "counts, because nothing before it explains it. Look at the text it was made of: "
+        f"python -m data_tools.inspect_corpus {corpus.prefix} --document 0"
     )
 
 
@@ -60,15 +61,15 @@ def open_corpora(
 ) -> list[Corpus]:
     """Open corpora and their score stores (one per corpus, same order, or none).
 
-    UnusableData lists every problem found. tokenizer: the entry of the tokenizer that all corpora must have been made with.
+    UnusableData lists every problem found. tokenizer: the entry of the tokenizer that all corpora
+    must have been made with.
     """
     if scores and len(scores) != len(prefixes):
-        raise UnusableData(
-            [],
-            [
-                f"{len(scores)} score stores were given for {len(prefixes)} training corpora; give one per corpus, in the same order."
-            ],
+        problem = (
+            f"{len(scores)} score stores were given for {len(prefixes)} training corpora; give one "
+            "per corpus, in the same order."
         )
+        raise UnusableData([], [problem])
     of_corpora: list[str] = []
     of_scores: list[str] = []
     manifests = [
@@ -85,16 +86,18 @@ def open_corpora(
     sets = {store.columns for store in stores if store}
     if len(sets) > 1:
         of_scores.append(
-            f"The score stores have different columns: {sorted(sets)}; every corpus of a blend needs the same."
+            f"The score stores have different columns: {sorted(sets)}; every corpus of a blend "
+            "needs the same."
         )
     if of_corpora or of_scores:
         raise UnusableData(of_corpora, of_scores)
-    return [
-        Corpus(str(prefix), manifest, store)
-        for prefix, manifest, store in zip(
-            prefixes, manifests, stores or [None] * len(prefixes), strict=True
-        )
-    ]
+    opened = []
+    for prefix, manifest, store in zip(
+        prefixes, manifests, stores or [None] * len(prefixes), strict=True
+    ):
+        assert manifest is not None  # else there was a problem
+        opened.append(Corpus(str(prefix), manifest, store))
+    return opened
 
 
 def _or_problem(problems: list[str], opened: Callable[[], Opened]) -> Opened | None:
@@ -114,22 +117,26 @@ def _stores_of_other_corpora(
 
     One for all of them when they are only out of order.
     """
-    place_of = {m.fingerprint: place for place, m in reversed([*enumerate(manifests)]) if m}
-    owners = [store and place_of.get(store.manifest.corpus_fingerprint) for store in stores]
-    if None not in owners and sorted(owners) == list(range(len(manifests))) != owners:
-        in_order = [str(stores[owners.index(place)].folder) for place in range(len(stores))]
-        return [
-            f"The score stores are in another order than the corpora. Give them in this one: [{', '.join(in_order)}]"
-        ]
+    fingerprints = [manifest.fingerprint if manifest else None for manifest in manifests]
+    scored = [store.manifest.corpus_fingerprint if store else None for store in stores]
+    if None not in [*fingerprints, *scored] and fingerprints != scored:
+        folder_of = {s.manifest.corpus_fingerprint: str(s.folder) for s in stores if s}
+        if folder_of.keys() == set(fingerprints) and len(folder_of) == len(stores):
+            in_order = ", ".join(folder_of[name] for name in fingerprints if name)
+            return [
+                "The score stores are in another order than the corpora. Give them in this one: "
+                f"[{in_order}]"
+            ]
     problems = []
-    for place, (store, owner) in enumerate(zip(stores, owners, strict=True)):
-        manifest = manifests[place]
+    for number, store in enumerate(stores):
+        manifest = manifests[number]
         if store is None or manifest is None:
             continue
-        if store.manifest.corpus_fingerprint != manifest.fingerprint and owner is not None:
+        if scored[number] != fingerprints[number] and scored[number] in fingerprints:
+            owner = prefixes[fingerprints.index(scored[number])]
             problems.append(
-                f"The scores in {store.folder} are those of {prefixes[owner]}, and stand in the place of {prefixes[place]}: give "
-                "one store per corpus, in the order of the corpora."
+                f"The scores in {store.folder} are those of {owner}, and stand in the place of "
+                f"{prefixes[number]}: give one store per corpus, in the order of the corpora."
             )
             continue
         try:

@@ -9,7 +9,7 @@ length and seed. What is left over then is less than one sample, as at the end o
 S = sequence length in tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -74,8 +74,9 @@ class RestIndex:
     shuffle_index: np.ndarray | FileArray
 
 
-class Place(NamedTuple):
-    """Where a sample is found: in which epoch, in what index, and at which place of its order."""
+@dataclass(frozen=True)
+class Place:
+    """Where a sample is found: in which epoch, in what index, and at which position of its order."""
 
     epoch: int
     index: EpochIndex | RestIndex
@@ -102,7 +103,9 @@ class CorpusOrder:
         self.documents, self.cache, self.shuffle = documents, cache, shuffle
         self.sequence_length, self.seed = sequence_length, seed
         self.epochs: dict[int, EpochIndex] = {}
-        self.first_epoch, self.first_sample, self.rest = 0, 0, None
+        self.first_epoch = 0
+        self.first_sample = 0
+        self.rest: RestIndex | None = None
         self.samples_per_epoch = samples_per_epoch(documents.tokens, sequence_length)
         if not shuffle:
             self.samples_per_epoch = len(self.epoch(0).shuffle_index)
@@ -144,26 +147,29 @@ class CorpusOrder:
     def place(self, index: int) -> Place:
         """Where sample `index` is."""
         index += self.first_sample
-        rest_samples = len(self.rest.shuffle_index) if self.rest else 0
-        if index < rest_samples:
-            return Place(self.first_epoch - 1, self.rest, index)
-        number, within = divmod(index - rest_samples, self.samples_per_epoch)
+        if self.rest is not None:
+            rest_samples = len(self.rest.shuffle_index)
+            if index < rest_samples:
+                return Place(self.first_epoch - 1, self.rest, index)
+            index -= rest_samples
+        number, within = divmod(index, self.samples_per_epoch)
         return Place(self.first_epoch + number, self.epoch(self.first_epoch + number), within)
 
     def epoch(self, number: int) -> EpochIndex:
         if number not in self.epochs:
             lengths, tokens = self.documents.lengths, self.documents.tokens
+            build: Callable[[], EpochIndex]
             if self.shuffle:
                 name = f"sequence_{self.sequence_length}-seed_{self.seed}-epoch_{number:05d}"
                 build = partial(
                     shuffled_epoch, lengths, tokens, self.sequence_length, self.seed, number
                 )
             else:
-                number, name = 0, f"sequence_{self.sequence_length}-whole"
+                number = 0
+                name = f"sequence_{self.sequence_length}-whole"
                 build = partial(whole_corpus, lengths, tokens, self.sequence_length)
-            self.epochs = {
-                n: index for n, index in self.epochs.items() if n == number - 1
-            }  # samples come in order: older ones are done
+            # Samples come in order: of the epochs before, only the last one may be asked for again.
+            self.epochs = {n: index for n, index in self.epochs.items() if n == number - 1}
             self.epochs[number] = build_once(
                 self.cache / name if self.cache else None, EpochIndex, build
             )

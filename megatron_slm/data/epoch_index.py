@@ -1,10 +1,14 @@
-"""Which tokens make up sample i of epoch e of one corpus: megatron-core's three index arrays, one epoch at a time.
+"""Which tokens make up sample i of epoch e of one corpus: megatron-core's three index arrays, built
+for one epoch at a time.
 
-As in GPTDataset, documents are put in random order, laid end to end and cut every S tokens (a sample reads S + 1, so its
-last token is the first input of the next one); the samples are then put in random order. Unlike GPTDataset, every epoch is
-built by itself from (seed, epoch) alone. There, all epochs are shuffled together for a given number of samples, so the
-same seed with a longer run gives another order from sample 0 on. Here a longer run is the same run, continued.
-What is left of an epoch after its last whole sample (fewer than S tokens, of other documents every time) is not used.
+As in GPTDataset, documents are put in random order, laid end to end and cut every S tokens (a
+sample reads S + 1, so its last token is the first input of the next one); the samples are then put
+in random order. GPTDataset shuffles all epochs together for a given number of samples, so the same
+seed with a longer run gives another order from sample 0 on. Here every epoch is built by itself,
+from (seed, epoch) alone, so a longer run continues a shorter one.
+
+What is left of an epoch after its last whole sample is not used: fewer than S tokens, of other
+documents every time.
 """
 
 import contextlib
@@ -15,14 +19,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from megatron.core.datasets import helpers
 
 from megatron_slm.data.file_array import FileArray, open_npy
 
-Arrays = TypeVar("Arrays")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Arrays = TypeVar("Arrays", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,9 @@ class EpochIndex:
     document_index: np.ndarray | FileArray
     """int32 [documents]: order in which the documents are laid end to end."""
     sample_index: np.ndarray | FileArray
-    """int32 or int64 [samples + 1, 2]: position in document_index and token offset in that document where a sample begins."""
+    """int32 or int64 [samples + 1, 2]: where a sample begins, as a position in document_index and a
+    token offset in that document.
+    """
     shuffle_index: np.ndarray | FileArray
     """uint32 or int64 [samples]: order in which the samples are read."""
 
@@ -44,7 +53,10 @@ def samples_per_epoch(tokens: int, sequence_length: int) -> int:
 def shuffled_epoch(
     lengths: np.ndarray | FileArray, tokens: int, sequence_length: int, seed: int, epoch: int
 ) -> EpochIndex:
-    """Epoch `epoch` of a corpus whose documents have `lengths` (int32, tokens): depends on nothing else."""
+    """Epoch `epoch` of a corpus whose documents have `lengths` (int32, tokens).
+
+    It depends on the arguments alone.
+    """
     random = _random([seed, epoch])
     document_index = np.arange(len(lengths), dtype=np.int32)
     random.shuffle(document_index)
@@ -75,14 +87,16 @@ def sample_order(samples: int, entropy: list[int]) -> np.ndarray:
 
 
 def _random(entropy: list[int]) -> np.random.RandomState:
-    # RandomState, not Generator: numpy promises never to change its streams, and a resumed run may meet a newer numpy.
+    # RandomState, not Generator: numpy promises never to change the streams of RandomState, and a
+    # resumed run may meet a newer numpy.
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
 
 
 def whole_corpus(lengths: np.ndarray | FileArray, tokens: int, sequence_length: int) -> EpochIndex:
-    """Every token once as a label: documents in file order, the last sample shorter than S; samples in a fixed random order.
+    """Every token once as a label: documents in file order, the last sample shorter than S.
 
-    The order makes the first n samples a fair picture of a corpus that is sorted by source.
+    The samples come in a fixed random order, so that the first n of them represent the whole of a
+    corpus that is sorted by source.
     """
     document_index = np.arange(len(lengths), dtype=np.int32)
     sample_index = cut_in_order(lengths, document_index, tokens, sequence_length)
@@ -102,12 +116,14 @@ def _numbers(samples: int) -> np.ndarray:
 
 
 def build_once(folder: Path | None, kind: type[Arrays], build: Callable[[], Arrays]) -> Arrays:
-    """`build()`, kept in `folder` as one .npy per field of the dataclass `kind` and read from there ever after.
+    """`build()`, kept in `folder` as one .npy per field of the dataclass `kind`, and read from
+    there whenever the folder exists.
 
-    The first process on a file system builds while the others wait for its lock; the folder is renamed into place whole,
-    so a killed build leaves nothing that could be read. Machines without a shared file system each build their own: the
-    arrays are a pure function of what the folder's name says. folder=None, or one that cannot be written, keeps them in memory.
-    ValueError names a file of the folder that is damaged.
+    The first process on a file system builds while the others wait for its lock. The folder is
+    renamed into place whole, so a killed build leaves nothing that could be read. Machines without
+    a shared file system each build their own: the arrays are a pure function of what the folder's
+    name says. folder=None, or a folder that cannot be written, keeps them in memory. ValueError
+    names a file of the folder that is damaged.
     """
     if folder is None:
         return build()
@@ -118,7 +134,7 @@ def build_once(folder: Path | None, kind: type[Arrays], build: Callable[[], Arra
             if not folder.exists():
                 _save(folder, build())
     try:
-        return kind(*(open_npy(folder / f"{f.name}.npy") for f in fields(kind)))
+        return kind(**{f.name: open_npy(folder / f"{f.name}.npy") for f in fields(kind)})
     except ValueError as error:
         raise ValueError(f"{error}. Delete the folder {folder}; it is built again.") from None
 
@@ -132,14 +148,14 @@ def _lock_of(folder: Path) -> Iterator[bool]:
         yield False
         return
     with stream:
-        with contextlib.suppress(
-            OSError
-        ):  # file systems without locks: processes build the same thing twice, harmlessly
+        # On a file system without locks, several processes build the same arrays: only time is
+        # lost.
+        with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield True
 
 
-def _save(folder: Path, arrays) -> None:
+def _save(folder: Path, arrays: "DataclassInstance") -> None:
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
     temporary.mkdir()
     try:

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 
 class UnreadableFile(ValueError):
@@ -42,21 +43,23 @@ class ReadOnlyFile:
         return os.fstat(self._descriptor).st_size
 
     def check_unchanged(self) -> None:
-        """UnreadableFile when something has written to the file since it was opened; a third of a microsecond.
+        """UnreadableFile when something has written to the file since it was opened.
 
-        A file that was removed or replaced is no problem: what was opened is what is read.
+        It costs a third of a microsecond. A file that was removed or replaced is no problem: what
+        was opened is what is read.
         """
         size_bytes, written_at = self._written_at()
         if size_bytes < self._stamp[0]:
             raise UnreadableFile(
-                f"{self.path}: the file was cut short while it was in use, from {self._stamp[0]:,} to "
-                f"{size_bytes:,} bytes. Copy it again or make it again, then start the same command again."
+                f"{self.path}: the file was cut short while it was in use, from "
+                f"{self._stamp[0]:,} to {size_bytes:,} bytes. Copy it again or make it again, then "
+                "start the same command again."
             )
         if (size_bytes, written_at) != self._stamp:
             raise UnreadableFile(
-                f"{self.path}: the file was written to while it was in use. What is read from it is no "
-                "longer what was checked when it was opened. Make sure that nothing writes to it, then "
-                "start the same command again: its content is checked then."
+                f"{self.path}: the file was written to while it was in use. What is read from it "
+                "is no longer what was checked when it was opened. Make sure that nothing writes "
+                "to it, then start the same command again: its content is checked then."
             )
 
     def _written_at(self) -> tuple[int, int]:
@@ -65,22 +68,24 @@ class ReadOnlyFile:
 
     def read(self, count_bytes: int, offset_bytes: int) -> bytes:
         """`count_bytes` from `offset_bytes` on. UnreadableFile: the file ends, or the disk fails."""
-        parts, end_bytes = [], offset_bytes + count_bytes
-        while True:  # once round, but for reads beyond the 2 GiB at which the kernel stops
+        parts: list[bytes] = []
+        end_bytes = offset_bytes + count_bytes
+        while True:  # one pass, except for reads beyond the 2 GiB at which the kernel stops
             try:
                 part = os.pread(self._descriptor, end_bytes - offset_bytes, offset_bytes)
             except OSError as error:
                 raise UnreadableFile(
-                    f"{self.path}: bytes {offset_bytes:,} to {end_bytes:,} cannot be read ({error.strerror}). Look at the disk "
-                    "or the network file system, then start the same command again."
+                    f"{self.path}: bytes {offset_bytes:,} to {end_bytes:,} cannot be read "
+                    f"({error.strerror}). Look at the disk or the network file system, then start "
+                    "the same command again."
                 ) from None
             if not parts and len(part) == count_bytes:
                 return part
             if not part:
                 raise UnreadableFile(
-                    f"{self.path}: the file was cut short while it was in use. It ends at byte {self.size_bytes:,}, and bytes "
-                    f"{offset_bytes:,} to {end_bytes:,} are needed. Copy it again or make it again, then start the same "
-                    "command again."
+                    f"{self.path}: the file was cut short while it was in use. It ends at byte "
+                    f"{self.size_bytes:,}, and bytes {offset_bytes:,} to {end_bytes:,} are needed. "
+                    "Copy it again or make it again, then start the same command again."
                 )
             parts.append(part)
             offset_bytes += len(part)
@@ -98,11 +103,13 @@ class FileArray:
     def __init__(
         self,
         file: ReadOnlyFile,
-        dtype: np.dtype,
+        dtype: npt.DTypeLike,
         shape: int | tuple[int, ...],
         offset_bytes: int = 0,
     ):
-        self.file, self.dtype, self._offset_bytes = file, np.dtype(dtype), offset_bytes
+        self.file = file
+        self.dtype = np.dtype(dtype)
+        self._offset_bytes = offset_bytes
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self._row_bytes = self.dtype.itemsize * prod(self.shape[1:])
 
@@ -139,7 +146,7 @@ class FileArray:
         return values if len(self.shape) == 1 else values.reshape(-1, *self.shape[1:])
 
 
-def open_array(path: str | Path, dtype: np.dtype) -> FileArray:
+def open_array(path: str | Path, dtype: npt.DTypeLike) -> FileArray:
     """A file that is nothing but values of `dtype`: as many as it has room for now."""
     file = ReadOnlyFile(path)
     return FileArray(file, dtype, file.size_bytes // np.dtype(dtype).itemsize)
@@ -171,6 +178,7 @@ def open_npy(path: str | Path) -> FileArray:
     expected_bytes = offset_bytes + dtype.itemsize * prod(shape)
     if file.size_bytes < expected_bytes:
         raise UnreadableFile(
-            f"{path}: the file is truncated: {file.size_bytes} bytes, its header asks for {expected_bytes}"
+            f"{path}: the file is truncated: {file.size_bytes} bytes, its header asks for "
+            f"{expected_bytes}"
         )
     return FileArray(file, dtype, shape, offset_bytes)

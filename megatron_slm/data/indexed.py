@@ -1,8 +1,9 @@
 """The .bin/.idx pair of megatron-core, read and written without torch.
 
-Little endian: magic 9 bytes, u64 version 1, u8 dtype code, u64 S sequences, u64 D = documents + 1, then i32 lengths in
-tokens (S), i64 byte offsets (S), i64 document indices (D). `.bin` is the tokens back to back. The bytes equal those of
-megatron-core's IndexedDatasetBuilder (megatron/core/datasets/indexed_dataset.py); a test holds the two together.
+Little endian: magic 9 bytes, u64 version 1, u8 dtype code, u64 S sequences, u64 D = documents + 1,
+then i32 lengths in tokens (S), i64 byte offsets (S), i64 document indices (D). `.bin` holds the
+tokens back to back. The bytes equal those of megatron-core's IndexedDatasetBuilder; a test compares
+the two.
 
 megatron-core checks none of the sizes when it opens a pair, so `read_index` checks all of them.
 """
@@ -22,7 +23,7 @@ from megatron_slm.data.file_array import FileArray, ReadOnlyFile
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
-DTYPE_OF_CODE = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+DTYPE_OF_CODE: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 _PIECE = 1 << 20
@@ -69,7 +70,7 @@ class CorpusIndex:
         )
 
     def document_starts_tokens(self) -> np.ndarray:
-        """Token offset at which each document begins, and the total at the end (int64, documents + 1)."""
+        """Token offset at which each document begins, then the total (int64, documents + 1)."""
         bounds_tokens = np.append(
             self.sequence_offsets_bytes[:] // self.dtype.itemsize, self.tokens
         )
@@ -90,7 +91,8 @@ class CorpusIndex:
 def read_index(path: str | Path) -> CorpusIndex:
     """Open an .idx and check all of it: as `open_index`, and lengths, offsets and document order.
 
-    Raises ValueError with a sentence naming the file and what is wrong. Reads 20 bytes per document.
+    Raises ValueError with a sentence naming the file and what is wrong. Reads 20 bytes per
+    document.
     """
     index = open_index(path)
     _check_index(Path(path), index)
@@ -100,8 +102,9 @@ def read_index(path: str | Path) -> CorpusIndex:
 def open_index(path: str | Path) -> CorpusIndex:
     """Open an .idx that was checked before: magic, version, dtype and file size are looked at.
 
-    Raises ValueError with a sentence naming the file and what is wrong. Codes other than uint16 and int32 are refused: float
-    codes mean different things in Megatron and NeoX, and no token file uses them.
+    Raises ValueError with a sentence naming the file and what is wrong. Codes other than those of
+    uint16 and int32 are refused: float codes mean different things in Megatron and NeoX, and no
+    token file uses them.
     """
     path = Path(path)
     file = ReadOnlyFile(path)
@@ -109,7 +112,8 @@ def open_index(path: str | Path) -> CorpusIndex:
     header = FileArray(file, np.uint8, min(size_bytes, HEADER_BYTES))[:].tobytes()
     if len(header) < HEADER_BYTES or header[:9] != MAGIC:
         raise ValueError(
-            f"{path}: not a megatron-core index (it has {size_bytes} bytes and begins {header[:9]!r})"
+            f"{path}: not a megatron-core index (it has {size_bytes} bytes and begins "
+            f"{header[:9]!r})"
         )
     version, code, sequences, bounds = struct.unpack("<QBQQ", header[9:])
     if version != 1:
@@ -120,8 +124,8 @@ def open_index(path: str | Path) -> CorpusIndex:
     if size_bytes != expected_bytes:
         word = "truncated" if size_bytes < expected_bytes else "too long"
         raise ValueError(
-            f"{path}: the index is {word}: {size_bytes} bytes, but {sequences} sequences and {bounds} document "
-            f"bounds need {expected_bytes}"
+            f"{path}: the index is {word}: {size_bytes} bytes, but {sequences} sequences and "
+            f"{bounds} document bounds need {expected_bytes}"
         )
     return _index_of(file, DTYPE_OF_CODE[code], sequences, bounds)
 
@@ -136,27 +140,25 @@ def _index_of(file: ReadOnlyFile, dtype: np.dtype, sequences: int, bounds: int) 
 
 
 def _check_index(path: Path, index: CorpusIndex) -> None:
-    lengths, offsets, bounds = (
-        index.sequence_lengths_tokens,
-        index.sequence_offsets_bytes,
-        index.document_indices,
-    )
+    lengths = index.sequence_lengths_tokens
+    offsets = index.sequence_offsets_bytes
+    bounds = index.document_indices
     if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(lengths):
         raise ValueError(f"{path}: document bounds must run from 0 to {len(lengths)} sequences")
     expected_bytes = 0
     for start in range(0, len(lengths), _PIECE):  # in pieces: an index of 1e9 documents is 20 GB
         part = lengths[start : start + _PIECE].astype(np.int64)
         if part.min() < 0:
-            raise ValueError(
-                f"{path}: sequence {start + int(part.argmin())} has a negative length ({part.min()})"
-            )
+            number = start + int(part.argmin())
+            raise ValueError(f"{path}: sequence {number} has a negative length ({part.min()})")
         ends = expected_bytes + np.cumsum(part) * index.dtype.itemsize
         wrong = np.flatnonzero(
             offsets[start : start + _PIECE] != ends - part * index.dtype.itemsize
         )
         if len(wrong):
+            number = start + int(wrong[0])
             raise ValueError(
-                f"{path}: sequence {start + int(wrong[0])} does not start where the one before it ends"
+                f"{path}: sequence {number} does not start where the one before it ends"
             )
         expected_bytes = int(ends[-1])
     for start in range(0, len(bounds) - 1, _PIECE):
@@ -174,7 +176,8 @@ def check_bin_size(prefix: str | Path, index: CorpusIndex) -> None:
     if size_bytes != index.bin_bytes:
         word = "truncated" if size_bytes < index.bin_bytes else "too long"
         raise ValueError(
-            f"{path}: the token file is {word}: {size_bytes} bytes, but its index asks for {index.bin_bytes}"
+            f"{path}: the token file is {word}: {size_bytes} bytes, but its index asks for "
+            f"{index.bin_bytes}"
         )
 
 
@@ -192,8 +195,9 @@ def write_index(
 ) -> None:
     """Write an .idx of documents that are one sequence each, the way megatron-core's builder does.
 
-    `lengths_tokens` (int32, an array or a FileArray) is passed over in pieces, so memory does not grow with the corpus.
-    `update` sees every written piece; give a hash's update method to have the checksum without a second pass.
+    `lengths_tokens` (int32, an array or a FileArray) is read in pieces, so memory does not grow
+    with the corpus. `update` gets every written piece: a hash's update method gives the checksum
+    without a second pass.
     """
 
     def put(piece: bytes) -> None:

@@ -1,17 +1,21 @@
 """Global batches of samples, cut into each rank's micro-batches; resumed by seeking.
 
-The samples of a step are n .. n + global_batch_size - 1 of the dataset, whatever the layout. Sample g of the step goes to
+The samples of a step are n .. n + global_batch_size - 1 of the dataset, whatever the layout. Sample
+g of the step goes to
 
     micro-batch m, data-parallel rank r, row j   with   g = (m x dp_size + r) x micro_batch_size + j
 
-so micro-batch m of all ranks together is one contiguous slice of the global batch, and a change of data-parallel size or of
-micro-batch size loses and repeats nothing. The state is one number: samples consumed.
+So micro-batch m of all ranks together is one contiguous slice of the global batch, and a change of
+data-parallel size or of micro-batch size loses and repeats nothing. The state is one number:
+samples consumed.
 """
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
+
+import numpy as np
 
 from megatron_slm.data.batch import Batch, collate, masked_sample
 from megatron_slm.data.indexed import CorpusIndex
@@ -20,7 +24,9 @@ Step = list[Batch]
 
 
 class SampleSource(Protocol):
-    def __getitem__(self, index: int) -> dict: ...
+    """What the loaders read: a ScoredDataset or a blend of several."""
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
     def __len__(self) -> int: ...
 
 
@@ -32,8 +38,9 @@ def check_layout(global_batch_size: int, micro_batch_size: int, dp_size: int) ->
         or global_batch_size % (micro_batch_size * dp_size)
     ):
         raise ValueError(
-            f"data.global_batch_size is {global_batch_size}; it must be a positive multiple of micro_batch_size x data-parallel size "
-            f"= {micro_batch_size} x {dp_size} = {micro_batch_size * dp_size}."
+            f"data.global_batch_size is {global_batch_size}; it must be a positive multiple of "
+            f"micro_batch_size x data-parallel size = {micro_batch_size} x {dp_size} = "
+            f"{micro_batch_size * dp_size}."
         )
     return global_batch_size // (micro_batch_size * dp_size)
 
@@ -63,11 +70,9 @@ class TrainingLoader:
         start_sample: int = 0,
         prefetch_steps: int = 2,
     ):
-        self.dataset, self.global_batch_size, self.prefetch_steps = (
-            dataset,
-            global_batch_size,
-            prefetch_steps,
-        )
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
+        self.prefetch_steps = prefetch_steps
         microbatches = check_layout(global_batch_size, micro_batch_size, dp_size)
         self.indices = rank_indices(microbatches, micro_batch_size, dp_rank, dp_size)
         self.consumed_samples = start_sample
@@ -109,16 +114,20 @@ class TrainingLoader:
             self._reader = None
 
     def _read_step(self, first_sample: int) -> Step:
-        return [
-            collate([self.dataset[first_sample + g] for g in rows], rows) for rows in self.indices
-        ]
+        step = []
+        for rows in self.indices:
+            samples = [self.dataset[first_sample + g] for g in rows]
+            step.append(collate(samples, rows))
+        return step
 
 
 class ValidationLoader:
-    """The same global batches at every validation: iterate to get this rank's micro-batches of each.
+    """The same global batches at every validation: iterate to get this rank's micro-batches of
+    each.
 
-    global_batches = 0 reads the whole corpus; the last global batch is then filled up with samples in which nothing counts, so
-    every rank runs the same number of micro-batches. A corpus smaller than the batches asked for is read once.
+    global_batches = 0 reads the whole corpus; the last global batch is then filled up with samples
+    in which no token counts, so that every rank runs the same number of micro-batches. A corpus
+    smaller than the batches asked for is read once.
     """
 
     def __init__(
@@ -147,28 +156,24 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[Step]:
         filler = masked_sample(self.dataset[0])
         for first in range(0, self.global_batches * self.global_batch_size, self.global_batch_size):
-            yield [
-                collate(
-                    [
-                        self.dataset[first + g] if first + g < len(self.dataset) else filler
-                        for g in rows
-                    ],
-                    rows,
-                )
-                for rows in self.indices
-            ]
+            yield [self._micro_batch(first, rows, filler) for rows in self.indices]
+
+    def _micro_batch(self, first: int, rows: list[int], filler: dict[str, np.ndarray]) -> Batch:
+        end = len(self.dataset)
+        samples = [self.dataset[first + g] if first + g < end else filler for g in rows]
+        return collate(samples, rows)
 
 
 class _Reader:
     """Calls `read(sample)` for sample = start, start + stride, ... in a thread.
 
-    At most `depth` steps wait to be handed out, and one more is being read; the one that was
-    waited for comes on top.
+    At most `depth` steps wait to be handed out, and one more is being read; the one that `wait`
+    took from the queue is not among them.
     """
 
-    def __init__(self, read, start: int, stride: int, depth: int):
+    def __init__(self, read: Callable[[int], Step], start: int, stride: int, depth: int):
         self._next: Step | BaseException | None = None
-        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Step | BaseException] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(read, start, stride), name="read-ahead", daemon=True
@@ -184,7 +189,7 @@ class _Reader:
     def get(self) -> Step:
         step = self.wait()
         if isinstance(step, BaseException):
-            raise step  # and again at every later call, instead of waiting for ever
+            raise step  # every later call raises it again, instead of waiting for ever
         self._next = None
         return step
 
@@ -196,7 +201,7 @@ class _Reader:
             except queue.Empty:
                 self._thread.join(timeout=0.01)
 
-    def _run(self, read, sample: int, stride: int) -> None:
+    def _run(self, read: Callable[[int], Step], sample: int, stride: int) -> None:
         while not self._stopped.is_set():
             try:
                 step = read(sample)

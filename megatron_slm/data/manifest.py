@@ -1,7 +1,7 @@
 """What is written beside every corpus, and the door where it is checked.
 
-PREFIX.manifest.json is written last, so its presence means that PREFIX.bin and PREFIX.idx are whole. megatron-core itself
-opens a truncated .bin without complaint; `check_corpus` is what stands between that and a training run.
+PREFIX.manifest.json is written last, so its presence means that PREFIX.bin and PREFIX.idx are
+whole. megatron-core itself opens a truncated .bin without complaint; `check_corpus` refuses one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,25 @@ from megatron_slm.files.atomic import write_json_atomically
 from megatron_slm.tokenization import tokenizer_differences
 
 FORMAT_VERSION = 1
+_TYPES: dict[str, type] = {
+    "documents": int,
+    "tokens": int,
+    "token_dtype": str,
+    "bin_bytes": int,
+    "idx_bytes": int,
+    "bin_sha256": str,
+    "idx_sha256": str,
+    "tokenizer": dict,
+    "append_eod": bool,
+    "sources": list,
+    "created_by": dict,
+    "rejected": dict,
+    "prepend_bos": bool,
+    "filters": dict,
+}
+_OPTIONAL = {"prepend_bos", "filters"}
+"""Fields that manifests of earlier versions do not have."""
+_TOKENIZER_FIELDS = {"path", "kind", "fingerprint", "vocabulary_size", "eod_id"}
 
 
 @dataclass
@@ -69,28 +88,16 @@ class CorpusManifest:
                 else type(content).__name__
             )
             raise ValueError(
-                f"{path}: manifest format {got}, expected {FORMAT_VERSION}. Make it again with this version: "
-                f"python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model"
+                f"{path}: manifest format {got}, expected {FORMAT_VERSION}. Make it again with "
+                f"this version: python -m data_tools.verify {prefix} --write-manifest "
+                "--tokenizer P.model"
             )
-        names = {each.name for each in fields(cls)}
-        missing = {
-            "documents",
-            "tokens",
-            "token_dtype",
-            "bin_bytes",
-            "idx_bytes",
-            "bin_sha256",
-            "idx_sha256",
-            "tokenizer",
-            "append_eod",
-            "sources",
-            "created_by",
-            "rejected",
-        } - content.keys()
-        unknown = content.keys() - names - {"fingerprint"}
+        missing = _TYPES.keys() - _OPTIONAL - content.keys()
+        unknown = content.keys() - {f.name for f in fields(cls)} - {"fingerprint"}
         if missing or unknown:
             raise ValueError(
-                f"{path}: the manifest lacks {sorted(missing)} and has unknown fields {sorted(unknown)}"
+                f"{path}: the manifest lacks {sorted(missing)} and has unknown fields "
+                f"{sorted(unknown)}"
             )
         manifest = cls.from_json(content)
         manifest._check_types(path)
@@ -101,34 +108,11 @@ class CorpusManifest:
         return cls(**{name: value for name, value in content.items() if name != "fingerprint"})
 
     def _check_types(self, path: Path) -> None:
-        wanted = {
-            "documents": int,
-            "tokens": int,
-            "token_dtype": str,
-            "bin_bytes": int,
-            "idx_bytes": int,
-            "bin_sha256": str,
-            "idx_sha256": str,
-            "tokenizer": dict,
-            "append_eod": bool,
-            "sources": list,
-            "created_by": dict,
-            "rejected": dict,
-            "prepend_bos": bool,
-            "filters": dict,
-        }
-        for name, kind in wanted.items():
+        for name, kind in _TYPES.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise ValueError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
-        missing = {
-            "path",
-            "kind",
-            "fingerprint",
-            "vocabulary_size",
-            "eod_id",
-        } - self.tokenizer.keys()
-        if missing:
+        if missing := _TOKENIZER_FIELDS - self.tokenizer.keys():
             raise ValueError(f"{path}: tokenizer lacks {sorted(missing)}")
 
     def write(self, prefix: str | Path) -> None:
@@ -153,31 +137,36 @@ def check_corpus(
 ) -> CorpusManifest:
     """The manifest of a corpus whose files are whole and unchanged since it was written.
 
-    Sizes and structure are checked every time. Content is hashed when a file's stamp (size, modification and change time,
-    inode) is not the one remembered in PREFIX.verified.json; in a folder that cannot be written the stamp is not remembered.
+    Sizes and structure are checked every time. Content is hashed when a file's stamp (size,
+    modification and change time, inode) is not the one remembered in PREFIX.verified.json; in a
+    folder that cannot be written the stamp is not remembered.
 
-    Raises ValueError with a sentence: files missing, truncated or too long, index and manifest disagreeing, content changed,
-    no manifest, or another tokenizer than `tokenizer`, a tokenizer's entry.
+    Raises ValueError with a sentence: files missing, truncated or too long, index and manifest
+    disagreeing, content changed, no manifest, or another tokenizer than `tokenizer`, a tokenizer's
+    entry.
     """
     manifest = CorpusManifest.read(prefix)
-    if differences := tokenizer_differences(manifest.tokenizer, tokenizer or {}):
+    expected = tokenizer or {}
+    if differences := tokenizer_differences(manifest.tokenizer, expected):
         raise ValueError(
-            f"{prefix}: the corpus was made with the tokenizer {manifest.tokenizer['path']}, not with "
-            f"{tokenizer.get('path', 'this one')}: {'; '.join(differences)}. Use the corpus's own tokenizer (and the files beside "
-            "it, which name its special tokens), or preprocess the text again with this one."
+            f"{prefix}: the corpus was made with the tokenizer {manifest.tokenizer['path']}, not "
+            f"with {expected.get('path', 'this one')}: {'; '.join(differences)}. Use the corpus's "
+            "own tokenizer (and the files beside it, which name its special tokens), or preprocess "
+            "the text again with this one."
         )
     for suffix, expected_bytes in ((".idx", manifest.idx_bytes), (".bin", manifest.bin_bytes)):
         _check_size(Path(f"{prefix}{suffix}"), expected_bytes)
     index = read_index(f"{prefix}.idx")
     check_bin_size(prefix, index)
-    for name, found in (
-        ("documents", index.documents),
-        ("tokens", index.tokens),
-        ("token_dtype", index.dtype.name),
-    ):
-        if getattr(manifest, name) != found:
+    indexed = {
+        "documents": index.documents,
+        "tokens": index.tokens,
+        "token_dtype": index.dtype.name,
+    }
+    for name, value in indexed.items():
+        if getattr(manifest, name) != value:
             raise ValueError(
-                f"{prefix}.idx holds {name} = {found}, its manifest says {getattr(manifest, name)}"
+                f"{prefix}.idx holds {name} = {value}, its manifest says {getattr(manifest, name)}"
             )
     check_content(prefix, {".bin": manifest.bin_sha256, ".idx": manifest.idx_sha256})
     return manifest
@@ -188,23 +177,25 @@ def _check_size(path: Path, expected_bytes: int) -> None:
         size_bytes = path.stat().st_size
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); its manifest says it has {expected_bytes} bytes"
+            f"{path}: cannot be read ({error.strerror}); its manifest says it has "
+            f"{expected_bytes} bytes"
         ) from None
     if size_bytes != expected_bytes:
         word = "truncated" if size_bytes < expected_bytes else "too long"
         raise ValueError(
-            f"{path}: the file is {word}: {size_bytes} bytes, its manifest says {expected_bytes}. "
-            "Copy it again, or make the corpus again."
+            f"{path}: the file is {word}: {size_bytes} bytes, its manifest says "
+            f"{expected_bytes}. Copy it again, or make the corpus again."
         )
 
 
 def _no_manifest(prefix: str | Path) -> str:
     if not Path(f"{prefix}.bin").exists():
         return (
-            f"{prefix}: no such corpus (neither {prefix}.bin nor its manifest). Give the prefix without suffix, as "
-            "data_tools.preprocess --output-prefix had it."
+            f"{prefix}: no such corpus (neither {prefix}.bin nor its manifest). Give the prefix "
+            "without suffix, as data_tools.preprocess --output-prefix had it."
         )
     return (
-        f"{manifest_path(prefix)}: the corpus has no manifest. If data_tools.preprocess was interrupted, run it again; for "
-        f"a corpus made by another tool: python -m data_tools.verify {prefix} --write-manifest --tokenizer P.model"
+        f"{manifest_path(prefix)}: the corpus has no manifest. If data_tools.preprocess was "
+        "interrupted, run it again; for a corpus made by another tool: python -m "
+        f"data_tools.verify {prefix} --write-manifest --tokenizer P.model"
     )

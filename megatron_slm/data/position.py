@@ -9,6 +9,7 @@ arrangement begins there. No torch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 def is_count(value: object) -> bool:
@@ -18,7 +19,7 @@ def is_count(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Samples of a corpus that were read one after the other with one sequence length and one seed."""
+    """Samples of a corpus that were read one after the other, with one sequence length and seed."""
 
     sequence_length: int
     seed: int
@@ -26,7 +27,7 @@ class Stretch:
 
 
 def add_stretch(past: Sequence[Stretch], stretch: Stretch) -> tuple[Stretch, ...]:
-    """`past` and then `stretch`; one that goes on in the order of the last makes that one longer."""
+    """`past` and then `stretch`, joined to the last one if it continues in the same order."""
     if not stretch.samples:
         return tuple(past)
     if past and past[-1] == replace(stretch, samples=past[-1].samples):
@@ -83,10 +84,10 @@ class DataPosition:
         known += self.left_out
         corpora = []
         for corpus in wanted.corpora:
-            same = next((each for each in known if each.fingerprint == corpus.fingerprint), None)
-            if same is not None:
-                known.remove(same)
-            corpora.append(replace(corpus, past=same.past if same else ()))
+            same = [before for before in known if before.fingerprint == corpus.fingerprint][:1]
+            if same:
+                known.remove(same[0])
+            corpora.append(replace(corpus, past=same[0].past if same else ()))
         return replace(wanted, corpora=tuple(corpora), left_out=tuple(known))
 
     def changes(self, wanted: "DataPosition") -> list[str]:
@@ -102,14 +103,17 @@ class DataPosition:
             if corpus.fingerprint not in read
         ]
         sentences += [
-            f"data.train: {corpus.prefix} is left out from here on; should it come back, it goes on where it was"
+            f"data.train: {corpus.prefix} is left out from here on; should it come back, it goes "
+            "on where it was"
             for corpus in had
             if corpus.fingerprint not in now
         ]
         if (self.sequence_length, self.seed) != (wanted.sequence_length, wanted.seed):
             sentences.append(
-                f"the data is read in another order (sequence length {self.sequence_length} and seed {self.seed} before, {wanted.sequence_length} and "
-                f"{wanted.seed} now): what is left of the present epoch of each corpus is cut anew, so that no token of it is read twice"
+                "the data is read in another order (sequence length "
+                f"{self.sequence_length} and seed {self.seed} before, {wanted.sequence_length} and "
+                f"{wanted.seed} now): what is left of the present epoch of each corpus is cut anew"
+                ", so that no token of it is read twice"
             )
         return sentences or [
             "the blend of data.train has changed: each corpus goes on where it was"
@@ -123,28 +127,22 @@ class DataPosition:
         """What to_json gave, read from a checkpoint. KeyError, TypeError or ValueError when it is
         something else.
         """
-
-        def corpora(name: str) -> tuple[CorpusPosition, ...]:
-            return tuple(
-                CorpusPosition(**{**each, "past": tuple(Stretch(**one) for one in each["past"])})
-                for each in stored[name]
-            )
-
         read = {
             "weights": tuple(stored["weights"]),
-            "corpora": corpora("corpora"),
-            "left_out": corpora("left_out"),
+            "corpora": tuple(map(_corpus_from_json, stored["corpora"])),
+            "left_out": tuple(map(_corpus_from_json, stored["left_out"])),
         }
         position = cls(**{**stored, **read})
-        stretches = [one for each in (*position.corpora, *position.left_out) for one in each.past]
-        lengths = [each.sequence_length for each in (position, *stretches)]
-        counts = [each.samples for each in (position, *stretches)]
+        lengths, counts = [position.sequence_length], [position.samples]
+        for corpus in (*position.corpora, *position.left_out):
+            lengths += [stretch.sequence_length for stretch in corpus.past]
+            counts += [stretch.samples for stretch in corpus.past]
         if not all(map(is_count, lengths + counts)) or 0 in lengths:
             raise ValueError(f"{position} has what is no count")
         return position
 
     @property
-    def _arrangement(self) -> tuple:
+    def _arrangement(self) -> tuple[Any, ...]:
         contents = tuple(corpus.fingerprint for corpus in self.corpora)
         return self.sequence_length, self.seed, self.weights, contents
 
@@ -155,6 +153,11 @@ class DataPosition:
     def _renamed(self, wanted: "DataPosition") -> tuple[CorpusPosition, ...]:
         """The corpora under the names they have now."""
         return tuple(
-            replace(corpus, past=mine.past)
-            for corpus, mine in zip(wanted.corpora, self.corpora, strict=True)
+            replace(renamed, past=corpus.past)
+            for renamed, corpus in zip(wanted.corpora, self.corpora, strict=True)
         )
+
+
+def _corpus_from_json(stored: dict) -> CorpusPosition:
+    past = tuple(Stretch(**stretch) for stretch in stored["past"])
+    return CorpusPosition(**{**stored, "past": past})

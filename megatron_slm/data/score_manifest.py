@@ -1,7 +1,7 @@
 """What a score store says about itself: manifest.json and one marker per finished shard. No torch.
 
-A store holds one value per token of a corpus, so its manifest binds it by fingerprint to that corpus, to the
-tokenizer the corpus was made with and to the reference that scored the tokens.
+A store holds one value per token of a corpus, so its manifest binds it by fingerprint to that
+corpus, to the tokenizer the corpus was made with and to the reference that scored the tokens.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 FORMAT_VERSION = 1
-DTYPES = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype] = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
 POLICIES = ("packed", "isolated")
 RESERVED_COLUMNS = frozenset(
     {"reference_loss", "reference_entropy", "token_id", "position", "corpus_id"}
@@ -25,18 +25,20 @@ SHARDS_AT_MOST = 1_000_000
 
 
 def default_shard_tokens(tokens: int) -> int:
-    """Tokens per shard: at least 2**18, and few enough shards (4096) that one marker file each stays cheap to list."""
+    """Tokens per shard: at least 2**18, and at most 4096 shards, whose markers are cheap to list."""
     return max(1 << 18, -(-tokens // MAXIMUM_SHARDS))
 
 
 def presented_name(column: str) -> str:
-    """The name a scorer sees: the store's `loss` is the reference's, so it is presented as `reference_loss`."""
+    """The name a scorer sees: `loss` in a store is the reference's loss, so `reference_loss`."""
     return {"loss": "reference_loss", "entropy": "reference_entropy"}.get(column, column)
 
 
 @dataclass(frozen=True)
 class ScoreManifest:
-    """manifest.json of a score store. Sizes in tokens of the corpus; one value per token and column."""
+    """manifest.json of a score store. Sizes in tokens of the corpus; one value per token and
+    column.
+    """
 
     corpus_fingerprint: str
     corpus_tokens: int
@@ -54,7 +56,11 @@ class ScoreManifest:
     """For a person to read: no program runs it, or prints it as what to run."""
     complete: bool = field(default=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        if problems := [*self._size_problems(), *self._column_problems()]:
+            raise ValueError("Bad score manifest: " + "; ".join(problems) + ".")
+
+    def _size_problems(self) -> list[str]:
         problems = []
         if self.corpus_tokens < 1:
             problems.append(f"the corpus has {self.corpus_tokens} tokens; at least one is needed")
@@ -62,8 +68,8 @@ class ScoreManifest:
             problems.append(f"shard_tokens is {self.shard_tokens}; it must be at least 1")
         elif self.shard_count > SHARDS_AT_MOST:
             problems.append(
-                f"shard_tokens is {self.shard_tokens} of {self.corpus_tokens}; that makes {self.shard_count:,} shards, more than "
-                f"{SHARDS_AT_MOST:,}"
+                f"shard_tokens is {self.shard_tokens} of {self.corpus_tokens}; that makes "
+                f"{self.shard_count:,} shards, more than {SHARDS_AT_MOST:,}"
             )
         if self.dtype not in DTYPES:
             problems.append(
@@ -76,17 +82,22 @@ class ScoreManifest:
             )
         if not 1 <= self.stride_tokens <= self.window_tokens:
             problems.append(
-                f"stride_tokens is {self.stride_tokens}; it must be between 1 and window_tokens ({self.window_tokens})"
+                f"stride_tokens is {self.stride_tokens}; it must be between 1 and window_tokens "
+                f"({self.window_tokens})"
             )
+        return problems
+
+    def _column_problems(self) -> list[str]:
+        problems = []
         if not self.columns or len(set(self.columns)) != len(self.columns):
             problems.append(f"columns are {list(self.columns)}; give one or more different names")
         for name in self.columns:
             if name in RESERVED_COLUMNS or not name.isidentifier():
                 problems.append(
-                    f"{name!r} cannot name a column: use letters, digits and _, and none of {sorted(RESERVED_COLUMNS)}"
+                    f"{name!r} cannot name a column: use letters, digits and _, and none of "
+                    f"{sorted(RESERVED_COLUMNS)}"
                 )
-        if problems:
-            raise ValueError("Bad score manifest: " + "; ".join(problems) + ".")
+        return problems
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -97,7 +108,7 @@ class ScoreManifest:
         return -(-self.corpus_tokens // self.shard_tokens)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """Absolute token offsets [start, end) of a shard: the same whatever the number of processes that score."""
+        """Absolute token offsets [start, end) of a shard, whatever the number of processes."""
         if not 0 <= shard < self.shard_count:
             raise ValueError(
                 f"Shard {shard} does not exist: this store has shards 0 to {self.shard_count - 1}."
@@ -115,7 +126,10 @@ class ScoreManifest:
 
     @property
     def fingerprint(self) -> str:
-        """The identity of the scores: of what, by what and how they were made; the same before and after the last shard."""
+        """The identity of the scores: of what, by what and how they were made.
+
+        It is the same before and after the last shard.
+        """
         identity = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return "sha256:" + hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()
 
@@ -137,28 +151,23 @@ class ScoreManifest:
     def from_json(cls, path: Path) -> "ScoreManifest":
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
-            if stored["format_version"] != FORMAT_VERSION:
+            if (version := stored.pop("format_version")) != FORMAT_VERSION:
                 raise ValueError(
-                    f"{path} has format version {stored['format_version']}; this version of megatron-slm reads "
+                    f"{path} has format version {version}; this version of megatron-slm reads "
                     f"{FORMAT_VERSION}. Score the corpus again, or use the version that wrote it."
                 )
-            sections = {
-                f"{name}_{key}": value
-                for name in ("corpus", "tokenizer", "reference")
-                for key, value in stored[name].items()
-            }
-            rest = {
-                key: value
-                for key, value in stored.items()
-                if key not in ("format_version", "corpus", "tokenizer", "reference")
-            }
-            return cls(**sections, **{**rest, "columns": tuple(rest["columns"])})
+            fields_of: dict[str, Any] = {"columns": tuple(stored.pop("columns"))}
+            for section in ("corpus", "tokenizer", "reference"):
+                for key, value in stored.pop(section).items():
+                    fields_of[f"{section}_{key}"] = value
+            return cls(**stored, **fields_of)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{Path(path).parent} is no score store: it has no manifest.json. "
-                "Make one with: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S"
+                "Make one with: torchrun -m megatron_slm.score --checkpoint RUN --corpus C "
+                "--output S"
             ) from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is not the manifest of a score store ({error!r}). Score the corpus again."
             ) from None
@@ -173,7 +182,9 @@ class ShardMarker:
     end: int
     sha256: dict[str, str]
     without_score: dict[str, int]
-    """Tokens whose value is NaN, per column: first tokens of documents, plus whatever the reference could not score."""
+    """Tokens whose value is NaN, per column: the first token of each document, and those for which
+    the reference gave no finite value.
+    """
 
     @staticmethod
     def path(folder: Path, shard: int) -> Path:
@@ -183,13 +194,9 @@ class ShardMarker:
     def describe(
         cls, shard: int, start: int, end: int, values: dict[str, np.ndarray]
     ) -> "ShardMarker":
-        return cls(
-            shard,
-            start,
-            end,
-            {name: sha256_of(array) for name, array in values.items()},
-            {name: int(np.isnan(array).sum()) for name, array in values.items()},
-        )
+        sha256 = {name: sha256_of(array) for name, array in values.items()}
+        without_score = {name: int(np.isnan(array).sum()) for name, array in values.items()}
+        return cls(shard, start, end, sha256, without_score)
 
     @classmethod
     def read(cls, folder: Path, shard: int) -> "ShardMarker":
@@ -198,12 +205,13 @@ class ShardMarker:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path} is not a shard marker ({error!r}). Delete it and score again: only that shard is redone."
+                f"{path} is not a shard marker ({error!r}). Delete it and score again: only that "
+                "shard is redone."
             ) from None
 
 
 def sha256_of(array: np.ndarray) -> str:
-    return hashlib.sha256(memoryview(np.ascontiguousarray(array)).cast("B")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).data.cast("B")).hexdigest()
 
 
 def finished_shards(folder: Path) -> set[int]:
@@ -212,8 +220,8 @@ def finished_shards(folder: Path) -> set[int]:
         names = os.listdir(folder / "shards")
     except OSError as error:
         raise ValueError(
-            f"{folder / 'shards'}: the markers of the finished shards cannot be read ({error.strerror}). Copy the store again, or "
-            "score again into another folder."
+            f"{folder / 'shards'}: the markers of the finished shards cannot be read "
+            f"({error.strerror}). Copy the store again, or score again into another folder."
         ) from None
     return {
         int(name[6:12]) for name in names if name.startswith("shard_") and name.endswith(".json")

@@ -1,45 +1,52 @@
 """The score store: one number per token of a corpus, at the token's absolute offset. No torch.
 
-    STORE/manifest.json            what the scores belong to, and how they were made (score_manifest.py)
-    STORE/<column>.bin             raw little-endian fp16 or fp32, exactly one value per token of the corpus's .bin
-    STORE/shards/shard_000007.json one marker per finished shard, with a sha256 per column
+    STORE/manifest.json             what the scores belong to, and how they were made
+    STORE/<column>.bin              raw little-endian fp16 or fp32, one value per token
+    STORE/shards/shard_000007.json  one marker per finished shard, with a sha256 per column
 
-`score[i] = -log p(token_i | context before i)`: the value lies under the token it scores, so the labels of a training
-sample and their scores are the same slice. NaN = no score. Because the key is the offset in the corpus, scores outlive any
-change of sequence length, shuffling, blend or batch.
+`score[i] = -log p(token_i | context before i)`: a value has the offset of the token that it scores,
+so the labels of a training sample and their scores are the same slice. NaN = no score. Because the
+key is the offset in the corpus, scores stay valid under any sequence length, order, blend or batch.
 
-Several processes, or several jobs, write different shards at once: each write touches only its own bytes, and a shard
-counts from the moment its marker is renamed into place, after its bytes have reached the disk. A killed job loses its
-unfinished shard only, and that shard written again gives the same bytes.
+Several processes, or several jobs, write different shards at once: a write touches only its own
+bytes, and a shard is finished when its marker is renamed into place, after its bytes have reached
+the disk. A killed job loses its unfinished shard only; written again, that shard has the same
+bytes.
 """
 
-import contextlib
-import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_slm.data.file_array import FileArray, ReadOnlyFile
 from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.data.score_context import check_same_corpus, context_differences
+from megatron_slm.data.score_files import (
+    check_sizes,
+    column_path,
+    lay_out,
+    note_verified,
+    stamps,
+    verified_stamps,
+    write_values,
+)
 from megatron_slm.data.score_manifest import (
     ScoreManifest,
     ShardMarker,
     finished_shards,
-    presented_name,
     sha256_of,
 )
-from megatron_slm.files.atomic import sync_path, write_json_atomically
+from megatron_slm.files.atomic import write_json_atomically
 
 
 class ScoreStore:
-    """Read and write one store. Make it with `create` (also joins one that is being written) or `open`.
+    """Read and write one store. Make it with `create`, which also joins a store that is being
+    written, or with `open`.
 
-    Pickles by its folder, so data workers can carry it.
+    The open files are not pickled: the receiving process opens them again.
     """
 
     def __init__(self, folder: Path, manifest: ScoreManifest, missing: frozenset[int]):
@@ -49,95 +56,94 @@ class ScoreStore:
         """Shards without a marker, as last seen by this process; their tokens read as NaN."""
         self._opened: dict[str, FileArray] = {}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
 
     @classmethod
     def create(cls, folder: str | Path, manifest: ScoreManifest) -> "ScoreStore":
-        """A store of these settings at `folder`, with its files at full size; joins it when it is already there.
+        """A store of these settings at `folder`, with its files at full size; an existing one is
+        joined.
 
-        Any number of processes may call it at once with the same manifest. A store with other settings is left alone:
-        ValueError names what differs.
+        Any number of processes may call it at once with the same manifest. A store with other
+        settings is left alone: ValueError names what differs.
         """
         folder = Path(folder)
-        if not (folder / "manifest.json").exists():
+        path = folder / "manifest.json"
+        if not path.exists():
             if not (folder.exists() and any(folder.iterdir())):
-                _lay_out(folder, manifest)
-            elif not (
-                folder / "manifest.json"
-            ).exists():  # asked again: another process may have laid the store out in between
+                lay_out(folder, manifest)
+            elif not path.exists():  # a second look: another process may have laid it out by now
                 raise ValueError(
                     f"{folder} exists, is not empty and is no score store; give another --output."
                 )
-        there = ScoreManifest.from_json(folder / "manifest.json")
-        if differences := there.differences(manifest):
+        stored = ScoreManifest.from_json(path)
+        if differences := stored.differences(manifest):
             raise ValueError(
                 f"{folder} already holds scores made in another way: "
                 + "; ".join(differences)
                 + ". Write to another folder, or delete this one."
             )
-        return cls(folder, there, _missing_shards(folder, there))
+        return cls(folder, stored, _missing_shards(folder, stored))
 
     @classmethod
     def open(cls, folder: str | Path, *, allow_missing_scores: bool = False) -> "ScoreStore":
-        """A store to read. Sizes are checked; content is hashed when a file's stamp is not the one last verified.
+        """A store to read. Sizes are checked; content is hashed when a file's stamp is not the one
+        that was last verified.
 
-        A store with unfinished shards is refused (ValueError names the missing token ranges and says
-        how to complete it), unless `allow_missing_scores`: then those tokens read as NaN and cannot be
-        selected.
+        A store with unfinished shards is refused (ValueError names the missing token ranges and
+        says how to complete it), unless `allow_missing_scores`: then those tokens read as NaN and
+        cannot be selected.
         """
         folder = Path(folder)
         manifest = ScoreManifest.from_json(folder / "manifest.json")
         store = cls(folder, manifest, _missing_shards(folder, manifest))
-        store._check_sizes()
+        check_sizes(folder, manifest)
         if store.missing and not allow_missing_scores:
             raise ValueError(store.describe_missing())
-        if store._remembered_stamps() != store._stamps():
+        if verified_stamps(folder) != stamps(folder, store.columns, store.missing):
             store.verify()
-            store._remember_stamps()
+            note_verified(folder, stamps(folder, store.columns, store.missing))
         return store
 
     @property
     def columns(self) -> tuple[str, ...]:
         return self.manifest.columns
 
-    @property
-    def presented_columns(self) -> tuple[str, ...]:
-        """The columns under the names scorers know: reference_loss for loss, reference_entropy for entropy."""
-        return tuple(presented_name(column) for column in self.columns)
-
     def write_shard(self, shard: int, values: Mapping[str, np.ndarray]) -> ShardMarker:
         """Put one shard's values in place, durably, then mark it finished.
 
-        values: every column of the store, one value per token of the shard, any float dtype; infinities become NaN
-        (a token the reference cannot score has no score). ValueError when a finite value does not fit the store's dtype.
+        values: every column of the store, one value per token of the shard, any float dtype;
+        infinities become NaN, which means no score. ValueError when a finite value does not fit the
+        store's dtype.
         """
         start, end = self.manifest.shard_range(shard)
         if set(values) != set(self.columns):
             raise ValueError(
-                f"Shard {shard} came with the columns {sorted(values)}; this store has {sorted(self.columns)}."
+                f"Shard {shard} came with the columns {sorted(values)}; this store has "
+                f"{sorted(self.columns)}."
             )
         stored = {
             name: self._stored(name, np.asarray(values[name]), end - start) for name in self.columns
         }
         for name, array in stored.items():
-            self._write_durably(name, start, array)
+            write_values(self.column_path(name), start, array)
         marker = ShardMarker.describe(shard, start, end, stored)
         write_json_atomically(ShardMarker.path(self.folder, shard), asdict(marker))
         self.missing -= {shard}
         return marker
 
     def finish(self) -> bool:
-        """When every shard is there: hash everything once more from disk and mark the store complete. False otherwise.
+        """When every shard is finished, hash all of it once more from disk and mark the store
+        complete. False when one is not.
 
         Safe to call from every process that wrote, at any time.
         """
         self.missing = _missing_shards(self.folder, self.manifest)
         if self.missing:
             return False
-        self._check_sizes()
+        check_sizes(self.folder, self.manifest)
         self.verify()
-        self._remember_stamps()
+        note_verified(self.folder, stamps(self.folder, self.columns, self.missing))
         self.manifest = replace(self.manifest, complete=True)
         write_json_atomically(self.folder / "manifest.json", self.manifest.to_json())
         return True
@@ -146,12 +152,13 @@ class ScoreStore:
         """fp32 copies of `count` values from absolute token offset `start`."""
         if start < 0 or count < 0 or start + count > self.manifest.corpus_tokens:
             raise ValueError(
-                f"Tokens {start} to {start + count} are not in this store: it has {self.manifest.corpus_tokens}."
+                f"Tokens {start} to {start + count} are not in this store: it has "
+                f"{self.manifest.corpus_tokens}."
             )
         return self.read_pieces(column, [(start, start + count)])
 
     def read_pieces(self, column: str, pieces: list[tuple[int, int]]) -> np.ndarray:
-        """fp32 values of the token ranges [start, end) back to back: the pieces of documents that make up one sample."""
+        """fp32 values of the token ranges [start, end), back to back."""
         read = self._values(column).read_pieces(pieces).astype(np.float32)
         if self.missing:
             shards = np.concatenate(
@@ -176,78 +183,42 @@ class ScoreStore:
         finished. ValueError names a shard whose bytes, range or columns are not what its marker
         says.
         """
-        without = dict.fromkeys(self.columns, 0)
+        without_score = dict.fromkeys(self.columns, 0)
         wanted = range(self.manifest.shard_count) if shards is None else shards
         for shard in sorted(set(wanted) - self.missing):
-            marker = ShardMarker.read(self.folder, shard)
-            if (marker.shard, marker.start, marker.end) != (
-                shard,
-                *self.manifest.shard_range(shard),
-            ) or set(marker.sha256) != set(self.columns):
-                raise ValueError(
-                    f"{ShardMarker.path(self.folder, shard)} does not describe shard {shard} of this store. {self._redo(shard)}"
-                )
+            marker = self._marker(shard)
             for name in self.columns:
                 values = self._values(name)[marker.start : marker.end]
                 if sha256_of(values) != marker.sha256[name]:
                     raise ValueError(
-                        f"{self.column_path(name)}: the scores of tokens {marker.start:,} to {marker.end:,} (shard {shard}) "
-                        f"are not the bytes that were written. {self._redo(shard)}"
+                        f"{self.column_path(name)}: the scores of tokens {marker.start:,} to "
+                        f"{marker.end:,} (shard {shard}) are not the bytes that were written. "
+                        f"{self._redo(shard)}"
                     )
-                without_value = np.isnan(values)
+                is_missing = np.isnan(values)
                 if first_tokens is not None:
                     low, high = np.searchsorted(first_tokens, (marker.start, marker.end))
-                    without_value[first_tokens[low:high] - marker.start] = False
-                without[name] += int(without_value.sum())
-        return without
+                    is_missing[first_tokens[low:high] - marker.start] = False
+                without_score[name] += int(is_missing.sum())
+        return without_score
+
+    def _marker(self, shard: int) -> ShardMarker:
+        marker = ShardMarker.read(self.folder, shard)
+        described = (marker.shard, marker.start, marker.end, set(marker.sha256))
+        if described != (shard, *self.manifest.shard_range(shard), set(self.columns)):
+            raise ValueError(
+                f"{ShardMarker.path(self.folder, shard)} does not describe shard {shard} of this "
+                f"store. {self._redo(shard)}"
+            )
+        return marker
 
     def check_against(self, corpus: CorpusManifest) -> None:
         """ValueError unless these scores are of exactly this corpus and its tokenizer."""
-        problems = []
-        for what, got, wanted in (
-            ("tokens", self.manifest.corpus_tokens, corpus.tokens),
-            ("documents", self.manifest.corpus_documents, corpus.documents),
-            ("corpus fingerprint", self.manifest.corpus_fingerprint, corpus.fingerprint),
-            (
-                "tokenizer fingerprint",
-                self.manifest.tokenizer_fingerprint,
-                corpus.tokenizer["fingerprint"],
-            ),
-        ):
-            if got != wanted:
-                problems.append(f"{what}: the scores have {got}, the training data {wanted}")
-        if problems:
-            raise ValueError(
-                f"The scores in {self.folder} are of another corpus or tokenizer. "
-                + "; ".join(problems)
-                + ". Score this corpus again: torchrun -m megatron_slm.score --checkpoint RUN --corpus C --output S"
-            )
+        check_same_corpus(self.folder, self.manifest, corpus)
 
     def context_warnings(self, sequence_length: int, document_policy: str = "packed") -> list[str]:
-        """Ways in which the context a token was scored in differs from the one it is trained in.
-
-        docs/method.md#point-13
-        """
-        warnings = []
-        if self.manifest.window_tokens != sequence_length:
-            warnings.append(
-                f"{self.folder}: tokens were scored in windows of {self.manifest.window_tokens} tokens and are trained in "
-                f"sequences of {sequence_length}: the excess loss compares different contexts. Score again with "
-                f"--window-tokens {sequence_length} to remove the difference."
-            )
-        if self.manifest.document_policy != document_policy:
-            scored, trained = (
-                {
-                    "packed": "packed, where a token also sees the document before its own",
-                    "isolated": "isolated, where it sees its own only",
-                }[policy]
-                for policy in (self.manifest.document_policy, document_policy)
-            )
-            warnings.append(
-                f"{self.folder}: documents were scored {scored}, and are trained {trained}: the excess loss compares different contexts. Score again "
-                f"with --document-policy {document_policy}, or train with --data.document_policy {self.manifest.document_policy}, to compare like with like."
-            )
-        return warnings
+        """How the context in which a token was scored differs from the one it is trained in."""
+        return context_differences(self.folder, self.manifest, sequence_length, document_policy)
 
     def missing_ranges(self) -> list[tuple[int, int]]:
         """Token ranges [start, end) without scores, adjacent shards joined."""
@@ -261,17 +232,19 @@ class ScoreStore:
 
     def describe_missing(self) -> str:
         ranges = [f"{start:,} to {end:,}" for start, end in self.missing_ranges()]
-        listed = ", ".join(ranges[:5]) + (
-            f" and {len(ranges) - 5} more ranges" if len(ranges) > 5 else ""
-        )
+        listed = ", ".join(ranges[:5])
+        if len(ranges) > 5:
+            listed += f" and {len(ranges) - 5} more ranges"
         return (
-            f"The scores in {self.folder} are incomplete: {len(self.missing)} of {self.manifest.shard_count} shards are missing, tokens "
-            f"{listed}. Complete them: {self._made_by()} (finished shards are kept); "
-            "or set selection.reference.allow_missing_scores to train without selecting those tokens."
+            f"The scores in {self.folder} are incomplete: {len(self.missing)} of "
+            f"{self.manifest.shard_count} shards are missing, tokens {listed}. Complete them: "
+            f"{self._made_by()} (finished shards are kept); or set "
+            "selection.reference.allow_missing_scores to train without selecting those tokens."
         )
 
     def column_path(self, column: str) -> Path:
-        return self.folder / f"{column}.bin"
+        """The file that holds one column."""
+        return column_path(self.folder, column)
 
     def _values(self, column: str) -> FileArray:
         if column not in self.columns:
@@ -296,91 +269,30 @@ class ScoreStore:
             stored = values.astype(self.manifest.numpy_dtype)
         if np.isinf(stored).any():
             raise ValueError(
-                f"Column {name!r} has a value of {np.nanmax(np.abs(values))}, too large for {self.manifest.dtype}; "
-                "make the store with --dtype fp32."
+                f"Column {name!r} has a value of {np.nanmax(np.abs(values))}, too large for "
+                f"{self.manifest.dtype}; make the store with --dtype fp32."
             )
-        stored[np.isnan(stored)] = (
-            np.nan
-        )  # one bit pattern for NaN, so that equal scores are equal bytes
+        # NaN has many bit patterns; one of them is stored, so that equal scores are equal bytes.
+        stored[np.isnan(stored)] = np.nan
         return stored
-
-    def _write_durably(self, name: str, start: int, array: np.ndarray) -> None:
-        descriptor = os.open(self.column_path(name), os.O_WRONLY)
-        try:
-            view, position = memoryview(array).cast("B"), start * array.itemsize
-            while view:
-                written = os.pwrite(descriptor, view, position)
-                view, position = view[written:], position + written
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _check_sizes(self) -> None:
-        expected = self.manifest.corpus_tokens * self.manifest.numpy_dtype.itemsize
-        for name in self.columns:
-            path = self.column_path(name)
-            size = path.stat().st_size if path.exists() else None
-            if size != expected:
-                raise ValueError(
-                    f"{path}: {'the file is missing' if size is None else f'{size} bytes'}, expected {expected} bytes "
-                    f"({self.manifest.corpus_tokens} tokens in {self.manifest.dtype}). Copy the store again, or score again."
-                )
 
     def _redo(self, shard: int) -> str:
         return (
-            f"Copy the store again, or delete {ShardMarker.path(self.folder, shard)} and score again: {self._made_by()}; only "
-            "that shard is redone."
+            f"Copy the store again, or delete {ShardMarker.path(self.folder, shard)} and score "
+            f"again: {self._made_by()}; only that shard is redone."
         )
 
     def _made_by(self) -> str:
         """How to go on with the store.
 
-        Its command is not printed: whoever made the store wrote it, and people run what they are told.
+        Its command is not printed: whoever made the store wrote it, and people run what they are
+        told.
         """
         return (
-            f"run the command that made them again, with --output {self.folder} (resume_command in its manifest.json keeps it; "
-            "read it before you run it)"
+            f"run the command that made them again, with --output {self.folder} (resume_command in "
+            "its manifest.json keeps it; read it before you run it)"
         )
-
-    def _stamps(self) -> dict:
-        status = {name: self.column_path(name).stat() for name in self.columns}
-        stamps = {
-            name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in status.items()
-        }
-        return {"columns": stamps, "missing": sorted(self.missing)}
-
-    def _remembered_stamps(self) -> dict | None:
-        try:
-            return json.loads((self.folder / "verified.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
-    def _remember_stamps(self) -> None:
-        with contextlib.suppress(OSError):  # a read-only folder: the next opening hashes again
-            write_json_atomically(self.folder / "verified.json", self._stamps())
 
 
 def _missing_shards(folder: Path, manifest: ScoreManifest) -> frozenset[int]:
     return frozenset(range(manifest.shard_count)) - finished_shards(folder)
-
-
-def _lay_out(folder: Path, manifest: ScoreManifest) -> None:
-    """Make an empty store under a temporary name and rename it into place; losing that race to another process is fine."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    try:
-        (temporary / "shards").mkdir(parents=True)
-        for name in manifest.columns:
-            with open(temporary / f"{name}.bin", "wb") as stream:
-                stream.truncate(manifest.corpus_tokens * manifest.numpy_dtype.itemsize)
-                os.fsync(stream.fileno())
-        write_json_atomically(
-            temporary / "manifest.json", replace(manifest, complete=False).to_json()
-        )
-        os.rename(temporary, folder)
-        sync_path(folder.parent)
-    except OSError:
-        if not (folder / "manifest.json").exists():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

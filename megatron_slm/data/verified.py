@@ -1,8 +1,8 @@
 """What is remembered of a corpus's files once they were hashed: PREFIX.verified.json.
 
 A file whose stamp (size, times, inode) is the remembered one is not hashed again. Checksums of its
-blocks are remembered too, so that a few of them can be read again at every start: a disk may lose
-what it once gave.
+blocks are remembered too, so that a few blocks can be checked at every start: a disk may lose bytes
+that it once read correctly.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ from typing import Any
 
 from megatron_slm.files.atomic import write_json_atomically
 
-BLOCKS_AT_MOST, SMALLEST_BLOCK_BYTES, PIECE_BYTES = 4096, 1 << 20, 1 << 20
+BLOCKS_AT_MOST = 4096
+SMALLEST_BLOCK_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
 
 
 def check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
@@ -30,23 +32,23 @@ def check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
         path = Path(f"{prefix}{suffix}")
         before = _stamp(path)
         known = remembered.get(suffix)
-        if isinstance(known, dict) and (known.get("stamp"), known.get("sha256")) == (
-            before,
-            sha256,
-        ):
-            verified[suffix] = known
-            continue
-        found = hashed(path)
-        verified[suffix] = {"stamp": before, **found}
+        if isinstance(known, dict):
+            noted = (known.get("stamp"), known.get("sha256"))
+            if noted == (before, sha256):
+                verified[suffix] = known
+                continue
+        hashes = hashed(path)
+        verified[suffix] = {"stamp": before, **hashes}
         if _stamp(path) != before:
             raise ValueError(
                 f"{path}: the file was written to while it was being checked. Wait until whatever "
                 "writes it has ended, then start again."
             )
-        if found["sha256"] != sha256:
+        if hashes["sha256"] != sha256:
             raise ValueError(
-                f"{path}: the content has changed since the corpus was made (sha256 {found['sha256'][:16]}…, "
-                f"its manifest says {sha256[:16]}…). Copy it again, or make the corpus again."
+                f"{path}: the content has changed since the corpus was made (sha256 "
+                f"{hashes['sha256'][:16]}…, its manifest says {sha256[:16]}…). Copy it again, or "
+                "make the corpus again."
             )
     if verified != remembered:
         with contextlib.suppress(OSError):  # a read-only folder: the next check hashes again
@@ -54,7 +56,7 @@ def check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
 
 
 def check_sample(prefix: str | Path, blocks: int) -> int:
-    """Read `blocks` random blocks of PREFIX.bin again; how many were, 0 where no checksums are kept.
+    """Read `blocks` random blocks of PREFIX.bin again. Returns how many; 0 = no checksums are kept.
 
     ValueError names the bytes that are no longer what they were when the file was hashed.
     """
@@ -77,8 +79,9 @@ class StoredBlocks:
         self._block_bytes = _block_bytes(size_bytes)
         known = _remembered(prefix).get(".bin")
         sums = known.get("block_crc32") if isinstance(known, dict) else None
-        whole = isinstance(sums, list) and len(sums) == -(-size_bytes // self._block_bytes)
-        self._sums: list[int] = sums if whole else []
+        if not isinstance(sums, list) or len(sums) != -(-size_bytes // self._block_bytes):
+            sums = []
+        self._sums: list[int] = sums
         self._written_at = self._file_now()
 
     def __len__(self) -> int:
@@ -96,8 +99,9 @@ class StoredBlocks:
                 crc32 = zlib.crc32(piece, crc32)
         if crc32 != self._sums[number]:
             raise ValueError(
-                f"{self.path}: bytes {start:,} to {end:,} are no longer what they were when the file was hashed, and its "
-                "times are unchanged: the disk has lost them. Copy it again, or make the corpus again."
+                f"{self.path}: bytes {start:,} to {end:,} are no longer what they were when the "
+                "file was hashed, and its times are unchanged: the disk has lost them. Copy it "
+                "again, or make the corpus again."
             )
 
     def is_the_same_file(self) -> bool:

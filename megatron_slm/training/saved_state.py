@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, describe_model, step_folder
 from megatron_slm.checkpoint.store import trainer_state
+from megatron_slm.data.blend import samples_by_corpus
 from megatron_slm.data.manifest import tokenizer_of
-from megatron_slm.data.scored_dataset import samples_by_corpus
 from megatron_slm.model.optimizer import load_loss_scaler_state, loss_scaler_state
 from megatron_slm.training import resume, setup
 from megatron_slm.training.run_parts import RunParts

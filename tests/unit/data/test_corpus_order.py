@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from megatron_slm.data.corpus_order import (
-    CorpusOrder,
-    Documents,
-    token_ranges,
-)
+from megatron_slm.data.blend import samples_by_corpus
+from megatron_slm.data.corpora import open_corpora
+from megatron_slm.data.corpus_order import CorpusOrder, Documents, token_ranges
 from megatron_slm.data.position import Stretch, add_stretch
-from megatron_slm.data.scored_dataset import (
-    open_corpora,
-    samples_by_corpus,
-    training_dataset,
-)
+from megatron_slm.data.scored_dataset import training_dataset
 from megatron_slm.testing.corpora import random_documents, write_corpus
 
 
@@ -116,9 +110,9 @@ def test_one_sample_is_found_as_runs_of_samples_are():
     for past in ((), (Stretch(6, 0, 3),)):
         order = CorpusOrder(documents, sequence_length=8, seed=0, past=past)
         for number in range(12):
-            _, index, within = order.place(number)
-            row = np.array([index.shuffle_index[within]], np.int64)
-            starts, ends = token_ranges(documents, index, row, row)
+            place = order.place(number)
+            row = np.array([place.index.shuffle_index[place.within]], np.int64)
+            starts, ends = token_ranges(documents, place.index, row, row)
             assert order.pieces(number) == list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings, strategies
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from megatron_slm.data.blend import blend
 from megatron_slm.data.corpora import nothing_counts
 from megatron_slm.data.epoch_index import EpochIndex, build_once, shuffled_epoch
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.data.scored_dataset import (
     ScoredDataset,
-    blend,
     open_corpora,
     training_dataset,
     validation_dataset,
