@@ -28,7 +28,7 @@ from megatron_slm.tokenization import Tokenizer, tokenizer_differences
 class _Origin:
     """A checkpoint that says what this run's weights mean."""
 
-    words: str
+    name: str
     """How a sentence names it."""
     info: CheckpointInfo
     otherwise: str = ""
@@ -46,7 +46,9 @@ def take_architecture(values: dict) -> list[str]:
     differ, one sentence each, or why the checkpoint cannot be read.
     """
     given = values.get("model")
-    path = given.get("from_checkpoint") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping):
+        return []
+    path = given.get("from_checkpoint")
     if not isinstance(path, str) or not path:
         return []
     sections = {name: values.get(name) for name in ("run", "checkpoint")}
@@ -56,18 +58,20 @@ def take_architecture(values: dict) -> list[str]:
     except ValueError as error:
         return [f"model.from_checkpoint: {error}"]
     # 0 means the tokenizer's size, not known yet; it is compared when the tokenizer is opened.
-    chosen = {name for name in ARCHITECTURE if name in given} - (
-        {"vocabulary_size"} if not given.get("vocabulary_size") else set()
-    )
+    chosen = {name for name in ARCHITECTURE if name in given}
+    if not given.get("vocabulary_size"):
+        chosen.discard("vocabulary_size")
     taken = {name: getattr(theirs, name) for name in ARCHITECTURE if name not in chosen}
     values["model"] = {**given, **taken}
     config, unreadable = from_mapping({"model": values["model"]})
+    bad_fields = {problem.partition(":")[0] for problem in unreadable}
     return [
-        f"model.{each.field}: got {written(each.configuration)}, but model.from_checkpoint "
-        f"({path}) has {written(each.checkpoint)}; leave one of the two settings out"
-        for each in architecture_differences(theirs, config.model)
-        if each.field in chosen - _allowed(others)
-        and not any(problem.startswith(f"model.{each.field}:") for problem in unreadable)
+        f"model.{difference.field}: got {written(difference.configuration)}, but "
+        f"model.from_checkpoint ({path}) has {written(difference.checkpoint)}; leave one of the "
+        "two settings out"
+        for difference in architecture_differences(theirs, config.model)
+        if difference.field in chosen - _allowed(others)
+        and f"model.{difference.field}" not in bad_fields
     ]
 
 
@@ -85,14 +89,14 @@ def differing_settings(
         try:
             theirs = origin.info.model_config()
         except ValueError as error:
-            raise ValueError(f"{origin.words}: {error}") from error
+            raise ValueError(f"{origin.name}: {error}") from error
         ours = replace(config.model, vocabulary_size=vocabulary_size or theirs.vocabulary_size)
         problems += [
-            f"{origin.words} has model.{each.field} {written(each.checkpoint)}, "
-            f"this configuration {_ours(each, config)}; "
-            f"{_remedy(each, tokenizer, origin.is_start)}{origin.otherwise}"
-            for each in architecture_differences(theirs, ours)
-            if not (origin.is_start and each.field in _allowed(config))
+            f"{origin.name} has model.{difference.field} {written(difference.checkpoint)}, "
+            f"this configuration {_ours(difference, config)}; "
+            f"{_remedy(difference, tokenizer, origin.is_start)}{origin.otherwise}"
+            for difference in architecture_differences(theirs, ours)
+            if not (origin.is_start and difference.field in _allowed(config))
         ]
         if origin.has_weights and tokenizer is not None:
             problems += _tokenizer_problems(origin, tokenizer)
@@ -104,12 +108,12 @@ def allowed_differences(config: Config) -> list[str]:
     start = config.checkpoint.initialize_from
     if not start or not _allowed(config) or _own_checkpoint(config.run.folder) is not None:
         return []
+    theirs = read_checkpoint_info(start).model_config()
     return [
-        f"model.{each.field} {written(each.configuration)}, in {start} {written(each.checkpoint)}"
-        for each in architecture_differences(
-            read_checkpoint_info(start).model_config(), config.model
-        )
-        if each.field in _allowed(config)
+        f"model.{difference.field} {written(difference.configuration)}, in {start} "
+        f"{written(difference.checkpoint)}"
+        for difference in architecture_differences(theirs, config.model)
+        if difference.field in _allowed(config)
     ]
 
 
@@ -186,7 +190,7 @@ def _tokenizer_problems(origin: _Origin, tokenizer: Tokenizer) -> list[str]:
     if not differences:
         return []
     return [
-        f"{origin.words} was trained with the tokenizer {theirs.get('path')}, data.tokenizer is "
+        f"{origin.name} was trained with the tokenizer {theirs.get('path')}, data.tokenizer is "
         f"{tokenizer.path}: {'; '.join(differences)}: the same ids mean other text; use the "
         "checkpoint's tokenizer and corpora made with it"
     ]

@@ -54,18 +54,18 @@ def plain_extra_state(state: Any, path: Path) -> torch.Tensor | None:
         return None
     if type(state) is not torch.Tensor or state.dtype != torch.uint8 or state.dim() != 1:
         raise ValueError(
-            f"{path}: a layer's extra state is {type(state).__name__}, expected nothing or a vector of bytes"
+            f"{path}: a layer's extra state is {type(state).__name__}, expected nothing or a "
+            "vector of bytes"
         )
     if state.numel() == 0:
         return state
     tree = load_inert(state.numpy().tobytes(), NAMES, path)
     try:
         made = _made(tree)
-    except (
-        Exception
-    ) as error:  # parts of the right names, put together in a way that no fp8 state is
+    except Exception as error:  # the right names, put together in a way that no fp8 state is
         raise ValueError(
-            f"{path}: a layer's extra state is no fp8 state of Transformer Engine ({type(error).__name__}: {error})"
+            f"{path}: a layer's extra state is no fp8 state of Transformer Engine "
+            f"({type(error).__name__}: {error})"
         ) from None
     return torch.frombuffer(bytearray(pickle.dumps(made)), dtype=torch.uint8)
 
@@ -75,7 +75,7 @@ def _made(node: Any) -> Any:
     if isinstance(node, dict):
         return {_made(key): _made(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_made(each) for each in node)
+        return type(node)(map(_made, node))
     if not isinstance(node, Record):
         return node
     arguments = _made(node.args)

@@ -6,8 +6,10 @@
     checksums.json                  sha256 of every other file
 <run>/checkpoints/.writing_step_... one being written; a rename makes it a checkpoint
 <run>/checkpoints/step_...damaged   one whose files were found damaged; never read again
-<run>/checkpoints/latest            name of the newest, for people and scripts; the folders themselves are the truth
-<run>/checkpoints/best              name of the one with the lowest validation loss, where retention asks for it
+<run>/checkpoints/latest            name of the newest, for people and scripts; the program itself
+                                    looks at the folders
+<run>/checkpoints/best              name of the one with the lowest validation loss, where retention
+                                    asks for it
 """
 
 import hashlib
@@ -56,7 +58,9 @@ class CheckpointInfo:
     fingerprint: str = ""
     """"sha256:..." of the weights' files; empty until the checkpoint is complete."""
     validation_loss: dict[str, float] = field(default_factory=dict)
-    """Plain loss in nats of each validation corpus at this very step; empty where it was not measured."""
+    """Plain loss in nats of each validation corpus at this very step; empty where it was not
+    measured.
+    """
     extra: dict = field(default_factory=dict)
 
     def model_config(self) -> ModelConfig:
@@ -97,19 +101,20 @@ def writing_folder(checkpoints: Path, step: int) -> Path:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders that were completely written, oldest first (the rename is the completion)."""
+    """Checkpoint folders that were completely written, oldest first.
+
+    A folder gets its step_* name by a rename, once it is complete.
+    """
     if not checkpoints.is_dir():
         return []
-    found = [
-        (int(match[1]), path)
-        for path in checkpoints.iterdir()
-        if (match := _NAME.match(path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
+    complete = [path for path in checkpoints.iterdir() if _NAME.match(path.name) and path.is_dir()]
+    return sorted(complete, key=lambda path: (step_of(path), path))
 
 
 def tidy(checkpoints: Path) -> None:
-    """Clear up after kills: an unfinished save goes, a replacement that was cut in two gets its old name back or goes."""
+    """Clear up after kills: remove unfinished saves; where a checkpoint was being replaced and the
+    new one is not in place, give the old one its name back.
+    """
     if not checkpoints.is_dir():
         return
     for replaced in checkpoints.glob(".replaced_step_*"):
@@ -122,7 +127,9 @@ def tidy(checkpoints: Path) -> None:
 
 
 def settle_on(good: Path, damaged: list[Path]) -> None:
-    """Go on from `good`: give damaged newer checkpoints a name that nothing reads, and let the latest pointer name `good`."""
+    """Go on from `good`: give the damaged newer checkpoints a name that nothing reads, and let the
+    pointer `latest` name `good`.
+    """
     for path in damaged:
         renamed = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(renamed, ignore_errors=True)
@@ -131,7 +138,11 @@ def settle_on(good: Path, damaged: list[Path]) -> None:
 
 
 def point_to(checkpoint: Path, name: str = "latest") -> None:
-    """Make the pointer `name` name this checkpoint: written aside, on disk, then renamed, so that it always names a whole one."""
+    """Make the pointer `name` name this checkpoint.
+
+    The pointer is written under a temporary name, synced and renamed, so it always names a complete
+    checkpoint.
+    """
     temporary = checkpoint.with_name(f".{name}.new")
     with open(temporary, "w") as file:
         file.write(checkpoint.name + "\n")
@@ -143,11 +154,14 @@ def point_to(checkpoint: Path, name: str = "latest") -> None:
 
 def step_of(folder: Path) -> int:
     """The step in a checkpoint folder's name."""
-    return int(_NAME.match(folder.name)[1])
+    match = _NAME.match(folder.name)
+    assert match is not None, folder
+    return int(match[1])
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by `path`: a step folder, a pointer (latest, best), a checkpoints folder or a run folder (then its newest).
+    """The checkpoint meant by `path`: a step folder, a pointer (latest, best), or the newest one of
+    a checkpoints folder or a run folder.
 
     Raises ValueError when there is none.
     """
@@ -157,15 +171,16 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (path / "model.json").is_file():
         return path
     for folder in (path / "checkpoints", path):
-        found = complete_checkpoints(folder)
-        if found:
-            return found[-1]
+        if complete := complete_checkpoints(folder):
+            return complete[-1]
     if not path.exists():
         raise ValueError(
-            f"{path}: no such checkpoint; give a run folder, its checkpoints folder, or one step_* folder"
+            f"{path}: no such checkpoint; give a run folder, its checkpoints folder, or one step_* "
+            "folder"
         )
     raise ValueError(
-        f"{path}: holds no complete checkpoint (no step_*/model.json); give a run folder whose training saved one"
+        f"{path}: holds no complete checkpoint (no step_*/model.json); give a run folder whose "
+        "training saved one"
     )
 
 
@@ -208,7 +223,9 @@ def _write(path: Path, content: dict) -> None:
 def complete(
     checkpoints: Path, step: int, info: CheckpointInfo, trainer: dict, checksums: dict[str, str]
 ) -> Path:
-    """Turn a written folder into a checkpoint: descriptions, checksums, fsync, rename, then the latest pointer."""
+    """Turn a written folder into a checkpoint: write descriptions and checksums, sync, rename, then
+    set the pointer `latest`.
+    """
     writing, final = writing_folder(checkpoints, step), step_folder(checkpoints, step)
     described = asdict(info)
     described.pop("fingerprint")
@@ -218,7 +235,9 @@ def complete(
         checksums[name] = file_sha256(writing / name)
     _write(writing / "checksums.json", checksums)
     sync_path(writing)
-    if final.exists():  # the same step saved again (a resumed run that re-reached it): keep the complete one until replaced
+    if final.exists():
+        # A resumed run has reached the same step again: the complete one stays until it is
+        # replaced.
         trash = checkpoints / f".replaced_{final.name}"
         shutil.rmtree(trash, ignore_errors=True)
         final.rename(trash)
@@ -240,12 +259,13 @@ def read_checksums(folder: Path) -> dict[str, str]:
     for name, digest in checksums.items():
         if not is_plain_name(name):
             raise LeadsOutside(
-                f"{folder / 'checksums.json'} names {shown(repr(name))}: only files in the checkpoint's own folder are read, so this "
-                "checkpoint is refused"
+                f"{folder / 'checksums.json'} names {shown(repr(name))}: only files in the "
+                "checkpoint's own folder are read, so this checkpoint is refused"
             )
         if not isinstance(digest, str):
             raise ValueError(
-                f"{folder / 'checksums.json'}: the checksum of {shown(name)} is {shown(repr(digest))}"
+                f"{folder / 'checksums.json'}: the checksum of {shown(name)} is "
+                f"{shown(repr(digest))}"
             )
     return checksums
 
@@ -253,9 +273,10 @@ def read_checksums(folder: Path) -> dict[str, str]:
 def damaged_files(folder: Path, rank_slice: tuple[int, int] = (0, 1)) -> list[str]:
     """Names of files that are missing, no plain files, or not what checksums.json says.
 
-    `rank_slice` = (rank, size) checks every size-th file. LeadsOutside, on every rank, when checksums.json
-    names what does not lie in the folder.
+    `rank_slice` = (rank, size) checks every size-th file. LeadsOutside, on every rank, when
+    checksums.json names what does not lie in the folder.
     """
+    rank, ranks = rank_slice
     try:
         checksums = read_checksums(folder)
     except LeadsOutside:
@@ -264,7 +285,7 @@ def damaged_files(folder: Path, rank_slice: tuple[int, int] = (0, 1)) -> list[st
         return ["checksums.json"]
     return [
         name
-        for name in sorted(checksums)[rank_slice[0] :: rank_slice[1]]
+        for name in sorted(checksums)[rank::ranks]
         if not _is_whole(folder, name, checksums[name])
     ]
 

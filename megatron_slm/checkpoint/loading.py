@@ -71,10 +71,11 @@ def _open(folder: Path) -> tuple[Metadata, dict]:
 
 
 def _agreed(action: Callable[[], Any]) -> Any:
-    """The action's result; the first rank's ValueError or OSError on every rank, so that none is
-    left waiting.
+    """The action's result; the ValueError or OSError of the first rank that has one, on every rank,
+    so that none is left waiting.
     """
-    result, problem = None, None
+    result = None
+    problem: ValueError | None = None
     try:
         result = action()
     except ValueError as error:
@@ -104,21 +105,21 @@ class _PlainSharded(TorchDistLoadShardedStrategy):
         self._metadata = metadata
 
     def load(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> dict:
-        """As its own, but for the reader."""
+        """As TorchDistLoadShardedStrategy.load does, with another reader."""
         tensors = [
-            each for each in nested_values(sharded_state_dict) if isinstance(each, ShardedTensor)
+            tensor
+            for tensor in nested_values(sharded_state_dict)
+            if isinstance(tensor, ShardedTensor)
         ]
         by_key, flat_mapping, renamed = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict
         )
         stored = mcore_to_pyt_state_dict(by_key, True)
+        same_shape = [tensor for tensor in tensors if not tensor.allow_shape_mismatch]
+        other_shape = {tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch}
         planner = MCoreLoadPlanner(
-            shapes_validation_sharded_tensors=[
-                each for each in tensors if not each.allow_shape_mismatch
-            ],
-            allow_shape_mismatch_sharded_tensors={
-                each.key: each for each in tensors if each.allow_shape_mismatch
-            },
+            shapes_validation_sharded_tensors=same_shape,
+            allow_shape_mismatch_sharded_tensors=other_shape,
         )
         with warnings.catch_warnings():
             # Its successor wants the same keys on every rank; megatron-core uses this one too.

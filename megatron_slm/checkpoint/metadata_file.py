@@ -42,21 +42,28 @@ _IMMUTABLE = {"torch.Size": tuple} | {f"torch.{name}": getattr(torch, name) for 
 _FORMAT = "torch.distributed.checkpoint.metadata."
 _STORED_AT = "torch.distributed.checkpoint.filesystem._StorageInfo"
 _PLAN = "torch.distributed.checkpoint.planner."
-NAMES = frozenset(
-    {
-        *(_FORMAT + kind.__name__ for kind in (BytesStorageMetadata, ChunkStorageMetadata)),
-        *(_FORMAT + kind.__name__ for kind in (Metadata, MetadataIndex, StorageMeta)),
-        *(_FORMAT + kind.__name__ for kind in (TensorProperties, TensorStorageMetadata)),
-        f"{_FORMAT}_MEM_FORMAT_ENCODING",
-        _STORED_AT,
-        "torch.serialization._get_layout",
-        "pathlib.PosixPath",  # where an imported checkpoint was written
-        "pathlib._local.PosixPath",
-        # megatron-core's record of who wrote what
-        *(_PLAN + name for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
-        f"{_PLAN}BytesIOWriteData",
-    }
+_KINDS = (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
 )
+NAMES = frozenset(_FORMAT + kind.__name__ for kind in _KINDS) | {
+    f"{_FORMAT}_MEM_FORMAT_ENCODING",
+    _STORED_AT,
+    "torch.serialization._get_layout",
+    "pathlib.PosixPath",  # where an imported checkpoint was written
+    "pathlib._local.PosixPath",
+    # megatron-core's record of who wrote what
+    f"{_PLAN}SavePlan",
+    f"{_PLAN}WriteItem",
+    f"{_PLAN}WriteItemType",
+    f"{_PLAN}TensorWriteData",
+    f"{_PLAN}BytesIOWriteData",
+}
 
 
 class _Malformed(Exception):
@@ -79,7 +86,8 @@ def read_metadata(folder: str | Path) -> Metadata:
         return _metadata(tree, Path(folder))
     except (_Malformed, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: does not describe this checkpoint ({shown(error, 400)}); copy the checkpoint again, or use another"
+            f"{path}: does not describe this checkpoint ({shown(error, 400)}); copy the checkpoint "
+            "again, or use another"
         ) from None
 
 
@@ -90,7 +98,7 @@ def _metadata(tree: Any, folder: Path) -> Metadata:
     held_bytes: dict[str, int] = {}
     for index, place in places.items():
         held_bytes[index.fqn] = held_bytes.get(index.fqn, 0) + place.length
-    entries = {}
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for key, value in _mapping(described).items():
         _require(isinstance(key, str), f"{key!r} names an entry")
         if isinstance(value, Record) and value.name == f"{_FORMAT}BytesStorageMetadata":

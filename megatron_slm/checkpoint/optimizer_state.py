@@ -1,42 +1,80 @@
-"""Optimizer state by parameter name: the same in every parallel layout, with and without the distributed optimizer.
+"""Optimizer state by parameter name: the same in every parallel layout, with and without the
+distributed optimizer.
 
-megatron-core 0.16.1 cannot resume its distributed optimizer over torch's AdamW (its state dict asserts on a fresh
-optimizer, shares one step tensor between parameters, and its reshardable format fails on "step"), and its two
-optimizers cannot read each other's checkpoints. So each parameter's moments (and fp32 main weight, under bf16) are
-saved here under the parameter's own global name and shape; the distributed optimizer's slices are put together
-for saving and cut again on load. Cost: 8 bytes per parameter of this rank's model shard in host memory while saving
-(12 under bf16), and one reduction of them over the data-parallel ranks.
+megatron-core 0.16.1 cannot resume its distributed optimizer over torch's AdamW: its state dict
+asserts on a fresh optimizer and lets parameters share one step tensor, and its reshardable format
+fails on "step". Nor can its two optimizers read each other's checkpoints. So the moments of each
+parameter (and its fp32 main weight, under bf16) are saved here under the parameter's own global
+name and shape; the slices of the distributed optimizer are put together for saving and cut again
+on load.
+
+Cost while saving: 8 bytes of host memory per parameter of this rank's model shard (12 under bf16),
+and one reduction of them over the data-parallel ranks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class _Slot:
-    """One model parameter and the optimizer tensors of the part of it this rank updates (`start` = its first element)."""
+    """One model parameter, and the optimizer tensors of the part of it that this rank updates."""
 
     parameter: torch.nn.Parameter
-    main: torch.Tensor | None  # None: this data-parallel rank owns no element of the parameter
+    main: Tensor | None
+    """The weights that are updated; None: this data-parallel rank updates no element of it."""
     inner: torch.optim.Optimizer
-    start: int
-    data_parallel_group: object | None
+    start: int = 0
+    """The first element of the parameter that this rank updates."""
+    data_parallel_group: dist.ProcessGroup | None = None
+    """The ranks that share the parameter; None: this rank updates all of it."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The moment `name`, or the main weights ("param"), of the part that this rank updates.
+
+        A moment is allocated as the optimizer's first step would allocate it.
+        """
+        assert self.main is not None
+        if name == "param":
+            return self.main
+        state = self.inner.state[self.main]
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(self.main, dtype=torch.float32)
+        return state[name]
 
 
-def _slots(optimizer) -> Iterator[_Slot]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(part, "is_stub_optimizer", False):
-            continue
+@dataclass(frozen=True)
+class Placement:
+    """Where an entry of the optimizer's state dict belongs."""
+
+    key: str
+    slot: _Slot
+    name: str
+    """A moment, or "param"."""
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """megatron-core's optimizers of dense and of expert weights, without those of no weights."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _slots(optimizer: MegatronOptimizer) -> Iterator[_Slot]:
+    for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             for buffer in part.buffers:
                 for parameter in buffer.param_index_map:
@@ -48,42 +86,35 @@ def _slots(optimizer) -> Iterator[_Slot]:
                 strict=True,
             ):
                 for parameter, main in zip(models, mains, strict=True):
-                    yield _Slot(parameter, main, part.optimizer, 0, None)
+                    yield _Slot(parameter, main, part.optimizer)
         else:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
-                    yield _Slot(parameter, parameter, part.optimizer, 0, None)
+                    yield _Slot(parameter, parameter, part.optimizer)
 
 
-def _distributed_slot(part: DistributedOptimizer, parameter) -> _Slot:
-    gbuf_index, dtype, bucket_index = part.model_param_gbuf_map.get(parameter, (None, None, None))
-    if (
-        gbuf_index is None
-        or parameter not in part.gbuf_ranges[gbuf_index][dtype][bucket_index]["param_map"]
-    ):
-        return _Slot(parameter, None, part.optimizer, 0, part.data_parallel_group)
+def _distributed_slot(part: Any, parameter: torch.nn.Parameter) -> _Slot:
+    buffer_index, dtype, bucket = part.model_param_gbuf_map.get(parameter, (None, None, None))
+    ranges = {}
+    if buffer_index is not None:
+        ranges = part.gbuf_ranges[buffer_index][dtype][bucket]["param_map"]
+    if parameter not in ranges:
+        return _Slot(parameter, None, part.optimizer, data_parallel_group=part.data_parallel_group)
     group, order = part.model_param_group_index_map[parameter]
-    start = part.gbuf_ranges[gbuf_index][dtype][bucket_index]["param_map"][parameter]["param"].start
     return _Slot(
         parameter,
         part.optimizer.param_groups[group]["params"][order],
         part.optimizer,
-        start,
+        ranges[parameter]["param"].start,
         part.data_parallel_group,
     )
 
 
-def _ensure_state(slot: _Slot) -> dict:
-    """The inner optimizer's state of the slot, allocated as its first step would allocate it."""
-    state = slot.inner.state[slot.main]
-    for name in MOMENTS:
-        if name not in state:
-            state[name] = torch.zeros_like(slot.main, dtype=torch.float32)
-    return state
+def adam_steps(optimizer: MegatronOptimizer) -> int:
+    """How many updates the optimizer has made.
 
-
-def adam_steps(optimizer) -> int:
-    """How many updates the optimizer has made (torch keeps the number per parameter, fused Adams per group)."""
+    torch keeps the number per parameter, fused Adams per group.
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups if getattr(part, "optimizer", None) else []:
             if "step" in group and group["params"]:
@@ -95,23 +126,26 @@ def adam_steps(optimizer) -> int:
 
 
 def sharded_optimizer_state(
-    optimizer, model_state: dict, *, for_loading: bool
-) -> tuple[dict, list]:
-    """(sharded state dict, placements): full tensors of every parameter of this rank's model shard, by global name.
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, for_loading: bool
+) -> tuple[dict[str, Any], list[Placement]]:
+    """The full tensors of every parameter of this rank's model shard, by global name.
 
-    `for_loading` allocates without gathering. Give the placements and the loaded dict to `take_loaded_state`.
+    `for_loading` allocates without gathering. Give the placements and the loaded dict to
+    `take_loaded_state`.
     """
     extracted, _ = extract_sharded_tensors_and_factories(model_state)
     described = {id(sharded.data): sharded for sharded in nested_values(extracted)}
-    tensors, placements = {}, []
+    tensors: dict[str, Any] = {}
+    placements = []
     for index, slot in enumerate(_slots(optimizer)):
         sharded = described.get(id(slot.parameter))
         if sharded is None:
             raise RuntimeError(
-                "a parameter of the optimizer is not in the model's state dict; take it from the unwrapped model with keep_vars"
+                "a parameter of the optimizer is not in the model's state dict; take it from the "
+                "unwrapped model with keep_vars"
             )
-        main = slot.parameter.dtype != torch.float32
-        for name in (*MOMENTS, *(("param",) if main else ())):
+        has_main = slot.parameter.dtype != torch.float32
+        for name in (*MOMENTS, "param") if has_main else MOMENTS:
             full = torch.zeros(
                 slot.parameter.shape,
                 dtype=torch.float32,
@@ -121,43 +155,49 @@ def sharded_optimizer_state(
                 full = _assembled(slot, name, full)
             key = f"{index}.{name}"
             tensors[key] = _named_like(sharded, full, f"optimizer.{name}")
-            placements.append((key, slot, name))
+            placements.append(Placement(key, slot, name))
     return tensors, placements
 
 
-def _assembled(slot: _Slot, name: str, full: torch.Tensor) -> torch.Tensor:
-    """The whole parameter's tensor: this rank's slice, and the other data-parallel ranks' by one sum over zeros."""
+def _assembled(slot: _Slot, name: str, full: Tensor) -> Tensor:
+    """The tensor of the whole parameter: this rank copies its slice into `full`, which is zero, and
+    one sum adds the slices of the other data-parallel ranks.
+    """
     if slot.main is not None:
-        part = slot.main if name == "param" else _ensure_state(slot)[name]
+        part = slot.tensor(name)
         full.view(-1)[slot.start : slot.start + part.numel()].copy_(part.detach().view(-1))
     if slot.data_parallel_group is not None:
         dist.all_reduce(full, group=slot.data_parallel_group)
     return full.cpu()
 
 
-def _named_like(sharded, tensor: torch.Tensor, prefix: str):
+def _named_like(
+    sharded: ShardedTensor | ShardedTensorFactory, tensor: Tensor, prefix: str
+) -> ShardedTensor | ShardedTensorFactory:
     if isinstance(sharded, ShardedTensorFactory):
         return replace(sharded, key=f"{prefix}.{sharded.key}", data=tensor)
     return make_sharded_optimizer_tensor(sharded, tensor, prefix)
 
 
-def take_loaded_state(optimizer, placements: list, loaded: dict, steps: int) -> None:
-    """Copy loaded full tensors into the optimizer's own (sliced) ones, and set the update count everywhere."""
-    for key, slot, name in placements:
+def take_loaded_state(
+    placements: list[Placement], loaded: dict[str, Tensor], adam_steps: int
+) -> None:
+    """Copy loaded full tensors into the optimizer's own (sliced) ones, and set the number of
+    updates wherever the optimizer keeps it.
+    """
+    for placement in placements:
+        slot = placement.slot
         if slot.main is None:
             continue
-        target = slot.main if name == "param" else _ensure_state(slot)[name]
-        part = loaded[key].reshape(-1)[slot.start : slot.start + target.numel()]
+        target = slot.tensor(placement.name)
+        part = loaded[placement.key].reshape(-1)[slot.start : slot.start + target.numel()]
         target.data.copy_(part.view(target.shape))
-    fused = {
-        id(slot.inner): slot.inner
-        for _, slot, _ in placements
-        if not isinstance(slot.inner, (torch.optim.AdamW, torch.optim.Adam))
-    }
-    for inner in fused.values():
-        for group in inner.param_groups:
-            group["step"] = steps
-    for _, slot, _ in placements:
-        if slot.main is not None and id(slot.inner) not in fused:
-            # One tensor each: torch increments it in place, so a shared one would count once per parameter.
-            slot.inner.state[slot.main]["step"] = torch.tensor(float(steps), dtype=torch.float32)
+    for slot in [placement.slot for placement in placements]:
+        if not isinstance(slot.inner, (torch.optim.AdamW, torch.optim.Adam)):  # a fused Adam
+            for group in slot.inner.param_groups:
+                group["step"] = adam_steps
+        elif slot.main is not None:
+            # A tensor for each parameter: torch increments it in place, and one that parameters
+            # share would be incremented once per parameter.
+            step = torch.tensor(float(adam_steps), dtype=torch.float32)
+            slot.inner.state[slot.main]["step"] = step

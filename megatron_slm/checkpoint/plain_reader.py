@@ -10,7 +10,7 @@ additions, and what is no tensor is made anew before anybody else sees it.
 import io
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ _STORAGES = (
     "Byte",
     "Bool",
 )
-NOTHING = frozenset()
+NOTHING: frozenset[str] = frozenset()
 TENSORS = frozenset(
     {
         "torch._utils._rebuild_tensor_v2",
@@ -84,7 +84,7 @@ class PlainReader(dcp.FileSystemReader):
         done.set_result(None)
         return done
 
-    def _read_item(self, item: ReadItem, file: BinaryIO, path: Path, planner: LoadPlanner) -> None:
+    def _read_item(self, item: ReadItem, file: IO[bytes], path: Path, planner: LoadPlanner) -> None:
         content = self._slice_file(file, self.storage_data[item.storage_index])
         if item.type == LoadItemType.BYTE_IO:
             planner.load_bytes(item, _plain_objects(item.storage_index.fqn, content.read(-1), path))
@@ -98,15 +98,16 @@ class PlainReader(dcp.FileSystemReader):
         target = planner.resolve_tensor(item).detach()
         if target.size() != tensor.size():
             raise ValueError(
-                f"{path}: {shown(item.storage_index.fqn)} has a piece of size {tuple(tensor.size())}, .metadata says "
-                f"{tuple(target.size())}; copy the checkpoint again"
+                f"{path}: {shown(item.storage_index.fqn)} has a piece of size "
+                f"{tuple(tensor.size())}, .metadata says {tuple(target.size())}; copy the "
+                "checkpoint again"
             )
         target.copy_(tensor)
         planner.commit_tensor(item, target)
 
 
 def load_plain(
-    stream: BinaryIO,
+    stream: IO[bytes],
     names: Collection[str],
     path: str | Path,
     stand_ins: Collection[tuple[Callable, str]] = (),
@@ -118,12 +119,10 @@ def load_plain(
     Both name `path`.
     """
     try:
-        found = _named(stream)
-    except (
-        Exception
-    ) as error:  # the archive's reader, the pickle's scanner: whatever damage makes of them
+        named = _named(stream)
+    except Exception as error:  # on a damaged file, these readers raise errors of any type
         raise _unreadable(path, error) from None
-    refuse_names(found - set(names), path)
+    refuse_names(named - set(names), path)
     stream.seek(0)
     try:
         return load_weights_only(stream, stand_ins)
@@ -131,7 +130,7 @@ def load_plain(
         raise _unreadable(path, error) from None
 
 
-def _named(stream: BinaryIO) -> set[str]:
+def _named(stream: IO[bytes]) -> set[str]:
     """Every function and class that the pickle in torch.save's archive names; nothing is loaded."""
     with torch.serialization._open_zipfile_reader(stream) as archive:
         content = io.BytesIO(archive.get_record("data.pkl"))
@@ -154,9 +153,8 @@ def _plain_objects(key: str, content: bytes, path: Path) -> io.BytesIO:
     objects = load_plain(io.BytesIO(content), names, path, stand_ins)
     if not isinstance(objects, list):
         raise ValueError(f"{path}: {shown(key)} is no list of objects; copy the checkpoint again")
-    plain = [
-        _with_arrays(each, path) if random else plain_extra_state(each, path) for each in objects
-    ]
+    make_plain = _with_arrays if random else plain_extra_state
+    plain = [make_plain(value, path) for value in objects]
     again = io.BytesIO()
     torch.save(plain, again)
     again.seek(0)
@@ -211,10 +209,11 @@ def _with_arrays(value: Any, path: Path) -> Any:
             return np.frombuffer(content, dtype="<u4").astype(np.uint32)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}: a random state holds an array that is no vector of uint32 ({error}); copy the checkpoint again"
+                f"{path}: a random state holds an array that is no vector of uint32 ({error}); "
+                "copy the checkpoint again"
             ) from None
     if isinstance(value, dict):
         return {_with_arrays(k, path): _with_arrays(v, path) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_with_arrays(each, path) for each in value)
+        return type(value)(_with_arrays(item, path) for item in value)
     return value

@@ -1,7 +1,10 @@
-"""Which checkpoints are kept: the newest, every n-th step for good, and the best by validation loss. No torch."""
+"""Which checkpoints are kept: the newest, every n-th step for good, and the best by validation
+loss. No torch.
+"""
 
 import math
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,9 @@ from megatron_slm.files.plain import read_json_object
 
 @dataclass(frozen=True)
 class Retention:
-    """Rules of one run. What is best is read from the checkpoints themselves, so a resumed run knows it too."""
+    """Rules of one run. The validation losses are read from the checkpoints, so a resumed run knows
+    them too.
+    """
 
     keep_last: int = 3
     """Newest checkpoints kept; 0 = all."""
@@ -23,7 +28,10 @@ class Retention:
     """Name of the validation corpus that decides."""
 
     def apply(self, checkpoints: Path) -> list[Path]:
-        """Let `best` name the best checkpoint, then remove those that no rule keeps; returns them. OSError when storage fails."""
+        """Let `best` name the best checkpoint, then remove those that no rule keeps; returns them.
+
+        OSError when storage fails.
+        """
         best = by_validation_loss(checkpoints, self.validation)[: self.keep_best]
         if best:
             point_to(best[0], "best")
@@ -35,28 +43,28 @@ class Retention:
 
 
 def by_validation_loss(checkpoints: Path, validation: str) -> list[Path]:
-    """Complete checkpoints validated at their own step, lowest loss first; of equal ones the older first."""
-    found = []
+    """Complete checkpoints validated at their own step, lowest loss first; of equal losses the
+    older checkpoint first.
+    """
+    ranked = []
     for path in complete_checkpoints(checkpoints):
         try:
-            loss = (
-                read_json_object(path, "model.json")
-                .get("validation_loss", {})
-                .get(validation, math.nan)
-            )
-        except (
-            ValueError
-        ):  # damaged: found by its checksum when it is loaded, and not the best of anything
+            losses = read_json_object(path, "model.json").get("validation_loss", {})
+        except ValueError:  # unreadable model.json: loading reports the damage
             continue
+        loss = losses.get(validation, math.nan)
         if math.isfinite(loss):
-            found.append((loss, step_of(path), path))
-    return [path for _, _, path in sorted(found)]
+            ranked.append((loss, step_of(path), path))
+    return [path for _, _, path in sorted(ranked)]
 
 
 def remove_old(
-    checkpoints: Path, keep_last: int, keep_every_steps: int, keep_best: set[int] = frozenset()
+    checkpoints: Path, keep_last: int, keep_every_steps: int, keep_best: Collection[int] = ()
 ) -> list[Path]:
-    """Remove checkpoints beyond the newest `keep_last` (0 = keep all), sparing multiples of keep_every_steps and `keep_best`."""
+    """Remove checkpoints beyond the newest `keep_last` (0 = keep all); returns them.
+
+    Steps that are multiples of keep_every_steps, or in `keep_best`, are kept.
+    """
     if not keep_last:
         return []
     old = complete_checkpoints(checkpoints)[:-keep_last]
@@ -67,9 +75,8 @@ def remove_old(
         and step_of(path) not in keep_best
     ]
     for path in old:
-        hidden = path.with_name(
-            f".removing_{path.name}"
-        )  # never a half-removed folder under a checkpoint's name
+        # Renamed first: a half-removed folder never has the name of a checkpoint.
+        hidden = path.with_name(f".removing_{path.name}")
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
     return old

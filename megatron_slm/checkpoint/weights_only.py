@@ -4,12 +4,12 @@ is loaded here.
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
 
-def load_weights_only(stream: BinaryIO, stand_ins: Collection[tuple[Callable, str]] = ()) -> Any:
+def load_weights_only(stream: IO[bytes], stand_ins: Collection[tuple[Callable, str]] = ()) -> Any:
     """What torch.save wrote, on the CPU.
 
     `stand_ins` (what to make, name) are made in place of what these names mean elsewhere.

@@ -1,4 +1,5 @@
-"""The note in a folder that export_hf wrote: which file in it is the vocabulary of the model's corpora.
+"""The note in a folder that export_hf wrote: which file in it is the vocabulary of the model's
+corpora.
 
 tokenizer.json of an export is often a rewritten form of that, with the same ids and other bytes.
 """

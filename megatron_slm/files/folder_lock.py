@@ -182,7 +182,8 @@ class FolderLock:
         lives = owner.process_lives if owner.is_on_this_machine else self._beats(owner)
         if lives:
             raise FolderInUse(
-                f"{self.path.parent}: {self._what} is writing here already ({owner}). {self._advice}"
+                f"{self.path.parent}: {self._what} is writing here already ({owner}). "
+                f"{self._advice}"
             )
         self._report(f"{self.path}: taken over from {owner}, which no longer runs")
 
@@ -191,8 +192,9 @@ class FolderLock:
         back meanwhile.
         """
         self._report(
-            f"{self.path} is held by {owner}. Another machine cannot see whether that process lives, so the lock is watched "
-            f"for up to {self._silence_seconds:.0f} s, and taken over if nothing touches it"
+            f"{self.path} is held by {owner}. Another machine cannot see whether that process "
+            f"lives, so the lock is watched for up to {self._silence_seconds:.0f} s, and taken "
+            "over if nothing touches it"
         )
         first, began = _touched_at(self.path), time.monotonic()
         while time.monotonic() - began < self._silence_seconds:
@@ -223,8 +225,8 @@ class FolderLock:
         os.close(descriptor)
         if owner is not None and not self._released.is_set():
             self._report(
-                f"{self.path.parent} was taken over by {owner}, because this process did not touch its lock for "
-                f"{self._silence_seconds:.0f} s; it ends without another write"
+                f"{self.path.parent} was taken over by {owner}, because this process did not touch "
+                f"its lock for {self._silence_seconds:.0f} s; it ends without another write"
             )
             os._exit(_TAKEN_OVER)
 

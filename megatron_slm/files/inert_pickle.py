@@ -28,6 +28,8 @@ class Record:
     """
 
     name = ""
+    args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any) -> "Record":
         made = object.__new__(cls)
@@ -42,7 +44,9 @@ class Record:
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, data: bytes, names: Collection[str], known: Mapping[str, Any], path: object):
+    def __init__(
+        self, data: bytes, names: Collection[str], known: Mapping[str, Any], path: str | Path
+    ):
         super().__init__(io.BytesIO(data))
         self._names, self._known, self._path = names, known, path
         self._types: dict[str, type[Record]] = {}
@@ -76,12 +80,12 @@ def load_inert(
         ) from None
 
 
-def refuse_names(found: Collection[str], path: str | Path) -> None:
-    """UnsafeFile when `found`, what a file names beyond what it may name, is not empty."""
-    if found:
-        names = [shown(name) for name in sorted(found)]
+def refuse_names(refused: Collection[str], path: str | Path) -> None:
+    """UnsafeFile unless `refused`, the names in a file that are not allowed there, is empty."""
+    if refused:
+        names = [shown(name) for name in sorted(refused)]
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise UnsafeFile(
-            f"{path}: refused, because it names {listed}: loading it could run code, and a checkpoint holds "
-            "plain data only. Use a checkpoint from a source that you trust"
+            f"{path}: refused, because it names {listed}: loading it could run code, and a "
+            "checkpoint holds plain data only. Use a checkpoint from a source that you trust"
         )

@@ -1,4 +1,6 @@
-"""Whether something finished was made from what a command would make it from: then a second run has nothing to do."""
+"""Whether something finished was made from what a command would make it from: then a second run has
+nothing to do.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +9,8 @@ from typing import Any
 def refuse_other_origin(
     output: object, before: Mapping[str, Any] | None, now: Mapping[str, Any], advice: str
 ) -> None:
-    """ValueError unless `output`, which is finished, was made from `now`: inputs, options and their fingerprints by name.
+    """ValueError unless `output`, which is finished, was made from `now`: inputs, options and their
+    fingerprints by name.
 
     before: what its manifest says it was made from; None = it does not say.
     """

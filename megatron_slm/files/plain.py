@@ -51,7 +51,8 @@ def plain_file(folder: str | Path, name: str) -> Path:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(mode):
         raise ValueError(
-            f"{path}: is no plain file (a link, a device or a folder), so it is not read; copy the file itself there"
+            f"{path}: is no plain file (a link, a device or a folder), so it is not read; copy "
+            "the file itself there"
         )
     return path
 

@@ -66,7 +66,7 @@ def load_scoring_model(reference: Reference, config: Config, groups: Groups) -> 
 
     Without dropout, as docs/method.md#point-18 asks.
     """
-    from megatron_slm.checkpoint.store import load_weights
+    from megatron_slm.checkpoint.weights import load_weights
     from megatron_slm.model.build import build_model
 
     models = build_model(config, reference.info.model["vocabulary_size"], groups, trainable=False)

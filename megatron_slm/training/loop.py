@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megatron_slm.checkpoint.folder import complete_checkpoints
 from megatron_slm.checkpoint.retention import Retention
-from megatron_slm.checkpoint.store import CheckpointStore, load_weights
+from megatron_slm.checkpoint.store import CheckpointStore
+from megatron_slm.checkpoint.weights import load_weights
 from megatron_slm.config.load import to_yaml
 from megatron_slm.config.schema import Config
 from megatron_slm.model.build import build_model

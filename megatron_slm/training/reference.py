@@ -38,7 +38,7 @@ def load_reference(config: Config, groups: Groups) -> list[MegatronModule] | Non
     They are in eval mode without gradients and never in fp8, which would move the choice.
     setup.open_run_inputs has seen that its tokenizer is the run's and that it fits the layout.
     """
-    from megatron_slm.checkpoint.store import load_weights
+    from megatron_slm.checkpoint.weights import load_weights
     from megatron_slm.model.build import build_model
 
     checkpoint = config.selection.reference.checkpoint

@@ -118,7 +118,8 @@ def save_and_run(groups, folder: str) -> dict[str, torch.Tensor]:
     """Save one checkpoint per variant, with every parameter drawn at random; return its logits and
     those of the imported models.
     """
-    from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
+    from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
+    from megatron_slm.checkpoint.weights import load_weights
     from megatron_slm.model.build import build_model
 
     results = {}
@@ -143,7 +144,8 @@ def save_and_run(groups, folder: str) -> dict[str, torch.Tensor]:
 
 def save_again(groups, source: str, target: str, variant: str) -> None:
     """Load a checkpoint into this layout and save it from there."""
-    from megatron_slm.checkpoint.store import CheckpointStore, load_weights, trainer_state
+    from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
+    from megatron_slm.checkpoint.weights import load_weights
     from megatron_slm.model.build import build_model
 
     config = settings(variant, groups)
