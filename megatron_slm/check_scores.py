@@ -88,7 +88,7 @@ def _with_transformers(
     import torch
 
     from megatron_slm.scoring.corpus import TokenStream, rescore
-    from megatron_slm.scoring.importers import transformers_runner
+    from megatron_slm.scoring.foreign_model import transformers_runner
 
     stream = TokenStream(prefix)
     runner = transformers_runner(

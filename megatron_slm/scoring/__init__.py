@@ -1,1 +1,3 @@
-"""The reference's per-token columns of a corpus: windows.py plans, reference.py loads, corpus.py walks, importers.py takes scores made elsewhere."""
+"""The reference's per-token columns of a corpus. windows.py plans, reference.py and
+foreign_model.py load a reference, corpus.py runs it, importers.py takes scores made elsewhere.
+"""

@@ -1,8 +1,8 @@
-"""Walk a corpus with a reference model and put each token's loss where the token is.
+"""Run a reference model over a corpus and store each token's loss at the token's offset.
 
-Shards are fixed ranges of tokens; data-parallel ranks and array jobs take them in turn and never wait for each other. A shard
-is scored by one model-parallel group in fixed batches and written whole, so a run killed at any moment and started again ends
-with the same bytes.
+Shards are fixed ranges of tokens; data-parallel ranks and array jobs take them in turn and never
+wait for each other. A shard is scored by one model-parallel group in fixed batches and written
+whole, so a run that is killed at any moment and started again ends with the same bytes.
 
 B = windows of one micro-batch, S = padded inputs of a window.
 """
@@ -24,7 +24,9 @@ from megatron_slm.scoring.windows import Window, WindowPlan, batches, padded_len
 
 
 class TokenStream:
-    """The tokens of a corpus by absolute offset, and where its documents (sequences of the .idx) begin."""
+    """The tokens of a corpus by absolute offset, and where its documents begin. A document is a
+    sequence of the .idx.
+    """
 
     def __init__(self, prefix: str):
         index = read_index(f"{prefix}.idx")
@@ -43,16 +45,18 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class ReferenceRunner:
-    """Scores ranges of a corpus. What runs the model is behind `forward`: megatron-core (model.py) or transformers."""
+    """Scores ranges of a corpus. `forward` runs the model: through megatron-core (model.py) or
+    transformers (foreign_model.py).
+    """
 
     stream: TokenStream
     plan: WindowPlan
     columns: tuple[str, ...]
     micro_batch_size: int
     forward: Callable[[list[Batch]], list[dict[str, np.ndarray]]]
-    """Batches of one shape -> per batch the columns, [B, S] each; [] on ranks that do not hold the losses."""
+    """Batches of one shape -> the columns of each batch, [B, S]; [] on ranks without the losses."""
     collects: bool = True
-    """Whether `forward` gives this rank the losses and this rank writes them: one rank of each model-parallel group."""
+    """Whether this rank has the losses and writes them: one rank of each model-parallel group."""
     length_divisor: int = 1
     """What the parallel layout needs a sequence to be a multiple of."""
     batches_per_call: int = 1
@@ -61,7 +65,8 @@ class ReferenceRunner:
     def score_range(
         self, start: int, end: int, progress: ProgressBar | None = None
     ) -> dict[str, np.ndarray]:
-        """fp32 values of the tokens [start, end) per column, NaN at first tokens of documents; {} on ranks without losses.
+        """fp32 values of the tokens [start, end) per column, NaN at first tokens of documents; {}
+        on ranks without losses.
 
         Every rank of the model-parallel group calls it with the same range.
         """
@@ -72,28 +77,27 @@ class ReferenceRunner:
                 for windows, output in zip(calls, outputs, strict=True):
                     _place(values, start, windows, output)
             if progress is not None:
-                progress.advance(
-                    sum(w.score_end - w.score_start for windows in calls for w in windows)
-                )
+                for windows in calls:
+                    progress.advance(sum(w.score_end - w.score_start for w in windows))
         for column in values.values():
             column[self.plan.first_tokens(start, end) - start] = np.nan
         return values if self.collects else {}
 
     def _calls(self, windows: list[Window]) -> Iterator[tuple[int, list[list[Window]]]]:
-        """Micro-batches of one length, several together, so that pipeline stages overlap."""
+        """Micro-batches of one length, several in a call, so that pipeline stages overlap."""
         lengths = padded_lengths(
             self.plan.window_tokens, self.plan.document_policy, self.length_divisor
         )
         pending: list[list[Window]] = []
-        last = None
+        pending_length = 0
         for length, members in batches(windows, self.micro_batch_size, lengths):
-            if pending and (length != last or len(pending) == self.batches_per_call):
-                yield last, pending
+            if pending and (length != pending_length or len(pending) == self.batches_per_call):
+                yield pending_length, pending
                 pending = []
-            last = length
+            pending_length = length
             pending.append(members)
         if pending:
-            yield last, pending
+            yield pending_length, pending
 
     def _batch(self, windows: list[Window], length: int) -> Batch:
         tokens_BS = np.zeros((self.micro_batch_size, length), np.int64)
@@ -122,10 +126,9 @@ def _place(
     """
     for row, window in enumerate(windows):
         inputs = slice(window.score_start - 1 - window.first, window.score_end - 1 - window.first)
+        scored = slice(window.score_start - start, window.score_end - start)
         for column, value_BS in output.items():
-            values[column][window.score_start - start : window.score_end - start] = value_BS[
-                row, inputs
-            ]
+            values[column][scored] = value_BS[row, inputs]
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,9 @@ class ScoringReport:
 
     shards_written: int
     without_score: dict[str, int]
-    """Tokens beyond first tokens of documents for which the reference gave no finite value, in the shards written now."""
+    """Tokens for which the reference gave no finite value, in the shards that this call wrote;
+    first tokens of documents are not counted.
+    """
 
 
 def score_corpus(
@@ -146,41 +151,45 @@ def score_corpus(
     job_slice: tuple[int, int] = (0, 1),
     show_progress: bool = False,
 ) -> ScoringReport:
-    """Score every unfinished shard of this job's share and write it. Every rank calls it; then one calls `store.finish()`.
+    """Score every unfinished shard of this job's slice and write it. Every rank calls it; then one
+    calls `store.finish()`.
 
-    job_slice = (i, n): this job takes the shards s with s % n == i; array jobs with the same n never touch the same shard.
+    job_slice = (i, n): this job takes the shards s with s % n == i, so array jobs with the same n
+    never write the same shard.
     """
-    pending = _agree(pending_shards(store, job_slice))
+    pending = _from_rank_0(pending_shards(store, job_slice))
     mine = pending[dp_rank::dp_size]
-    sizes = {
-        shard: end - start
-        for shard in pending
-        for start, end in [store.manifest.shard_range(shard)]
-    }
     counts = np.zeros(1 + len(store.columns), np.int64)
-    with ProgressBar(
-        sum(sizes.values()), sum(sizes[shard] for shard in mine), shown=show_progress
-    ) as progress:
+    all_tokens = _tokens_of(store.manifest, pending)
+    rank_tokens = _tokens_of(store.manifest, mine)
+    with ProgressBar(all_tokens, rank_tokens, shown=show_progress) as progress:
         for shard in mine:
             start, end = store.manifest.shard_range(shard)
             values = runner.score_range(start, end, progress)
             if runner.collects:
                 marker = store.write_shard(shard, values)
-                expected = len(runner.plan.first_tokens(start, end))
-                counts += [
-                    1,
-                    *(marker.without_score[column] - expected for column in store.columns),
+                first_tokens = len(runner.plan.first_tokens(start, end))
+                unexpected = [
+                    marker.without_score[column] - first_tokens for column in store.columns
                 ]
+                counts += [1, *unexpected]
     written, *without = _sum_over_ranks(counts).tolist()
     return ScoringReport(written, dict(zip(store.columns, without, strict=True)))
+
+
+def _tokens_of(manifest: ScoreManifest, shards: list[int]) -> int:
+    ranges = map(manifest.shard_range, shards)
+    return sum(end - start for start, end in ranges)
 
 
 def rescore(
     runner: ReferenceRunner, store: ScoreStore, count: int, seed: int = 0
 ) -> dict[str, float]:
-    """Score `count` random windows again and compare with the store: largest absolute difference per column, in nats.
+    """Score `count` random windows again; the largest absolute difference from the store in each
+    column, in nats.
 
-    Compares values rounded to the store's dtype. A token that has a score on one side only counts as infinitely different.
+    Values are rounded to the store's dtype before they are compared. A token that has a score on
+    one side only counts as infinitely different.
     """
     random = np.random.RandomState(seed)
     worst = dict.fromkeys(store.columns, 0.0)
@@ -196,8 +205,10 @@ def rescore(
     return worst
 
 
-def _agree(value):
-    """World rank 0's value on every rank: ranks that start later would otherwise see shards that others finished."""
+def _from_rank_0(value: list[int]) -> list[int]:
+    """World rank 0's value on every rank: a rank that starts later would otherwise find other
+    shards finished.
+    """
     if not dist.is_initialized():
         return value
     box = [value]
@@ -206,9 +217,9 @@ def _agree(value):
 
 
 def _sum_over_ranks(counts: np.ndarray) -> np.ndarray:
-    """Also the moment when every rank has written its last shard."""
+    """The sum over all ranks. When it returns, every rank has written its last shard."""
     if not dist.is_initialized():
         return counts
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, counts)
-    return sum(gathered)
+    by_rank = [counts] * dist.get_world_size()
+    dist.all_gather_object(by_rank, counts)
+    return np.sum(by_rank, axis=0)

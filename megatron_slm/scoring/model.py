@@ -1,6 +1,8 @@
-"""A runner that runs our own model through megatron-core, in any parallel layout."""
+"""The runner of our own models, through megatron-core, in any parallel layout."""
 
 import numpy as np
+from torch import Tensor
+from torch.nn import Module
 
 from megatron_slm.data.batch import Batch
 from megatron_slm.model.context_parallel import on_this_rank, whole_sequences
@@ -13,22 +15,25 @@ MICRO_BATCHES_PER_STAGE = 8
 
 
 def megatron_runner(
-    models: list,
+    models: list[Module],
     groups: Groups,
     stream: TokenStream,
     plan: WindowPlan,
     columns: tuple[str, ...],
     micro_batch_size: int,
 ) -> ReferenceRunner:
-    """Losses and entropies of `models` (this rank's chunks). Every rank of a model-parallel group makes one and calls it alike."""
+    """Gives losses and entropies of `models` (this rank's chunks). Every rank of a model-parallel
+    group makes one and calls it alike.
+    """
     extras = tuple(column for column in columns if column != "loss")
+
+    def whole_columns(output: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        whole = {name: whole_sequences(output[name], groups) for name in columns}
+        return {name: values.float().cpu().numpy() for name, values in whole.items()}
 
     def forward(batches: list[Batch]) -> list[dict[str, np.ndarray]]:
         outputs = forward_losses(models, on_this_rank(batches, groups), groups, extras=extras)
-        return [
-            {name: whole_sequences(output[name], groups).float().cpu().numpy() for name in columns}
-            for output in outputs
-        ]
+        return [whole_columns(output) for output in outputs]
 
     divided = groups.tp_size * groups.cp_size > 1
     return ReferenceRunner(

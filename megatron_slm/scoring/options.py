@@ -4,8 +4,9 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_slm.config import load
 from megatron_slm.config.check import check_config
@@ -18,6 +19,7 @@ from megatron_slm.scoring.reference import Reference, open_reference, scoring_co
 from megatron_slm.tokenization import load_tokenizer
 
 EXTRA_COLUMNS = ("entropy",)
+Precision = Literal["checkpoint", "fp32", "bf16", "fp16"]
 STORE = load.PrintedPath("print_output", lambda options: options.output)
 
 
@@ -25,8 +27,12 @@ STORE = load.PrintedPath("print_output", lambda options: options.output)
 class ScoreDevice(DeviceConfig):
     """What the reference computes on."""
 
-    precision: Literal["checkpoint", "fp32", "bf16", "fp16"] = "checkpoint"
-    """Precision of the reference's weights; checkpoint = as it was trained. Losses come from fp32-accumulated logits either way."""
+    # A choice more than training has, so the base class's type is not kept; `prepare` replaces
+    # "checkpoint" before a DeviceConfig is made of it.
+    precision: Precision = "checkpoint"  # type: ignore[assignment]
+    """Precision of the reference's weights; checkpoint = as it was trained. Losses come from
+    fp32-accumulated logits either way.
+    """
 
 
 @dataclass
@@ -42,11 +48,17 @@ class ScoreOptions:
     tokenizer: str = ""
     """Checked against the corpus and the reference when given; scoring itself needs none."""
     window_tokens: Count = 0
-    """Tokens the reference reads at once; 0 = the length it was trained with. Use the length you will train with."""
+    """Tokens the reference reads at once; 0 = the length it was trained with. Use the length you
+    will train with.
+    """
     stride_tokens: Count = 0
-    """New tokens per window; 0 = window_tokens (no overlap). Half a window costs twice as much and gives every token half a window of context."""
+    """New tokens per window; 0 = window_tokens (no overlap). Half a window costs twice as much and
+    gives every token half a window of context.
+    """
     document_policy: Literal["packed", "isolated"] = "packed"
-    """packed = windows run across documents, as training sequences do; isolated = no token sees another document."""
+    """packed = windows run across documents, as training sequences do; isolated = no token sees
+    another document.
+    """
     dtype: Literal["fp16", "fp32"] = "fp16"
     """Stored precision, 2 or 4 bytes per token; fp16 swaps under 0.1 % of the selection."""
     columns: str = "loss"
@@ -54,9 +66,13 @@ class ScoreOptions:
     micro_batch_size: Size = 8
     """Windows per forward pass."""
     shard_tokens: Count = 0
-    """Tokens per shard, the unit of resuming and of sharing work; 0 = at least 262,144 and at most 4096 shards."""
+    """Tokens per shard, the unit of resuming and of sharing work; 0 = at least 262,144 and at most
+    4096 shards.
+    """
     shard: str = "0/1"
-    """This job's share, i/n with i from 0 (array jobs: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT): it takes shards i, i+n, i+2n, ..."""
+    """This job's share, i/n with i from 0 (array jobs:
+    $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT): it takes shards i, i+n, i+2n, ...
+    """
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the reference is spread; the other processes are data-parallel."""
     device: ScoreDevice = field(default_factory=ScoreDevice)
@@ -66,13 +82,14 @@ class ScoreOptions:
 def parse(argv: list[str], description: str) -> ScoreOptions:
     """The settings on the command line and in --config.
 
-    Prints the help when asked to; prints every problem, on the job's first process, and exits with code 2 where there are some.
+    Prints the help when asked to. When there are problems, prints all of them, on the job's first
+    process, and exits with code 2.
     """
-    words = [_with_underscores(word) for word in argv]
+    arguments = [_with_underscores(argument) for argument in argv]
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
         return load.parse_config(
-            words, "score", description, ScoreOptions, usage, printed_path=STORE
+            arguments, "score", description, ScoreOptions, usage, printed_path=STORE
         )
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -80,10 +97,12 @@ def parse(argv: list[str], description: str) -> ScoreOptions:
         raise SystemExit(2) from None
 
 
-def _with_underscores(word: str) -> str:
+def _with_underscores(argument: str) -> str:
     """--window-tokens=512, the data programs' spelling, as --window_tokens=512."""
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,9 @@ class ScoringJob:
 
 
 def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJob:
-    """Open and check what scoring needs; ConfigError lists every bad setting, ValueError names bad data."""
+    """Open and check what scoring needs; ConfigError lists every bad setting, ValueError names bad
+    data.
+    """
     problems = [*option_problems(options)]
     try:
         job_slice = parse_job_slice(options.shard)
@@ -127,15 +148,20 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
         shard_tokens=options.shard_tokens or default_shard_tokens(corpus.tokens),
         dtype=options.dtype,
         columns=column_names(options.columns),
-        resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score {shlex.join(resume_command(argv))}",
+        resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score "
+        f"{shlex.join(resume_command(argv))}",
     )
     return ScoringJob(options, corpus, reference, config, manifest, job_slice)
 
 
 def _open(options: ScoreOptions) -> tuple[CorpusManifest, Reference]:
-    """The corpus and the reference, checked against each other. ValueError with everything that is wrong with them at once."""
+    """The corpus and the reference, checked against each other. ValueError with everything that is
+    wrong with them at once.
+    """
     problems: list[str] = []
-    wanted = corpus = reference = None
+    wanted: Mapping[str, Any] | None = None
+    corpus: CorpusManifest | None = None
+    reference: Reference | None = None
     try:
         wanted = load_tokenizer(options.tokenizer).entry if options.tokenizer else None
     except (ValueError, OSError) as error:
@@ -152,10 +178,13 @@ def _open(options: ScoreOptions) -> tuple[CorpusManifest, Reference]:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         raise ValueError(f"{count} with what scoring reads:{listed}")
+    assert corpus is not None  # else there was a problem
+    assert reference is not None
     return corpus, reference
 
 
 def column_names(text: str) -> tuple[str, ...]:
+    """The names in "loss, entropy"."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
@@ -171,27 +200,28 @@ def parse_job_slice(text: str) -> tuple[int, int]:
 
 def resume_command(argv: list[str]) -> list[str]:
     """The arguments that go on with this store as one job: without --shard."""
-    words = list(argv)
-    for position, word in enumerate(words):
-        if word == "--shard" or word.startswith("--shard="):
-            del words[position : position + (2 if word == "--shard" else 1)]
+    arguments = list(argv)
+    for position, argument in enumerate(arguments):
+        if argument == "--shard":
+            del arguments[position : position + 2]
             break
-    return words
+        if argument.startswith("--shard="):
+            del arguments[position]
+            break
+    return arguments
 
 
 def option_problems(options: ScoreOptions) -> list[str]:
     """What is wrong with the options alone, one sentence each."""
     problems = [sentence for _, sentence in out_of_range(options)]
     columns = column_names(options.columns)
-    if (
-        "loss" not in columns
-        or set(columns) - {"loss", *EXTRA_COLUMNS}
-        or len(set(columns)) != len(columns)
-    ):
+    unknown = set(columns) - {"loss", *EXTRA_COLUMNS}
+    if "loss" not in columns or unknown or len(set(columns)) != len(columns):
         problems.append(f"columns: got {options.columns!r}; expected loss, or loss,entropy")
     if 0 < options.window_tokens < options.stride_tokens:
         problems.append(
-            f"stride_tokens: got {options.stride_tokens}, above window_tokens ({options.window_tokens}); tokens between windows would get no score"
+            f"stride_tokens: got {options.stride_tokens}, above window_tokens "
+            f"({options.window_tokens}); tokens between windows would get no score"
         )
     unused = [
         name
@@ -207,10 +237,12 @@ def option_problems(options: ScoreOptions) -> list[str]:
         )
     if options.device.head_engine != "torch":
         problems.append(
-            f"device.head_engine: got {options.device.head_engine}; it computes the head's backward, and scoring has none: leave it at torch"
+            f"device.head_engine: got {options.device.head_engine}; it computes the head's "
+            "backward, and scoring has none: leave it at torch"
         )
     if options.parallel.virtual_pipeline > 1:
         problems.append(
-            f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs forward only and gains nothing by it, leave it at 1"
+            f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs "
+            "forward only and gains nothing by it, leave it at 1"
         )
     return problems

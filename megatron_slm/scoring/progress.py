@@ -2,26 +2,35 @@
 log.
 """
 
+from __future__ import annotations
+
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from megatron_slm.monitoring.console import format_duration, short_number
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_INTERVAL_SECONDS = 60
 
 
 class ProgressBar:
-    """Estimates the whole job from this rank's share: shards are dealt out in turn, so ranks
-    advance alike.
+    """Estimates the progress of the whole job from this rank's part: shards are dealt out in turn,
+    so ranks advance alike.
     """
 
-    def __init__(self, total_tokens: int, own_tokens: int, *, shown: bool):
-        self.total_tokens, self.own_tokens, self.shown = total_tokens, own_tokens, shown
+    def __init__(self, total_tokens: int, rank_tokens: int, *, shown: bool):
+        self.total_tokens = total_tokens
+        self.rank_tokens = rank_tokens
+        self.shown = shown
         self.done_tokens = 0
-        self.bar = None
+        self.bar: Progress | None = None
 
-    def __enter__(self) -> "ProgressBar":
-        self.started_at = self.printed_at = time.monotonic()
+    def __enter__(self) -> ProgressBar:
+        self.started_at = time.monotonic()
+        self.printed_at = self.started_at
         if self.shown and sys.stderr.isatty():
             from rich.console import Console
 
@@ -34,33 +43,37 @@ class ProgressBar:
             self.bar.start()
         return self
 
-    def advance(self, own_tokens: int) -> None:
-        self.done_tokens += own_tokens
-        done = self.total_tokens * min(1.0, self.done_tokens / max(1, self.own_tokens))
+    def advance(self, tokens: int) -> None:
+        """Count tokens that this rank has scored."""
+        self.done_tokens += tokens
+        done_tokens = self.total_tokens * min(1.0, self.done_tokens / max(1, self.rank_tokens))
         now = time.monotonic()
-        rate = done / max(1e-9, now - self.started_at)
+        tokens_per_second = done_tokens / max(1e-9, now - self.started_at)
         if self.bar is not None:
-            self.bar.update(self.task, completed=int(done), parts=self._line(done, rate))
+            parts = self._line(done_tokens, tokens_per_second)
+            self.bar.update(self.task, completed=int(done_tokens), parts=parts)
         elif self.shown and now - self.printed_at >= LINE_INTERVAL_SECONDS:
             self.printed_at = now
-            left_minutes = (self.total_tokens - done) / rate / 60
+            left_minutes = (self.total_tokens - done_tokens) / tokens_per_second / 60
             print(
-                f"scored {done:,.0f} of {self.total_tokens:,} tokens, {rate:,.0f} tokens/s, {left_minutes:,.0f} minutes left",
+                f"scored {done_tokens:,.0f} of {self.total_tokens:,} tokens, "
+                f"{tokens_per_second:,.0f} tokens/s, {left_minutes:,.0f} minutes left",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def _line(self, done_tokens: float, rate: float) -> list:
+    def _line(self, done_tokens: float, tokens_per_second: float) -> list:
         from megatron_slm.monitoring.progress_line import BAR, Part
 
         parts = [Part(4, "scoring"), BAR]
         done, total = short_number(done_tokens), short_number(self.total_tokens)
         parts.append(Part(0, f"{done}/{total} tokens"))
-        if rate:
-            left = format_duration((self.total_tokens - done_tokens) / rate)
-            parts += [Part(3, f"{short_number(rate)} tokens/s"), Part(1, f"{left} left")]
+        if tokens_per_second:
+            left = format_duration((self.total_tokens - done_tokens) / tokens_per_second)
+            parts.append(Part(3, f"{short_number(tokens_per_second)} tokens/s"))
+            parts.append(Part(1, f"{left} left"))
         return parts
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()

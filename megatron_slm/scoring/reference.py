@@ -1,8 +1,10 @@
-"""The reference model: what it is, read without torch, and its weights in eval mode in a parallel layout."""
+"""The reference model: its identity, read without torch, and its weights in eval mode, in any
+parallel layout.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_slm.checkpoint.folder import CheckpointInfo, read_checkpoint_info, resolve_checkpoint
@@ -11,10 +13,12 @@ from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.tokenization import tokenizer_differences
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from megatron_slm.parallel import Groups
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Reference:
     """A checkpoint chosen to score tokens; nothing is loaded yet."""
 
@@ -32,9 +36,10 @@ class Reference:
 
 
 def open_reference(checkpoint: str, corpus: CorpusManifest | None) -> Reference:
-    """The newest checkpoint at `checkpoint`. ValueError when there is none, or it knows other tokens than the corpus has.
+    """The newest checkpoint at `checkpoint`. ValueError when there is none, or when it was trained
+    with another tokenizer than the corpus was made with.
 
-    corpus: None = it could not be opened, and the tokens are not compared.
+    corpus: None = it could not be opened, and the tokenizers are not compared.
     """
     folder = resolve_checkpoint(checkpoint)
     info = read_checkpoint_info(folder)
@@ -43,8 +48,9 @@ def open_reference(checkpoint: str, corpus: CorpusManifest | None) -> Reference:
         differences := tokenizer_differences(trained_with, corpus.tokenizer)
     ):
         raise ValueError(
-            f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')}, the corpus was made with "
-            f"{corpus.tokenizer['path']}: {'; '.join(differences)}. Preprocess the text with the reference's tokenizer."
+            f"--checkpoint {folder} was trained with the tokenizer {info.tokenizer.get('path')}, "
+            f"the corpus was made with {corpus.tokenizer['path']}: {'; '.join(differences)}. "
+            "Preprocess the text with the reference's tokenizer."
         )
     return Reference(str(folder), info)
 
@@ -52,7 +58,9 @@ def open_reference(checkpoint: str, corpus: CorpusManifest | None) -> Reference:
 def scoring_config(
     reference: Reference, window_tokens: int, parallel: ParallelConfig, device: DeviceConfig
 ) -> Config:
-    """The Config that builds this reference for windows of window_tokens: no dropout, nothing recomputed."""
+    """The Config that builds this reference for windows of `window_tokens` tokens, without dropout
+    and recomputation.
+    """
     return Config(
         model=reference.info.reference_model(),
         parallel=parallel,
@@ -61,7 +69,7 @@ def scoring_config(
     )
 
 
-def load_scoring_model(reference: Reference, config: Config, groups: Groups) -> list:
+def load_scoring_model(reference: Reference, config: Config, groups: Groups) -> list[Module]:
     """The model chunks of this rank, weights loaded, in eval mode. Every rank calls it.
 
     Without dropout, as docs/method.md#point-18 asks.

@@ -1,4 +1,4 @@
-"""What is left of a score store, and what a person wants to know of it at the end."""
+"""What is left to do of a score store, and what is printed of it at the end."""
 
 import numpy as np
 
@@ -10,14 +10,15 @@ IN_NATS = ("loss", "entropy")
 
 def pending_shards(store: ScoreStore, job_slice: tuple[int, int]) -> list[int]:
     """The unfinished shards of slice i of n, in order: those with shard % n == i."""
-    part, parts = job_slice
-    return [shard for shard in sorted(store.missing) if shard % parts == part]
+    number, jobs = job_slice
+    return [shard for shard in sorted(store.missing) if shard % jobs == number]
 
 
 def finish(store: ScoreStore) -> str:
-    """Complete the store when every shard is there; the state it is in, in words.
+    """Complete the store when every shard is finished; describes the state it is in.
 
-    Reads every byte once more, unless the store was complete before and its files have not been touched since.
+    Reads every byte once more, unless the store was complete before and its files have not been
+    written to since.
     """
     if store.manifest.complete:
         ScoreStore.open(store.folder)
@@ -28,7 +29,10 @@ def finish(store: ScoreStore) -> str:
 
 
 def means(store: ScoreStore) -> str:
-    """The mean of every column over the tokens with a score in the finished shards: `mean loss 3.4521 nats over 1,048,576 tokens`."""
+    """The mean of every column over the tokens with a score in the finished shards.
+
+    For example "mean loss 3.4521 nats over 1,048,576 tokens".
+    """
     described = []
     for column in store.columns:
         total, count = 0.0, 0

@@ -1,15 +1,17 @@
 """Which windows of tokens score which tokens. Pure numpy.
 
-A window reads up to W consecutive tokens and predicts the token after each. Within a span of text (the whole corpus when
-packed, one document when isolated) window 0 scores the first W tokens (all but the very first, which nothing precedes), and
-each later window the next `stride` tokens, its inputs ending just before the last of them. So
+A window reads up to W consecutive tokens and predicts the token after each. A span is the whole
+corpus when documents are packed, one document when they are isolated. Window 0 scores the first W
+tokens of its span, except the very first, which nothing precedes. Each later window scores the next
+`stride` tokens; its inputs end just before the last of them. So
 
 - every token but the first of its span is scored exactly once,
-- with at least min(W - stride + 1, all there are) tokens of left context,
-- and the windows of a token depend only on (W, stride, policy), not on shards, batches or processes.
+- with at least W - stride + 1 tokens of left context, or all that precede it in its span,
+- and the windows of a token depend on (W, stride, policy) alone, not on shards, batches or
+  processes.
 
-With stride = W windows do not overlap, and cost is one forward pass per token; stride = W/2 costs twice that and gives every
-token at least half a window of context.
+With stride = W windows do not overlap, and the cost is one forward pass per token; stride = W/2
+costs twice that and gives every token at least half a window of context.
 """
 
 from collections.abc import Iterator
@@ -21,7 +23,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs are the tokens [first, last); it scores the tokens [score_start, score_end), all inside (first, last]."""
+    """Reads the tokens [first, last) and scores the tokens [score_start, score_end), which all lie
+    in (first, last].
+    """
 
     first: int
     last: int
@@ -35,7 +39,9 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How a corpus is cut; document_starts are the absolute offsets of the first token of every non-empty document."""
+    """How a corpus is cut into windows; document_starts are the offsets of the first tokens of all
+    documents that are not empty.
+    """
 
     tokens: int
     document_starts: np.ndarray
@@ -44,7 +50,9 @@ class WindowPlan:
     document_policy: str
 
     def windows(self, start: int, end: int) -> Iterator[Window]:
-        """The windows that score the tokens [start, end), in order. One on the edge is cut to the tokens asked for."""
+        """The windows that score the tokens [start, end), in order. A window on the edge scores
+        only those of its tokens that lie inside.
+        """
         for span_start, span_end in self._spans(start, end):
             yield from self._span_windows(
                 span_start, span_end, max(start, span_start), min(end, span_end)
@@ -64,18 +72,16 @@ class WindowPlan:
             return
         low = max(0, int(np.searchsorted(self.document_starts, start, side="right")) - 1)
         high = int(np.searchsorted(self.document_starts, end))
-        bounds = np.append(self.document_starts[low : high + 1], self.tokens)[
-            : high - low + 1
-        ].tolist()
-        yield from pairwise(bounds)
+        bounds = np.append(self.document_starts[low : high + 1], self.tokens)
+        yield from pairwise(bounds[: high - low + 1].tolist())
 
     def _span_windows(
         self, span_start: int, span_end: int, start: int, end: int
     ) -> Iterator[Window]:
-        width, stride = self.window_tokens, self.stride_tokens
-        block = max(
-            0, -(-(start + 1 - span_start - width) // stride)
-        )  # the first block that reaches `start`
+        width = self.window_tokens
+        stride = self.stride_tokens
+        # A block is the tokens that one window scores; the first one here reaches `start`.
+        block = max(0, -(-(start + 1 - span_start - width) // stride))
         while True:
             block_start = span_start + (width + (block - 1) * stride if block else 1)
             block_end = min(span_start + width + block * stride, span_end)
@@ -92,9 +98,11 @@ class WindowPlan:
 def batches(
     windows: list[Window], micro_batch_size: int, lengths: list[int]
 ) -> Iterator[tuple[int, list[Window]]]:
-    """Groups of up to micro_batch_size windows with the input length they are padded to, the smallest of `lengths` that fits.
+    """Groups of up to micro_batch_size windows, with the input length that they are padded to: the
+    smallest of `lengths` that fits.
 
-    Deterministic in the windows alone, so a shard that is scored again is scored in the same batches, bit for bit.
+    They depend on the windows alone, so a shard that is scored again is scored in the same batches
+    and gives the same bits.
     """
     lengths = sorted(lengths)
     by_length: dict[int, list[Window]] = {length: [] for length in lengths}
@@ -107,7 +115,8 @@ def batches(
 
 
 def padded_lengths(window_tokens: int, document_policy: str, divisor: int) -> list[int]:
-    """Input lengths a batch may have: the window, and for isolated documents its halves down to about 64 tokens.
+    """Input lengths that a batch may have: the window, and for isolated documents its half, quarter
+    and so on, down to about 64 tokens.
 
     divisor: what the parallel layout needs a sequence to be a multiple of.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_slm.checkpoint.begin_token import begin_token_warnings
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.files.atomic import write_text_atomically
@@ -93,6 +94,10 @@ class Reporter:
                     config.data.sequence_length, config.data.document_policy
                 ):
                     self.message(sentence, "warning")
+        for sentence in begin_token_warnings(
+            config, run_inputs.corpora, resumed=resume_step is not None
+        ):
+            self.message(sentence, "warning")
         if choice_rules(config.selection).scorer.uses_keep_fraction:
             self._warn_of_small_population()
 

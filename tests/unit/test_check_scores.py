@@ -10,8 +10,7 @@ from data_tools import verify
 from megatron_slm import check_scores
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.corpus import TokenStream, score_corpus
-from megatron_slm.scoring.foreign_model import huggingface_fingerprint
-from megatron_slm.scoring.importers import transformers_runner
+from megatron_slm.scoring.foreign_model import huggingface_fingerprint, transformers_runner
 from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus
 
 

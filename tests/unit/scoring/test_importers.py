@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.scoring import importers
 from megatron_slm.scoring.corpus import TokenStream, rescore, score_corpus
-from megatron_slm.scoring.foreign_model import huggingface_fingerprint
+from megatron_slm.scoring.foreign_model import huggingface_fingerprint, transformers_runner
 from megatron_slm.scoring.importers import (
     import_arrays,
     import_jsonl,
     read_array,
-    transformers_runner,
 )
 from megatron_slm.testing.corpora import random_documents, score_manifest, write_corpus
 from megatron_slm.training.stop_signals import STOP_SIGNALS
@@ -177,11 +177,9 @@ def test_a_huggingface_model_gives_what_plain_torch_gives(data):
         vocabulary_size=VOCABULARY,
     )
     report = score_corpus(runner, store)
-    assert (
-        report.shards_written == manifest.shard_count
-        and report.without_score == {"loss": 0, "entropy": 0}
-        and store.finish()
-    )
+    assert report.shards_written == manifest.shard_count
+    assert report.without_score == {"loss": 0, "entropy": 0}
+    assert store.finish()
     offset = 0
     for document in documents:
         with torch.no_grad():
@@ -258,9 +256,10 @@ def test_the_program_joins_columns_of_two_stores(data, capsys, monkeypatch):
         == 0
     )
     store = ScoreStore.open(folder / "both")
-    assert store.manifest.complete and store.manifest.reference_description == "two references"
+    assert store.manifest.complete
+    assert store.manifest.reference_description == "two references"
     assert "mean prior" in capsys.readouterr().out
-    monkeypatch.setattr(import_scores, "_fill", lambda *_: pytest.fail("filled again"))
+    monkeypatch.setattr(importers, "import_job", lambda *_: pytest.fail("filled again"))
     first = [*common, "--output", str(folder / "first"), "--column", f"loss={folder}/a.npy"]
     assert import_scores.main(first) == 0
     assert "done before, complete" in capsys.readouterr().out
@@ -277,7 +276,7 @@ def test_ctrl_c_ends_an_import_with_its_finished_shards(data, capfd, monkeypatch
 
     folder, _, corpus = data
     np.save(folder / "a.npy", np.arange(corpus.tokens) / 2)
-    monkeypatch.setattr(import_scores, "_fill", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(importers, "import_job", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -341,4 +340,5 @@ def test_bad_data_is_a_sentence_and_leaves_nothing(data, capsys):
         )
         == 3
     )
-    assert "none.npy" in capsys.readouterr().err and not (folder / "s").exists()
+    assert "none.npy" in capsys.readouterr().err
+    assert not (folder / "s").exists()
