@@ -241,7 +241,7 @@ class CheckpointStore:
         return state, placements
 
     def _complete(self, pending: _Pending, written: Written) -> str:
-        """Let rank 0 describe, checksum and rename what all ranks wrote; returns what went wrong."""
+        """Let rank 0 describe, checksum and rename what was written; returns what went wrong."""
         if dist.get_rank() != 0:
             dist.gather_object(written, None, dst=0)
             return ""

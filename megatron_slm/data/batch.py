@@ -71,7 +71,10 @@ class Batch:
 def collate(
     samples: Sequence[dict[str, np.ndarray]], indices_in_global_batch: Sequence[int]
 ) -> Batch:
-    """Stack samples of a ScoredDataset; `indices_in_global_batch` are their positions in the step."""
+    """Stack samples of a ScoredDataset.
+
+    indices_in_global_batch: the positions of the samples in the step.
+    """
     stacked = {name: _stack(samples, name) for name in samples[0]}
     length = stacked["tokens"].shape[1]
     index_B = torch.tensor(indices_in_global_batch, dtype=torch.int64)

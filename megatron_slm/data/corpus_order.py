@@ -76,7 +76,7 @@ class RestIndex:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample is found: in which epoch, in what index, and at which position of its order."""
+    """Where a sample is found: the epoch, its index, and the position in the order of samples."""
 
     epoch: int
     index: EpochIndex | RestIndex

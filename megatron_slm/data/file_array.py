@@ -67,7 +67,7 @@ class ReadOnlyFile:
         return status.st_size, status.st_mtime_ns
 
     def read(self, count_bytes: int, offset_bytes: int) -> bytes:
-        """`count_bytes` from `offset_bytes` on. UnreadableFile: the file ends, or the disk fails."""
+        """`count_bytes` from `offset_bytes` on. UnreadableFile: the file ends or the disk fails."""
         parts: list[bytes] = []
         end_bytes = offset_bytes + count_bytes
         while True:  # one pass, except for reads beyond the 2 GiB at which the kernel stops

@@ -25,7 +25,7 @@ SHARDS_AT_MOST = 1_000_000
 
 
 def default_shard_tokens(tokens: int) -> int:
-    """Tokens per shard: at least 2**18, and at most 4096 shards, whose markers are cheap to list."""
+    """Tokens per shard: at least 2**18; at most 4096 shards, whose markers are cheap to list."""
     return max(1 << 18, -(-tokens // MAXIMUM_SHARDS))
 
 

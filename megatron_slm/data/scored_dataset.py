@@ -120,7 +120,7 @@ class ScoredDataset(GPTDataset):
         return self.order.samples_per_epoch
 
     def pieces(self, index: int) -> tuple[int, list[tuple[int, int]]]:
-        """(corpus_id, token ranges [start, end) of its documents) that sample `index` is made of."""
+        """(corpus_id, token ranges [start, end) in it) that sample `index` is made of."""
         return self.corpus_id, self.order.pieces(int(index))
 
     def __getitem__(self, index: int) -> Sample:

@@ -1,4 +1,4 @@
-"""Write a file so that its name holds the old content or all of the new, even across a power cut."""
+"""Write a file so that its name holds the old content or all of the new, even after a power cut."""
 
 import json
 import os

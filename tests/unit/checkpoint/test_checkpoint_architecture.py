@@ -72,7 +72,8 @@ def test_every_difference_is_listed_with_both_values_and_what_to_change(base, tm
         "model.rope_base 5000.0, this configuration 10000.0; set model.rope_base to 5000.0",
         "model.tied_embeddings false, this configuration true; set model.tied_embeddings to false",
         "model.qkv_bias true, this configuration false; set model.qkv_bias to true",
-        "the tokenizer our.model, data.tokenizer is our.model: fingerprint sha256:ours and sha256:other",
+        "the tokenizer our.model, data.tokenizer is our.model: "
+        "fingerprint sha256:ours and sha256:other",
     ):
         assert any(part in problem for problem in said), part
     assert len(said) == 7
@@ -177,7 +178,8 @@ def test_a_setting_given_twice_must_say_the_same(base, tmp_path):
     with pytest.raises(ConfigError) as caught:
         read(*given, "--model.hidden_size", "many", "--model.norm_epsilon", "1e-6")
     said = "\n".join(caught.value.problems)
-    assert "model.query_groups: got 4, but model.from_checkpoint" in said and "has 2;" in said
+    assert "model.query_groups: got 4, but model.from_checkpoint" in said
+    assert "has 2;" in said
     assert "model.norm_epsilon: got 1e-06" in said
     assert "model.hidden_size: got 'many'" in said
     assert len(caught.value.problems) == 3, "the same value again is no problem"
@@ -204,4 +206,5 @@ def test_an_architecture_that_was_not_taken_is_not_ignored(base):
 
 def test_what_a_checkpoint_says_of_its_model_names_no_other_checkpoint():
     described = describe_model(replace(ModelConfig(), from_checkpoint="runs/base"), 300)
-    assert "from_checkpoint" not in described and described["vocabulary_size"] == 300
+    assert "from_checkpoint" not in described
+    assert described["vocabulary_size"] == 300

@@ -1,4 +1,6 @@
-"""Checkpoints on disk: a rename completes one, and nothing half-written, damaged or removed is ever taken for one."""
+"""Checkpoints on disk: a rename completes one, and nothing half-written, damaged or removed is ever
+taken for one.
+"""
 
 import json
 import shutil
@@ -125,7 +127,9 @@ def test_names_that_are_no_checkpoints_are_passed_over(checkpoints):
 
 
 def test_a_kill_between_any_two_writes_leaves_the_older_checkpoint(checkpoints, monkeypatch):
-    """Stop the completion at each of its file operations in turn: the newest checkpoint is whole, old or new."""
+    """Stop the completion at each of its file operations in turn: the newest checkpoint is whole,
+    old or new.
+    """
     save(checkpoints, 100)
 
     class Killed(Exception):
@@ -161,11 +165,13 @@ def test_a_kill_between_any_two_writes_leaves_the_older_checkpoint(checkpoints, 
     seen, operation = set(), 1
     while run_until(operation):
         newest = resolve_checkpoint(checkpoints)
-        assert damaged_files(newest) == [] and read_checkpoint_info(newest).step == step_of(newest)
+        assert damaged_files(newest) == []
+        assert read_checkpoint_info(newest).step == step_of(newest)
         seen.add(step_of(newest))
         shutil.rmtree(step_folder(checkpoints, 200), ignore_errors=True)
         operation += 1
-    assert operation > 8 and seen == {100, 200}
+    assert operation > 8
+    assert seen == {100, 200}
     assert (checkpoints / "latest").read_text() == "step_00000200\n"
 
 
@@ -224,7 +230,9 @@ def test_ranks_share_the_checking(checkpoints):
 
 
 def test_kills_leave_nothing_behind_that_tidy_does_not_clear(checkpoints):
-    """An unfinished save goes; a checkpoint that was being replaced gets its name back, unless its successor arrived."""
+    """An unfinished save goes; a checkpoint that was being replaced gets its name back, unless its
+    successor arrived.
+    """
     save(checkpoints, 100), save(checkpoints, 200)
     write(checkpoints, 300)
     step_folder(checkpoints, 100).rename(checkpoints / ".replaced_step_00000100")
@@ -281,7 +289,7 @@ def test_a_file_that_cannot_be_read_is_damage(checkpoints, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "/dev/zero", "sub/file", ".."])
 def test_checksums_that_lead_out_of_the_folder_are_refused_by_every_rank(checkpoints, name):
-    """Each rank checks a share of the files; an error of one alone would leave the others waiting."""
+    """Each rank checks some of the files; an error of one would leave the others waiting."""
     folder = save(checkpoints, 100)
     checksums = json.loads((folder / "checksums.json").read_text())
     (folder / "checksums.json").write_text(json.dumps({**checksums, name: "0" * 64}))

@@ -61,7 +61,8 @@ def test_the_best_stay_and_the_pointer_follows(checkpoints):
         save(checkpoints, step, target=loss, other=-loss)
         retention.apply(checkpoints)
         pointed.append(step_of(resolve_checkpoint(checkpoints / "best")))
-    assert steps(checkpoints) == [20, 40, 50] and pointed == [10, 20, 20, 40, 40]
+    assert steps(checkpoints) == [20, 40, 50]
+    assert pointed == [10, 20, 20, 40, 40]
     assert not list(checkpoints.glob(".*"))
 
 

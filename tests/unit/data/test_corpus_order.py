@@ -132,12 +132,10 @@ def test_each_corpus_of_a_changed_blend_goes_on_where_it_was(corpora):
     counts = samples_by_corpus(weights, 50)
     pasts = [(Stretch(16, 2, count),) for count in counts]
     moved = [2, 0]  # another order, and one corpus less
+    moved_corpora = [corpora[number] for number in moved]
+    moved_pasts = [pasts[number] for number in moved]
     second = training_dataset(
-        [corpora[number] for number in moved],
-        **settings_,
-        samples=40,
-        weights=[1, 1],
-        pasts=[pasts[number] for number in moved],
+        moved_corpora, **settings_, samples=40, weights=[1, 1], pasts=moved_pasts
     )
     read = {number: [] for number in range(3)}
     for index in range(50):
@@ -169,7 +167,7 @@ def test_samples_are_counted_as_the_blend_gives_them(corpora, weights, samples):
 
 
 def test_a_larger_plan_is_not_read_from_the_index_of_a_smaller_one(corpora, tmp_path):
-    """A run that goes on longer finds the index of its first plan in the cache, and needs its own."""
+    """A run that goes on longer finds the index of its first plan cached, and needs its own."""
     for samples in (20, 90):
         dataset = training_dataset(
             corpora, sequence_length=16, seed=2, samples=samples, index_cache=tmp_path

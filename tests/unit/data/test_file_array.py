@@ -31,9 +31,8 @@ def corpora(tmp_path):
 
 @pytest.fixture
 def blended(corpora):
-    opened = open_corpora(
-        [str(corpora / name) for name in "ab"], [str(corpora / f"{name}_scores") for name in "ab"]
-    )
+    prefixes = [str(corpora / name) for name in "ab"]
+    opened = open_corpora(prefixes, [f"{prefix}_scores" for prefix in prefixes])
     return training_dataset(
         opened, sequence_length=8, seed=1, samples=100, index_cache=corpora / "cache"
     )
@@ -112,7 +111,8 @@ def test_it_reads_what_the_file_holds(tmp_path):
     values = np.arange(60, dtype=np.int64).reshape(20, 3)
     np.save(tmp_path / "x.npy", values)
     array = pickle.loads(pickle.dumps(open_npy(tmp_path / "x.npy")))
-    assert array.shape == (20, 3) and len(array) == 20
+    assert array.shape == (20, 3)
+    assert len(array) == 20
     np.testing.assert_array_equal(array, values)
     np.testing.assert_array_equal(array[4:9], values[4:9])
     np.testing.assert_array_equal(array[15:99], values[15:])

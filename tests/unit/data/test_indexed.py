@@ -28,11 +28,9 @@ def test_equals_megatron_core_builder(tmp_path, dtype, lengths):
     write_ours(tmp_path / "ours.idx", dtype, lengths)
     assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
     index = read_index(tmp_path / "theirs.idx")
-    assert (
-        index.documents == len(lengths)
-        and index.tokens == sum(lengths)
-        and index.dtype == np.dtype(dtype)
-    )
+    assert index.documents == len(lengths)
+    assert index.tokens == sum(lengths)
+    assert index.dtype == np.dtype(dtype)
     assert index.document_starts_tokens().tolist() == [0, *np.cumsum(lengths).tolist()]
     assert len(open_tokens(tmp_path / "theirs", index)) == sum(lengths)
 
@@ -46,7 +44,8 @@ def test_documents_of_several_sequences(tmp_path):
     builder.add_document([4], [1])
     builder.finalize(str(tmp_path / "c.idx"))
     index = read_index(tmp_path / "c.idx")
-    assert index.documents == 2 and index.document_starts_tokens().tolist() == [0, 3, 4]
+    assert index.documents == 2
+    assert index.document_starts_tokens().tolist() == [0, 3, 4]
 
 
 def test_the_document_of_a_token_is_the_one_that_inspect_corpus_shows(tmp_path):
@@ -119,5 +118,6 @@ def test_importing_it_loads_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, megatron_slm.data.manifest, megatron_slm.tokenization; sys.exit('torch' in sys.modules)"
+    modules = "megatron_slm.data.manifest, megatron_slm.tokenization"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

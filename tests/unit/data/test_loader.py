@@ -191,9 +191,8 @@ def test_validation_covers_the_corpus_once_over_ranks(corpus):
     counted = []
     for loader in loaders:
         steps = list(loader)
-        assert {len(step) for step in steps} == {2} and len(steps) == len(loader) == -(
-            -len(dataset) // 12
-        )
+        assert {len(step) for step in steps} == {2}
+        assert len(steps) == len(loader) == -(-len(dataset) // 12)
         counted += [batch.offsets_BS[batch.loss_mask_BS == 1] for step in steps for batch in step]
     flat = torch.cat(counted).tolist()
     assert len(flat) == len(set(flat)) == corpus[0].manifest.tokens - corpus[0].manifest.documents
@@ -204,8 +203,10 @@ def test_validation_reads_the_same_batches_every_time(corpus):
     loader = ValidationLoader(
         dataset, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size=1, global_batches=3
     )
-    first, second = ([batch.offsets_BS for step in loader for batch in step] for _ in range(2))
-    assert len(loader) == 3 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first = [batch.offsets_BS for step in loader for batch in step]
+    second = [batch.offsets_BS for step in loader for batch in step]
+    assert len(loader) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_context_parallel_slices_apply_to_every_tensor_alike(dataset):
@@ -263,10 +264,8 @@ def test_batch_dtypes_and_move(dataset):
         "reference_loss": torch.float32,
         "mine": torch.float32,
     }
-    assert (
-        batch.token_id_BS[2].tolist() == [5 * S + position for position in range(S)]
-        and batch.document_start_BS is None
-    )
+    assert batch.token_id_BS[2].tolist() == [5 * S + position for position in range(S)]
+    assert batch.document_start_BS is None
 
 
 def test_the_mask_of_isolated_documents_is_causal_within_each_and_sliced_like_everything(corpus):

@@ -67,7 +67,8 @@ def prefix(tmp_path) -> Path:
 
 def test_sound(prefix):
     manifest = check_corpus(prefix, tokenizer={"fingerprint": "sha256:aa"})
-    assert manifest.documents == 3 and manifest.fingerprint.startswith("sha256:")
+    assert manifest.documents == 3
+    assert manifest.fingerprint.startswith("sha256:")
     assert (
         json.loads(Path(f"{prefix}.manifest.json").read_text())["fingerprint"]
         == manifest.fingerprint
@@ -170,7 +171,8 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
         write_json_atomically(path, {"a": float("nan")})
     with pytest.raises(TypeError):
         write_json_atomically(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_refused(prefix, monkeypatch):

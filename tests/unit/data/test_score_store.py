@@ -81,7 +81,8 @@ def test_layout_is_one_raw_value_per_token(tmp_path, corpus):
         "tokens": corpus.tokens,
         "documents": corpus.documents,
     }
-    assert stored["columns"] == ["loss"] and stored["complete"] is True
+    assert stored["columns"] == ["loss"]
+    assert stored["complete"] is True
 
 
 def test_order_of_writing_and_rewriting_leaves_the_same_bytes(tmp_path, corpus):
@@ -232,16 +233,15 @@ def test_scores_of_another_corpus_or_tokenizer_are_refused(tmp_path, corpus):
 
 
 def test_another_training_context_is_said(tmp_path, corpus):
-    """docs/method.md#point-13: window and document policy are recorded, and another is warned of."""
+    """docs/method.md#point-13: window and document policy are recorded; others are warned of."""
     store = write_scores(
         tmp_path / "s", tmp_path / "corpus", window_tokens=16, document_policy="isolated"
     )
     assert "windows of 16 tokens and are trained in sequences of 32" in " ".join(
         store.context_warnings(32)
     )
-    assert "scored isolated" in " ".join(
-        store.context_warnings(16)
-    ) and "train with --data.document_policy isolated" in " ".join(store.context_warnings(16))
+    assert "scored isolated" in " ".join(store.context_warnings(16))
+    assert "train with --data.document_policy isolated" in " ".join(store.context_warnings(16))
     assert store.context_warnings(16, "isolated") == []
     packed = write_scores(tmp_path / "p", tmp_path / "corpus", window_tokens=16)
     assert packed.context_warnings(16) == []
@@ -273,9 +273,8 @@ def test_shards_stay_few_on_large_corpora():
 def test_markers_describe_what_is_on_disk(tmp_path, corpus):
     store = write_all(tmp_path / "s", score_manifest(corpus))
     marker = ShardMarker.read(store.folder, 2)
-    assert (marker.shard, marker.start, marker.end) == (2, 128, 192) and set(marker.sha256) == {
-        "loss"
-    }
+    assert (marker.shard, marker.start, marker.end) == (2, 128, 192)
+    assert set(marker.sha256) == {"loss"}
 
 
 def test_scores_are_on_disk_before_their_marker_says_so(tmp_path, corpus, monkeypatch):

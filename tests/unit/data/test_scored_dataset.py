@@ -1,4 +1,6 @@
-"""Every token's score is that token's: the fake scores are the absolute offsets, so alignment is an equality."""
+"""Every token's score is that token's: the fake scores are the absolute offsets, so alignment is an
+equality.
+"""
 
 import math
 
@@ -42,9 +44,8 @@ def data(tmp_path_factory):
 
 
 def opened(folder, names="a"):
-    return open_corpora(
-        [str(folder / name) for name in names], [str(folder / f"{name}_scores") for name in names]
-    )
+    prefixes = [str(folder / name) for name in names]
+    return open_corpora(prefixes, [f"{prefix}_scores" for prefix in prefixes])
 
 
 def check_sample(sample, documents, sequence_length):
@@ -99,7 +100,9 @@ def test_score_and_label_are_the_same_slice(data):
 
 
 def test_isolated_documents_begin_where_the_first_tokens_are(data):
-    """Positions restart at each document, whose first token is the one that is masked as a label; padding belongs to the last document."""
+    """Positions restart at each document, whose first token is the one that is masked as a label;
+    padding belongs to the last document.
+    """
     folder, _ = data
     settings_ = dict(sequence_length=47, with_offsets=True)
     packed, isolated = (
@@ -160,21 +163,26 @@ def test_an_epoch_reads_every_token_at_most_once_and_epochs_differ(data):
     dataset = training_dataset(
         opened(folder), sequence_length=16, seed=2, samples=10, with_offsets=True
     )
-    epochs = [
-        np.concatenate([dataset[epoch * len(dataset) + i]["offsets"] for i in range(len(dataset))])
-        for epoch in range(3)
-    ]
+    samples = len(dataset)
+    epochs = []
+    for first in (0, samples, 2 * samples):
+        epochs.append(
+            np.concatenate([dataset[i]["offsets"] for i in range(first, first + samples)])
+        )
     total = sum(map(len, documents["a"]))
     for offsets in epochs:
         assert len(set(offsets.tolist())) == len(offsets) == (total - 1) // 16 * 16
-    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[1], epochs[2])
     np.testing.assert_array_equal(
         dataset[0]["offsets"], epochs[0][:16]
     )  # an earlier epoch is found again
 
 
 def test_a_longer_run_continues_the_shorter_one(data):
-    """The order depends on (seed, epoch) and the blend on (weights, i): never on how many samples were planned."""
+    """The order depends on (seed, epoch) and the blend on (weights, i): never on how many samples
+    were planned.
+    """
     folder, _ = data
     short, long = (
         training_dataset(
@@ -223,8 +231,10 @@ def test_samples_share_no_memory(data):
     first["tokens"][:] = -5
     first["reference_loss"][:] = -5
     again = dataset[0]
-    assert again["loss_mask"].sum() > 0 and (again["tokens"] >= 0).all()
-    assert not (again["reference_loss"] == -5).any() and dataset[1]["loss_mask"].sum() > 0
+    assert again["loss_mask"].sum() > 0
+    assert (again["tokens"] >= 0).all()
+    assert not (again["reference_loss"] == -5).any()
+    assert dataset[1]["loss_mask"].sum() > 0
 
 
 @pytest.mark.parametrize("sequence_length", [7, 16, 97, 5000])
@@ -257,7 +267,9 @@ def test_empty_and_single_token_documents(tmp_path, lengths):
 
 
 def test_index_cache_is_keyed_by_content(tmp_path):
-    """A corpus made again in place gets a new index; an interrupted build leaves nothing that is read."""
+    """A corpus made again in place gets a new index; an interrupted build leaves nothing that is
+    read.
+    """
     cache = tmp_path / "cache"
     for seed in (1, 2):
         documents = make(tmp_path, f"x{seed}", seed=seed)
@@ -297,7 +309,7 @@ def test_cache_gives_what_building_gives_and_survives_read_only_folders(tmp_path
 
 
 def test_changed_corpus_or_tokenizer_is_refused(tmp_path):
-    """docs/method.md#point-12: one byte of the corpus, or another tokenizer, and training refuses."""
+    """docs/method.md#point-12: another byte in the corpus, or another tokenizer, is refused."""
     make(tmp_path, "x")
     with pytest.raises(ValueError, match="tokenizer"):
         open_corpora([str(tmp_path / "x")], tokenizer={"fingerprint": "sha256:another"})
@@ -369,7 +381,9 @@ def test_what_counts_is_found_however_many_documents_are_empty(tmp_path):
 
 
 def test_large_vocabularies_are_read_as_written(tmp_path):
-    """Vocabularies of 65500 to 65536 are written as int32, which megatron-core's fast path reads as uint16."""
+    """Vocabularies of 65500 to 65536 are written as int32, which megatron-core's fast path reads as
+    uint16.
+    """
     documents = random_documents(30, 20, vocabulary_size=65520)
     write_corpus(tmp_path / "x", documents, vocabulary_size=65520)
     write_scores(tmp_path / "x_scores", tmp_path / "x")

@@ -70,7 +70,8 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, file_system, dead_pi
     reports = []
     with lock_of(tmp_path / "run", reports):
         assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
-    assert len(reports) == 1 and f"taken over from process {dead_pid}" in reports[0]
+    assert len(reports) == 1
+    assert f"taken over from process {dead_pid}" in reports[0]
 
 
 def test_a_process_id_that_is_used_again_is_another_process(tmp_path, file_system):
@@ -99,7 +100,9 @@ def test_a_silent_lock_of_another_machine_is_watched_and_taken_over(tmp_path, fi
     reports = []
     with lock_of(tmp_path / "run", reports):
         pass
-    assert "watched" in reports[0] and "node7" in reports[0] and "taken over" in reports[1]
+    assert "watched" in reports[0]
+    assert "node7" in reports[0]
+    assert "taken over" in reports[1]
 
 
 def test_a_lock_of_another_machine_that_is_touched_is_refused(tmp_path, file_system):
@@ -140,7 +143,9 @@ def test_a_process_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
         (tmp_path / "run" / "lock").unlink()
         leave_lock(tmp_path / "run", host="node8")
         assert ended.wait(60)
-    assert codes[0] == 4 and "taken over by" in reports[0] and "node8" in reports[0]
+    assert codes[0] == 4
+    assert "taken over by" in reports[0]
+    assert "node8" in reports[0]
 
 
 def test_a_forked_child_gives_nothing_back(tmp_path):

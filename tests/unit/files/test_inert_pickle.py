@@ -111,4 +111,5 @@ def test_what_is_no_record_of_data_is_named_unreadable(data):
     with pytest.raises(ValueError, match="^FOLDER/x: not readable") as refusal:
         load_inert(data, NAMES, "FOLDER/x")
     assert not isinstance(refusal.value, UnsafeFile)
-    assert not hasattr(Sample, "value") and not hasattr(Record, "value")
+    assert not hasattr(Sample, "value")
+    assert not hasattr(Record, "value")
