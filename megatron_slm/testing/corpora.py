@@ -72,7 +72,7 @@ def random_documents(
     return [np.append(random.randint(1, vocabulary_size, length), 0) for length in lengths]
 
 
-def score_manifest(corpus: CorpusManifest, **settings) -> ScoreManifest:
+def score_manifest(corpus: CorpusManifest, **settings: Any) -> ScoreManifest:
     """A score manifest of this corpus with small windows and shards; settings replace fields."""
     plain = ScoreManifest(
         corpus.fingerprint,
@@ -94,9 +94,9 @@ def write_scores(
     folder: str | Path,
     prefix: str | Path,
     value: Callable[[np.ndarray], np.ndarray] = lambda offsets: offsets,
-    **settings,
+    **settings: Any,
 ) -> ScoreStore:
-    """A complete store whose value at each token is value(absolute offset), NaN at the first token of each document."""
+    """A complete store: value(absolute offset) at each token, NaN at the first of each document."""
     manifest = score_manifest(CorpusManifest.read(prefix), **settings)
     index = read_index(f"{prefix}.idx")
     starts = index.non_empty_starts_tokens()

@@ -1,4 +1,7 @@
-"""Imported once by the server that forks test processes (spawn.py): torch and megatron-core, on the CPU, and nothing started."""
+"""Imported once by the server that forks test processes (spawn.py).
+
+Importing it loads torch and megatron-core on the CPU, and starts nothing.
+"""
 
 import torch
 

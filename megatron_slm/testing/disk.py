@@ -1,14 +1,15 @@
-"""What a program did to the disk, in order: the ground for tests that nothing is lost in a power cut.
+"""What a program did to the disk, in order: for tests that nothing is lost in a power cut.
 
 A file's bytes may reach the disk after the rename that made it visible. So whatever is renamed into
 place must have been synced before, and the folder that holds the new name synced afterwards.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 
@@ -49,14 +50,14 @@ def _identity(path: Path) -> tuple[int, int]:
 def recorded_disk_events() -> Iterator[DiskEvents]:
     """Record os.fsync, os.rename and os.replace (pathlib's too) while the block runs."""
     events = DiskEvents()
-    fsync, rename, replace = os.fsync, os.rename, os.replace
+    real_fsync = os.fsync
 
-    def recorded_fsync(descriptor) -> None:
-        fsync(descriptor)
+    def recorded_fsync(descriptor: Any) -> None:
+        real_fsync(descriptor)
         events.fsync(descriptor if isinstance(descriptor, int) else descriptor.fileno())
 
-    def recorded(move):
-        def recorded_move(source, target, **options) -> None:
+    def recorded(move: Callable[..., None]) -> Callable[..., None]:
+        def recorded_move(source: Any, target: Any, **options: Any) -> None:
             events.rename(Path(source), Path(target))
             move(source, target, **options)
 
@@ -64,7 +65,7 @@ def recorded_disk_events() -> Iterator[DiskEvents]:
 
     with (
         mock.patch("os.fsync", recorded_fsync),
-        mock.patch("os.rename", recorded(rename)),
-        mock.patch("os.replace", recorded(replace)),
+        mock.patch("os.rename", recorded(os.rename)),
+        mock.patch("os.replace", recorded(os.replace)),
     ):
         yield events

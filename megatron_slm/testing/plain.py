@@ -1,9 +1,10 @@
-"""Selective language modeling in plain single-process torch, without megatron-core: what every layout is held against.
+"""Selective language modeling in plain single-process torch, without megatron-core.
 
-Written to be read beside the paper, not to be fast. Weights carry megatron-core's names and shapes, so that a state
-dict of a one-process run loads as it is.
+Every layout is compared with it. It is written to be read beside the paper, not to be fast. Weights
+carry megatron-core's names and shapes, so that a state dict of a one-process run loads as it is.
 
-B sequences, S tokens, H hidden, n query heads, g key/value heads, d head size.
+B sequences, S tokens, H hidden, n query heads, g key/value heads, d head size, E experts,
+G sequences of the global batch.
 """
 
 import math
@@ -12,40 +13,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_slm.config.schema import ModelConfig, OptimizerConfig
 from megatron_slm.testing.selection_oracle import top_tokens
 
 
 class PlainDecoder(torch.nn.Module):
-    """RoPE, RMSNorm, SwiGLU, grouped-query attention; `model` has the fields of ModelConfig."""
+    """RoPE, RMSNorm, SwiGLU, grouped-query attention; optionally a mixture of experts."""
 
-    def __init__(self, model, vocabulary_size: int, state: dict[str, Tensor]):
+    def __init__(self, model: ModelConfig, vocabulary_size: int, state: dict[str, Tensor]):
         super().__init__()
         self.model, self.vocabulary_size = model, vocabulary_size
         self.names = sorted(state)
+        self.routed: list[tuple[Tensor, Tensor]] = []
+        """Logits and choices of each router in the last forward pass."""
         self.weights = torch.nn.ParameterList(
             [torch.nn.Parameter(state[name].detach().clone().float()) for name in self.names]
         )
 
-    def weight(self, name: str) -> Tensor | None:
-        return self.weights[self.names.index(name)] if name in self.names else None
+    def weight(self, name: str) -> Tensor:
+        return self.weights[self.names.index(name)]
+
+    def optional_weight(self, name: str) -> Tensor | None:
+        return self.weight(name) if name in self.names else None
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """fp32 [B, S, vocabulary_size]; padded vocabulary rows take no part."""
-        self.routed: list[
-            tuple[Tensor, Tensor]
-        ] = []  # per layer of a mixture of experts: logits and choices of its router
+        self.routed = []
         hidden_BSH = F.embedding(tokens_BS, self.weight("embedding.word_embeddings.weight"))
         for layer in range(self.model.layers):
             hidden_BSH = self._layer(hidden_BSH, f"decoder.layers.{layer}.")
         hidden_BSH = self._norm(hidden_BSH, "decoder.final_layernorm.weight")
-        head = self.weight("output_layer.weight")
-        head = self.weight("embedding.word_embeddings.weight") if head is None else head
+        head = self.optional_weight("output_layer.weight")
+        if head is None:  # tied
+            head = self.weight("embedding.word_embeddings.weight")
         return hidden_BSH @ head[: self.vocabulary_size].T
 
     def loss(
         self, tokens_BS: Tensor, labels_BS: Tensor, document_start_BS: Tensor | None = None
     ) -> Tensor:
-        """-log P(label | tokens up to it), fp32 [B, S]; given where documents start, each is run by itself, from position 0."""
+        """-log P(label | tokens up to it), fp32 [B, S].
+
+        Given where documents start, each document is run by itself, from position 0.
+        """
         if document_start_BS is None:
             return F.cross_entropy(
                 self.logits(tokens_BS).transpose(1, 2), labels_BS, reduction="none"
@@ -53,71 +62,60 @@ class PlainDecoder(torch.nn.Module):
         rows = []
         for tokens, labels, starts in zip(tokens_BS, labels_BS, document_start_BS, strict=True):
             sizes = starts.unique(return_counts=True)[1].tolist()
-            rows.append(
-                torch.cat(
-                    [
-                        self.loss(document[None], label[None])[0]
-                        for document, label in zip(
-                            tokens.split(sizes), labels.split(sizes), strict=True
-                        )
-                    ]
-                )
-            )
+            documents = zip(tokens.split(sizes), labels.split(sizes), strict=True)
+            losses = [self.loss(document[None], label[None])[0] for document, label in documents]
+            rows.append(torch.cat(losses))
         return torch.stack(rows)
 
     def _layer(self, hidden_BSH: Tensor, prefix: str) -> Tensor:
-        hidden_BSH = hidden_BSH + self._attention(
-            self._norm(hidden_BSH, prefix + "input_layernorm.weight"), prefix + "self_attention."
-        )
+        normed_BSH = self._norm(hidden_BSH, prefix + "input_layernorm.weight")
+        hidden_BSH = hidden_BSH + self._attention(normed_BSH, prefix + "self_attention.")
         normed_BSH = self._norm(hidden_BSH, prefix + "pre_mlp_layernorm.weight")
-        return hidden_BSH + (
-            self._mixture(normed_BSH, prefix + "mlp.")
-            if self.model.experts
-            else self._feed_forward(normed_BSH, prefix + "mlp.")
-        )
+        feed_forward = self._mixture if self.model.experts else self._feed_forward
+        return hidden_BSH + feed_forward(normed_BSH, prefix + "mlp.")
 
     def _feed_forward(self, normed_BSH: Tensor, prefix: str) -> Tensor:
         gate, up = (normed_BSH @ self.weight(prefix + "linear_fc1.weight").T).chunk(2, dim=-1)
         return (F.silu(gate) * up) @ self.weight(prefix + "linear_fc2.weight").T
 
     def _mixture(self, normed_BSH: Tensor, prefix: str) -> Tensor:
-        """Every expert computes every token here, and the router's weights, zero for the experts not chosen, add them up."""
+        """Every expert computes every token; the sum has weight 0 for the experts not chosen."""
         model = self.model
         logits_BSE = normed_BSH @ self.weight(prefix + "router.weight").T
-        share_BSE = logits_BSE.softmax(-1)
-        chosen_BSE = torch.zeros_like(share_BSE).scatter(
-            -1, logits_BSE.topk(model.experts_per_token, dim=-1).indices, 1.0
-        )
-        weight_BSE = share_BSE * chosen_BSE
+        probability_BSE = logits_BSE.softmax(-1)
+        best = logits_BSE.topk(model.experts_per_token, dim=-1).indices
+        chosen_BSE = torch.zeros_like(probability_BSE).scatter(-1, best, 1.0)
+        weight_BSE = probability_BSE * chosen_BSE
         if model.renormalize_experts:
             weight_BSE = weight_BSE / weight_BSE.sum(-1, keepdim=True)
         self.routed.append((logits_BSE, chosen_BSE))
-        return sum(
-            weight_BSE[..., e, None]
-            * self._feed_forward(normed_BSH, f"{prefix}experts.local_experts.{e}.")
-            for e in range(model.experts)
-        )
+        sum_BSH = torch.zeros_like(normed_BSH)
+        for expert in range(model.experts):
+            output_BSH = self._feed_forward(normed_BSH, f"{prefix}experts.local_experts.{expert}.")
+            sum_BSH = sum_BSH + weight_BSE[..., expert, None] * output_BSH
+        return sum_BSH
 
     def auxiliary_losses(self, micro_batches: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """(load-balancing loss, router z-loss) of the last forward pass: sums over layers, means over micro-batches (rows of the batch).
+        """(load-balancing loss, router z-loss) of the last forward pass.
 
-        Switch Transformer's balance: experts * sum over experts of (share of the choices) * (mean probability); 1 when even.
+        Sums over layers, means over micro-batches (lists of rows of the batch). The balance is that
+        of the Switch Transformer: experts * sum over experts of (fraction of the choices) * (mean
+        probability), which is 1 when even.
         """
-        model, balance, z_loss = self.model, 0.0, 0.0
+        model = self.model
+        balance = torch.zeros(())
+        z_loss = torch.zeros(())
         for logits_BSE, chosen_BSE in self.routed:
             for rows in micro_batches:
-                z_loss = z_loss + logits_BSE[rows].logsumexp(-1).square().mean() / len(
-                    micro_batches
-                )
-                for part in (
-                    [[row] for row in rows] if model.load_balancing == "sequence" else [rows]
-                ):
-                    share_E = chosen_BSE[part].flatten(0, 1).mean(0) / model.experts_per_token
+                row_z_loss = logits_BSE[rows].logsumexp(-1).square().mean()
+                z_loss = z_loss + row_z_loss / len(micro_batches)
+                by_sequence = model.load_balancing == "sequence"
+                parts = [[row] for row in rows] if by_sequence else [rows]
+                for part in parts:
+                    choice_E = chosen_BSE[part].flatten(0, 1).mean(0) / model.experts_per_token
                     probability_E = logits_BSE[part].softmax(-1).flatten(0, 1).mean(0)
-                    parts = len(rows) if model.load_balancing == "sequence" else 1
-                    balance = balance + model.experts * (
-                        share_E * probability_E
-                    ).sum() / parts / len(micro_batches)
+                    part_balance = model.experts * (choice_E * probability_E).sum()
+                    balance = balance + part_balance / len(parts) / len(micro_batches)
         return balance, z_loss
 
     def _attention(self, normed_BSH: Tensor, prefix: str) -> Tensor:
@@ -126,21 +124,18 @@ class PlainDecoder(torch.nn.Module):
         size = model.head_size or model.hidden_size // model.attention_heads
         per_group = model.attention_heads // groups
         mixed = normed_BSH @ self.weight(prefix + "linear_qkv.weight").T
-        if (bias := self.weight(prefix + "linear_qkv.bias")) is not None:
+        if (bias := self.optional_weight(prefix + "linear_qkv.bias")) is not None:
             mixed = mixed + bias
         mixed = mixed.view(*mixed.shape[:2], groups, per_group + 2, size)
-        query, key, value = (
-            mixed[..., :per_group, :].flatten(2, 3),
-            mixed[..., -2, :],
-            mixed[..., -1, :],
-        )
-        if (scale := self.weight(prefix + "q_layernorm.weight")) is not None:
-            query, key = (
-                self._scaled(query, scale),
-                self._scaled(key, self.weight(prefix + "k_layernorm.weight")),
-            )
-        query, key = self._rotate(query), self._rotate(key)
-        key, value = (x.repeat_interleave(per_group, dim=2) for x in (key, value))
+        query = mixed[..., :per_group, :].flatten(2, 3)
+        key = mixed[..., -2, :]
+        value = mixed[..., -1, :]
+        if (scale := self.optional_weight(prefix + "q_layernorm.weight")) is not None:
+            query = self._scaled(query, scale)
+            key = self._scaled(key, self.weight(prefix + "k_layernorm.weight"))
+        query = self._rotate(query)
+        key = self._rotate(key).repeat_interleave(per_group, dim=2)
+        value = value.repeat_interleave(per_group, dim=2)
         scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(size)
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         context = torch.einsum(
@@ -185,9 +180,9 @@ class PlainDecoder(torch.nn.Module):
 
 
 class PlainTrainer:
-    """AdamW on the mean loss of the selected tokens; populations are slices of the global batch, given per step."""
+    """AdamW on the mean loss of the selected tokens."""
 
-    def __init__(self, decoder: PlainDecoder, optimizer_settings):
+    def __init__(self, decoder: PlainDecoder, optimizer_settings: OptimizerConfig):
         self.decoder, self.settings = decoder, optimizer_settings
         decayed = [p for p in decoder.parameters() if p.dim() > 1]
         others = [p for p in decoder.parameters() if p.dim() <= 1]
@@ -208,11 +203,14 @@ class PlainTrainer:
         keep_fraction: float | None,
         learning_rate: float,
         micro_batches: list[list[int]] | None = None,
-    ):
-        """One update. `populations`: rows of the global batch whose tokens compete with each other; keep_fraction None = plain CLM.
-        `micro_batches`: rows over which experts are balanced, for a mixture of experts.
+    ) -> tuple[set[int], float, float, float]:
+        """One update; keep_fraction None = plain CLM.
 
-        Returns (ids of selected tokens, mean loss of all eligible tokens, mean loss of selected tokens, gradient norm before clipping).
+        populations     rows of the global batch whose tokens compete with each other
+        micro_batches   rows over which experts are balanced; a mixture of experts needs them
+
+        Returns (ids of selected tokens, mean loss of all eligible tokens, mean loss of selected
+        tokens, gradient norm before clipping).
         """
         loss_GS = self.decoder.loss(batch["tokens"], batch["labels"], batch.get("document_start"))
         eligible_GS = batch["loss_mask"] > 0
@@ -240,11 +238,15 @@ class PlainTrainer:
         learning_rate: float,
         micro_batches: list[list[int]] | None = None,
     ) -> tuple[float, float]:
-        """One update on the weighted mean loss, and on the auxiliary losses of experts; returns (the weighted mean loss, gradient norm before clipping)."""
+        """One update on the weighted mean loss and the auxiliary losses of experts.
+
+        Returns (the weighted mean loss, gradient norm before clipping).
+        """
         objective = (loss_GS * weight_GS).sum() / weight_GS.sum()
         self.adam.zero_grad()
         whole, model = objective, self.decoder.model
         if model.experts:
+            assert micro_batches is not None, "experts are balanced over micro-batches"
             self.balance, self.z_loss = self.decoder.auxiliary_losses(micro_batches)
             whole = (
                 whole

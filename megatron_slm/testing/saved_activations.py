@@ -1,23 +1,29 @@
-"""Bytes that autograd holds for backward, measured while a step runs: the peak over all micro-batches in flight."""
+"""Bytes that autograd holds for backward, measured while a step runs.
+
+The peak counts all micro-batches in flight.
+"""
 
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 
 
 class SavedActivations:
-    """`with SavedActivations(parameters) as saved:` run forward and backward; then saved.peak_bytes.
+    """`with SavedActivations(parameters) as saved:` around a step; then read saved.peak_bytes.
 
-    Counts every storage once, however many views of it are saved, and leaves out the parameters. Only what goes through autograd's
-    saved tensors is seen: not the head's kept logits, and not tensors that Python code keeps beside the graph.
+    Every storage counts once, however many views of it are saved; parameters do not count. Only
+    what goes through autograd's saved tensors is seen: not the head's kept logits, and not tensors
+    that Python code keeps beside the graph.
     """
 
-    def __init__(self, parameters):
+    def __init__(self, parameters: Iterable[torch.Tensor]):
         self._left_out = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         self._holders: Counter[int] = Counter()
         self._bytes: dict[int, int] = {}
-        self.live_bytes = self.peak_bytes = 0
+        self.live_bytes = 0
+        self.peak_bytes = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(
             self._pack, lambda holder: holder.tensor
         )
@@ -26,7 +32,7 @@ class SavedActivations:
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: torch.Tensor) -> "_Holder":

@@ -1,4 +1,4 @@
-"""Run a function on CPU processes with real megatron-core groups: the bench for distributed tests and examples."""
+"""Run a function on CPU processes with real megatron-core groups, for tests and examples."""
 
 import multiprocessing as python_multiprocessing
 import tempfile
@@ -15,8 +15,8 @@ from megatron_slm.config.schema import ParallelConfig
 
 
 def run_on_cpu(
-    function: Callable,
-    *args,
+    function: Callable[..., Any],
+    *args: Any,
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
@@ -27,10 +27,11 @@ def run_on_cpu(
     sequence_parallel: bool = False,
     seed: int = 1234,
 ) -> list[Any]:
-    """Call `function(groups, *args)` in tp*pp*cp*dp processes (expert parallelism, `ep`, takes none of its own); return each rank's result, in rank order.
+    """Call `function(groups, *args)` in tp*pp*cp*dp processes; return the results in rank order.
 
-    `function` is a top-level function of an importable file, its result picklable. A failure in any rank is raised
-    here with that rank's traceback. Processes meet through a file, so tests need no ports and can run side by side.
+    Expert parallelism, `ep`, takes no processes of its own. `function` is a top-level function of
+    an importable file, its result picklable. A failure in any rank is raised here with that rank's
+    traceback. Processes meet through a file, so tests need no ports and can run side by side.
     """
     layout = dict(
         tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, ep=ep, etp=etp, sequence_parallel=sequence_parallel
@@ -39,13 +40,17 @@ def run_on_cpu(
 
 
 def run_layouts_on_cpu(
-    function: Callable, layouts: dict[str, dict], *args, seed: int = 1234
+    function: Callable[..., Any],
+    layouts: dict[str, dict[str, Any]],
+    *args: Any,
+    seed: int = 1234,
 ) -> dict[str, list[Any]]:
-    """`run_on_cpu` for several layouts in one set of processes: `function(groups, *args)` per layout, results by name.
+    """`run_on_cpu` for several layouts in one set of processes; results by the layouts' names.
 
-    Processes are forked from a server that has imported megatron-core (about 5 s, once per program that calls this), so they
-    have the environment variables of the first call. A layout that needs fewer processes leaves the others idle. A layout is
-    a dict with tp, pp, vpp, cp, dp, ep (default 1), etp (0 = tp) and sequence_parallel.
+    A layout is a dict with tp, pp, vpp, cp, dp, ep (default 1), etp (0 = tp) and sequence_parallel.
+    One that needs fewer processes leaves the others idle. Processes are forked from a server that
+    has imported megatron-core (about 5 s, once per program that calls this), so they have the
+    environment variables of the first call.
     """
     python_multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["megatron_slm.testing.cpu_process"]
@@ -61,23 +66,21 @@ def run_layouts_on_cpu(
             nprocs=max(worlds.values()),
             start_method="forkserver",
         )
-        return {
-            name: [
-                torch.load(Path(folder, f"{name}_{rank}.pt"), weights_only=False)
-                for rank in range(world)
-            ]
-            for name, world in worlds.items()
-        }
+        return {name: _results(Path(folder), name, world) for name, world in worlds.items()}
+
+
+def _results(folder: Path, layout: str, world: int) -> list[Any]:
+    return [torch.load(folder / f"{layout}_{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def _worker(
     rank: int,
     folder: str,
-    layouts: dict[str, dict],
+    layouts: dict[str, dict[str, Any]],
     worlds: dict[str, int],
     seed: int,
-    function: Callable,
-    args: tuple,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     from megatron_slm.device import choose_device
     from megatron_slm.parallel import join_job, leave_job
@@ -116,9 +119,10 @@ def _worker(
 
 
 def _wait_for_members(folder: Path, number: int, rank: int, world: int) -> None:
-    """Join a layout only when all of its processes are free: earlier, smaller layouts may take longer than a collective is allowed to.
+    """Return when all processes of a layout are free to join it.
 
-    No limit of its own: when a process fails, the program that started them ends the others.
+    Earlier, smaller layouts may take longer than a collective is allowed to. There is no time limit
+    here: when a process fails, the program that started them ends the others.
     """
     (folder / f"free_{number}_{rank}").touch()
     while not all((folder / f"free_{number}_{member}").exists() for member in range(world)):
