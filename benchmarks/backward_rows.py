@@ -1,12 +1,17 @@
-"""Backward that follows the selection, on a real megatron-core decoder: its time, and how far its gradient is from the exact one.
+"""Backward that follows the selection: its time, and how far its gradient is from the exact one.
 
-    python -m benchmarks.backward_rows time                # forward + backward seconds with each selection.backward_rows
-    python -m benchmarks.backward_rows quality             # cosine to the exact gradient per layer; held-out loss at equal steps and at equal compute
+    python -m benchmarks.backward_rows time       # seconds with each selection.backward_rows
+    python -m benchmarks.backward_rows quality    # cosine to the exact gradient; held-out loss
 
-The models are built from the configuration, selection.backward_rows. `last_layer` is exact; `every_layer_approximate` drops the gradient of
-unselected tokens at each layer's entry: the second command is its quality check. Equal compute: the approximate arm goes on until it has done
-the floating-point operations (counted, forward and backward) of the exact arm. Text: the Python standard library's source, one byte per token.
-Selection: the k tokens of highest loss of each micro-batch. CPU time of one thread, interleaved rounds; one JSON line per result.
+The model is a real megatron-core decoder, built from the configuration. `last_layer` is exact;
+`every_layer_approximate` drops the gradient of unselected tokens at each layer's entry. The first
+command times forward and backward. The second measures the cosine between the approximate and the
+exact gradient layer by layer, and the held-out loss at equal steps and at equal compute: the
+approximate side then goes on until it has done the floating-point operations (counted, forward and
+backward) of the exact one.
+
+Text: the Python standard library's source, one byte per token. Selection: the k tokens of highest
+loss of each micro-batch. CPU time of one thread, interleaved rounds; one JSON line per result.
 """
 
 import argparse
@@ -28,11 +33,10 @@ from megatron_slm.device import choose_device
 from megatron_slm.parallel import join_job, leave_job
 
 BYTES = 256
-EXACT, LAST_LAYER, APPROXIMATE = (
-    "all",
-    "last_layer",
-    "every_layer_approximate",
-)  # values of selection.backward_rows
+# Values of selection.backward_rows.
+EXACT = "all"
+LAST_LAYER = "last_layer"
+APPROXIMATE = "every_layer_approximate"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,16 +72,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def decoder(options: argparse.Namespace, groups, backward_rows: str) -> torch.nn.Module:
     """A fresh model, the same weights every time."""
-    from megatron_slm.model.build import (
-        build_model,
-    )  # imports megatron-core, which the device room must prepare for CPU first
+    # Imports megatron-core, which choose_device must prepare for a CPU first.
+    from megatron_slm.model.build import build_model
 
     config = Config()
-    config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size = (
-        options.layers,
-        options.hidden,
-        options.hidden * 8 // 3,
-    )
+    config.model.layers = options.layers
+    config.model.hidden_size = options.hidden
+    config.model.ffn_hidden_size = options.hidden * 8 // 3
     config.data.sequence_length = options.seq
     config.selection.backward_rows = backward_rows
     (model,) = build_model(config, BYTES, groups)
@@ -85,7 +86,7 @@ def decoder(options: argparse.Namespace, groups, backward_rows: str) -> torch.nn
 
 
 def backward(model: torch.nn.Module, batch: torch.Tensor, keep_fraction: float) -> float:
-    """One forward and backward of the selected tokens' mean loss; returns the mean over all tokens."""
+    """Forward and backward of the selected tokens' mean loss; returns the mean of all tokens."""
     tokens_BS, labels_BS = batch[:, :-1], batch[:, 1:]
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
     loss_BS = model(tokens_BS, positions_BS, None, labels=labels_BS).loss_BS
@@ -149,7 +150,10 @@ def times(options: argparse.Namespace, groups) -> list[dict]:
 
 
 def step_flops(model: torch.nn.Module, batch: torch.Tensor, keep_fraction: float) -> int:
-    """Floating-point operations of the products of one forward and backward, attention among them, counted while they run."""
+    """Floating-point operations of the products of one forward and backward, attention included.
+
+    They are counted while they run.
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     formulas = {
         flash: _flash_flops,
@@ -185,13 +189,15 @@ def quality(options: argparse.Namespace, groups) -> list[dict]:
             held_out = train(
                 model, batches, sorted({*quarters, *equal_compute}), 1, keep_fraction=k
             )
+            at_equal_steps = [held_out[step] for step in quarters]
+            at_equal_compute = [held_out[step] for step in equal_compute]
             rows.append(
                 {
                     "benchmark": "backward_rows loss",
                     "k": k,
                     "backward": kind,
-                    "at_equal_steps": [held_out[step] for step in quarters],
-                    "at_equal_compute": [held_out[step] for step in equal_compute],
+                    "at_equal_steps": at_equal_steps,
+                    "at_equal_compute": at_equal_compute,
                     "equal_compute_steps": equal_compute,
                     "cpu_seconds": round(time.process_time() - before, 1),
                     "flops_ratio": round(flops[kind] / flops[EXACT], 4),
@@ -239,17 +245,19 @@ def evaluate(model: torch.nn.Module, batches: Batches) -> float:
 def cosines(
     exact: dict[str, torch.Tensor], other: dict[str, torch.Tensor], layers: int
 ) -> dict[str, float]:
-    """Cosine between the two gradients of each layer's parameters, taken together, and of everything."""
-    groups = {
-        str(layer): [name for name in exact if f"layers.{layer}." in name]
-        for layer in range(layers)
-    }
-    groups |= {"embedding": [name for name in exact if "embedding" in name], "all": list(exact)}
-    joined = {
-        key: [torch.cat([side[name].flatten() for name in names]) for side in (exact, other)]
-        for key, names in groups.items()
-    }
-    return {key: round(F.cosine_similarity(*pair, dim=0).item(), 4) for key, pair in joined.items()}
+    """Cosine between the two gradients: of each layer's parameters together, and of everything."""
+    markers = {str(layer): f"layers.{layer}." for layer in range(layers)}
+    markers |= {"embedding": "embedding", "all": ""}
+    result = {}
+    for key, marker in markers.items():
+        names = [name for name in exact if marker in name]
+        cosine = F.cosine_similarity(_joined(exact, names), _joined(other, names), dim=0)
+        result[key] = round(cosine.item(), 4)
+    return result
+
+
+def _joined(gradients: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    return torch.cat([gradients[name].flatten() for name in names])
 
 
 if __name__ == "__main__":

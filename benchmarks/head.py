@@ -1,36 +1,42 @@
 """The loss head beside its peers: time, memory and accuracy, in one process, in interleaved rounds.
 
-    python -m benchmarks.head --case C1                      # a named case with its gate
-    python -m benchmarks.head --case all                     # C1 to C7 on CPU, G1 to G5 where there is CUDA
-    python -m benchmarks.head --n 2048 --hidden 512 --vocab 32000 --dtype fp32 --k 0.6 --mode keep --peer megatron
+    python -m benchmarks.head --case C1        # a named case with its gate
+    python -m benchmarks.head --case all       # C1 to C7 on CPU, G1 to G5 where there is CUDA
+    python -m benchmarks.head --n 2048 --hidden 512 --vocab 32000 --dtype fp32 --k 0.6 \\
+        --mode keep --peer megatron
 
-Each round runs ours and the peer once, forward and backward, on the same tensors. One JSON line per case: medians, minima, and the
-ratio ours / peer of medians and of minima. The selected rows' gradients are compared with fp64 first (`--no-check` skips it), and
-a wrong gradient fails the case whatever its speed. Exit code 1 when a gate is missed by more than 3 %.
-The gates (C1 …, G1 …) are defined at the head of benchmarks/RESULTS.md.
+Each round runs ours and the peer once, forward and backward, on the same tensors. One JSON line per
+case: medians, minima, and the ratio ours / peer of medians and of minima. The selected rows'
+gradients are compared with fp64 first (`--no-check` skips it), and a wrong gradient fails the case
+whatever its speed. Exit code 1 when a gate is missed by more than 3 %. The gates (C1 …, G1 …) are
+defined at the head of benchmarks/RESULTS.md.
 
-Peers: `megatron`         megatron-core's head: weight product, vocab_parallel_cross_entropy, masked loss, backward;
-       `megatron-fused`   the same with fused_vocab_parallel_cross_entropy;
-       `megatron-widened` the same on fp32 copies of bf16 operands, made inside the timed region: the stronger peer on a CPU without
-                          bf16 units, where torch's bf16 products are many times slower than widening;
-       `torch-lce`        torch.nn.functional.linear_cross_entropy(reduction="none");
-       `liger`            Liger-Kernel's fused per-token cross entropy: its Hopper kernels where there is one, else its chunked torch.
+Peers:
 
-CPU time of one thread by default (`--clock cpu`), which other work on the machine disturbs least; `--clock wall --threads N` on an idle one.
-On CUDA the clock is CUDA events.
+megatron            megatron-core's head: weight product, vocab_parallel_cross_entropy, masked loss,
+                    backward
+megatron-fused      the same with fused_vocab_parallel_cross_entropy
+megatron-widened    the same on fp32 copies of bf16 operands, made inside the timed region: the
+                    stronger peer on a CPU without bf16 units, where torch's bf16 products are many
+                    times slower than widening
+torch-lce           torch.nn.functional.linear_cross_entropy(reduction="none")
+liger               Liger-Kernel's fused per-token cross entropy: its Hopper kernels where there is
+                    such a GPU, else its chunked torch
+
+CPU time of one thread by default (`--clock cpu`), which other work on the machine disturbs least;
+`--clock wall --threads N` on an idle one. On CUDA the clock is CUDA events.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.head_peers import Problem, contenders
-from benchmarks.measure import peak_extra_bytes, seconds_per_call
+from benchmarks.head_peers import Problem, Side, contenders
+from benchmarks.measure import device_name, peak_extra_bytes, seconds_per_call
 
 GATE_SLACK = 1.03
 
@@ -182,80 +188,99 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         case.tokens, case.hidden, case.vocabulary, case.dtype, case.keep_fraction, device
     )
     ours, peer = contenders(problem, case.ours, case.peer, case.chunk_tokens, options.elementwise)
+    sides = {"ours": ours, "peer": peer}
     row = {
         "case": case.name,
         "tokens": case.tokens,
         "hidden": case.hidden,
         "vocabulary": case.vocabulary,
         "dtype": case.dtype,
+        "k": case.keep_fraction,
+        "ours": case.ours,
+        "peer": case.peer,
+        "measure": case.measure,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "threads": options.threads,
     }
-    row |= {"k": case.keep_fraction, "ours": case.ours, "peer": case.peer, "measure": case.measure}
-    row |= {"device": _device_name(device), "torch": torch.__version__, "threads": options.threads}
     correct = True
     if options.check:
-        # A narrow copy of the problem: fp64 over the whole vocabulary of the largest cases would not fit.
-        small = Problem.make(
-            256,
-            min(case.hidden, 256),
-            min(case.vocabulary, 8000),
-            case.dtype,
-            case.keep_fraction,
-            device,
-        )
-        row["errors"] = {
-            name: _errors(small, side)
-            for name, side in zip(
-                ("ours", "peer"), contenders(small, case.ours, case.peer, 64), strict=True
-            )
-        }
+        row["errors"] = _errors_of_both(case, device)
         correct = _acceptable(row["errors"], case)
     if case.measure == "memory":
-        values = {
-            name: peak_extra_bytes(side, device) - problem.weight_gradient_bytes
-            for name, side in (("ours", ours), ("peer", peer))
-        }
-        row |= {f"{name}_mib": round(value / 2**20, 1) for name, value in values.items()}
-        ratio = values["ours"] / values["peer"]
-        row["ratio"] = round(ratio, 4)
+        figures, ratio = _memory(sides, problem, device)
     else:
         clock = "cuda" if device.type == "cuda" else options.clock
-        times = seconds_per_call(
-            {"ours": ours, "peer": peer}, clock, rounds=options.rounds or case.rounds
-        )
-        row |= {
-            f"{name}_median_seconds": round(statistics.median(values), 4)
-            for name, values in times.items()
-        }
-        row |= {f"{name}_min_seconds": round(min(values), 4) for name, values in times.items()}
-        ratio = row["ours_median_seconds"] / row["peer_median_seconds"]
-        row |= {"clock": clock, "rounds": len(times["ours"]), "ratio": round(ratio, 3)}
-        row["ratio_of_minima"] = round(row["ours_min_seconds"] / row["peer_min_seconds"], 3)
-    row |= {
-        "gate": case.gate,
-        "missed": not correct or (case.gate is not None and ratio > case.gate * GATE_SLACK),
+        figures, ratio = _time(sides, clock, options.rounds or case.rounds)
+    missed = not correct or (case.gate is not None and ratio > case.gate * GATE_SLACK)
+    return row | figures | {"gate": case.gate, "missed": missed}
+
+
+def _memory(sides: dict[str, Side], problem: Problem, device: torch.device) -> tuple[dict, float]:
+    """(figures to print, ratio) of the peak memory less the weight gradient, which both hold."""
+    extra_bytes = {
+        name: peak_extra_bytes(side, device) - problem.weight_gradient_bytes
+        for name, side in sides.items()
     }
-    return row
+    figures = {f"{name}_mib": round(value / 2**20, 1) for name, value in extra_bytes.items()}
+    ratio = extra_bytes["ours"] / extra_bytes["peer"]
+    return figures | {"ratio": round(ratio, 4)}, ratio
 
 
-def _errors(problem: Problem, side) -> dict[str, float]:
+def _time(sides: dict[str, Side], clock: str, rounds: int) -> tuple[dict, float]:
+    """(figures to print, ratio of the medians)."""
+    times = seconds_per_call(sides, clock, rounds)
+    median = {name: round(statistics.median(values), 4) for name, values in times.items()}
+    least = {name: round(min(values), 4) for name, values in times.items()}
+    ratio = median["ours"] / median["peer"]
+    figures = {
+        "ours_median_seconds": median["ours"],
+        "peer_median_seconds": median["peer"],
+        "ours_min_seconds": least["ours"],
+        "peer_min_seconds": least["peer"],
+        "clock": clock,
+        "rounds": len(times["ours"]),
+        "ratio": round(ratio, 3),
+        "ratio_of_minima": round(least["ours"] / least["peer"], 3),
+    }
+    return figures, ratio
+
+
+def _errors_of_both(case: Case, device: torch.device) -> dict[str, dict[str, float]]:
+    """Of ours and the peer, on a narrow copy of the problem.
+
+    fp64 over the whole vocabulary of the largest cases would not fit.
+    """
+    hidden, vocabulary = min(case.hidden, 256), min(case.vocabulary, 8000)
+    small = Problem.make(256, hidden, vocabulary, case.dtype, case.keep_fraction, device)
+    ours, peer = contenders(small, case.ours, case.peer, 64)
+    return {"ours": _errors(small, ours), "peer": _errors(small, peer)}
+
+
+def _errors(problem: Problem, side: Side) -> dict[str, float]:
     """Relative distance of loss (rms, nats) and gradients from fp64 of the same operands."""
-    reference, got = problem.truth(), side()
+    reference, values = problem.truth(), side()
     kept_N = problem.mask_N != 0  # a selection known beforehand has no other losses
+    loss, d_hidden, d_weight = (
+        value.double() - exact for value, exact in zip(values, reference, strict=True)
+    )
     return {
-        "loss_rms": float(
-            f"{(got[0].double() - reference[0])[kept_N].square().mean().sqrt().item():.2e}"
-        ),
-        "d_hidden": float(
-            f"{((got[1].double() - reference[1]).norm() / reference[1].norm()).item():.2e}"
-        ),
-        "d_weight": float(
-            f"{((got[2].double() - reference[2]).norm() / reference[2].norm()).item():.2e}"
-        ),
+        "loss_rms": _three_digits(loss[kept_N].square().mean().sqrt()),
+        "d_hidden": _three_digits(d_hidden.norm() / reference[1].norm()),
+        "d_weight": _three_digits(d_weight.norm() / reference[2].norm()),
     }
+
+
+def _three_digits(value: torch.Tensor) -> float:
+    return float(f"{value.item():.2e}")
 
 
 def _acceptable(errors: dict[str, dict[str, float]], case: Case) -> bool:
-    """fp32 within 1e-5; bf16 losses from fp32 sums, five times closer than a peer that rounds them; gradients no further than the peer's."""
+    """Whether ours is as exact as it must be.
+
+    fp32 within 1e-5. bf16: losses from fp32 sums, five times closer to fp64 than those of a peer
+    that rounds them, and gradients no further from it than the peer's.
+    """
     ours, peer = errors["ours"], errors["peer"]
     if case.dtype == "fp32":
         return max(ours.values()) < 1e-5
@@ -267,42 +292,26 @@ def _acceptable(errors: dict[str, dict[str, float]], case: Case) -> bool:
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
-    kind = "G" if device.type == "cuda" else "C"
-    names = (
-        [name for name in CASES if name.startswith(kind)]
-        if options.case == "all"
-        else [options.case]
-        if options.case
-        else []
-    )
-    if unknown := [name for name in names if name not in CASES]:
-        raise SystemExit(f"unknown case {unknown[0]}; choose from {', '.join(CASES)} or all")
-    chosen = [CASES[name] for name in names] or [Case("custom")]
+    if options.case == "all":
+        kind = "G" if device.type == "cuda" else "C"
+        chosen = [case for name, case in CASES.items() if name.startswith(kind)]
+    elif options.case and options.case not in CASES:
+        raise SystemExit(f"unknown case {options.case}; choose from {', '.join(CASES)} or all")
+    else:
+        chosen = [CASES[options.case] if options.case else Case("custom")]
     changes = {
         "tokens": options.n,
         "hidden": options.hidden,
         "vocabulary": options.vocab,
         "dtype": options.dtype,
         "keep_fraction": options.k,
-    }
-    changes |= {
         "ours": "known" if options.selection == "known" else options.mode,
         "peer": options.peer,
         "chunk_tokens": options.chunk,
+        "measure": "memory" if options.memory else None,
     }
-    changes |= {"measure": "memory" if options.memory else None}
-    return [
-        replace(case, **{name: value for name, value in changes.items() if value is not None})
-        for case in chosen
-    ]
-
-
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    )
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return [replace(case, **changes) for case in chosen]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,6 @@
-"""The contenders of the head benchmark: the same problem, the same result (loss, d hidden, d weight), different heads.
+"""The contenders of the head benchmark: different heads for the same problem.
+
+All return the same: (loss, d hidden, d weight).
 
 Legend: N tokens, H hidden, V vocabulary.
 """
@@ -40,22 +42,18 @@ class Problem:
     ) -> "Problem":
         generator = torch.Generator(device).manual_seed(0)
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        hidden_NH = (
-            torch.randn(tokens, hidden, generator=generator, device=device)
-            .to(kind)
-            .requires_grad_()
-        )
-        weight_VH = (
-            (torch.randn(vocabulary, hidden, generator=generator, device=device) * hidden**-0.5)
-            .to(kind)
-            .requires_grad_()
-        )
+        hidden_NH = torch.randn(tokens, hidden, generator=generator, device=device)
+        weight_VH = torch.randn(vocabulary, hidden, generator=generator, device=device)
+        weight_VH = weight_VH * hidden**-0.5
         target_N = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
-        mask_N = (
-            torch.randperm(tokens, generator=generator, device=device)
-            < round(keep_fraction * tokens)
-        ).float()
-        return cls(hidden_NH, weight_VH, target_N, mask_N)
+        order_N = torch.randperm(tokens, generator=generator, device=device)
+        mask_N = (order_N < round(keep_fraction * tokens)).float()
+        return cls(
+            hidden_NH.to(kind).requires_grad_(),
+            weight_VH.to(kind).requires_grad_(),
+            target_N,
+            mask_N,
+        )
 
     @property
     def weight_gradient_bytes(self) -> int:
@@ -89,26 +87,27 @@ def _ours(problem: Problem, mode: str, chunk_tokens: int | None, elementwise: st
     options = dict(chunk_tokens=chunk_tokens, elementwise=elementwise)
     how = dict(engine="liger") if mode == "liger" else dict(mode=mode)
 
-    def late():
+    def after_the_losses():
         loss_N = linear_cross_entropy(
             problem.hidden_NH, problem.weight_VH, problem.target_N, **how, **options
         )
         return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
 
-    def known():
+    def known_before():
         total, loss_N = selected_linear_cross_entropy(
             problem.hidden_NH, problem.weight_VH, problem.target_N, problem.mask_N, **options
         )
         return problem.differentiate(total, loss_N)
 
-    return known if mode == "known" else late
+    return known_before if mode == "known" else after_the_losses
 
 
 def _peer(problem: Problem, name: str) -> Side:
     if name == "torch-lce":
         if not hasattr(F, "linear_cross_entropy"):
             raise SystemExit(
-                f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has); choose another --peer."
+                f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has); "
+                "choose another --peer."
             )
 
         def torch_head():
@@ -125,7 +124,8 @@ def _peer(problem: Problem, name: str) -> Side:
             )
         except ImportError:
             raise SystemExit(
-                "peer liger needs pip install 'liger-kernel[cutedsl]>=0.8.5'; choose another --peer."
+                "peer liger needs pip install 'liger-kernel[cutedsl]>=0.8.5'; "
+                "choose another --peer."
             ) from None
 
         def liger_head():
@@ -160,8 +160,6 @@ def _megatron_cross_entropy(fused: bool) -> Callable[[Tensor, Tensor], Tensor]:
         )
         parallel_state.initialize_model_parallel()
     group = parallel_state.get_tensor_model_parallel_group()
-    return (
-        (lambda logits, target: fused_vocab_parallel_cross_entropy(logits, target, group))
-        if fused
-        else vocab_parallel_cross_entropy
-    )
+    if not fused:
+        return vocab_parallel_cross_entropy
+    return lambda logits, target: fused_vocab_parallel_cross_entropy(logits, target, group)

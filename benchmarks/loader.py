@@ -1,13 +1,18 @@
-"""Samples per second with a stored score for every token, beside megatron-core's dataset without; and what fp16 storage changes.
+"""Samples with a stored score per token, beside megatron-core's dataset without; fp16 storage.
 
-    python benchmarks/loader.py                                     both parts, 100 M tokens
-    python benchmarks/loader.py --part loader --tokens 1e9 --seq 2048 --scores fp16      gate C16 (makes 4 GB of files in --folder)
-    python benchmarks/loader.py --part quantize                                          gate C17
+    python -m benchmarks.loader                       both parts, 100 M tokens
+    python -m benchmarks.loader --part loader --tokens 1e9 --seq 2048 --scores fp16     gate C16
+    python -m benchmarks.loader --part quantize                                         gate C17
 
-Loader: all sides run in one process in alternating rounds on the same random tokens, page cache warm; CPU seconds of one thread, medians.
-Every sample of the scored side is checked: the stored score is the one of that token. Quantize: which tokens a keep fraction of 0.6
-selects from fp32 reference losses, and how many of them change when those are stored coarser. Exit code 1 when a gate is missed.
-The gates (C1 …, G1 …) are defined at the head of benchmarks/RESULTS.md.
+Loader: all sides run in one process in alternating rounds on the same random tokens, page cache
+warm; CPU seconds of one thread, medians. Every sample of the scored side is checked: the stored
+score is the one of that token. A run of gate C16 makes 4 GB of files in --folder.
+
+Quantize: which tokens a keep fraction of 0.6 selects from fp32 reference losses, and how many of
+them change when those are stored coarser.
+
+Exit code 1 when a gate is missed. The gates (C1 …, G1 …) are defined at the head of
+benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -20,11 +25,11 @@ import statistics
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -43,7 +48,10 @@ KEEP = 0.6
 
 
 class ScoredByIndexedDataset(GPTDataset):
-    """The obvious way: megatron-core's dataset, and the score column as a second IndexedDataset read document piece by piece."""
+    """What one would write first: megatron-core's dataset, and the scores as a second one.
+
+    The score column is an IndexedDataset, read document piece by document piece.
+    """
 
     scores: IndexedDataset
 
@@ -51,14 +59,11 @@ class ScoredByIndexedDataset(GPTDataset):
         sample = super().__getitem__(index)
         row = self.shuffle_index[index]
         (first, begin), (last, end) = self.sample_index[row], self.sample_index[row + 1]
-        parts = [
-            self.scores.get(
-                self.document_index[i],
-                offset=int(begin) if i == first else 0,
-                length=None if i < last else int(end) + 1 - (int(begin) if i == first else 0),
-            )
-            for i in range(first, last + 1)
-        ]
+        parts = []
+        for place in range(first, last + 1):
+            offset = int(begin) if place == first else 0
+            length = int(end) + 1 - offset if place == last else None
+            parts.append(self.scores.get(self.document_index[place], offset=offset, length=length))
         return {
             **sample,
             "reference_loss": np.concatenate(parts).view(np.float16)[1:].astype(np.float32),
@@ -81,9 +86,9 @@ def make_files(folder: Path, tokens: int, dtype: str) -> None:
         vocabulary_size=32000,
     )
     write_scores(folder / "scores", folder / "corpus", score_of, dtype=dtype, shard_tokens=1 << 24)
-    if (
-        dtype == "fp16"
-    ):  # the same column for the obvious way: fp16 bit patterns as a uint16 IndexedDataset sharing the index
+    if dtype == "fp16":
+        # The same column for ScoredByIndexedDataset: the bits of fp16 as a uint16 IndexedDataset
+        # with the corpus's index.
         shutil.copy(folder / "corpus.idx", folder / "column.idx")
         os.link(folder / "scores" / "loss.bin", folder / "column.bin")
 
@@ -122,18 +127,22 @@ def bench_loader(folder: Path, tokens: int, sequence_length: int, dtype: str, ro
     count = min(2000, len(scored) // 2)
     indices = np.random.RandomState(2).permutation(len(scored) - 1)[:count].tolist()
     loader = TrainingLoader(scored, global_batch_size=8, micro_batch_size=8, dp_rank=0, dp_size=1)
+
+    def read(dataset) -> Callable[[], object]:
+        return lambda: [dataset[index] for index in indices]
+
     sides = {
-        "GPTDataset, no scores": lambda: [core[i] for i in indices],
-        "ours, no scores": lambda: [unscored[i] for i in indices],
-        f"ours, {dtype} scores": lambda: [scored[i] for i in indices],
+        "GPTDataset, no scores": read(core),
+        "ours, no scores": read(unscored),
+        f"ours, {dtype} scores": read(scored),
         "ours, scores, collated by the loader": lambda: [
             loader.next_step() for _ in range(count // 8)
         ],
     }
     if dtype == "fp16":
-        obvious = stock(ScoredByIndexedDataset, corpus, sequence_length, folder)
-        obvious.scores = IndexedDataset(str(folder / "column"))
-        sides["GPTDataset + IndexedDataset of fp16 bits"] = lambda: [obvious[i] for i in indices]
+        by_indexed = stock(ScoredByIndexedDataset, corpus, sequence_length, folder)
+        by_indexed.scores = IndexedDataset(str(folder / "column"))
+        sides["GPTDataset + IndexedDataset of fp16 bits"] = read(by_indexed)
     check_alignment(corpus, settings, indices, dtype)
     times = seconds_per_call(sides, "cpu", rounds)
     loader.close()
@@ -156,14 +165,13 @@ def check_alignment(corpus, settings: dict, indices: list[int], dtype: str) -> N
     for index in indices[:500]:
         sample = dataset[index]
         expected = score_of(sample["offsets"]).astype(DTYPES[dtype]).astype(np.float32)
-        if not np.array_equal(
-            sample["reference_loss"][sample["loss_mask"] == 1], expected[sample["loss_mask"] == 1]
-        ):
+        counted = sample["loss_mask"] == 1
+        if not np.array_equal(sample["reference_loss"][counted], expected[counted]):
             raise AssertionError(f"sample {index}: a score is not that of its token")
 
 
 def library_tokens(limit: int) -> np.ndarray:
-    """Real text: the words of this Python's standard library, as ids of the 32,000 most frequent."""
+    """Real text: words of Python's standard library, as ids of the 32,000 most frequent."""
     words: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" not in path.parts and len(words) < limit:
@@ -181,17 +189,15 @@ def library_tokens(limit: int) -> np.ndarray:
 def ngram_losses(
     train: np.ndarray, test: np.ndarray, order: int, strength: float = 4.0
 ) -> np.ndarray:
-    """-log p of each test token under an n-gram model, each order smoothed towards the one below."""
+    """-log p of each test token by an n-gram model, each order smoothed towards the one below."""
     probability = (np.bincount(train, minlength=32000)[test] + 0.5) / (len(train) + 16000)
     for length in range(1, order):
-        seen, contexts = (_hashes(tokens, length) for tokens in (train, test))
-        both_seen, both = (
-            hashed * np.uint64(32003) + tokens.astype(np.uint64)
-            for hashed, tokens in ((seen, train), (contexts, test))
-        )
-        probability = (_counts(both_seen, both) + strength * probability) / (
-            _counts(seen, contexts) + strength
-        )
+        seen = _hashes(train, length)
+        contexts = _hashes(test, length)
+        both_seen = seen * np.uint64(32003) + train.astype(np.uint64)
+        both = contexts * np.uint64(32003) + test.astype(np.uint64)
+        counts = _counts(both_seen, both) + strength * probability
+        probability = counts / (_counts(seen, contexts) + strength)
     return -np.log(probability)
 
 
@@ -231,13 +237,10 @@ def bench_quantize(tokens: int) -> dict:
     random = np.random.RandomState(0)
     students = {
         "n-gram pair": ngram_losses(a, test, 3),
-        **{
-            f"close pair, s={s}": reference
-            + 0.03
-            + s * np.sqrt(reference) * random.laplace(size=len(test))
-            for s in (0.3, 0.1)
-        },
     }
+    for scale in (0.3, 0.1):
+        noise = scale * np.sqrt(reference) * random.laplace(size=len(test))
+        students[f"close pair, s={scale}"] = reference + 0.03 + noise
     result = {}
     for name, student in students.items():
         kept = {
@@ -264,7 +267,9 @@ def select(excess: np.ndarray) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", choices=("both", "loader", "quantize"), default="both")
     parser.add_argument(

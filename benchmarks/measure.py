@@ -2,8 +2,10 @@
 
 import ctypes
 import gc
+import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,30 +16,50 @@ _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 def seconds_per_call(
     sides: dict[str, Callable[[], object]], clock: str, rounds: int
 ) -> dict[str, list[float]]:
-    """Time every side once per round, in turn, after one untimed call each (20 on CUDA). clock: cpu, wall or cuda."""
+    """Time every side once per round, in turn, after one untimed call each (20 on CUDA).
+
+    clock: cpu, wall or cuda.
+    """
     for side in sides.values():
         for _ in range(20 if clock == "cuda" else 1):
             side()
-    times = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            times[name].append(_one_call(side, clock))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for name, side in in_turn(sides, rounds):
+        times[name].append(_one_call(side, clock))
     return times
+
+
+def median_cpu_seconds(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of a short call of each side; the sides take turns, without a warm-up."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for name, side in in_turn(sides, rounds):
+        start = time.process_time()
+        side()
+        taken[name].append(time.process_time() - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def in_turn(
+    sides: dict[str, Callable[[], object]], rounds: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every side once per round: what else happens on the machine happens to all of them."""
+    for _ in range(rounds):
+        yield from sides.items()
 
 
 def _one_call(side: Callable[[], object], clock: str) -> float:
     gc.collect()
     if clock == "cuda":
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         side()
         stop.record()
         torch.cuda.synchronize()
         return start.elapsed_time(stop) / 1000
     now = time.process_time if clock == "cpu" else time.perf_counter
-    start = now()
+    began = now()
     side()
-    return now() - start
+    return now() - began
 
 
 def peak_extra_bytes(side: Callable[[], object], device: torch.device) -> int:
@@ -51,14 +73,12 @@ def peak_extra_bytes(side: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(
-        _M_MMAP_THRESHOLD, 1 << 17
-    )  # a freed tensor leaves at once: glibc would keep it, and count it into a later peak
+    # A freed tensor leaves at once: glibc would keep it, and count it into a later peak.
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)
     side()  # memory mapped under the old rule is replaced, and first-call buffers are made
     libc.malloc_trim(0)  # freed heap that stayed resident would hide that much of the call's use
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # sets the high-water mark back to what is resident now
+    # Sets the high-water mark back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
     side()
     return _status_bytes("VmHWM") - before
@@ -69,3 +89,9 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}; memory cases need Linux.")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,30 +1,34 @@
-"""Whole training steps and whole scoring passes beside megatron-core's, in one process, in interleaved rounds.
+"""Whole training steps and whole scoring passes beside megatron-core's, in interleaved rounds.
 
-    python -m benchmarks.step --case C8                      # a named case with its gate
-    python -m benchmarks.step --case C8,C9                   # several over the same rounds
-    python -m benchmarks.step --case all                     # C8, C9, C18 on CPU; G6 to G9 and G12 where there is CUDA
-    python -m benchmarks.step --case C8 --layers 2 --seq 128 # smaller
+    python -m benchmarks.step --case C8                       # a named case with its gate
+    python -m benchmarks.step --case C8,C9                    # several over the same rounds
+    python -m benchmarks.step --case all       # C8, C9, C18 on CPU; G6 to G9 and G12 with CUDA
+    python -m benchmarks.step --case C8 --layers 2 --seq 128  # smaller
 
-A training step is everything `megatron_slm.train` does between two batches: (reference forward,) forward, choice, backward, clipping, AdamW,
-sums for the metrics. Peers: `clm` is megatron-core's plain CLM step, `forward` its forward pass with labels under no_grad; both are an
-unmodified GPTModel of the same layers (benchmarks/step_sides.py). The first step is compared first (`--no-check` skips it): token losses,
-selected set, gradients; a difference fails every case. One JSON line per case; exit code 1 when a gate is missed by more than 3 %.
-The gates (C8, G6 …) are defined at the head of benchmarks/RESULTS.md.
+A training step is everything `megatron_slm.train` does between two batches: (reference forward,)
+forward, choice, backward, clipping, AdamW, sums for the metrics. Peers: `clm` is megatron-core's
+plain CLM step, `forward` its forward pass with labels under no_grad; both are an unmodified
+GPTModel of the same layers (benchmarks/step_sides.py). All run in one process. The first step is
+compared first (`--no-check` skips it): token losses, selected set, gradients; a difference fails
+every case. One JSON line per case; exit code 1 when a gate is missed by more than 3 %. The gates
+(C8, G6 …) are defined at the head of benchmarks/RESULTS.md.
 
-CPU time of one thread by default; `--clock wall --threads N` on an idle machine. On CUDA the clock is CUDA events, and two more lines
-give this device's ceilings: an 8192 x 8192 x 8192 bf16 product and an 8 GB copy.
+CPU time of one thread by default; `--clock wall --threads N` on an idle machine. On CUDA the clock
+is CUDA events, and two more figures give this device's ceilings: an 8192 x 8192 x 8192 bf16 product
+and an 8 GB copy.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from benchmarks.measure import peak_extra_bytes, seconds_per_call
+from benchmarks.measure import device_name, peak_extra_bytes, seconds_per_call
 from benchmarks.step_sides import Bench, Shape, differences
 from megatron_slm.config.schema import ParallelConfig
 from megatron_slm.device import choose_device
@@ -64,7 +68,11 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. gate: the largest ratio ours / peer; with a floor instead, `ours` alone must reach that share of a ceiling."""
+    """One comparison.
+
+    gate: the largest ratio ours / peer. With a floor instead, `ours` alone must reach that fraction
+    of a ceiling.
+    """
 
     name: str
     shape: Shape
@@ -108,9 +116,8 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(ceilings()), flush=True)
         chosen = _cases(options, device.kind)
         for shape in dict.fromkeys(case.shape for case in chosen):
-            for row in run_cases(
-                [case for case in chosen if case.shape == shape], Bench(shape, groups), options
-            ):
+            cases = [case for case in chosen if case.shape == shape]
+            for row in run_cases(cases, Bench(shape, groups), options):
                 missed += row["missed"]
                 print(json.dumps(row), flush=True)
     finally:
@@ -118,40 +125,34 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if missed else 0
 
 
-def run_cases(cases: list[Case], bench: Bench, options: argparse.Namespace):
+def run_cases(
+    cases: list[Case], bench: Bench, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Measure cases of one shape over common rounds; yields what is printed."""
     device, shape = bench.groups.device, bench.shape
     found = differences(bench) if options.check else {}
-    correct = (
-        all(
-            limit is None or found[name] <= limit for name, limit in LIMITS[shape.precision].items()
-        )
-        if found
-        else True
-    )
+    correct = not found or _acceptable(found, LIMITS[shape.precision])
     common = {
         "layers": shape.layers,
         "hidden": shape.hidden,
         "vocabulary": shape.vocabulary,
         "tokens": shape.tokens,
         "precision": shape.precision,
-    }
-    common |= {
         "k": shape.keep_fraction,
-        "device": _device_name(device),
+        "device": device_name(device),
         "torch": torch.__version__,
         "threads": options.threads,
+        "differences": {name: float(f"{value:.2e}") for name, value in found.items()},
     }
-    common |= {"differences": {name: float(f"{value:.2e}") for name, value in found.items()}}
-    names = dict.fromkeys(name for case in cases for name in (case.ours, case.peer))
-    sides = {name: bench.side(name) for name in names}
+    sides = {}
+    timed = {}
+    for case in cases:
+        for name in (case.ours, case.peer):
+            sides[name] = bench.side(name)
+            if case.measure != "memory":
+                timed[name] = sides[name]
     clock = "cuda" if device.type == "cuda" else options.clock
-    timed = {name for case in cases if case.measure != "memory" for name in (case.ours, case.peer)}
-    times = seconds_per_call(
-        {name: sides[name] for name in names if name in timed},
-        clock,
-        options.rounds or (50 if clock == "cuda" else 5),
-    )
+    times = seconds_per_call(timed, clock, options.rounds or (50 if clock == "cuda" else 5))
     for case in cases:
         row = {
             "case": case.name,
@@ -159,15 +160,21 @@ def run_cases(cases: list[Case], bench: Bench, options: argparse.Namespace):
             "peer": case.peer,
             "measure": case.measure,
         } | common
-        row |= (
-            _memory(case, sides, device) if case.measure == "memory" else _time(case, times, clock)
-        )
+        if case.measure == "memory":
+            row |= _memory(case, sides, device)
+        else:
+            row |= _time(case, times, clock)
         if case.floor is not None:
             row |= _share_of_ceiling(case, times, device)
             met = row["share"] * GATE_SLACK >= case.floor
         else:
             met = case.gate is None or row["ratio"] <= case.gate * GATE_SLACK
         yield row | {"gate": case.gate, "floor": case.floor, "missed": not (correct and met)}
+
+
+def _acceptable(found: dict[str, float], limits: dict[str, float | None]) -> bool:
+    """Whether the differences of the first step are within their limits; None = no limit."""
+    return all(limit is None or found[name] <= limit for name, limit in limits.items())
 
 
 def _time(case: Case, times: dict[str, list[float]], clock: str) -> dict:
@@ -193,7 +200,10 @@ def _time(case: Case, times: dict[str, list[float]], clock: str) -> dict:
 
 
 def _memory(case: Case, sides: dict, device: torch.device) -> dict:
-    """Peak above what is in use before the call: activations, logits, losses; weights count on neither side."""
+    """Peak above what is in use before the call: activations, logits, losses.
+
+    Weights count on neither side.
+    """
     extra = {
         role: peak_extra_bytes(sides[name], device)
         for role, name in (("ours", case.ours), ("peer", case.peer))
@@ -204,21 +214,24 @@ def _memory(case: Case, sides: dict, device: torch.device) -> dict:
 
 
 def _share_of_ceiling(case: Case, times: dict[str, list[float]], device: torch.device) -> dict:
-    """Model FLOPs per second (every token counted in full, selected or not) over the device's peak, or over what a product reaches."""
+    """Model FLOPs per second over the device's peak, or over what a product reaches.
+
+    Every token counts in full, selected or not.
+    """
     flops = model_flops_per_token(
         case.shape.config().model, case.shape.sequence_tokens, case.shape.vocabulary
     )
     tokens_per_second = case.shape.tokens / statistics.median(times[case.ours])
     per_token = flops.training if case.measure == "mfu" else flops.forward
-    name = _device_name(device)
-    ceiling = (
-        PRODUCT_FLOPS_PER_SECOND
-        if case.measure == "forward_share"
-        else peak_flops_per_second(name, case.shape.precision)
-    )
+    name = device_name(device)
+    if case.measure == "forward_share":
+        ceiling: float | None = PRODUCT_FLOPS_PER_SECOND
+    else:
+        ceiling = peak_flops_per_second(name, case.shape.precision)
     if ceiling is None:
         raise SystemExit(
-            f"{case.name} needs the device's peak, and {name!r} has no known one; run it on an H100 or H200."
+            f"{case.name} needs the device's peak, and {name!r} has no known one; "
+            "run it on an H100 or H200."
         )
     return {
         "tokens_per_second": round(tokens_per_second),
@@ -242,11 +255,10 @@ def ceilings() -> dict:
 
 
 def _cases(options: argparse.Namespace, device_kind: str) -> list[Case]:
-    names = (
-        [name for name in CASES if name.startswith("G" if device_kind == "cuda" else "C")]
-        if options.case == "all"
-        else options.case.split(",")
-    )
+    names = options.case.split(",")
+    if options.case == "all":
+        letter = "G" if device_kind == "cuda" else "C"
+        names = [name for name in CASES if name.startswith(letter)]
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown case {unknown[0]}; choose from {', '.join(CASES)} or all")
     changes = {
@@ -254,22 +266,12 @@ def _cases(options: argparse.Namespace, device_kind: str) -> list[Case]:
         "hidden": options.hidden,
         "vocabulary": options.vocab,
         "sequence_tokens": options.seq,
-    }
-    changes |= {
         "sequences": options.mbs,
         "keep_fraction": options.k,
         "precision": options.precision,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     return [replace(CASES[name], shape=replace(CASES[name].shape, **changes)) for name in names]
-
-
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

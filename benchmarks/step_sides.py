@@ -1,7 +1,9 @@
-"""The contenders of the step benchmark: our trainer's step and megatron-core's own, on the same weights, batch, layers and optimizer.
+"""The contenders of the step benchmark: our trainer's step and megatron-core's own.
 
-Ours is what `megatron_slm.train` runs: training.step.train_step on model.build's Decoder. The peer is an unmodified megatron-core GPTModel
-of the same layer spec, with its materialised vocab_parallel_cross_entropy, in the same schedule, DistributedDataParallel and AdamW.
+Both have the same weights, batch, layers and optimizer. Ours is what `megatron_slm.train` runs:
+training.step.train_step on model.build's Decoder. The peer is an unmodified megatron-core GPTModel
+of the same layer spec, with its materialised vocab_parallel_cross_entropy, in the same schedule,
+DistributedDataParallel and AdamW.
 
 Legend: B sequences of the micro-batch, S tokens of a sequence.
 """
@@ -43,24 +45,22 @@ class Shape:
     def config(self) -> Config:
         config = Config()
         config.device.precision = self.precision
-        config.model.layers, config.model.hidden_size, config.model.ffn_hidden_size = (
-            self.layers,
-            self.hidden,
-            self.feed_forward,
-        )
-        config.model.attention_heads, config.model.query_groups = self.heads, self.query_groups
-        config.data.sequence_length, config.data.micro_batch_size, config.data.global_batch_size = (
-            self.sequence_tokens,
-            self.sequences,
-            self.sequences,
-        )
-        config.selection.scorer, config.selection.keep_fraction = "excess_loss", self.keep_fraction
+        config.model.layers = self.layers
+        config.model.hidden_size = self.hidden
+        config.model.ffn_hidden_size = self.feed_forward
+        config.model.attention_heads = self.heads
+        config.model.query_groups = self.query_groups
+        config.data.sequence_length = self.sequence_tokens
+        config.data.micro_batch_size = self.sequences
+        config.data.global_batch_size = self.sequences
+        config.selection.scorer = "excess_loss"
+        config.selection.keep_fraction = self.keep_fraction
         config.selection.reference.scores = ["columns of the batch"]
         return config
 
 
 class Bench:
-    """Builds each side once, when it is first asked for, so that a case pays only for its own two."""
+    """Builds each side once, when first asked for: a case pays only for its own two."""
 
     def __init__(self, shape: Shape, groups: Groups):
         self.shape, self.groups, self.config = shape, groups, shape.config()
@@ -95,13 +95,14 @@ class Bench:
         )
 
     def _known(self) -> Side:
-        """A static scorer: the choice is made from stored columns, and the head computes the chosen rows only."""
+        """A static scorer: stored columns decide, and the head computes the chosen rows only."""
         config = self.shape.config()
-        config.selection.scorer, config.selection.head_rows = "reference_loss", "selected"
+        config.selection.scorer = "reference_loss"
+        config.selection.head_rows = "selected"
         return self._step(self.trainer(config))
 
     def _torch_layers(self) -> Side:
-        """As precomputed; never Transformer Engine's layers, whose products cannot leave rows out."""
+        """As precomputed, without Transformer Engine's layers, which cannot leave rows out."""
         return self._step(self.trainer(self._with_backward_rows("all")))
 
     def _last_layer(self) -> Side:
@@ -112,7 +113,8 @@ class Bench:
 
     def _with_backward_rows(self, rows: str) -> Config:
         config = self.shape.config()
-        config.device.layers, config.selection.backward_rows = "torch", rows
+        config.device.layers = "torch"
+        config.selection.backward_rows = rows
         return config
 
     def _score(self) -> Side:
@@ -203,7 +205,7 @@ class Stock:
 def stock_model(
     config: Config, vocabulary: int, groups: Groups, *, fused_loss: bool
 ) -> torch.nn.Module:
-    """GPTModel exactly as model.build makes Decoder, with the same initial weights, but for the class."""
+    """GPTModel as model.build makes Decoder, with the same initial weights."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import Float16Module
 
@@ -232,7 +234,11 @@ def stock_model(
 
 
 def random_batch(shape: Shape, device: torch.device) -> Batch:
-    """Random tokens; the stored reference losses spread around those of a fresh model, so that every rank of excess loss occurs."""
+    """Random tokens.
+
+    The stored reference losses spread around those of a fresh model, so that excess losses of all
+    sizes occur.
+    """
     generator = torch.Generator().manual_seed(0)
     size = (shape.sequences, shape.sequence_tokens)
     text_BS = torch.randint(0, shape.vocabulary, (size[0], size[1] + 1), generator=generator)
@@ -250,8 +256,10 @@ def random_batch(shape: Shape, device: torch.device) -> Batch:
 def differences(bench: Bench) -> dict[str, float]:
     """Our first step against megatron-core's materialised head, from the same fresh weights.
 
-    loss: largest relative difference of a token's loss; selected: tokens chosen by one side only; gradient: largest relative difference,
-    over parameters, of the gradient of the chosen tokens' mean loss.
+    loss       largest relative difference of a token's loss
+    selected   tokens chosen by one side only
+    gradient   largest relative difference, over parameters, of the gradient of the chosen tokens'
+               mean loss
     """
     from megatron_slm.model.forward_backward import forward_backward, forward_losses
     from megatron_slm.training.step import selected_loss
