@@ -21,8 +21,6 @@ CODE_FILE_LINES = 300
 TEST_FILE_LINES = 400
 FUNCTION_LINES = 60
 LONGER_SINCE_FORMATTED = {
-    "benchmarks/preprocess.py": 450,
-    "benchmarks/selection.py": 476,
     "tests/distributed/test_experts.py": 457,
     "tests/distributed/test_layouts.py": 515,
 }
@@ -30,17 +28,14 @@ LONGER_SINCE_FORMATTED = {
 are split.
 """
 NOT_YET_SHORT = (
-    "benchmarks",
     "data_tools",
     "docs",
     "launch",
     "megatron_slm/analysis",
     "megatron_slm/model",
     "megatron_slm/monitoring",
-    "megatron_slm/ops",
     "megatron_slm/pipeline",
     "megatron_slm/selection",
-    "megatron_slm/testing",
     "megatron_slm/training",
     "tests/distributed",
     "tests/end_to_end",
