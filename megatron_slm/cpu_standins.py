@@ -87,7 +87,7 @@ def _answer_factories() -> None:
 
 
 def _answer_device_queries() -> None:
-    """Questions about devices. A CPU device as the answer serves device=torch.cuda.current_device().
+    """Questions about devices; "the CPU" serves device=torch.cuda.current_device().
 
     Checkpoint workers (PersistentAsyncCaller.async_loop) compute rank % device_count.
     """
@@ -153,7 +153,7 @@ def _answer_random_state() -> None:
 
 
 def _answer_split_sizes() -> None:
-    """The split sizes of the experts' all-to-all as numpy: the original converts GPU tensors only."""
+    """Split sizes of the experts' all-to-all as numpy: the original converts GPU tensors only."""
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def to_cpu(tensor, as_numpy=False, record_stream=False):
@@ -163,7 +163,7 @@ def _answer_split_sizes() -> None:
 
 
 def _answer_uneven_collectives() -> None:
-    """Gather and reduce-scatter pieces of unequal size by an all-to-all: gloo knows equal ones only.
+    """Gather and reduce-scatter unequal pieces by an all-to-all: gloo knows equal ones only.
 
     Experts split over a tensor group need them, because each expert gets a number of tokens of its
     own.
@@ -218,7 +218,7 @@ class _CpuStream:
 
 
 def _is_cuda(device: Any) -> bool:
-    """Whether a device argument means a GPU: "cuda", "cuda:1", torch.device("cuda"), or an index."""
+    """Whether a device argument means a GPU: "cuda", "cuda:1", torch.device("cuda"), an index."""
     if isinstance(device, int) and not isinstance(device, bool):
         return True
     return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"

@@ -16,7 +16,7 @@ from megatron_slm.cpu_standins import cpu_answers_for_cuda, use_cpu
 
 @dataclass(frozen=True)
 class Device:
-    """What this process computes on: `torch_device` for tensors, `backend` for torch.distributed."""
+    """What this process computes on: a torch device, and the backend of torch.distributed."""
 
     kind: str
     torch_device: torch.device
@@ -64,14 +64,15 @@ def set_threads(threads_per_process: int = 0) -> int:
 
 
 def _quiet_megatron() -> None:
-    """Drop the warnings of megatron-core's import and its deprecations: dozens of lines per process.
+    """Drop the warnings of megatron-core's import: dozens of lines in every process.
 
     The start table says once what they say about missing accelerations. megatron-core's own
     `import wandb` is refused, because nothing here uses it: it takes time, and it makes temporary
     folders that stay after a kill (monitoring/wandb_loading.py).
     """
     if "wandb" not in sys.modules:
-        sys.modules["wandb"] = None  # type: ignore[assignment]  # documented: importing it then fails
+        # None makes an import fail, as the language says; typeshed knows modules only.
+        sys.modules["wandb"] = None  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed"

@@ -1,4 +1,7 @@
-"""Start and stop torch.distributed and megatron-core's groups; the frozen `Groups` everything else is handed."""
+"""Join and leave the job: torch.distributed, megatron-core's groups, and `Groups` around them.
+
+Everything else is handed the frozen `Groups` as an argument.
+"""
 
 import datetime
 import os
@@ -17,8 +20,8 @@ from megatron_slm.device import Device
 class Groups:
     """This process's place in the parallel layout, and the process groups it talks in.
 
-    tp: tensor (also sequence) parallel; pp: pipeline; dp: data; cp: context; dp_cp: data x context, the ranks whose
-    gradients are summed and, on the last pipeline stage, whose tokens compete
+    tp: tensor (also sequence) parallel; pp: pipeline; dp: data; cp: context; dp_cp: data x context,
+    the ranks whose gradients are summed and, on the last pipeline stage, whose tokens compete
     (docs/method.md#point-9). ep: expert parallel, ranks of dp_cp (and tp, with expert_tensor below
     tensor) that hold different experts of the same layers.
     """
@@ -40,11 +43,9 @@ class Groups:
     dp_size = property(lambda self: self.dp.size())
     cp_rank = property(lambda self: self.cp.rank())
     cp_size = property(lambda self: self.cp.size())
-    ep_rank = property(lambda self: self.ep.rank())
     ep_size = property(lambda self: self.ep.size())
     world_rank = property(lambda self: dist.get_rank())
     world_size = property(lambda self: dist.get_world_size())
-    is_first_stage = property(lambda self: self.pp.rank() == 0)
     is_last_stage = property(lambda self: self.pp.rank() == self.pp.size() - 1)
     is_logger = property(lambda self: dist.get_rank() == dist.get_world_size() - 1)
     """The last rank of the world is always in the last pipeline stage, where the losses are.
@@ -63,20 +64,22 @@ def join_job(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> Groups:
-    """Join the job (torchrun's or srun's environment, or an explicit store) and build megatron-core's groups.
+    """Join the job and build megatron-core's groups.
 
-    Order: torch.distributed, then megatron-core's groups, then seeds: megatron-core needs each before the next.
+    The job is that of torchrun's or srun's environment, or of an explicit store. torch.distributed
+    comes first, then megatron-core's groups, then seeds: megatron-core needs each before the next.
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if (
-        store is None and "MASTER_ADDR" not in os.environ
-    ):  # a single process started without torchrun
-        store = dist.HashStore()
-    extra = {"device_id": device.torch_device} if device.kind == "cuda" else {}
+    if store is None and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()  # a single process that was started without torchrun
     dist.init_process_group(
-        device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **extra
+        device.backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=device.torch_device if device.kind == "cuda" else None,
     )
 
     from megatron.core import parallel_state
@@ -105,7 +108,10 @@ def join_job(
 
 
 def seed_everything(seed: int, groups: Groups) -> None:
-    """Seed Python, numpy, torch and megatron-core's trackers; pipeline stages differ, data-parallel ranks agree."""
+    """Seed Python, numpy, torch and megatron-core's trackers.
+
+    Pipeline stages get different seeds, data-parallel ranks the same one.
+    """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     stage_seed = seed + 100 * groups.pp_rank

@@ -4,7 +4,12 @@ in a log file.
 
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from megatron_slm.monitoring.progress_line import Part
 
 _STYLE = {"info": "none", "warning": "yellow", "error": "bold red"}
 _TITLE_LONGEST = 24
@@ -18,12 +23,12 @@ _RANKS = {
     "learning rate": 8,
     "gradient norm": 9,
 }
-"""The higher, the sooner a part of the progress line goes on a narrow terminal; step and total have
+"""The higher a part's number, the sooner it is left out on a narrow terminal; step and total have
 0, the bar 2.
 """
 
 
-def _raise_again() -> None:
+def _raise_again() -> NoReturn:
     """The BrokenPipeError that is being handled, for whoever writes to several sinks."""
     raise
 
@@ -47,12 +52,14 @@ class ConsoleSink:
 
         self._total_steps = total_steps
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        # rich would end the process: a `tee` that Ctrl-C took away is no reason to stop before the checkpoint.
-        self._console.on_broken_pipe = _raise_again
-        self._progress = None
-        self._task = None
+        # rich would end the process: a `tee` that Ctrl-C took away is no reason to stop before the
+        # checkpoint.
+        vars(self._console)["on_broken_pipe"] = _raise_again
+        self._title = title if len(title) <= _TITLE_LONGEST else title[: _TITLE_LONGEST - 1] + "…"
+        self._progress: tuple[Progress, TaskID] | None = None
+        """The bar and its only task, where the stream is a terminal."""
         if self._console.is_terminal:
-            self._open_progress(title, start_step)
+            self._progress = self._open_progress(title, start_step)
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """The short table at the start of a run: what runs, on what, how long."""
@@ -79,7 +86,8 @@ class ConsoleSink:
                 f"step {step}/{self._total_steps}  {_describe_training(record)}", markup=False
             )
         else:
-            self._progress.update(self._task, completed=step, parts=self._line(record, step))
+            progress, task = self._progress
+            progress.update(task, completed=step, parts=self._line(record, step))
 
     def message(self, text: str, level: str = "info") -> None:
         prefix = "" if level == "info" else f"{level}: "
@@ -87,22 +95,23 @@ class ConsoleSink:
 
     def close(self, state: str = "done", exit_code: int = 0) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            progress, _ = self._progress
+            progress.stop()
 
-    def _open_progress(self, title: str, start_step: int) -> None:
+    def _open_progress(self, title: str, start_step: int) -> "tuple[Progress, TaskID]":
         from megatron_slm.monitoring.progress_line import fitted_progress
 
-        self._title = title if len(title) <= _TITLE_LONGEST else title[: _TITLE_LONGEST - 1] + "…"
-        self._progress = fitted_progress(self._console)
-        self._task = self._progress.add_task(
+        progress = fitted_progress(self._console)
+        task = progress.add_task(
             title,
             total=self._total_steps,
             completed=start_step,
             parts=self._line({}, start_step),
         )
-        self._progress.start()
+        progress.start()
+        return progress, task
 
-    def _line(self, record: Mapping[str, Any], step: int) -> list:
+    def _line(self, record: Mapping[str, Any], step: int) -> "list[Part]":
         from megatron_slm.monitoring.progress_line import BAR, Part
 
         done = Part(0, f"{step}/{self._total_steps}")
@@ -129,18 +138,13 @@ def _describe_training(record: Mapping[str, Any]) -> str:
 
 
 def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name in _RANKS, words) of what a training record has, in the order of a line."""
+    """(name in _RANKS, text) of what a training record has, in the order of a line."""
     parts = []
     loss = _number(record, "loss/selected", "loss/all")
     if loss is not None:
-        beside = [
-            f"{name} {value:.3f}"
-            for name in ("all", "reference")
-            if "loss/selected" in record and (value := _number(record, f"loss/{name}")) is not None
-        ]
         parts.append(("loss", f"loss {loss:.4f}"))
-        if beside:
-            parts.append(("other losses", f"({', '.join(beside)})"))
+        if others := _other_losses(record):
+            parts.append(("other losses", f"({', '.join(others)})"))
     if (kept := _number(record, "selection/kept_fraction")) is not None:
         parts.append(("kept", f"kept {kept:.0%}"))
     if (rate := _number(record, "optimizer/learning_rate")) is not None:
@@ -154,6 +158,14 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return parts
 
 
+def _other_losses(record: Mapping[str, Any]) -> list[str]:
+    """What stands beside the loss of the selected tokens; nothing where every token is trained."""
+    if "loss/selected" not in record:
+        return []
+    named = {name: _number(record, f"loss/{name}") for name in ("all", "reference")}
+    return [f"{name} {loss:.3f}" for name, loss in named.items() if loss is not None]
+
+
 def describe_validation(record: Mapping[str, Any]) -> str:
     """The losses of a validation record: validation/curated loss 3.3129"""
     losses = {
@@ -161,10 +173,9 @@ def describe_validation(record: Mapping[str, Any]) -> str:
         for name, value in record.items()
         if name.startswith("validation/") and name.endswith("/loss") and value is not None
     }
-    return (
-        "  ".join(f"{name} loss {value:.4f}" for name, value in losses.items())
-        or "validation: no loss"
-    )
+    if not losses:
+        return "validation: no loss"
+    return "  ".join(f"{name} loss {value:.4f}" for name, value in losses.items())
 
 
 def _number(record: Mapping[str, Any], *names: str) -> float | None:

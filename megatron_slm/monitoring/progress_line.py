@@ -1,5 +1,6 @@
-"""One line of progress that fits its terminal: what a person needs most stays longest as the
-terminal gets narrower. No torch.
+"""One line of progress that fits its terminal. No torch.
+
+What a person needs most stays longest as the terminal gets narrower.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 _GAP = 2
-_BAR_SHARE = 6
-_BAR_NARROWEST, _BAR_WIDEST = 5, 24
+_BAR_PART = 6
+"""The bar takes one sixth of the terminal's width, within the next two."""
+_BAR_NARROWEST = 5
+_BAR_WIDEST = 24
 
 
 class Part(NamedTuple):
@@ -30,13 +33,14 @@ BAR = Part(2, "")
 
 def fitting(parts: Sequence[Part], width: int) -> list[Part]:
     """The parts of lowest rank that fit into `width` characters, in their order."""
-    kept, used = [], -_GAP
+    kept: list[Part] = []
+    used_width = -_GAP
     for part in sorted(parts, key=lambda part: part.rank):
-        size = _GAP + (_bar_width(width) if part is BAR else len(part.text))
-        if used + size > width and kept:
+        part_width = _GAP + (_bar_width(width) if part is BAR else len(part.text))
+        if used_width + part_width > width and kept:
             break
         kept.append(part)
-        used += size
+        used_width += part_width
     return [part for part in parts if part in kept]
 
 
@@ -71,4 +75,4 @@ class _FittedLine(ProgressColumn):
 
 
 def _bar_width(width: int) -> int:
-    return min(_BAR_WIDEST, max(_BAR_NARROWEST, width // _BAR_SHARE))
+    return min(_BAR_WIDEST, max(_BAR_NARROWEST, width // _BAR_PART))

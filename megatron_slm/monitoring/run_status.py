@@ -1,5 +1,6 @@
-"""status.json of a run folder: whether the run is running, done, stopped or failed, and why. No
-torch.
+"""status.json of a run folder: whether the run is running, done, stopped or failed, and why.
+
+Nothing here imports torch.
 
 It is replaced whole at every log line and when the run ends, so a reader never sees half of it. A
 process that is killed cannot write: the file then still says "running", and `RunStatus.was_killed`
@@ -49,13 +50,13 @@ class RunStatus:
 
     @property
     def was_killed(self) -> bool:
-        """Whether the run ended without a word: "running", but on this host no such process exists."""
+        """Whether the run was killed: "running", but no such process exists on this host."""
         here = self.host == socket.gethostname()
         return self.state == "running" and here and not process_began(self.pid)
 
 
 def read_status(run_folder: str | Path) -> RunStatus | None:
-    """The status of a run folder; None where there is none (an older run) or the file is no status."""
+    """The status of a run folder; None where it has none (an older run) or none that is whole."""
     try:
         content = json.loads((Path(run_folder) / STATUS_FILE).read_text(encoding="utf-8"))
         status = RunStatus(**{each.name: content[each.name] for each in fields(RunStatus)})
@@ -79,10 +80,9 @@ def progress(run_folder: str | Path, step: int) -> None:
 def end(
     run_folder: str | Path, state: str, reason: str, *, step: int, exit_code: int
 ) -> RunStatus | None:
-    """The run ended. The first reason of a failure stays, because a failing rank takes the others
-    with it; what stands then.
+    """The run ended; returns what the file says then, None where it cannot be read or written.
 
-    None: nothing could be read or written.
+    The first reason of a failure stays, because a failing rank takes the others with it.
     """
     return _change(run_folder, state, reason=reason, step=step, exit_code=exit_code)
 

@@ -60,9 +60,8 @@ class MultiSink:
         for index, sink in enumerate(self._sinks):
             try:
                 sink.log(record, step)
-            except (
-                Exception
-            ) as error:  # any: a full disk, a closed terminal, a broken network must not end a run
+            # Any exception: a full disk, a closed terminal, a broken network must not end a run.
+            except Exception as error:
                 self._report_failure(index, error)
             else:
                 self._failing.discard(index)
@@ -185,8 +184,9 @@ def _belongs(line: bytes, step: int) -> bool:
 
 
 def _append_durably(path: Path, text: str) -> None:
-    """Append whole lines and fsync; on failure (a full disk) take the half-written part away again,
-    then raise.
+    """Append whole lines and fsync.
+
+    On failure (a full disk) the half-written part is taken away again, and the error is raised.
     """
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)

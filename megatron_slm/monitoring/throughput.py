@@ -11,7 +11,10 @@ __all__ = ["Throughput", "model_flops_per_token", "peak_flops_per_second"]
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """The data-sheet peak of a device, e.g. torch.cuda.get_device_name(); None where none is known (any CPU)."""
+    """The data-sheet peak of a device by its name, as torch.cuda.get_device_name() gives it.
+
+    None where none is known (any CPU).
+    """
     gpu = find_gpu(device_name)
     return gpu.peak_flops_per_second(precision) if gpu else None
 
@@ -19,9 +22,10 @@ def peak_flops_per_second(device_name: str, precision: str) -> float | None:
 class Throughput:
     """Times the steps of one log interval.
 
-    `with throughput.waiting_for_data():` around fetching a batch, `with throughput.paused():` around validation and
-    checkpoints, `step_done(tokens)` after each optimizer step with the tokens of the global batch, `interval()` when logging:
-    after `Metrics.reduce`, which waits for the device; otherwise a GPU's queued work is not in the time.
+    `with throughput.waiting_for_data():` stands around fetching a batch,
+    `with throughput.paused():` around validation and checkpoints, `step_done(tokens)` after each
+    optimizer step with the tokens of the global batch, and `interval()` when logging: after
+    `Metrics.reduce`, which waits for the device. Otherwise a GPU's queued work is not in the time.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class Throughput:
         self.start_interval()
 
     def start_interval(self) -> None:
-        """Forget what was measured, e.g. right before the first step so that start-up is not counted."""
+        """Forget what was measured, as before the first step: start-up is not counted."""
         self._started_at = self._clock()
         self._paused_seconds = self._data_seconds = 0.0
         self._steps = self._tokens = 0
@@ -72,7 +76,9 @@ class Throughput:
         throughput/step_seconds includes throughput/data_seconds (the wait for batches, per step).
         """
         seconds = self._clock() - self._started_at - self._paused_seconds
-        steps, tokens, data_seconds = self._steps, self._tokens, self._data_seconds
+        steps = self._steps
+        data_seconds = self._data_seconds
+        tokens = self._tokens
         self.start_interval()
         if not steps or seconds <= 0:
             return {}

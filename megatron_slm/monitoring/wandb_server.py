@@ -1,5 +1,6 @@
-"""Whether there is a Weights & Biases server to talk to: an API key for it, and an answer from it."""
+"""Whether a Weights & Biases server can be used: an API key for it, and an answer from it."""
 
+import contextlib
 import netrc
 import os
 import ssl
@@ -31,20 +32,14 @@ def _has_api_key(environment: Mapping[str, str]) -> bool:
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    candidates = (
-        [environment["NETRC"]]
-        if environment.get("NETRC")
-        else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    )
+    candidates = [Path.home() / ".netrc", Path.home() / "_netrc"]
+    if named := environment.get("NETRC"):
+        candidates = [Path(named)]
     for path in candidates:
-        try:
+        # Absent, unreadable or malformed: as good as no key.
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
             if host and netrc.netrc(str(path)).authenticators(host):
                 return True
-        except (
-            OSError,
-            netrc.NetrcParseError,
-        ):  # absent, unreadable or malformed: as good as no key
-            continue
     return False
 
 

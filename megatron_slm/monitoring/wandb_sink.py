@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.schema import WandbConfig
+from megatron_slm.config.monitoring_settings import WandbConfig
 from megatron_slm.files.redact import redacted_values
 from megatron_slm.monitoring import wandb_loading
 from megatron_slm.monitoring.wandb_server import choose_mode, unreachable
@@ -77,7 +77,8 @@ class WandbSink:
         if self.mode == "online" and (reason := self._not_online(options)):
             self.mode = "offline"
             self._warn(
-                f"W&B cannot be used online ({reason}): this run is written offline; `wandb sync` uploads it later"
+                f"W&B cannot be used online ({reason}): this run is written offline; `wandb sync` "
+                "uploads it later"
             )
         if self.mode == "offline":
             self._attempt(lambda: self._open(options))
@@ -108,7 +109,7 @@ class WandbSink:
 
     @property
     def location(self) -> str:
-        """Where the W&B run is: its address, or the folder of an offline run and how to upload it."""
+        """Where the W&B run is: its address, or an offline run's folder and how to upload it."""
         if self._run is None:
             return "off"
         if self.mode == "offline":
@@ -133,7 +134,8 @@ class WandbSink:
                 self._finish(run, state, exit_code)
             except Exception as error:
                 self._warn(
-                    f"W&B has not taken everything at the end of the run ({type(error).__name__}: {error}); upload the rest with: "
+                    "W&B has not taken everything at the end of the run "
+                    f"({type(error).__name__}: {error}); upload the rest with: "
                     f"wandb sync {_folder_of(run)}"
                 )
 
@@ -178,13 +180,15 @@ class WandbSink:
         """Scalars as they are; a list with NAME_edges... beside it as a histogram over those edges,
         other lists over 0..n.
         """
-        return {
-            name: self._wandb.Histogram(np_histogram=_histogram(record, name, value))
-            if isinstance(value, (list, tuple))
-            else value
-            for name, value in record.items()
-            if value is not None and not (isinstance(value, (list, tuple)) and "_edges" in name)
-        }
+        values = {}
+        for name, value in record.items():
+            if isinstance(value, (list, tuple)):
+                if "_edges" not in name:
+                    histogram = _histogram(record, name, value)
+                    values[name] = self._wandb.Histogram(np_histogram=histogram)
+            elif value is not None:
+                values[name] = value
+        return values
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:

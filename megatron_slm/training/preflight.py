@@ -1,5 +1,4 @@
-"""What is found out about a job before it trains, as sentences: pure comparisons of the facts of
-its processes.
+"""What is found out about a job before it trains: pure comparisons of the facts of its processes.
 
 Nothing here asks a machine anything, so it needs no torch: preflight_files.py looks at files and
 disks, preflight_job.py at the devices and the network of the processes that have joined.
@@ -25,10 +24,9 @@ MUST_AGREE = (
 CLOCK_SECONDS = 2.0
 """How far clocks may be apart: the times of logs, locks and the watchdog's files are compared."""
 FOREIGN_FRACTION = 0.1
-"""Of a GPU's memory that is taken before the run has allocated anything. A CUDA context takes less.
-"""
+"""Of a GPU's memory that is taken before the run allocates anything; a CUDA context takes less."""
 SLOW_FRACTION = 0.5
-"""A group that moves less than this part of what the others of its kind move."""
+"""A group is slow that moves less than this part of what the others of its kind move."""
 HOSTS_SHOWN = 4
 
 
@@ -72,8 +70,7 @@ class Facts:
     """Seconds since 1970 by its host's clock, read by all processes at one moment."""
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of the files that every host must see, -1 = not there; asked of one process per host.
-    """
+    """Bytes of the files that every host must see, -1 = missing; asked once per host."""
     sees_run_folder: bool = True
     """Whether a file that rank 0 has just written into the run folder is there."""
 
@@ -94,9 +91,7 @@ def warning_messages(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 
 def compare(everyone: Sequence[Facts]) -> list[Finding]:
-    """What the facts of all processes, in the order of their ranks, say when held against each
-    other.
-    """
+    """What the facts of all processes, in the order of their ranks, say when compared."""
     return [
         *_versions(everyone),
         *_devices(everyone),
@@ -106,23 +101,19 @@ def compare(everyone: Sequence[Facts]) -> list[Finding]:
 
 
 def slow_groups(measured: Mapping[str, Mapping[tuple[int, ...], float]]) -> list[Finding]:
-    """One finding per kind of group. measured: bytes per second of each group, by the ranks in it."""
+    """One finding per kind of group. measured: bytes per second of each group, by its ranks."""
     findings = []
     for kind, rates in measured.items():
         usual = median(rates.values())
         ranks, slowest = min(rates.items(), key=lambda each: each[1])
-        words = f"{len(rates)} x {len(ranks)} processes, {usual / 1e9:.3g} GB/s"
+        state, sentence = FINE, f"{len(rates)} x {len(ranks)} processes, {usual / 1e9:.3g} GB/s"
         if slowest < SLOW_FRACTION * usual:
-            findings.append(
-                Finding(
-                    f"group {kind}",
-                    WARNING,
-                    f"{words} in the middle, but ranks {list(ranks)} have {slowest / 1e9:.3g} GB/s: the whole job waits for "
-                    "them. Look at the links of their nodes, or leave those out",
-                )
+            state = WARNING
+            sentence += (
+                f" in the middle, but ranks {list(ranks)} have {slowest / 1e9:.3g} GB/s: the whole "
+                "job waits for them. Look at the links of their nodes, or leave those out"
             )
-        else:
-            findings.append(Finding(f"group {kind}", FINE, words))
+        findings.append(Finding(f"group {kind}", state, sentence))
     return findings
 
 
@@ -133,93 +124,96 @@ def memory(state_bytes: int, peak_bytes: int, everyone: Sequence[Facts]) -> Find
     activations and buffers, which are predicted.
     """
     smallest = min(everyone, key=lambda each: each.device_bytes)
-    words = (
-        f"{describe_size(peak_bytes)} at the peak of the fullest process ({describe_size(state_bytes)} of it weights, gradients and optimizer), "
-        f"and the device of rank {smallest.rank} on {smallest.host} has {describe_size(smallest.device_bytes)}"
+    sizes = (
+        f"{describe_size(peak_bytes)} at the peak of the fullest process "
+        f"({describe_size(state_bytes)} of it weights, gradients and optimizer), and the device of "
+        f"rank {smallest.rank} on {smallest.host} has {describe_size(smallest.device_bytes)}"
     )
     layouts = "python -m megatron_slm.plan with the same settings shows layouts that fit"
     if state_bytes > smallest.device_bytes:
-        return Finding("memory", BAD_SETTINGS, f"{words}: this cannot fit; {layouts}")
+        return Finding("memory", BAD_SETTINGS, f"{sizes}: this cannot fit; {layouts}")
     if peak_bytes > smallest.device_bytes:
-        return Finding("memory", WARNING, f"{words}: it will probably not fit; {layouts}")
-    return Finding("memory", FINE, words)
+        return Finding("memory", WARNING, f"{sizes}: it will probably not fit; {layouts}")
+    return Finding("memory", FINE, sizes)
 
 
 def _versions(everyone: Sequence[Facts]) -> list[Finding]:
-    findings, agreed = [], []
+    differing, same = [], []
     names = dict.fromkeys(name for each in everyone for name in each.versions)
     asked = [each for each in everyone if each.versions]
     for name in names:
-        hosts = _hosts_by(asked, lambda each, name=name: each.versions.get(name, "not there"))
-        if len(hosts) == 1:
-            agreed.append(f"{name} {next(iter(hosts))}")
-            continue
-        fatal = name in MUST_AGREE
-        advice = (
-            "Start all from one installation and one configuration file on a file system they share"
-            if fatal
-            else "This is known to work mostly; the same on all is better"
-        )
-        findings.append(
-            Finding(
-                f"version of {name}" if name != "settings" else name,
-                BAD_SETTINGS if fatal else WARNING,
-                f"differs between nodes: {_by_host(hosts)}. {advice}",
-            )
-        )
+        hosts = _hosts_by((each.host, each.versions.get(name, "not there")) for each in asked)
+        if len(hosts) > 1:
+            differing.append(_differing_version(name, hosts))
+        elif name != "settings":
+            same.append(f"{name} {next(iter(hosts))}")
     nodes = len({each.host for each in everyone})
     where = f" on {nodes} nodes" if nodes > 1 else ""
-    shown = [words for words in agreed if not words.startswith("settings")]
-    same = Finding("versions", FINE, f"{', '.join(shown) or 'none in common'}{where}")
-    return [same, *findings]
+    agreement = Finding("versions", FINE, f"{', '.join(same) or 'none in common'}{where}")
+    return [agreement, *differing]
+
+
+def _differing_version(name: str, hosts: Mapping[str, Sequence[str]]) -> Finding:
+    state, advice = WARNING, "This is known to work mostly; the same on all is better"
+    if name in MUST_AGREE:
+        state = BAD_SETTINGS
+        advice = (
+            "Start all from one installation and one configuration file on a shared file system"
+        )
+    check = name if name == "settings" else f"version of {name}"
+    return Finding(check, state, f"differs between nodes: {_by_host(hosts)}. {advice}")
 
 
 def _devices(everyone: Sequence[Facts]) -> list[Finding]:
-    findings = []
-    hosts = _hosts_by(everyone, lambda each: each.device)
+    return [_kinds_of_devices(everyone), *_shared_devices(everyone), *_taken_devices(everyone)]
+
+
+def _kinds_of_devices(everyone: Sequence[Facts]) -> Finding:
+    hosts = _hosts_by((each.host, each.device) for each in everyone)
     if len({name.split()[0] for name in hosts}) > 1:
-        findings.append(
-            Finding(
-                "devices",
-                BAD_SETTINGS,
-                f"some processes have a GPU and others none: {_by_host(hosts)}. Look at the driver there, or set device.kind to cpu",
-            )
+        return Finding(
+            "devices",
+            BAD_SETTINGS,
+            f"some processes have a GPU and others none: {_by_host(hosts)}. Look at the driver "
+            "there, or set device.kind to cpu",
         )
-    elif len(hosts) > 1:
-        findings.append(
-            Finding(
-                "devices",
-                WARNING,
-                f"the nodes have different ones: {_by_host(hosts)}; the slowest sets the pace",
-            )
-        )
-    else:
-        findings.append(Finding("devices", FINE, f"{len(everyone)} x {next(iter(hosts))}"))
+    if len(hosts) > 1:
+        different = f"the nodes have different ones: {_by_host(hosts)}; the slowest sets the pace"
+        return Finding("devices", WARNING, different)
+    return Finding("devices", FINE, f"{len(everyone)} x {next(iter(hosts))}")
+
+
+def _shared_devices(everyone: Sequence[Facts]) -> list[Finding]:
+    """One finding for each GPU that several processes have."""
     owners = defaultdict(list)
     for each in everyone:
         if each.device_id:
             owners[each.host, each.device_id].append(each.rank)
-    for (host, device_id), ranks in owners.items():
-        if len(ranks) > 1:
-            findings.append(
-                Finding(
-                    "devices",
-                    BAD_SETTINGS,
-                    f"ranks {ranks} on {host} share GPU {device_id}: start one process per GPU, and look at CUDA_VISIBLE_DEVICES and "
-                    "at srun's --gpu-bind",
-                )
-            )
-    for each in everyone:
-        if each.taken_bytes > FOREIGN_FRACTION * each.device_bytes:
-            findings.append(
-                Finding(
-                    "devices",
-                    WARNING,
-                    f"{describe_size(each.taken_bytes)} of {describe_size(each.device_bytes)} on the device of rank {each.rank} "
-                    f"({each.host}) are taken by somebody else (nvidia-smi shows by whom)",
-                )
-            )
-    return findings
+    return [
+        Finding(
+            "devices",
+            BAD_SETTINGS,
+            f"ranks {ranks} on {host} share GPU {device_id}: start one process per GPU, and look "
+            "at CUDA_VISIBLE_DEVICES and at srun's --gpu-bind",
+        )
+        for (host, device_id), ranks in owners.items()
+        if len(ranks) > 1
+    ]
+
+
+def _taken_devices(everyone: Sequence[Facts]) -> list[Finding]:
+    """One finding for each device of whose memory somebody else has taken much."""
+    return [
+        Finding(
+            "devices",
+            WARNING,
+            f"{describe_size(each.taken_bytes)} of {describe_size(each.device_bytes)} on the "
+            f"device of rank {each.rank} ({each.host}) are taken by somebody else (nvidia-smi "
+            "shows by whom)",
+        )
+        for each in everyone
+        if each.taken_bytes > FOREIGN_FRACTION * each.device_bytes
+    ]
 
 
 def _clocks(everyone: Sequence[Facts]) -> Finding:
@@ -231,48 +225,56 @@ def _clocks(everyone: Sequence[Facts]) -> Finding:
     return Finding(
         "clocks",
         WARNING,
-        f"that of {latest.host} is {apart:.1f} s ahead of that of {earliest.host}: times in logs and of files cannot be compared. "
-        "Set the clocks (chrony or ntpd)",
+        f"that of {latest.host} is {apart:.1f} s ahead of that of {earliest.host}: times in logs "
+        "and of files cannot be compared. Set the clocks (chrony or ntpd)",
     )
 
 
 def _files(everyone: Sequence[Facts]) -> list[Finding]:
-    looked = [each for each in everyone if each.files]
-    first, findings = looked[0] if looked else everyone[0], []
+    findings = []
     if blind := list(dict.fromkeys(each.host for each in everyone if not each.sees_run_folder)):
         findings.append(
             Finding(
                 "run folder",
                 BAD_SETTINGS,
-                f"what {everyone[0].host} writes there is not seen on {_some(blind)}: give a run.folder on a file system that all nodes "
-                "share",
+                f"what {everyone[0].host} writes there is not seen on {_some(blind)}: give a "
+                "run.folder on a file system that all nodes share",
             )
         )
+    looked = [each for each in everyone if each.files]
+    if looked:
+        findings += _differing_files(looked[0], looked[1:])
+    if findings or not looked:
+        return findings
+    nodes = len({each.host for each in looked})
+    count = f"{len(looked[0].files)} files are the same size on {nodes} node{'s' * (nodes > 1)}"
+    return [Finding("files on every node", FINE, count)]
+
+
+def _differing_files(first: Facts, others: Sequence[Facts]) -> list[Finding]:
+    """One finding for each file that another node sees in another size, or not at all."""
+    findings = []
     for path, size in first.files.items():
-        others = _hosts_by(
-            [each for each in looked[1:] if each.files.get(path, -1) != size],
-            lambda each, path=path: _exact_size(each.files.get(path, -1)),
-        )
-        if others:
+        sizes = [(each.host, each.files.get(path, -1)) for each in others]
+        hosts = _hosts_by((host, _exact_size(other)) for host, other in sizes if other != size)
+        if hosts:
             findings.append(
                 Finding(
                     "files on every node",
                     BAD_DATA,
-                    f"{path} is {_exact_size(size)} on {first.host}, but {_by_host(others)}. Put it on a file system that all nodes share",
+                    f"{path} is {_exact_size(size)} on {first.host}, but {_by_host(hosts)}. Put it "
+                    "on a file system that all nodes share",
                 )
             )
-    if findings or not looked:
-        return findings
-    nodes = len({each.host for each in looked})
-    words = f"{len(first.files)} files are the same size on {nodes} node{'s' * (nodes > 1)}"
-    return [Finding("files on every node", FINE, words)]
+    return findings
 
 
-def _hosts_by(everyone: Iterable[Facts], key) -> dict[str, list[str]]:
-    hosts = defaultdict(list)
-    for each in everyone:
-        if each.host not in hosts[key(each)]:
-            hosts[key(each)].append(each.host)
+def _hosts_by(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Pairs (host, value) of processes as the hosts of each value."""
+    hosts: dict[str, list[str]] = defaultdict(list)
+    for host, value in pairs:
+        if host not in hosts[value]:
+            hosts[value].append(host)
     return dict(hosts)
 
 

@@ -1,4 +1,4 @@
-"""What a process knows of itself and its machine, for the preflight's comparisons (preflight.py)."""
+"""What a process knows of itself and its machine, for the comparisons of preflight.py."""
 
 import hashlib
 import importlib.metadata
@@ -19,14 +19,13 @@ from megatron_slm.training.preflight import Facts
 from megatron_slm.training.preflight_files import size_of
 
 SEEN_SECONDS = 10.0
-"""How long a new file may stay unseen on another node: NFS keeps what it knows of a folder for some
-seconds.
-"""
+"""How long a new file may stay unseen on another node: NFS caches a folder for some seconds."""
 
 
 def facts(config: Config, groups: Groups, paths: list[str], new_file: str) -> Facts:
-    """What this process knows. paths: files to look for; new_file: what rank 0 has just written (""
-    = nothing).
+    """What this process knows of itself and its machine.
+
+    paths: files to look for. new_file: what rank 0 has just written ("" = nothing).
     """
     device, device_id, total_bytes, taken_bytes = _device(groups.device)
     digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]
@@ -102,7 +101,7 @@ def _driver() -> str:
 
 
 def _source_digest() -> str:
-    """Of the names and sizes of the library's files: a node with another checkout has another one."""
+    """Of the names and sizes of the library's files: another checkout has another digest."""
     root = Path(megatron_slm.__file__).parent
     files = sorted(
         (str(path.relative_to(root)), path.stat().st_size) for path in root.rglob("*.py")

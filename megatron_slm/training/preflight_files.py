@@ -1,6 +1,4 @@
-"""The part of the preflight that rank 0 does alone, before the processes join: disks and score
-stores.
-"""
+"""The part of the preflight that rank 0 does alone, before the processes join: disks and data."""
 
 import os
 import random
@@ -28,10 +26,12 @@ from megatron_slm.training.setup import RunInputs, index_cache
 NO_GPU = GPU("none", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 """For plans of which only sizes are asked."""
 SAMPLED_SHARDS = 3
-"""Of each score store, when the preflight is all there is to do; a run begins with one, another at
-every start.
+"""Of each score store, when only the preflight is wanted. A run begins with one, another at every
+start.
 """
-
+DiskNeed = tuple[Path, int, int]
+"""A folder, the bytes that the whole run writes there, and those without which the run is in vain.
+"""
 BLOCKS_PER_SHARD = 4
 """Blocks of every corpus, which are smaller, are read for each shard of scores that is."""
 
@@ -39,8 +39,9 @@ BLOCKS_PER_SHARD = 4
 def check_files(
     config: Config, run_inputs: RunInputs, world_size: int, *, thorough: bool = False
 ) -> list[Finding]:
-    """Free disk against what the run will write, and the checksums of some blocks of every corpus
-    and shards of every score store.
+    """Compare free disk with what the run will write, and some of the data with its checksums.
+
+    Some of it: blocks of every corpus and shards of every score store.
     """
     job = Job(config, run_inputs.vocabulary_size, NO_GPU, 1, world_size)
     return [*_disks(config, run_inputs, job), *_data(run_inputs, SAMPLED_SHARDS if thorough else 1)]
@@ -65,8 +66,9 @@ def size_of(path: str | Path) -> int:
 
 
 def index_bytes(config: Config, corpora: list[Corpus]) -> int:
-    """Sample indices of the run's training corpora, at most: of every epoch its documents and
-    samples, and of a blend its samples.
+    """Size of the sample indices of the run's training corpora, at most.
+
+    They hold of every epoch its documents and samples, and of a blend its samples.
     """
     samples = train_steps(config) * config.data.global_batch_size
     tokens = sum(corpus.manifest.tokens for corpus in corpora)
@@ -80,43 +82,46 @@ def index_bytes(config: Config, corpora: list[Corpus]) -> int:
 
 
 def _disks(config: Config, run_inputs: RunInputs, job: Job) -> list[Finding]:
-    """The run's needs summed up by file system: checkpoints and indices may lie on one or on two."""
+    """The run's needs by file system: checkpoints and indices may lie on one or on two."""
     if not planned_length(config).remaining_steps:
         return [Finding("disk", FINE, "the run has done its last step: nothing is to be written")]
     one = checkpoint_bytes(job)
     folder = Path(config.run.folder)
     checkpoints = one * checkpoints_on_disk(config, job.steps)
-    needs = [
+    index = _left_of_index(config, run_inputs)
+    needs: list[DiskNeed] = [
         (folder, max(0, checkpoints - _bytes_in(folder / "checkpoints")), one),
-        (index_cache(config), *[_left_of_index(config, run_inputs)] * 2),
+        (index_cache(config), index, index),
     ]
-    by_disk: dict[int, list[tuple[Path, int, int]]] = defaultdict(list)
+    by_disk: dict[int, list[DiskNeed]] = defaultdict(list)
     for path, whole_bytes, least_bytes in needs:
-        there = _nearest_existing(path)
-        by_disk[there.stat().st_dev].append((there, whole_bytes, least_bytes))
-    return [disk_finding(each) for each in by_disk.values()]
+        existing = _nearest_existing(path)
+        by_disk[existing.stat().st_dev].append((existing, whole_bytes, least_bytes))
+    return [disk_finding(on_one_disk) for on_one_disk in by_disk.values()]
 
 
-def disk_finding(needs: list[tuple[Path, int, int]], free_bytes: int | None = None) -> Finding:
-    """Of one file system. needs: a folder on it, the bytes the whole run writes there, and those
-    without which it is in vain.
-    """
-    folder = needs[0][0]
+def disk_finding(needs: list[DiskNeed], free_bytes: int | None = None) -> Finding:
+    """Whether one file system has room for what the run needs on it."""
+    folder, _, first_least_bytes = needs[0]
     if free_bytes is None:
         status = os.statvfs(folder)
         free_bytes = status.f_bavail * status.f_frsize
-    whole, least = sum(need[1] for need in needs), sum(need[2] for need in needs)
-    words = f"{folder}: {describe_size(free_bytes)} free, at most {describe_size(whole)} to be written (plan)"
-    advice = "Free space, give another run.folder or data.index_cache, or keep fewer checkpoints (checkpoint.keep_last)"
-    if free_bytes < min(least, whole):
-        return Finding(
-            "disk",
-            BAD_SETTINGS,
-            f"{words}; one checkpoint takes {describe_size(needs[0][2])}. {advice}",
-        )
-    if free_bytes < whole:
-        return Finding("disk", WARNING, f"{words}: it may fill up. {advice}")
-    return Finding("disk", FINE, words)
+    whole_bytes = sum(whole for _, whole, _ in needs)
+    least_bytes = sum(least for _, _, least in needs)
+    sizes = (
+        f"{folder}: {describe_size(free_bytes)} free, at most {describe_size(whole_bytes)} to be "
+        "written (plan)"
+    )
+    advice = (
+        "Free space, give another run.folder or data.index_cache, or keep fewer checkpoints "
+        "(checkpoint.keep_last)"
+    )
+    if free_bytes < min(least_bytes, whole_bytes):
+        one = f"one checkpoint takes {describe_size(first_least_bytes)}"
+        return Finding("disk", BAD_SETTINGS, f"{sizes}; {one}. {advice}")
+    if free_bytes < whole_bytes:
+        return Finding("disk", WARNING, f"{sizes}: it may fill up. {advice}")
+    return Finding("disk", FINE, sizes)
 
 
 def _left_of_index(config: Config, run_inputs: RunInputs) -> int:
@@ -125,7 +130,8 @@ def _left_of_index(config: Config, run_inputs: RunInputs) -> int:
 
 def _data(run_inputs: RunInputs, shards_sampled: int) -> list[Finding]:
     corpora = [*run_inputs.corpora, *run_inputs.validation.values()]
-    findings, blocks = [], 0
+    findings = []
+    blocks = 0
     for corpus in corpora:
         try:
             blocks += check_sample(corpus.prefix, BLOCKS_PER_SHARD * shards_sampled)
@@ -141,14 +147,17 @@ def _data(run_inputs: RunInputs, shards_sampled: int) -> list[Finding]:
         except ValueError as error:
             findings.append(Finding("score store", BAD_DATA, str(error)))
         else:
-            words = f"{corpus.scores.folder}: size, and the checksums of {len(sample)} of {shards} shards"
-            findings.append(Finding("score store", FINE, words))
+            checked = (
+                f"{corpus.scores.folder}: size, and the checksums of {len(sample)} of {shards} "
+                "shards"
+            )
+            findings.append(Finding("score store", FINE, checked))
     tokens = sum(corpus.manifest.tokens for corpus in corpora)
     if not any(each.check == "corpora" for each in findings):
-        words = (
+        checked = (
             f"{len(corpora)} with {tokens:,} tokens: sizes, indices, and {blocks} blocks read again"
         )
-        findings.insert(0, Finding("corpora", FINE, words))
+        findings.insert(0, Finding("corpora", FINE, checked))
     return findings
 
 

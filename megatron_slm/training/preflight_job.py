@@ -1,5 +1,6 @@
-"""The part of the preflight that needs every process: devices, versions, clocks, files on all
-nodes, groups that answer.
+"""The part of the preflight that needs every process.
+
+It looks at devices, versions, clocks, files on all nodes, and whether all groups answer.
 
 Not yet run on GPUs over NCCL: the tests run it on CPU processes over gloo.
 """
@@ -35,7 +36,9 @@ ANSWER_SECONDS = 300.0
 """How long the first exchange of all groups may take; setting up thousands of NCCL connections
 takes a minute or two.
 """
-CPU_PAYLOAD_BYTES, GPU_PAYLOAD_BYTES, ROUNDS = 4 << 20, 64 << 20, 3
+CPU_PAYLOAD_BYTES = 4 << 20
+GPU_PAYLOAD_BYTES = 64 << 20
+ROUNDS = 3
 KINDS = ("tp", "pp", "dp", "cp", "ep")
 
 
@@ -47,17 +50,18 @@ def check_job(
     *,
     thorough: bool,
 ) -> list[Finding]:
-    """All findings, the same on every process. run_inputs and found (what preflight_files.check_files
-    says): on rank 0.
+    """All findings, the same on every process.
 
-    Where a group does not answer, every process of it says so and ends with exit code 2.
+    run_inputs and found (what preflight_files.check_files says): on rank 0. Where a group does not
+    answer, every process of it says so and ends with exit code 2.
     thorough: also time an exchange in every group. Collective.
     """
     local = int(os.environ.get("LOCAL_RANK", groups.world_rank))
     with Deadline(ANSWER_SECONDS, f"rank {groups.world_rank} on {socket.gethostname()}", groups):
-        paths, new_file = _from_first(
-            (preflight_files.files_of(run_inputs), _new_file(config)) if run_inputs else None
-        )
+        mine_to_look_for: tuple[list[str], str] = ([], "")
+        if run_inputs is not None:
+            mine_to_look_for = (preflight_files.files_of(run_inputs), _new_file(config))
+        paths, new_file = _from_first(mine_to_look_for)
         mine = facts(config, groups, paths if local == 0 else [], new_file)
         if groups.world_size > 1:
             dist.barrier()  # so that all read their clocks at one moment
@@ -131,11 +135,11 @@ def groups_that_answer(
         if not right
     ]
     if wrong:
-        words = "a sum over the group is wrong; do not train on this network or these devices: "
-        return [Finding("groups", BAD_SETTINGS, words + "; ".join(wrong[:8]))]
-    kinds = {kind: len(ranks) for answer in answers for kind, (ranks, _) in answer.items()}
-    words = ", ".join(f"{kind} of {size}" for kind, size in kinds.items())
-    return [Finding("groups", FINE, f"{words} answer" if words else "one process, no group")]
+        advice = "a sum over the group is wrong; do not train on this network or these devices: "
+        return [Finding("groups", BAD_SETTINGS, advice + "; ".join(wrong[:8]))]
+    sizes = {kind: len(ranks) for answer in answers for kind, (ranks, _) in answer.items()}
+    named = ", ".join(f"{kind} of {size}" for kind, size in sizes.items())
+    return [Finding("groups", FINE, f"{named} answer" if named else "one process, no group")]
 
 
 def planned_memory(
@@ -162,8 +166,7 @@ def planned_memory(
 
 
 class Deadline:
-    """A context manager that ends the process with exit code 2 when its block takes longer than
-    `seconds`.
+    """A context manager that ends the process with exit code 2 when its block takes too long.
 
     A process that waits in a collective for one that cannot be reached hears nothing else.
     """
@@ -171,7 +174,10 @@ class Deadline:
     def __init__(
         self, seconds: float, who: str, groups: Groups, end: Callable[[int], None] = os._exit
     ):
-        self.who, self.groups, self.end, self.seconds = who, groups, end, seconds
+        self.who = who
+        self.groups = groups
+        self.end = end
+        self.seconds = seconds
         self._timer = threading.Timer(seconds, self._give_up)
         self._timer.daemon = True
 
@@ -187,10 +193,11 @@ class Deadline:
             "NCCL_SOCKET_IFNAME" if self.groups.device.type == "cuda" else "GLOO_SOCKET_IFNAME"
         )
         members = {kind: dist.get_process_group_ranks(getattr(self.groups, kind)) for kind in KINDS}
-        words = "; ".join(f"{kind}: {ranks}" for kind, ranks in members.items() if len(ranks) > 1)
+        named = "; ".join(f"{kind}: {ranks}" for kind, ranks in members.items() if len(ranks) > 1)
         print(
-            f"train: {self.who}: the processes of its groups ({words}) did not all answer within {self.seconds:.0f} s. Look for a "
-            f"process that failed first, a firewall, or the wrong network interface ({variable} in launch/env.sh)",
+            f"train: {self.who}: the processes of its groups ({named}) did not all answer "
+            f"within {self.seconds:.0f} s. Look for a process that failed first, a firewall, or "
+            f"the wrong network interface ({variable} in launch/env.sh)",
             file=sys.stderr,
             flush=True,
         )
@@ -198,8 +205,9 @@ class Deadline:
 
 
 def _new_file(config: Config) -> str:
-    """A file in the run folder that all nodes must see, for all write their parts of the
-    checkpoints there.
+    """A file in the run folder that all nodes must see.
+
+    All of them write their parts of the checkpoints there.
     """
     folder = Path(config.run.folder).absolute()
     path = folder / f".preflight_{os.getpid()}_{time.time_ns()}"
@@ -221,7 +229,7 @@ def _finish(device: torch.device) -> None:
 def _everyone(mine: Value) -> list[Value]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [mine]
-    gathered = [None] * dist.get_world_size()
+    gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
 

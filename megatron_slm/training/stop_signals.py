@@ -1,4 +1,4 @@
-"""Hearing that this process should stop: signals, a second Ctrl-C, and the death of the torchrun that started it.
+"""Hearing that this process should stop: signals, a second Ctrl-C, and the death of its torchrun.
 
 Used by training and by scoring, from their first line on, so it imports no torch.
 """
@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Each asks for a stop. One that was ignored when the process started (nohup, a background job) stays ignored."""
+"""Each asks for a stop. One that was ignored when the process started (nohup, a background job)
+stays ignored.
+"""
 STOP_FILE = "stop_requested"
 """In the run folder, it asks as a signal does."""
 STDERR = 2
@@ -24,15 +26,19 @@ REPEAT_SECONDS = 0.5
 
 
 class StopSignals:
-    """A context manager: within it the first stop signal is a request, and a SIGINT after that ends the process at once.
+    """A context manager within which the first stop signal is a request.
 
-    sentence: written to stderr by the job's first process when it is asked by Ctrl-C or by losing its launcher; whoever
-    sends another signal says so himself. on_request: called by the first signal, between two instructions of the main
-    thread; it may raise. `asked` names what was heard ("" = nothing yet).
+    A SIGINT after that ends the process at once.
 
-    A process of torchrun whose parent is gone sends itself SIGTERM: nobody is left to pass on a request to stop, to
-    notice that another process failed, or to free the machine. Watched by a thread; PR_SET_PDEATHSIG would fire when the
-    parent's starting *thread* ends, and only reaches handlers that are installed by then.
+    sentence: written to stderr by the job's first process when it is asked by Ctrl-C or by losing
+    its launcher; whoever sends another signal says so themselves. on_request: called by the first
+    signal, between two instructions of the main thread; it may raise. `asked` names what was heard
+    ("" = nothing yet).
+
+    A process of torchrun whose parent is gone sends itself SIGTERM: nobody is left to pass on a
+    request to stop, to notice that another process failed, or to free the machine. A thread watches
+    for that. PR_SET_PDEATHSIG would fire when the parent's starting *thread* ends, and only reaches
+    handlers that are installed by then.
     """
 
     def __init__(self, sentence: str, on_request: Callable[[], None] | None = None):
@@ -40,7 +46,7 @@ class StopSignals:
         self.asked = ""
         self._asked_at = 0.0
         self._process = os.getpid()  # a forked writer of checkpoints inherits the handlers
-        self._handlers_before: dict[int, object] = {}
+        self._handlers_before: dict[int, Any] = {}
         self._closed = threading.Event()
 
     def __enter__(self) -> "StopSignals":
@@ -51,8 +57,8 @@ class StopSignals:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._handlers_before[number] = signal.signal(number, self._on_signal)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            # Without torchrun the parent is a shell or slurmstepd: it may end before a run under nohup, and SLURM ends
-            # the processes of a job itself.
+            # Without torchrun the parent is a shell or slurmstepd: it may end before a run under
+            # nohup, and SLURM ends the processes of a job itself.
             threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
         return self
 
@@ -61,8 +67,8 @@ class StopSignals:
         for stream in (sys.stdout, sys.stderr):
             _forget_if_closed(stream)
         if self.asked:
-            # torchrun signals the others when the first has ended, and they must not die of it while the interpreter ends,
-            # which puts every handler but "ignore" back.
+            # torchrun signals the others when the first has ended, and they must not die of it
+            # while the interpreter ends, which puts every handler but "ignore" back.
             for number in set(self._handlers_before) - {signal.SIGINT}:
                 signal.signal(number, signal.SIG_IGN)
             return
@@ -77,7 +83,8 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGINT)
         if self.asked:
             return
-        self.asked, self._asked_at = signal.Signals(number).name, time.monotonic()
+        self.asked = signal.Signals(number).name
+        self._asked_at = time.monotonic()
         if os.getpid() != self._process:
             return
         if number == signal.SIGINT:
@@ -93,14 +100,20 @@ class StopSignals:
                 return
 
     def _say(self, sentence: str) -> None:
-        """Past Python's buffers: a handler may interrupt a write to them. A closed terminal is no reason to fail."""
+        """Write past Python's buffers: a handler may interrupt a write to them.
+
+        A closed terminal is no reason to fail.
+        """
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):
                 os.write(STDERR, f"\n{sentence}\n".encode())
 
 
 def _forget_if_closed(stream: TextIO) -> None:
-    """Where the terminal or the pipe behind `stream` is gone: otherwise its last words would turn the exit code into 120."""
+    """Send `stream` to /dev/null where the terminal or the pipe behind it is gone.
+
+    Otherwise what is left in its buffer would turn the exit code into 120.
+    """
     try:
         stream.flush()
     except (OSError, ValueError):

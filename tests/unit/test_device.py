@@ -1,4 +1,8 @@
-"""The CPU stand-ins, each in an interpreter of its own: they replace parts of torch for the whole process."""
+"""The choice of a device, and what is said of accelerations.
+
+The CPU stand-ins run in an interpreter of their own: they replace parts of torch for the whole
+process.
+"""
 
 import os
 import subprocess
@@ -16,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str, **environment) -> str:
-    """What `code` prints in a fresh interpreter that sees no GPU; its traceback is the failure message."""
+    """What `code` prints in a fresh interpreter that sees no GPU; a failure shows its traceback."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -47,17 +51,28 @@ assert torch.zeros is after, "use_cpu wraps what it has wrapped already"
 
 x = torch.zeros(3, device="cuda")
 assert x.device.type == "cpu" and torch.equal(x, torch.zeros(3))
-for made in (torch.empty(2, device="cuda:0"), torch.tensor([1.0], device=torch.device("cuda", 0)), torch.arange(4, device=0), torch.ones_like(x, device="cuda"),
-             torch.full((2,), 7.0, device=torch.cuda.current_device()), torch.rand(2, pin_memory=True), x.cuda(), x.to("cuda"), x.to(device="cuda:0", dtype=torch.float64),
-             torch.nn.Linear(2, 2).cuda().weight):
+for made in (
+    torch.empty(2, device="cuda:0"),
+    torch.tensor([1.0], device=torch.device("cuda", 0)),
+    torch.arange(4, device=0),
+    torch.ones_like(x, device="cuda"),
+    torch.full((2,), 7.0, device=torch.cuda.current_device()),
+    torch.rand(2, pin_memory=True),
+    x.cuda(),
+    x.to("cuda"),
+    x.to(device="cuda:0", dtype=torch.float64),
+    torch.nn.Linear(2, 2).cuda().weight,
+):
     assert made.device.type == "cpu"
 assert x.to(torch.float64).dtype == torch.float64, "only devices are answered, dtypes pass"
 assert x.to("cpu", torch.int32).dtype == torch.int32
 assert torch.zeros(2, device="meta").is_meta, "other devices pass"
-with torch.device("meta"):
-    assert torch.zeros(2).is_meta and torch.arange(3).is_meta, "a device context reaches wrapped factories: transformers builds models under it"
-assert x.bfloat16().type() == "torch.cuda.BFloat16Tensor" and x.type() == "torch.cuda.FloatTensor"
-assert x.type(torch.int64).dtype == torch.int64 and x.type("torch.DoubleTensor").dtype == torch.float64
+with torch.device("meta"):  # it reaches wrapped factories: transformers builds models under it
+    assert torch.zeros(2).is_meta and torch.arange(3).is_meta
+assert x.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+assert x.type() == "torch.cuda.FloatTensor"
+assert x.type(torch.int64).dtype == torch.int64
+assert x.type("torch.DoubleTensor").dtype == torch.float64
 torch.cuda.manual_seed(5); a = torch.rand(3)
 torch.manual_seed(5); b = torch.rand(3)
 assert torch.equal(a, b), "one random state"
@@ -67,11 +82,13 @@ stream = torch.cuda.Stream()
 with torch.cuda.stream(stream):
     stream.wait_stream(torch.cuda.current_stream())
     stream.record_event().synchronize()
-assert isinstance(stream, torch.cuda.Stream) and (torch.cuda.Stream | None), "a class: transformers writes it into signatures"
+assert isinstance(stream, torch.cuda.Stream)
+assert torch.cuda.Stream | None, "a class: transformers writes it into signatures"
 torch.cuda.synchronize(); torch.cuda.set_device(0); torch.cuda.empty_cache()
 assert torch.cuda.device_count() == 1
 
-# megatron-core's own tracker draws from that state: forking gives other numbers, leaving brings the old ones back.
+# megatron-core's own tracker draws from that state: forking gives other numbers, leaving brings the
+# old ones back.
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 tracker = get_cuda_rng_tracker()
 torch.manual_seed(1); plain = torch.rand(2)
@@ -81,7 +98,8 @@ with tracker.fork("model-parallel-rng"):
     inside = torch.rand(2)
 assert not torch.equal(inside, plain) and torch.equal(torch.rand(2), plain)
 chosen = choose_device("auto")
-assert (chosen.kind, chosen.backend, chosen.torch_device.type) == ("cpu", "gloo", "cpu"), "a stand-in is not a GPU"
+described = (chosen.kind, chosen.backend, chosen.torch_device.type)
+assert described == ("cpu", "gloo", "cpu"), "a stand-in is not a GPU"
 try:
     choose_device("cuda")
 except ValueError as error:
@@ -106,8 +124,11 @@ def test_stand_ins_are_refused_once_megatron_core_is_there():
 
 def test_importing_the_room_changes_nothing():
     run(
-        "import torch\nzeros, to = torch.zeros, torch.Tensor.to\nimport megatron_slm.device, megatron_slm.parallel\n"
-        "assert torch.zeros is zeros and torch.Tensor.to is to\nimport sys\nassert 'megatron' not in sys.modules"
+        "import sys, torch\n"
+        "zeros, to = torch.zeros, torch.Tensor.to\n"
+        "import megatron_slm.device, megatron_slm.parallel\n"
+        "assert torch.zeros is zeros and torch.Tensor.to is to\n"
+        "assert 'megatron' not in sys.modules"
     )
 
 
@@ -171,29 +192,27 @@ def test_the_start_table_says_why_an_acceleration_is_off(package):
             Device("cpu", torch.device("cpu"), "gloo"), "torch", DeviceConfig()
         )
     }
-    assert rows["device"] == ("cpu", "gloo collectives") and rows["optimizer"] == (
+    assert rows["device"] == ("cpu", "gloo collectives")
+    assert rows["optimizer"] == (
         "AdamW, torch",
         "no CUDA",
     )
     assert "the CPU" in rows["layers"][1]
     assert rows["fused norm"] == rows["fp8"] == ("off", "no CUDA")
-    assert (
-        rows["apex"][0] == "foreign"
-        and "unrelated PyPI project" in rows["apex"][1]
-        and "Dockerfile" in rows["apex"][1]
-    )
+    assert rows["apex"][0] == "foreign"
+    assert "unrelated PyPI project" in rows["apex"][1]
+    assert "Dockerfile" in rows["apex"][1]
     on_gpu = {
         feature: (state, why)
         for feature, state, why in acceleration_rows(
             Device("cuda", torch.device("cuda"), "nccl"), "torch", DeviceConfig()
         )
     }
-    assert on_gpu["fused norm"][0] == "off" and "pip uninstall apex" in on_gpu["fused norm"][1]
+    assert on_gpu["fused norm"][0] == "off"
+    assert "pip uninstall apex" in on_gpu["fused norm"][1]
     assert on_gpu["fp8"] == ("off", "it needs Transformer Engine layers")
-    assert (
-        on_gpu["gradient-accumulation fusion"][0] == "off"
-        and "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]
-    )
+    assert on_gpu["gradient-accumulation fusion"][0] == "off"
+    assert "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]
 
 
 def test_the_start_table_says_what_is_on(package):

@@ -1,4 +1,4 @@
-"""A loss that jumps is told once; noise, a falling loss and a change of what is measured are not."""
+"""A loss that jumps is told once; noise, a falling loss and another measure are not."""
 
 import json
 import random

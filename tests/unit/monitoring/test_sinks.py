@@ -112,7 +112,10 @@ def test_a_failing_sink_is_told_on_the_others_and_stops_nothing(tmp_path):
 
 
 def test_a_closed_pipe_ends_no_run(tmp_path):
-    """`train | tee log`, and Ctrl-C takes tee away: rich alone would end the process before the checkpoint is saved."""
+    """`train | tee log`, and Ctrl-C takes tee away.
+
+    rich alone would end the process before the checkpoint is saved.
+    """
     reading, writing = os.pipe()
     os.close(reading)
     pipe = open(writing, "w", buffering=1)  # noqa: SIM115  handed to a sink

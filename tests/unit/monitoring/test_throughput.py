@@ -25,7 +25,8 @@ def test_flops_of_tinyllama_counted_from_its_matrices():
         (5632, 2048),
     ] + [(2048, 32000)]
     weights = 2 * sum(rows * columns for rows, columns in matrices)
-    # a token at position p attends to p + 1 positions, with one q.k and one p.v product of 64 per head
+    # A token at position p attends to p + 1 positions, with one q.k and one p.v product of 64 per
+    # head.
     core = (
         22
         * 32

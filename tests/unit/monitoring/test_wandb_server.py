@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.config.schema import WandbConfig
+from megatron_slm.config.monitoring_settings import WandbConfig
 from megatron_slm.monitoring import WandbSink, wandb_sink
 
 LINES = 30
@@ -39,7 +39,7 @@ def open_sink(folder: Path, warn, mode: str = "online") -> WandbSink:
 
 
 def logged_tokens(folder: Path) -> list[int]:
-    """tokens/processed of every record in the run's local file, which is in LevelDB's log format."""
+    """tokens/processed of every record in the run's local file, which is a LevelDB log."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("wandb/*run-*/*.wandb")

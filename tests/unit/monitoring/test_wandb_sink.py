@@ -4,7 +4,7 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
-from megatron_slm.config.schema import WandbConfig
+from megatron_slm.config.monitoring_settings import WandbConfig
 from megatron_slm.monitoring import WandbSink, wandb_loading, wandb_run_id, wandb_sink
 from megatron_slm.monitoring.wandb_server import choose_mode
 
@@ -47,7 +47,9 @@ def test_an_offline_run_is_written_and_a_resumed_one_has_the_same_id(tmp_path, c
     records = list((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.stem for path in records} == {f"run-{wandb_run_id(folder)}"}
     content = b"".join(path.read_bytes() for path in records)
-    assert b"loss/all" in content and b"keep_fraction" in content and b"tokens/processed" in content
+    assert b"loss/all" in content
+    assert b"keep_fraction" in content
+    assert b"tokens/processed" in content
     assert warnings == []
     output = capfd.readouterr()
     assert "wandb" not in output.out + output.err
@@ -131,7 +133,8 @@ def test_a_failure_while_logging_is_one_warning_then_silence(tmp_path, use):
         sink.log({"loss/all": 1.0}, step)
     sink.message("x", "warning")
     sink.close()
-    assert len(warnings) == 1 and "server gone" in warnings[0]
+    assert len(warnings) == 1
+    assert "server gone" in warnings[0]
     assert fake.run.calls == 1
 
 
@@ -159,8 +162,10 @@ def test_the_end_of_the_run_is_told(state, exit_code, finished_with, tmp_path, u
 def test_an_unreachable_server_falls_back_to_offline(tmp_path, use):
     fake, warnings = use(FakeWandb(online_fails=True)), []
     sink = open_sink(tmp_path, warnings)
-    assert fake.modes == ["online", "offline"] and sink.mode == "offline"
-    assert len(warnings) == 1 and "wandb sync" in warnings[0]
+    assert fake.modes == ["online", "offline"]
+    assert sink.mode == "offline"
+    assert len(warnings) == 1
+    assert "wandb sync" in warnings[0]
 
 
 def _not_installed():
@@ -172,9 +177,8 @@ def test_wandb_not_installed_is_one_warning(tmp_path, monkeypatch):
     warnings = []
     open_sink(tmp_path, warnings).log({"loss/all": 1.0}, 1)
     assert len(warnings) == 1
-    assert open_sink(tmp_path, warnings, mode="disabled") and len(warnings) == 1, (
-        "disabled does not import wandb"
-    )
+    assert open_sink(tmp_path, warnings, mode="disabled")
+    assert len(warnings) == 1, "disabled does not import wandb"
 
 
 def test_mode(tmp_path, monkeypatch):
