@@ -4,7 +4,7 @@
 #   bash launch/local.sh 2 train --config launch/recipes/quickstart.yaml --run.folder runs/mine
 #   bash launch/local.sh 2 score --checkpoint runs/reference --corpus data/corpus --output data/corpus_scores
 #
-# Ctrl-C asks it to stop: training saves a checkpoint after the step it is in, scoring keeps its finished shards. A second
+# Ctrl-C asks it to stop: training saves a checkpoint within a few steps, scoring keeps its finished shards. A second
 # Ctrl-C stops at once. SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) ask too, and so does the end of this script.
 # Exit codes are the program's: 0 done, 2 bad configuration, 3 bad data, 85 stopped (the same command continues).
 set -euo pipefail

@@ -88,6 +88,11 @@ class TrainingLoader:
         step = self._reading().wait()
         return step if isinstance(step, (ValueError, OSError)) else None
 
+    @property
+    def ready_steps(self) -> int:
+        """How many of the next steps are in memory, so that nothing can keep them from being read."""
+        return self._reading().ready()
+
     def _reading(self) -> "_Reader":
         if self._reader is None:
             self._reader = _Reader(
@@ -185,6 +190,12 @@ class _Reader:
         if self._next is None:
             self._next = self._queue.get()
         return self._next
+
+    def ready(self) -> int:
+        """Steps that `get` would hand out without waiting."""
+        with self._queue.mutex:
+            waiting = [self._next, *self._queue.queue]
+        return sum(isinstance(step, list) for step in waiting)
 
     def get(self) -> Step:
         step = self.wait()

@@ -26,6 +26,7 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
     from megatron_slm.training.data_fault import DataFault
     from megatron_slm.training.loop import TrainingRun
     from megatron_slm.training.setup import RunInputs
+    from megatron_slm.training.signals import CHECK_STEPS
 
     mine = folder / f"rank{groups.world_rank}"
     for name in ("train", "target"):
@@ -37,6 +38,7 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
     corpora = open_corpora([str(mine / "train"), str(mine / "target")])
     config = make_config(folder, f"run_{cut}", CASE, groups.dp_size)
     config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    config.schedule.train_steps = 4 * CHECK_STEPS  # further than what is read ahead
     run_inputs = RunInputs(Tokenizer(), corpora[:1], {"target": corpora[1]}, VOCABULARY)
     run = TrainingRun(config, groups, run_inputs)
     run.start()

@@ -1,4 +1,4 @@
-"""A request to stop, by signal or by file, is heard once, after a step, on a world of one process."""
+"""A request to stop, by signal or by file, is heard after a step; a world of one process."""
 
 import errno
 import os
@@ -12,13 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_slm.training.signals import EXIT_RESUME, STOP_FILE, StopRequest
+from megatron_slm.training.signals import (
+    CHECK_SECONDS,
+    CHECK_STEPS,
+    EXIT_RESUME,
+    STOP_FILE,
+    StopRequest,
+)
 from megatron_slm.training.stop_signals import STOP_SIGNALS, StopSignals
 
 
 @pytest.fixture(autouse=True)
 def world_of_one():
-    """A process group of this process alone; the signal handlers of the test process are put back."""
+    """A process group of this process alone; the test process gets its signal handlers back."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # a test run under nohup ignores some
@@ -63,6 +69,59 @@ def test_a_file_that_cannot_be_removed_is_named(stop, tmp_path, monkeypatch):
     problem = stop.clear()
     assert str(tmp_path / STOP_FILE) in problem
     assert "Read-only" in problem
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def steps_until_a_check(stop, *, at_most: int = 30) -> int:
+    """After how many steps the ranks agree next."""
+    return next(step for step in range(1, at_most) if stop.is_due())
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "ready_steps", "expected"),
+    [
+        (0.01, 100, CHECK_STEPS),  # fast steps: the number of steps decides
+        (CHECK_SECONDS / 3, 100, 3),  # slower ones: their time
+        (10 * CHECK_SECONDS, 100, 1),  # a step of a minute: after every one, as before
+        (0.01, 2, 2),  # what some rank has not read yet may turn out to be unreadable
+        (0.01, 0, 1),
+    ],
+)
+def test_the_ranks_agree_after_so_many_steps_or_seconds(
+    step_seconds, ready_steps, expected, tmp_path
+):
+    clock = Clock()
+    stop = StopRequest(tmp_path, torch.device("cpu"), clock=clock)
+    stop.agreed()  # before the first step, of which nothing is known
+    assert steps_until_a_check(stop) == 1
+    clock.seconds += step_seconds
+    stop.agreed(ready_steps=ready_steps)
+    assert steps_until_a_check(stop) == expected
+
+
+def test_the_ranks_always_agree_after_the_last_step(tmp_path):
+    stop = StopRequest(tmp_path, torch.device("cpu"), clock=Clock())
+    stop.is_due()
+    stop.agreed(ready_steps=100)
+    assert not stop.is_due()
+    assert stop.is_due(last_step=True)
+
+
+def test_a_request_between_two_checks_is_heard_at_the_next_one(stop, tmp_path):
+    stop.is_due()
+    assert stop.agreed(ready_steps=100) is False
+    (tmp_path / STOP_FILE).touch()
+    assert 1 < steps_until_a_check(stop) <= CHECK_STEPS
+    assert stop.agreed(ready_steps=100) is True
 
 
 def test_the_names_that_batch_scripts_rely_on():
