@@ -5,7 +5,7 @@ Pure: no file is opened and nothing is started.
 
 from collections.abc import Callable, Iterator
 
-from megatron_slm.config import layout_rules, training_rules
+from megatron_slm.config import layout_rules, tool_rules, training_rules
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.ranges import out_of_range
 from megatron_slm.config.schema import Config
@@ -26,6 +26,7 @@ TRAINING_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (training_rules.schedule_problems, ()),
     (training_rules.optimizer_problems, ("optimizer",)),
     (training_rules.checkpoint_problems, ()),
+    (tool_rules.tool_problems, ("monitoring",)),
 )
 
 

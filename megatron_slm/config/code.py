@@ -1,4 +1,4 @@
-"""Settings that name code: a scorer in a Python file, PATH.py:NAME.
+"""Settings that name code: a scorer, or another part, in a Python file: PATH.py:NAME.
 
 A configuration file alone never makes it run. Recipes are passed around, and whoever starts one
 expects settings. So the person who starts the program names the file, on the command line; a
@@ -7,6 +7,15 @@ configuration file may repeat the name, as the config.yaml of every run does.
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+SETTINGS = (
+    "optimizer.kind",
+    "schedule.style",
+    "monitoring.sinks",
+    "monitoring.validations",
+    "monitoring.after_step",
+)
+"""Settings that may name a function in a Python file, beside those of `selection`."""
 
 
 def names_code(text: str) -> bool:
@@ -21,17 +30,24 @@ def code_of_the_file_alone(values: Mapping, path: str, given: Mapping[str, str])
     values: what the file says, nested; given: the options of the command line by their dotted
     names.
     """
-    selection = values.get("selection")
     problems = []
-    for setting, value in selection.items() if isinstance(selection, Mapping) else ():
+    for setting, value in _settings_that_may_name_code(values):
         for name in _names_of_code(value):
             if not any(name in text for text in given.values()):
                 problems.append(
-                    f"selection.{setting}: {path} names {name}, and a configuration file runs no "
-                    "code; if you trust that Python file, name it on the command line too, in "
-                    f"--selection.{setting}"
+                    f"{setting}: {path} names {name}, and a configuration file runs no code; if "
+                    "you trust that Python file, name it on the command line too, in "
+                    f"--{setting}"
                 )
     return problems
+
+
+def _settings_that_may_name_code(values: Mapping) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each such setting in the file; in `selection`, of every one."""
+    for section_name, section in values.items():
+        for field, value in section.items() if isinstance(section, Mapping) else ():
+            if section_name == "selection" or f"{section_name}.{field}" in SETTINGS:
+                yield f"{section_name}.{field}", value
 
 
 def _names_of_code(value: Any) -> Iterator[str]:

@@ -41,6 +41,16 @@ class DeviceConfig:
     """CPU threads of each process; 0 = cores / processes on this machine."""
     timeout_minutes: Annotated[int, Range(at_least=1, at_most=525_600)] = 30
     """How long a collective may wait for the slowest rank before the job is stopped."""
+    step_timeout_minutes: Count = 10
+    """The same for the collectives of a training step, from the second step on; 0 =
+    timeout_minutes. It is never below twice monitoring.hang_seconds or three times the first step,
+    so that a run which hangs has written its stacks before a collective ends it."""
+    garbage_collection_steps: Count = 50
+    """Python's garbage is collected on all ranks after the same step, every so many steps, instead
+    of whenever one rank's counter is full, which makes the others wait; 0 = Python decides."""
+    flight_recorder_entries: Count = 2000
+    """Collectives that NCCL's flight recorder remembers on each rank. They are written to
+    RUN/ranks/ when the run hangs; 0 = none. CUDA only."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Every setting of a run: type, range, default, and its help text (the string under the field).
 
-The sections `device`, `model` and `parallel` are in model_settings.py. Sizes carry their unit in
-the name. Nothing here imports torch: launchers and data programs read it too. Rules between
+The sections `device`, `model` and `parallel` are in model_settings.py, `monitoring` is in
+monitoring_settings.py. Sizes carry their unit in the name. Nothing here imports torch: launchers and data programs read it too. Rules between
 settings live in check.py, reading and overriding in load.py.
 """
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from megatron_slm.config.model_settings import DeviceConfig, ModelConfig, ParallelConfig
+from megatron_slm.config.monitoring_settings import MonitoringConfig
 from megatron_slm.config.ranges import (
     BelowOne,
     Count,
@@ -138,6 +139,9 @@ class SelectionConfig:
 class OptimizerConfig:
     """AdamW (Transformer Engine's or apex's fused one where installed, else torch's)."""
 
+    kind: str = "adamw"
+    """adamw, the name of an optimizer that an installed package offers, or PATH.py:NAME, a function
+    in a file of your own: see docs/extending.md."""
     learning_rate: Positive = 3e-4
     """Peak learning rate."""
     min_learning_rate: NotNegative = 3e-5
@@ -177,8 +181,10 @@ class ScheduleConfig:
     """Optimizer steps of the run; give this or train_tokens."""
     train_tokens: Count = 0
     """Processed tokens of the run (rounded up to whole steps); give this or train_steps."""
-    style: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """Shape after warm-up; wsd = constant, then a decay over decay_fraction of the run."""
+    style: str = "cosine"
+    """Shape after warm-up: constant, linear, cosine, or wsd = constant, then a decay over
+    decay_fraction of the run. Also the name of a shape that an installed package offers, or
+    PATH.py:NAME, a function in a file of your own: see docs/extending.md."""
     warmup_fraction: Fraction = 0.02
     """Share of the run with linear warm-up."""
     decay_fraction: Fraction = 0.2
@@ -218,41 +224,6 @@ class CheckpointConfig:
     max_failed_saves: Size = 3
     """So many checkpoints in a row that cannot be written end the run with exit code 4. Fewer are
     reported, and training goes on: a full disk may be noticed and freed."""
-
-
-@dataclass
-class WandbConfig:
-    """Weights & Biases."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto = online when an API key is set, else offline; the key itself never belongs in a config.
-    """
-    project: str = "megatron-slm"
-    """W&B project."""
-    entity: str = ""
-    """W&B entity (team); empty = the account's default."""
-    group: str = ""
-    """W&B group, to compare arms of one experiment."""
-    tags: list[str] = field(default_factory=list)
-    """W&B tags."""
-
-
-@dataclass
-class MonitoringConfig:
-    """What is written, how often."""
-
-    log_interval_steps: Size = 10
-    """Steps between two lines of metrics."""
-    validation_interval_steps: Count = 0
-    """Steps between two validations; 0 = only at the end."""
-    hang_seconds: Count = 300
-    """A run that finishes no step for so long (and three times its longest step) writes every
-    rank's stacks into the run folder and ends with exit code 86; 0 = never. The first step,
-    validation and checkpoints may take device.timeout_minutes."""
-    validation_batches: Count = 8
-    """Global batches per validation corpus; 0 = the whole corpus."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    """Weights & Biases."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_model_config
 
 from megatron_slm.config.schema import Config
+from megatron_slm.model.outside_optimizer import MakeOptimizer, put_inside
 from megatron_slm.model.transformer_config import DTYPES
 
 
@@ -34,13 +35,16 @@ def wrap_data_parallel(
     ]
 
 
-def build_optimizer(models: list[DistributedDataParallel], config: Config):
+def build_optimizer(
+    models: list[DistributedDataParallel], config: Config, make: MakeOptimizer | None = None
+):
     """AdamW with decoupled weight decay (none on biases and norm weights), global-norm clipping,
     fp32 main weights.
 
     Transformer Engine's or apex's fused Adam where installed, else torch's (megatron-core chooses).
     Under fp16 the models' losses are multiplied by a scale that follows overflows; use
     `update_weights` to step.
+    make: an optimizer from outside in AdamW's place (outside_optimizer.py).
     """
     settings, precision = config.optimizer, config.device.precision
     optimizer = get_megatron_optimizer(
@@ -65,6 +69,8 @@ def build_optimizer(models: list[DistributedDataParallel], config: Config):
         ),
         models,
     )
+    if make is not None:
+        put_inside(optimizer, make, settings)
     for group in optimizer.param_groups:
         # megatron-core leaves this product to its own scheduler; without it norm weights would be
         # decayed too.

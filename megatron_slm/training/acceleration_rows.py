@@ -14,16 +14,23 @@ Row = tuple[str, str, str]
 
 
 def acceleration_rows(
-    device: Device, layers: str, asked: DeviceConfig, isolated_documents: bool = False
+    device: Device,
+    layers: str,
+    asked: DeviceConfig,
+    isolated_documents: bool = False,
+    optimizer: str = "adamw",
 ) -> list[Row]:
-    """Every row about the device and its accelerations. layers: torch or transformer_engine."""
+    """Every row about the device and its accelerations.
+
+    layers: torch or transformer_engine. optimizer: optimizer.kind.
+    """
     on_gpu = device.kind == "cuda"
     apex = apex_state()
     return [
         ("device", device.kind, f"{device.backend} collectives"),
         _layers_row(on_gpu, layers, isolated_documents),
         _norm_row(on_gpu, layers, apex),
-        _optimizer_row(on_gpu, apex),
+        _optimizer_row(on_gpu, apex) if optimizer == "adamw" else ("optimizer", optimizer, ""),
         _fusion_row(on_gpu, apex),
         _fp8_row(on_gpu, layers, asked),
         ("apex", apex.replace("_", " "), _describe_apex(apex)),
@@ -39,7 +46,9 @@ def _describe_apex(state: str) -> str:
     return {
         "absent": "not installed",
         "nvidia": "NVIDIA apex with CUDA extensions",
-        "nvidia_python": "NVIDIA apex WITHOUT its CUDA extensions: rebuild it as the Dockerfile does",
+        "nvidia_python": (
+            "NVIDIA apex WITHOUT its CUDA extensions: rebuild it as the Dockerfile does"
+        ),
     }[state]
 
 

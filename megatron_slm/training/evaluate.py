@@ -1,6 +1,6 @@
 """Validation: plain loss on held-out corpora, never selected, reported per corpus."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,19 +11,25 @@ from megatron_slm.parallel import Groups
 
 
 def plain_loss(
-    models: Sequence[MegatronModule], steps: Iterable[Sequence[Batch]], groups: Groups
+    models: Sequence[MegatronModule],
+    steps: Iterable[Sequence[Batch]],
+    groups: Groups,
+    chosen: Callable[[Batch], torch.Tensor] | None = None,
 ) -> tuple[float, int]:
     """(mean loss in nats, tokens) over all global batches in `steps` and all ranks: one sum divided
     by one count.
 
     Equals cross_entropy over every unmasked token in one process. Known on last-stage ranks; others
     get (nan, 0).
+    chosen: a bool tensor [B, S]; only tokens for which it is true count. None = every token.
     """
     total = torch.zeros(2, dtype=torch.float64, device=groups.device)
     for batches in steps:
         outputs = forward_losses(models, batches, groups)
         for batch, output in zip(batches, outputs, strict=groups.is_last_stage):
             counted_BS = batch.loss_mask_BS > 0
+            if chosen is not None:
+                counted_BS &= chosen(batch)
             total[0] += torch.where(counted_BS, output["loss"], 0.0).sum(dtype=torch.float64)
             total[1] += counted_BS.sum()
     if not groups.is_last_stage:

@@ -1,34 +1,63 @@
-"""Learning rate of every step: linear warm-up, then constant, linear, cosine or
-warm-up-stable-decay.
+"""Learning rate of every step: linear warm-up, then a shape (constant, linear, cosine,
+warm-up-stable-decay, or one from outside).
 """
 
 import math
+from collections.abc import Callable
 
 from megatron_slm.config.schema import Config
 
+Shape = Callable[[float, int, float], float]
+"""(position, warm-up steps, end), all in steps -> the part of the peak learning rate, above
+min_learning_rate, that the update at `position` has. Asked after warm-up only."""
 
-def learning_rate(config: Config, position: float, end: float) -> float:
-    """Learning rate of the update with which a run of `end` steps has done `position`: a pure
-    function, resuming needs no state.
 
-    Both may be fractions, where steps had another size before (run_length.py). Warm-up rises
-    linearly over warmup_fraction of the run and reaches the peak at its end; the shape then runs
-    from the peak to min_learning_rate at the last step (wsd: only over the last decay_fraction of
-    the run).
+def learning_rate(
+    config: Config, position: float, end: float, outside_shape: Shape | None = None
+) -> float:
+    """Learning rate of the update with which a run of `end` steps has done `position`.
+
+    A pure function: resuming needs no state. Both may be fractions, where steps had another size
+    before (run_length.py). Warm-up rises linearly over warmup_fraction of the run and reaches the
+    peak at its end; the shape then runs from the peak to min_learning_rate at the last step (wsd:
+    only over the last decay_fraction of the run). outside_shape: that of a schedule.style which is
+    not built in.
     """
     schedule, optimizer = config.schedule, config.optimizer
     warmup_steps = math.ceil(schedule.warmup_fraction * end)
     if position <= warmup_steps:
         return optimizer.learning_rate * position / warmup_steps
-    begin = (
-        warmup_steps
-        if schedule.style != "wsd"
-        else max(warmup_steps, end - math.ceil(schedule.decay_fraction * end))
-    )
-    if schedule.style == "constant" or position <= begin:
+    if outside_shape is not None:
+        left = outside_shape(position, warmup_steps, end)
+    elif schedule.style == "wsd":
+        decay_begin = max(warmup_steps, end - math.ceil(schedule.decay_fraction * end))
+        left = _linear(position, decay_begin, end)
+    else:
+        left = _SHAPES[schedule.style](position, warmup_steps, end)
+    if left == 1.0:
         return optimizer.learning_rate
-    done = (position - begin) / (end - begin) if position < end else 1.0
-    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.style == "cosine" else 1.0 - done
     return (
         optimizer.min_learning_rate + (optimizer.learning_rate - optimizer.min_learning_rate) * left
     )
+
+
+def _done(position: float, begin: float, end: float) -> float:
+    """How far the run is between `begin` and `end`, 0 to 1."""
+    if position <= begin:
+        return 0.0
+    return (position - begin) / (end - begin) if position < end else 1.0
+
+
+def _constant(position: float, begin: float, end: float) -> float:
+    return 1.0
+
+
+def _linear(position: float, begin: float, end: float) -> float:
+    return 1.0 - _done(position, begin, end)
+
+
+def _cosine(position: float, begin: float, end: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * _done(position, begin, end)))
+
+
+_SHAPES = {"constant": _constant, "linear": _linear, "cosine": _cosine}

@@ -6,6 +6,7 @@ writes the metrics.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -27,7 +28,6 @@ from megatron_slm.monitoring import (
     LossSpikes,
     Metrics,
     Throughput,
-    model_flops_per_token,
     wandb_run_id,
 )
 from megatron_slm.parallel import Groups
@@ -39,8 +39,12 @@ from megatron_slm.training.busy_time import SlowRankReport
 from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.ending import NotSaved
 from megatron_slm.training.evaluate import validate
+from megatron_slm.training.instruments import make_throughput, make_tools, make_watchdog
 from megatron_slm.training.learning_rate import learning_rate
+from megatron_slm.training.loaders import training_loader, validation_loaders
 from megatron_slm.training.non_finite import NonFiniteSteps
+from megatron_slm.training.outside_parts import OutsideParts
+from megatron_slm.training.outside_validation import ValidationRun, measure_outside
 from megatron_slm.training.probe import Probe
 from megatron_slm.training.rank_batches import ValidationOnThisRank
 from megatron_slm.training.reference import load_reference
@@ -53,7 +57,7 @@ from megatron_slm.training.stop_signals import StopSignals
 from megatron_slm.training.stored_data import StoredDataCheck
 from megatron_slm.training.token_selector import TokenSelector
 from megatron_slm.training.trainer import Trainer
-from megatron_slm.training.watchdog import Watchdog
+from megatron_slm.training.versions import write_versions
 
 
 class TrainingRun:
@@ -61,6 +65,7 @@ class TrainingRun:
 
     signals: what this process hears of requests to stop; None = only the stop file counts.
     notes: (text, level) of what is to be said when there are sinks to say it to.
+    parts: those that the settings take from outside the library; None = none.
     """
 
     def __init__(
@@ -70,8 +75,10 @@ class TrainingRun:
         run_inputs: setup.RunInputs,
         signals: StopSignals | None = None,
         notes: Sequence[tuple[str, str]] = (),
+        parts: OutsideParts | None = None,
     ):
         self.signals, self.notes = signals, notes
+        self.parts = parts or OutsideParts()
         self.config, self.groups, self.run_inputs = config, groups, run_inputs
         self.folder = Path(config.run.folder)
         self.done = Done()
@@ -84,14 +91,14 @@ class TrainingRun:
         )
         self.trainer = Trainer(
             models,
-            build_optimizer(models, config),
+            build_optimizer(models, config, self.parts.make_optimizer),
             selector,
             groups,
             load_reference(config, groups),
         )
         self.validation = {
             name: ValidationOnThisRank(loader, groups)
-            for name, loader in setup.validation_loaders(config, run_inputs, groups).items()
+            for name, loader in validation_loaders(config, run_inputs, groups).items()
         }
         self.probe = Probe(config, run_inputs, self.trainer)
         self.metrics = Metrics(groups.device)
@@ -148,7 +155,7 @@ class TrainingRun:
             )
         self.length = RunLength(self.config, self.done)
         self.steps = self.length.steps
-        self.loader = setup.training_loader(
+        self.loader = training_loader(
             self.config, self.run_inputs, self.groups, self.position, self.length.remaining_samples
         )
         messages += self._write_settings(resumed=state is not None)
@@ -159,6 +166,7 @@ class TrainingRun:
             resume_step=self.step if state is not None else None,
             wandb_id=self._agreed_wandb_id(),
             length=self.length,
+            outside_sinks=self.parts.sinks,
         )
         self.store.report = self.reporter.message
         for text, level in messages:
@@ -174,7 +182,7 @@ class TrainingRun:
             if resumed:
                 told = [resume.changed_settings(self.folder, self.config)]
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
-            setup.write_versions(self.folder)
+            write_versions(self.folder)
         dist.broadcast_object_list(told, src=0)
         return told[0]
 
@@ -186,15 +194,20 @@ class TrainingRun:
         cannot read the next step, or a validation corpus; the steps before are in a checkpoint.
         """
         stop = StopRequest(self.folder, self.groups.device, self.signals)
-        throughput = self._throughput()
+        throughput = make_throughput(self)
         self.slow_ranks = SlowRankReport(self.groups, self.trainer.models, self.step)
         self.stored_data = StoredDataCheck(
             [*self.run_inputs.corpora, *self.run_inputs.validation.values()],
             self.config.data.check_interval_seconds,
         )
-        with self._watchdog() as self.watchdog, self.slow_ranks, self.stored_data:
+        with (
+            make_watchdog(self) as self.watchdog,
+            make_tools(self) as self.tools,
+            self.slow_ranks,
+            self.stored_data,
+        ):
             stopping = self._train(stop, throughput)
-            with self.watchdog.phase("finishing"):
+            with self.watchdog.phase("finishing"), self.tools.patient():
                 self.store.close()
                 self.loader.close()
         if stop.fault is not None:
@@ -215,7 +228,7 @@ class TrainingRun:
             with throughput.waiting_for_data():
                 batches = on_this_rank(self.loader.next_step(), self.groups)
             after = self.length.after(self.done)
-            rate = learning_rate(self.config, *self.length.clock(after))
+            rate = learning_rate(self.config, *self.length.clock(after), self.parts.schedule_shape)
             scale = loss_scale(self.trainer.optimizer)
             report = train_step(self.trainer, batches, self._progress(), rate)
             self.done = after
@@ -224,15 +237,18 @@ class TrainingRun:
             self.non_finite.check(report, batches, scale)
             if report.grad_norm == 0.0:
                 self.reporter.warn_once("zero_gradient", zero_gradient(self.step))
-            with throughput.waiting_for_data():
-                fault = self.loader.fault() if self.step < self.steps else None
-            stopping = stop.agreed(fault or self.stored_data.fault())
+            if stop.is_due(last_step=self.step == self.steps):
+                with throughput.waiting_for_data():
+                    fault = self.loader.fault() if self.step < self.steps else None
+                stopping = stop.agreed(fault or self.stored_data.fault(), self.loader.ready_steps)
+            metrics = self._step_metrics(report, rate)
             if self.step == self.steps or _due(
                 self.step, self.config.monitoring.log_interval_steps
             ):
-                self._log(report, rate, throughput)
+                metrics = self._log(metrics, throughput)
             with throughput.paused():
                 self._after_step(stopping)
+                self.tools.after_step(self.step, metrics)
             self.watchdog.step_done(self.step)
         return stopping
 
@@ -242,26 +258,6 @@ class TrainingRun:
         if of_use and report.selected_tokens is not None:
             self.metrics.add_all(report.measured)
             self.metrics.add_sum("tokens/selected", report.selected_tokens)
-
-    def _throughput(self) -> Throughput:
-        flops = model_flops_per_token(
-            self.config.model, self.config.data.sequence_length, self.run_inputs.vocabulary_size
-        )
-        return Throughput(
-            total_tokens=self.length.tokens,
-            flops_per_token=flops.training,
-            world_size=self.groups.world_size,
-            peak_flops_per_second=self.reporter.peak_flops_per_second,
-        )
-
-    def _watchdog(self) -> Watchdog:
-        return Watchdog(
-            self.folder,
-            rank=self.groups.world_rank,
-            world_size=self.groups.world_size,
-            step_seconds=self.config.monitoring.hang_seconds,
-            other_seconds=60 * self.config.device.timeout_minutes,
-        )
 
     def _end(self, stopped: bool, stop: StopRequest) -> int:
         """Say how the run ended; its exit code.
@@ -308,7 +304,7 @@ class TrainingRun:
             or (scheduled and kept.keep_best)
         ):
             try:
-                with self.watchdog.phase("validation"):
+                with self.watchdog.phase("validation"), self.tools.patient():
                     self._validate()
             except DataFault:  # of a validation corpus: no trained step is lost for it
                 save(self, with_optimizer=True)
@@ -317,7 +313,7 @@ class TrainingRun:
         if (
             scheduled or stopping
         ):  # a stop has no time to validate: its checkpoint is nobody's best; but it must be one to resume from
-            with self.watchdog.phase("saving a checkpoint"):
+            with self.watchdog.phase("saving a checkpoint"), self.tools.patient():
                 save(self, with_optimizer=kept.save_optimizer or (stopping and not done))
         self.store.finish_pending()
         if self.store.failed_saves >= kept.max_failed_saves and not (done or stopping):
@@ -326,29 +322,31 @@ class TrainingRun:
                 f"{self.step} (checkpoint.max_failed_saves); {self._way_on()}"
             )
 
-    def _log(self, report: StepReport, rate: float, throughput: Throughput) -> None:
+    def _step_metrics(self, report: StepReport, rate: float) -> dict[str, Any]:
+        """What is known of every step without waiting for the device."""
+        norm = {"optimizer/grad_norm": report.grad_norm} if report.updated else {}
+        return {"tokens/processed": self.done.tokens, **norm, "optimizer/learning_rate": rate}
+
+    def _log(self, step_metrics: dict[str, Any], throughput: Throughput) -> dict[str, Any]:
+        """Write the interval's metrics; returns the line."""
         summary = self.metrics.reduce(self.groups.dp_cp, summarise=self._summarise)
         self.tokens_selected += int(summary.pop("tokens/selected", 0))
         scale = loss_scale(self.trainer.optimizer)
         fp16 = {} if scale is None else {"optimizer/loss_scale": scale}
         if scale is not None or self.skipped_steps:
             fp16["optimizer/skipped_steps"] = self.skipped_steps
-        norm = {"optimizer/grad_norm": report.grad_norm} if report.updated else {}
         slowest, slow_rank = self.slow_ranks.interval(self.step)
-        self.reporter.log(
-            {
-                "kind": "train",
-                "tokens/processed": self.done.tokens,
-                "tokens/selected": self.tokens_selected,
-                **summary,
-                **norm,
-                "optimizer/learning_rate": rate,
-                **fp16,
-                **throughput.interval(self.done.tokens),
-                **slowest,
-            },
-            self.step,
-        )
+        record = {
+            "kind": "train",
+            "tokens/processed": self.done.tokens,
+            "tokens/selected": self.tokens_selected,
+            **summary,
+            **step_metrics,
+            **fp16,
+            **throughput.interval(self.done.tokens),
+            **slowest,
+        }
+        self.reporter.log(record, self.step)
         if slow_rank:
             self.reporter.message(slow_rank, "warning")
         keep_fraction = self.trainer.selector.keep_fraction(
@@ -357,6 +355,7 @@ class TrainingRun:
         self.reporter.emit_warnings(summary, keep_fraction, self.trainer.selector.scorer)
         if spike := self.loss_spikes.look(summary, keep_fraction, self.step):
             self.reporter.message(spike, "warning")
+        return record
 
     def _summarise(self, reduced: dict) -> dict:
         return {
@@ -370,6 +369,10 @@ class TrainingRun:
         record = {
             **validate(self.trainer.models, self.validation, self.groups),
             **self.probe.compare(self._progress()),
+            **measure_outside(
+                self.parts.validations,
+                ValidationRun(self.step, self.trainer.models, self.validation, self.groups),
+            ),
         }
         self.validated = (
             self.step,

@@ -1,11 +1,14 @@
-"""What a run tells: the start table, metrics to every sink, warnings that think, and a page of text
-with its selected tokens.
+"""What a run tells: the start table, metrics to every sink, and warnings computed from them.
+
+At the end it also writes a page of text with the tokens that the model would select.
 """
 
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +22,7 @@ from megatron_slm.monitoring import (
     JsonlSink,
     MultiSink,
     NullSink,
+    Sink,
     WandbSink,
     peak_flops_per_second,
     run_status,
@@ -31,14 +35,16 @@ from megatron_slm.selection.populations import population_sequences
 from megatron_slm.training.closing import closing_lines
 from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.scorer_settings import choice_rules
+from megatron_slm.training.setup import RunInputs
 from megatron_slm.training.start_table import start_table
 
 BY_CORPUS = "selection/rate_by_corpus"
 
 
 def rates_of_corpora(prefixes: list[str], rates: list[float]) -> dict[str, float]:
-    """The rate of each corpus under its name; a corpus without a token in the interval (not a
-    number) has none.
+    """The rate of each corpus under its name.
+
+    A corpus without a token in the interval has none: its rate is not a number.
     """
     named = {}
     for place, (prefix, rate) in enumerate(zip(prefixes, rates, strict=True)):
@@ -55,54 +61,71 @@ class Reporter:
         self,
         config: Config,
         groups: Groups,
-        run_inputs,
+        run_inputs: RunInputs,
         *,
         resume_step: int | None,
         wandb_id: str,
         length: RunLength | None = None,
+        outside_sinks: Mapping[str, Callable[..., Any]] | None = None,
     ):
-        """length: None = that of a run which starts anew."""
+        """length: None = that of a run which starts anew. outside_sinks: functions of
+        monitoring.sinks by their names.
+        """
+        self.config = config
+        self.groups = groups
+        self.run_inputs = run_inputs
+        self.folder = Path(config.run.folder)
         self.length = length or RunLength(config)
-        self.config, self.groups, self.run_inputs, self.folder = (
-            config,
-            groups,
-            run_inputs,
-            Path(config.run.folder),
-        )
         self.warned: set[str] = set()
-        self.started_at, self.resume_step = time.monotonic(), resume_step
-        self.last: dict[str, dict] = {}  # kind -> the newest record of this start
-        name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
-        self.peak_flops_per_second = (
-            peak_flops_per_second(name, config.device.precision) if name else None
-        )
-        if not groups.is_logger:
-            self.sink = NullSink()
-            return
+        self.started_at = time.monotonic()
+        self.resume_step = resume_step
+        self.newest: dict[str, dict] = {}
+        """The newest record of this start, by its kind."""
+        self.peak_flops_per_second: float | None = None
+        if groups.device.type == "cuda":
+            self.peak_flops_per_second = peak_flops_per_second(
+                torch.cuda.get_device_name(), config.device.precision
+            )
+        self.sink: Sink = NullSink()
+        if groups.is_logger:
+            self._open_sinks(wandb_id, outside_sinks or {})
+
+    def _open_sinks(self, wandb_id: str, outside_sinks: Mapping[str, Callable[..., Any]]) -> None:
+        """Open every sink, show the start table, and say what is known before the first step."""
         console = ConsoleSink(
-            total_steps=self.length.steps, start_step=resume_step or 0, title=self.name
+            total_steps=self.length.steps, start_step=self.resume_step or 0, title=self.name
         )
-        self.sink = MultiSink(
-            [JsonlSink(self.folder / "metrics.jsonl", resume_step=resume_step), console]
+        sinks = MultiSink(
+            [JsonlSink(self.folder / "metrics.jsonl", resume_step=self.resume_step), console]
         )
-        self._show_start_table(console, self._open_wandb(wandb_id))
-        if resume_step is not None:
-            self.message(f"resumed after step {resume_step}", "info")
-        for corpus in run_inputs.corpora:
-            if corpus.scores is not None and config.selection.scorer != "none":
-                for sentence in corpus.scores.context_warnings(
-                    config.data.sequence_length, config.data.document_policy
-                ):
-                    self.message(sentence, "warning")
+        self.sink = sinks
+        self._show_start_table(console, self._open_wandb(sinks, wandb_id))
+        for sink_name, make in outside_sinks.items():
+            self._add_outside_sink(sinks, sink_name, make)
+        if self.resume_step is not None:
+            self.message(f"resumed after step {self.resume_step}", "info")
+        self._warn_of_scoring_context()
         for sentence in begin_token_warnings(
-            config, run_inputs.corpora, resumed=resume_step is not None
+            self.config, self.run_inputs.corpora, resumed=self.resume_step is not None
         ):
             self.message(sentence, "warning")
-        if choice_rules(config.selection).scorer.uses_keep_fraction:
+        if choice_rules(self.config.selection).scorer.uses_keep_fraction:
             self._warn_of_small_population()
 
-    def _open_wandb(self, run_id: str) -> str:
-        """Open the W&B run, where there is to be one; where it is, for the start table."""
+    def _warn_of_scoring_context(self) -> None:
+        """Say where tokens were scored in another context than they are trained in."""
+        if self.config.selection.scorer == "none":
+            return
+        data = self.config.data
+        for corpus in self.run_inputs.corpora:
+            if corpus.scores is not None:
+                for sentence in corpus.scores.context_warnings(
+                    data.sequence_length, data.document_policy
+                ):
+                    self.message(sentence, "warning")
+
+    def _open_wandb(self, sinks: MultiSink, run_id: str) -> str:
+        """Open the W&B run, where one is wanted; returns where it is, for the start table."""
         if self.config.monitoring.wandb.mode == "disabled":
             return "off (monitoring.wandb.mode is disabled)"
         wandb = WandbSink(
@@ -113,14 +136,30 @@ class Reporter:
             run_id=run_id,
             warn=lambda text: self.message(text, "warning"),
         )
-        self.sink.add(wandb)
+        sinks.add(wandb)
         return wandb.location
 
+    def _add_outside_sink(self, sinks: MultiSink, name: str, make: Callable[..., Any]) -> None:
+        """Logging cannot stop training: a sink that cannot be made costs a warning."""
+        try:
+            sink = make(str(self.folder), to_mapping(self.config))
+            missing = [each for each in ("log", "message", "close") if not hasattr(sink, each)]
+            if missing:
+                raise TypeError(f"a {type(sink).__name__} has no {', '.join(missing)}")
+        except Exception as error:  # the user's code: it may raise anything
+            self.message(
+                f"monitoring.sinks: {name} cannot be used, training goes on without it: "
+                f"{type(error).__name__}: {error}",
+                "warning",
+            )
+            return
+        sinks.add(sink)
+
     def _warn_of_small_population(self) -> None:
-        data, keep_fraction = self.config.data, build_schedule(self.config.selection.keep_fraction)
-        keep = min(
-            keep_fraction(self.length.start.tokens), keep_fraction(self.length.tokens)
-        )  # schedules are monotone
+        data = self.config.data
+        keep_fraction = build_schedule(self.config.selection.keep_fraction)
+        # Schedules are monotone, so the smallest fraction is at one of the ends.
+        keep = min(keep_fraction(self.length.start.tokens), keep_fraction(self.length.tokens))
         sequences = population_sequences(
             self.config.selection.scope,
             micro_batch_size=data.micro_batch_size,
@@ -130,8 +169,9 @@ class Reporter:
         tokens = sequences * data.sequence_length
         if tokens < smallest_population(keep):
             self.message(
-                f"selection.keep_fraction {keep} of a population of {tokens} tokens cannot be met closely: ceil({keep} x {tokens}) keeps too many. "
-                "Use a wider selection.scope, a larger batch or longer sequences",
+                f"selection.keep_fraction {keep} of a population of {tokens} tokens cannot be met "
+                f"closely: ceil({keep} x {tokens}) keeps too many. Use a wider selection.scope, a "
+                "larger batch or longer sequences",
                 "warning",
             )
 
@@ -143,22 +183,22 @@ class Reporter:
         self.sink.message(text, level)
 
     def log(self, record: dict, step: int) -> None:
-        """Write one line of metrics (last rank of the world only), and in status.json how far the
-        run is (rank 0).
+        """Write one line of metrics, and in status.json how far the run is.
 
-        Rates of the corpora go under the corpora's names.
+        The last rank of the world writes the first, rank 0 the second. Rates of the corpora go
+        under the corpora's names.
         """
         record = dict(record)
         if rates := record.pop(BY_CORPUS, None):
             prefixes = [corpus.prefix for corpus in self.run_inputs.corpora]
             record |= rates_of_corpora(prefixes, rates)
-        self.last[record.get("kind", "train")] = record | {"step": step}
+        self.newest[record.get("kind", "train")] = record | {"step": step}
         self.sink.log(record, step)
         if self.groups.world_rank == 0:
             run_status.progress(self.folder, step)
 
     def emit_warnings(self, summary: dict, keep_fraction: float, scorer) -> None:
-        """Say what the interval's metrics warn of; each kind of warning once per start of the run."""
+        """Report each alarm that this interval's metrics raise, once per start of the run."""
         own_count = scorer.uses_keep_fraction and scorer.name not in ("union", "intersection")
         found = warnings_of(
             summary,
@@ -175,26 +215,27 @@ class Reporter:
             self.message(sentence, "warning")
 
     def close(self, state: str, exit_code: int) -> None:
-        """Close the sinks of a run that is done, stopped or failed; one that is done says where
-        everything is.
+        """Close the sinks of a run that is done, stopped or failed.
+
+        One that is done says where everything is.
         """
         if state == "done" and self.groups.is_logger:
             seconds = time.monotonic() - self.started_at
-            for line in closing_lines(self.folder, self.name, self.last, seconds, self.resume_step):
+            for line in closing_lines(
+                self.folder, self.name, self.newest, seconds, self.resume_step
+            ):
                 self.message(line, "info")
         self.sink.close(state, exit_code)
 
     def write_token_view(self, lines: list[dict]) -> None:
-        """token_view.jsonl: real text with what the model would select from it now; a disk that
-        cannot take it costs a warning.
+        """token_view.jsonl: real text with what the model would select from it now.
+
+        A disk that cannot take it costs a warning.
         """
         if self.groups.is_logger and lines:
             path = self.folder / "token_view.jsonl"
             try:
-                path.with_suffix(".tmp").write_text(
-                    "".join(json.dumps(line) + "\n" for line in lines)
-                )
-                path.with_suffix(".tmp").replace(path)
+                write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             except OSError as error:
                 self.message(f"{path} could not be written ({error})", "warning")
 

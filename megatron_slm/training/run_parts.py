@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_slm.data.position import DataPosition
     from megatron_slm.monitoring import LossSpikes, Metrics
     from megatron_slm.parallel import Groups
+    from megatron_slm.training.outside_parts import OutsideParts
     from megatron_slm.training.probe import Probe
     from megatron_slm.training.reporter import Reporter
     from megatron_slm.training.resume import Fingerprints
@@ -30,6 +31,7 @@ class RunParts(Protocol):
     config: Config
     groups: Groups
     run_inputs: RunInputs
+    parts: OutsideParts
     folder: Path
     trainer: Trainer
     loader: TrainingLoader

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_slm.checkpoint.architecture import differing_settings
 from megatron_slm.checkpoint.folder import read_checkpoint_info
@@ -20,23 +19,16 @@ from megatron_slm.data.corpora import (
     open_corpora,
     too_few_tokens,
 )
-from megatron_slm.data.position import DataPosition
 from megatron_slm.data.score_manifest import presented_name
-from megatron_slm.files.redact import redacted
 from megatron_slm.selection.rules import ChoiceRules
-from megatron_slm.selection.scorer_files import loaded_scorer_files
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 from megatron_slm.training import resume
 from megatron_slm.training.reference import reference_config
 from megatron_slm.training.scorer_settings import choice_rules
 
-if TYPE_CHECKING:
-    from megatron_slm.data.loader import TrainingLoader, ValidationLoader
-    from megatron_slm.parallel import Groups
-
 
 class RunInputError(ConfigError):
-    """What a configuration points to cannot be used: files missing, damaged, or of another tokenizer."""
+    """What a configuration points to cannot be used: missing, damaged, or of another tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -50,52 +42,24 @@ class RunInputs:
 
 
 def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
-    """Open scorer, tokenizer, corpora, score stores and what the run starts from. ConfigError (a bad selection among them) or RunInputError
-    lists every problem in one go; `world_size` is that of the job, for the layout of an online reference."""
-    rules, bad_settings = None, []
-    try:
-        rules = choice_rules(config.selection)
-    except ValueError as error:
-        bad_settings.append(str(error))
-    problems: list[str] = []
-    tokenizer = None
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    except (ValueError, OSError) as error:
-        problems.append(f"data.tokenizer: {error}")
+    """Open scorer, tokenizer, corpora, score stores and what the run starts from.
+
+    ConfigError (a bad selection among them) or RunInputError lists every problem in one go.
+    world_size: that of the job, for the layout of an online reference.
+    """
+    rules, bad_settings = _choice_rules(config)
+    tokenizer, problems = _open_tokenizer(config)
     entry = tokenizer.entry if tokenizer else None
-    corpora, validation = [], {}
-    try:
-        corpora = open_corpora(
-            config.data.train,
-            config.selection.reference.scores,
-            tokenizer=entry,
-            allow_missing_scores=config.selection.reference.allow_missing_scores,
-        )
-    except UnusableData as error:
-        problems += [f"data.train: {problem}" for problem in error.corpora]
-        problems += [f"selection.reference.scores: {problem}" for problem in error.scores]
-    for held_out in config.data.validation:
-        try:
-            (validation[held_out.name],) = open_corpora([held_out.corpus], tokenizer=entry)
-        except UnusableData as error:
-            problems += [f"data.validation {held_out.name}: {each}" for each in error.corpora]
-    length = config.data.sequence_length
-    problems += [
-        f"data.train: {problem}"
-        for corpus in corpora
-        if (problem := too_few_tokens(corpus, length) or nothing_counts(corpus))
-    ]
-    problems += [
-        f"data.validation {name}: {problem}"
-        for name, corpus in validation.items()
-        if (problem := nothing_counts(corpus))
-    ]
+    corpora, found = _open_training_corpora(config, entry)
+    problems += found
+    validation, found = _open_validation_corpora(config, entry)
+    problems += found
     smallest = tokenizer.vocabulary_size if tokenizer else 0
     size = config.model.vocabulary_size or smallest
     if size < smallest:
         problems.append(
-            f"model.vocabulary_size: got {size}, below the tokenizer's {smallest}; raise it, or set it to 0"
+            f"model.vocabulary_size: got {size}, below the tokenizer's {smallest}; raise it, or "
+            "set it to 0"
         )
     if rules is not None:
         problems += _missing_columns(config, rules, corpora)
@@ -106,7 +70,7 @@ def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
     problems += _online_reference(config, world_size, entry)
     if bad_settings:
         raise ConfigError(bad_settings + problems)
-    if problems:
+    if problems or tokenizer is None:
         raise RunInputError(problems)
     run_inputs = RunInputs(tokenizer, corpora, validation, size)
     if (saved := resume.newest_saved(config.run.folder)) is not None:
@@ -114,9 +78,65 @@ def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
     return run_inputs
 
 
+def _choice_rules(config: Config) -> tuple[ChoiceRules | None, list[str]]:
+    """The rules of the configured selection, or what is wrong with its settings."""
+    try:
+        return choice_rules(config.selection), []
+    except ValueError as error:
+        return None, [str(error)]
+
+
+def _open_tokenizer(config: Config) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer, or why it cannot be loaded."""
+    try:
+        return load_tokenizer(config.data.tokenizer), []
+    except (ValueError, OSError) as error:
+        return None, [f"data.tokenizer: {error}"]
+
+
+def _open_training_corpora(
+    config: Config, tokenizer: Mapping[str, Any] | None
+) -> tuple[list[Corpus], list[str]]:
+    """The training corpora with their scores, and what is wrong with them."""
+    reference = config.selection.reference
+    try:
+        corpora = open_corpora(
+            config.data.train,
+            reference.scores,
+            tokenizer=tokenizer,
+            allow_missing_scores=reference.allow_missing_scores,
+        )
+    except UnusableData as error:
+        problems = [f"data.train: {problem}" for problem in error.corpora]
+        problems += [f"selection.reference.scores: {problem}" for problem in error.scores]
+        return [], problems
+    length = config.data.sequence_length
+    found = [too_few_tokens(corpus, length) or nothing_counts(corpus) for corpus in corpora]
+    return corpora, [f"data.train: {problem}" for problem in found if problem]
+
+
+def _open_validation_corpora(
+    config: Config, tokenizer: Mapping[str, Any] | None
+) -> tuple[dict[str, Corpus], list[str]]:
+    """The validation corpora by their names, and what is wrong with them."""
+    corpora: dict[str, Corpus] = {}
+    problems = []
+    for held_out in config.data.validation:
+        try:
+            [corpus] = open_corpora([held_out.corpus], tokenizer=tokenizer)
+        except UnusableData as error:
+            found = error.corpora
+        else:
+            corpora[held_out.name] = corpus
+            found = [problem] if (problem := nothing_counts(corpus)) else []
+        problems += [f"data.validation {held_out.name}: {each}" for each in found]
+    return corpora, problems
+
+
 def check_resume(config: Config, run_inputs: RunInputs, saved: resume.Saved) -> None:
-    """ConfigError or RunInputError, with every problem, when the run cannot go on from `saved` with
-    these settings and inputs.
+    """Whether the run can go on from `saved` with these settings and inputs.
+
+    ConfigError or RunInputError, with every problem, when it cannot.
     """
     fingerprints = resume.fingerprints_of(config, run_inputs.corpora, run_inputs.validation)
     wanted = resume.wanted_position(config, run_inputs.corpora)
@@ -132,25 +152,26 @@ def _online_reference(
     config: Config, world_size: int, tokenizer: Mapping[str, Any] | None
 ) -> list[str]:
     """What is wrong with the online reference, seen before any process waits for another."""
+    reference = config.selection.reference.checkpoint
+    if not reference:
+        return []
+    setting = f"selection.reference.checkpoint {reference}"
     problems = []
-    if reference := config.selection.reference.checkpoint:
-        try:
-            info = read_checkpoint_info(reference)
-            trained_with = {"fingerprint": "unknown", **info.tokenizer}
-            if differences := tokenizer_differences(trained_with, tokenizer or {}):
-                problems.append(
-                    f"selection.reference.checkpoint {reference} was trained with another tokenizer "
-                    f"({info.tokenizer.get('path')}; {'; '.join(differences)}); its losses score other tokens: train a reference "
-                    "with this run's tokenizer"
-                )
-            check_config(reference_config(config, info), world_size, training=False)
-        except ConfigError as error:
-            problems += [
-                f"selection.reference.checkpoint {reference} cannot be run in this layout: {problem}"
-                for problem in error.problems
-            ]
-        except ValueError as error:
-            problems.append(f"selection.reference.checkpoint: {error}")
+    try:
+        info = read_checkpoint_info(reference)
+        trained_with = {"fingerprint": "unknown", **info.tokenizer}
+        if differences := tokenizer_differences(trained_with, tokenizer or {}):
+            problems.append(
+                f"{setting} was trained with another tokenizer ({info.tokenizer.get('path')}; "
+                f"{'; '.join(differences)}); its losses score other tokens: train a reference with "
+                "this run's tokenizer"
+            )
+        check_config(reference_config(config, info), world_size, training=False)
+    except ConfigError as error:
+        for problem in error.problems:
+            problems.append(f"{setting} cannot be run in this layout: {problem}")
+    except ValueError as error:
+        problems.append(f"selection.reference.checkpoint: {error}")
     return problems
 
 
@@ -163,109 +184,16 @@ def _missing_columns(config: Config, rules: ChoiceRules, corpora: list[Corpus]) 
     for corpus in corpora:
         if corpus.scores is None:
             continue
-        there = {presented_name(column) for column in corpus.scores.columns}
-        if wanted - there:
+        stored = {presented_name(column) for column in corpus.scores.columns}
+        if wanted - stored:
             missing.append(
-                f"selection.scorer {config.selection.scorer} reads {', '.join(sorted(wanted))}, but the scores of {corpus.prefix} hold only "
-                f"{', '.join(sorted(there))}; score again with --columns, or choose another scorer"
+                f"selection.scorer {config.selection.scorer} reads {', '.join(sorted(wanted))}, "
+                f"but the scores of {corpus.prefix} hold only {', '.join(sorted(stored))}; score "
+                "again with --columns, or choose another scorer"
             )
     return missing
-
-
-def training_loader(
-    config: Config, run_inputs: RunInputs, groups: Groups, position: DataPosition, samples: int
-) -> TrainingLoader:
-    """This rank's micro-batches of the next `samples` samples after `position`, in an order that a longer run only extends."""
-    from megatron_slm.data.loader import TrainingLoader
-    from megatron_slm.data.scored_dataset import training_dataset
-
-    data = config.data
-    dataset = training_dataset(
-        run_inputs.corpora,
-        sequence_length=position.sequence_length,
-        seed=position.seed,
-        samples=position.samples + samples,
-        weights=position.weights,
-        pasts=position.pasts,
-        index_cache=index_cache(config),
-        isolate_documents=data.document_policy == "isolated",
-    )
-    return TrainingLoader(
-        dataset,
-        global_batch_size=data.global_batch_size,
-        micro_batch_size=data.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        start_sample=position.samples,
-    )
 
 
 def index_cache(config: Config) -> Path:
     """Folder of the sample indices."""
     return Path(config.data.index_cache or Path(config.run.folder, "index_cache"))
-
-
-def validation_loaders(
-    config: Config, run_inputs: RunInputs, groups: Groups
-) -> dict[str, ValidationLoader]:
-    """One loader per validation corpus: the same global batches at every validation."""
-    from megatron_slm.data.loader import ValidationLoader
-    from megatron_slm.data.scored_dataset import validation_dataset
-
-    data = config.data
-    return {
-        name: ValidationLoader(
-            validation_dataset(
-                corpus,
-                sequence_length=data.sequence_length,
-                index_cache=index_cache(config),
-                isolate_documents=data.document_policy == "isolated",
-            ),
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=data.micro_batch_size,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-            global_batches=config.monitoring.validation_batches,
-        )
-        for name, corpus in run_inputs.validation.items()
-    }
-
-
-def write_versions(folder: Path) -> None:
-    """versions.txt: Python, packages, git revision and command, so that the run folder stands alone."""
-    import importlib.metadata
-    import platform
-    import subprocess
-
-    import megatron_slm
-
-    lines = [
-        f"megatron-slm {megatron_slm.__version__}",
-        f"command {redacted(' '.join(sys.argv))}",
-        f"python {platform.python_version()}",
-        f"platform {platform.platform()}",
-    ]
-    for package in (
-        "torch",
-        "megatron-core",
-        "transformer-engine",
-        "apex",
-        "sentencepiece",
-        "numpy",
-        "wandb",
-        "transformers",
-    ):
-        try:
-            lines.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package} not installed")
-    lines += [f"scorer file {line}" for line in loaded_scorer_files()]
-    source = Path(megatron_slm.__file__).parent
-    revision = subprocess.run(
-        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines.append(f"git {revision.stdout.strip() or 'not a git checkout'}")
-    (folder / "versions.txt").write_text("\n".join(lines) + "\n")

@@ -260,7 +260,7 @@ def read_whereabouts(path: Path) -> list[Whereabouts]:
 def _write_flight_record(path: Path) -> None:
     """NCCL's flight recorder: the last collectives of every group, for torch's fr_trace to read.
 
-    Only where torch has NCCL and TORCH_NCCL_TRACE_BUFFER_SIZE is set (launch/env.sh sets it).
+    Only where torch has NCCL and device.flight_recorder_entries is not 0 (flight_recorder.py).
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if torch.cuda.is_available() and dump is not None:

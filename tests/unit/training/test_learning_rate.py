@@ -1,4 +1,4 @@
-"""Learning rates at the ends, at the warm-up's end and in the middle, against the formulas written out."""
+"""Learning rates at the ends, after warm-up and in the middle, against formulas written out."""
 
 import math
 

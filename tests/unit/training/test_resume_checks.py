@@ -143,7 +143,8 @@ def test_a_changed_blend_is_told_of(config, tmp_path):
     config.data.train = [write(tmp_path, "c", 5), config.data.train[0]]
     assert said(config).splitlines() == [
         f"data.train: {tmp_path / 'c'} is new in this run and is read from its beginning",
-        f"data.train: {tmp_path / 'b'} is left out from here on; should it come back, it goes on where it was",
+        f"data.train: {tmp_path / 'b'} is left out from here on; should it come back, it goes on "
+        "where it was",
     ]
 
 

@@ -62,7 +62,7 @@ def rates(config: Config, done: Done, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("style", ["linear", "cosine", "wsd"])
 def test_with_tokens_the_learning_rate_goes_on_from_the_tokens_processed(style):
-    """50 of 100 steps done, the batch a quarter: four steps now go as far on the curve as one did."""
+    """50 of 100 steps done, the batch a quarter: four steps now go as far as one did."""
     settings = dict(train_tokens=100 * 4 * S, style=style, decay_fraction=0.6)
     large, small = config_of(4, **settings), config_of(1, **settings)
     done = trained(large, steps=50)

@@ -1,4 +1,7 @@
-"""What a run reads is opened before any process group starts, and everything that is wrong with it is said together."""
+"""What a run reads is opened before any process group starts.
+
+Everything that is wrong with it is said together.
+"""
 
 import json
 import shutil
@@ -192,8 +195,8 @@ def test_a_reference_of_another_tokenizer_or_for_another_layout_is_refused(confi
         "was trained with another tokenizer (theirs.model; fingerprint sha256:another and" in said
     )
     assert (
-        "cannot be run in this layout: parallel.tensor: got 2; it must divide model.attention_heads (3)"
-        in said
+        "cannot be run in this layout: parallel.tensor: got 2; it must divide "
+        "model.attention_heads (3)" in said
     )
 
 
@@ -236,7 +239,7 @@ def test_a_dense_reference_stands_beside_experts_and_needs_no_backward(config, t
 
 
 def test_a_check_alone_starts_nothing_and_prints_where_the_run_would_write(config, tmp_path):
-    """What launch/train.sbatch asks on one node, before the others wait for it: no torch, no run folder."""
+    """What launch/train.sbatch asks on one node, before the others wait: no torch, no run folder."""
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     ask = (
         "import sys\nfrom megatron_slm.train import main\ncode = main(sys.argv[1:])\n"
@@ -258,7 +261,7 @@ def test_a_check_alone_starts_nothing_and_prints_where_the_run_would_write(confi
 
 
 def test_the_check_removes_a_stop_file_only_while_it_holds_the_run_folder(config, tmp_path, capsys):
-    """One that was left by a killed run would stop the next; one for a run that lives is left to it."""
+    """One that a killed run left would stop the next; one for a run that lives is left to it."""
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     words = ["--config", str(tmp_path / "run.yaml"), "--schedule.train_steps", "5", "--check_only"]
     request = tmp_path / "run" / "stop_requested"

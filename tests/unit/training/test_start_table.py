@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.config.schema import Config
-from megatron_slm.training.start_table import StartTable, describe_data, layout_rows
+from megatron_slm.training.layout_rows import layout_rows
+from megatron_slm.training.start_table import StartTable, describe_data
 
 
 def rows(dp_size: int = 1, recompute: str = "none", **parallel) -> dict[str, tuple[str, str]]:
@@ -127,7 +128,8 @@ def run_of(steps: int, weights=()) -> Config:
         (
             run_of(50, weights=[1, 1, 1, 1, 4]),
             [(f"data/{number}", 10_000) for number in range(5)],
-            "40k tokens: 5 corpora, from 0.5 epochs of data/0 (10k tokens) to 2 epochs of data/4 (10k tokens)",
+            "40k tokens: 5 corpora, from 0.5 epochs of data/0 (10k tokens) "
+            "to 2 epochs of data/4 (10k tokens)",
         ),
     ],
 )
