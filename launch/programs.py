@@ -19,8 +19,9 @@ def programs() -> dict[str, str]:
         for path in sorted((ROOT / package).glob("*.py")):
             if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
                 module = f"{package}.{path.stem}"
-                # tokenizer.train and megatron_slm.train: the library's has the short name
-                found.pop(path.stem, None) if package == "megatron_slm" else None
+                # tokenizer.train and megatron_slm.train: the library's, which comes last, has the
+                # short name.
+                found.pop(path.stem, None)
                 found[path.stem] = module
     return found
 

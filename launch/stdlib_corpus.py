@@ -52,8 +52,15 @@ def is_held_out(path: Path) -> bool:
     return is_curated(path) and digest[0] % HELD_OUT_EVERY == 0
 
 
+def corpora_of(path: Path) -> tuple[str, ...]:
+    """The corpora that a file of the standard library belongs to."""
+    if is_held_out(path):
+        return ("held_out",)
+    return ("corpus", "curated") if is_curated(path) else ("corpus",)
+
+
 def write_corpora(library: Path, output: Path, max_bytes: int) -> dict[str, tuple[int, int]]:
-    """Write corpus.jsonl, curated.jsonl, held_out.jsonl; returns documents and characters of each."""
+    """Write corpus.jsonl, curated.jsonl, held_out.jsonl; documents and characters of each."""
     paths = sorted(
         path.relative_to(library)
         for path in library.rglob("*.py")
@@ -74,14 +81,7 @@ def write_corpora(library: Path, output: Path, max_bytes: int) -> dict[str, tupl
         if not text.strip() or (max_bytes and total > max_bytes):
             continue
         total += len(text)
-        wanted = (
-            ["held_out"]
-            if is_held_out(path)
-            else ["corpus", "curated"]
-            if is_curated(path)
-            else ["corpus"]
-        )
-        for name in wanted:
+        for name in corpora_of(path):
             files[name].write(json.dumps({"text": text, "id": path.as_posix()}) + "\n")
             counts[name][0] += 1
             counts[name][1] += len(text)

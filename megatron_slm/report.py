@@ -2,20 +2,24 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_slm.config.arguments import Program
 
-DESCRIPTION = """Write one self-contained HTML file that compares training runs: a summary table, validation and training
-losses, what was selected, real text with the selected tokens marked, warnings, differing settings, versions.
+DESCRIPTION = """Write one self-contained HTML file that compares training runs: a summary table,
+validation and training losses, what was selected, real text with the selected tokens marked,
+warnings, differing settings, versions.
 
-Reads only the run folders' own files (metrics.jsonl, config.yaml, status.json, versions.txt, warnings.jsonl, token_view.jsonl), so it
-also works on runs that are still going or were stopped, without a GPU, and on another machine."""
+Reads only the run folders' own files (metrics.jsonl, config.yaml, status.json, versions.txt,
+warnings.jsonl, token_view.jsonl), so it also works on runs that are still going or were stopped,
+without a GPU, and on another machine."""
 EXAMPLE = """example:
   python -m megatron_slm.report --runs runs/plain runs/slm runs/random --output report.html
 
-Put a plain run (scorer none) of the same data, initial weights and tokens per step among them: it becomes the baseline, and
-the others' "tokens to reach its final loss" are in the table. The report says which run is the baseline, or why there is none.
+Put a plain run (scorer none) of the same data, initial weights and tokens per step among them: it
+becomes the baseline, and the others' "tokens to reach its final loss" are in the table. The report
+says which run is the baseline, or why there is none.
 exit codes: 0 done, 2 bad usage, 3 a run folder that cannot be read"""
 
 
@@ -108,8 +112,8 @@ def _print_table(runs, corpus: str | None) -> None:
     ):
         table.add_column(heading, justify="left" if heading in ("run", "status") else "right")
 
-    def cell(value: float | None, form=short_count) -> str:
-        return "-" if value is None else form(value)
+    def cell(value: float | None, to_text: Callable[[float], str] = short_count) -> str:
+        return "-" if value is None else to_text(value)
 
     for line in lines:
         table.add_row(

@@ -34,7 +34,7 @@ from megatron_slm.pipeline.state import State
 from megatron_slm.training.setup import RunInputError
 
 OWN_OPTIONS = {
-    "--dry-run": "Check everything, print what would be submitted (or run, with --local), and stop.",
+    "--dry-run": "Check everything, print what would be submitted (or run: --local), and stop.",
     "--resume": "Submit what is missing of a pipeline that was submitted before.",
     "--status": "Show where each stage stands, and stop.",
     "--local": "Run on this machine without SLURM; what is finished already is kept.",

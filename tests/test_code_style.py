@@ -29,12 +29,8 @@ are split.
 """
 NOT_YET_SHORT = (
     "data_tools",
-    "docs",
-    "launch",
-    "megatron_slm/analysis",
     "megatron_slm/model",
     "megatron_slm/monitoring",
-    "megatron_slm/pipeline",
     "megatron_slm/selection",
     "megatron_slm/training",
     "tests/distributed",

@@ -45,7 +45,9 @@ def draw(axis, title: str, stages: list[str | None]) -> None:
     for x, rows in enumerate(stages):
         for y, kept in enumerate(KEPT):
             computed = rows == "all" or (rows == "kept" and kept)
-            color = (SELECTED if kept else WASTED) if computed else NOTHING
+            color = NOTHING
+            if computed:
+                color = SELECTED if kept else WASTED
             axis.add_patch(
                 Rectangle(
                     (x, len(KEPT) - 1 - y),

@@ -1,5 +1,6 @@
-"""Which run the others are measured against: a plain one that differs from them in the choice of
-tokens, not in what it read.
+"""Which run the others are measured against.
+
+It is a plain one that differs from them in the choice of tokens, not in what it read.
 """
 
 import os
@@ -57,15 +58,15 @@ def run_differences(run: Run, baseline: Run, corpus: str | None = None) -> list[
     """What forbids measuring `run` against `baseline`, as phrases; none for a run and itself.
 
     Runs compare where they read the same tokens, in steps of the same size, into the same model
-    with the same initial weights. What one of them does not tell (an older config.yaml) is no
-    difference; training data that are not told are.
+    with the same initial weights. A setting that one of them does not have (an older config.yaml)
+    is no difference; training data that are not known are one.
     """
     if run is baseline:
         return []
     own, other = _conditions(run, corpus), _conditions(baseline, corpus)
-    untold = [each.name for each in (run, baseline) if not each.setting("data.train")]
-    if untold:
-        return [f"the config.yaml of {' and '.join(untold)} names no data.train"]
+    unknown = [each.name for each in (run, baseline) if not each.setting("data.train")]
+    if unknown:
+        return [f"the config.yaml of {' and '.join(unknown)} names no data.train"]
     return [
         f"{name} is {_shown(run, name)} in {run.name} and {_shown(baseline, name)} in "
         f"{baseline.name}"
@@ -82,27 +83,29 @@ def _conditions(run: Run, corpus: str | None) -> dict[str, Any]:
     weights = run.setting("data.weights") or []
     shares = [round(weight / sum(weights), 9) for weight in weights]  # any scale means the same
     start = run.setting("checkpoint.initialize_from")
-    told = {name: run.setting(name) for name in SHARED_DATA}
-    told |= {
+    compared = {name: run.setting(name) for name in SHARED_DATA}
+    compared |= {
         f"model.{name}": value
         for name, value in (run.setting("model") or {}).items()
         if name in ARCHITECTURE
     }
     if start is not None:
-        told["checkpoint.initialize_from"] = os.path.abspath(start) if start else "random weights"
-    if told["data.tokenizer"] is not None:
-        told["data.tokenizer"] = os.path.abspath(told["data.tokenizer"])
+        compared["checkpoint.initialize_from"] = (
+            os.path.abspath(start) if start else "random weights"
+        )
+    if compared["data.tokenizer"] is not None:
+        compared["data.tokenizer"] = os.path.abspath(compared["data.tokenizer"])
     validation = [
         os.path.abspath(str(entry["corpus"]))
         for entry in run.setting("data.validation") or []
         if isinstance(entry, Mapping) and entry.get("name") == corpus and entry.get("corpus")
     ]
     if validation:
-        told["data.validation"] = validation
+        compared["data.validation"] = validation
     # A configuration that another version wrote may hold fewer weights than corpora.
     blend = sorted(zip(corpora, shares, strict=False))
     return {"data.train": sorted(corpora), "data.weights": blend} | {
-        name: value for name, value in told.items() if value is not None
+        name: value for name, value in compared.items() if value is not None
     }
 
 
@@ -125,11 +128,10 @@ def _why(baseline: Run, like_it: Sequence[Run], runs: Sequence[Run], corpus: str
         f"Baseline: {baseline.name}. It trains on every token, and shares data ({data}), tokens "
         f"per step, model and start ({_start(like_it)}) with {others}."
     ]
-    parts += [
-        f"{run.name} is not measured against it: {run_differences(run, baseline, corpus)[0]}."
-        for run in runs
-        if not any(run is each for each in like_it)
-    ]
+    for run in runs:
+        if not any(run is each for each in like_it):
+            reason = run_differences(run, baseline, corpus)[0]
+            parts.append(f"{run.name} is not measured against it: {reason}.")
     return " ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""One sentence under each picture, formed from the numbers alone: whoever wins, whatever happened."""
+"""A sentence under each picture, formed from the numbers alone: whoever wins, whatever happened."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ class Outcome:
 
 
 def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
+    """One line of the summary for each run."""
     name = f"validation/{corpus}/loss"
     baseline = find_baseline(runs, corpus)
     goal = baseline.run.last(name) if baseline.run else None
@@ -56,11 +57,14 @@ def outcomes(runs: Sequence[Run], corpus: str | None) -> list[Outcome]:
 
 
 def tokens_to_reach(run: Run, name: str, goal: float | None) -> float | None:
-    """Processed tokens where the loss first is at or below `goal`, linear between validations; None
-    when it never is.
+    """Processed tokens where the loss first is at or below `goal`, linear between validations.
+
+    None when it never is.
     """
+    if goal is None:
+        return None
     x, y = run.series(name)
-    below = np.nonzero(y <= goal)[0] if goal is not None else []
+    below = np.nonzero(y <= goal)[0]
     if not len(below):
         return None
     i = int(below[0])
@@ -81,10 +85,8 @@ def validation(runs: Sequence[Run], corpus: str) -> str:
     common = min(x[-1] for _, x, _ in lasting)
     short = [run.name for run, x, _ in curves if x[-1] < common]
     curves = [curve for curve in curves if curve[1][-1] >= common]
-    losses = sorted(
-        ((float(np.interp(common, x, y)), run.name) for run, x, y in curves),
-        key=lambda pair: pair[0],
-    )
+    losses = [(float(np.interp(common, x, y)), run.name) for run, x, y in curves]
+    losses.sort(key=lambda pair: pair[0])
     best, name = losses[0]
     where = f"After {short_count(common)} processed tokens"
     missing = [f"{_list(short)} did not come so far"] if short else []
@@ -97,14 +99,12 @@ def validation(runs: Sequence[Run], corpus: str) -> str:
         for loss, other in losses[1:]
         if loss - best >= EQUAL_NATS
     ]
-    first = (
-        f"{name} has the lowest loss on {corpus}, {best:.3f} nats per token"
-        if not level
-        else (
+    first = f"{name} has the lowest loss on {corpus}, {best:.3f} nats per token"
+    if level:
+        first = (
             f"{_list([name, *level])} are level on {corpus} at {best:.3f} nats per token (less "
             f"than {EQUAL_NATS} apart)"
         )
-    )
     return (
         f"{where} {'; '.join([first, *behind, *missing])}. One run each: how much chance moves "
         "these numbers is not measured here."
@@ -120,8 +120,9 @@ def unfinished(runs: Sequence[Run]) -> str:
 
 
 def training(runs: Sequence[Run]) -> str:
-    """How rejected tokens fared and whether the model has overtaken its reference, for each run
-    that selects.
+    """How rejected tokens fared, and whether the model has overtaken its reference.
+
+    One sentence or two for each run that selects.
     """
     sentences = []
     for run in runs:
@@ -131,14 +132,12 @@ def training(runs: Sequence[Run]) -> str:
         rejected = run.series("loss/rejected")[1]
         if len(rejected) > 1:
             start, end = _end_means(rejected)
-            parts.append(
-                f"the loss of rejected tokens went from {start:.2f} to {end:.2f} nats"
-                + (
+            sentence = f"the loss of rejected tokens went from {start:.2f} to {end:.2f} nats"
+            if end > start + EQUAL_NATS:
+                sentence += (
                     " (a rise is expected under selective training; an unbounded one is not)"
-                    if end > start + EQUAL_NATS
-                    else ""
                 )
-            )
+            parts.append(sentence)
         if parts:
             sentences.append(f"{run.name}: {'; '.join(parts)}.")
         if overtaken:
@@ -147,10 +146,12 @@ def training(runs: Sequence[Run]) -> str:
 
 
 def _reference_gap(run: Run) -> tuple[list[str], str | None]:
-    """Where the model stands beside the reference on all tokens, and the warning when a run that
-    ranks tokens has overtaken it.
+    """Where the model stands beside the reference on all tokens.
+
+    The second is the warning for a run that ranks tokens and has overtaken its reference.
     """
-    (x, all_), (x_reference, reference) = run.series("loss/all"), run.series("loss/reference")
+    x, all_ = run.series("loss/all")
+    x_reference, reference = run.series("loss/reference")
     shared, first, second = np.intersect1d(x, x_reference, return_indices=True)
     if not len(shared):
         return [], None
@@ -168,10 +169,8 @@ def _reference_gap(run: Run) -> tuple[list[str], str | None]:
 def threshold(runs: Sequence[Run]) -> str:
     sentences = []
     for run in runs:
-        values, kept = (
-            run.series("selection/threshold_nats")[1],
-            run.series("selection/kept_fraction")[1],
-        )
+        values = run.series("selection/threshold_nats")[1]
+        kept = run.series("selection/kept_fraction")[1]
         if run.is_plain or (not len(kept) and not len(values)):
             continue
         parts = []
@@ -221,40 +220,34 @@ def by_position(runs: Sequence[Run]) -> str:
 def optimization(runs: Sequence[Run]) -> str:
     sentences = []
     for run in runs:
-        norm, limit = (
-            run.series("optimizer/grad_norm")[1],
-            run.setting("optimizer.clip_grad_norm", 0),
-        )
+        norm = run.series("optimizer/grad_norm")[1]
+        limit = run.setting("optimizer.clip_grad_norm", 0)
         if len(norm):
-            clipped = (
-                f"; {np.mean(norm > limit):.0%} of the recorded steps were clipped at {limit:g}"
-                if limit
-                else ""
+            sentence = (
+                f"{run.name}: median gradient norm {np.median(norm):.3g}, largest {norm.max():.3g}"
             )
-            sentences.append(
-                f"{run.name}: median gradient norm {np.median(norm):.3g}, largest "
-                f"{norm.max():.3g}{clipped}"
-            )
+            if limit:
+                clipped = np.mean(norm > limit)
+                sentence += f"; {clipped:.0%} of the recorded steps were clipped at {limit:g}"
+            sentences.append(sentence)
     return ". ".join(sentences) + "."
 
 
 def throughput(runs: Sequence[Run]) -> str:
     speeds = [(run, _median(run, "throughput/tokens_per_second")) for run in runs]
     baseline = find_baseline(runs)
-    own = next((speed for run, speed in speeds if run is baseline.run and speed), None)
+    base_speed = next((speed for run, speed in speeds if run is baseline.run), None)
     sentences = []
     for run, speed in speeds:
-        if speed:
-            beside = (
-                f" ({speed / own - 1:+.0%} beside {baseline.run.name})"
-                if own and run is not baseline.run and baseline.measures(run)
-                else ""
-            )
-            mfu = run.series("throughput/mfu_fraction")[1]
-            sentences.append(
-                f"{run.name} {short_count(speed)} tokens per second{beside}"
-                + (f", MFU {np.median(mfu):.1%}" if len(mfu) else "")
-            )
+        if not speed:
+            continue
+        sentence = f"{run.name} {short_count(speed)} tokens per second"
+        if base_speed and baseline.run and run is not baseline.run and baseline.measures(run):
+            sentence += f" ({speed / base_speed - 1:+.0%} beside {baseline.run.name})"
+        mfu = run.series("throughput/mfu_fraction")[1]
+        if len(mfu):
+            sentence += f", MFU {np.median(mfu):.1%}"
+        sentences.append(sentence)
     return "Median speed: " + "; ".join(sentences) + "." + _slowest_ranks(runs)
 
 
@@ -267,10 +260,11 @@ def _slowest_ranks(runs: Sequence[Run]) -> str:
         if not len(ranks) or len(excess) != len(ranks):
             continue
         rank = int(np.bincount(ranks.astype(int)).argmax())
-        own = ranks == rank
+        is_slowest = ranks == rank
         sentences.append(
-            f" The slowest rank of {run.name} was most often rank {rank}, in {own.sum()} of {len(own)} log "
-            f"intervals; it worked {np.median(excess[own]):.2g} s per step longer than the others (median)."
+            f" The slowest rank of {run.name} was most often rank {rank}, in {is_slowest.sum()} of "
+            f"{len(is_slowest)} log intervals; it worked {np.median(excess[is_slowest]):.2g} s per "
+            "step longer than the others (median)."
         )
     return "".join(sentences)
 

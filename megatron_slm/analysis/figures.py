@@ -25,7 +25,10 @@ from megatron_slm.analysis.style import (
 
 X_LABELS = {PROCESSED: "tokens processed", SELECTED: "tokens selected (trained on)"}
 THRESHOLD = "selection/threshold_nats"
-_FATES = (
+LineEnd = tuple[str, str, np.ndarray, np.ndarray]
+"""Label, colour, x and y of a line that gets its name at its end."""
+# Metric, label and colour of the losses by selection.
+_LOSSES = (
     ("loss/selected", "selected", colour(0)),
     ("loss/all", "all", "#1f2933"),
     ("loss/rejected", "rejected", colour(1)),
@@ -41,44 +44,53 @@ def validation_loss(runs: Sequence[Run], corpus: str) -> Figure | None:
     with house_style():
         figure, panels = new_figure(2, share_y=True, height=3.4)
         for axes, x in zip(panels, (PROCESSED, SELECTED), strict=True):
-            _lines(axes, runs, name, x, marker="o")
+            _label_all([axes], [_lines(axes, runs, name, x, marker="o")])
             axis_in_tokens(axes.xaxis, X_LABELS[x])
         panels[0].set_ylabel(f"loss on {corpus} (nats per token)")
         return figure
 
 
 def training_loss(runs: Sequence[Run]) -> Figure | None:
-    """Training loss of selected, all and rejected tokens, and the reference's on the same tokens: a
-    panel per run.
+    """Training loss of selected, all and rejected tokens, and the reference's on the same tokens.
+
+    There is a panel for each run.
     """
-    shown = [run for run in runs if any(len(run.series(name)[0]) for name, _, _ in _FATES)]
+    names = [name for name, _, _ in _LOSSES]
+    shown = [run for run in runs if _has_any(run, names)]
     if not shown:
         return None
     with house_style():
         figure, panels = new_figure(len(shown), share_y=True)
+        ends = []
         for axes, run in zip(panels, shown, strict=True):
-            ends = []
-            for name, label, color in _FATES:
-                x, y = run.series(name)
-                # A plain run selects everything: "selected" and "all" would be one line drawn
-                # twice.
-                if len(x) and not (
-                    run.is_plain
-                    and name in ("loss/selected", "loss/rejected")
-                    and len(run.series("loss/all")[0])
-                ):
-                    draw_line(axes, x, y, color)
-                    ends.append((label, color, x, y))
+            ends.append(_losses_of(axes, run))
             axes.set_title(run.name)
             axis_in_tokens(axes.xaxis, X_LABELS[PROCESSED])
-            axes.label_ends = ends
         panels[0].set_ylabel("training loss (nats per token)")
-        _label_all(panels)
+        _label_all(panels, ends)
         return figure
 
 
+def _has_any(run: Run, names: Sequence[str]) -> bool:
+    return any(len(run.series(name)[0]) for name in names)
+
+
+def _losses_of(axes: Axes, run: Run) -> list[LineEnd]:
+    """Draw one run's losses; returns the lines for their labels."""
+    ends = []
+    for name, label, color in _LOSSES:
+        x, y = run.series(name)
+        # A plain run selects everything: "selected" and "all" would be one line drawn twice.
+        of_choice = name in ("loss/selected", "loss/rejected")
+        repeats = run.is_plain and of_choice and _has_any(run, ["loss/all"])
+        if len(x) and not repeats:
+            draw_line(axes, x, y, color)
+            ends.append((label, color, x, y))
+    return ends
+
+
 def threshold_and_kept_fraction(runs: Sequence[Run]) -> Figure | None:
-    """The score a token had to reach, and the share of tokens that were kept, of runs that select."""
+    """The score a token had to reach, and the share of tokens that was kept, of selecting runs."""
     return _two_panels(
         runs,
         (THRESHOLD, "threshold", "score of the last kept token (nats)"),
@@ -110,17 +122,17 @@ def _two_panels(
     only_selecting: bool = False,
     from_zero: bool = False,
 ) -> Figure | None:
-    metrics = tuple(
-        metric
-        for metric in metrics
-        if any(len(_series(run, metric[0], only_selecting)[0]) for run in runs)
-    )
-    if not metrics:
+    def is_recorded(name: str) -> bool:
+        return any(len(_series(run, name, only_selecting)[0]) for run in runs)
+
+    shown = [metric for metric in metrics if is_recorded(metric[0])]
+    if not shown:
         return None
     with house_style():
-        figure, panels = new_figure(len(metrics), height=3.0)
-        for axes, (name, title, unit) in zip(panels, metrics, strict=True):
-            _lines(axes, runs, name, PROCESSED, only_selecting=only_selecting)
+        figure, panels = new_figure(len(shown), height=3.0)
+        ends = []
+        for axes, (name, title, unit) in zip(panels, shown, strict=True):
+            ends.append(_lines(axes, runs, name, PROCESSED, only_selecting=only_selecting))
             axes.set_title(title)
             axes.set_ylabel(unit)
             axis_in_tokens(axes.xaxis, X_LABELS[PROCESSED])
@@ -128,7 +140,7 @@ def _two_panels(
                 axes.set_ylim(0, 1.02)
             elif from_zero:
                 axes.set_ylim(bottom=0)
-        _label_all(panels)
+        _label_all(panels, ends)
         return figure
 
 
@@ -147,7 +159,8 @@ def _lines(
     *,
     marker: str = "",
     only_selecting: bool = False,
-) -> None:
+) -> list[LineEnd]:
+    """Draw a metric of every run; returns the lines for their labels."""
     ends = []
     for index, run in enumerate(runs):
         xs, ys = _series(run, name, only_selecting, x)
@@ -162,20 +175,13 @@ def _lines(
                 noisy=name != "optimizer/learning_rate",
             )
             ends.append((run.name, colour(index), xs, ys))
-    axes.label_ends = ends
-    if name.startswith("validation/"):
-        _label_all([axes])
     if not ends:
         axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
+    return ends
 
 
-def _label_all(panels: Sequence[Axes]) -> None:
+def _label_all(panels: Sequence[Axes], ends: Sequence[list[LineEnd]]) -> None:
     """Label once all lines are drawn and limits are set: only then is it known where they end."""
-    for axes in panels:
-        label_lines(
-            axes,
-            [
-                (name, color, float(x[-1]), float(smooth(y)[-1]))
-                for name, color, x, y in axes.label_ends
-            ],
-        )
+    for axes, lines in zip(panels, ends, strict=True):
+        labels = [(name, color, float(x[-1]), float(smooth(y)[-1])) for name, color, x, y in lines]
+        label_lines(axes, labels)

@@ -1,5 +1,6 @@
 """report.html: several runs beside each other, in one file that needs nothing else."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -40,15 +41,20 @@ def write_report(
 
 
 def choose_corpus(runs: Sequence[Run], corpus: str | None) -> str | None:
+    """The validation corpus to compare runs on: `corpus`, or the first that all of them share.
+
+    ValueError when no run has `corpus`.
+    """
     names = [run.validation_names() for run in runs]
-    known = list(dict.fromkeys(name for run_names in names for name in run_names))
+    known = list(dict.fromkeys(itertools.chain(*names)))
     if corpus is not None and corpus not in known:
         raise ValueError(
             f"no run was validated on {corpus!r}; the validation corpora of these runs: "
             f"{', '.join(known) or 'none'}"
         )
-    shared = [name for name in known if all(name in run_names for run_names in names)]
-    return corpus or (shared or known or [None])[0]
+    shared = set(known).intersection(*names)
+    first_shared = next((name for name in known if name in shared), None)
+    return corpus or first_shared or next(iter(known), None)
 
 
 def build_report(runs: Sequence[Run], corpus: str | None, title: str) -> str:
@@ -111,8 +117,10 @@ def _text(runs: Sequence[Run]) -> str:
     parts = []
     for place, run in enumerate(shown):
         views = token_viewer.select_example(run.token_views, SHOWN_DOCUMENTS, SHOWN_TOKENS)
+        rendered = "".join(map(token_viewer.render, views))
         parts.append(
-            f"<details{' open' if place == 0 else ''}><summary>{escape(run.name)}</summary>{''.join(map(token_viewer.render, views))}</details>"
+            f"<details{' open' if place == 0 else ''}><summary>{escape(run.name)}</summary>"
+            f"{rendered}</details>"
         )
     return token_viewer.legend() + "".join(parts) if parts else ""
 
@@ -129,53 +137,46 @@ def _warnings(runs: Sequence[Run]) -> str:
         for run in runs
         if run.unreadable_lines
     ]
-    return (
-        f'<ul class="warnings">{"".join(items)}</ul>'
-        if items
-        else '<p class="note">None of the runs gave a warning.</p>'
-    )
+    if not items:
+        return '<p class="note">None of the runs gave a warning.</p>'
+    return f'<ul class="warnings">{"".join(items)}</ul>'
 
 
 def _ending(run: Run) -> list[str]:
-    """How an unfinished run ended, with its reason unless that is among its warnings: a failure is
-    told there too.
+    """How an unfinished run ended.
+
+    Its reason is left out where it is among the warnings, where a failure is reported too.
     """
-    if run.state.is_finished:
+    state = run.state
+    if state.is_finished:
         return []
-    told = any(run.state.reason in text for text in run.warnings)
-    return [
-        run.state.description
-        if told or not run.state.reason
-        else f"{run.state.description}: {run.state.reason}"
-    ]
+    among_warnings = any(state.reason in text for text in run.warnings)
+    if among_warnings or not state.reason:
+        return [state.description]
+    return [f"{state.description}: {state.reason}"]
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    flat = [flatten(run.config) for run in runs]
-    keys = sorted({key for settings in flat for key in settings} - {"run.folder", "run.name"})
-    rows = [
-        [f"<code>{escape(key)}</code>", *(escape(_value(settings.get(key))) for settings in flat)]
-        for key in keys
-        if len({_value(settings.get(key)) for settings in flat}) > 1
-    ]
     if len(runs) == 1:
         return ""
-    return (
-        table(["setting", *(run.name for run in runs)], rows, text=True)
-        if rows
-        else '<p class="note">The runs have the same settings.</p>'
-    )
+    flat = [flatten(run.config) for run in runs]
+    rows = []
+    for key in sorted(set().union(*flat) - {"run.folder", "run.name"}):
+        values = [_value(settings.get(key)) for settings in flat]
+        if len(set(values)) > 1:
+            rows.append([f"<code>{escape(key)}</code>", *map(escape, values)])
+    if not rows:
+        return '<p class="note">The runs have the same settings.</p>'
+    return table(["setting", *(run.name for run in runs)], rows, text=True)
 
 
 def _provenance(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
         command = f"python -m megatron_slm.train --config {run.folder}/config.yaml"
-        versions = (
-            f"<pre>{escape(run.versions)}</pre>"
-            if run.versions
-            else '<p class="note">no versions.txt</p>'
-        )
+        versions = '<p class="note">no versions.txt</p>'
+        if run.versions:
+            versions = f"<pre>{escape(run.versions)}</pre>"
         parts.append(
             f"<details><summary>{escape(run.name)}</summary><p>Started again, under torchrun or "
             "srun with the same number of processes, "
@@ -188,11 +189,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping) and value
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -22,7 +22,7 @@ SELECTED = "tokens/selected"
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `training` and `validation`: records of metrics.jsonl in the order of their steps."""
+    """One run. `training` and `validation` are records of metrics.jsonl in order of their steps."""
 
     name: str
     folder: Path
@@ -46,9 +46,7 @@ class Run:
 
     @property
     def ranks_in_nats(self) -> bool:
-        """Whether the run chooses by a score whose threshold means something: random scores are no
-        losses.
-        """
+        """Whether the run chooses by a score in nats; random scores have no such threshold."""
         return ranks_tokens(self.scorer, self.setting("selection.keep_fraction", 0.6))
 
     def setting(self, dotted: str, default: Any = None) -> Any:
@@ -61,21 +59,23 @@ class Run:
         return value
 
     def series(self, name: str, x: str = PROCESSED) -> tuple[np.ndarray, np.ndarray]:
-        """(x, values) of a scalar metric, from training or validation records by its name; records
-        without it are left out.
+        """(x, values) of a scalar metric, from training or validation records by its name.
+
+        Records without it are left out.
         """
         records = self.validation if name.startswith("validation/") else self.training
-        pairs = [
-            (self._x(record, x), record[name]) for record in records if _is_number(record.get(name))
-        ]
-        pairs = [pair for pair in pairs if pair[0] is not None]
-        return np.array([pair[0] for pair in pairs], float), np.array(
-            [pair[1] for pair in pairs], float
-        )
+        places, values = [], []
+        for record in records:
+            place = self._x(record, x)
+            if place is not None and _is_number(record.get(name)):
+                places.append(place)
+                values.append(record[name])
+        return np.array(places, float), np.array(values, float)
 
     def vectors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(processed tokens [R], values [R, n]) of a metric that is a list of n numbers; null
-        becomes NaN.
+        """(processed tokens [R], values [R, n]) of a metric that is a list of n numbers.
+
+        null becomes NaN. Records with another n than the last one are left out.
         """
         rows = [
             (record[PROCESSED], record[name])
@@ -88,12 +88,9 @@ class Run:
             return np.zeros(0), np.zeros((0, 0))
         length = len(rows[-1][1])
         rows = [row for row in rows if len(row[1]) == length]
-        return (
-            np.array([row[0] for row in rows], float),
-            np.array(
-                [[np.nan if value is None else value for value in row[1]] for row in rows], float
-            ),
-        )
+        processed = [tokens for tokens, _ in rows]
+        values = [values for _, values in rows]
+        return np.array(processed, float), np.array(values, float)  # None becomes NaN
 
     def validation_names(self) -> list[str]:
         """Names of the validation corpora that have a loss, in the config's order."""
@@ -115,8 +112,9 @@ class Run:
         return float(values[-1]) if len(values) else None
 
     def not_final(self, name: str) -> str:
-        """What to say of `last(name)` where the run did not end there: "last, at step 60 of 120".
-        Empty for a final value.
+        """What to say of `last(name)` where the run did not end there.
+
+        It is of the form "last, at step 60 of 120", and empty for a final value.
         """
         steps = self.series(name, x="step")[0]
         if not len(steps) or (self.state.is_finished and steps[-1] >= self.state.step):
@@ -141,8 +139,9 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder. ValueError, as a sentence, when there is no run with metrics in it; torn
-    lines are counted, not fatal.
+    """Read a run folder. Torn lines are counted.
+
+    ValueError, as a sentence, when there is no run with metrics in it.
     """
     folder = Path(folder)
     metrics = folder / "metrics.jsonl"
@@ -160,14 +159,14 @@ def read_run(folder: str | Path) -> Run:
     training, validation = (_by_step(records, kind) for kind in ("train", "validation"))
     if not training and not validation:
         status = f" Its status: {state.description}" if state.is_told else ""
+        reason = f": {state.reason}" if state.reason else ""
         raise ValueError(
             f"{metrics}: holds no metrics yet; the run ended before its first log interval "
-            f"(monitoring.log_interval_steps), or is still starting.{status}"
-            + f": {state.reason}"
-            * bool(state.reason)
+            f"(monitoring.log_interval_steps), or is still starting.{status}{reason}"
         )
     name = (config.get("run") or {}).get("name") or folder.resolve().name
     warnings, _ = read_jsonl(folder / "warnings.jsonl")
+    texts = [str(line["text"]) for line in warnings if line.get("text")]
     versions = folder / "versions.txt"
     return Run(
         name=str(name),
@@ -178,16 +177,15 @@ def read_run(folder: str | Path) -> Run:
         state=state,
         unreadable_lines=unreadable,
         versions=versions.read_text(errors="replace").strip() if versions.is_file() else "",
-        warnings=list(
-            dict.fromkeys(str(line["text"]) for line in warnings if line.get("text"))
-        ),  # a resume repeats some
+        warnings=list(dict.fromkeys(texts)),  # a resume repeats some
         token_views=read_token_views(folder / "token_view.jsonl"),
     )
 
 
 def read_runs(folders: list[str | Path]) -> list[Run]:
-    """Several run folders with names that differ; ValueError with a sentence per folder that cannot
-    be read.
+    """Several run folders, with names that differ.
+
+    ValueError with a sentence for every folder that cannot be read.
     """
     runs, problems = [], []
     for folder in folders:

@@ -1,6 +1,4 @@
-"""Whether a run is finished, and in what words to say so: from its status.json, or from its metrics
-where there is none.
-"""
+"""Whether a run is finished, by its status.json, or by its metrics where there is none."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,13 +62,15 @@ class RunState:
 
 
 def place(step: int, steps: int | None) -> str:
-    """The words "step 60 of 120"."""
+    """Of the form "step 60 of 120"."""
     return f"step {step}" if steps is None else f"step {step} of {steps}"
 
 
 def read_state(folder: str | Path, config: Mapping[str, Any], logged_step: int) -> RunState:
-    """The state of a run folder. logged_step: the last step in its metrics, which a run that is
-    only starting again is beyond.
+    """The state of a run folder.
+
+    logged_step: the last step in its metrics. A run that is only starting again has passed it
+    before.
     """
     status = read_status(folder)
     if status is None:
@@ -81,8 +81,9 @@ def read_state(folder: str | Path, config: Mapping[str, Any], logged_step: int) 
 
 
 def _derived(config: Mapping[str, Any], logged_step: int) -> RunState:
-    """Of a run folder without status.json (an older run): its last step logged against the steps
-    that config.yaml asks for.
+    """Of a run folder without status.json (an older run).
+
+    Its last logged step is compared with the steps that config.yaml asks for.
     """
     steps = _configured_steps(config)
     if steps is None:

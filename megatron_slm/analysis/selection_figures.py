@@ -3,6 +3,7 @@
 Q: 20 classes of reference loss that hold equally many tokens each. R: records over training.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -38,8 +39,9 @@ def selecting(runs: Sequence[Run], name: str) -> list[tuple[int, Run]]:
 
 
 def rate_over_time(runs: Sequence[Run]) -> Figure | None:
-    """Heat map: share of tokens selected, by class of reference loss (bottom = easy for the
-    reference), over training.
+    """Heat map over training: share of tokens selected, by class of reference loss.
+
+    The classes that the reference finds easy are at the bottom.
     """
     shown = [
         pair
@@ -74,8 +76,9 @@ def rate_over_time(runs: Sequence[Run]) -> Figure | None:
 
 
 def final_rate(runs: Sequence[Run]) -> Figure | None:
-    """The last record: share selected in each class of reference loss; bars, one panel per run,
-    edges in nats below.
+    """The last record: share selected in each class of reference loss.
+
+    There is a panel of bars for each run, with the edges of the classes in nats below.
     """
     shown = selecting(runs, BY_REFERENCE_LOSS)
     if not shown:
@@ -91,12 +94,10 @@ def final_rate(runs: Sequence[Run]) -> Figure | None:
             if kept is not None:
                 axes.axhline(kept, color=MUTED, linewidth=1, linestyle="--")
             ticks = np.linspace(0, len(rate_Q), 5).astype(int)
-            axes.set_xticks(
-                ticks,
-                [f"{edges[-1][tick]:.2g}" for tick in ticks]
-                if len(edges)
-                else [f"{100 * tick // len(rate_Q)} %" for tick in ticks],
-            )
+            labels = [f"{100 * tick // len(rate_Q)} %" for tick in ticks]
+            if len(edges):
+                labels = [f"{edges[-1][tick]:.2g}" for tick in ticks]
+            axes.set_xticks(ticks, labels)
             axes.set_title(
                 run.name if kept is None else f"{run.name} (dashed: kept {kept:.0%} in all)"
             )
@@ -143,19 +144,19 @@ def rate_by_corpus(runs: Sequence[Run]) -> Figure | None:
     shown = [(index, run, rate) for index, run, rate in rates if rate and not run.is_plain]
     if all(len(rate) < 2 for _, _, rate in shown):
         return None
-    corpora = list(dict.fromkeys(corpus for _, _, rate in shown for corpus in rate))
+    corpora = list(dict.fromkeys(itertools.chain(*(rate for _, _, rate in shown))))
     width = 0.8 / len(shown)
     with house_style():
         figure, (axes,) = new_figure(height=2.8)
         for index, run, rate in shown:
-            # The bars of a corpus stand around its name, as many as runs read it.
-            readers = [[other for _, other, has in shown if corpus in has] for corpus in rate]
-            order = [next(i for i, other in enumerate(each) if other is run) for each in readers]
+            places = []
+            for corpus in rate:
+                # The bars of a corpus stand around its name, as many as runs read it.
+                readers = [other_index for other_index, _, has in shown if corpus in has]
+                offset = readers.index(index) - (len(readers) - 1) / 2
+                places.append(corpora.index(corpus) + width * offset)
             axes.bar(
-                [
-                    corpora.index(corpus) + width * (place - (len(each) - 1) / 2)
-                    for corpus, each, place in zip(rate, readers, order, strict=True)
-                ],
+                places,
                 list(rate.values()),
                 width=0.92 * width,
                 color=colour(index),
@@ -177,16 +178,16 @@ def rate_by_corpus(runs: Sequence[Run]) -> Figure | None:
 
 
 def rates_of_corpora(run: Run) -> dict[str, float]:
-    """Corpus -> share of its tokens selected, as last recorded. A corpus is known by its absolute
-    prefix, the same in every run.
+    """Corpus -> share of its tokens selected, as last recorded.
+
+    A corpus is known by its absolute prefix, the same in every run.
     """
     recorded = dict.fromkeys(
         name for line in run.training for name in line if name.startswith(BY_CORPUS + "/")
     )
     rates = {name.removeprefix(BY_CORPUS + "/"): run.last(name) for name in recorded}
-    if not rates and len(
-        run.vectors(BY_CORPUS)[0]
-    ):  # older runs: a list in the order of data.train
+    if not rates and len(run.vectors(BY_CORPUS)[0]):
+        # Older runs have a list in the order of data.train.
         rate_n = run.vectors(BY_CORPUS)[1][-1]
         prefixes = run.setting("data.train") or []
         if len(prefixes) != len(rate_n):

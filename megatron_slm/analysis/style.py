@@ -1,6 +1,4 @@
-"""The look of every figure: colours that colour-blind readers tell apart, units on axes, names
-beside their lines.
-"""
+"""The look of every figure: colours that colour-blind readers tell apart, units, named lines."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 # Okabe and Ito 2008; yellow is left out, it is too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
-INK, MUTED, LINE = "#1f2933", "#5b6570", "#d9dde3"
+INK = "#1f2933"
+MUTED = "#5b6570"
+LINE = "#d9dde3"
 _SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -44,22 +44,24 @@ _SETTINGS = {
 }
 _SMOOTH_FROM = 40
 _LABEL_POINTS = 11
-WIDTH, MOST_COLUMNS = 8.8, 3
+WIDTH = 8.8
+MOST_COLUMNS = 3
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    with rc_context(_SETTINGS):
+    # The stub lists the names of all settings as literals; this is a plain mapping of some of them.
+    with rc_context(_SETTINGS):  # type: ignore[arg-type]
         yield
 
 
 def new_figure(
     panels: int = 1, *, height: float = 3.2, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, at most three in a row of `height` inches; every figure is
-    equally wide, so that text is.
+    """A figure with panels side by side, at most three in a row of `height` inches.
 
-    Made without pyplot: no global state and no display are involved.
+    Every figure is equally wide, so that text has one size. It is made without pyplot, so no global
+    state and no display are involved.
     """
     columns = min(panels, MOST_COLUMNS)
     rows = -(-panels // columns)
@@ -94,15 +96,15 @@ def short_count(value: float) -> str:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over 1/25 of the points, where there are enough to be noisy; NaN
-    stays out of the mean.
+    """A centred moving average over 1/25 of the points, where there are enough to be noisy.
+
+    NaN stays out of the mean.
     """
     if len(values) < _SMOOTH_FROM:
         return values
     half = max(len(values) // 50, 1)
-    return np.array(
-        [np.nanmean(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
-    )
+    windows = (values[max(i - half, 0) : i + half + 1] for i in range(len(values)))
+    return np.array(list(map(np.nanmean, windows)))
 
 
 def draw_line(
@@ -130,8 +132,9 @@ def draw_line(
 
 
 def label_lines(axes: Axes, labels: Sequence[tuple[str, str, float, float]]) -> None:
-    """Names beside the ends of lines: (name, colour, x and y of the line's end), pushed apart where
-    they would overlap.
+    """Names beside the ends of lines, pushed apart where they would overlap.
+
+    labels: name, colour, and the x and y of the line's end.
     """
     if not labels:
         return

@@ -1,8 +1,6 @@
-"""The head of a report: who is lowest, against which baseline, how each run stands, and the table
-of the runs.
-"""
+"""The head of a report: who is lowest, against which baseline, and the table of the runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from megatron_slm.analysis import captions
@@ -41,7 +39,7 @@ def goal_of(lines: Sequence[Outcome], runs: Sequence[Run], corpus: str | None) -
 
 
 def describe_goal(goal: Outcome) -> str:
-    """The words "3.400, the final loss of plain"."""
+    """Of the form "3.400, the final loss of plain"."""
     if goal.not_final:
         return f"{goal.loss:.3f}, the loss of {goal.run.name} ({goal.not_final})"
     return f"{goal.loss:.3f}, the final loss of {goal.run.name}"
@@ -92,10 +90,11 @@ def _explanation(corpus: str | None) -> str:
     if corpus is None:
         return ""
     return (
-        '<p class="note">Validation is always the plain loss of all tokens. Marked: the lowest final loss, and those less than '
-        f"{captions.EQUAL_NATS} nats above it. Tokens per second: median over log intervals.</p>"
+        '<p class="note">Validation is always the plain loss of all tokens. Marked: the lowest '
+        f"final loss, and those less than {captions.EQUAL_NATS} nats above it. Tokens per second: "
+        "median over log intervals.</p>"
     )
 
 
-def _cell(value: float | None, form) -> str:
-    return "–" if value is None else form(value)
+def _cell(value: float | None, to_text: Callable[[float], str]) -> str:
+    return "–" if value is None else to_text(value)

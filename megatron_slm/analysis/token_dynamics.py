@@ -1,6 +1,5 @@
-"""Token categories of Rho-1 (Lin et al.
-
-2024, section 2.1): how each token's loss moved over checkpoints.
+"""How each token's loss moved over checkpoints: the categories of Rho-1 (Lin and others, 2024,
+section 2.1).
 
 T: tokens of a fixed validation set, C = n + 1 checkpoints at equal token spacing.
 """
@@ -17,12 +16,12 @@ CHANGE_NATS = 0.2
 
 @dataclass(frozen=True)
 class TokenDynamics:
-    """category_T int8 (index into CATEGORIES, -1 where a loss is not finite); change_nats_T = end
-    minus start of the fitted line.
-    """
+    """The category of every token, and what it was decided from."""
 
     category_T: np.ndarray
+    """int8: index into CATEGORIES, -1 where a loss is not finite."""
     change_nats_T: np.ndarray
+    """End minus start of the fitted line."""
     mean_last_loss_nats: float
 
     def shares(self) -> dict[str, float]:
@@ -36,9 +35,10 @@ class TokenDynamics:
 
 
 def classify(loss_TC: np.ndarray, change_nats: float = CHANGE_NATS) -> TokenDynamics:
-    """Equals, per token, a, b = numpy.polyfit(0..n, losses, 1); change = a * n; H→L when change <
-    -change_nats, L→H when change > change_nats, otherwise L→L when the last raw loss is at most the
-    mean loss of all tokens at the last checkpoint, else H→H.
+    """Equals, per token, a, b = numpy.polyfit(0..n, losses, 1); change = a * n.
+
+    H→L when change < -change_nats, L→H when change > change_nats. Otherwise L→L when the last raw
+    loss is at most the mean loss of all tokens at the last checkpoint, else H→H.
 
     loss_TC: nats, at least two checkpoints. A token with a loss that is not finite is undefined and
     outside the mean.
@@ -53,9 +53,8 @@ def classify(loss_TC: np.ndarray, change_nats: float = CHANGE_NATS) -> TokenDyna
     n = loss_TC.shape[1] - 1
     offset_C = np.arange(n + 1) - n / 2
     with np.errstate(invalid="ignore"):  # inf - inf in undefined tokens
-        slope_T = (
-            loss_TC @ offset_C / (offset_C @ offset_C)
-        )  # least squares: the offsets sum to 0, so the mean drops out
+        # Least squares: the offsets sum to 0, so the mean drops out.
+        slope_T = loss_TC @ offset_C / (offset_C @ offset_C)
     change_T = np.where(defined_T, slope_T * n, np.nan)
     last_T = loss_TC[:, -1]
     mean_last = float(last_T[defined_T].mean()) if defined_T.any() else float("nan")

@@ -20,17 +20,23 @@ MINIMUM_TOKENS = 64
 NAMED_DOCUMENTS = 4
 
 STYLE = """
-.tokens { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font: 13px/1.75 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
-  color: var(--muted, #6b7280); background: var(--card, #fff); border: 1px solid var(--line, #d9dde3); border-radius: 6px; padding: 12px 14px; margin: 0; }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
+  font: 13px/1.75 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+  color: var(--muted, #6b7280); background: var(--card, #fff);
+  border: 1px solid var(--line, #d9dde3); border-radius: 6px; padding: 12px 14px; margin: 0; }
 .tokens span { position: relative; }
-.tokens .s { color: var(--ink, #111827); background: var(--mark, #cfe5f7); border-bottom: 2px solid var(--mark-line, #0072b2);
+.tokens .s { color: var(--ink, #111827); background: var(--mark, #cfe5f7);
+  border-bottom: 2px solid var(--mark-line, #0072b2);
   box-shadow: inset -1px 0 var(--card, #fff); }
 .tokens .n { border-bottom: 1px dotted currentColor; }
 .tokens .b::before { content: "\\21B5"; opacity: .55; }
-.tokens span[data-v]:hover::after { content: attr(data-v); position: absolute; left: 0; top: 100%; z-index: 9; white-space: pre;
-  background: #111827; color: #f9fafb; padding: 4px 8px; border-radius: 4px; font-size: 12px; line-height: 1.4; pointer-events: none; }
+.tokens span[data-v]:hover::after { content: attr(data-v); position: absolute; left: 0; top: 100%;
+  z-index: 9; white-space: pre;
+  background: #111827; color: #f9fafb; padding: 4px 8px; border-radius: 4px; font-size: 12px;
+  line-height: 1.4; pointer-events: none; }
 .tokens span[data-v]:hover { outline: 1px solid var(--mark-line, #0072b2); }
-.legend .s { color: var(--ink, #111827); background: var(--mark, #cfe5f7); border-bottom: 2px solid var(--mark-line, #0072b2); padding: 0 3px; }
+.legend .s { color: var(--ink, #111827); background: var(--mark, #cfe5f7);
+  border-bottom: 2px solid var(--mark-line, #0072b2); padding: 0 3px; }
 .legend .n { border-bottom: 1px dotted currentColor; }
 """
 
@@ -93,14 +99,15 @@ class TokenView:
 
     def cut(self, maximum_tokens: int) -> "TokenView":
         """Its first tokens."""
+        documents = [(number, place) for number, place in self.documents if place < maximum_tokens]
         return TokenView(
             self.corpus,
             self.first_token,
-            [(number, place) for number, place in self.documents if place < maximum_tokens],
-            *(
-                getattr(self, name)[:maximum_tokens]
-                for name in ("tokens", "loss", "reference_loss", "selected")
-            ),
+            documents,
+            self.tokens[:maximum_tokens],
+            self.loss[:maximum_tokens],
+            self.reference_loss[:maximum_tokens],
+            self.selected[:maximum_tokens],
         )
 
 
@@ -134,9 +141,11 @@ def _token_view(record: dict) -> TokenView:
 def select_example(
     views: Sequence[TokenView], count: int = 3, maximum_tokens: int = 400
 ) -> list[TokenView]:
-    """The sequences that show a choice best, cut to `maximum_tokens`: long enough, with both fates,
-    and most different in excess loss between selected and rejected tokens; the best of each corpus
-    before the second of any. Deterministic; ties go to the earlier sequence.
+    """The sequences that show a choice best, cut to `maximum_tokens`.
+
+    They are long enough, have selected and rejected tokens, and differ most in excess loss between
+    the two; the best of each corpus comes before the second of any. Ties go to the earlier
+    sequence.
     """
     candidates = [view.cut(maximum_tokens) for view in views]
     best_first = sorted(candidates, key=lambda view: -_shows(view))
@@ -202,7 +211,8 @@ def _span(token: str, loss: float | None, reference: float | None, selected: boo
         f"loss {_nats(loss)}  reference {_nats(reference)}  excess {_nats(excess, sign=True)}  "
         f"{'selected' if selected else 'not selected'}"
     )
-    return f"<span{_attribute('class', ' '.join(classes))}{_attribute('data-v', values)}>{escape(token)}</span>"
+    attributes = _attribute("class", " ".join(classes)) + _attribute("data-v", values)
+    return f"<span{attributes}>{escape(token)}</span>"
 
 
 def _attribute(name: str, value: str) -> str:

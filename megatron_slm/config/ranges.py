@@ -66,7 +66,8 @@ def range_of(hint) -> Range | None:
 
 def out_of_range(settings, where: str = "") -> Iterator[tuple[str, str]]:
     """(name, sentence) of every number out of range, in a dataclass and those inside it."""
-    for name, hint in _hints_of(type(settings)).items():
+    settings_class: Any = type(settings)
+    for name, hint in _hints_of(settings_class).items():
         yield from _problems(getattr(settings, name), hint, f"{where}{name}")
 
 

@@ -30,7 +30,8 @@ _SET_BY_SUBMIT = {
     "wrap": "the scripts in launch/ are submitted",
     "test_only": "submit sets it",
     "kill_on_invalid_dep": "submit sets it",
-    "export_file": "an environment can name code, and a description runs none; set it in launch/env.sh",
+    "export_file": "an environment can name code, and a description runs none; set it in "
+    "launch/env.sh",
     "container": "a container is code, and a description runs none; name it in launch/env.sh",
     "bbf": "a description runs no code",
 }
@@ -56,7 +57,7 @@ class Assembled:
 def assemble(description: Pipeline, local: bool) -> Assembled:
     """The stages of a description.
 
-    ConfigError lists every bad setting and everything that is missing; RunInputError is raised where
+    ConfigError lists every bad setting and all that is missing; RunInputError is raised where
     the settings are sound and only files are missing or unfit.
     """
     given = dataclasses.replace(description, folder=str(Path(description.folder).absolute()))
@@ -91,23 +92,21 @@ def assemble(description: Pipeline, local: bool) -> Assembled:
 
 def _in_one_job(description: Pipeline) -> Pipeline:
     """One machine does in one job what arrays share on a cluster."""
-    return dataclasses.replace(
-        description,
-        corpora={
-            name: dataclasses.replace(each, jobs=1) for name, each in description.corpora.items()
-        },
-        scores={
-            name: dataclasses.replace(each, jobs=1) for name, each in description.scores.items()
-        },
-    )
+    corpora = {
+        name: dataclasses.replace(each, jobs=1) for name, each in description.corpora.items()
+    }
+    scores = {name: dataclasses.replace(each, jobs=1) for name, each in description.scores.items()}
+    return dataclasses.replace(description, corpora=corpora, scores=scores)
 
 
 def _bad_settings(description: Pipeline) -> Iterator[str]:
     yield from (sentence for _, sentence in out_of_range(description))
     kinds = ("corpora", "imports", "runs", "scores", "exports")
     named = [(kind, name) for kind in kinds for name in getattr(description, kind)]
-    made = [f"{name}_{part}" for name in description.corpora for part in ("train", "held_out")
-            if description.corpora[name].held_out_fraction]  # fmt: skip
+    made = []
+    for name, corpus in description.corpora.items():
+        if corpus.held_out_fraction:
+            made += [f"{name}_train", f"{name}_held_out"]
     counts = Counter([name for _, name in named] + made + list(_TAKEN))
     for kind, name in named:
         if not _NAME.fullmatch(name):
@@ -161,7 +160,7 @@ def _bad_for_slurm(description: Pipeline) -> Iterator[str]:
     for name, corpus in description.corpora.items():
         words = [*corpus.input, *corpus.include, *corpus.text_key, corpus.keep_if]
         words += [description.folder, description.tokenizer.path]
-        spaced = [word for word in words if any(character.isspace() for character in word)]
+        spaced = [word for word in words if re.search(r"\s", word)]
         if corpus.jobs > 1 and spaced:
             yield (
                 f"corpora.{name}: {spaced[0]!r} has spaces, which launch/preprocess.sbatch splits "

@@ -117,7 +117,7 @@ class TrainingDefaults:
 
 
 @dataclass
-class TrainingRun:
+class RunStage:
     """One training run: a base model, a reference, or an arm of the comparison."""
 
     config: str = ""
@@ -219,7 +219,7 @@ class Pipeline:
     """Hugging Face models to start from."""
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
     """What all runs share."""
-    runs: dict[str, TrainingRun] = field(default_factory=dict)
+    runs: dict[str, RunStage] = field(default_factory=dict)
     """Training runs."""
     scores: dict[str, ScoreStage] = field(default_factory=dict)
     """Score stores to make."""

@@ -24,7 +24,9 @@ class LocalRun:
     """
 
     def __init__(self, pipeline: Assembled, state: State, checkout: Path):
-        self._pipeline, self._state, self._checkout = pipeline, state, checkout
+        self._pipeline = pipeline
+        self._state = state
+        self._checkout = checkout
         self._child: subprocess.Popen | None = None
         self._asked = False
         self._python = os.environ.get("SLM_PYTHON") or sys.executable

@@ -1,6 +1,7 @@
 """The stages of a description that train, score, export and compare models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -17,83 +18,90 @@ from megatron_slm.pipeline.stages import PROGRAM, PYTHON, SCORE, TRAIN, Stage, r
 from megatron_slm.scoring.options import ScoreOptions
 
 
+@dataclass
+class RunSources:
+    """What one run is made from, by the settings that name it."""
+
+    single: dict[str, Found] = field(default_factory=dict)
+    several: dict[str, list[Found]] = field(default_factory=dict)
+    validation: dict[str, Found] = field(default_factory=dict)
+    """data.validation: corpora by their names in the metrics."""
+
+    def settings(self) -> dict[str, object]:
+        """The settings that the pipeline sets, by dotted names."""
+        given: dict[str, object] = {name: found.path for name, found in self.single.items()}
+        for name, found in self.several.items():
+            given[name] = [each.path for each in found]
+        if self.validation:
+            given["data.validation"] = [
+                {"name": name, "corpus": each.path} for name, each in self.validation.items()
+            ]
+        return given
+
+    def all(self) -> list[Found]:
+        """Everything, in a fixed order: the record of what a run was made from keeps it."""
+        of = {name: [found] for name, found in self.single.items()} | self.several
+        of["data.validation"] = list(self.validation.values())
+        return [found for name in SOURCE_SETTINGS for found in of.get(name, [])]
+
+
+SOURCE_SETTINGS = (
+    "data.tokenizer",
+    "data.train",
+    "data.validation",
+    "selection.reference.scores",
+    "selection.reference.checkpoint",
+    "checkpoint.initialize_from",
+)
+
+
 def configs_of(
     description: Pipeline, names: Names, local: bool
-) -> tuple[dict[str, Config], dict[str, list[Found]]]:
+) -> tuple[dict[str, Config], dict[str, RunSources]]:
     """The configuration of every run that has a readable one, and what each run is made from.
 
     What is wrong is added to `names`.
     """
-    configs, sources = {}, {}
+    configs: dict[str, Config] = {}
+    sources: dict[str, RunSources] = {}
     for name, run in description.runs.items():
-        found = _sources(name, description, names)
-        given = _given(found)
-        given["run.folder"] = names.below(name)
-        layers = [
+        sources[name] = _sources(name, description, names)
+        given = sources[name].settings() | {"run.folder": names.below(name)}
+        layers = (
             ("training.settings", description.training.settings),
             (f"runs.{name}.settings", run.settings),
-        ]
+        )
         recipe = run.config or description.training.config
         world_size = processes(description, local, TRAIN, run.slurm)
         config, problems = run_config(recipe, layers, given, world_size)
         names.settings += [f"runs.{name}: {problem}" for problem in problems]
         if config is not None:
             configs[name] = config
-        sources[name] = [
-            each
-            for value in found.values()
-            for each in ([value] if isinstance(value, Found) else value)
-        ]
     return configs, sources
 
 
-def _sources(name: str, description: Pipeline, names: Names) -> dict:
-    """Dotted setting -> what it refers to: one Found, a list, or for validation a dict."""
+def _sources(name: str, description: Pipeline, names: Names) -> RunSources:
+    """What a run refers to. What cannot be found is added to `names`."""
     run, where = description.runs[name], f"runs.{name}"
     validation = run.validation or description.training.validation
     if not run.train:
         names.settings.append(f"{where}.train: empty; name at least one corpus")
-    found = {
-        "data.tokenizer": names.tokenizer(),
-        "data.train": [names.corpus(each, f"{where}.train") for each in run.train],
-    }
-    if validation:
-        found["data.validation"] = _Validation(
-            (each, names.corpus(corpus, f"{where}.validation.{each}"))
-            for each, corpus in validation.items()
-        )
+    found = RunSources()
+    found.single["data.tokenizer"] = names.tokenizer()
+    found.several["data.train"] = [names.corpus(each, f"{where}.train") for each in run.train]
+    for each, corpus in validation.items():
+        found.validation[each] = names.corpus(corpus, f"{where}.validation.{each}")
     if run.scores:
-        found["selection.reference.scores"] = [
+        found.several["selection.reference.scores"] = [
             names.score_store(each, f"{where}.scores") for each in run.scores
         ]
     if run.reference:
-        found["selection.reference.checkpoint"] = names.model(run.reference, f"{where}.reference")
+        reference = names.model(run.reference, f"{where}.reference")
+        found.single["selection.reference.checkpoint"] = reference
     if run.start_from:
-        found["checkpoint.initialize_from"] = names.model(run.start_from, f"{where}.start_from")
+        start = names.model(run.start_from, f"{where}.start_from")
+        found.single["checkpoint.initialize_from"] = start
     return found
-
-
-class _Validation(list):
-    """Validation corpora, with their names in the metrics."""
-
-    def __init__(self, named):
-        self.named = dict(named)
-        super().__init__(self.named.values())
-
-
-def _given(found: Mapping) -> dict[str, object]:
-    """The settings that the pipeline sets."""
-    given: dict[str, object] = {}
-    for setting, value in found.items():
-        if isinstance(value, Found):
-            given[setting] = value.path
-        elif isinstance(value, _Validation):
-            given[setting] = [
-                {"name": name, "corpus": each.path} for name, each in value.named.items()
-            ]
-        else:
-            given[setting] = [each.path for each in value]
-    return given
 
 
 def processes(description: Pipeline, local: bool, kind: str, entry: Resources) -> int:
@@ -105,22 +113,23 @@ def processes(description: Pipeline, local: bool, kind: str, entry: Resources) -
 
 
 def train_stages(
-    description: Pipeline, names: Names, configs: dict[str, Config], sources: dict[str, list[Found]]
+    description: Pipeline, names: Names, configs: dict[str, Config], sources: dict[str, RunSources]
 ) -> Iterator[Stage]:
     for name, config in configs.items():
         path = names.below(f"pipeline/configs/{name}.yaml")
         steps = train_steps(config)
         scorer_file = config.selection.scorer.rpartition(":")[0]
+        found = sources[name].all()
         yield Stage(
             name,
             TRAIN,
             f"Train {name}: {steps:,} steps, scorer {config.selection.scorer}",
             ("--config", path, *named_code(config)),
-            _after(sources[name]),
+            _after(found),
             Checkpoints(Path(names.below(name)), steps),
             {
                 "run": what_a_run_learns_from(config),
-                "from": [each.fingerprint for each in sources[name]],
+                "from": [each.fingerprint for each in found],
             },
             reads=(scorer_file,) if Path(scorer_file).is_file() else (),
             makes=(name,),
@@ -131,9 +140,17 @@ def train_stages(
 def named_code(config: Config) -> list[str]:
     """Options that name a scorer's file again: train takes no code from a configuration alone."""
     selection = config.selection
-    words = ["--selection.scorer", selection.scorer] if names_code(selection.scorer) else []
+    arguments = []
+    if names_code(selection.scorer):
+        arguments += ["--selection.scorer", selection.scorer]
     options = yaml.safe_dump(selection.scorer_options, default_flow_style=True, width=10**6).strip()
-    return words + (["--selection.scorer_options", options] if ".py:" in options else [])
+    if ".py:" in options:
+        arguments += ["--selection.scorer_options", options]
+    return arguments
+
+
+SCORE_SETTINGS = ("window_tokens", "stride_tokens", "document_policy", "dtype", "columns")
+"""Options that decide the scores."""
 
 
 def score_stages(
@@ -157,8 +174,7 @@ def score_stages(
         if problems:
             continue
         written = to_mapping(options)
-        decides = ("window_tokens", "stride_tokens", "document_policy", "dtype", "columns")
-        decides = {setting: written[setting] for setting in decides}
+        decides = {setting: written[setting] for setting in SCORE_SETTINGS}
         stage = Stage(
             name,
             SCORE,
@@ -211,13 +227,14 @@ def closing_stages(description: Pipeline, names: Names) -> Iterator[Stage]:
     if description.report.runs:
         runs = [names.run(each, "report.runs") for each in description.report.runs]
         output = names.below("report.html")
-        words = ["--runs", *(run.path for run in runs), "--output", output]
-        words += ["--corpus", description.report.corpus] if description.report.corpus else []
+        arguments = ["--runs", *(run.path for run in runs), "--output", output]
+        if description.report.corpus:
+            arguments += ["--corpus", description.report.corpus]
         yield Stage(
             "report",
             PROGRAM,
             "Report",
-            (PYTHON, "-m", "megatron_slm.report", *words),
+            (PYTHON, "-m", "megatron_slm.report", *arguments),
             _after(runs),
             Files((Path(output),)),
             {"report": description.report.corpus, "runs": description.report.runs},

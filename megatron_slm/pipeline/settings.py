@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import take_architecture
@@ -32,7 +32,7 @@ _WITHOUT_INFLUENCE = ("monitoring", "parallel")
 
 def run_config(
     recipe: str,
-    layers: list[tuple[str, Mapping]],
+    layers: Sequence[tuple[str, Mapping]],
     given: Mapping[str, object],
     world_size: int,
 ) -> tuple[Config | None, list[str]]:

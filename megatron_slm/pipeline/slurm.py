@@ -71,7 +71,9 @@ class Cluster:
     """SLURM, as one pipeline sees it."""
 
     def __init__(self, pipeline: Assembled, state: State, checkout: Path):
-        self._pipeline, self._state, self._checkout = pipeline, state, checkout
+        self._pipeline = pipeline
+        self._state = state
+        self._checkout = checkout
         digest = hashlib.sha256(str(pipeline.folder).encode()).hexdigest()[:8]
         self._suffix = f"@{digest}"
         """Tells jobs of this pipeline from those of another in the same queue."""
@@ -107,7 +109,7 @@ class Cluster:
         return list(found.values())
 
     def queue(self) -> dict[str, Queued]:
-        """The jobs of this pipeline that wait or run, by stage. SlurmError: SLURM does not answer."""
+        """The jobs of this pipeline that wait or run, by stage. SlurmError: no answer."""
         command = ["squeue", "--noheader", "--format=%F|%T|%r|%j"]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
@@ -207,7 +209,7 @@ def write_script(folder: Path, text: str) -> None:
 
 
 def _options(sbatch: dict) -> list[str]:
-    """{gpus_per_node: 8, exclusive: true} as --gpus-per-node=8 --exclusive; false leaves one out."""
+    """{gpus_per_node: 8, exclusive: true} as --gpus-per-node=8 --exclusive; false is left out."""
     words = []
     for name, value in sbatch.items():
         option = "--" + str(name).replace("_", "-")

@@ -11,7 +11,10 @@ from megatron_slm.pipeline.description import Pipeline, Resources
 from megatron_slm.pipeline.names import Found, Names, last_stage_of
 from megatron_slm.pipeline.outputs import CorpusParts, Files, Manifests, Output
 
-PROGRAM, PREPROCESS, TRAIN, SCORE = "program", "preprocess", "train", "score"
+PROGRAM = "program"
+PREPROCESS = "preprocess"
+TRAIN = "train"
+SCORE = "score"
 PYTHON = "python"
 """First word of a program's command: the interpreter of wherever the stage runs."""
 
@@ -30,9 +33,7 @@ class Stage:
     """Stages that must have finished."""
     output: Output
     made_from: Any
-    """What decides the output, apart from the stages before it and the files it reads, as plain
-    values.
-
+    """What decides the output, as plain values, beside the stages before it and the files it reads.
     None: it goes on with what the one stage before it was made from."""
     reads: tuple[str, ...] = ()
     """Files, folders and globs from outside the pipeline that decide the output."""
@@ -55,15 +56,15 @@ def data_stages(description: Pipeline, names: Names) -> Iterator[Stage]:
     for name in description.corpora:
         yield from _corpus(name, description, names, tokenizer)
     for name, model in description.imports.items():
-        words = ("-m", "megatron_slm.import_hf", "--input", str(Path(model.input).absolute()))
-        words += ("--output", names.below(name), "--dtype", model.dtype)
+        source = str(Path(model.input).absolute())
+        arguments = ["--input", source, "--output", names.below(name), "--dtype", model.dtype]
         if description.tokenizer.path:
-            words += ("--tokenizer", tokenizer.path)
+            arguments += ["--tokenizer", tokenizer.path]
         yield Stage(
             name,
             PROGRAM,
             f"Import {model.input}",
-            (PYTHON, *words),
+            (PYTHON, "-m", "megatron_slm.import_hf", *arguments),
             (),
             Files((Path(names.below(name), "checkpoints"),)),
             {"import": model.dtype},
@@ -114,26 +115,55 @@ def _tokenizer(description: Pipeline, names: Names) -> Stage:
 
 
 def _corpus(name: str, description: Pipeline, names: Names, tokenizer: Found) -> Iterator[Stage]:
-    given, prefix = description.corpora[name], names.below(name)
-    inputs, options = names.inputs(given.input), _corpus_options(name, description)
-    words = ["-m", "data_tools.preprocess", "--input", *inputs, "--tokenizer", tokenizer.path]
-    words += ["--output-prefix", prefix, "--workers", str(given.workers), *options]
-    whole = Manifests((Path(f"{prefix}.manifest.json"),))
-    in_parts = given.jobs > 1
+    """Preprocessing, joining its parts, verifying and holding out: what a corpus asks for."""
+    given = description.corpora[name]
+    options = _corpus_options(name, description)
     variables = {
-        "SLM_INPUT": " ".join(inputs),
+        "SLM_INPUT": " ".join(names.inputs(given.input)),
         "SLM_TOKENIZER": tokenizer.path,
-        "SLM_OUTPUT": prefix,
+        "SLM_OUTPUT": names.below(name),
         "SLM_OPTIONS": " ".join(options),
     }
+    yield _preprocessing(name, description, names, tokenizer, options, variables)
+    if given.jobs > 1:
+        yield _joining(name, description, names, variables)
+    if given.verify:
+        yield Stage(
+            f"{name}.verify",
+            PROGRAM,
+            f"Verify {name}",
+            (PYTHON, "-m", "data_tools.verify", names.below(name)),
+            (last_stage_of(name, given.jobs),),
+            Files(()),
+            {"verify": name},
+            resources=resources_of(description, PROGRAM),
+        )
+    if given.held_out_fraction:
+        yield _holding_out(name, description, names)
+
+
+def _preprocessing(
+    name: str,
+    description: Pipeline,
+    names: Names,
+    tokenizer: Found,
+    options: list[str],
+    variables: dict[str, str],
+) -> Stage:
+    given, prefix = description.corpora[name], names.below(name)
+    in_parts = given.jobs > 1
+    inputs = names.inputs(given.input)
+    arguments = ["--input", *inputs, "--tokenizer", tokenizer.path, "--output-prefix", prefix]
+    arguments += ["--workers", str(given.workers), *options]
+    kind = PREPROCESS if in_parts else PROGRAM
     cores = Resources(sbatch={"cpus_per_task": given.workers})
-    yield Stage(
+    return Stage(
         name,
-        PREPROCESS if in_parts else PROGRAM,
+        kind,
         f"Preprocess {name}: text to indexed binary",
-        (PYTHON, *words),
+        (PYTHON, "-m", "data_tools.preprocess", *arguments),
         _text_before(given.input, description) + tokenizer.after,
-        CorpusParts(Path(prefix), given.jobs) if in_parts else whole,
+        CorpusParts(Path(prefix), given.jobs) if in_parts else _whole_corpus(prefix),
         {
             "corpus": options,
             "inputs": _identity_of(given.input, description),
@@ -141,55 +171,51 @@ def _corpus(name: str, description: Pipeline, names: Names, tokenizer: Found) ->
         },
         reads=_outside(given.input, names, description) + _predicate(given.keep_if),
         makes=(f"{name}.*",),
-        resources=resources_of(description, PREPROCESS if in_parts else PROGRAM, cores),
+        resources=resources_of(description, kind, cores),
         jobs=given.jobs,
         environment=tuple(variables.items()) if in_parts else (),
     )
-    programs = resources_of(description, PROGRAM)
-    if in_parts:
-        merging = {**variables, "SLM_SHARDS": str(given.jobs), "SLM_MERGE": "1"}
-        one_core = Resources(sbatch={"cpus_per_task": 1})
-        yield Stage(
-            f"{name}.merge",
-            PREPROCESS,
-            f"Join the parts of {name}",
-            (),
-            (name,),
-            whole,
-            None,
-            resources=resources_of(description, PREPROCESS, one_core),
-            environment=tuple(merging.items()),
-        )
-    last = last_stage_of(name, given.jobs)
-    if given.verify:
-        words = (PYTHON, "-m", "data_tools.verify", prefix)
-        title = f"Verify {name}"
-        made_from = {"verify": name}
-        yield Stage(
-            f"{name}.verify",
-            PROGRAM,
-            title,
-            words,
-            (last,),
-            Files(()),
-            made_from,
-            resources=programs,
-        )
-    if given.held_out_fraction:
-        choice = ["--held-out-fraction", str(given.held_out_fraction)]
-        choice += ["--seed", str(given.held_out_seed)] if given.held_out_seed else []
-        parts = (f"{name}_train", f"{name}_held_out")
-        yield Stage(
-            f"{name}.split",
-            PROGRAM,
-            f"Hold out {given.held_out_fraction:.0%} of {name}",
-            (PYTHON, "-m", "data_tools.split", prefix, *choice, "--output-prefix", prefix),
-            (last,),
-            Manifests(tuple(Path(f"{names.below(part)}.manifest.json") for part in parts)),
-            {"split": choice},
-            makes=tuple(f"{part}.*" for part in parts),
-            resources=programs,
-        )
+
+
+def _joining(name: str, description: Pipeline, names: Names, variables: dict[str, str]) -> Stage:
+    """The last job of an array: the parts become one corpus."""
+    jobs = str(description.corpora[name].jobs)
+    environment = {**variables, "SLM_SHARDS": jobs, "SLM_MERGE": "1"}
+    one_core = Resources(sbatch={"cpus_per_task": 1})
+    return Stage(
+        f"{name}.merge",
+        PREPROCESS,
+        f"Join the parts of {name}",
+        (),
+        (name,),
+        _whole_corpus(names.below(name)),
+        None,
+        resources=resources_of(description, PREPROCESS, one_core),
+        environment=tuple(environment.items()),
+    )
+
+
+def _holding_out(name: str, description: Pipeline, names: Names) -> Stage:
+    given, prefix = description.corpora[name], names.below(name)
+    choice = ["--held-out-fraction", str(given.held_out_fraction)]
+    choice += ["--seed", str(given.held_out_seed)] if given.held_out_seed else []
+    parts = (f"{name}_train", f"{name}_held_out")
+    manifests = tuple(Path(f"{names.below(part)}.manifest.json") for part in parts)
+    return Stage(
+        f"{name}.split",
+        PROGRAM,
+        f"Hold out {given.held_out_fraction:.0%} of {name}",
+        (PYTHON, "-m", "data_tools.split", prefix, *choice, "--output-prefix", prefix),
+        (last_stage_of(name, given.jobs),),
+        Manifests(manifests),
+        {"split": choice},
+        makes=tuple(f"{part}.*" for part in parts),
+        resources=resources_of(description, PROGRAM),
+    )
+
+
+def _whole_corpus(prefix: str) -> Manifests:
+    return Manifests((Path(f"{prefix}.manifest.json"),))
 
 
 def _corpus_options(name: str, description: Pipeline) -> list[str]:
@@ -205,9 +231,13 @@ def _corpus_options(name: str, description: Pipeline) -> list[str]:
         ("--keep-if", os.path.abspath(given.keep_if) if given.keep_if else "", ""),
     ):
         options += [option, str(value)] if value != default else []
-    options += [] if given.append_eod else ["--no-append-eod"]
-    options += ["--prepend-bos"] if given.prepend_bos else []
-    return options + (["--drop-duplicates"] if given.drop_duplicates else [])
+    if not given.append_eod:
+        options.append("--no-append-eod")
+    if given.prepend_bos:
+        options.append("--prepend-bos")
+    if given.drop_duplicates:
+        options.append("--drop-duplicates")
+    return options
 
 
 def _predicate(keep_if: str) -> tuple[str, ...]:
@@ -250,7 +280,9 @@ def resources_of(description: Pipeline, kind: str, entry: Resources | None = Non
 def in_order(stages: list[Stage]) -> list[Stage]:
     """Every stage after those it needs. ValueError when some wait for each other."""
     by_name = {stage.name: stage for stage in stages}
-    needed = {stage.name: [name for name in stage.after if name in by_name] for stage in stages}
+    needed = {}
+    for stage in stages:
+        needed[stage.name] = [name for name in stage.after if name in by_name]
     try:
         return [by_name[name] for name in graphlib.TopologicalSorter(needed).static_order()]
     except graphlib.CycleError as error:

@@ -58,7 +58,7 @@ class State:
         return standing
 
     def is_current(self, stage: Stage) -> bool:
-        """Whether what is there, in full or in part, was begun from what the description says now."""
+        """Whether what is there, whole or in part, was begun from what the description says now."""
         return _read(self._record(stage)) == self.keys[stage.name]
 
     def outputs(self, stage: Stage) -> list[Path]:
@@ -74,8 +74,8 @@ class State:
         return self._record(stage).with_name(f"{stage.name}.done")
 
     def begin(self, stage: Stage) -> str:
-        """Note what the stage is made from, before it starts; move what was made from something
-        else aside.
+        """Note what the stage is made from, before it starts; move away what was made from
+        something else.
 
         Returns a sentence where something was moved.
         """

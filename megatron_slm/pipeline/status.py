@@ -13,9 +13,10 @@ def show(pipeline: Assembled, state: State, queue: dict[str, Queued]) -> None:
     rows = [
         (stage.name, *_describe_stage(pipeline, state, queue, stage)) for stage in pipeline.stages
     ]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    name_width = max(len(name) for name, _, _ in rows)
+    state_width = max(len(word) for _, word, _ in rows)
     for name, word, more in rows:
-        print(f"{name:{widths[0]}}  {word:{widths[1]}}  {more}".rstrip())
+        print(f"{name:{name_width}}  {word:{state_width}}  {more}".rstrip())
 
 
 def _describe_stage(pipeline: Assembled, state: State, queue, stage) -> tuple[str, str]:
