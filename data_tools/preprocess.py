@@ -26,6 +26,7 @@ from data_tools.reading.documents import InputDataError
 from data_tools.reading.inputs import STDIN
 from data_tools.writing.run_identity import PreprocessingSettings
 from megatron_slm.config.arguments import Program
+from megatron_slm.files.made_from import ChangedFile
 from megatron_slm.tokenization import VocabularyFileError
 
 _CONTINUE = "What was saved stands; run the same command again to continue."
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         preprocess(settings_of(arguments))
-    except (InputDataError, VocabularyFileError) as error:
+    except (InputDataError, VocabularyFileError, ChangedFile) as error:
         print(f"preprocess: {error}", file=sys.stderr)
         return 3
     except ValueError as error:

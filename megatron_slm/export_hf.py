@@ -12,6 +12,7 @@ from megatron_slm.checkpoint.folder import (
 )
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.hashing import file_sha256
+from megatron_slm.files.made_from import ChangedFile
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         check_output(Path(options.output), options.overwrite)
     except ValueError as error:
         print(f"export_hf: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, ChangedFile) else 2
     try:
         if damaged := damaged_files(folder):
             raise ValueError(

@@ -11,7 +11,7 @@ from megatron_slm.checkpoint.folder import (
 )
 from megatron_slm.config.arguments import Program
 from megatron_slm.convert.model_folder import open_model_folder, origin_of_import
-from megatron_slm.files.made_from import refuse_other_origin
+from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
 from megatron_slm.tokenization import load_tokenizer
 
 DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE;
@@ -83,7 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _imported_before(options: argparse.Namespace, checkpoints: Path) -> int:
-    """Exit code where checkpoints exist: 0 when step 0 is this very import, 2 when it is not."""
+    """Exit code where checkpoints exist: 0 when step 0 is this very import, 2 when it is another one,
+    3 when the folder that it was made from has changed or cannot be read.
+    """
     imported = step_folder(checkpoints, 0)
     before = None
     if imported in complete_checkpoints(checkpoints):
@@ -91,10 +93,14 @@ def _imported_before(options: argparse.Namespace, checkpoints: Path) -> int:
     try:
         tokenizer = load_tokenizer(options.tokenizer or options.input)
         now = origin_of_import(Path(options.input), tokenizer, options.dtype)
-        refuse_other_origin(imported, before, now, "Give another --output.")
     except (ValueError, OSError) as error:
         print(f"import_hf: {error}", file=sys.stderr)
-        return 2
+        return 3
+    try:
+        refuse_other_origin(imported, before, now, "Give another --output.")
+    except ValueError as error:
+        print(f"import_hf: {error}", file=sys.stderr)
+        return 3 if isinstance(error, ChangedFile) else 2
     print(f"{imported}: done before, from {options.input}")
     return 0
 

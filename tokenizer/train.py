@@ -28,8 +28,8 @@ from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.atomic import sync_path, write_json_atomically
 from megatron_slm.files.hashing import file_sha256
-from megatron_slm.files.made_from import refuse_other_origin
-from megatron_slm.tokenization import Tokenizer, load_tokenizer
+from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
+from megatron_slm.tokenization import Tokenizer, VocabularyFileError, load_tokenizer
 from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
 
 _SENTENCE_BYTES = 4000
@@ -189,7 +189,7 @@ def finished_before(arguments: argparse.Namespace) -> Tokenizer | None:
     refuse_other_origin(path, before, made_from(arguments), advice)
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != manifest["fingerprint"]:
-        raise ValueError(f"{path} has changed since it was made. {advice}")
+        raise ChangedFile(f"{path} has changed since it was made. {advice}")
     return tokenizer
 
 
@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         model, sample = train(arguments)
         tokenizer = publish(arguments, model, sample)
-    except InputDataError as error:
+    except (InputDataError, VocabularyFileError, ChangedFile) as error:
         print(f"tokenizer.train: {error}", file=sys.stderr)
         return 3
     except (ValueError, OSError) as error:

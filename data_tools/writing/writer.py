@@ -23,6 +23,7 @@ from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import CorpusManifest, manifest_path
 from megatron_slm.files.atomic import sync_path, write_json_atomically
 from megatron_slm.files.folder_lock import FolderLock
+from megatron_slm.files.made_from import ChangedFile, origin_error
 
 _STREAMS = ("tokens.bin", "lengths.i32", "rejects.jsonl", "hashes.bin")
 _FINISHED = "finished.json"
@@ -87,7 +88,14 @@ class CorpusWriter:
         elif progress_path.exists():
             progress = json.loads(progress_path.read_text(encoding="utf-8"))
             if progress["identity"] != self._identity:
-                raise ValueError(_differs(self.folder, progress["identity"], self._identity))
+                raise origin_error(
+                    f"{self.folder} holds an unfinished run with other inputs or options:",
+                    progress["identity"],
+                    self._identity,
+                    "this run",
+                    "Give the same inputs and options to continue it, or --restart to throw it "
+                    "away and begin anew.",
+                )
         for stray in self.folder.glob("spill-*"):
             stray.unlink()
         sizes = progress["sizes"] if progress else dict.fromkeys(_STREAMS, 0)
@@ -95,7 +103,7 @@ class CorpusWriter:
             stream = open(self.folder / name, "ab")  # noqa: SIM115  closed by __exit__
             self._streams[name] = stream
             if stream.tell() < sizes[name]:
-                raise ValueError(
+                raise ChangedFile(
                     f"{self.folder / name} is shorter than the saved progress says. Delete the folder, or give "
                     "--restart, to begin anew."
                 )
@@ -218,16 +226,3 @@ class CorpusWriter:
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder)
         return manifest
-
-
-def _differs(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> str:
-    lines = [
-        f"  {name}: it has {saved.get(name)!r}, this run has {wanted.get(name)!r}"
-        for name in sorted({*saved, *wanted})
-        if saved.get(name) != wanted.get(name)
-    ]
-    return (
-        f"{folder} holds an unfinished run with other inputs or options:\n"
-        + "\n".join(lines)
-        + "\nGive the same inputs and options to continue it, or --restart to throw it away and begin anew."
-    )

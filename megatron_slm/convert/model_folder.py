@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.hf_config import model_config
 from megatron_slm.files.export_note import read_export_note
-from megatron_slm.files.made_from import refuse_other_origin
+from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
 LAST_FILE = "config.json"
@@ -67,7 +67,7 @@ def made_from_note(folder: Path, made_from: dict) -> dict:
 def exported_before(output: Path, now: dict) -> bool:
     """Whether `output` is a whole export that was made from `now`.
 
-    ValueError when it is one of something else, or has changed.
+    ValueError when it is one of something else, ChangedFile when it has changed.
     """
     if not (output / MADE_FROM).exists() or not (output / LAST_FILE).exists():
         return False
@@ -75,7 +75,7 @@ def exported_before(output: Path, now: dict) -> bool:
     advice = "Give --overwrite to replace it, or another --output."
     refuse_other_origin(output, note.get("made_from"), now, advice)
     if note.get("bytes") != _sizes_bytes(output):
-        raise ValueError(f"{output} has changed since it was exported. {advice}")
+        raise ChangedFile(f"{output} has changed since it was exported. {advice}")
     return True
 
 

@@ -330,7 +330,7 @@ def test_export_is_written_whole_or_not_at_all(runs, tmp_path, capsys):
     assert export_hf.main([*arguments, "--dtype", "bf16"]) == 2
     assert "dtype: it has 'fp32', this command has 'bf16'" in capsys.readouterr().err
     (output / "model.safetensors").write_bytes(b"cut")
-    assert export_hf.main(arguments) == 2
+    assert export_hf.main(arguments) == 3
     assert "has changed since it was exported" in capsys.readouterr().err
     assert export_hf.main([*arguments, "--overwrite", "--dtype", "bf16"]) == 0
     assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -129,7 +129,7 @@ def test_a_second_run_from_other_text_or_options_is_refused_by_name(
     assert preprocess([text], vocabulary, tmp_path / "c", "--max-bad-fraction", "0") == 2
     assert "max_bad_fraction: it has 0.05, this command has 0.0" in capsys.readouterr().err
     text.write_bytes(text.read_bytes() * 2)
-    assert preprocess([text], vocabulary, tmp_path / "c") == 2
+    assert preprocess([text], vocabulary, tmp_path / "c") == 3
     assert "files: it has" in capsys.readouterr().err
 
 

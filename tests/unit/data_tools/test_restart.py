@@ -193,7 +193,7 @@ def test_other_options_do_not_continue(tmp_path, vocabulary, inputs, capsys):
     assert main([*first, "--no-append-eod"]) == 2
     assert "append_eod" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("changed\n" * 10 + json.dumps({"text": "good"}))
-    assert main([*first, "--max-bad-fraction", "1"]) == 2
+    assert main([*first, "--max-bad-fraction", "1"]) == 3
     assert main([*first, "--max-bad-fraction", "1", "--restart"]) == 0
 
 

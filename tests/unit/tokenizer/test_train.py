@@ -108,6 +108,9 @@ def test_a_second_run_of_the_same_command_does_nothing(tmp_path, corpus, capsys)
     assert train(corpus, tmp_path / "v") == 0
     assert "done before, from the same inputs and options" in capsys.readouterr().out
     assert (tmp_path / "v.model").stat().st_mtime_ns == stamp
+    corpus.write_bytes(corpus.read_bytes() * 2)
+    assert train(corpus, tmp_path / "v") == 3
+    assert "files: it has" in capsys.readouterr().err
     (tmp_path / "v.manifest.json").unlink()
     assert train(corpus, tmp_path / "v") == 2
     assert "nothing says what it was made from" in capsys.readouterr().err
