@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from megatron_slm.analysis import captions, figures, selection_figures, token_vi
 from megatron_slm.analysis.page import page, picture, table
 from megatron_slm.analysis.run_folder import Run
 from megatron_slm.analysis.summary import summary
+from megatron_slm.config.load import flatten
 
 SHOWN_DOCUMENTS = 3
 SHOWN_TOKENS = 400
@@ -183,17 +184,6 @@ def _provenance(runs: Sequence[Run]) -> str:
             f"with</p><pre>{escape(command)}</pre>{versions}</details>"
         )
     return "".join(parts)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _value(value: Any) -> str:

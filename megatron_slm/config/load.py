@@ -182,6 +182,17 @@ def to_mapping(config) -> dict:
     return dataclasses.asdict(config)
 
 
+def flatten(mapping: Mapping[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, typing.Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def to_yaml(config) -> str:
     """The resolved configuration as YAML, in the order of the schema."""
     return yaml.dump(

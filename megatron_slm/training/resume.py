@@ -15,7 +15,7 @@ from megatron_slm.checkpoint.folder import (
     complete_checkpoints,
     read_checkpoint_info,
 )
-from megatron_slm.config.load import ConfigError, load_yaml, to_mapping
+from megatron_slm.config.load import ConfigError, flatten, load_yaml, to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.config.sizes import tokens_per_step
 from megatron_slm.data.corpora import Corpus
@@ -205,8 +205,8 @@ def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
     path = folder / "config.yaml"
     if not path.exists():
         return []
-    before = _flat(to_mapping(load_yaml(path)))
-    now = _flat(to_mapping(config))
+    before = flatten(to_mapping(load_yaml(path)))
+    now = flatten(to_mapping(config))
     return [
         (f"{name} was {before.get(name)!r} when this run started, and is {value!r} now", "warning")
         for name, value in now.items()
@@ -255,13 +255,3 @@ def _other_content(setting: str, path: str, found: str, before: dict[str, str], 
 
 def _short(fingerprint: str) -> str:
     return fingerprint.removeprefix("sha256:")[:12]
-
-
-def _flat(mapping: dict, prefix: str = "") -> dict:
-    flat: dict = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
