@@ -152,7 +152,8 @@ def _origins(config: Config, own: CheckpointInfo | None) -> Iterator[_Origin]:
 def _architecture_source(path: str, run_folder: str) -> CheckpointInfo:
     """model.json of `path`, or of the run's own checkpoint where `path` is gone.
 
-    So a run goes on without the checkpoint that it started from. ValueError: there is neither.
+    So a run can be resumed without the checkpoint that it started from. ValueError: there is
+    neither.
     """
     own = None if Path(path).exists() else _own_checkpoint(run_folder)
     return own or read_checkpoint_info(path)

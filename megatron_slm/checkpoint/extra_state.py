@@ -2,8 +2,8 @@
 a pickle in a tensor of bytes.
 
 Transformer Engine unpickles those bytes as they are. So they are read here as plain data first,
-made anew from the parts that an fp8 state has (a recipe, tensors of scales, plain variables), and
-pickled again: what it unpickles is then our own.
+rebuilt from the parts that an fp8 state has (a recipe, tensors of scales, plain variables), and
+pickled again: it then unpickles bytes that this program wrote.
 """
 
 import collections

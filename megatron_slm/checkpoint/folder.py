@@ -127,8 +127,8 @@ def tidy(checkpoints: Path) -> None:
 
 
 def settle_on(good: Path, damaged: list[Path]) -> None:
-    """Go on from `good`: give the damaged newer checkpoints a name that nothing reads, and let the
-    pointer `latest` name `good`.
+    """Make `good` the newest checkpoint: give the damaged newer ones a name that nothing reads, and
+    let the pointer `latest` name `good`.
     """
     for path in damaged:
         renamed = path.with_name(f"{path.name}.damaged")

@@ -1,5 +1,5 @@
-"""Load a checkpoint's state through megatron-core's dist_checkpointing, with every file read by
-this room's own readers.
+"""Load a checkpoint's state through megatron-core's dist_checkpointing, with readers of our own
+that run no code from its files.
 
 megatron-core's strategies open `.metadata`, common.pt and objects with readers that unpickle. The
 two strategies here do what its own do, in the same order, with `PlainReader` and `load_plain` in

@@ -1,10 +1,10 @@
-"""The one door through which the content of a checkpoint's files comes in: tensors, numbers and
-text, never code.
+"""Read the content of a checkpoint's files: tensors, numbers and text, never code. All loading of
+checkpoints goes through this file.
 
-torch.distributed.checkpoint unpickles what is no tensor (random states, extra states of layers) as
-it stands, and megatron-core adds classes of its own to what torch's weights-only loading makes.
-Here a file may name what the lists below hold, torch's weights-only loading reads it with no other
-additions, and what is no tensor is made anew before anybody else sees it.
+torch.distributed.checkpoint unpickles everything that is no tensor (random states, extra states of
+layers), and megatron-core adds classes of its own to those that torch's weights-only loading makes.
+Here a file may name only what the lists below hold, torch's weights-only loading reads it with no
+other additions, and objects that are no tensors are rebuilt before they are handed on.
 """
 
 import io
@@ -57,9 +57,9 @@ RANDOM_STATES = TENSORS | {
 
 
 class PlainReader(dcp.FileSystemReader):
-    """torch's reader of a checkpoint folder, with this room's rules.
+    """torch's reader of a checkpoint folder, which accepts plain data only.
 
-    ValueError (UnsafeFile) names the file that breaks them.
+    ValueError (UnsafeFile) names a file that holds something else.
     """
 
     def __init__(self, folder: str | Path, metadata: Metadata | None = None):
@@ -145,8 +145,8 @@ def _unreadable(path: str | Path, error: Exception) -> ValueError:
 
 
 def _plain_objects(key: str, content: bytes, path: Path) -> io.BytesIO:
-    """The objects stored under `key`, checked and written again: whoever unpickles the result
-    unpickles our own bytes.
+    """The objects stored under `key`, checked and pickled again. The caller unpickles the result,
+    and so unpickles bytes that this program wrote.
     """
     random = key.partition("/")[0] == RANDOM_KEY
     names, stand_ins = (RANDOM_STATES, _STAND_INS) if random else (TENSORS, ())

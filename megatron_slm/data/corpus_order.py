@@ -3,8 +3,8 @@ nothing twice, nothing lost.
 
 A corpus is read epoch after epoch (epoch_index.py). When the sequence length or the seed changes in
 the middle of an epoch, the samples of that epoch that were not read are laid end to end in the
-order of the epoch, cut anew and put in random order; the epochs after it are cut with the new
-length and seed. What is left over then is less than one sample, as at the end of an epoch.
+order of the epoch, cut again with the new length and put in random order; later epochs are cut with
+the new length and seed. Fewer tokens than one sample are left over, as at the end of an epoch.
 
 S = sequence length in tokens.
 """
@@ -62,8 +62,8 @@ class Documents(NamedTuple):
 
 @dataclass(frozen=True)
 class RestIndex:
-    """What was not yet read of an epoch, cut anew: as an EpochIndex whose documents are these
-    ranges, in this order.
+    """The unread part of an epoch, cut again: like an EpochIndex whose documents are these ranges,
+    in this order.
     """
 
     range_start: np.ndarray | FileArray

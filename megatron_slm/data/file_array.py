@@ -147,7 +147,7 @@ class FileArray:
 
 
 def open_array(path: str | Path, dtype: npt.DTypeLike) -> FileArray:
-    """A file that is nothing but values of `dtype`: as many as it has room for now."""
+    """A file that holds nothing but values of `dtype`; its present size says how many."""
     file = ReadOnlyFile(path)
     return FileArray(file, dtype, file.size_bytes // np.dtype(dtype).itemsize)
 

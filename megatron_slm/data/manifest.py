@@ -1,4 +1,4 @@
-"""What is written beside every corpus, and the door where it is checked.
+"""The manifest beside every corpus, and the check of a corpus against it.
 
 PREFIX.manifest.json is written last, so its presence means that PREFIX.bin and PREFIX.idx are
 whole. megatron-core itself opens a truncated .bin without complaint; `check_corpus` refuses one.

@@ -82,7 +82,9 @@ def check_sizes(folder: Path, manifest: ScoreManifest) -> None:
 
 
 def stamps(folder: Path, columns: Iterable[str], missing: Iterable[int]) -> dict[str, Any]:
-    """What changes when somebody writes to a column, and which shards were missing then."""
+    """Sizes, times and inodes of the columns, which change when a column is written to or replaced,
+    and the shards that are missing.
+    """
     of_columns = {}
     for name in columns:
         status = column_path(folder, name).stat()

@@ -283,10 +283,10 @@ class ScoreStore:
         )
 
     def _made_by(self) -> str:
-        """How to go on with the store.
+        """How to complete the store.
 
-        Its command is not printed: whoever made the store wrote it, and people run what they are
-        told.
+        The command in its manifest is not printed: the maker of the store wrote it, who may be a
+        stranger, and readers run the commands that a program prints.
         """
         return (
             f"run the command that made them again, with --output {self.folder} (resume_command in "

@@ -24,7 +24,7 @@ PIECE_BYTES = 1 << 20
 def check_content(prefix: str | Path, expected_sha256: dict[str, str]) -> None:
     """Hash the files PREFIX + suffix that have changed since they were last hashed.
 
-    ValueError where one is not what `expected_sha256` says, or was written to meanwhile.
+    ValueError when one is not what `expected_sha256` says, or is written to while it is hashed.
     """
     remembered = _remembered(prefix)
     verified = {}

@@ -1,6 +1,6 @@
 """Files that survive kills and have one writer: atomic.py writes a file whole or not at all,
 folder_lock.py keeps a second writer out. export_note.py: what an export says of its tokenizer.
 
-Files that somebody else made: plain.py says which of a folder's files may be opened,
+Files that a stranger made: plain.py says which of a folder's files may be opened,
 inert_pickle.py reads a pickle without running it. No torch.
 """

@@ -37,7 +37,10 @@ def write_json(
     sort_keys: bool = False,
     ensure_ascii: bool = False,
 ) -> None:
-    """Write `content` as JSON and fsync it. Only for a file that nobody reads before a rename."""
+    """Write `content` as JSON and fsync it.
+
+    Not atomic: only for a file in a folder that gets its name later, by a rename.
+    """
     text = json.dumps(content, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
     with open(path, "w", encoding="utf-8") as stream:
         stream.write(text + "\n")

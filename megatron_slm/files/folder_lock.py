@@ -1,5 +1,5 @@
-"""One writer per folder: a second process is refused and told who the first is; what a dead process
-left is taken over.
+"""One writer per folder: a second process is refused with a message that names the first; the lock
+of a dead process is taken over.
 
 FOLDER/lock names its owner as JSON, for people and for the next process. Three things say whether
 the owner still writes:
@@ -10,8 +10,8 @@ the owner still writes:
   the process        On the owner's machine: its process id, with the time at which that process
                      began, because process ids are used again.
   the beat           From another machine: the owner touches the file every BEAT_SECONDS. A lock
-                     that is not touched for SILENCE_SECONDS while somebody watches belongs to
-                     nobody: its machine was switched off, or its job was killed and queued again
+                     that is not touched for SILENCE_SECONDS while another process watches has
+                     no owner: its machine was switched off, or its job was killed and queued again
                      elsewhere. Watching needs no agreement between clocks.
 
 Where a mount has no locks at all, two processes that find a dead owner's lock in the same instant
@@ -87,7 +87,7 @@ class FolderLock:
     there is none.
 
     `what` names the work for the message of a refused second process ("a training run"), `advice`
-    says what to do about it. `report` is told, in a sentence, of a lock that is taken over or
+    says what to do about it. `report` is called with a sentence when a lock is taken over or
     watched.
     """
 
@@ -168,8 +168,8 @@ class FolderLock:
                 os.close(descriptor)
 
     def _written_owner(self, descriptor: int, locked: bool | None) -> Owner | None:
-        """Who the file names; None when nobody has it. An owner that has locked and not yet signed
-        is waited for.
+        """The owner that the file names; None = it has none. An owner that has locked and not yet
+        signed is waited for.
         """
         for _ in range(20):
             owner = _read_owner(descriptor)
@@ -188,8 +188,8 @@ class FolderLock:
         self._report(f"{self.path}: taken over from {owner}, which no longer runs")
 
     def _beats(self, owner: Owner) -> bool:
-        """Whether the file is touched within SILENCE_SECONDS. FileNotFoundError: its owner gave it
-        back meanwhile.
+        """Whether the file is touched within SILENCE_SECONDS. FileNotFoundError: its owner
+        released it while it was watched.
         """
         self._report(
             f"{self.path} is held by {owner}. Another machine cannot see whether that process "
@@ -270,7 +270,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def _touched_at(path: Path) -> int:
-    """When the file was last touched, in ns; opened anew each time, because NFS then asks the
+    """When the file was last touched, in ns. It is opened each time, because NFS then asks the
     server.
     """
     descriptor = os.open(path, os.O_RDONLY)

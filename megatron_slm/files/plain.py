@@ -1,6 +1,4 @@
-"""Files that somebody else may have made: only plain files that lie in the folder itself are
-opened.
-
+"""Files that a stranger may have made: only plain files that lie in the folder itself are opened.
 No torch.
 
 A list of names that comes with a folder (checksums, a map of shards) could otherwise lead to any
@@ -18,8 +16,8 @@ class LeadsOutside(ValueError):
 
 
 def shown(text: object, characters: int = 120) -> str:
-    """Text out of somebody else's file, for a message: short, and without what would move the
-    cursor of a terminal.
+    """Text from a stranger's file, made fit for a message: cut to a length, with control
+    characters, which could move the cursor of a terminal, escaped.
     """
     text = str(text)
     text = text if len(text) <= characters else f"{text[:characters]}…"

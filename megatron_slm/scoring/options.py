@@ -199,7 +199,7 @@ def parse_job_slice(text: str) -> tuple[int, int]:
 
 
 def resume_command(argv: list[str]) -> list[str]:
-    """The arguments that go on with this store as one job: without --shard."""
+    """The arguments that complete this store as one job: without --shard."""
     arguments = list(argv)
     for position, argument in enumerate(arguments):
         if argument == "--shard":
