@@ -123,7 +123,8 @@ def _allowed(config: Config) -> frozenset[str]:
 
 def _origins(config: Config, own: CheckpointInfo | None) -> Iterator[_Origin]:
     """The checkpoints that bind this configuration. ValueError names one that cannot be read."""
-    start, architecture = config.checkpoint.initialize_from, config.model.from_checkpoint
+    start = config.checkpoint.initialize_from
+    architecture = config.model.from_checkpoint
     if own is not None:
         yield _Origin(
             f"the checkpoint that run.folder {config.run.folder} resumes from",
@@ -155,8 +156,11 @@ def _architecture_source(path: str, run_folder: str) -> CheckpointInfo:
     So a run can be resumed without the checkpoint that it started from. ValueError: there is
     neither.
     """
-    own = None if Path(path).exists() else _own_checkpoint(run_folder)
-    return own or read_checkpoint_info(path)
+    if not Path(path).exists():
+        saved = _own_checkpoint(run_folder)
+        if saved is not None:
+            return saved
+    return read_checkpoint_info(path)
 
 
 def _own_checkpoint(run_folder: str) -> CheckpointInfo | None:

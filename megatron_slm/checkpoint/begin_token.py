@@ -42,7 +42,8 @@ def other_than_trained(
     differing = [prefix for prefix, begins in corpora.items() if begins != trained]
     if trained is None or not differing:
         return []
-    has, lacks = "begin with the begin token", "do not begin with the begin token"
+    has = "begin with the begin token"
+    lacks = "do not begin with the begin token"
     return [
         f"{checkpoint} was trained on documents that {has if trained else lacks}, and those of "
         f"{', '.join(differing)} {lacks if trained else has}: its losses are higher there than "

@@ -27,8 +27,10 @@ _RECIPE_NAMES = (
     "MMParams",
     "QParams",
 )
-_FORMAT, _FORMAT_VALUE = f"{_RECIPES}.Format", f"{_RECIPES}._FormatHelper"
-_STORAGE, _TENSOR = "torch.storage._load_from_bytes", "torch._utils._rebuild_tensor_v2"
+_FORMAT = f"{_RECIPES}.Format"
+_FORMAT_VALUE = f"{_RECIPES}._FormatHelper"
+_STORAGE = "torch.storage._load_from_bytes"
+_TENSOR = "torch._utils._rebuild_tensor_v2"
 _HOOKS = "collections.OrderedDict"
 NAMES = frozenset(
     {

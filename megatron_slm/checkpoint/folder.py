@@ -192,7 +192,8 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     """
     folder = resolve_checkpoint(path)
     try:
-        stored, checksums = read_json_object(folder, "model.json"), read_checksums(folder)
+        stored = read_json_object(folder, "model.json")
+        checksums = read_checksums(folder)
         info = CheckpointInfo(**{**stored, "fingerprint": _fingerprint(checksums)})
     except LeadsOutside:
         raise
@@ -226,7 +227,8 @@ def complete(
     """Turn a written folder into a checkpoint: write descriptions and checksums, sync, rename, then
     set the pointer `latest`.
     """
-    writing, final = writing_folder(checkpoints, step), step_folder(checkpoints, step)
+    writing = writing_folder(checkpoints, step)
+    final = step_folder(checkpoints, step)
     described = asdict(info)
     described.pop("fingerprint")
     _write(writing / "model.json", described)

@@ -186,7 +186,8 @@ def _write_file(
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != trainer_process:
         return
-    path, name = Path(bucket[0]), bucket[1]
+    path = Path(bucket[0])
+    name = bucket[1]
     outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
     started: queue.Queue[int] = queue.Queue()
     started.put(0)

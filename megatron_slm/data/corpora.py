@@ -49,7 +49,8 @@ class UnusableData(ValueError):
 
     def __init__(self, corpora: list[str], scores: list[str]):
         super().__init__("\n".join(corpora + scores))
-        self.corpora, self.scores = corpora, scores
+        self.corpora = corpora
+        self.scores = scores
 
 
 def open_corpora(

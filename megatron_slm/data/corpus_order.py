@@ -100,8 +100,11 @@ class CorpusOrder:
         past: Sequence[Stretch] = (),
         cache: Path | None = None,
     ):
-        self.documents, self.cache, self.shuffle = documents, cache, shuffle
-        self.sequence_length, self.seed = sequence_length, seed
+        self.documents = documents
+        self.cache = cache
+        self.shuffle = shuffle
+        self.sequence_length = sequence_length
+        self.seed = seed
         self.epochs: dict[int, EpochIndex] = {}
         self.first_epoch = 0
         self.first_sample = 0
@@ -110,7 +113,8 @@ class CorpusOrder:
         if not shuffle:
             self.samples_per_epoch = len(self.epoch(0).shuffle_index)
         if past and (past[-1].sequence_length, past[-1].seed) == (sequence_length, seed):
-            self.first_sample, past = past[-1].samples, past[:-1]
+            self.first_sample = past[-1].samples
+            past = past[:-1]
         if past:
             self._continue_after(tuple(past))
 
@@ -157,7 +161,8 @@ class CorpusOrder:
 
     def epoch(self, number: int) -> EpochIndex:
         if number not in self.epochs:
-            lengths, tokens = self.documents.lengths, self.documents.tokens
+            lengths = self.documents.lengths
+            tokens = self.documents.tokens
             build: Callable[[], EpochIndex]
             if self.shuffle:
                 name = f"sequence_{self.sequence_length}-seed_{self.seed}-epoch_{number:05d}"
@@ -221,12 +226,14 @@ def token_ranges(
     initial_R = final_R - count_R + 1
     position = np.repeat(begin_R - initial_R, count_R) + np.arange(count_R.sum())
     if isinstance(index, RestIndex):
-        starts, lengths = index.range_start[:][position], index.range_tokens[:][position]
+        starts = index.range_start[:][position]
+        lengths = index.range_tokens[:][position]
     else:
         numbers = index.document_index[:][position]
         starts = documents.pointers_bytes[:][numbers] // documents.itemsize
         lengths = documents.lengths[:][numbers]
-    starts, ends = np.array(starts, np.int64), starts + lengths.astype(np.int64)
+    starts = np.array(starts, np.int64)
+    ends = starts + lengths
     ends[final_R] = starts[final_R] + end_offset_R + 1  # a sample's last token opens the next one
     starts[initial_R] += begin_offset_R
     return starts, ends
@@ -240,9 +247,12 @@ def rest_of_epoch(
     """
     rows = np.sort(place.index.shuffle_index[place.within :]).astype(np.int64)
     breaks = np.flatnonzero(np.diff(rows) != 1)
-    first_R, last_R = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
+    first_R = rows[np.append(0, breaks + 1)]
+    last_R = rows[np.append(breaks, len(rows) - 1)]
     starts, ends = token_ranges(documents, place.index, first_R, last_R)
-    starts, ends = starts[ends > starts], ends[ends > starts]
+    has_tokens = ends > starts
+    starts = starts[has_tokens]
+    ends = ends[has_tokens]
     lengths = (ends - starts).astype(np.int32)
     sample_index = cut_in_order(
         lengths, np.arange(len(lengths), dtype=np.int32), int(lengths.sum()), sequence_length

@@ -145,7 +145,8 @@ class ValidationLoader:
         dp_size: int,
         global_batches: int = 0,
     ):
-        self.dataset, self.global_batch_size = dataset, global_batch_size
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
         self.indices = rank_indices(
             check_layout(global_batch_size, micro_batch_size, dp_size),
             micro_batch_size,

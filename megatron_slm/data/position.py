@@ -68,44 +68,43 @@ class DataPosition:
         when nothing has changed.
 
         wanted: a position nothing was read at. count(weights, samples): how many of the first
-        samples of a blend are of each corpus. A corpus is found again by its content, wherever it
-        lies; of two equal ones, the first is the first.
+        samples of a blend are of each corpus. A corpus is recognized by its content, whatever
+        its path; equal corpora are matched in their order.
         """
         if self._arrangement == wanted._arrangement:
             return replace(wanted, corpora=self._renamed(wanted), **self._kept)
         counts = count(self.weights, self.samples)
-        known = [
+        earlier = [
             replace(
                 corpus,
                 past=add_stretch(corpus.past, Stretch(self.sequence_length, self.seed, read)),
             )
             for corpus, read in zip(self.corpora, counts, strict=True)
         ]
-        known += self.left_out
+        earlier += self.left_out
         corpora = []
         for corpus in wanted.corpora:
-            same = [before for before in known if before.fingerprint == corpus.fingerprint][:1]
+            same = [before for before in earlier if before.fingerprint == corpus.fingerprint][:1]
             if same:
-                known.remove(same[0])
+                earlier.remove(same[0])
             corpora.append(replace(corpus, past=same[0].past if same else ()))
-        return replace(wanted, corpora=tuple(corpora), left_out=tuple(known))
+        return replace(wanted, corpora=tuple(corpora), left_out=tuple(earlier))
 
     def changes(self, wanted: "DataPosition") -> list[str]:
         """What `moved_to` does to the order of the data, one sentence each."""
         if self._arrangement == wanted._arrangement:
             return []
-        had, has = self.corpora, wanted.corpora
-        read = {corpus.fingerprint for corpus in (*had, *self.left_out)}
-        now = {corpus.fingerprint for corpus in has}
+        read = {corpus.fingerprint for corpus in (*self.corpora, *self.left_out)}
+        now = {corpus.fingerprint for corpus in wanted.corpora}
         sentences = [
             f"data.train: {corpus.prefix} is new in this run and is read from its beginning"
-            for corpus in has
+            for corpus in wanted.corpora
             if corpus.fingerprint not in read
         ]
         sentences += [
             f"data.train: {corpus.prefix} is left out from here on; should it come back, it goes "
             "on where it was"
-            for corpus in had
+            for corpus in self.corpora
             if corpus.fingerprint not in now
         ]
         if (self.sequence_length, self.seed) != (wanted.sequence_length, wanted.seed):
@@ -133,7 +132,8 @@ class DataPosition:
             "left_out": tuple(map(_corpus_from_json, stored["left_out"])),
         }
         position = cls(**{**stored, **read})
-        lengths, counts = [position.sequence_length], [position.samples]
+        lengths = [position.sequence_length]
+        counts = [position.samples]
         for corpus in (*position.corpora, *position.left_out):
             lengths += [stretch.sequence_length for stretch in corpus.past]
             counts += [stretch.samples for stretch in corpus.past]

@@ -74,9 +74,9 @@ def check_sizes(folder: Path, manifest: ScoreManifest) -> None:
         path = column_path(folder, name)
         size_bytes = path.stat().st_size if path.exists() else None
         if size_bytes != expected_bytes:
-            said = "the file is missing" if size_bytes is None else f"{size_bytes} bytes"
+            found_size = "the file is missing" if size_bytes is None else f"{size_bytes} bytes"
             raise ValueError(
-                f"{path}: {said}, expected {expected_bytes} bytes ({manifest.corpus_tokens} tokens "
+                f"{path}: {found_size}, expected {expected_bytes} bytes ({manifest.corpus_tokens} tokens "
                 f"in {manifest.dtype}). Copy the store again, or score again."
             )
 

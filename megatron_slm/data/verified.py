@@ -127,16 +127,19 @@ def forget_cached(path: Path, start_bytes: int, count_bytes: int) -> None:
 def hashed(path: Path) -> dict[str, Any]:
     """sha256 of the whole file, and crc32 of each of its blocks."""
     block_bytes = _block_bytes(path.stat().st_size)
-    whole, sums = hashlib.sha256(), []
+    whole = hashlib.sha256()
+    sums = []
     with open(path, "rb") as stream:
-        left_bytes, crc32 = block_bytes, 0
+        left_bytes = block_bytes
+        crc32 = 0
         while piece := stream.read(min(PIECE_BYTES, left_bytes)):
             whole.update(piece)
             crc32 = zlib.crc32(piece, crc32)
             left_bytes -= len(piece)
             if left_bytes == 0:
                 sums.append(crc32)
-                left_bytes, crc32 = block_bytes, 0
+                left_bytes = block_bytes
+                crc32 = 0
         if left_bytes < block_bytes:
             sums.append(crc32)
     return {"sha256": whole.hexdigest(), "block_crc32": sums}

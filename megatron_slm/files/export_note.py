@@ -37,15 +37,16 @@ def read_export_note(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-        name, written = note["tokenizer_file"], note["tokenizer_json_sha256"]
-        found = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        name = note["tokenizer_file"]
+        noted = note["tokenizer_json_sha256"]
+        actual = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable note of export_hf ({error!r})") from None
     if name not in EXPORTED_FILES or not (folder / name).is_file():
         raise ValueError(f"{path}: names the tokenizer {name!r}, which is no file of an export")
     if note.setdefault("prepend_bos", None) not in (None, True, False):
         raise ValueError(f"{path}: prepend_bos is {note['prepend_bos']!r}, not true, false or null")
-    if found != written:
+    if actual != noted:
         raise ValueError(
             f"{folder / 'tokenizer.json'} has changed since export_hf wrote it, so {name} may no "
             "longer be the same vocabulary; name the file that is meant"

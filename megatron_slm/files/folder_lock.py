@@ -102,8 +102,11 @@ class FolderLock:
         silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self.path = Path(folder) / LOCK_FILE
-        self._what, self._advice, self._report = what, advice, report
-        self._beat_seconds, self._silence_seconds = beat_seconds, silence_seconds
+        self._what = what
+        self._advice = advice
+        self._report = report
+        self._beat_seconds = beat_seconds
+        self._silence_seconds = silence_seconds
         self._released = threading.Event()
         self._descriptor = -1
         self._made_folder = False
@@ -196,7 +199,8 @@ class FolderLock:
             f"lives, so the lock is watched for up to {self._silence_seconds:.0f} s, and taken "
             "over if nothing touches it"
         )
-        first, began = _touched_at(self.path), time.monotonic()
+        first = _touched_at(self.path)
+        began = time.monotonic()
         while time.monotonic() - began < self._silence_seconds:
             time.sleep(self._beat_seconds / 10)
             if _touched_at(self.path) != first:
@@ -239,7 +243,8 @@ def process_began(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    state, began = fields[0], fields[19]
+    state = fields[0]
+    began = fields[19]
     return "" if state in "ZX" else began
 
 

@@ -33,7 +33,8 @@ class Record:
 
     def __new__(cls, *args: Any) -> "Record":
         made = object.__new__(cls)
-        made.args, made.state = args, None
+        made.args = args
+        made.state = None
         return made
 
     def __init__(self, *args: Any) -> None:
@@ -48,7 +49,9 @@ class _Reader(pickle.Unpickler):
         self, data: bytes, names: Collection[str], known: Mapping[str, Any], path: str | Path
     ):
         super().__init__(io.BytesIO(data))
-        self._names, self._known, self._path = names, known, path
+        self._names = names
+        self._known = known
+        self._path = path
         self._types: dict[str, type[Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:

@@ -40,7 +40,7 @@ def redacted_values(value: Any) -> Any:
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Mapping):
-        return {name: redacted_values(each) for name, each in value.items()}
+        return {name: redacted_values(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted_values(each) for each in value]
+        return [redacted_values(part) for part in value]
     return value

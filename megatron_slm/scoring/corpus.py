@@ -158,12 +158,12 @@ def score_corpus(
     never write the same shard.
     """
     pending = _from_rank_0(pending_shards(store, job_slice))
-    mine = pending[dp_rank::dp_size]
+    rank_shards = pending[dp_rank::dp_size]
     counts = np.zeros(1 + len(store.columns), np.int64)
     all_tokens = _tokens_of(store.manifest, pending)
-    rank_tokens = _tokens_of(store.manifest, mine)
+    rank_tokens = _tokens_of(store.manifest, rank_shards)
     with ProgressBar(all_tokens, rank_tokens, shown=show_progress) as progress:
-        for shard in mine:
+        for shard in rank_shards:
             start, end = store.manifest.shard_range(shard)
             values = runner.score_range(start, end, progress)
             if runner.collects:

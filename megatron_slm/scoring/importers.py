@@ -142,7 +142,8 @@ def _documents_of_jsonl(path: Path, stream: TokenStream, key: str) -> Iterator[n
                     f"{path} line {line_number}: more records than the corpus has documents with "
                     f"tokens ({len(bounds) - 1})"
                 )
-            start, end = bounds[number], bounds[number + 1]
+            start = bounds[number]
+            end = bounds[number + 1]
             yield _losses_of_line(
                 f"{path} line {line_number} (document {number})",
                 line,

@@ -159,15 +159,15 @@ def _open(options: ScoreOptions) -> tuple[CorpusManifest, Reference]:
     wrong with them at once.
     """
     problems: list[str] = []
-    wanted: Mapping[str, Any] | None = None
+    expected: Mapping[str, Any] | None = None
     corpus: CorpusManifest | None = None
     reference: Reference | None = None
     try:
-        wanted = load_tokenizer(options.tokenizer).entry if options.tokenizer else None
+        expected = load_tokenizer(options.tokenizer).entry if options.tokenizer else None
     except (ValueError, OSError) as error:
         problems.append(f"tokenizer: {error}")
     try:
-        corpus = check_corpus(options.corpus, tokenizer=wanted)
+        corpus = check_corpus(options.corpus, tokenizer=expected)
     except (ValueError, OSError) as error:
         problems.append(f"corpus: {error}")
     try:

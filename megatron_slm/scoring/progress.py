@@ -66,7 +66,8 @@ class ProgressBar:
         from megatron_slm.monitoring.progress_line import BAR, Part
 
         parts = [Part(4, "scoring"), BAR]
-        done, total = short_number(done_tokens), short_number(self.total_tokens)
+        done = short_number(done_tokens)
+        total = short_number(self.total_tokens)
         parts.append(Part(0, f"{done}/{total} tokens"))
         if tokens_per_second:
             left = format_duration((self.total_tokens - done_tokens) / tokens_per_second)

@@ -35,7 +35,8 @@ def means(store: ScoreStore) -> str:
     """
     described = []
     for column in store.columns:
-        total, count = 0.0, 0
+        total = 0.0
+        count = 0
         for shard in sorted(set(range(store.manifest.shard_count)) - store.missing):
             start, end = store.manifest.shard_range(shard)
             values = store.read(column, start, end - start)

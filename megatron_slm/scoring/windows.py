@@ -87,7 +87,8 @@ class WindowPlan:
             block_end = min(span_start + width + block * stride, span_end)
             if block_start >= end:
                 return
-            score_start, score_end = max(block_start, start), min(block_end, end)
+            score_start = max(block_start, start)
+            score_end = min(block_end, end)
             if score_start < score_end:
                 yield Window(
                     max(span_start, block_end - 1 - width), block_end - 1, score_start, score_end
