@@ -25,12 +25,12 @@ from megatron_slm.scoring.summary import finish, means, pending_shards
 from megatron_slm.training.stop_signals import StopSignals
 
 if TYPE_CHECKING:
-    import torch
+    from megatron_slm.device import Device
 
 STOPPED = 85
 
 
-def run(job: ScoringJob, store: ScoreStore, device: "torch.device", rank: int) -> int:
+def run(job: ScoringJob, store: ScoreStore, device: "Device", rank: int) -> int:
     """Join the job, score this job's slice of the shards, and print a summary; the exit code."""
     from megatron_slm.parallel import join_job, leave_job
     from megatron_slm.scoring.corpus import TokenStream, score_corpus
