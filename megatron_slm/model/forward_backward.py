@@ -165,10 +165,12 @@ def _run(
             batch.tokens_BS, batch.position_ids_BS, mask, labels=batch.labels_BS, **weights
         )
 
-        def loss(output, non_loss_data=False):
+        def loss(_, non_loss_data=False):
             return loss_function(index, batch, head_output(output))
 
-        return output, loss
+        # megatron-core's schedule wants a tensor, whose device it asks for with experts; what else
+        # the head gave is kept for the loss function.
+        return output[0] if isinstance(output, tuple) else output, loss
 
     iterators = [iter(enumerate(batches)) for _ in models]
     local_tokens_BS = batches[0].tokens_BS
