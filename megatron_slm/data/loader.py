@@ -28,6 +28,7 @@ class SampleSource(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
     def __len__(self) -> int: ...
+    def pieces(self, index: int) -> tuple[int, list[tuple[int, int]]]: ...
 
 
 def check_layout(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
@@ -96,7 +97,7 @@ class TrainingLoader:
     def _reading(self) -> "_Reader":
         if self._reader is None:
             self._reader = _Reader(
-                self._read_step, self.consumed_samples, self.global_batch_size, self.prefetch_steps
+                self.read_step, self.consumed_samples, self.global_batch_size, self.prefetch_steps
             )
         return self._reader
 
@@ -118,7 +119,11 @@ class TrainingLoader:
             self._reader.close()
             self._reader = None
 
-    def _read_step(self, first_sample: int) -> Step:
+    def read_step(self, first_sample: int) -> Step:
+        """This rank's micro-batches of the global batch that begins with a sample.
+
+        The state of the loader stays.
+        """
         step = []
         for rows in self.indices:
             samples = [self.dataset[first_sample + g] for g in rows]

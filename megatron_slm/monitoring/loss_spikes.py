@@ -1,6 +1,8 @@
 """The alarm for a training loss that jumps: against the median of the log lines before it and their
 spread. No torch.
 
+The first SMALLEST_HISTORY_LINES lines of a run are history only.
+
 Median and median deviation, because a mean and a standard deviation would be moved by the very
 spikes they should show. The loss of a line is a mean over many tokens, so its noise is near to a
 normal distribution's, of which 8 spreads are never exceeded; a falling loss lies below its recent
@@ -10,6 +12,7 @@ median. A loss that rises over hundreds of lines is no spike and stays unseen he
 import math
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
 WINDOW_LINES = 50
 SMALLEST_HISTORY_LINES = 10
@@ -30,14 +33,14 @@ class LossSpikes:
 
     def __init__(self) -> None:
         self._losses: list[float] = []
-        self._series: list = []
+        self._series: list[Any] = []
         """What the losses are of: the metric's name and, for the loss of selected tokens, the keep
-        fraction.
+        fraction, else None. A list, because it goes through JSON.
         """
         self._is_high = False
         """Whether the last line was part of a spike that was told already."""
 
-    def look(self, summary: Mapping, keep_fraction: float, step: int) -> str | None:
+    def look(self, summary: Mapping[str, Any], keep_fraction: float, step: int) -> str | None:
         """A sentence when the loss of this log line is a spike that was not told yet.
 
         summary: reduced metrics of the interval; loss/all counts, or loss/selected where the other
@@ -71,16 +74,17 @@ class LossSpikes:
         if told or not self._is_high:
             return None
         return (
-            f"{name} jumped to {loss:.3f} nats at step {step}; the {len(self._losses)} log lines before had a median of {median:.3f} and a "
-            f"spread of {spread:.3f}. If it does not fall back within a few log lines, stop the run and go on from a checkpoint before this "
-            "step with a lower optimizer.learning_rate or optimizer.clip_grad_norm, after a look at the data of these steps "
-            "(docs/monitoring.md, When the loss jumps)"
+            f"{name} jumped to {loss:.3f} nats at step {step}; the {len(self._losses)} log lines "
+            f"before had a median of {median:.3f} and a spread of {spread:.3f}. If it does not "
+            "fall back within a few log lines, stop the run and go on from a checkpoint before "
+            "this step with a lower optimizer.learning_rate or optimizer.clip_grad_norm, after a look at the "
+            "data of these steps (docs/monitoring.md, When the loss jumps)"
         )
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"losses": self._losses, "series": self._series, "is_high": self._is_high}
 
-    def load_state_dict(self, state: Mapping) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; one saved before there was this alarm has {}, and the history
         begins anew.
         """

@@ -1,4 +1,6 @@
-"""Which rank keeps the others waiting: the time that each spends on its own work, compared. No torch.
+"""Which rank keeps the others waiting: the time that each spends on its own work, compared.
+
+No torch.
 
 The ranks of a job finish their steps together, so the length of a step says nothing about who is
 slow. What differs is the time a rank works while the others wait for it in a collective.
@@ -6,7 +8,8 @@ slow. What differs is the time a rank works while the others wait for it in a co
 R: ranks, P: phases.
 """
 
-import statistics
+import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,10 +46,9 @@ class SlowRanks:
 
     def __init__(self, hosts: Sequence[str], stages: Sequence[int]):
         self.hosts = hosts
-        self._peers_of = [
-            [other for other, stage in enumerate(stages) if stage == own_stage and other != rank]
-            for rank, own_stage in enumerate(stages)
-        ]
+        self._ranks_of_stage: dict[int, list[int]] = defaultdict(list)
+        for rank, stage in enumerate(stages):
+            self._ranks_of_stage[stage].append(rank)
         self._streaks = [_Streak() for _ in hosts]
         self._told: set[int] = set()
 
@@ -55,14 +57,12 @@ class SlowRanks:
     ) -> tuple[dict[str, float], str | None]:
         """(metrics of a log interval, a sentence when a rank has turned out to be slow).
 
-        seconds_RP: what every rank worked in each of PHASES. interval_seconds: how long it all took.
+        seconds_RP: what every rank worked in each of PHASES.
+        interval_seconds: how long the interval lasted.
         """
-        own_R = [sum(seconds_P) for seconds_P in seconds_RP]
-        others_R = [
-            statistics.median(own_R[peer] for peer in peers) if peers else own
-            for own, peers in zip(own_R, self._peers_of, strict=True)
-        ]
-        excess_R = [own - others for own, others in zip(own_R, others_R, strict=True)]
+        own_R = list(map(sum, seconds_RP))
+        others_R = self._others(own_R)
+        excess_R = list(map(operator.sub, own_R, others_R))
         slowest = max(range(len(own_R)), key=lambda rank: (excess_R[rank], own_R[rank]))
         metrics = {
             "throughput/slowest_rank": slowest,
@@ -75,6 +75,16 @@ class SlowRanks:
         worst = max(found, key=lambda rank: excess_R[rank])
         sentence = self._sentence(found, worst, own_R[worst] / steps, others_R[worst] / steps)
         return metrics, f"{sentence} {self._where(seconds_RP, worst)}"
+
+    def _others(self, seconds_R: Sequence[float]) -> list[float]:
+        """For every rank the median of the others of its stage; its own where it is alone."""
+        others_R = list(seconds_R)
+        for ranks in self._ranks_of_stage.values():
+            ranked = sorted(ranks, key=lambda rank: seconds_R[rank])
+            in_order = [seconds_R[rank] for rank in ranked]
+            for place, rank in enumerate(ranked if len(ranked) > 1 else []):
+                others_R[rank] = median_without(in_order, place)
+        return others_R
 
     def _newly_slow(self, excess_R: Sequence[float], interval_seconds: float) -> list[int]:
         """Ranks that have been slow for long enough, and were not told before."""
@@ -97,20 +107,34 @@ class SlowRanks:
         named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks)
         streak = self._streaks[worst]
         return (
-            f"slower than the others for {streak.intervals} log intervals ({streak.seconds:.0f} s): {named}. "
-            f"Rank {worst} works {own_seconds:.3f} s per step, the others {others_seconds:.3f} s "
-            "(median), and wait for it."
+            f"slower than the others for {streak.intervals} log intervals "
+            f"({streak.seconds:.0f} s): {named}. Rank {worst} works {own_seconds:.3f} s per step, "
+            f"the others {others_seconds:.3f} s (median), and wait for it."
         )
 
     def _where(self, seconds_RP: Sequence[Sequence[float]], rank: int) -> str:
         """The phase in which a rank loses most, and what to do."""
-        peers = self._peers_of[rank]
-        lost_P = [
-            own - statistics.median(seconds_RP[peer][place] for peer in peers)
-            for place, own in enumerate(seconds_RP[rank])
-        ]
-        phase = PHASES[max(range(len(PHASES)), key=lost_P.__getitem__)]
+        lost_P = []
+        for place, own_seconds in enumerate(seconds_RP[rank]):
+            of_phase_R = [seconds_P[place] for seconds_P in seconds_RP]
+            lost_P.append(own_seconds - self._others(of_phase_R)[rank])
+        phase = PHASES[lost_P.index(max(lost_P))]
         return (
             f"Most of the difference is in {phase}. Look at that machine "
             "(docs/monitoring.md, A slow rank)"
         )
+
+
+def median_without(values: Sequence[float], place: int) -> float:
+    """The median of ascending values without the one at `place`; of two or more.
+
+    A sort for each rank would take seconds on thousands of them.
+    """
+    others = len(values) - 1
+
+    def without(index: int) -> float:
+        return values[index] if index < place else values[index + 1]
+
+    if others % 2:
+        return without(others // 2)
+    return (without(others // 2 - 1) + without(others // 2)) / 2

@@ -1,9 +1,9 @@
 """What each rank does with its time, and which one keeps the others waiting.
 
-A thread looks at the main thread's stack at a fixed interval: the innermost known function tells the
-phase, and a stack that ends in a collective, or waits for the device, is not the rank's own work.
-So collectives of megatron-core, of torch and of this library are told from work without a clock
-around each. The cost is below half a percent of one core.
+A thread looks at the main thread's stack at a fixed interval: the innermost known function tells
+the phase, and a stack that ends in a collective, or waits for the device, is not the rank's own
+work. So collectives of megatron-core, of torch and of this library are told from work without a
+clock around each.
 
 On a GPU the host runs ahead of the device, so the time of forward and backward is taken from two
 events on the device instead: the start of the step and the start of the gradients' reduction. Under
@@ -163,7 +163,8 @@ class SlowRankReport:
             return
         told: list[Any] = [None] * groups.world_size
         dist.all_gather_object(told, (socket.gethostname(), groups.pp_rank))
-        self._ranks = SlowRanks([host for host, _ in told], [stage for _, stage in told])
+        hosts, stages = zip(*told, strict=True)
+        self._ranks = SlowRanks(hosts, stages)
         if groups.device.type == "cuda":
             self._device = DeviceTime(models)
 
@@ -182,7 +183,7 @@ class SlowRankReport:
             self._device.step_begins()
 
     def interval(self, step: int) -> tuple[dict[str, float], str | None]:
-        """(metrics, a warning or None) of the steps since the last call, the same on every rank."""
+        """(metrics, a warning or None) of the steps since the last call, on the rank that logs."""
         steps, self._step = step - self._step, step
         now = time.monotonic()
         seconds, self._taken_at = now - self._taken_at, now
@@ -194,4 +195,6 @@ class SlowRankReport:
         own = torch.tensor([busy_P], dtype=torch.float64, device=self.groups.device)
         every_RP = own.new_empty(self.groups.world_size, len(PHASES))
         dist.all_gather_into_tensor(every_RP, own)
+        if not self.groups.is_logger:
+            return {}, None
         return self._ranks.look(every_RP.tolist(), seconds, steps)

@@ -44,11 +44,33 @@ def validate(
     loaders: Mapping[str, Iterable[Sequence[Batch]]],
     groups: Groups,
 ) -> dict[str, float]:
-    """Metrics of every validation corpus: validation/<name>/loss, /perplexity and /tokens."""
+    """Metrics of every validation corpus: validation/<name>/loss, /perplexity and /tokens.
+
+    Where none of the tokens that were read counts, there is no loss: the first two are left out.
+    """
     record: dict[str, float] = {}
     for name, loader in loaders.items():
         loss, tokens = plain_loss(models, loader, groups)
-        record[f"validation/{name}/loss"] = loss
-        record[f"validation/{name}/perplexity"] = float(torch.tensor(loss).exp())
         record[f"validation/{name}/tokens"] = tokens
+        if tokens:
+            record[f"validation/{name}/loss"] = loss
+            record[f"validation/{name}/perplexity"] = float(torch.tensor(loss).exp())
     return record
+
+
+def losses_in(record: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The losses of these corpora in a record of `validate`."""
+    keys = {name: f"validation/{name}/loss" for name in names}
+    return {name: record[key] for name, key in keys.items() if key in record}
+
+
+def nothing_counted(names: Iterable[str], losses: Mapping[str, float]) -> str | None:
+    """A sentence when a corpus that was read has no loss, on ranks that know the losses."""
+    empty = [name for name in names if name not in losses]
+    if not empty:
+        return None
+    return (
+        f"validation on {', '.join(empty)} has no loss: in the batches that are read no document "
+        "has a second token, and the first token of a document never counts. Raise "
+        "monitoring.validation_batches, or look at the corpus"
+    )

@@ -4,6 +4,7 @@ Every rank runs the same loop. The losses live on the last pipeline stage; the l
 writes the metrics.
 """
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from megatron_slm.training import resume, setup
 from megatron_slm.training.busy_time import SlowRankReport
 from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.ending import NotSaved
-from megatron_slm.training.evaluate import validate
+from megatron_slm.training.evaluate import losses_in, nothing_counted, validate
 from megatron_slm.training.instruments import make_throughput, make_tools, make_watchdog
 from megatron_slm.training.learning_rate import learning_rate
 from megatron_slm.training.loaders import training_loader, validation_loaders
@@ -52,6 +53,7 @@ from megatron_slm.training.reporter import Reporter
 from megatron_slm.training.run_length import Done, RunLength
 from megatron_slm.training.saved_state import restore, save
 from megatron_slm.training.signals import EXIT_RESUME, StopRequest
+from megatron_slm.training.spike_data import SpikeData
 from megatron_slm.training.step import StepReport, train_step
 from megatron_slm.training.stop_signals import StopSignals
 from megatron_slm.training.stored_data import StoredDataCheck
@@ -103,6 +105,7 @@ class TrainingRun:
         self.probe = Probe(config, run_inputs, self.trainer)
         self.metrics = Metrics(groups.device)
         self.loss_spikes = LossSpikes()
+        self.spike_data = SpikeData(self)
         self.non_finite = NonFiniteSteps(self)
         self.validated: tuple[int, dict[str, float]] = (
             0,
@@ -159,6 +162,9 @@ class TrainingRun:
             self.config, self.run_inputs, self.groups, self.position, self.length.remaining_samples
         )
         messages += self._write_settings(resumed=state is not None)
+        # Whoever writes the log imports rich there, which draws from Python's generator: its state
+        # would differ from that of a run that was started less often.
+        random_state = random.getstate()
         self.reporter = Reporter(
             self.config,
             self.groups,
@@ -168,6 +174,7 @@ class TrainingRun:
             length=self.length,
             outside_sinks=self.parts.sinks,
         )
+        random.setstate(random_state)
         self.store.report = self.reporter.message
         for text, level in messages:
             self.reporter.message(text, level)
@@ -255,6 +262,8 @@ class TrainingRun:
     def _count(self, report: StepReport, of_use: bool) -> None:
         """Add a step's sums to the interval's; those of a faulty step may not be finite and would hide the others."""
         self.skipped_steps += not report.updated
+        if of_use:
+            self.spike_data.step_done(report.measured)
         if of_use and report.selected_tokens is not None:
             self.metrics.add_all(report.measured)
             self.metrics.add_sum("tokens/selected", report.selected_tokens)
@@ -353,8 +362,9 @@ class TrainingRun:
             self.done.tokens - self.length.step_tokens
         )
         self.reporter.emit_warnings(summary, keep_fraction, self.trainer.selector.scorer)
-        if spike := self.loss_spikes.look(summary, keep_fraction, self.step):
-            self.reporter.message(spike, "warning")
+        spike = self.loss_spikes.look(summary, keep_fraction, self.step)
+        if told := self.spike_data.end_interval(spike):
+            self.reporter.message(told, "warning")
         return record
 
     def _summarise(self, reduced: dict) -> dict:
@@ -374,10 +384,10 @@ class TrainingRun:
                 ValidationRun(self.step, self.trainer.models, self.validation, self.groups),
             ),
         }
-        self.validated = (
-            self.step,
-            {name: record[f"validation/{name}/loss"] for name in self.validation},
-        )
+        losses = losses_in(record, self.validation)
+        self.validated = (self.step, losses)
+        if sentence := nothing_counted(self.validation, losses):
+            self.reporter.warn_once("validation_of_nothing", sentence)
         self.reporter.log(
             {"kind": "validation", "tokens/processed": self.done.tokens, **record},
             self.step,

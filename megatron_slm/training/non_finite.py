@@ -1,7 +1,5 @@
 """Steps whose gradient is not finite: skipped as far as the configuration allows, and written down
 with their data.
-
-B: sequences of this rank's micro-batch, S: tokens of a sequence on this context-parallel rank.
 """
 
 from __future__ import annotations
@@ -9,18 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from megatron_slm.data.batch import Batch
-from megatron_slm.files.atomic import write_json_atomically
-from megatron_slm.model.forward_backward import forward_losses
 from megatron_slm.training.ending import NonFiniteLoss
 from megatron_slm.training.run_parts import RunParts
 from megatron_slm.training.step import StepReport
-from megatron_slm.training.step_choices import with_reference_losses
+from megatron_slm.training.step_data import write_step_data
 
 FOLDER = "non_finite"
 
@@ -73,54 +65,8 @@ class NonFiniteSteps:
         One more forward pass (two with an online reference) tells their losses.
         """
         run = self.run
-        groups = run.groups
         folder = run.folder / FOLDER / f"step_{run.step:08d}"
-        with torch.no_grad():
-            batches = with_reference_losses(run.trainer, batches)
-            outputs = forward_losses(run.trainer.models, batches, groups)
-        if groups.is_last_stage and groups.tp_rank == 0 and groups.cp_rank == 0:
-            sequences = []
-            for batch, output in zip(batches, outputs, strict=True):
-                for row in range(len(batch.tokens_BS)):
-                    sequences.append(self._describe(batch, output["loss"], row))
-            path = folder / f"data_parallel_rank_{groups.dp_rank:05d}.json"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json_atomically(path, sequences)
-            except OSError as error:
-                run.reporter.message(f"{folder} could not be written ({error})", "warning")
-        return folder
-
-    def _describe(self, batch: Batch, loss_BS: Tensor, row: int) -> dict[str, Any]:
-        """One sequence: where it stands in its corpus, and what is not finite in it (of this
-        context-parallel rank).
-        """
-        loader = self.run.loader
-        sequence_tokens = self.run.config.data.sequence_length
-        in_global_batch = int(batch.token_id_BS[row, 0]) // sequence_tokens
         # The loader counts samples handed out: the last of them are those of this step.
-        sample = loader.consumed_samples - loader.global_batch_size + in_global_batch
-        number, pieces = loader.dataset.pieces(sample)
-        index = loader.corpus_index(number)
-        columns = {"loss": loss_BS, **batch.columns}
-        return {
-            "corpus": str(self.run.run_inputs.corpora[number].prefix),
-            "sample": sample,
-            "token_ranges": [[start, end] for start, end in pieces],
-            "documents": [index.document_at(start) for start, _ in pieces],
-            "columns": {name: _summary(value_BS[row]) for name, value_BS in columns.items()},
-        }
-
-
-def _summary(value_S: Tensor) -> dict[str, float]:
-    """Range and mean of the finite values, and how many are not."""
-    value_S = value_S.detach().float().cpu()
-    finite = value_S[value_S.isfinite()]
-    summary: dict[str, float] = {"not_finite": int((~value_S.isfinite()).sum())}
-    if len(finite):
-        summary |= {
-            "lowest": float(finite.min()),
-            "mean": float(finite.mean()),
-            "highest": float(finite.max()),
-        }
-    return summary
+        first_sample = run.loader.consumed_samples - run.loader.global_batch_size
+        write_step_data(run, folder, batches, first_sample)
+        return folder

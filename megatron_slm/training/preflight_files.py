@@ -3,6 +3,7 @@
 import os
 import random
 from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_slm.config.schema import Config
@@ -85,30 +86,46 @@ def _disks(config: Config, run_inputs: RunInputs, job: Job) -> list[Finding]:
     """The run's needs by file system: checkpoints and indices may lie on one or on two."""
     if not planned_length(config).remaining_steps:
         return [Finding("disk", FINE, "the run has done its last step: nothing is to be written")]
-    one = checkpoint_bytes(job)
+    one_bytes = checkpoint_bytes(job)
     folder = Path(config.run.folder)
-    checkpoints = one * checkpoints_on_disk(config, job.steps)
-    index = _left_of_index(config, run_inputs)
-    needs: list[DiskNeed] = [
-        (folder, max(0, checkpoints - _bytes_in(folder / "checkpoints")), one),
-        (index_cache(config), index, index),
+    all_bytes = one_bytes * checkpoints_on_disk(config, job.steps)
+    left_bytes = max(0, all_bytes - _bytes_in(folder / "checkpoints"))
+    index_left_bytes = _left_of_index(config, run_inputs)
+    needs = [
+        DiskNeed("one checkpoint takes", folder, left_bytes, one_bytes),
+        DiskNeed(
+            "the sample indices take", index_cache(config), index_left_bytes, index_left_bytes
+        ),
     ]
     by_disk: dict[int, list[DiskNeed]] = defaultdict(list)
-    for path, whole_bytes, least_bytes in needs:
-        existing = _nearest_existing(path)
-        by_disk[existing.stat().st_dev].append((existing, whole_bytes, least_bytes))
-    return [disk_finding(on_one_disk) for on_one_disk in by_disk.values()]
+    for need in needs:
+        there = _nearest_existing(need.folder)
+        by_disk[there.stat().st_dev].append(replace(need, folder=there))
+    return [disk_finding(each) for each in by_disk.values()]
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """What a run writes to one folder."""
+
+    what: str
+    """What `least_bytes` are for, with its verb: "one checkpoint takes"."""
+    folder: Path
+    whole_bytes: int
+    """Of the whole run."""
+    least_bytes: int
+    """Without these it runs in vain."""
 
 
 def disk_finding(needs: list[DiskNeed], free_bytes: int | None = None) -> Finding:
-    """Whether one file system has room for what the run needs on it."""
-    folder, _, first_least_bytes = needs[0]
+    """Of one file system, and what is written to it."""
+    folder = needs[0].folder
     if free_bytes is None:
         status = os.statvfs(folder)
         free_bytes = status.f_bavail * status.f_frsize
-    whole_bytes = sum(whole for _, whole, _ in needs)
-    least_bytes = sum(least for _, _, least in needs)
-    sizes = (
+    whole_bytes = sum(need.whole_bytes for need in needs)
+    least_bytes = sum(need.least_bytes for need in needs)
+    words = (
         f"{folder}: {describe_size(free_bytes)} free, at most {describe_size(whole_bytes)} to be "
         "written (plan)"
     )
@@ -117,11 +134,13 @@ def disk_finding(needs: list[DiskNeed], free_bytes: int | None = None) -> Findin
         "(checkpoint.keep_last)"
     )
     if free_bytes < min(least_bytes, whole_bytes):
-        one = f"one checkpoint takes {describe_size(first_least_bytes)}"
-        return Finding("disk", BAD_SETTINGS, f"{sizes}; {one}. {advice}")
+        parts = [
+            f"{need.what} {describe_size(need.least_bytes)}" for need in needs if need.least_bytes
+        ]
+        return Finding("disk", BAD_SETTINGS, f"{words}; {', '.join(parts)}. {advice}")
     if free_bytes < whole_bytes:
-        return Finding("disk", WARNING, f"{sizes}: it may fill up. {advice}")
-    return Finding("disk", FINE, sizes)
+        return Finding("disk", WARNING, f"{words}: it may fill up. {advice}")
+    return Finding("disk", FINE, words)
 
 
 def _left_of_index(config: Config, run_inputs: RunInputs) -> int:

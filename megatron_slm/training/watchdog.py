@@ -1,4 +1,4 @@
-"""Notices a run that hangs, writes down where every rank stands, and ends it with a code of its own.
+"""Notices a run that hangs, writes down where each rank stands, and ends it with its own exit code.
 
 A rank that is stopped, swapped out or waits for a file server keeps all the others waiting in a
 collective. Without this, nothing happens for the whole `device.timeout_minutes`, and then one
@@ -223,7 +223,10 @@ class Watchdog:
         return self.folder / f"rank_{rank:05d}.json"
 
     def _write(self, here: Whereabouts) -> bool:
-        """Whether it could be written. Without fsync: a watcher reads it while the machine is up, or not at all."""
+        """Whether it could be written.
+
+        Without fsync: a watcher reads it while the machine is up, or not at all.
+        """
         path = self._file(self.rank)
         temporary = path.with_suffix(".tmp")
         with suppress(OSError):  # a full or read-only disk must not end a run that computes

@@ -1,4 +1,6 @@
-"""A file that one rank can no longer read: all ranks end together, with its name and a checkpoint."""
+"""A file that one rank can no longer read: all ranks end together, with its name and a
+checkpoint.
+"""
 
 import json
 import os
@@ -97,7 +99,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 def train_on_nothing(groups, folder: Path) -> None:
-    """A run whose corpus has no document of more than one token, which `train` would refuse."""
+    """A run whose corpora have no document of more than one token, which `train` would refuse."""
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.training.loop import TrainingRun
     from megatron_slm.training.setup import RunInputs
@@ -107,7 +109,8 @@ def train_on_nothing(groups, folder: Path) -> None:
     config = make_config(folder, "run", {**CASE, "scorer": "none"}, groups.dp_size)
     config.data.validation = []
     config.checkpoint.keep_best = 0
-    run_inputs = RunInputs(Tokenizer(), open_corpora([str(mine / "lone")]), {}, VOCABULARY)
+    lone = open_corpora([str(mine / "lone")])
+    run_inputs = RunInputs(Tokenizer(), lone, {"lone": lone[0]}, VOCABULARY)
     run = TrainingRun(config, groups, run_inputs)
     run.start()
     assert run.run() == 0
@@ -150,3 +153,15 @@ def test_a_step_that_trains_nothing_is_a_warning_once(met):
     told = [json.loads(line)["text"] for line in lines]
     assert len([text for text in told if "The gradient of step 1 is zero" in text]) == 1
     assert not any("The gradient of step 2" in text for text in told)
+
+
+def test_a_validation_in_which_nothing_counts_has_no_loss_and_says_so_once(met):
+    run = met[0] / "nothing" / "run"
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validations = [each for each in found if each["kind"] == "validation"]
+    assert len(validations) > 1
+    for each in validations:
+        assert each["validation/lone/tokens"] == 0
+        assert "validation/lone/loss" not in each
+    told = [json.loads(line)["text"] for line in (run / "warnings.jsonl").read_text().splitlines()]
+    assert len([text for text in told if "validation on lone has no loss" in text]) == 1

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -130,7 +131,30 @@ def interrupt_and_compare(groups, folder: Path) -> None:
     if groups.dp_size == 1:
         stop_where_nothing_can_be_saved(groups, folder / "full disk", CASES[ANOTHER_LAYOUT])
         stop_and_end_with_weights_only(groups, folder / "weights only", CASES[ANOTHER_LAYOUT])
+        open_sinks_that_draw(groups, folder)
     go_on_with_changes(groups, folder)
+
+
+def open_sinks_that_draw(groups, folder: Path) -> None:
+    """What writes the log may import libraries that draw from Python's generator, as rich does once."""
+    from megatron_slm.training import loop
+
+    plain = loop.Reporter
+
+    def drawing(*arguments, **named):
+        random.random()
+        return plain(*arguments, **named)
+
+    loop.Reporter = drawing
+    try:
+        config = make_config(folder, "drawing", CASES[ANOTHER_LAYOUT], groups.dp_size)
+        run = start(groups, config, [str(folder / "corpus")])
+    finally:
+        loop.Reporter = plain
+    state = random.getstate()
+    random.seed(config.run.seed)
+    assert random.getstate() == state, "the state with which the run was seeded"
+    run.reporter.close("stopped", 85)
 
 
 def go_on_with_changes(groups, folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Two processes, one of which is slowed: the log says which, where, and does not blame the one that waits."""
+"""Two processes, one of which is slowed: the log says which and where, and does not blame the one
+that waits.
+"""
 
 import json
 import socket

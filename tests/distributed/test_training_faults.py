@@ -1,4 +1,6 @@
-"""Steps without a finite gradient, and checkpoints that cannot be written: what a run does on two ranks that agree."""
+"""Steps without a finite gradient, losses that jump, and checkpoints that cannot be written: what a
+run does on two ranks that agree.
+"""
 
 import json
 import math
@@ -21,7 +23,9 @@ def weights_of(run) -> torch.Tensor:
 
 
 def poison(run, steps: set[int], rank: int) -> None:
-    """Make the gradients of these steps NaN on one rank, as a bad kernel or a bad number in the data would."""
+    """Make the gradients of these steps NaN on one rank, as a bad kernel or a bad number in the data
+    would.
+    """
     from megatron_slm.training import step as step_module
 
     plain = step_module.forward_backward
@@ -65,6 +69,34 @@ def train_poisoned(groups, folder: Path, name: str, steps: set[int], allowed: in
     return ended, before, weights_of(run)
 
 
+def train_with_a_jump(groups, folder: Path):
+    """One step of 26 is computed with weights that are far too large; a log line is two steps."""
+    from megatron_slm.training import step as step_room
+
+    plain = step_room.forward_backward
+    config = make_config(folder, "jump", CASE, groups.dp_size)
+    config.schedule.train_steps = 26
+    config.monitoring.log_interval_steps, config.monitoring.validation_interval_steps = 2, 0
+    config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    run = start(groups, config, [str(folder / "corpus")])
+
+    def inflated(models, *arguments, **named):
+        parameters = list(models[0].parameters()) if run.step + 1 == 23 else []
+        for parameter in parameters:
+            parameter.data.mul_(30)
+        reports = plain(models, *arguments, **named)
+        for parameter in parameters:
+            parameter.data.div_(30)
+        return reports
+
+    step_room.forward_backward = inflated
+    try:
+        assert run.run() == 0
+    finally:
+        step_room.forward_backward = plain
+        run.reporter.close("done", 0)
+
+
 def train_without_checkpoints(groups, folder: Path):
     """A run whose checkpoint folder is a file; (how it ended, its last step)."""
     from megatron_slm.training.ending import NotSaved
@@ -86,6 +118,7 @@ def every_fault(groups, folder: Path) -> dict:
         "skipped": train_poisoned(groups, folder, "skipped", {3, 5, 6}, allowed=2),
         "too many": train_poisoned(groups, folder, "too many", {3, 4}, allowed=1),
         "unsaved": train_without_checkpoints(groups, folder),
+        "jump": train_with_a_jump(groups, folder),
     }
 
 
@@ -136,9 +169,8 @@ def test_one_step_too_many_ends_the_run_with_its_weights_unharmed(results):
 def test_the_data_of_a_bad_step_are_written_down(results, folder):
     """Every sequence of the step once, with the documents and tokens it was made of."""
     written = sorted((folder / "too many" / "non_finite" / "step_00000003").iterdir())
-    assert [path.name for path in written] == [
-        f"data_parallel_rank_{rank:05d}.json" for rank in (0, 1)
-    ]
+    names = [path.name for path in written]
+    assert names == ["data_parallel_rank_00000.json", "data_parallel_rank_00001.json"]
     sequences = [each for path in written for each in json.loads(path.read_text())]
     assert sorted(each["sample"] for each in sequences) == list(range(16, 24))
     for each in sequences:
@@ -149,6 +181,28 @@ def test_the_data_of_a_bad_step_are_written_down(results, folder):
             "the weights are whole, so are the losses"
         )
         assert 0 < each["columns"]["loss"]["mean"] < 10
+
+
+def test_the_data_of_a_jump_are_those_of_the_step_with_the_largest_loss(results, folder):
+    """The alarm comes a step later, at the log line, when the batch is gone."""
+    told = [each["text"] for each in records(folder / "jump", "warnings.jsonl")]
+    [sentence] = [text for text in told if "jumped to" in text]
+    where = folder / "jump" / "loss_spikes" / "step_00000023"
+    assert "at step 24; the 11 log lines before" in sentence
+    assert "Of the interval's steps, 23 had the largest loss" in sentence
+    assert sentence.endswith(f"its data: {where}")
+    assert [each.name for each in where.parent.iterdir()] == [where.name]
+    losses = json.loads((where / "losses.json").read_text())
+    assert [each["step"] for each in losses] == [23, 24]
+    assert losses[0]["loss"] > losses[1]["loss"] + 1
+    sequences = []
+    for rank in (0, 1):
+        sequences += json.loads((where / f"data_parallel_rank_{rank:05d}.json").read_text())
+    first_sample = 22 * 8
+    assert losses[0]["first_sample"] == first_sample
+    assert sorted(each["sample"] for each in sequences) == list(
+        range(first_sample, first_sample + 8)
+    )
 
 
 def test_checkpoints_that_fail_again_and_again_end_the_run(results):

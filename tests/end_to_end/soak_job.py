@@ -1,4 +1,6 @@
-"""One start of a run of two processes for tests/soak.py: its processes, their memory, and what is left when it is over."""
+"""One start of a run of two processes for tests/soak.py: its processes, their memory, and what is
+left when it is over.
+"""
 
 import json
 import os
@@ -13,7 +15,9 @@ from pathlib import Path
 from tests.end_to_end.small_run import ROOT
 
 MARK = "SLM_TEST_SOAK"
-"""Every process of a soak has its folder in this environment variable, forked and orphaned ones too."""
+"""Every process of a soak has its folder in this environment variable, forked and orphaned ones
+too.
+"""
 RANKS = (0, 1)
 PATIENCE_SECONDS = 300
 SHARED_MEMORY = Path("/dev/shm")
@@ -63,7 +67,9 @@ def links_of(pid: int) -> set[str]:
 
 
 def unused_shared_memory() -> set[str]:
-    """Shared memory that no living process has: files of /dev/shm, and System V segments with nobody attached."""
+    """Shared memory that no living process has: files of /dev/shm, and System V segments with nobody
+    attached.
+    """
     used = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -122,7 +128,9 @@ class Job:
         return self._trainers if len(self._trainers) == len(RANKS) else {}
 
     def step(self) -> int:
-        """The last step that every rank of this start has finished, as far as they have written; 0 = none yet."""
+        """The last step that every rank of this start has finished, as far as they have written;
+        0 = none yet.
+        """
         steps = []
         for rank, pid in self.trainers().items():
             path = self.run / "ranks" / f"rank_{rank:05d}.json"
@@ -146,7 +154,9 @@ class Job:
             self.sockets = {each for each in listening_sockets() if f"socket:[{each}]" in ours}
 
     def train_for(self, steps: int, seconds: float) -> int:
-        """Wait until `steps` steps of this start are finished and `seconds` have passed since the first; the step."""
+        """Wait until `steps` steps of this start are finished and `seconds` have passed since the
+        first; the step.
+        """
         deadline = time.monotonic() + PATIENCE_SECONDS
         first, since = 0, 0.0
         while time.monotonic() < deadline:
@@ -170,7 +180,9 @@ class Job:
             time.sleep(0.05)
 
     def wait(self, patience_seconds: float = PATIENCE_SECONDS) -> int:
-        """Until the launcher and every process of this start is gone; the exit code (negative: killed by that signal)."""
+        """Until the launcher and every process of this start is gone; the exit code (negative:
+        killed by that signal).
+        """
         deadline = time.monotonic() + patience_seconds
         while self.launcher.poll() is None or processes_of(self.folder):
             if time.monotonic() > deadline:

@@ -149,7 +149,7 @@ class Cluster:
         self.node_daemons[node] = self.start("slurmd", "-D", "-N", node)
 
     def crash(self, node: str) -> None:
-        """Everything of the node ends in one instant: its daemon, those of its steps, their tasks."""
+        """All of the node ends in one instant: its daemon, those of its steps, their tasks."""
         self.node_daemons[node].kill()
         for pid in processes_of_node(node):
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The whole pipeline by megatron_slm.submit on a real SLURM: the reference killed, resumed, done."""
+"""The whole pipeline by megatron_slm.submit on a real SLURM: a stage cancelled, resumed, done."""
 
 import json
 import subprocess

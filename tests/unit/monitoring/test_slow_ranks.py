@@ -1,8 +1,16 @@
 """When a rank is called slow, whom it is compared with, and what is said of it."""
 
+import statistics
+
 import pytest
 
-from megatron_slm.monitoring.slow_ranks import COMPUTE, DATA, PHASES, SlowRanks
+from megatron_slm.monitoring.slow_ranks import (
+    COMPUTE,
+    DATA,
+    PHASES,
+    SlowRanks,
+    median_without,
+)
 
 SECONDS = 20.0  # of every log interval here
 STEPS = 10
@@ -76,3 +84,11 @@ def test_every_log_line_has_the_slowest_rank():
         "throughput/slowest_rank_seconds": pytest.approx(1.35),
         "throughput/slowest_rank_excess_seconds": pytest.approx(0.3),
     }
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_the_median_of_the_others(count):
+    values = [1.0, 1.5, 2.5, 4.0, 7.0, 7.0, 11.0][:count]
+    for place in range(count):
+        others = values[:place] + values[place + 1 :]
+        assert median_without(values, place) == statistics.median(others)

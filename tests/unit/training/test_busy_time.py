@@ -1,4 +1,6 @@
-"""What a stack says of a thread: its phase, or that it waits for others. Where the functions that tell the phases are."""
+"""What a stack says of a thread: its phase, or that it waits for others; and that the functions
+which tell the phases are where they are looked for.
+"""
 
 import importlib
 import inspect
@@ -37,7 +39,8 @@ def stack_of(function) -> str:
 
 def in_file(path: str, name: str):
     """A function `name` of a file `path` that is entered until it is told to go on."""
-    source = f"def {name}(inside, go_on):\n    inside.set()\n    while not go_on.is_set():\n        pass\n"
+    lines = (f"def {name}(inside, go_on):", "inside.set()", "while not go_on.is_set():", "    pass")
+    source = "\n    ".join(lines) + "\n"
     namespace: dict = {}
     exec(compile(source, path, "exec"), namespace)
     return namespace[name]

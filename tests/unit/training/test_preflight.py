@@ -20,6 +20,7 @@ from megatron_slm.training.preflight import (
     Finding,
     PreflightFailed,
 )
+from megatron_slm.training.preflight_files import DiskNeed
 
 VERSIONS = {"torch": "2.13.0", "NCCL": "2.27.5", "python": "3.11.7", "settings": "abc"}
 ONE = Facts(
@@ -109,12 +110,19 @@ def test_a_slow_group_is_told_by_its_ranks():
     ("free", "state"), [(1000, FINE), (500, WARNING), (99, BAD_SETTINGS), (0, BAD_SETTINGS)]
 )
 def test_free_disk_is_held_against_what_will_be_written(free, state):
-    needs = [(Path("run"), 900, 100), (Path("run/index_cache"), 10, 10)]
-    assert preflight_files.disk_finding(needs, free).state == state
+    needs = [checkpoints(900), DiskNeed("the sample indices take", Path("run"), 10, 10)]
+    finding = preflight_files.disk_finding(needs, free)
+    assert finding.state == state
+    named = "one checkpoint takes 0.1 kB, the sample indices take 0.01 kB." in finding.sentence
+    assert named == (state == BAD_SETTINGS)
+
+
+def checkpoints(whole_bytes: int) -> DiskNeed:
+    return DiskNeed("one checkpoint takes", Path("run"), whole_bytes, 100)
 
 
 def test_a_run_that_has_written_everything_needs_no_room():
-    assert preflight_files.disk_finding([(Path("run"), 0, 100)], 0).state == FINE
+    assert preflight_files.disk_finding([checkpoints(0)], 0).state == FINE
 
 
 def test_the_disk_of_a_run_that_cannot_save_is_refused(tmp_path):
