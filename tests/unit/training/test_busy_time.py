@@ -9,10 +9,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_slm.monitoring.slow_ranks import COMPUTE, OTHER, PHASES
-from megatron_slm.training.busy_time import PHASE_OF_FUNCTION, WAITING, BusyTime
+from megatron_slm.training.busy_time import PHASE_OF_FUNCTION, WAITING, BusyTime, DeviceTime
 
 
 @pytest.mark.parametrize("place", PHASE_OF_FUNCTION)
@@ -78,3 +79,34 @@ def test_seconds_are_added_up_and_taken_once():
     assert len(taken) == len(PHASES)
     assert sum(taken) > 0
     assert sum(busy.take()) == 0
+
+
+class Event:
+    """Stands in for torch.cuda.Event: the device's clock is a list of seconds, one for each record."""
+
+    clock: list[float]
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at_seconds = self.clock.pop(0)
+
+    def elapsed_time(self, later: "Event") -> float:
+        return 1000 * (later.at_seconds - self.at_seconds)
+
+
+def test_a_device_is_timed_from_the_start_of_a_step_to_the_first_reduction(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    Event.clock = [10.0, 10.5, 20.0, 21.0, 30.0]
+    reduced: list = []
+    model = SimpleNamespace(finish_grad_sync=lambda **named: reduced.append(named))
+    device = DeviceTime([model])
+    for _ in range(2):
+        device.step_begins()
+        model.finish_grad_sync(force_all_reduce=False)
+        model.finish_grad_sync(force_all_reduce=True)
+    assert device.take() == 0.5, "the second step is not closed yet"
+    device.step_begins()
+    assert device.take() == 1.0
+    assert [each["force_all_reduce"] for each in reduced] == [False, True] * 2
