@@ -34,7 +34,7 @@ from megatron_slm.monitoring.slow_ranks import (
     VALIDATION,
     SlowRanks,
 )
-from megatron_slm.parallel import Groups
+from megatron_slm.training.run_parts import RunParts
 
 SAMPLE_SECONDS = 0.02
 PHASE_OF_FUNCTION = {
@@ -153,8 +153,9 @@ class SlowRankReport:
     Every rank of the job has one, and calls it at the same places. Alone, a rank compares nothing.
     """
 
-    def __init__(self, groups: Groups, models: Sequence[Any], step: int):
-        self.groups, self._step = groups, step
+    def __init__(self, run: RunParts):
+        self._run, self._step = run, run.step
+        groups = run.groups
         self._taken_at = time.monotonic()
         self._busy = BusyTime()
         self._device: DeviceTime | None = None
@@ -166,7 +167,7 @@ class SlowRankReport:
         hosts, stages = zip(*told, strict=True)
         self._ranks = SlowRanks(hosts, stages)
         if groups.device.type == "cuda":
-            self._device = DeviceTime(models)
+            self._device = DeviceTime(run.trainer.models)
 
     def __enter__(self) -> "SlowRankReport":
         self._taken_at = time.monotonic()
@@ -182,19 +183,24 @@ class SlowRankReport:
         if self._device is not None:
             self._device.step_begins()
 
-    def interval(self, step: int) -> tuple[dict[str, float], str | None]:
-        """(metrics, a warning or None) of the steps since the last call, on the rank that logs."""
-        steps, self._step = step - self._step, step
+    def interval(self) -> dict[str, float]:
+        """Metrics of the steps since the last call, on the rank that logs, which also warns."""
+        run = self._run
+        steps = run.step - self._step
         now = time.monotonic()
-        seconds, self._taken_at = now - self._taken_at, now
+        seconds = now - self._taken_at
+        self._step, self._taken_at = run.step, now
         if self._ranks is None or not steps:
-            return {}, None
+            return {}
         busy_P = self._busy.take()
         if self._device is not None:
             busy_P[PHASES.index(COMPUTE)] = self._device.take()
-        own = torch.tensor([busy_P], dtype=torch.float64, device=self.groups.device)
-        every_RP = own.new_empty(self.groups.world_size, len(PHASES))
+        own = torch.tensor([busy_P], dtype=torch.float64, device=run.groups.device)
+        every_RP = own.new_empty(run.groups.world_size, len(PHASES))
         dist.all_gather_into_tensor(every_RP, own)
-        if not self.groups.is_logger:
-            return {}, None
-        return self._ranks.look(every_RP.tolist(), seconds, steps)
+        if not run.groups.is_logger:
+            return {}
+        metrics, warning = self._ranks.look(every_RP.tolist(), seconds, steps)
+        if warning is not None:
+            run.reporter.message(warning, "warning")
+        return metrics

@@ -162,8 +162,7 @@ class TrainingRun:
             self.config, self.run_inputs, self.groups, self.position, self.length.remaining_samples
         )
         messages += self._write_settings(resumed=state is not None)
-        # Whoever writes the log imports rich there, which draws from Python's generator: its state
-        # would differ from that of a run that was started less often.
+        # Importing rich draws from Python's generator: the state would depend on the starts before.
         random_state = random.getstate()
         self.reporter = Reporter(
             self.config,
@@ -202,11 +201,9 @@ class TrainingRun:
         """
         stop = StopRequest(self.folder, self.groups.device, self.signals)
         throughput = make_throughput(self)
-        self.slow_ranks = SlowRankReport(self.groups, self.trainer.models, self.step)
-        self.stored_data = StoredDataCheck(
-            [*self.run_inputs.corpora, *self.run_inputs.validation.values()],
-            self.config.data.check_interval_seconds,
-        )
+        self.slow_ranks = SlowRankReport(self)
+        every_seconds = self.config.data.check_interval_seconds
+        self.stored_data = StoredDataCheck(self.run_inputs.every_corpus, every_seconds)
         with (
             make_watchdog(self) as self.watchdog,
             make_tools(self) as self.tools,
@@ -344,7 +341,6 @@ class TrainingRun:
         fp16 = {} if scale is None else {"optimizer/loss_scale": scale}
         if scale is not None or self.skipped_steps:
             fp16["optimizer/skipped_steps"] = self.skipped_steps
-        slowest, slow_rank = self.slow_ranks.interval(self.step)
         record = {
             "kind": "train",
             "tokens/processed": self.done.tokens,
@@ -353,18 +349,14 @@ class TrainingRun:
             **step_metrics,
             **fp16,
             **throughput.interval(self.done.tokens),
-            **slowest,
+            **self.slow_ranks.interval(),
         }
         self.reporter.log(record, self.step)
-        if slow_rank:
-            self.reporter.message(slow_rank, "warning")
         keep_fraction = self.trainer.selector.keep_fraction(
             self.done.tokens - self.length.step_tokens
         )
         self.reporter.emit_warnings(summary, keep_fraction, self.trainer.selector.scorer)
-        spike = self.loss_spikes.look(summary, keep_fraction, self.step)
-        if told := self.spike_data.end_interval(spike):
-            self.reporter.message(told, "warning")
+        self.spike_data.end_interval(self.loss_spikes.look(summary, keep_fraction, self.step))
         return record
 
     def _summarise(self, reduced: dict) -> dict:

@@ -30,9 +30,7 @@ SAMPLED_SHARDS = 3
 """Of each score store, when only the preflight is wanted. A run begins with one, another at every
 start.
 """
-DiskNeed = tuple[Path, int, int]
-"""A folder, the bytes that the whole run writes there, and those without which the run is in vain.
-"""
+
 BLOCKS_PER_SHARD = 4
 """Blocks of every corpus, which are smaller, are read for each shard of scores that is."""
 

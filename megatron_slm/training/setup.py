@@ -40,6 +40,11 @@ class RunInputs:
     validation: dict[str, Corpus]
     vocabulary_size: int
 
+    @property
+    def every_corpus(self) -> list[Corpus]:
+        """Those that are trained on, then those of validation."""
+        return [*self.corpora, *self.validation.values()]
+
 
 def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
     """Open scorer, tokenizer, corpora, score stores and what the run starts from.

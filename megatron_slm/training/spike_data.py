@@ -49,10 +49,18 @@ class SpikeData:
         first_sample = loader.consumed_samples - loader.global_batch_size
         self._steps.append(_Step(self.run.step, first_sample, loss))
 
-    def end_interval(self, spike: str | None) -> str | None:
-        """At every log line; the interval begins anew. spike: the alarm of this line, or None; it
-        counts on the rank that logs. Returns it there, with where the data are.
+    def end_interval(self, spike: str | None) -> None:
+        """At every log line; the interval begins anew.
+
+        spike: the alarm of this line, or None; it counts on the rank that logs, and is told there
+        with the place of the data.
         """
+        told = self._write_down(spike)
+        if spike is not None:
+            self.run.reporter.message(f"{spike}{told}", "warning")
+
+    def _write_down(self, spike: str | None) -> str:
+        """The data of the worst step, where there is a spike; what to say of them."""
         steps, self._steps = self._steps, []
         run = self.run
         asked = torch.tensor(
@@ -60,7 +68,7 @@ class SpikeData:
         )
         dist.broadcast(asked, src=run.groups.world_size - 1)
         if not asked.item():
-            return spike
+            return ""
         losses = self._losses(steps)
         worst = steps[int(losses.argmax())]
         folder = run.folder / FOLDER / f"step_{worst.number:08d}"
@@ -68,12 +76,12 @@ class SpikeData:
             read = partial(run.loader.read_step, worst.first_sample)
             batches = on_this_rank(read_together(read, run.groups.device), run.groups)
         except DataFault as fault:
-            return f"{spike}. The data of step {worst.number} could not be read again: {fault}"
+            return f". The data of step {worst.number} could not be read again: {fault}"
         write_step_data(run, folder, batches, worst.first_sample)
         if run.groups.is_logger:
             self._write_losses(steps, losses)
         return (
-            f"{spike}. Of the interval's steps, {worst.number} had the largest loss, "
+            f". Of the interval's steps, {worst.number} had the largest loss, "
             f"{losses.max():.3f}; its data: {folder}"
         )
 
