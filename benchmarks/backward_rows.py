@@ -108,7 +108,9 @@ class Batches:
         text = b"".join(path.read_bytes() for path in files)
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
         cut = len(data) * 9 // 10
-        self.train, self.held_out, self.options = data[:cut], data[cut:], options
+        self.train = data[:cut]
+        self.held_out = data[cut:]
+        self.options = options
 
     def take(self, seed: int, data: torch.Tensor | None = None) -> torch.Tensor:
         data = self.train if data is None else data
@@ -173,12 +175,14 @@ def _flash_backward_flops(grad, query, key, value, *_, out_shape=None, **__) -> 
 
 
 def quality(options: argparse.Namespace, groups) -> list[dict]:
-    batches, rows = Batches(options), []
+    batches = Batches(options)
+    rows = []
     quarters = [options.steps * quarter // 4 for quarter in range(1, 5)]
     start = decoder(options, groups, EXACT)
     train(start, batches, quarters[-1:], 0, keep_fraction=1.0)
     for k in options.k:
-        gradients, flops = {}, {}
+        gradients = {}
+        flops = {}
         for kind in (EXACT, APPROXIMATE):
             model = decoder(options, groups, kind)
             model.load_state_dict(start.state_dict())

@@ -259,7 +259,8 @@ def _errors_of_both(case: Case, device: torch.device) -> dict[str, dict[str, flo
 
 def _errors(problem: Problem, side: Side) -> dict[str, float]:
     """Relative distance of loss (rms, nats) and gradients from fp64 of the same operands."""
-    reference, values = problem.truth(), side()
+    reference = problem.truth()
+    values = side()
     kept_N = problem.mask_N != 0  # a selection known beforehand has no other losses
     loss, d_hidden, d_weight = (
         value.double() - exact for value, exact in zip(values, reference, strict=True)

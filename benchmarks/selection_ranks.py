@@ -31,7 +31,8 @@ def on_ranks(ranks: int, sizes: list[int], rounds: int) -> list[dict]:
     print(HEADER)
     lines = []
     for tokens in sizes:
-        cpu, wall = {}, {}
+        cpu = {}
+        wall = {}
         for way in results[0][tokens]:
             cpu[way] = max(result[tokens][way][0] for result in results)
             wall[way] = max(result[tokens][way][1] for result in results)

@@ -129,7 +129,8 @@ def run_cases(
     cases: list[Case], bench: Bench, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Measure cases of one shape over common rounds; yields what is printed."""
-    device, shape = bench.groups.device, bench.shape
+    device = bench.groups.device
+    shape = bench.shape
     found = differences(bench) if options.check else {}
     correct = not found or _acceptable(found, LIMITS[shape.precision])
     common = {

@@ -63,7 +63,9 @@ class Bench:
     """Builds each side once, when first asked for: a case pays only for its own two."""
 
     def __init__(self, shape: Shape, groups: Groups):
-        self.shape, self.groups, self.config = shape, groups, shape.config()
+        self.shape = shape
+        self.groups = groups
+        self.config = shape.config()
         self.sides: dict[str, Side] = {}
         self.batch = random_batch(shape, groups.device)
 
@@ -264,11 +266,10 @@ def differences(bench: Bench) -> dict[str, float]:
     from megatron_slm.model.forward_backward import forward_backward, forward_losses
     from megatron_slm.training.step import selected_loss
 
-    trainer, stock = bench.trainer(bench.config), Stock(bench, fused_loss=False)
-    loss_BS, stock_loss_BS = (
-        forward_losses(trainer.models, [bench.batch], bench.groups)[0]["loss"],
-        stock.forward().float(),
-    )
+    trainer = bench.trainer(bench.config)
+    stock = Stock(bench, fused_loss=False)
+    loss_BS = forward_losses(trainer.models, [bench.batch], bench.groups)[0]["loss"]
+    stock_loss_BS = stock.forward().float()
     (selection,) = trainer.selector.choose_step([bench.own_batch()], [{"loss": loss_BS}], PROGRESS)
     chosen_BS = plainly_chosen(stock_loss_BS, bench)
     for model in trainer.models:

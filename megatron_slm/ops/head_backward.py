@@ -54,7 +54,8 @@ class HeadBackwardInputs:
 
 def head_gradients(inputs: HeadBackwardInputs) -> tuple[Tensor | None, Tensor | None]:
     """(gradient of rows, gradient of weight), None where not needed."""
-    head, shard = inputs.head, inputs.head.shard
+    head = inputs.head
+    shard = inputs.head.shard
     index_K = inputs.upstream_N.nonzero().squeeze(1)
     layout = None
     if head.sequence_parallel:
@@ -101,7 +102,8 @@ def _gradients_of_kept_rows(
 
     The latter is main_grad itself when accumulating into it.
     """
-    plan, columns = inputs.head.plan, inputs.head.shard.columns
+    plan = inputs.head.plan
+    columns = inputs.head.shard.columns
     weight_VH = inputs.widened_VH
     if weight_VH is None:
         weight_VH = operand(inputs.weight[:columns], plan)
@@ -164,9 +166,13 @@ class _LogitGradients:
     """Logit gradients of kept rows, from kept exponentials or from logits computed again."""
 
     def __init__(self, inputs: HeadBackwardInputs, kept: _KeptRows, weight_VH: Tensor):
-        head, plan = inputs.head, inputs.head.plan
-        self.plan, self.weight_VH, self.kept = plan, weight_VH, kept
-        self.kept_NV, self.passes = inputs.kept_NV, row_passes(plan)
+        head = inputs.head
+        plan = inputs.head.plan
+        self.plan = plan
+        self.weight_VH = weight_VH
+        self.kept = kept
+        self.kept_NV = inputs.kept_NV
+        self.passes = row_passes(plan)
         upstream_K, self.lse_K = inputs.upstream_N[kept.index], inputs.lse_N[kept.index]
         z_loss_factor_K = 1.0 + 2.0 * head.z_loss * self.lse_K
         self.scale_K = upstream_K * z_loss_factor_K
@@ -181,13 +187,16 @@ class _LogitGradients:
 
     def _allocate(self, like: Tensor) -> None:
         """Memory for the gradients of a group, and for logits where these need their own."""
-        dtype, columns = self.weight_VH.dtype, len(self.weight_VH)
+        dtype = self.weight_VH.dtype
+        columns = len(self.weight_VH)
         group_rows = min(self.plan.gradient_chunk_tokens, self.kept.count)
         self.logits_CV: Tensor | None = None
         if self.kept_NV is not None and self.kept_NV.dtype == dtype:
-            self.in_place, self.storage_GV = True, self.kept_NV
+            self.in_place = True
+            self.storage_GV = self.kept_NV
             return
-        self.in_place, self.storage_GV = False, logit_rows(like, group_rows, columns, dtype)
+        self.in_place = False
+        self.storage_GV = logit_rows(like, group_rows, columns, dtype)
         if self.kept_NV is None and dtype != torch.float32:
             chunk_rows = min(self.plan.chunk_tokens, group_rows)
             self.logits_CV = logit_rows(like, chunk_rows, columns, torch.float32)

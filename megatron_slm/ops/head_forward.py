@@ -74,7 +74,9 @@ class _RankColumns:
     """This rank's columns: their log-sum-exp, the targets among them, and the extras."""
 
     def __init__(self, rows_NH: Tensor, weight: Tensor, target_N: Tensor, head: HeadCall):
-        self.rows_NH, self.weight, self.head = rows_NH, weight, head
+        self.rows_NH = rows_NH
+        self.weight = weight
+        self.head = head
         self.column_N, self.owned_N = head.shard.local_target(target_N)
         fields = 2 + len(head.extras)
         self.fields_FN = torch.zeros(

@@ -108,7 +108,8 @@ def _losses(
         loss_N, *extras = _LinearCrossEntropy.apply(rows, weight, target_N, head)
     else:
         result = head_forward(rows, weight, target_N, head)
-        loss_N, extras = result.loss_N, result.extras
+        loss_N = result.loss_N
+        extras = result.extras
     loss = loss_N.view(target.shape)
     if not head.extras:
         return loss

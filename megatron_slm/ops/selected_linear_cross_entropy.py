@@ -152,7 +152,10 @@ class _SelectedRows:
     def __init__(
         self, rows: Tensor, weight: Tensor, target_N: Tensor, weight_N: Tensor, head: HeadCall
     ):
-        self.head, self.weight, self.rows, self.tokens = head, weight, rows, len(target_N)
+        self.head = head
+        self.weight = weight
+        self.rows = rows
+        self.tokens = len(target_N)
         self.index_K = weight_N.nonzero().squeeze(1)
         self.layout: KeptRowLayout | None = None
         if head.sequence_parallel:
@@ -160,7 +163,8 @@ class _SelectedRows:
             self.rows_KH = self.layout.gather(rows)
         else:
             self.rows_KH = rows[self.index_K]
-        self.weight_K, self.target_K = weight_N[self.index_K], target_N[self.index_K]
+        self.weight_K = weight_N[self.index_K]
+        self.target_K = target_N[self.index_K]
         self.column_K, self.owned_K = head.shard.local_target(self.target_K)
         self.weight_VH = operand(weight[: head.shard.columns], head.plan)
         self.passes = row_passes(head.plan)
@@ -171,7 +175,8 @@ class _SelectedRows:
         self, needs_hidden: bool = False, needs_weight: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(loss_sum, loss_N); gradient_rows and gradient_weight are set where they are needed."""
-        shard, kept = self.head.shard, len(self.index_K)
+        shard = self.head.shard
+        kept = len(self.index_K)
         partial_KH = weight_gradient = None
         if needs_hidden:
             size = (kept, self.weight.shape[1])
@@ -195,7 +200,9 @@ class _SelectedRows:
         self, partial_KH: Tensor | None, weight_gradient: WeightGradient | None
     ) -> Tensor:
         """The losses of the selected rows; fills partial_KH and weight_gradient."""
-        plan, columns, kept = self.head.plan, self.head.shard.columns, len(self.index_K)
+        plan = self.head.plan
+        columns = self.head.shard.columns
+        kept = len(self.index_K)
         loss_K = torch.zeros(kept, dtype=torch.float32, device=self.rows.device)
         logits_CV = logit_rows(self.rows, plan.chunk_tokens, columns, torch.float32)
         needs_gradient = columns > 0 and (partial_KH is not None or weight_gradient is not None)
@@ -241,7 +248,8 @@ class _SelectedRows:
         self, chunk: slice, statistics: _Statistics, exponentials_CV: Tensor, out_CV: Tensor
     ) -> None:
         """Fill out_CV, which may be the memory of the exponentials."""
-        weight_C, lse_C = self.weight_K[chunk], statistics.lse_C
+        weight_C = self.weight_K[chunk]
+        lse_C = statistics.lse_C
         z_loss_factor_C = 1.0 + 2.0 * self.head.z_loss * lse_C
         scale_C = weight_C * z_loss_factor_C * (statistics.maximum_C - lse_C).exp()
         gradient_from_kept(exponentials_CV, slice(0, len(out_CV)), scale_C, out_CV)

@@ -22,7 +22,8 @@ class PlainDecoder(torch.nn.Module):
 
     def __init__(self, model: ModelConfig, vocabulary_size: int, state: dict[str, Tensor]):
         super().__init__()
-        self.model, self.vocabulary_size = model, vocabulary_size
+        self.model = model
+        self.vocabulary_size = vocabulary_size
         self.names = sorted(state)
         self.routed: list[tuple[Tensor, Tensor]] = []
         """Logits and choices of each router in the last forward pass."""
@@ -162,7 +163,8 @@ class PlainDecoder(torch.nn.Module):
             return frequency
         if model.rope_scaling == "linear":
             return frequency / model.rope_scaling_factor
-        wavelength_tokens, length = 2 * math.pi / frequency, model.rope_original_sequence_length
+        wavelength_tokens = 2 * math.pi / frequency
+        length = model.rope_original_sequence_length
         if wavelength_tokens < length / model.rope_high_frequency_factor:
             return frequency
         if wavelength_tokens > length / model.rope_low_frequency_factor:
@@ -183,7 +185,8 @@ class PlainTrainer:
     """AdamW on the mean loss of the selected tokens."""
 
     def __init__(self, decoder: PlainDecoder, optimizer_settings: OptimizerConfig):
-        self.decoder, self.settings = decoder, optimizer_settings
+        self.decoder = decoder
+        self.settings = optimizer_settings
         decayed = [p for p in decoder.parameters() if p.dim() > 1]
         others = [p for p in decoder.parameters() if p.dim() <= 1]
         self.adam = torch.optim.AdamW(
@@ -244,7 +247,8 @@ class PlainTrainer:
         """
         objective = (loss_GS * weight_GS).sum() / weight_GS.sum()
         self.adam.zero_grad()
-        whole, model = objective, self.decoder.model
+        whole = objective
+        model = self.decoder.model
         if model.experts:
             assert micro_batches is not None, "experts are balanced over micro-batches"
             self.balance, self.z_loss = self.decoder.auxiliary_losses(micro_batches)

@@ -1,4 +1,7 @@
-"""A mixture of experts on a GPU: torch-native experts one by one, Transformer Engine's grouped ones, against the plain decoder. Skipped without CUDA."""
+"""A mixture of experts on a GPU against the plain decoder. Skipped without CUDA.
+
+Torch-native experts run one by one, Transformer Engine's are grouped.
+"""
 
 import dataclasses
 
@@ -36,7 +39,10 @@ def make_config(layers: str, precision: str) -> Config:
 
 
 def whole_objective(model, tokens, labels) -> torch.Tensor:
-    """What one micro-batch of plain training differentiates; the routers attach their losses themselves."""
+    """What one micro-batch of plain training differentiates.
+
+    The routers attach their losses themselves.
+    """
     from megatron_slm.model.decoder import head_output
     from megatron_slm.model.router import scale_auxiliary_losses
 
@@ -65,7 +71,10 @@ def whole_objective(model, tokens, labels) -> torch.Tensor:
     ],
 )
 def test_loss_and_gradient_are_those_of_the_plain_decoder(layers, precision, tolerance, groups):
-    """In bf16 the loss alone. Weights are drawn by name and expert number, so the grouped experts start as the single ones do."""
+    """In bf16 the loss alone.
+
+    Weights are drawn by name and expert number, so the grouped experts start as the single ones do.
+    """
     from megatron_slm.model.build import build_model
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -90,9 +99,9 @@ def test_loss_and_gradient_are_those_of_the_plain_decoder(layers, precision, tol
     loss = whole_objective(model, tokens.cuda(), labels.cuda())
     loss.backward()
     assert float(loss) == pytest.approx(float(expected), rel=tolerance)
-    if (
-        precision == "bf16"
-    ):  # rounding sends some tokens to other experts; the loss hardly feels it, a router's gradient does
+    if precision == "bf16":
+        # Rounding sends some tokens to other experts, which hardly changes the loss, but does
+        # change a router's gradient.
         return
     gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
     for name in (

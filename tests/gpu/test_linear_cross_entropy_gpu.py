@@ -1,4 +1,7 @@
-"""The selective head on a GPU: cuBLAS products with fp32 results, Triton passes, memory. Skipped without CUDA."""
+"""The selective head on a GPU. Skipped without CUDA.
+
+cuBLAS products with fp32 results, Triton passes, memory, Liger's kernels.
+"""
 
 import importlib.util
 
@@ -32,10 +35,10 @@ def problem(dtype):
     )
     target = torch.randint(0, TRUE_V, (N,), generator=generator, device="cuda")
     target[5] = -100
-    share = torch.rand(N, generator=generator, device="cuda") * (
+    weight_N = torch.rand(N, generator=generator, device="cuda") * (
         torch.rand(N, generator=generator, device="cuda") < 0.6
     )
-    return hidden, weight, target, share
+    return hidden, weight, target, weight_N
 
 
 def relative(value, reference) -> float:
@@ -47,13 +50,13 @@ def relative(value, reference) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_fp64(dtype, mode, elementwise):
     torch.backends.cuda.matmul.allow_tf32 = False
-    hidden, weight, target, share = problem(dtype)
+    hidden, weight, target, weight_N = problem(dtype)
     options = dict(vocabulary_size=TRUE_V, chunk_tokens=128, elementwise=elementwise, z_loss=1e-3)
     if mode == "known":
-        total, loss = selected_linear_cross_entropy(hidden, weight, target, share, **options)
+        total, loss = selected_linear_cross_entropy(hidden, weight, target, weight_N, **options)
     else:
         loss = linear_cross_entropy(hidden, weight, target, mode=mode, **options)
-        total = (loss * share).sum()
+        total = (loss * weight_N).sum()
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     logits = (exact[0] @ exact[1].t())[:, :TRUE_V]
     expected = F.cross_entropy(logits, target, reduction="none") + 1e-3 * logits.logsumexp(
@@ -67,7 +70,7 @@ def test_equals_fp64(dtype, mode, elementwise):
     limit = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}[dtype]
     for value, reference in zip(
         torch.autograd.grad(total, (hidden, weight)),
-        torch.autograd.grad((expected * share).sum(), exact),
+        torch.autograd.grad((expected * weight_N).sum(), exact),
         strict=True,
     ):
         assert relative(value, reference) < limit
@@ -75,9 +78,10 @@ def test_equals_fp64(dtype, mode, elementwise):
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_main_grad_accumulates_in_fp32(mode):
-    hidden, weight, target, share = problem(torch.bfloat16)
+    hidden, weight, target, weight_N = problem(torch.bfloat16)
     parameter = torch.nn.Parameter(weight.detach().clone())
-    parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros(V, H, device="cuda"), False
+    parameter.main_grad = torch.zeros(V, H, device="cuda")
+    parameter.grad_added_to_main_grad = False
     for _ in range(2):
         loss = linear_cross_entropy(
             hidden,
@@ -87,14 +91,11 @@ def test_main_grad_accumulates_in_fp32(mode):
             mode=mode,
             accumulate_into_main_grad=True,
         )
-        (loss * share).sum().backward()
-    (once,) = torch.autograd.grad(
-        (linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V) * share).sum(), weight
-    )
-    assert (
-        relative(parameter.main_grad, 2 * once.double()) < 6e-3
-        and parameter.grad_added_to_main_grad
-    )
+        (loss * weight_N).sum().backward()
+    loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V)
+    (once,) = torch.autograd.grad((loss * weight_N).sum(), weight)
+    assert relative(parameter.main_grad, 2 * once.double()) < 6e-3
+    assert parameter.grad_added_to_main_grad
 
 
 def test_the_plan_uses_fp32_results_and_memory_stays_below_a_quarter_of_the_logits():
@@ -126,7 +127,7 @@ def test_liger_engine_equals_fp64_where_its_kernels_run():
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed; needs liger-kernel[cutedsl]")
     check_liger(torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), H)
-    hidden, weight, target, share = problem(torch.bfloat16)
+    hidden, weight, target, weight_N = problem(torch.bfloat16)
     loss = linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, engine="liger")
     assert torch.equal(
         loss, linear_cross_entropy(hidden, weight, target, vocabulary_size=TRUE_V, mode="recompute")
@@ -134,8 +135,8 @@ def test_liger_engine_equals_fp64_where_its_kernels_run():
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     expected = F.cross_entropy((exact[0] @ exact[1].t())[:, :TRUE_V], target, reduction="none")
     for value, reference in zip(
-        torch.autograd.grad((loss * share).sum(), (hidden, weight)),
-        torch.autograd.grad((expected * share).sum(), exact),
+        torch.autograd.grad((loss * weight_N).sum(), (hidden, weight)),
+        torch.autograd.grad((expected * weight_N).sum(), exact),
         strict=True,
     ):
         assert relative(value, reference) < 1e-2
@@ -143,7 +144,10 @@ def test_liger_engine_equals_fp64_where_its_kernels_run():
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_bf16_losses_move_fewer_tokens_than_logits_rounded_to_bf16(mode):
-    """The selected set by our losses is that of fp64 but for at most 0.1 %; rounded logits are the contrast."""
+    """The selected set by our losses is that of fp64, up to 0.1 % of it.
+
+    Logits rounded to bf16 are the contrast.
+    """
     tokens, kept = 8192, 4915
     generator = torch.Generator("cuda").manual_seed(1)
     hidden = torch.randn(tokens, H, generator=generator, device="cuda").bfloat16()

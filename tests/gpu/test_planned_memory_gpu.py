@@ -1,4 +1,4 @@
-"""The planned memory against what CUDA's allocator saw in one optimizer step. Skipped without CUDA."""
+"""The planned memory against CUDA's allocator in one optimizer step. Skipped without CUDA."""
 
 import multiprocessing
 

@@ -1,4 +1,7 @@
-"""The linear that leaves zero gradient rows out, on a GPU: bf16 products, fp32 main_grad. Skipped without CUDA."""
+"""The linear that leaves zero gradient rows out, on a GPU. Skipped without CUDA.
+
+bf16 products, fp32 main_grad.
+"""
 
 import pytest
 import torch
@@ -23,15 +26,14 @@ def test_gradients_are_those_of_a_linear(fused, head_columns):
         torch.randn(BLOCKS * COLUMNS, INPUTS, generator=generator, device="cuda").bfloat16()
     )
     upstream = torch.randn(N, BLOCKS, COLUMNS, generator=generator, device="cuda").bfloat16()
-    upstream[::2, :, :QUERIES], upstream[400:, :, QUERIES:] = 0, 0
+    upstream[::2, :, :QUERIES] = 0
+    upstream[400:, :, QUERIES:] = 0
     upstream = upstream.flatten(1)
     exact = torch.autograd.grad(
         F.linear(input.double(), weight.double()), (input, weight), upstream.double()
     )
-    weight.main_grad, weight.grad_added_to_main_grad = (
-        torch.ones_like(weight, dtype=torch.float32),
-        False,
-    )
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
+    weight.grad_added_to_main_grad = False
     linear_skipping_zero_rows(
         input, weight, gradient_accumulation_fusion=fused, blocks=BLOCKS, head_columns=head_columns
     ).backward(upstream)

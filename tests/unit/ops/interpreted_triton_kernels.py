@@ -1,4 +1,7 @@
-"""Run by test_linear_cross_entropy_triton.py, in a process whose Triton interprets: kernels against the plain torch passes."""
+"""The kernels against the plain torch passes.
+
+Run by test_linear_cross_entropy_triton.py, in a process whose Triton interprets.
+"""
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from megatron_slm.ops import row_passes
 def logits(rows: int, columns: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(rows, columns + 3, generator=generator) * 5.0
-    wide[0, 0], wide[1, columns - 1] = 80.0, -90.0
+    wide[0, 0] = 80.0
+    wide[1, columns - 1] = -90.0
     return wide[:, :columns]  # rows further apart than they are wide
 
 
@@ -39,8 +43,10 @@ def test_statistics_kept_in_the_logits_own_memory():
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_gradient(out_dtype):
     x = logits(4, 5000)
-    lse, scale = x.logsumexp(1), torch.tensor([1.0, -0.5, 0.0, 3.0])
-    out, expected = torch.empty(4, 5000, dtype=out_dtype), torch.empty(4, 5000, dtype=out_dtype)
+    lse = x.logsumexp(1)
+    scale = torch.tensor([1.0, -0.5, 0.0, 3.0])
+    out = torch.empty(4, 5000, dtype=out_dtype)
+    expected = torch.empty(4, 5000, dtype=out_dtype)
     fused.gradient_from_logits(x, lse, scale, out)
     row_passes.gradient_from_logits(x.clone(), lse, scale, expected)
     torch.testing.assert_close(

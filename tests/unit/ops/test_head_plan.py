@@ -1,4 +1,7 @@
-"""The plan of a call: a pure choice from sizes; and the GPU plan's control flow, run on CPU with its two products emulated."""
+"""The plan of a call, which is chosen from sizes alone.
+
+And the control flow of the GPU's plan, run on the CPU with its two products emulated.
+"""
 
 import pytest
 import torch
@@ -16,11 +19,9 @@ CPU = torch.device("cpu")
 
 def test_auto_keeps_while_the_budget_holds_and_never_without_backward():
     keep = plan_head(4096, 32000, torch.bfloat16, CPU, kept_budget_bytes=4096 * 32000 * 4)
-    assert (
-        keep.mode == "keep"
-        and keep.kept_dtype == torch.float32
-        and keep.kept_bytes == 4096 * 32000 * 4
-    )
+    assert keep.mode == "keep"
+    assert keep.kept_dtype == torch.float32
+    assert keep.kept_bytes == 4096 * 32000 * 4
     assert (
         plan_head(4096, 32000, torch.bfloat16, CPU, kept_budget_bytes=4096 * 32000 * 4 - 1).mode
         == "recompute"
@@ -42,7 +43,8 @@ def test_gpu_scratch_stays_a_sixth_of_a_materialised_head():
             scratch_bytes = (
                 plan.chunk_tokens * columns * 4 + plan.gradient_chunk_tokens * columns * 2
             )
-            assert scratch_bytes <= 0.18 * 6 * tokens * columns and plan.chunk_tokens % 128 == 0
+            assert scratch_bytes <= 0.18 * 6 * tokens * columns
+            assert plan.chunk_tokens % 128 == 0
 
 
 def test_low_precision_never_multiplies_in_low_precision_on_cpu():
@@ -87,25 +89,28 @@ def problem():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(100, 32, generator=generator).bfloat16().requires_grad_()
     weight = (torch.randn(80, 32, generator=generator) * 0.4).bfloat16().requires_grad_()
-    share = torch.rand(100, generator=generator) * (torch.rand(100, generator=generator) < 0.6)
-    return hidden, weight, torch.randint(0, 75, (100,), generator=generator), share
+    weight_N = torch.rand(100, generator=generator) * (torch.rand(100, generator=generator) < 0.6)
+    return hidden, weight, torch.randint(0, 75, (100,), generator=generator), weight_N
 
 
 @pytest.mark.parametrize("one_step", [True, False])
 @pytest.mark.parametrize("mode", ["keep", "recompute", "known"])
 def test_gpu_control_flow_gives_the_same_gradients(mode, one_step, gpu_plan, monkeypatch):
     monkeypatch.setattr(matmul, "_addmm_takes_an_fp32_total", lambda *_: one_step)
-    hidden, weight, target, share = problem()
+    hidden, weight, target, weight_N = problem()
     options = dict(vocabulary_size=75, chunk_tokens=4)
     if mode == "known":
-        total, _ = selected_linear_cross_entropy(hidden, weight, target, share, **options)
+        total, _ = selected_linear_cross_entropy(hidden, weight, target, weight_N, **options)
     else:
-        total = (linear_cross_entropy(hidden, weight, target, mode=mode, **options) * share).sum()
+        total = (
+            linear_cross_entropy(hidden, weight, target, mode=mode, **options) * weight_N
+        ).sum()
     got = torch.autograd.grad(total, (hidden, weight))
     exact = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
     logits = (exact[0] @ exact[1].t())[:, :75]
     expected = torch.autograd.grad(
-        (torch.nn.functional.cross_entropy(logits, target, reduction="none") * share).sum(), exact
+        (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weight_N).sum(),
+        exact,
     )
     for value, other in zip(got, expected, strict=True):
         assert (value.float() - other).norm() < 6e-3 * other.norm()
@@ -127,11 +132,10 @@ def test_gpu_plan_groups_weight_products():
         patch.setattr(head_plan, "_matmul", lambda dtype, device: "fp32_output")
         recompute = plan_head(8192, 128256, torch.bfloat16, CPU, mode="recompute")
         keep = plan_head(8192, 128256, torch.bfloat16, CPU, mode="keep")
-    assert keep.kept_dtype == torch.bfloat16 and keep.kept_bytes == 8192 * 128256 * 2
-    assert (
-        recompute.gradient_chunk_tokens == 6 * recompute.chunk_tokens
-        and keep.gradient_chunk_tokens == 8192
-    )
+    assert keep.kept_dtype == torch.bfloat16
+    assert keep.kept_bytes == 8192 * 128256 * 2
+    assert recompute.gradient_chunk_tokens == 6 * recompute.chunk_tokens
+    assert keep.gradient_chunk_tokens == 8192
 
 
 @pytest.mark.slow
@@ -139,13 +143,13 @@ def test_gpu_plan_groups_weight_products():
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_compiled_passes_give_the_eager_results(mode):
     """About half a minute: torch.compile runs the C++ compiler."""
-    hidden, weight, target, share = problem()
+    hidden, weight, target, weight_N = problem()
     results = []
     for elementwise in ("eager", "compiled"):
         loss = linear_cross_entropy(
             hidden, weight, target, mode=mode, chunk_tokens=16, elementwise=elementwise
         )
         results.append(
-            (loss.detach(), *torch.autograd.grad((loss * share).sum(), (hidden, weight)))
+            (loss.detach(), *torch.autograd.grad((loss * weight_N).sum(), (hidden, weight)))
         )
     torch.testing.assert_close(*results, rtol=1e-2, atol=1e-5)

@@ -1,6 +1,7 @@
-"""The optional Liger engine: what it is handed, what it refuses, and that a kernel which computes something else is caught.
+"""The optional Liger engine: what it is handed, what it refuses, and that a wrong kernel is caught.
 
-Liger's kernel needs a Hopper GPU (tests/gpu runs the real one). Here a module of the same name and signature, in plain torch, stands in.
+Liger's kernel needs a Hopper GPU (tests/gpu runs the real one). Here a module of the same name and
+signature, in plain torch, stands in.
 """
 
 import sys
@@ -26,7 +27,10 @@ def problem():
 
 
 def plain_kernel(calls: list, factor: float = 1.0):
-    """Liger 0.8.5's fused_scaled_cross_entropy_backward in plain torch; `factor` on its weight gradient makes it a wrong one."""
+    """Liger 0.8.5's fused_scaled_cross_entropy_backward in plain torch.
+
+    A `factor` on its weight gradient makes it a wrong one.
+    """
 
     def fused_scaled_cross_entropy_backward(
         grad_output,
@@ -43,24 +47,16 @@ def plain_kernel(calls: list, factor: float = 1.0):
         selected_token_ids=None,
         grad_selected=None,
     ):
-        assert (
-            x_padded.shape[1] == hidden_size
-            and hidden_size % 64 == 0
-            and x_padded.dtype == torch.bfloat16
-        )
+        assert x_padded.shape[1] == hidden_size
+        assert hidden_size % 64 == 0
+        assert x_padded.dtype == torch.bfloat16
         calls.append(len(x_padded))
-        columns = torch.arange(len(weight_padded))
-        p = ((x_padded.float() @ weight_padded.float().t()) / temperature - lse[:, None]).exp() - (
-            target[:, None] == columns
-        ).float()
-        dz = (
-            (p * torch.where(target == ignore_index, 0.0, grad_output)[:, None] / temperature)
-            .bfloat16()
-            .float()
-        )
-        return (dz @ weight_padded.float()).to(input_dtype), (
-            factor * dz.t() @ x_padded.float()
-        ).to(input_dtype)
+        rows, weight = x_padded.float(), weight_padded.float()
+        onehot = (target[:, None] == torch.arange(len(weight))).float()
+        p = ((rows @ weight.t()) / temperature - lse[:, None]).exp() - onehot
+        upstream = torch.where(target == ignore_index, 0.0, grad_output)
+        dz = (p * upstream[:, None] / temperature).bfloat16().float()
+        return (dz @ weight).to(input_dtype), (factor * dz.t() @ rows).to(input_dtype)
 
     return fused_scaled_cross_entropy_backward
 
@@ -95,7 +91,8 @@ def test_gradients_equal_fp64_and_the_kernel_sees_kept_rows_only(case, install):
     kept = int(((upstream(case) != 0) & (target != -100)).sum())
     assert calls[verified:] == ([kept] if kept else [])
     _, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream(case))
-    assert error(hidden.grad, d_hidden) < 6e-3 and error(weight.grad, d_weight) < 6e-3
+    assert error(hidden.grad, d_hidden) < 6e-3
+    assert error(weight.grad, d_weight) < 6e-3
     assert not weight.grad[TRUE_V:].any()
 
 
@@ -123,16 +120,11 @@ def test_main_grad_accumulates_and_verification_runs_once(install):
 def test_a_row_whose_target_another_rank_owns_keeps_its_softmax(install):
     install(plain_kernel([]))
     hidden, weight, target = problem()
-    hidden, weight, target, upstream_K = (
-        hidden.detach(),
-        weight.detach(),
-        target.clamp(min=0),
-        torch.ones(N),
-    )
+    hidden, weight, target = hidden.detach(), weight.detach(), target.clamp(min=0)
     logits = hidden.float() @ weight.float().t()
     owned = torch.arange(N) % 2 == 0
     _, d_weight = liger_engine.liger_gradients(
-        hidden, weight, target, owned, upstream_K, logits.logsumexp(1)
+        hidden, weight, target, owned, torch.ones(N), logits.logsumexp(1)
     )
     p = logits.softmax(1) - owned[:, None] * torch.nn.functional.one_hot(target, V)
     assert error(d_weight, p.double().t() @ hidden.double()) < 6e-3

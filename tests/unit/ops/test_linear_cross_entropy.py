@@ -1,4 +1,4 @@
-"""linear_cross_entropy against fp64 plain torch, its options, its errors, and what it refuses to compute.
+"""linear_cross_entropy against fp64 plain torch: its options, its errors, the rows it leaves out.
 
 Legend: N tokens, H hidden, V padded vocabulary.
 """
@@ -38,10 +38,8 @@ def upstream(case: str) -> torch.Tensor:
 
 def truth(hidden_NH, weight_VH, target_N, upstream_N, z_loss=0.0):
     """(loss, d hidden, d weight, logits) in fp64, the padding columns cut off."""
-    hidden, weight = (
-        hidden_NH.detach().double().requires_grad_(),
-        weight_VH.detach().double().requires_grad_(),
-    )
+    hidden = hidden_NH.detach().double().requires_grad_()
+    weight = weight_VH.detach().double().requires_grad_()
     logits_NV = (hidden @ weight.t())[:, :TRUE_V]
     loss_N = F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="none")
     loss_N = loss_N + z_loss * logits_NV.logsumexp(1).square() * (target_N != IGNORED)
@@ -50,11 +48,9 @@ def truth(hidden_NH, weight_VH, target_N, upstream_N, z_loss=0.0):
 
 
 def error(value, expected) -> float:
-    return (
-        ((value.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-        if expected.any()
-        else value.abs().max().item()
-    )
+    if not expected.any():
+        return value.abs().max().item()
+    return ((value.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
@@ -101,14 +97,16 @@ def test_bf16_losses_are_as_good_as_fp32(mode):
     )
     (loss * upstream("weighted")).sum().backward()
     loss_ref, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
-    assert loss.dtype == torch.float32 and error(loss, loss_ref) < 1e-6
+    assert loss.dtype == torch.float32
+    assert error(loss, loss_ref) < 1e-6
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
-    assert error(hidden.grad, d_hidden) < 4e-3 and error(weight.grad, d_weight) < 4e-3
+    assert error(hidden.grad, d_hidden) < 4e-3
+    assert error(weight.grad, d_weight) < 4e-3
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_rows_without_a_gradient_are_never_touched(mode):
-    """A NaN row poisons every gradient of plain torch (0 * NaN = NaN); here it is outside the products."""
+    """A NaN row spoils every gradient of plain torch: 0 * NaN = NaN. Here no product reads it."""
     hidden, weight, target = problem()
     kept = upstream("weighted") != 0
     with torch.no_grad():
@@ -116,12 +114,14 @@ def test_rows_without_a_gradient_are_never_touched(mode):
     loss = linear_cross_entropy(hidden, weight, target, mode=mode, chunk_tokens=16)
     assert loss[(~kept) & (target != IGNORED)].isnan().all()
     loss.backward(upstream("weighted"))
-    assert weight.grad.isfinite().all() and hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    assert hidden.grad.isfinite().all()
     assert not hidden.grad[~kept].any()
 
 
 def test_products_of_backward_see_kept_rows_only(monkeypatch):
-    rows_of_dw, rows_of_logits = [], []
+    rows_of_dw = []
+    rows_of_logits = []
     accumulate = weight_gradient.accumulate_weight_gradient
     logits_into = head_backward.logits_into
 
@@ -142,9 +142,8 @@ def test_products_of_backward_see_kept_rows_only(monkeypatch):
             linear_cross_entropy(hidden, weight, target, mode=mode, chunk_tokens=16) * weight_N
         ).sum().backward()
     kept = int((weight_N != 0).sum())
-    assert sum(rows_of_dw) == 2 * kept and rows_of_dw[-1] == kept, (
-        "keep mode: one weight product over all kept rows"
-    )
+    assert sum(rows_of_dw) == 2 * kept
+    assert rows_of_dw[-1] == kept, "keep mode: one weight product over all kept rows"
     assert sum(rows_of_logits) == kept, (
         "recompute mode computes the logits of kept rows again, keep mode none"
     )
@@ -156,7 +155,8 @@ def test_products_of_backward_see_kept_rows_only(monkeypatch):
 def test_the_widened_weight_stays_for_backward_while_the_budget_has_room(
     budget_bytes, copies, monkeypatch
 ):
-    shapes, operand = [], head_backward.operand
+    shapes = []
+    operand = head_backward.operand
     monkeypatch.setattr(
         head_backward,
         "operand",
@@ -169,7 +169,8 @@ def test_the_widened_weight_stays_for_backward_while_the_budget_has_room(
     (loss * upstream("weighted")).sum().backward()
     assert shapes.count((TRUE_V, H)) == copies
     _, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
-    assert error(hidden.grad, d_hidden) < 4e-3 and error(weight.grad, d_weight) < 4e-3
+    assert error(hidden.grad, d_hidden) < 4e-3
+    assert error(weight.grad, d_weight) < 4e-3
 
 
 def test_extras_from_the_same_pass():
@@ -179,10 +180,10 @@ def test_extras_from_the_same_pass():
         hidden, weight, target, vocabulary_size=TRUE_V, extras=names, chunk_tokens=16
     )
     loss_ref, _, _, logits = truth(hidden, weight, target, upstream("all"))
-    p_NV, counted = logits.softmax(1), target != IGNORED
-    assert list(extras) == list(names) and not any(
-        values.requires_grad for values in extras.values()
-    )
+    p_NV = logits.softmax(1)
+    counted = target != IGNORED
+    assert list(extras) == list(names)
+    assert not any(values.requires_grad for values in extras.values())
     assert error(loss, loss_ref) < 1e-5
     assert error(extras["entropy"], -(p_NV * p_NV.log()).sum(1)) < 1e-5
     assert error(extras["sum_squared_probability"], p_NV.square().sum(1)) < 1e-5
@@ -193,14 +194,15 @@ def test_extras_from_the_same_pass():
 
 def test_megatron_layout_transposed_labels_and_scoring_equals_training():
     hidden, weight, target = problem()
-    hidden_SBH, labels_BS = hidden.view(N // 2, 2, H), target.view(N // 2, 2).t()
+    hidden_SBH = hidden.view(N // 2, 2, H)
+    labels_BS = target.view(N // 2, 2).t()
     loss_SB = linear_cross_entropy(hidden_SBH, weight, labels_BS.transpose(0, 1))
-    assert loss_SB.shape == (N // 2, 2) and torch.equal(
-        loss_SB.flatten(), linear_cross_entropy(hidden, weight, target)
-    )
+    assert loss_SB.shape == (N // 2, 2)
+    assert torch.equal(loss_SB.flatten(), linear_cross_entropy(hidden, weight, target))
     with torch.no_grad():
         scored = linear_cross_entropy(hidden_SBH, weight, labels_BS.transpose(0, 1))
-    assert torch.equal(scored, loss_SB) and not scored.requires_grad
+    assert torch.equal(scored, loss_SB)
+    assert not scored.requires_grad
 
 
 def test_main_grad_takes_the_weight_gradient_by_megatron_core_protocol():
@@ -219,9 +221,8 @@ def test_main_grad_takes_the_weight_gradient_by_megatron_core_protocol():
             assert error(parameter.main_grad.double() - 1, d_weight) < (
                 1e-5 if buffer_dtype == torch.float32 else 2e-2
             )
-            assert (parameter.grad is not None) is protocol and getattr(
-                parameter, "grad_added_to_main_grad", False
-            ) is protocol
+            assert (parameter.grad is not None) is protocol
+            assert getattr(parameter, "grad_added_to_main_grad", False) is protocol
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -234,11 +235,11 @@ def test_a_frozen_side_gets_no_gradient(frozen, mode):
         * upstream("weighted")
     ).sum().backward()
     _, d_hidden, d_weight, _ = truth(hidden, weight, target, upstream("weighted"))
-    kept, expected = (weight, d_weight) if frozen == "hidden" else (hidden, d_hidden)
-    assert (
-        error(kept.grad, expected) < 1e-5
-        and (hidden if frozen == "hidden" else weight).grad is None
-    )
+    trained, frozen_side, expected = weight, hidden, d_weight
+    if frozen == "weight":
+        trained, frozen_side, expected = hidden, weight, d_hidden
+    assert error(trained.grad, expected) < 1e-5
+    assert frozen_side.grad is None
 
 
 def test_second_backward_is_refused_when_kept_and_allowed_when_recomputed():
@@ -259,7 +260,8 @@ def test_no_tokens_at_all():
     hidden, weight, _ = problem()
     loss = linear_cross_entropy(hidden[:0], weight, torch.zeros(0, dtype=torch.int64))
     loss.sum().backward()
-    assert loss.shape == (0,) and not weight.grad.any()
+    assert loss.shape == (0,)
+    assert not weight.grad.any()
 
 
 @pytest.mark.parametrize(

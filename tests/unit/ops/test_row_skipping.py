@@ -1,4 +1,6 @@
-"""Linears that leave zero gradient rows out: exact; and rows dropped below a layer: what changes, and what does not.
+"""Linears that leave zero gradient rows out, which is exact; and rows dropped below a layer.
+
+Of the latter: what changes, and what does not.
 
 Legend: N tokens, H features.
 """
@@ -30,19 +32,15 @@ class Layer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv, self.projection, self.up, self.down = (
-            Linear(H, 3 * H),
-            Linear(H, H),
-            Linear(H, 4 * H),
-            Linear(4 * H, H),
-        )
+        self.qkv = Linear(H, 3 * H)
+        self.projection = Linear(H, H)
+        self.up = Linear(H, 4 * H)
+        self.down = Linear(4 * H, H)
 
     def forward(self, hidden_states):
         query, key, value = self.qkv(F.layer_norm(hidden_states, (H,))).chunk(3, -1)
-        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[
-            0
-        ]
-        hidden_states = hidden_states + self.projection(mixed)
+        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)
+        hidden_states = hidden_states + self.projection(mixed[0])
         return hidden_states + self.down(F.gelu(self.up(F.layer_norm(hidden_states, (H,))))), None
 
 
@@ -55,9 +53,8 @@ def run(layers, selected):
         states[-1].retain_grad()
     layers.zero_grad()
     (states[-1].square() * selected[:, None]).sum().backward()
-    return {name: p.grad.clone() for name, p in layers.named_parameters()}, [
-        state.grad.clone() for state in states
-    ]
+    gradients = {name: p.grad.clone() for name, p in layers.named_parameters()}
+    return gradients, [state.grad.clone() for state in states]
 
 
 @pytest.fixture
@@ -79,22 +76,22 @@ def test_linear_is_exact_and_never_reads_zero_rows(rows):
         torch.randn(8, H).requires_grad_(),
         torch.randn(8).requires_grad_(),
     ]
-    upstream = (
-        torch.randn(4, 6, 8) * {"some": torch.rand(4, 6, 1) < 0.5, "all": 1.0, "none": 0.0}[rows]
-    )
+    upstream = torch.randn(4, 6, 8)
+    upstream = upstream * {"some": torch.rand(4, 6, 1) < 0.5, "all": 1.0, "none": 0.0}[rows]
     expected = torch.autograd.grad(F.linear(*operands), operands, upstream)
     torch.testing.assert_close(linear_skipping_zero_rows(*operands), F.linear(*operands))
-    with torch.no_grad():
-        operands[0].masked_fill_(
-            (upstream == 0).all(-1, keepdim=True), torch.nan
-        )  # 0 * NaN would poison the weight's gradient
+    with torch.no_grad():  # 0 * NaN would spoil the weight's gradient
+        operands[0].masked_fill_((upstream == 0).all(-1, keepdim=True), torch.nan)
     got = torch.autograd.grad(linear_skipping_zero_rows(*operands), operands, upstream)
     for value, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_queries_leave_out_their_rows_and_keys_and_values_theirs():
-    """Two key/value groups of 2 query columns, a key and a value column each; 8 rows have a query gradient, 20 a key or value gradient."""
+    """Two key/value groups of 2 query columns, a key column and a value column each.
+
+    8 rows have a query gradient, 20 a key or value gradient.
+    """
     torch.manual_seed(0)
     operands = [
         torch.randn(N, H).requires_grad_(),
@@ -102,7 +99,8 @@ def test_queries_leave_out_their_rows_and_keys_and_values_theirs():
         torch.randn(8).requires_grad_(),
     ]
     upstream = torch.randn(N, 2, 4)
-    upstream[8:, :, :2], upstream[20:, :, 2:] = 0, 0
+    upstream[8:, :, :2] = 0
+    upstream[20:, :, 2:] = 0
     upstream = upstream.flatten(1)
     expected = torch.autograd.grad(F.linear(*operands), operands, upstream)
     output = linear_skipping_zero_rows(*operands, blocks=2, head_columns=2)
@@ -118,8 +116,10 @@ def test_queries_leave_out_their_rows_and_keys_and_values_theirs():
 @pytest.mark.parametrize("columns", [{}, dict(blocks=2, head_columns=3)])
 def test_main_grad_takes_the_weight_gradient(columns):
     torch.manual_seed(0)
-    input, weight = torch.randn(N, H), nn.Parameter(torch.randn(8, H))
-    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(8, H), False
+    input = torch.randn(N, H)
+    weight = nn.Parameter(torch.randn(8, H))
+    weight.main_grad = torch.ones(8, H)
+    weight.grad_added_to_main_grad = False
     upstream = torch.randn(N, 8)
     upstream[::2] = 0
     linear_skipping_zero_rows(input, weight, gradient_accumulation_fusion=True, **columns).backward(
@@ -149,10 +149,8 @@ def test_dropped_rows_stay_zero_and_point_the_same_way(layers, selected):
     assert exact_states[0][~selected].any(), "and they do in the exact backward"
     for name, exact in exact_parameters.items():
         cosine = F.cosine_similarity(parameters[name].flatten(), exact.flatten(), dim=0)
-        if name.startswith("2."):
-            torch.testing.assert_close(
-                parameters[name], exact, rtol=1e-5, atol=1e-5
-            )  # the last layer loses nothing
+        if name.startswith("2."):  # the last layer loses nothing
+            torch.testing.assert_close(parameters[name], exact, rtol=1e-5, atol=1e-5)
         else:
             assert 0.7 < cosine < 0.9999, f"{name}: {cosine}"
     for handle in handles:
@@ -181,7 +179,8 @@ def test_a_module_without_such_linears_is_an_error():
 @pytest.mark.parametrize("columns", [{}, dict(blocks=2, head_columns=2)])
 def test_no_rows_at_all(columns):
     """An expert that no token chose."""
-    rows, weight = torch.randn(0, H, requires_grad=True), torch.randn(12, H, requires_grad=True)
+    rows = torch.randn(0, H, requires_grad=True)
+    weight = torch.randn(12, H, requires_grad=True)
     linear_skipping_zero_rows(rows, weight, **columns).sum().backward()
     assert rows.grad.shape == (0, H)
     assert torch.equal(weight.grad, torch.zeros(12, H))
