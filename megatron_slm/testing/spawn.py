@@ -1,10 +1,13 @@
 """Run a function on CPU processes with real megatron-core groups, for tests and examples."""
 
+import math
 import multiprocessing as python_multiprocessing
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +55,8 @@ def run_layouts_on_cpu(
     has imported megatron-core (about 5 s, once per program that calls this), so they have the
     environment variables of the first call.
     """
-    python_multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["megatron_slm.testing.cpu_process"]
-    )
-    worlds = {
-        name: layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * layout.get("dp", 1)
-        for name, layout in layouts.items()
-    }
+    warm_context()
+    worlds = {name: world_size(layout) for name, layout in layouts.items()}
     with tempfile.TemporaryDirectory(prefix="slm_spawn_") as folder:
         multiprocessing.start_processes(
             _worker,
@@ -71,6 +69,23 @@ def run_layouts_on_cpu(
 
 def _results(folder: Path, layout: str, world: int) -> list[Any]:
     return [torch.load(folder / f"{layout}_{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def warm_context() -> ForkServerContext:
+    """The multiprocessing context whose processes are forked from a server that has imported
+    megatron-core, and pytest where this is a test.
+
+    The server starts with the first process and lives as long as this one.
+    """
+    context = python_multiprocessing.get_context("forkserver")
+    of_test_files = [name for name in ("pytest", "hypothesis") if name in sys.modules]
+    context.set_forkserver_preload(["megatron_slm.testing.cpu_process", *of_test_files])
+    return context
+
+
+def world_size(layout: dict[str, Any]) -> int:
+    """The processes that a layout takes; expert parallelism takes none of its own."""
+    return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
 
 def _worker(

@@ -1,4 +1,5 @@
-"""megatron_slm.train with gradients that are NaN on rank 1 in some steps, as a bad kernel or a bad number would make them.
+"""megatron_slm.train with gradients that are NaN on rank 1 in some steps, as a bad kernel or a bad
+number would make them.
 
 SLM_TEST_NAN_EVERY=N    in every N-th step, in every start alike
 SLM_TEST_NAN_FROM=STEP  in every step from STEP on, in this start alone
@@ -14,7 +15,8 @@ class AilingSteps:
     """The steps whose gradients are NaN, as a set is asked: `step in steps`."""
 
     def __init__(self, every: int, begin: int | None):
-        self.every, self.begin = every, begin
+        self.every = every
+        self.begin = begin
 
     def __contains__(self, step: int) -> bool:
         return step % self.every == 0 or (self.begin is not None and step >= self.begin)

@@ -1,4 +1,5 @@
-"""megatron_slm.train with one instruction: die by SIGKILL at a named place. SLM_TEST_DEATH=PLACE:STEP:RANK, RANK may be "all".
+"""megatron_slm.train with one instruction: die by SIGKILL at a named place.
+SLM_TEST_DEATH=PLACE:STEP:RANK, RANK may be "all".
 
 step      in the optimizer step STEP, between backward and update
 save      while the checkpoint of STEP is written: half of the weights file is on disk
@@ -22,7 +23,8 @@ def die(process: int) -> None:
 def die_in_step(step: int) -> None:
     from megatron_slm.training import step as step_module
 
-    forward_backward, steps = step_module.forward_backward, []
+    forward_backward = step_module.forward_backward
+    steps = []
 
     def dying(*arguments, **named):
         result = forward_backward(*arguments, **named)
@@ -43,7 +45,9 @@ def resumed_step() -> int:
 
 
 def die_in_save(step: int) -> None:
-    """In the process that writes the file: kill the trainer with half of the file written, then die too."""
+    """In the process that writes the file: kill the trainer with half of the file written, then die
+    too.
+    """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     write = FileSystemWriterAsync.write_preloaded_data

@@ -21,7 +21,8 @@ import torch
 
 from megatron_slm.testing.corpora import write_corpus
 
-LENGTH, VOCABULARY = 16, 64
+LENGTH = 16
+VOCABULARY = 64
 READERS = ("resume", "initialize_from", "online reference", "score", "export")
 READ_BY = {
     ".metadata": READERS,
@@ -87,7 +88,8 @@ def _plant_in_weights(checkpoint: Path, metadata, place: str, planted: Planted) 
     path = checkpoint / stored.relative_path
     held = path.read_bytes()
     path.write_bytes(held + content.getvalue())
-    stored.offset, stored.length = len(held), len(content.getvalue())
+    stored.offset = len(held)
+    stored.length = len(content.getvalue())
     return stored.relative_path
 
 

@@ -91,7 +91,8 @@ class Job:
     """
 
     def __init__(self, folder: Path, run: Path, arguments: list[str], environment: dict[str, str]):
-        self.folder, self.run = folder, run
+        self.folder = folder
+        self.run = run
         self.said: list[str] = []
         self.memory_kib: dict[int, list[int]] = {rank: [] for rank in RANKS}
         self.sockets: set[str] = set()
@@ -158,12 +159,14 @@ class Job:
         first; the step.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
-        first, since = 0, 0.0
+        first = 0
+        since = 0.0
         while time.monotonic() < deadline:
             self.look()
             step = self.step()
             if step and not first:
-                first, since = step, time.monotonic()
+                first = step
+                since = time.monotonic()
             if first and step >= first + steps and time.monotonic() - since >= seconds:
                 return step
             if self.launcher.poll() is not None:

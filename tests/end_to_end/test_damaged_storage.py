@@ -1,4 +1,6 @@
-"""A flipped byte and a full disk, through the trainer: the older checkpoint serves, training goes on, and every sink is told."""
+"""A flipped byte and a full disk, through the trainer: the older checkpoint serves, training goes
+on, and every sink is told.
+"""
 
 import shutil
 import subprocess
@@ -6,34 +8,30 @@ import subprocess
 import pytest
 
 from megatron_slm.checkpoint.folder import complete_checkpoints, damaged_files, step_of
-from tests.end_to_end.small_run import STEPS, command, compared, lines, make_corpus, run_to_end
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.end_to_end.small_run import STEPS, compared, lines, train
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """An uninterrupted run that keeps all its checkpoints."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    run_to_end(command(corpus, run, "--checkpoint.keep_last", "0", processes=1))
+    train(corpus, run, "--checkpoint.keep_last", "0")
     return run
 
 
 def told_everywhere(run, output: str, *words: str) -> bool:
     """Whether console, warnings.jsonl and the offline W&B run all have a line with these words."""
-    in_warnings = any(
-        all(word in line["text"] for word in words) and line["level"] == "error"
-        for line in lines(run, "warnings.jsonl")
+
+    def has_them(line: str) -> bool:
+        return all(word in line for word in words)
+
+    errors = [line["text"] for line in lines(run, "warnings.jsonl") if line["level"] == "error"]
+    of_wandb = [path.read_bytes() for path in (run / "wandb").rglob("*.wandb")]
+    return (
+        any(map(has_them, errors))
+        and any(map(has_them, output.splitlines()))
+        and any(has_them(content.decode(errors="replace")) for content in of_wandb)
     )
-    in_console = any(all(word in line for word in words) for line in output.splitlines())
-    in_wandb = any(
-        all(word.encode() in path.read_bytes() for word in words)
-        for path in (run / "wandb").rglob("*.wandb")
-    )
-    return in_warnings and in_console and in_wandb
 
 
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_is_used(corpus, whole, tmp_path):
@@ -43,7 +41,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_is_used(corpus, wh
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 0xFF
     damaged.write_bytes(content)
-    output = run_to_end(command(corpus, run, "--monitoring.wandb.mode", "offline", processes=1))
+    output = train(corpus, run, "--monitoring.wandb.mode", "offline")
     assert told_everywhere(run, output, damaged.name, "is damaged", newest.name)
     assert "resumed after step 12" in output
     assert compared(run) == compared(whole)
@@ -55,7 +53,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_is_used(corpus, wh
 
 @pytest.fixture
 def small_disk(tmp_path, whole):
-    """A file system with room for one checkpoint and a half, mounted where a run writes its checkpoints; and the run."""
+    """A run that writes its checkpoints to a file system with room for one and a half."""
     size = sum(path.stat().st_size for path in (whole / "checkpoints" / "step_00000003").iterdir())
     run = tmp_path / "run"
     checkpoints = run / "checkpoints"
@@ -67,7 +65,8 @@ def small_disk(tmp_path, whole):
     )
     if mounted.returncode:
         pytest.skip(
-            "only root can mount a small file system; test_save_failures injects the same failure without one"
+            "only root can mount a small file system; "
+            "test_save_failures injects the same failure without one"
         )
     yield run
     subprocess.run(["umount", str(checkpoints)], check=True)
@@ -77,18 +76,11 @@ def small_disk(tmp_path, whole):
 def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(
     asynchronous, corpus, whole, small_disk
 ):
-    output = run_to_end(
-        command(
-            corpus,
-            small_disk,
-            "--checkpoint.asynchronous",
-            asynchronous,
-            "--checkpoint.max_failed_saves",
-            "100",
-            "--monitoring.wandb.mode",
-            "offline",
-            processes=1,
-        ),
+    output = train(
+        corpus,
+        small_disk,
+        *("--checkpoint.asynchronous", asynchronous, "--checkpoint.max_failed_saves", "100"),
+        *("--monitoring.wandb.mode", "offline"),
         exit_code=4,
     )
     assert "start the same command again: it goes on from step 3" in output

@@ -1,4 +1,6 @@
-"""A rank that is stopped in the middle of a run: noticed in time, named, and the job ends with a code of its own."""
+"""A rank that is stopped in the middle of a run: noticed in time, named, and the job ends with a
+code of its own.
+"""
 
 import json
 import os
@@ -7,15 +9,15 @@ import subprocess
 import sys
 import time
 
-from tests.end_to_end.small_run import ROOT, command, environment, make_corpus
+from tests.end_to_end.small_run import ROOT, command, environment
 
 HANG_SECONDS = 4
 
 
-def test_a_stopped_rank_is_noticed_and_named(tmp_path):
+def test_a_stopped_rank_is_noticed_and_named(corpus, tmp_path):
     run = tmp_path / "run"
     settings = ("--monitoring.hang_seconds", str(HANG_SECONDS), "--schedule.train_steps", "1000000")
-    arguments = command(make_corpus(tmp_path), run, *settings, processes=1)
+    arguments = command(corpus, run, *settings, processes=1)
     launcher = [str(ROOT / "launch" / "processes.py"), "--standalone", "--nproc-per-node=2"]
     job = subprocess.Popen(
         [sys.executable, *launcher, *arguments[1:]],

@@ -1,4 +1,5 @@
-"""kill -9 at every bad moment of a run under torchrun: it continues from its last good checkpoint with the uninterrupted losses.
+"""kill -9 at every bad moment of a run under torchrun: it continues from its last good checkpoint
+with the uninterrupted losses.
 
 Random moments: tests/distributed/test_random_kills.py.
 """
@@ -15,11 +16,11 @@ from tests.end_to_end.small_run import (
     command,
     compared,
     environment,
-    make_corpus,
     run_to_end,
 )
 
-# Each start of the run dies at its place, the next goes on: (place, step, rank), asynchronous saves, the newest checkpoint afterwards.
+# Each start of the run dies at its place, the next goes on:
+# (place, step, rank), asynchronous saves, the newest checkpoint afterwards.
 DEATHS = [
     (("step", 2, "1"), False, None),
     (("save", 3, "all"), False, None),
@@ -29,11 +30,6 @@ DEATHS = [
     (("step", 8, "all"), True, 6),
 ]
 SETTINGS = ["--device.precision", "bf16"]  # with fp32 main weights to restore
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def newest(run: Path) -> int | None:

@@ -1,16 +1,16 @@
-"""A reference run in the step and its stored scores tell the first step the same, through the programs a user runs.
+"""A reference run in the step and its stored scores tell the first step the same, through the
+programs a user runs.
 
-A stored score was made in a window of the corpus as it lies; a training sequence is S + 1 tokens of shuffled documents, each S further on:
-in general a token has another context in each. Here they coincide: every document has exactly S tokens, so a sequence is one document (its
-last label opens the next one and is masked), and documents are scored in isolation with a window of S. The shuffle then only changes the
-order, and every token is scored after exactly the tokens it is trained after. What is left is the rounding of stored scores to fp16.
+A stored score was made in a window of the corpus as it lies; a training sequence is S + 1 tokens of
+shuffled documents, each S further on: in general a token has another context in each. Here they
+coincide: every document has exactly S tokens, so a sequence is one document (its last label opens
+the next one and is masked), and documents are scored in isolation with a window of S. The shuffle
+then only changes the order, and every token is scored after exactly the tokens it is trained after.
+What is left is the rounding of stored scores to fp16.
 """
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +18,17 @@ import pytest
 
 from megatron_slm.testing.corpora import write_corpus
 from megatron_slm.tokenization import load_tokenizer
+from tests.end_to_end.warm_programs import run_program
 
-ROOT = Path(__file__).resolve().parents[2]
-SEQUENCES, LENGTH, VOCABULARY = 8, 32, 64
-
-
-def program(*arguments) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "WANDB_MODE": "offline",
-            "PYTHONPATH": str(ROOT),
-        },
-    )
-    assert done.returncode == 0, (
-        f"{arguments[0]} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
+SEQUENCES = 8
+LENGTH = 32
+VOCABULARY = 64
 
 
 def word_tokenizer(path: Path) -> None:
-    """A Hugging Face tokenizer of 64 words; the text is made as ids, so only its identity and size matter."""
+    """A Hugging Face tokenizer of 64 words; the text is made as ids, so only its identity and size
+    matter.
+    """
     from tokenizers import Tokenizer, models
 
     words = ["</s>", "<unk>", *(f"w{i}" for i in range(2, VOCABULARY))]
@@ -54,96 +39,68 @@ def word_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
+def write_text(folder: Path) -> None:
+    """A tokenizer and a corpus of one document for each sequence of the step."""
+    word_tokenizer(folder / "tokenizer.json")
+    random = np.random.RandomState(0)
+    count = SEQUENCES + 1  # the last sequence needs one more token
+    write_corpus(
+        folder / "corpus",
+        [random.randint(2, VOCABULARY, LENGTH) for _ in range(count)],
+        vocabulary_size=VOCABULARY,
+        tokenizer_fingerprint=load_tokenizer(folder / "tokenizer.json").fingerprint,
+    )
+
+
+def train(folder: Path, name: str, **settings) -> None:
+    options = {
+        "model.layers": 2,
+        "model.hidden_size": 32,
+        "model.ffn_hidden_size": 64,
+        "model.query_groups": 2,
+        "model.initialization_std": 0.2,
+        "data.tokenizer": folder / "tokenizer.json",
+        "data.train": f"[{folder}/corpus]",
+        "data.sequence_length": LENGTH,
+        "data.global_batch_size": SEQUENCES,
+        "monitoring.log_interval_steps": 1,
+        "monitoring.wandb.mode": "disabled",
+        "checkpoint.save_optimizer": "false",
+        "run.folder": folder / name,
+        **settings,
+    }
+    words = [(f"--{option}", value) for option, value in options.items()]
+    run_program("megatron_slm.train", *(word for pair in words for word in pair))
+
+
 @pytest.fixture(scope="module")
 def first_steps(tmp_path_factory):
     """The first train record of both runs."""
     folder = tmp_path_factory.mktemp("online")
-    word_tokenizer(folder / "tokenizer.json")
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    random = np.random.RandomState(0)
-    documents = [
-        random.randint(2, VOCABULARY, LENGTH) for _ in range(SEQUENCES + 1)
-    ]  # the last sequence needs one more token
-    write_corpus(
-        folder / "corpus",
-        documents,
-        vocabulary_size=VOCABULARY,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-    )
-    common = [
-        "--model.layers",
-        2,
-        "--model.ffn_hidden_size",
-        64,
-        "--model.query_groups",
-        2,
-        "--model.initialization_std",
-        0.2,
-        "--data.tokenizer",
-        folder / "tokenizer.json",
-        "--data.train",
-        f"[{folder}/corpus]",
-        "--data.sequence_length",
-        LENGTH,
-        "--data.global_batch_size",
-        SEQUENCES,
-        "--monitoring.log_interval_steps",
-        1,
-        "--monitoring.wandb.mode",
-        "disabled",
-        "--checkpoint.save_optimizer",
-        "false",
-    ]
-    program(
-        "megatron_slm.train",
-        *common,
-        "--model.hidden_size",
-        16,
-        "--run.seed",
-        5,
-        "--run.folder",
-        folder / "reference",
-        "--schedule.train_steps",
-        2,
-    )
-    program(
+    write_text(folder)
+    of_reference = {"model.hidden_size": 16, "run.seed": 5, "schedule.train_steps": 2}
+    train(folder, "reference", **of_reference)
+    run_program(
         "megatron_slm.score",
-        "--checkpoint",
-        folder / "reference",
-        "--corpus",
-        folder / "corpus",
-        "--output",
-        folder / "scores",
-        "--window-tokens",
-        LENGTH,
-        "--document-policy",
-        "isolated",
+        *("--checkpoint", folder / "reference", "--corpus", folder / "corpus"),
+        *("--output", folder / "scores"),
+        *("--window-tokens", LENGTH, "--document-policy", "isolated"),
     )
+    selective = {"schedule.train_steps": 1, "selection.scorer": "excess_loss"}
+    stored = {"selection.reference.scores": f"[{folder}/scores]"}
+    online = {"selection.reference.checkpoint": folder / "reference"}
     records = {}
-    for name, source in (
-        ("stored", ["--selection.reference.scores", f"[{folder}/scores]"]),
-        ("online", ["--selection.reference.checkpoint", folder / "reference"]),
-    ):
-        program(
-            "megatron_slm.train",
-            *common,
-            "--model.hidden_size",
-            32,
-            "--run.folder",
-            folder / name,
-            "--schedule.train_steps",
-            1,
-            "--selection.scorer",
-            "excess_loss",
-            *source,
-        )
+    for name, source in (("stored", stored), ("online", online)):
+        train(folder, name, **selective, **source)
         lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
         records[name] = next(line for line in lines if line["kind"] == "train")
     return records
 
 
 def test_every_token_of_the_step_has_a_score(first_steps):
-    """Otherwise the context was another one than intended, and the comparison below would be of other tokens."""
+    """Otherwise the context was another one than intended, and the comparison below would be of
+    other tokens.
+    """
     for record in first_steps.values():
         assert record["selection/without_score"] == 0
         assert record["selection/non_finite_scores"] == 0
@@ -156,7 +113,7 @@ def test_the_model_s_own_loss_is_the_same(first_steps):
 
 
 def test_the_reference_loss_agrees_up_to_fp16_storage(first_steps):
-    """Values of 4 to 8 nats are stored within 2^-9 nats; means of many of them agree much better."""
+    """Values of 4 to 8 nats are stored within 2^-9 nats; means of many agree much better."""
     stored, online = (first_steps[name]["loss/reference"] for name in ("stored", "online"))
     assert online == pytest.approx(stored, abs=2**-9)
     assert online > 1.0
@@ -166,7 +123,8 @@ def test_the_reference_loss_agrees_up_to_fp16_storage(first_steps):
 
 
 def test_the_selection_agrees_up_to_tokens_at_the_threshold(first_steps):
-    stored, online = first_steps["stored"], first_steps["online"]
+    stored = first_steps["stored"]
+    online = first_steps["online"]
     assert (
         online["tokens/selected"]
         == stored["tokens/selected"]

@@ -1,7 +1,11 @@
-"""The whole chain on a little real text, through the programs a user runs: every stage reads what the one before wrote."""
+"""The whole chain on a little real text, through the programs a user runs: every stage reads what
+the one before wrote.
+
+The reference is trained under torchrun and exported as a user would. The others are the same
+programs in warm processes.
+"""
 
 import json
-import os
 import subprocess
 import sys
 import sysconfig
@@ -11,8 +15,8 @@ import numpy as np
 import pytest
 
 from megatron_slm.data.manifest import check_corpus
+from tests.end_to_end.warm_programs import ROOT, environment, run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "argparse.py",
     "ast.py",
@@ -29,139 +33,84 @@ MODULES = (
 )
 
 
-def program(*arguments, processes: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a program of the project as a user would, with `processes` > 0 under torchrun."""
-    start = (
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            "-m",
-        ]
-        if processes
-        else [sys.executable, "-m"]
-    )
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WANDB_MODE": "offline",
-        "PYTHONPATH": str(ROOT),
-    }
+def write_texts(folder: Path) -> None:
+    """corpus.jsonl and held_out.jsonl: modules of the standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [(library / name).read_text() for name in MODULES if (library / name).exists()]
+    for name, part in (("corpus", texts[:-2]), ("held_out", texts[-2:])):
+        lines = [json.dumps({"text": text}) for text in part]
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def start(*words, check: bool = True) -> subprocess.CompletedProcess:
+    """Run Python as a user would."""
+    command = [sys.executable, *map(str, words)]
     done = subprocess.run(
-        [*start, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
     )
-    assert not check or done.returncode == 0, (
-        f"{arguments[0]} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def training_words(folder: Path, name: str, steps: int, *more) -> list[str]:
+    settings = {
+        "--run.folder": folder / name,
+        "--schedule.train_steps": steps,
+        "--model.layers": 2,
+        "--model.hidden_size": 32,
+        "--model.ffn_hidden_size": 64,
+        "--model.query_groups": 2,
+        "--data.tokenizer": folder / "tok.model",
+        "--data.train": f"[{folder}/corpus]",
+        "--data.validation": f"[{{name: target, corpus: {folder}/held_out}}]",
+        "--data.sequence_length": 64,
+        "--monitoring.validation_batches": 2,
+        "--monitoring.log_interval_steps": 2,
+    }
+    return [*(str(word) for pair in settings.items() for word in pair), *map(str, more)]
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """Text, tokenizer, corpora, reference, scores and a selectively trained model in one folder."""
     folder = tmp_path_factory.mktemp("chain")
-    library = Path(sysconfig.get_path("stdlib"))
-    texts = [(library / name).read_text() for name in MODULES if (library / name).exists()]
-    for name, part in (("corpus", texts[:-2]), ("held_out", texts[-2:])):
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"text": text}) + "\n" for text in part)
-        )
-    program(
-        "tokenizer.train",
-        "--input",
-        folder / "corpus.jsonl",
-        "--output-prefix",
-        folder / "tok",
-        "--vocab-size",
-        600,
+    write_texts(folder)
+    text = folder / "corpus.jsonl"
+    tokenizer = folder / "tok"
+    start(
+        *("-m", "tokenizer.train", "--input", text),
+        *("--output-prefix", tokenizer, "--vocab-size", 600),
     )
     for name in ("corpus", "held_out"):
-        program(
-            "data_tools.preprocess",
-            "--input",
-            folder / f"{name}.jsonl",
-            "--tokenizer",
-            folder / "tok.model",
-            "--output-prefix",
-            folder / name,
-            "--workers",
-            2,
+        start(
+            *("-m", "data_tools.preprocess", "--input", folder / f"{name}.jsonl"),
+            *("--tokenizer", folder / "tok.model", "--output-prefix", folder / name),
+            *("--workers", 2),
         )
-    common = [
-        "--model.layers",
-        2,
-        "--model.hidden_size",
-        32,
-        "--model.ffn_hidden_size",
-        64,
-        "--model.query_groups",
-        2,
-        "--data.tokenizer",
-        folder / "tok.model",
-        "--data.train",
-        f"[{folder}/corpus]",
-        "--data.validation",
-        f"[{{name: target, corpus: {folder}/held_out}}]",
-        "--data.sequence_length",
-        64,
-        "--monitoring.validation_batches",
-        2,
-        "--monitoring.log_interval_steps",
-        2,
-    ]
-    program(
-        "megatron_slm.train",
-        *common,
-        "--run.folder",
-        folder / "reference",
-        "--schedule.train_steps",
-        4,
-        "--parallel.tensor",
-        2,
-        processes=2,
+    start(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "megatron_slm.train"),
+        *training_words(folder, "reference", 4, "--parallel.tensor", 2),
     )
-    program(
+    run_program(
         "megatron_slm.score",
-        "--checkpoint",
-        folder / "reference",
-        "--corpus",
-        folder / "corpus",
-        "--output",
-        folder / "scores",
-        "--window-tokens",
-        64,
+        *("--checkpoint", folder / "reference", "--corpus", folder / "corpus"),
+        *("--output", folder / "scores", "--window-tokens", 64),
         processes=2,
     )
-    program(
-        "megatron_slm.train",
-        *common,
-        "--run.folder",
-        folder / "slm",
-        "--schedule.train_steps",
-        6,
-        "--selection.scorer",
-        "excess_loss",
-        "--selection.reference.scores",
-        f"[{folder}/scores]",
-        "--parallel.pipeline",
-        2,
-        processes=2,
-    )
+    selection = ("--selection.scorer", "excess_loss")
+    scores = ("--selection.reference.scores", f"[{folder}/scores]")
+    words = training_words(folder, "slm", 6, *selection, *scores, "--parallel.pipeline", 2)
+    run_program("megatron_slm.train", *words, processes=2)
     return folder
 
 
 @pytest.fixture(scope="module")
 def reference_hf(chain) -> Path:
     """The reference as a Hugging Face folder."""
-    run, output = chain / "reference", chain / "reference_hf"
-    program("megatron_slm.export_hf", "--checkpoint", run, "--output", output)
+    run = chain / "reference"
+    output = chain / "reference_hf"
+    start("-m", "megatron_slm.export_hf", "--checkpoint", run, "--output", output)
     return output
 
 
@@ -203,7 +152,9 @@ def test_run_folder_stands_alone(chain):
 
 
 def test_scores_are_the_references_own_losses(chain, reference_hf):
-    """Every stored score of the first window (tokens 1 to 63), against plain torch on the exported reference."""
+    """Every stored score of the first window (tokens 1 to 63), against plain torch on the exported
+    reference.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -226,11 +177,11 @@ def test_scores_are_the_references_own_losses(chain, reference_hf):
 
 
 def test_export_has_our_logits(chain):
-    done = program(
+    done = run_program(
         "megatron_slm.export_hf", "--checkpoint", chain / "slm", "--output", chain / "hf"
     )
     assert "adds no begin or end token to a text, as in the corpora" in done.stdout
-    done = program(
+    done = run_program(
         "megatron_slm.check_export",
         "--checkpoint",
         chain / "slm",
@@ -244,8 +195,8 @@ def test_export_has_our_logits(chain):
 
 def test_our_export_imported_again_prices_tokens_as_the_reference_did(chain, reference_hf):
     """Its tokenizer is known as the corpus's, although the export holds it in another form."""
-    program("megatron_slm.import_hf", "--input", reference_hf, "--output", chain / "again")
-    program(
+    run_program("megatron_slm.import_hf", "--input", reference_hf, "--output", chain / "again")
+    run_program(
         "megatron_slm.score",
         "--checkpoint",
         chain / "again",
@@ -262,7 +213,7 @@ def test_our_export_imported_again_prices_tokens_as_the_reference_did(chain, ref
 
 
 def test_report_is_one_page(chain):
-    program(
+    run_program(
         "megatron_slm.report",
         "--runs",
         chain / "reference",
@@ -280,18 +231,8 @@ def test_a_changed_corpus_is_refused_before_training(chain):
     whole = corpus.read_bytes()
     try:
         corpus.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-        done = program(
-            "megatron_slm.train",
-            "--data.tokenizer",
-            chain / "tok.model",
-            "--data.train",
-            f"[{chain}/corpus]",
-            "--run.folder",
-            chain / "refused",
-            "--schedule.train_steps",
-            1,
-            check=False,
-        )
+        words = training_words(chain, "refused", 1)
+        done = start("-m", "megatron_slm.train", *words, check=False)
     finally:
         corpus.write_bytes(whole)
     assert done.returncode == 3

@@ -1,13 +1,6 @@
 """--preflight as a user starts it: one page, an exit code, and nothing trained."""
 
-import pytest
-
-from tests.end_to_end.small_run import command, make_corpus, run_to_end
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.end_to_end.small_run import command, run_to_end
 
 
 def test_a_job_is_looked_at_and_not_started(corpus, tmp_path):

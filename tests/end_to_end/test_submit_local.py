@@ -31,7 +31,8 @@ def submit(description: Path, *words: str) -> str:
 
 
 def test_a_description_becomes_trained_and_compared_models(tmp_path):
-    description, out = write_description(tmp_path), tmp_path / "out"
+    description = write_description(tmp_path)
+    out = tmp_path / "out"
     submit(description)
     assert ScoreManifest.from_json(out / "scores" / "manifest.json").complete
     records = [json.loads(line) for line in (out / "slm" / "metrics.jsonl").open()]
