@@ -39,7 +39,8 @@ def train_until_a_file_is_cut(groups, folder: Path, cut: str):
         )
     corpora = open_corpora([str(mine / "train"), str(mine / "target")])
     config = make_config(folder, f"run_{cut}", CASE, groups.dp_size)
-    config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    config.checkpoint.interval_steps = 0
+    config.checkpoint.keep_best = 0
     config.schedule.train_steps = 4 * CHECK_STEPS  # further than what is read ahead
     run_inputs = RunInputs(Tokenizer(), corpora[:1], {"target": corpora[1]}, VOCABULARY)
     run = TrainingRun(config, groups, run_inputs)
@@ -71,7 +72,8 @@ def train_until_the_disk_lies(groups, folder: Path) -> tuple[str, int, int]:
         check_corpus(prefix)
     torch.distributed.barrier()
     config = make_config(folder, "run", CASE, groups.dp_size)
-    config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    config.checkpoint.interval_steps = 0
+    config.checkpoint.keep_best = 0
     config.data.check_interval_seconds = 1
     run = start(groups, config, [str(prefix)])
     hand_out = run.loader.next_step

@@ -1,9 +1,10 @@
-"""Mixtures of experts in every layout against plain single-process torch: losses, selected set, gradient norm, auxiliary losses, weights;
-checkpoints of one layout continued in another."""
+"""Mixtures of experts in every layout against plain single-process torch: losses, selected set,
+gradient norm, auxiliary losses, weights; checkpoints of one layout continued in another.
+"""
 
+import contextlib
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,23 @@ from megatron_slm.config.check import check_config
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.distributed.bench import (
+    LENGTH,
+    VOCABULARY,
+    SyntheticSamples,
+    local_steps,
+    make_trainer,
+    rows_in_populations,
+    take_layout,
+    train,
+    weights_of,
+    whole_batch,
+)
 
-STEPS, MORE_STEPS, SEQUENCES, LENGTH, VOCABULARY = 3, 2, 8, 16, 50
+STEPS = 3
+MORE_STEPS = 2
+SEQUENCES = 8
+SAMPLES = SyntheticSamples((STEPS + MORE_STEPS) * SEQUENCES)
 MICRO_BATCH = 2  # the same in every layout: experts are balanced over micro-batches
 LAYOUTS = {
     "single": {},
@@ -90,15 +106,15 @@ def make_config(case: str, layout: dict) -> Config:
         train=["corpus"],
         tokenizer="t",
     )
-    config.selection.scorer, config.selection.scope, config.selection.keep_fraction = (
-        scorer,
-        scope,
-        0.6,
+    config.selection = dataclasses.replace(
+        config.selection,
+        scorer=scorer,
+        scope=scope,
+        keep_fraction=0.6,
+        # "last_layer" is exact: nothing else may change.
+        backward_rows="last_layer" if case == "slm_sequence" else "all",
     )
     config.selection.reference.scores = ["synthetic"]
-    config.selection.backward_rows = (
-        "last_layer" if case == "slm_sequence" else "all"
-    )  # exact: nothing else may change
     overlap = layout.get("overlap", False)
     config.parallel = dataclasses.replace(
         config.parallel,
@@ -117,123 +133,86 @@ def make_config(case: str, layout: dict) -> Config:
     return config
 
 
-class SyntheticSamples:
-    """Random tokens, some masked labels, some tokens without a score."""
-
-    def __len__(self):
-        return (STEPS + MORE_STEPS) * SEQUENCES
-
-    def __getitem__(self, index):
-        random = np.random.default_rng(index)
-        text = random.integers(0, VOCABULARY, LENGTH + 1)
-        reference = np.round(random.uniform(3, 5, LENGTH), 1).astype(np.float32)
-        reference[random.random(LENGTH) < 0.05] = np.nan
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32),
-            "position_ids": np.arange(LENGTH),
-            "corpus_id": np.int64(0),
-            "reference_loss": reference,
-        }
-
-
-def make_trainer(config, groups):
-    from megatron_slm.model.build import build_model
-    from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_slm.parallel import seed_everything
-    from megatron_slm.training.step import Trainer
-    from megatron_slm.training.token_selector import TokenSelector
-
-    seed_everything(config.run.seed, groups)
-    models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
-    return Trainer(
-        models,
-        build_optimizer(models, config),
-        TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1),
-        groups,
-    )
-
-
-def steps_of(trainer, config, first: int, count: int):
-    """(report, divisor before backward, divisor after it) of every step."""
-    from megatron_slm.data.batch import slice_for_context_parallel
-    from megatron_slm.data.loader import TrainingLoader
+@contextlib.contextmanager
+def watch_divisors():
+    """The divisors of the steps taken meanwhile, each summed over the ranks: of a step with experts
+    the one that was known before backward, and the one counted in it.
+    """
     from megatron_slm.model import forward_backward
-    from megatron_slm.selection import TrainingProgress
-    from megatron_slm.training.learning_rate import learning_rate
-    from megatron_slm.training.step import train_step
 
-    groups, sums, over_ranks = trainer.groups, [], forward_backward._over_ranks
-    forward_backward._over_ranks = lambda part, groups: (
-        sums.append(float(over_ranks(part, groups))),
-        part,
-    )[1]
-    loader = TrainingLoader(
-        SyntheticSamples(),
-        global_batch_size=SEQUENCES,
-        micro_batch_size=MICRO_BATCH,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        start_sample=first * SEQUENCES,
-    )
+    over_ranks = forward_backward._over_ranks
+    divisors = []
+
+    def noting(part, groups):
+        divisors.append(float(over_ranks(part, groups)))
+        return part
+
+    forward_backward._over_ranks = noting
     try:
-        for step in range(first, first + count):
-            batches = [
-                slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
-                for batch in loader.next_step()
-            ]
-            sums.clear()
-            report = train_step(
-                trainer,
-                batches,
-                TrainingProgress(step, step * SEQUENCES * LENGTH),
-                learning_rate(config, step + 1, config.schedule.train_steps),
-            )
-            yield report, sums[0], sums[-1]
+        yield divisors
     finally:
         forward_backward._over_ranks = over_ranks
-        loader.close()
 
 
-def next_layout(groups, layouts: list[dict]) -> dict:
-    """The layout of this call; `layouts` is this process's own copy, from which those too small for its rank are dropped too."""
-    while True:
-        layout = layouts.pop(0)
-        if groups.world_rank < layout.get("tp", 1) * layout.get("pp", 1) * layout.get(
-            "cp", 1
-        ) * layout.get("dp", 1):
-            return layout
+def observe(trainer, config, first: int, count: int) -> dict:
+    """Take these steps; the divisor of each must have been known before its backward."""
+    from megatron_slm.model.router import summarise_routing
+    from megatron_slm.selection.diagnostics import summarise
+
+    def summary(reduced):
+        return {**summarise(reduced), **summarise_routing(reduced, 2, 4)}
+
+    batches = local_steps(trainer.groups, config, SAMPLES, count, first)
+    steps = []
+    with watch_divisors() as divisors:
+        for step in train(trainer, config, batches, first=first, summarise=summary):
+            assert divisors[0] == divisors[-1]
+            divisors.clear()
+            steps.append(step)
+    return {"steps": steps, "last_stage": trainer.groups.is_last_stage}
 
 
-def train_in_layout(groups, layouts, cases, folder):
-    """All cases from the start, the continued one saved at the end; or, in a layout with a "source", that one continued from the source's checkpoint."""
-    layout = next_layout(groups, layouts)
+def new_trainer(groups, config):
+    from megatron_slm.parallel import seed_everything
+
+    seed_everything(config.run.seed, groups)
+    return make_trainer(groups, config)
+
+
+def train_in_layout(groups, layouts, folder) -> dict:
+    """All cases from the start, the continued one saved at the end; or, in a layout with a
+    "source", that one continued from the source's checkpoint.
+    """
+    name, layout = take_layout(groups, layouts)
     if "source" in layout:
-        trainer = make_trainer(config := make_config(CONTINUED_CASE, layout), groups)
+        config = make_config(CONTINUED_CASE, layout)
+        trainer = new_trainer(groups, config)
         store(groups, folder / layout["source"]).load_latest(trainer.models, trainer.optimizer)
         return observe(trainer, config, STEPS, MORE_STEPS)
-    results = {case: train_case(groups, case, layout, folder) for case in cases}
-    for scorer, scope, options in (
-        UNKNOWN_AHEAD.values() if layout["name"] in ("dp2", "pp2") else ()
-    ):
-        config = make_config("slm", layout)
-        config.selection.scorer, config.selection.scope, config.selection.scorer_options = (
-            scorer,
-            scope,
-            options,
-        )
-        trainer = make_trainer(config, groups)
-        rules = trainer.selector.rules
-        assert rules.needs_whole_step(weight_needed_ahead=trainer.weight_needed_ahead)
-        observe(trainer, config, 0, 2)  # which asserts that the divisor was known
-    if layout["name"] in ("single", "ep2"):
+    results = {case: train_case(groups, case, name, layout, folder) for case in CASES}
+    if name in ("dp2", "pp2"):
+        for choice in UNKNOWN_AHEAD.values():
+            train_with_unknown_divisor(groups, layout, *choice)
+    if name in ("single", "ep2"):
         results["dense reference"] = dense_reference_losses(groups, layout)
     return results
 
 
+def train_with_unknown_divisor(groups, layout, scorer, scope, options) -> None:
+    config = make_config("slm", layout)
+    config.selection = dataclasses.replace(
+        config.selection, scorer=scorer, scope=scope, scorer_options=options
+    )
+    trainer = new_trainer(groups, config)
+    rules = trainer.selector.rules
+    assert rules.needs_whole_step(weight_needed_ahead=trainer.weight_needed_ahead)
+    observe(trainer, config, 0, 2)  # which asserts that the divisor was known
+
+
 def dense_reference_losses(groups, layout) -> list:
-    """loss_BS of two sequences by a model without experts in this layout, as an online reference is built."""
+    """loss_BS of two sequences by a model without experts in this layout, as an online reference is
+    built.
+    """
     from megatron_slm.checkpoint.folder import CheckpointInfo
     from megatron_slm.data.batch import collate
     from megatron_slm.model.build import build_model
@@ -244,35 +223,30 @@ def dense_reference_losses(groups, layout) -> list:
     info = CheckpointInfo({**dataclasses.asdict(config.model), "experts": 0}, LENGTH, {}, 0, 0)
     config = reference_config(config, info)
     check_config(config, groups.world_size, training=False)
-    batch = collate([SyntheticSamples()[index] for index in (0, 1)], [0, 1])
-    return [
-        output["loss"]
-        for output in forward_losses(
-            build_model(config, VOCABULARY, groups, trainable=False), [batch], groups
-        )
-    ]
+    batch = collate([SAMPLES[index] for index in (0, 1)], [0, 1])
+    models = build_model(config, VOCABULARY, groups, trainable=False)
+    return [output["loss"] for output in forward_losses(models, [batch], groups)]
 
 
-def train_case(groups, case, layout, folder):
+def train_case(groups, case, name, layout, folder):
     from megatron_slm.checkpoint.folder import CheckpointInfo
     from megatron_slm.checkpoint.store import trainer_state
 
     config = make_config(case, layout)
     check_config(config, groups.world_size)
-    trainer = make_trainer(config, groups)
+    trainer = new_trainer(groups, config)
     results = {
         "before": weights_of(trainer),
         **observe(trainer, config, 0, STEPS),
         "after": weights_of(trainer),
     }
-    if case == CONTINUED_CASE and layout["name"] in CONTINUED.values():
+    if case == CONTINUED_CASE and name in CONTINUED.values():
         info = CheckpointInfo(dataclasses.asdict(config.model), LENGTH, {}, STEPS, 0)
-        store(groups, folder / layout["name"]).save(
+        store(groups, folder / name).save(
             trainer.models, trainer.optimizer, info, trainer_state(trainer.optimizer, groups)
         )
-        results["rows"] += observe(trainer, config, STEPS, MORE_STEPS)[
-            "rows"
-        ]  # saving leaves no trace
+        # Saving leaves no trace: the steps after it are compared too.
+        results["steps"] += observe(trainer, config, STEPS, MORE_STEPS)["steps"]
     return results
 
 
@@ -282,99 +256,41 @@ def store(groups, folder):
     return CheckpointStore(folder, groups)
 
 
-def weights_of(trainer):
-    from megatron.core.utils import unwrap_model
-
-    return {
-        name: p.detach().clone()
-        for chunk in unwrap_model(trainer.models)
-        for name, p in chunk.named_parameters()
-    }
-
-
-def observe(trainer, config, first: int, count: int):
-    """Per step: selected ids of this rank, metrics, gradient norm."""
-    from megatron_slm.model.router import summarise_routing
-    from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection.diagnostics import summarise
-
-    chosen, rows, metrics = [], [], Metrics(trainer.groups.device)
-    describe = trainer.selector.describe
-    trainer.selector.describe = lambda batch, outputs, selection, progress: (
-        chosen.append(set(batch.token_id_BS[selection.mask].tolist())),
-        describe(batch, outputs, selection, progress),
-    )[1]
-    for report, ahead, divisor in steps_of(trainer, config, first, count):
-        assert ahead == divisor
-        metrics.add_all(report.measured)
-        summary = metrics.reduce(
-            trainer.groups.dp_cp,
-            summarise=lambda reduced: {**summarise(reduced), **summarise_routing(reduced, 2, 4)},
-        )
-        rows.append((set().union(*chosen), summary, report.grad_norm))
-        chosen.clear()
-    return {"rows": rows, "last_stage": trainer.groups.is_last_stage}
-
-
 def plain_rows(case, dp, state):
-    """The same steps in plain torch; populations depend on the data-parallel size under scope data_parallel."""
+    """The same steps in plain torch, and the weights after the first STEPS; populations depend on
+    the data-parallel size under scope data_parallel.
+    """
     from megatron_slm.training.learning_rate import learning_rate
 
     config = make_config(case, {})
+    rows = []
+    after = {}
     trainer = PlainTrainer(PlainDecoder(config.model, VOCABULARY, state), config.optimizer)
-    everything, samples, rows = list(range(SEQUENCES)), SyntheticSamples(), []
-    width = {"data_parallel": dp * MICRO_BATCH, "sequence": 1, "global_batch": SEQUENCES}[
-        CASES[case][1]
-    ]
-    populations = [everything[i : i + width] for i in range(0, SEQUENCES, width)]
-    micro_batches = [everything[i : i + MICRO_BATCH] for i in range(0, SEQUENCES, MICRO_BATCH)]
     for step in range(STEPS + MORE_STEPS):
-        picked = [samples[step * SEQUENCES + i] for i in everything]
-        batch = {
-            name: torch.from_numpy(np.stack([sample[name] for sample in picked]))
-            for name in picked[0]
-        }
         outcome = trainer.step(
-            batch,
-            populations,
-            None if case == "clm" else 0.6,
+            whole_batch(SAMPLES, range(step * SEQUENCES, (step + 1) * SEQUENCES)),
+            rows_in_populations(config.selection.scope, SEQUENCES, dp * MICRO_BATCH),
+            None if case == "clm" else config.selection.keep_fraction,
             learning_rate(config, step + 1, config.schedule.train_steps),
-            micro_batches,
+            rows_in_populations("", SEQUENCES, MICRO_BATCH),
         )
-        busiest = [
-            chosen.flatten(0, 1).sum(0).max() / chosen.flatten(0, 1).sum(0).mean()
-            for _, chosen in trainer.decoder.routed
-        ]
-        rows.append(
-            (
-                *outcome,
-                float(trainer.balance) / 2,
-                float(trainer.z_loss) / 2,
-                float(sum(busiest)) / 2,
-            )
-        )
+        load_of_layers = [chosen.flatten(0, 1).sum(0) for _, chosen in trainer.decoder.routed]
+        imbalance = sum(load.max() / load.mean() for load in load_of_layers)
+        routing = (trainer.balance, trainer.z_loss, imbalance)
+        rows.append((*outcome, *(float(value) / 2 for value in routing)))
         if step + 1 == STEPS:
-            after = {
-                name: trainer.decoder.weight(name).detach().clone()
-                for name in trainer.decoder.names
-            }
+            for name in trainer.decoder.names:
+                after[name] = trainer.decoder.weight(name).detach().clone()
     return rows, after
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    fresh = {name: {**layout, "name": name} for name, layout in LAYOUTS.items()}
-    continued = {
-        f"{name} from {source}": {**LAYOUTS[name], "source": source}
-        for name, source in CONTINUED.items()
-    }
-    return run_layouts_on_cpu(
-        train_in_layout,
-        fresh | continued,
-        list((fresh | continued).values()),
-        CASES,
-        tmp_path_factory.mktemp("checkpoints"),
-    )
+    layouts = dict(LAYOUTS)
+    for name, source in CONTINUED.items():
+        layouts[f"{name} from {source}"] = {**LAYOUTS[name], "source": source}
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return run_layouts_on_cpu(train_in_layout, layouts, dict(layouts), folder)
 
 
 @pytest.fixture(scope="module")
@@ -390,9 +306,8 @@ def plain(results):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_plain_torch(name, case, results, plain):
     ranks = [rank[case] for rank in results[name]]
-    compare(
-        ranks, plain[case, LAYOUTS[name].get("dp", 1)][0][: len(ranks[0]["rows"])], CASES[case][2]
-    )
+    rows, _ = plain[case, LAYOUTS[name].get("dp", 1)]
+    compare(ranks, rows[: len(ranks[0]["steps"])], CASES[case][2])
 
 
 def test_a_dense_reference_stands_beside_spread_experts(results):
@@ -412,40 +327,38 @@ def test_a_checkpoint_continues_in_another_layout(name, source, results, plain):
 
 
 def compare(ranks, expected, settings):
-    last_stage = [rank for rank in ranks if rank["last_stage"]]
-    for step, (
-        selected,
-        _loss_all,
-        loss_selected,
-        grad_norm,
-        balance,
-        z_loss,
-        imbalance,
-    ) in enumerate(expected):
-        assert set().union(*(rank["rows"][step][0] for rank in last_stage)) == selected, (
-            f"step {step}: another set of tokens"
-        )
+    for step, row in enumerate(expected):
+        selected, _loss_all, loss_selected, grad_norm, *routing = row
         for rank in ranks:
-            assert rank["rows"][step][2] == pytest.approx(grad_norm, rel=2e-4), (
+            assert rank["steps"][step].grad_norm == pytest.approx(grad_norm, rel=2e-4), (
                 f"step {step}: another gradient norm"
             )
-        for summary in (rank["rows"][step][1] for rank in last_stage):
-            assert summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5)
-            assert summary["moe/load_imbalance"] == pytest.approx(imbalance, rel=1e-6)
-            assert ("moe/load_balancing_loss" in summary) == (
-                settings["load_balancing_coefficient"] > 0
-            )
-            if "moe/load_balancing_loss" in summary:
-                assert summary["moe/load_balancing_loss"] == pytest.approx(balance, rel=1e-5)
-            if "router_z_loss_coefficient" in settings:
-                assert summary["moe/router_z_loss"] == pytest.approx(z_loss, rel=1e-5)
+        last_stage = [rank["steps"][step] for rank in ranks if rank["last_stage"]]
+        assert set().union(*(found.selected for found in last_stage)) == selected, (
+            f"step {step}: another set of tokens"
+        )
+        for found in last_stage:
+            assert found.summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5)
+            compare_routing(found.summary, *routing, settings)
+
+
+def compare_routing(summary, balance, z_loss, imbalance, settings):
+    assert summary["moe/load_imbalance"] == pytest.approx(imbalance, rel=1e-6)
+    balanced = settings["load_balancing_coefficient"] > 0
+    assert ("moe/load_balancing_loss" in summary) == balanced
+    if balanced:
+        assert summary["moe/load_balancing_loss"] == pytest.approx(balance, rel=1e-5)
+    if "router_z_loss_coefficient" in settings:
+        assert summary["moe/router_z_loss"] == pytest.approx(z_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "name", ["single", "dp2", "ep2", "ep4", "ep2_distributed_optimizer", "cp2_ep2"]
 )
 def test_weights_after_the_steps_equal_plain_torch(name, results, plain):
-    """Experts are compared under their global number: rank r of the expert group holds experts r * 4 / ep and on."""
+    """Experts are compared under their global number: rank r of the expert group holds experts
+    r * 4 / ep and on.
+    """
     size = LAYOUTS[name].get("ep", 1)
     for number, rank in enumerate(results[name]):
         first = number % size * (4 // size)

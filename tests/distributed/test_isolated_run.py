@@ -1,4 +1,6 @@
-"""A run with isolated documents, from corpus to metrics: what it validates is each document's loss when it is run alone by plain torch."""
+"""A run with isolated documents, from corpus to metrics: what it validates is each document's loss
+when it is run alone by plain torch.
+"""
 
 import dataclasses
 import json
@@ -13,7 +15,8 @@ from megatron_slm.testing.corpora import random_documents, write_corpus
 from megatron_slm.testing.plain import PlainDecoder
 from megatron_slm.testing.spawn import run_on_cpu
 
-VOCABULARY, LENGTH = 50, 32
+VOCABULARY = 50
+LENGTH = 32
 
 
 def make_config(folder: Path, policy: str) -> Config:
@@ -44,7 +47,9 @@ def make_config(folder: Path, policy: str) -> Config:
 
 
 def train(groups, folder: Path, policy: str) -> dict:
-    """One step of a whole run with its validation before and after; returns the weights it began with."""
+    """One step of a whole run with its validation before and after; returns the weights it began
+    with.
+    """
     from megatron.core.utils import unwrap_model
 
     from megatron_slm.data.scored_dataset import open_corpora
@@ -79,7 +84,8 @@ def test_validation_is_the_loss_of_what_the_policy_lets_a_token_see(tmp_path, po
     losses = []
     with torch.no_grad():
         for first in range(0, len(flat) - 1, LENGTH):
-            tokens, inside = flat[first : first + LENGTH + 1], number[first : first + LENGTH + 1]
+            tokens = flat[first : first + LENGTH + 1]
+            inside = number[first : first + LENGTH + 1]
             pieces = (
                 [tokens[inside == i] for i in inside.unique()] if policy == "isolated" else [tokens]
             )

@@ -1,4 +1,6 @@
-"""One table: the same model, data and ten optimizer steps in every parallel layout, against plain single-process torch."""
+"""One table: the same model, data and ten optimizer steps in every parallel layout, against plain
+single-process torch.
+"""
 
 import dataclasses
 
@@ -9,15 +11,29 @@ import torch
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.distributed.bench import (
+    LENGTH,
+    VOCABULARY,
+    SyntheticSamples,
+    local_steps,
+    make_trainer,
+    rows_in_populations,
+    take_layout,
+    train,
+    weights_of,
+    whole_batch,
+)
 
-STEPS, SEQUENCES, LENGTH, VOCABULARY = 10, 8, 16, 50
-POPULATION = 4  # sequences that compete at once under scope data_parallel: dp * micro-batch size is this in every layout
+STEPS = 10
+SEQUENCES = 8
+POPULATION = 4
+"""Sequences that compete at once under scope data_parallel, dp * micro-batch size in each layout.
+"""
 KEEP = 0.6
 
 EVERY_CASE = ("clm", "data_parallel", "sequence", "global_batch", "keep_all")
 FEW = ("data_parallel",)
 ISOLATED = ("data_parallel", "isolated")
-# name -> parallel sizes and options; micro-batch size follows from POPULATION. Each exercises another path of megatron-core.
 LAYOUTS = {
     "single": dict(cases=(*EVERY_CASE, "isolated")),
     "recompute_selective": dict(recompute="selective", cases=ISOLATED),
@@ -62,6 +78,9 @@ LAYOUTS = {
         cases=("isolated",),
     ),
 }
+"""name -> parallel sizes and options; the micro-batch size follows from POPULATION. Each takes
+another path through megatron-core.
+"""
 ROUNDED = [name for name, layout in LAYOUTS.items() if "precision" in layout]
 EXACT = [name for name in LAYOUTS if name not in ROUNDED]
 
@@ -111,122 +130,37 @@ def make_config(case: str, layout: dict) -> Config:
     return config
 
 
-class SyntheticSamples:
-    """Samples as ScoredDataset gives them: random tokens, some masked labels, some tokens without a score, many tied scores.
-
-    With `isolate_documents`, of one to four documents, whose first tokens are no targets.
-    """
-
-    def __init__(self, isolate_documents=False):
-        self.isolate_documents = isolate_documents
-
-    def __len__(self):
-        return STEPS * SEQUENCES
-
-    def __getitem__(self, index):
-        random = np.random.default_rng(index)
-        text = random.integers(0, VOCABULARY, LENGTH + 1)
-        reference = np.round(random.uniform(3, 5, LENGTH), 1).astype(np.float32)
-        reference[random.random(LENGTH) < 0.05] = np.nan
-        sample = {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32),
-            "position_ids": np.arange(LENGTH),
-            "corpus_id": np.int64(0),
-            "reference_loss": reference,
-        }
-        if self.isolate_documents:
-            begins = np.unique([0, *random.integers(1, LENGTH, index % 4)])
-            sample["document_start"] = begins[
-                np.searchsorted(begins, np.arange(LENGTH), side="right") - 1
-            ]
-            sample["position_ids"] = sample["position_ids"] - sample["document_start"]
-            sample["loss_mask"][begins[1:] - 1] = 0.0
-        return sample
-
-
 def train_in_layout(groups, layouts):
-    """Ten real steps in this layout: per step (selected ids of this rank, loss/all, loss/selected, grad norm), the weights at start (this
-    rank's, by local name) and at the end (this rank's shards, by global name and place), and how often parts of the model ran."""
+    """Of each case ten real steps in this layout: the weights at the start (this rank's, by local
+    name) and at the end (this rank's shards, by global name and place), and how often parts of the
+    model ran.
+    """
     from megatron.core.utils import unwrap_model
 
-    from megatron_slm.data.batch import slice_for_context_parallel
-    from megatron_slm.data.loader import TrainingLoader
-    from megatron_slm.model.build import build_model
-    from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_slm.monitoring import Metrics
     from megatron_slm.parallel import seed_everything
-    from megatron_slm.selection import TrainingProgress
-    from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.learning_rate import learning_rate
-    from megatron_slm.training.step import Trainer, train_step
-    from megatron_slm.training.token_selector import TokenSelector
 
-    layout = next(spec for spec in layouts.values() if _matches(groups, spec))
-    layouts.pop(
-        next(name for name, spec in layouts.items() if spec is layout)
-    )  # this process's own copy: next time the next layout
+    _, layout = take_layout(groups, layouts)
     results = {}
     for case in layout["cases"]:
         config = make_config(case, layout)
         seed_everything(config.run.seed, groups)
-        models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
-        weights_before = {
-            name: p.detach().clone()
-            for chunk in unwrap_model(models)
-            for name, p in chunk.named_parameters()
-        }
-        selector = TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1)
-        trainer = Trainer(models, build_optimizer(models, config), selector, groups)
-        loader = TrainingLoader(
-            SyntheticSamples(case == "isolated"),
-            global_batch_size=SEQUENCES,
-            micro_batch_size=config.data.micro_batch_size,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-        )
-        chosen, metrics, rows = [], Metrics(groups.device), []
-        spy_on_selection(selector, chosen)
-        calls = count_calls(unwrap_model(models))
-        for step in range(STEPS):
-            batches = [
-                slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
-                for batch in loader.next_step()
-            ]
-            report = train_step(
-                trainer,
-                batches,
-                TrainingProgress(step, step * SEQUENCES * LENGTH),
-                learning_rate(config, step + 1, config.schedule.train_steps),
-            )
-            metrics.add_all(report.measured)
-            summary = metrics.reduce(groups.dp_cp, summarise=summarise)
-            rows.append(
-                (
-                    set().union(*chosen),
-                    summary.get("loss/all"),
-                    summary.get("loss/selected"),
-                    report.grad_norm,
-                )
-            )
-            chosen.clear()
-        loader.close()
-        for model in models:  # overlap: the last update's gather is still under way
-            model.disable_forward_pre_hook() if config.parallel.overlap_param_gather else None
-        gradient_dtypes = {
-            parameter.main_grad.dtype
-            for chunk in unwrap_model(models)
-            for parameter in chunk.parameters()
-        }
+        trainer = make_trainer(groups, config)
+        chunks = unwrap_model(trainer.models)
+        before = weights_of(trainer)
+        calls = count_calls(chunks)
+        samples = SyntheticSamples(STEPS * SEQUENCES, case == "isolated")
+        steps = list(train(trainer, config, local_steps(groups, config, samples, STEPS)))
+        if config.parallel.overlap_param_gather:  # the last update's gather is still under way
+            for model in trainer.models:
+                model.disable_forward_pre_hook()
         results[case] = {
-            "rows": rows,
-            "before": weights_before,
-            "shards": weight_shards(unwrap_model(models)),
+            "steps": steps,
+            "before": before,
+            "shards": weight_shards(chunks),
             "last_stage": groups.is_last_stage,
             "tp_rank": groups.tp_rank,
             "calls": calls,
-            "gradient_dtypes": gradient_dtypes,
+            "gradient_dtypes": {p.main_grad.dtype for chunk in chunks for p in chunk.parameters()},
         }
     return results
 
@@ -244,7 +178,7 @@ def count_calls(chunks):
 
 
 def weight_shards(chunks):
-    """(global name, global shape, place in it, values) of every part of a weight this rank holds."""
+    """(global name, global shape, place in it, values) of every part of a weight of this rank."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -252,25 +186,22 @@ def weight_shards(chunks):
     apply_factories(sharded)
     shards = []
     for tensor in nested_values(sharded):
-        if isinstance(tensor, ShardedTensor):
-            stacked = tensor.prepend_axis_num
-            inside = tuple(
-                slice(o, o + n)
-                for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
-            )
-            shards.append(
-                (
-                    tensor.key,
-                    tensor.global_shape,
-                    (*tensor.global_offset[:stacked], *inside),
-                    tensor.data.detach().float().clone(),
-                )
-            )
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        stacked = tensor.prepend_axis_num
+        ends = zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
+        inside = [slice(offset, offset + length) for offset, length in ends]
+        place = (*tensor.global_offset[:stacked], *inside)
+        shards.append(
+            (tensor.key, tensor.global_shape, place, tensor.data.detach().float().clone())
+        )
     return shards
 
 
 def whole_weights(ranks):
-    """The full weights of a layout under megatron-core's names in one process, from the shards of all its ranks; NaN where no rank holds any."""
+    """The full weights of a layout under megatron-core's names in one process, from the shards of
+    all its ranks; NaN where no rank holds any.
+    """
     stacked = {}
     for rank in ranks:
         for key, shape, place, values in rank["shards"]:
@@ -283,7 +214,8 @@ def whole_weights(ranks):
     weights = {}
     for key, full in stacked.items():
         if key.startswith("decoder.layers."):
-            # stored under the names of Transformer Engine's fused layers, so that its checkpoints and ours are one
+            # Stored under the names of Transformer Engine's fused layers, so that its checkpoints
+            # and ours are one.
             rest = key.removeprefix("decoder.layers.").replace(
                 "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
             )
@@ -294,54 +226,19 @@ def whole_weights(ranks):
     return weights
 
 
-def _matches(groups, spec):
-    return (
-        groups.tp_size,
-        groups.pp_size,
-        groups.virtual_chunks,
-        groups.cp_size,
-        groups.dp_size,
-    ) == (
-        spec.get("tp", 1),
-        spec.get("pp", 1),
-        spec.get("vpp", 1),
-        spec.get("cp", 1),
-        spec.get("dp", 1),
-    )
-
-
-def spy_on_selection(selector, chosen):
-    """Note the ids of every token that a selection keeps."""
-    describe = selector.describe
-
-    def noting(batch, outputs, selection, progress):
-        chosen.append(set(batch.token_id_BS[selection.mask].tolist()))
-        return describe(batch, outputs, selection, progress)
-
-    selector.describe = noting
-
-
 def plain_rows(case, state):
     """The same ten steps in plain torch."""
     from megatron_slm.training.learning_rate import learning_rate
 
     config = make_config(case, {})
     trainer = PlainTrainer(PlainDecoder(config.model, VOCABULARY, state), config.optimizer)
-    samples, rows = SyntheticSamples(case == "isolated"), []
-    everything = list(range(SEQUENCES))
-    populations = {"sequence": [[row] for row in everything], "global_batch": [everything]}.get(
-        case, [everything[i : i + POPULATION] for i in range(0, SEQUENCES, POPULATION)]
-    )
+    samples = SyntheticSamples(STEPS * SEQUENCES, case == "isolated")
+    rows = []
     for step in range(STEPS):
-        picked = [samples[step * SEQUENCES + i] for i in everything]
-        batch = {
-            name: torch.from_numpy(np.stack([sample[name] for sample in picked]))
-            for name in picked[0]
-        }
         rows.append(
             trainer.step(
-                batch,
-                populations,
+                whole_batch(samples, range(step * SEQUENCES, (step + 1) * SEQUENCES)),
+                rows_in_populations(case, SEQUENCES, POPULATION),
                 None if case == "clm" else config.selection.keep_fraction,
                 learning_rate(config, step + 1, config.schedule.train_steps),
             )
@@ -367,23 +264,25 @@ def plain(results):
     "name, case", [(name, case) for name in EXACT for case in LAYOUTS[name]["cases"]]
 )
 def test_layout_equals_plain_torch(name, case, results, plain):
-    """At each of ten steps the same tokens, losses and gradient norm; after them the same weights, put together from all ranks."""
+    """At each of ten steps the same tokens, losses and gradient norm; after them the same weights,
+    put together from all ranks.
+    """
     ranks = [rank[case] for rank in results[name]]
-    last_stage = [rank for rank in ranks if rank["last_stage"]]
     for step, (selected, loss_all, loss_selected, grad_norm) in enumerate(plain[case][0]):
-        assert set().union(*(rank["rows"][step][0] for rank in last_stage)) == selected, (
-            f"step {step}: another set of tokens"
-        )
         for rank in ranks:
-            assert rank["rows"][step][3] == pytest.approx(grad_norm, rel=2e-4), (
+            assert rank["steps"][step].grad_norm == pytest.approx(grad_norm, rel=2e-4), (
                 f"step {step}: another gradient norm"
             )
-        for rank in last_stage:
-            assert rank["rows"][step][2] == pytest.approx(loss_selected, rel=2e-5), (
+        last_stage = [rank["steps"][step] for rank in ranks if rank["last_stage"]]
+        assert set().union(*(found.selected for found in last_stage)) == selected, (
+            f"step {step}: another set of tokens"
+        )
+        for found in last_stage:
+            assert found.summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5), (
                 f"step {step}: another loss of the selected tokens"
             )
             if case == "clm":
-                assert rank["rows"][step][1] == pytest.approx(loss_all, rel=2e-5)
+                assert found.summary["loss/all"] == pytest.approx(loss_all, rel=2e-5)
     weights = whole_weights(ranks)
     assert weights.keys() == plain[case][1].keys()
     for weight, expected in plain[case][1].items():
@@ -394,17 +293,21 @@ def test_layout_equals_plain_torch(name, case, results, plain):
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_half_precision_is_near_plain_fp32(name, results, plain):
-    """Gradients are accumulated in fp32; losses, norms, choices and the way the weights went are those of fp32 within rounding."""
+    """Gradients are accumulated in fp32; losses, norms, choices and the way the weights went are
+    those of fp32 within rounding.
+    """
     ranks = [rank["data_parallel"] for rank in results[name]]
     rows, expected_weights = plain["data_parallel"]
     for step, (selected, _, loss_selected, grad_norm) in enumerate(rows):
-        chosen = set().union(*(rank["rows"][step][0] for rank in ranks))
+        chosen = set().union(*(rank["steps"][step].selected for rank in ranks))
         assert len(chosen & selected) / len(chosen | selected) > 0.9
         assert len(chosen) == len(selected)
-        assert ranks[0]["rows"][step][2] == pytest.approx(loss_selected, rel=0.02)
-        assert ranks[0]["rows"][step][3] == pytest.approx(grad_norm, rel=0.05)
+        first = ranks[0]["steps"][step]
+        assert first.summary["loss/selected"] == pytest.approx(loss_selected, rel=0.02)
+        assert first.grad_norm == pytest.approx(grad_norm, rel=0.05)
     assert ranks[0]["gradient_dtypes"] == {torch.float32}
-    weights, before = whole_weights(ranks), results["single"][0]["data_parallel"]["before"]
+    weights = whole_weights(ranks)
+    before = results["single"][0]["data_parallel"]["before"]
     moved = torch.cat([(expected_weights[key] - before[key]).flatten() for key in before])
     off = torch.cat([(weights[key] - expected_weights[key]).flatten() for key in before])
     assert off.norm() < 0.3 * moved.norm(), f"{off.norm() / moved.norm():.3f} of the way"
@@ -431,9 +334,9 @@ def test_recomputation_runs_again_what_it_says(results):
 def test_isolated_documents_change_the_losses(results):
     """So that the case above cannot pass with a mask that is never used."""
     packed, isolated = (
-        results["single"][0][case]["rows"][0][2] for case in ("data_parallel", "isolated")
+        results["single"][0][case]["steps"][0].summary for case in ("data_parallel", "isolated")
     )
-    assert abs(packed - isolated) > 1e-3
+    assert abs(packed["loss/selected"] - isolated["loss/selected"]) > 1e-3
 
 
 def test_tensor_ranks_choose_identical_tokens(results):
@@ -444,7 +347,8 @@ def test_tensor_ranks_choose_identical_tokens(results):
         for step in range(STEPS):
             by_tensor_rank = {}
             for rank in last_stage:
-                by_tensor_rank.setdefault(rank["tp_rank"], set()).update(rank["rows"][step][0])
+                chosen = by_tensor_rank.setdefault(rank["tp_rank"], set())
+                chosen.update(rank["steps"][step].selected)
             assert by_tensor_rank[0] == by_tensor_rank[1]
 
 
@@ -454,9 +358,8 @@ def test_keep_fraction_one_equals_plain_clm_exactly():
     for clm, keep_all in results["dp2"]:
         assert clm["losses"] == keep_all["losses"]
         assert clm["norms"] == keep_all["norms"]
-        assert all(
-            torch.equal(clm["weights"][name], keep_all["weights"][name]) for name in clm["weights"]
-        )
+        for name, weight in clm["weights"].items():
+            assert torch.equal(weight, keep_all["weights"][name]), name
 
 
 class FullyScored(SyntheticSamples):
@@ -467,49 +370,13 @@ class FullyScored(SyntheticSamples):
 
 
 def train_keep_all_and_clm(groups):
-    from megatron.core.utils import unwrap_model
-
-    from megatron_slm.data.loader import TrainingLoader
-    from megatron_slm.model.build import build_model
-    from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import TrainingProgress
-    from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.step import Trainer, train_step
-    from megatron_slm.training.token_selector import TokenSelector
-
     outcome = []
     for case in ("clm", "keep_all"):
         config = make_config(case, dict(dp=2))
-        models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
-        trainer = Trainer(
-            models,
-            build_optimizer(models, config),
-            TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1),
-            groups,
-        )
-        loader = TrainingLoader(
-            FullyScored(),
-            global_batch_size=SEQUENCES,
-            micro_batch_size=2,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-        )
-        metrics, losses, norms = Metrics(groups.device), [], []
-        for step in range(STEPS):
-            report = train_step(trainer, loader.next_step(), TrainingProgress(step, 0), 1e-3)
-            metrics.add_all(report.measured)
-            losses.append(metrics.reduce(groups.dp_cp, summarise=summarise)["loss/selected"])
-            norms.append(report.grad_norm)
-        loader.close()
-        outcome.append(
-            {
-                "losses": losses,
-                "norms": norms,
-                "weights": {
-                    name: p.detach().clone()
-                    for name, p in unwrap_model(models)[0].named_parameters()
-                },
-            }
-        )
+        trainer = make_trainer(groups, config)
+        batches = local_steps(groups, config, FullyScored(STEPS * SEQUENCES), STEPS)
+        steps = list(train(trainer, config, batches, rate=1e-3))
+        losses = [step.summary["loss/selected"] for step in steps]
+        norms = [step.grad_norm for step in steps]
+        outcome.append({"losses": losses, "norms": norms, "weights": weights_of(trainer)})
     return outcome

@@ -1,4 +1,5 @@
-"""The selective head over tensor ranks against one unsharded fp64 computation: loss, gradients, tied weights, main_grad.
+"""The selective head over tensor ranks against one unsharded fp64 computation: loss, gradients,
+tied weights, main_grad.
 
 One spawn of 4 gloo processes serves every layout: groups of 1, 2 and 4 ranks.
 Legend: S positions, B sequences, N = S * B tokens, H hidden, V padded vocabulary.
@@ -44,8 +45,11 @@ def problem(dtype: torch.dtype):
 
 
 def truth(hidden_SBH, weight_VH, target_SB, weight_SB, tied_id_SB=None):
-    """fp64 (loss, d hidden, d weight, entropy); with ids the hidden state also comes through the tied embedding."""
-    hidden, weight = hidden_SBH.double().requires_grad_(), weight_VH.double().requires_grad_()
+    """fp64 (loss, d hidden, d weight, entropy); with ids the hidden state also comes through the
+    tied embedding.
+    """
+    hidden = hidden_SBH.double().requires_grad_()
+    weight = weight_VH.double().requires_grad_()
     states = hidden + (F.embedding(tied_id_SB, weight) if tied_id_SB is not None else 0.0)
     logits = (states @ weight.t())[..., :TRUE_V]
     lse_SB = logits.logsumexp(-1)
@@ -156,7 +160,9 @@ def check_known_selection(group, dtype, case, sequence_parallel):
 
 
 class EmbeddingSum(torch.autograd.Function):
-    """Sum of every rank's part of the embedding; this rank's positions of it under sequence parallelism, as megatron-core's does."""
+    """Sum of every rank's part of the embedding; this rank's positions of it under sequence
+    parallelism, as megatron-core's does.
+    """
 
     @staticmethod
     def forward(ctx, partial_SBH, group, sequence_parallel):
@@ -173,12 +179,12 @@ class EmbeddingSum(torch.autograd.Function):
 
 
 def check_tied(group, dtype, case, sequence_parallel, into_main_grad):
-    """One weight as embedding and head. With megatron-core's accumulation protocol main_grad gets the head's part, autograd the embedding's."""
+    """One weight as embedding and head. With megatron-core's accumulation protocol main_grad gets
+    the head's part, autograd the embedding's.
+    """
     hidden_SBH, weight_VH, target_SB = problem(dtype)
-    weight_SB, id_SB = (
-        weights_of(case),
-        torch.randint(0, TRUE_V, (S, B), generator=torch.Generator().manual_seed(3)),
-    )
+    weight_SB = weights_of(case)
+    id_SB = torch.randint(0, TRUE_V, (S, B), generator=torch.Generator().manual_seed(3))
     loss_ref, d_hidden_ref, d_weight_ref, _ = truth(
         hidden_SBH, weight_VH, target_SB, weight_SB, tied_id_SB=id_SB
     )
@@ -187,11 +193,9 @@ def check_tied(group, dtype, case, sequence_parallel, into_main_grad):
     ).requires_grad_()
     weight = torch.nn.Parameter(shard(weight_VH, group))
     if into_main_grad:
-        weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = (
-            torch.ones(weight.shape),
-            False,
-            True,
-        )
+        weight.main_grad = torch.ones(weight.shape)
+        weight.grad_added_to_main_grad = False
+        weight.zero_out_wgrad = True
     first = group.rank() * len(weight)
     owned_SB = (id_SB >= first) & (id_SB < first + len(weight))
     embedded = F.embedding((id_SB - first).where(owned_SB, 0), weight) * owned_SB[..., None]
@@ -253,18 +257,16 @@ def test_every_layout_equals_the_unsharded_head():
 
 
 def distances_from_fp64(groups) -> list[dict]:
-    """bf16 over tp ranks: relative distance from fp64 of loss, d hidden and d weight, for megatron-core's head and both modes of ours."""
+    """bf16 over tp ranks: relative distance from fp64 of loss, d hidden and d weight, for
+    megatron-core's head and both modes of ours.
+    """
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     generator = torch.Generator().manual_seed(5)
-    hidden_SBH, weight_VH = (
-        torch.randn(64, 2, H, generator=generator).bfloat16(),
-        (torch.randn(V, H, generator=generator) * 0.3).bfloat16(),
-    )
-    target_SB, share_SB = (
-        torch.randint(0, V, (64, 2), generator=generator),
-        (torch.rand(64, 2, generator=generator) < 0.6).float(),
-    )
+    hidden_SBH = torch.randn(64, 2, H, generator=generator).bfloat16()
+    weight_VH = (torch.randn(V, H, generator=generator) * 0.3).bfloat16()
+    target_SB = torch.randint(0, V, (64, 2), generator=generator)
+    share_SB = (torch.rand(64, 2, generator=generator) < 0.6).float()
     exact = [tensor.double().requires_grad_() for tensor in (hidden_SBH, weight_VH)]
     loss_ref = F.cross_entropy(
         (exact[0] @ exact[1].t()).flatten(0, 1), target_SB.flatten(), reduction="none"
@@ -272,10 +274,8 @@ def distances_from_fp64(groups) -> list[dict]:
     references = [loss_ref.detach(), *torch.autograd.grad((loss_ref * share_SB).sum(), exact)]
     found = []
     for head in ("megatron", "keep", "recompute"):
-        hidden, weight = (
-            hidden_SBH.clone().requires_grad_(),
-            shard(weight_VH, groups.tp).requires_grad_(),
-        )
+        hidden = hidden_SBH.clone().requires_grad_()
+        weight = shard(weight_VH, groups.tp).requires_grad_()
         if head == "megatron":
             loss = vocab_parallel_cross_entropy(hidden @ weight.t(), target_SB)
         else:

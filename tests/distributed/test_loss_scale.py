@@ -1,4 +1,6 @@
-"""fp16: an overflow skips the step and halves the loss scale; the scale survives a resume; the numbers beside fp32 stand in test_layouts.py."""
+"""fp16: an overflow skips the step and halves the loss scale; the scale survives a resume; the
+numbers beside fp32 stand in test_layouts.py.
+"""
 
 import dataclasses
 import json
@@ -21,7 +23,8 @@ LAYOUTS = {
 
 def make_config(folder: Path, layout: str, **optimizer) -> Config:
     config = Config()
-    config.run.folder, config.device.precision = str(folder), "fp16"
+    config.run.folder = str(folder)
+    config.device.precision = "fp16"
     config.model = dataclasses.replace(
         config.model, layers=1, hidden_size=16, ffn_hidden_size=16, attention_heads=2
     )
@@ -73,7 +76,9 @@ def weights(run) -> list:
 
 
 def two_scalers() -> list[list[float]]:
-    """The scales of two optimizers under one, after each step of two in which only the second overflowed: the second overflow halves the scale."""
+    """The scales of two optimizers under one, after each step of two in which only the second
+    overflowed: the second overflow halves the scale.
+    """
     from types import SimpleNamespace
 
     from megatron.core.optimizer.grad_scaler import DynamicGradScaler
@@ -87,14 +92,12 @@ def two_scalers() -> list[list[float]]:
             scaler.update(overflow)
         return True
 
-    optimizer, scales = (
-        SimpleNamespace(
-            param_groups=[],
-            prepare_grads=prepare_grads,
-            chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers],
-        ),
-        [],
+    optimizer = SimpleNamespace(
+        param_groups=[],
+        prepare_grads=prepare_grads,
+        chained_optimizers=[SimpleNamespace(grad_scaler=scaler) for scaler in scalers],
     )
+    scales = []
     for _ in range(2):
         updated, norm = update_weights(optimizer, 1e-3)
         assert not updated
@@ -104,16 +107,20 @@ def two_scalers() -> list[list[float]]:
 
 
 def gradients_by_head(groups, config: Config) -> dict[str, dict]:
-    """Scaled gradients of sum(1e-6 * loss) by the head of every row, and by the head of selected rows, which makes its own in forward."""
+    """Scaled gradients of sum(1e-6 * loss) by the head of every row, and by the head of selected
+    rows, which makes its own in forward.
+    """
     import torch
     from megatron.core.utils import get_model_config, unwrap_model
 
     from megatron_slm.model.build import build_model
     from megatron_slm.model.decoder import head_output
 
-    generator, found = torch.Generator().manual_seed(1), {}
+    generator = torch.Generator().manual_seed(1)
+    found = {}
     tokens_BS, labels_BS = torch.randint(0, 64, (2, 2, 16), generator=generator)
-    weight_BS, scale = torch.full((2, 16), 1e-6), 2.0**20
+    weight_BS = torch.full((2, 16), 1e-6)
+    scale = 2.0**20
     for rows in ("all", "selected"):
         (model,) = build_model(config, 64, groups)
         get_model_config(model).grad_scale_func = lambda loss: loss * scale
@@ -135,7 +142,9 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
 
 
 def train(groups, folder: str) -> dict:
-    """Three runs: one whose first steps overflow, stopped and resumed in the middle; one that never fits; one that overflows at its last scale."""
+    """Three runs: one whose first steps overflow, stopped and resumed in the middle; one that never
+    fits; one that overflows at its last scale.
+    """
     from megatron_slm.model.optimizer import loss_scaler_state
     from megatron_slm.training.ending import NonFiniteLoss
 
@@ -178,17 +187,12 @@ def runs(tmp_path_factory):
             tokenizer_fingerprint=TOKENIZER_FINGERPRINT,
         )
     results = run_layouts_on_cpu(train, LAYOUTS, str(folder))
-    metrics = {
-        layout: [
-            json.loads(line)
-            for line in (folder / layout / "whole" / "metrics.jsonl").read_text().splitlines()
-        ]
-        for layout in LAYOUTS
-    }
-    return results, {
-        layout: [record for record in lines if record.get("kind") == "train"]
-        for layout, lines in metrics.items()
-    }
+    metrics = {}
+    for layout in LAYOUTS:
+        lines = (folder / layout / "whole" / "metrics.jsonl").read_text().splitlines()
+        records = map(json.loads, lines)
+        metrics[layout] = [record for record in records if record.get("kind") == "train"]
+    return results, metrics
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -235,12 +239,16 @@ def test_an_overflow_at_the_smallest_scale_is_divergence(layout, runs):
 
 
 def test_dense_and_expert_weights_keep_one_scale(runs):
-    """A loss is multiplied by the first optimizer's scale, so the second must divide its gradients by the same; overflows of either count."""
+    """A loss is multiplied by the first optimizer's scale, so the second must divide its gradients
+    by the same; overflows of either count.
+    """
     assert runs[0]["single"][0]["two_scalers"] == [[64.0, 64.0], [32.0, 32.0]]
 
 
 def test_small_gradients_survive_the_head_of_selected_rows(runs):
-    """They are below fp16's smallest number (6e-8) until the loss scale lifts them, which must happen before they are stored."""
+    """They are below fp16's smallest number (6e-8) until the loss scale lifts them, which must
+    happen before they are stored.
+    """
     by_head = runs[0]["single"][0]["by_head"]
     assert by_head["selected"]["loss"] == pytest.approx(by_head["all"]["loss"], rel=1e-6)
     for name, expected in by_head["all"].items():

@@ -16,8 +16,18 @@ import torch
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.distributed.bench import (
+    LENGTH,
+    VOCABULARY,
+    local_steps,
+    make_trainer,
+    train,
+    weights_of,
+    whole_batch,
+)
 
-SEQUENCES, LENGTH, VOCABULARY, KEEP = 4, 16, 50, 0.6
+SEQUENCES = 4
+KEEP = 0.6
 LAYOUTS = {"single": {}, "dp2": dict(dp=2), "pp2": dict(pp=2), "tp2": dict(tp=2), "cp2": dict(cp=2)}
 
 
@@ -47,7 +57,9 @@ def make_config(groups, **model) -> Config:
 
 
 class HalfEmpty:
-    """Step 0: sequences 1 and 3 are masked (under dp2: all of rank 1). Step 1: no token of any rank is masked in or has a score. Step 2: ordinary."""
+    """Step 0: sequences 1 and 3 are masked (under dp2: all of rank 1). Step 1: no token of any rank
+    is masked in or has a score. Step 2: ordinary.
+    """
 
     def __len__(self):
         return 3 * SEQUENCES
@@ -72,77 +84,34 @@ class HalfEmpty:
         }
 
 
-def local_steps(groups, samples, steps):
-    from megatron_slm.data.batch import slice_for_context_parallel
-    from megatron_slm.data.loader import TrainingLoader
-
-    loader = TrainingLoader(
-        samples,
-        global_batch_size=SEQUENCES,
-        micro_batch_size=1,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-    )
-    batches = [
-        [
-            slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
-            for batch in loader.next_step()
-        ]
-        for _ in range(steps)
-    ]
-    loader.close()
-    return batches
-
-
 def train_half_empty(groups):
-    """Three steps, each (ids selected here, loss of the selected, gradient norm, whether all weights are finite); and the weights at the start."""
-    from megatron.core.utils import unwrap_model
-
-    from megatron_slm.model.build import build_model
-    from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import TrainingProgress
-    from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.step import Trainer, train_step
-    from megatron_slm.training.token_selector import TokenSelector
-
+    """Three steps, each with whether all weights are finite after it; and the weights at the
+    start.
+    """
     config = make_config(groups)
-    models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
-    weights = {name: p for chunk in unwrap_model(models) for name, p in chunk.named_parameters()}
-    before = {name: p.detach().clone() for name, p in weights.items()}
-    selector = TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1)
-    trainer = Trainer(models, build_optimizer(models, config), selector, groups)
-    chosen, describe = set(), selector.describe
-
-    def noting(batch, outputs, selection, progress):
-        chosen.update(batch.token_id_BS[selection.mask].tolist())
-        return describe(batch, outputs, selection, progress)
-
-    selector.describe = noting
-    metrics, rows = Metrics(groups.device), []
-    for step, batches in enumerate(local_steps(groups, HalfEmpty(), 3)):
-        report = train_step(trainer, batches, TrainingProgress(step, 0), 1e-3)
-        metrics.add_all(report.measured)
-        summary = metrics.reduce(groups.dp_cp, summarise=summarise)
-        rows.append(
-            (
-                set(chosen),
-                summary.get("loss/selected"),
-                report.grad_norm,
-                all(bool(p.isfinite().all()) for p in weights.values()),
-            )
-        )
-        chosen.clear()
+    trainer = make_trainer(groups, config)
+    before = weights_of(trainer)
+    rows = []
+    for step in train(trainer, config, local_steps(groups, config, HalfEmpty(), 3), rate=1e-3):
+        finite = all(bool(weight.isfinite().all()) for weight in weights_of(trainer).values())
+        rows.append((step, finite))
     return rows, before
 
 
+def first_batches(groups) -> list:
+    (batches,) = local_steps(groups, make_config(groups), HalfEmpty(), 1)
+    return batches
+
+
 def losses_before_and_after_poison(groups, *, trainable):
-    """Largest change of losses and entropies when the padding rows of the output matrix become huge."""
+    """Largest change of losses and entropies when the padding rows of the output matrix become
+    huge.
+    """
     from megatron_slm.model.build import build_model
     from megatron_slm.model.forward_backward import forward_losses
 
     models = build_model(make_config(groups), VOCABULARY, groups, trainable=trainable)
-    batches = local_steps(groups, HalfEmpty(), 1)[0]
+    batches = first_batches(groups)
     before = forward_losses(models, batches, groups, extras=("entropy",))
     if groups.is_last_stage:
         weight_VH = models[-1].output_layer.weight
@@ -153,34 +122,32 @@ def losses_before_and_after_poison(groups, *, trainable):
                 int(padding.sum()), weight_VH.shape[1], generator=torch.Generator().manual_seed(0)
             )
     after = forward_losses(models, batches, groups, extras=("entropy",))
-    return max(
-        (
-            float((old[name] - new[name]).abs().max())
-            for old, new in zip(before, after, strict=True)
-            for name in old
-        ),
-        default=0.0,
-    )
+    changes = [
+        float((old[name] - new[name]).abs().max())
+        for old, new in zip(before, after, strict=True)
+        for name in old
+    ]
+    return max(changes, default=0.0)
 
 
 def losses_with_dropout(groups):
-    """(losses of a model with dropout in its forward-only pass, twice; of the same weights without dropout; its mode afterwards)."""
+    """(losses of a model with dropout in its forward-only pass, twice, of the same weights without
+    dropout, of a frozen model with it; the modes afterwards).
+    """
     from megatron_slm.model.build import build_model
     from megatron_slm.model.forward_backward import forward_losses
 
-    batches = local_steps(groups, HalfEmpty(), 1)[0]
+    batches = first_batches(groups)
     noisy = build_model(make_config(groups, dropout=0.5), VOCABULARY, groups)
     quiet = build_model(make_config(groups), VOCABULARY, groups)
     frozen = build_model(make_config(groups, dropout=0.5), VOCABULARY, groups, trainable=False)
-    reads = [
-        [output["loss"] for output in forward_losses(models, batches, groups)]
-        for models in (noisy, noisy, quiet, frozen)
-    ]
-    modes = {
-        "trained": all(model.training for model in noisy),
-        "reference": any(model.training for model in frozen),
-        "reference_gradients": any(p.requires_grad for model in frozen for p in model.parameters()),
-    }
+    reads = []
+    for models in (noisy, noisy, quiet, frozen):
+        reads.append([output["loss"] for output in forward_losses(models, batches, groups)])
+    trained = all(model.training for model in noisy)
+    reference = any(model.training for model in frozen)
+    with_gradients = any(p.requires_grad for model in frozen for p in model.parameters())
+    modes = {"trained": trained, "reference": reference, "reference_gradients": with_gradients}
     return reads, modes
 
 
@@ -191,11 +158,9 @@ def bf16_losses(groups):
 
     config = make_config(groups)
     config.device = dataclasses.replace(config.device, precision="bf16")
-    batches = local_steps(groups, HalfEmpty(), 1)[0]
-    return [
-        output["loss"]
-        for output in forward_losses(build_model(config, VOCABULARY, groups), batches, groups)
-    ]
+    batches = first_batches(groups)
+    models = build_model(config, VOCABULARY, groups)
+    return [output["loss"] for output in forward_losses(models, batches, groups)]
 
 
 def every_point(groups):
@@ -218,31 +183,32 @@ def results():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_point_03_a_rank_or_step_with_nothing_selected_is_legal(layout, results):
-    """It neither hangs (this test ended) nor makes a NaN, and the tokens of the other ranks count in full."""
+    """It neither hangs (this test ended) nor makes a NaN, and the tokens of the other ranks count
+    in full.
+    """
     ranks = results[layout]
-    last = [rank["empty"][0] for rank in ranks if rank["last_stage"]]
-    ids, loss, norm, _ = zip(*(rank[0] for rank in last), strict=True)
-    start = results["single"][0]["empty"][1]
-    samples = [HalfEmpty()[i] for i in range(SEQUENCES)]
-    batch = {
-        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-        for name in samples[0]
-    }
     config = Config()
     config.model = dataclasses.replace(config.model, layers=2, hidden_size=32, ffn_hidden_size=48)
-    plain_ids, _, plain_loss, plain_norm = PlainTrainer(
-        PlainDecoder(config.model, VOCABULARY, start), config.optimizer
-    ).step(batch, [[0, 1], [2, 3]], KEEP, 1e-3)
-    assert set().union(*ids) == plain_ids
+    start = results["single"][0]["empty"][1]
+    plain = PlainTrainer(PlainDecoder(config.model, VOCABULARY, start), config.optimizer)
+    batch = whole_batch(HalfEmpty(), range(SEQUENCES))
+    plain_ids, _, plain_loss, plain_norm = plain.step(batch, [[0, 1], [2, 3]], KEEP, 1e-3)
     assert len(plain_ids) == 2 * math.ceil(KEEP * LENGTH)
-    assert loss[0] == pytest.approx(plain_loss, rel=2e-5)
-    assert norm[0] == pytest.approx(plain_norm, rel=2e-4)
+    first, _, third = zip(*(rank["empty"][0] for rank in ranks if rank["last_stage"]), strict=True)
+    assert set().union(*(step.selected for step, _ in first)) == plain_ids
+    assert first[0][0].summary["loss/selected"] == pytest.approx(plain_loss, rel=2e-5)
+    assert first[0][0].grad_norm == pytest.approx(plain_norm, rel=2e-4)
     for rank in ranks:
         rows = rank["empty"][0]
-        assert rows[1][0] == set()
-        assert rows[1][2] == 0.0, "nothing was selected, so there is no gradient"
-        assert all(math.isfinite(row[2]) and row[3] for row in rows)
-    assert set().union(*(rank[2][0] for rank in last)), "the step after an empty one trains again"
+        empty, _ = rows[1]
+        assert empty.selected == set()
+        assert empty.grad_norm == 0.0, "nothing was selected, so there is no gradient"
+        for step, weights_are_finite in rows:
+            assert math.isfinite(step.grad_norm)
+            assert weights_are_finite
+    assert set().union(*(step.selected for step, _ in third)), (
+        "the step after an empty one trains again"
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -265,7 +231,6 @@ def test_point_18_forward_only_passes_are_without_dropout(layout, results):
     for rank in results[layout]:
         (first, second, quiet, frozen), modes = rank["dropout"]
         for others in (second, quiet, frozen):
-            torch.testing.assert_close(
-                others, first, rtol=1e-5, atol=1e-5
-            )  # memory alignment may move the last bit of a product
+            # Memory alignment may move the last bit of a product.
+            torch.testing.assert_close(others, first, rtol=1e-5, atol=1e-5)
         assert modes == {"trained": True, "reference": False, "reference_gradients": False}

@@ -1,4 +1,6 @@
-"""The plan's sizes against what is really there: parameters, weights, gradients, optimizer state and saved activations of every rank."""
+"""The plan's sizes against what is really there: parameters, weights, gradients, optimizer state
+and saved activations of every rank.
+"""
 
 import os
 import tempfile
@@ -89,7 +91,9 @@ def configuration(case: str, layout: dict):
 
 
 def measure(groups, layouts: dict) -> dict:
-    """Per case: this rank's parameters, bytes of weights, gradients and optimizer, and the peak of saved activations in one real step."""
+    """Per case: this rank's parameters, bytes of weights, gradients and optimizer, and the peak of
+    saved activations in one real step.
+    """
     layout = next(layout for layout in layouts.values() if _matches(groups, layout))
     found = {case: _measure_case(configuration(case, layout), groups) for case in CASES}
     if groups.world_size == 1:
@@ -116,27 +120,32 @@ def _measure_case(config, groups) -> dict:
 
     models = wrap_data_parallel(build_model(config, config.model.vocabulary_size, groups), config)
     parameters = [parameter for model in models for parameter in model.parameters()]
+    names = [name for model in models for name, _ in model.named_parameters()]
     optimizer = build_optimizer(models, config)
     with SavedActivations(parameters) as saved:
         _forward_backward(models, groups, MICRO_BATCHES, trained_tokens=64)
     optimizer.step()
     disk = _checkpoint_bytes(models, optimizer, groups)
+    gradients = [parameter.main_grad for parameter in parameters]
     return dict(
         parameters=sum(parameter.numel() for parameter in parameters),
-        weights=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        gradients=sum(
-            parameter.main_grad.numel() * parameter.main_grad.element_size()
-            for parameter in parameters
-        ),
+        weights=bytes_of(parameters),
+        gradients=bytes_of(gradients),
         optimizer=optimizer_bytes(optimizer, parameters),
         activations=saved.peak_bytes,
         disk=disk,
-        tensors=[name for model in models for name, _ in model.named_parameters()],
+        tensors=names,
     )
 
 
+def bytes_of(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _forward_backward(models: list, groups, micro_batches: int, trained_tokens: int) -> None:
-    """Micro-batches of 2 x 64 tokens, of which the first `trained_tokens` of each sequence have a gradient."""
+    """Micro-batches of 2 x 64 tokens, of which the first `trained_tokens` of each sequence have a
+    gradient.
+    """
     from megatron_slm.data.batch import Batch
     from megatron_slm.model.forward_backward import forward_backward
 
@@ -166,7 +175,9 @@ def _forward_backward(models: list, groups, micro_batches: int, trained_tokens: 
 
 
 def _checkpoint_bytes(models: list, optimizer, groups) -> int | None:
-    """The size of a real checkpoint's tensor files, in the one layout where a test needs no shared folder."""
+    """The size of a real checkpoint's tensor files, in the one layout where a test needs no shared
+    folder.
+    """
     from megatron_slm.checkpoint.folder import CheckpointInfo
     from megatron_slm.checkpoint.store import CheckpointStore
 
@@ -180,7 +191,9 @@ def _checkpoint_bytes(models: list, optimizer, groups) -> int | None:
 
 
 def _count_flops(config, groups) -> int:
-    """Counted operations of one micro-batch's forward and backward, half of its tokens trained. Attention as plain products, which are counted."""
+    """Counted operations of one micro-batch's forward and backward, half of its tokens trained.
+    Attention as plain products, which are counted.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -236,21 +249,25 @@ def test_parameters_and_state_are_exact(measured, layout, case):
     job = planned(case, LAYOUTS[layout])
     spread = LAYOUTS[layout].get("dp", 1) > 1
     for rank, values in enumerate(measured[layout]):
-        found, stage = values[case], stage_of(rank, LAYOUTS[layout])
+        found = values[case]
+        stage = stage_of(rank, LAYOUTS[layout])
         weights, gradients, optimizer = state_bytes(job, stage)
         assert found["parameters"] == stage_parameters(job, stage).total
         assert (found["weights"], found["gradients"]) == (weights, gradients)
         assert found["optimizer"] == (pytest.approx(optimizer, rel=0.1) if spread else optimizer)
-    if spread:  # megatron-core cuts its buffers into equal parts, padding and all: the ranks' parts differ, their sum does not
-        assert sum(values[case]["optimizer"] for values in measured[layout]) == optimizer * len(
-            measured[layout]
-        )
+    if spread:
+        # megatron-core cuts its buffers into equal parts, padding and all: the ranks' parts
+        # differ, their sum does not.
+        ranks = measured[layout]
+        assert sum(values[case]["optimizer"] for values in ranks) == optimizer * len(ranks)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activations_in_flight(measured, layout, case):
-    """Of experts on several ranks the mean over the ranks: this model's router is not trained, and does not spread its tokens evenly."""
+    """Of experts on several ranks the mean over the ranks: this model's router is not trained, and
+    does not spread its tokens evenly.
+    """
     job = planned(case, LAYOUTS[layout])
     if case == "experts" and LAYOUTS[layout].get("ep", 1) > 1:
         found = [values[case]["activations"] for values in measured[layout]]
@@ -274,7 +291,9 @@ def test_the_whole_model_is_the_sum_of_its_parts(measured):
 
 @pytest.mark.parametrize("case", CASES)
 def test_executed_flops_are_the_counted_ones(measured, case):
-    """A causal mask hides half of attention's square, and plain products compute it: 2S / (S + 1) times the model's core."""
+    """A causal mask hides half of attention's square, and plain products compute it: 2S / (S + 1)
+    times the model's core.
+    """
     job = planned(case, {})
     forward = forward_flops(job, job.config.model)
     layers = (

@@ -22,7 +22,8 @@ def look(groups, folder, other_torch: bool):
     from megatron_slm.training.setup import RunInputs
 
     config = make_config(folder, "run", CASES["fp32, own loss"], groups.dp_size)
-    run_inputs, found = None, []
+    run_inputs = None
+    found = []
     if groups.world_rank == 0:
         corpora = open_corpora([str(folder / "train")])
         run_inputs = RunInputs(Tokenizer(), corpora, {}, VOCABULARY)
@@ -79,7 +80,8 @@ def test_groups_that_do_not_answer_in_time_are_told(capsys, monkeypatch):
     groups = SimpleNamespace(
         tp=[0, 1], pp=[0], dp=[0, 2], cp=[0], ep=[0], device=torch.device("cpu")
     )
-    ended, codes = threading.Event(), []
+    ended = threading.Event()
+    codes = []
 
     def end(code):
         codes.append(code)

@@ -1,7 +1,8 @@
-"""kill -9 at random moments: one rank or both, in a step, a save, a validation or a resume. No checkpoint and no loss value is lost.
+"""kill -9 at random moments: one rank or both, in a step, a save, a validation or a resume. No
+checkpoint and no loss value is lost.
 
-The ranks are forked from one process that has imported everything, so that a start costs a second and not ten. Two kills by
-default; SLM_KILLS=20 kills twenty times.
+The ranks are forked from one process that has imported everything, so that a start costs a second
+and not ten. Two kills by default; SLM_KILLS=20 kills twenty times.
 """
 
 import multiprocessing
@@ -12,10 +13,12 @@ import time
 from pathlib import Path
 
 from megatron_slm.testing.corpora import random_documents, write_corpus
+from megatron_slm.testing.spawn import warm_context
 from tests.distributed.test_resume import VOCABULARY, records
 
 CASE = dict(precision="bf16", scorer="own_loss", scope="running_threshold", dropout=0.0)
-STEPS, PATIENCE_SECONDS = 24, 240
+STEPS = 24
+PATIENCE_SECONDS = 240
 
 
 def rank_of_a_start(rank: int, folder: Path, run: str, asynchronous: bool, store: Path) -> None:
@@ -85,7 +88,9 @@ def newest(folder: Path, run: str) -> int:
 
 
 def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
-    """In a process that imports everything once: an uninterrupted run, then runs that are killed until `kills` are done."""
+    """In a process that imports everything once: an uninterrupted run, then runs that are killed
+    until `kills` are done.
+    """
     from megatron_slm.device import choose_device
 
     choose_device("cpu")
@@ -96,8 +101,13 @@ def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
 
     begun = time.monotonic()
     wait(start(folder, "whole", False, 0), PATIENCE_SECONDS)
-    duration, moments = time.monotonic() - begun, random.Random(0)
-    done, starts, run, before, reached = 0, 0, "run_0", 0, []
+    duration = time.monotonic() - begun
+    moments = random.Random(0)
+    done = 0
+    starts = 0
+    run = "run_0"
+    before = 0
+    reached = []
     while done < kills:
         starts += 1
         ranks = start(folder, run, moments.random() < 0.5, starts)
@@ -105,12 +115,14 @@ def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
         doomed = moments.choice([ranks, ranks[:1], ranks[1:]])
         if all(process.exitcode == 0 for process in ranks):
             assert records(folder / run) == records(folder / "whole")
-            run, before = f"run_{starts}", 0
+            run = f"run_{starts}"
+            before = 0
             continue
         [os.kill(process.pid, signal.SIGKILL) for process in doomed if process.is_alive()]
         wait(ranks, PATIENCE_SECONDS)
         assert not any(process.is_alive() for process in ranks), "a rank waits for a dead one"
-        done, after = done + 1, newest(folder, run)
+        done = done + 1
+        after = newest(folder, run)
         assert after >= before, "a checkpoint was lost"
         before = after
         reached.append(after)
@@ -129,9 +141,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
     )
     kills = int(os.environ.get("SLM_KILLS", 2))
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(
-        target=kill_again_and_again, args=(tmp_path, kills, sender)
-    )
+    process = warm_context().Process(target=kill_again_and_again, args=(tmp_path, kills, sender))
     process.start()
     process.join()
     assert process.exitcode == 0, "see the assertion above"

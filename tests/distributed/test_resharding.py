@@ -1,25 +1,42 @@
-"""One table: save under layout A, load under layout B, for every pair of six layouts, with and without the distributed optimizer.
+"""One table: save under layout A, load under layout B, for every pair of six layouts, with and
+without the distributed optimizer.
 
-After loading, two more steps are taken. Their losses and gradient norms must be those of plain single-process torch that
-never stopped: the first step would show a wrong weight, the second a wrong moment, a wrong update count or a wrong main
-weight. Under bf16, where layouts round differently, what B loaded is saved again and must be A's checkpoint bit for bit.
+After loading, two more steps are taken. Their losses and gradient norms must be those of plain
+single-process torch that never stopped: the first step would show a wrong weight, the second a
+wrong moment, a wrong update count or a wrong main weight. Under bf16, where layouts round
+differently, what B loaded is saved again and must be A's checkpoint bit for bit.
 
-By default each of the twelve loads from two of the twelve; SLM_RESHARDING=all runs all 144 pairs (about four minutes).
+By default each of the twelve loads from two of the twelve; SLM_RESHARDING=all runs all 144 pairs
+(about four minutes).
 """
 
 import dataclasses
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.distributed.bench import (
+    LENGTH,
+    VOCABULARY,
+    StepRecord,
+    SyntheticSamples,
+    local_steps,
+    make_trainer,
+    take_layout,
+    train,
+    weights_of,
+    whole_batch,
+)
 
-BEFORE, AFTER, SEQUENCES, LENGTH, VOCABULARY = 3, 2, 4, 16, 50
+BEFORE = 3
+AFTER = 2
+SEQUENCES = 4
+SAMPLES = SyntheticSamples((BEFORE + AFTER) * SEQUENCES)
 LAYOUTS = {
     "tp2": dict(tp=2),
     "pp2": dict(pp=2),
@@ -42,6 +59,7 @@ PAIRS = [
     for index, target in enumerate(NAMES)
     for offset in OFFSETS
 ]
+"""(saved under, loaded under)"""
 HALF_PRECISION = [
     ("dp2, distributed", "tp2, plain"),
     ("tp2, plain", "dp2, distributed"),
@@ -83,79 +101,21 @@ def make_config(layout: dict, distributed: bool, precision: str) -> Config:
     return config
 
 
-class Samples:
-    """Random tokens with some masked labels, the same in every layout."""
-
-    def __len__(self):
-        return (BEFORE + AFTER) * SEQUENCES
-
-    def __getitem__(self, index):
-        random = np.random.default_rng(index)
-        text = random.integers(0, VOCABULARY, LENGTH + 1)
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": (random.random(LENGTH) > 0.1).astype(np.float32),
-            "position_ids": np.arange(LENGTH),
-            "corpus_id": np.int64(0),
-        }
-
-
 class Bench:
     """A model and its optimizer in one layout, and the store of one checkpoint folder."""
 
     def __init__(self, groups, layout: dict, distributed: bool, precision: str = "fp32"):
-        from megatron_slm.model.build import build_model
-        from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
         from megatron_slm.parallel import seed_everything
-        from megatron_slm.training.step import Trainer
-        from megatron_slm.training.token_selector import TokenSelector
 
-        self.config, self.groups = make_config(layout, distributed, precision), groups
+        self.config = make_config(layout, distributed, precision)
+        self.groups = groups
         seed_everything(self.config.run.seed, groups)
-        models = wrap_data_parallel(build_model(self.config, VOCABULARY, groups), self.config)
-        selector = TokenSelector(self.config.selection, groups, sequence_length=LENGTH, corpora=1)
-        self.trainer = Trainer(models, build_optimizer(models, self.config), selector, groups)
+        self.trainer = make_trainer(groups, self.config)
 
-    def steps(self, first: int, count: int) -> list[tuple]:
-        """(mean loss, gradient norm) of each step; the loss is None off the last stage."""
-        from megatron_slm.data.batch import slice_for_context_parallel
-        from megatron_slm.data.loader import TrainingLoader
-        from megatron_slm.monitoring import Metrics
-        from megatron_slm.selection import TrainingProgress
-        from megatron_slm.selection.diagnostics import summarise
-        from megatron_slm.training.step import train_step
-
-        groups, rows = self.groups, []
-        loader = TrainingLoader(
-            Samples(),
-            global_batch_size=SEQUENCES,
-            micro_batch_size=self.config.data.micro_batch_size,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-            start_sample=first * SEQUENCES,
-        )
-        for step in range(first, first + count):
-            batches = [
-                slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
-                for batch in loader.next_step()
-            ]
-            report = train_step(
-                self.trainer,
-                batches,
-                TrainingProgress(step, step * SEQUENCES * LENGTH),
-                self.config.optimizer.learning_rate,
-            )
-            metrics = Metrics(groups.device)
-            metrics.add_all(report.measured)
-            rows.append(
-                (
-                    metrics.reduce(groups.dp_cp, summarise=summarise).get("loss/all"),
-                    report.grad_norm,
-                )
-            )
-        loader.close()
-        return rows
+    def steps(self, first: int, count: int) -> list[StepRecord]:
+        batches = local_steps(self.groups, self.config, SAMPLES, count, first)
+        rate = self.config.optimizer.learning_rate
+        return list(train(self.trainer, self.config, batches, first=first, rate=rate))
 
     def save(self, folder: Path, step: int = BEFORE) -> None:
         from megatron_slm.checkpoint.folder import CheckpointInfo
@@ -172,39 +132,24 @@ class Bench:
     def load(self, folder: Path) -> None:
         from megatron_slm.checkpoint.store import CheckpointStore
 
-        assert (
-            CheckpointStore(folder, self.groups).load_latest(
-                self.trainer.models, self.trainer.optimizer
-            )
-            is not None
-        )
-
-    def weights(self) -> dict:
-        from megatron.core.utils import unwrap_model
-
-        return {
-            name: p.detach().clone()
-            for chunk in unwrap_model(self.trainer.models)
-            for name, p in chunk.named_parameters()
-        }
+        store = CheckpointStore(folder, self.groups)
+        assert store.load_latest(self.trainer.models, self.trainer.optimizer) is not None
 
 
-def save_and_load(groups, folder: Path, layouts: dict, seen: list) -> dict:
-    """First call in a layout: train and save. Second call, when every layout has saved: load what each of them saved."""
-    name, layout = next((name, spec) for name, spec in layouts.items() if _matches(groups, spec))
-    seen.append(name)
-    return (
-        _save(groups, folder, name, layout)
-        if seen.count(name) == 1
-        else _load(groups, folder, name, layout)
-    )
+def save_and_load(groups, folder: Path, phases: dict) -> dict:
+    """First call in a layout: train and save. Second call, when every layout has saved: load what
+    each of them saved.
+    """
+    name, layout = take_layout(groups, phases)
+    phase, name = name.split(" ", 1)
+    return {"save": _save, "load": _load}[phase](groups, folder, name, layout)
 
 
 def _save(groups, folder, name, layout) -> dict:
     before = None
     for optimizer, distributed in OPTIMIZERS.items():
         bench = Bench(groups, layout, distributed)
-        before = bench.weights()
+        before = weights_of(bench.trainer)
         bench.steps(0, BEFORE)
         bench.save(folder / f"{name}, {optimizer}")
     for source in {source for source, _ in HALF_PRECISION if KINDS[source][0] == name}:
@@ -215,36 +160,20 @@ def _save(groups, folder, name, layout) -> dict:
 
 
 def _load(groups, folder, name, layout) -> dict:
-    rows = {}
+    steps = {}
     for optimizer, distributed in OPTIMIZERS.items():
         bench = Bench(groups, layout, distributed)
         target = f"{name}, {optimizer}"
         for source in (source for source, to in PAIRS if to == target):
             bench.load(folder / source)
-            rows[source, target] = bench.steps(BEFORE, AFTER)
+            steps[source, target] = bench.steps(BEFORE, AFTER)
     for source, target in HALF_PRECISION:
         if KINDS[target][0] == name:
             bench = Bench(groups, layout, KINDS[target][1], "bf16")
             bench.steps(0, 1)  # moments and update count of its own, for the loaded ones to replace
             bench.load(folder / "bf16" / source)
             bench.save(folder / "bf16_again" / f"{source} to {target}")
-    return {"rows": rows, "last_stage": groups.is_last_stage}
-
-
-def _matches(groups, spec) -> bool:
-    return (
-        groups.tp_size,
-        groups.pp_size,
-        groups.virtual_chunks,
-        groups.cp_size,
-        groups.dp_size,
-    ) == (
-        spec.get("tp", 1),
-        spec.get("pp", 1),
-        spec.get("vpp", 1),
-        spec.get("cp", 1),
-        spec.get("dp", 1),
-    )
+    return {"steps": steps, "last_stage": groups.is_last_stage}
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +183,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    phases = {f"save {name}": spec for name, spec in LAYOUTS.items()} | {
-        f"load {name}": spec for name, spec in LAYOUTS.items()
-    }
-    return run_layouts_on_cpu(save_and_load, phases, folder, LAYOUTS, [])
+    phases = {f"save {name}": layout for name, layout in LAYOUTS.items()}
+    phases |= {f"load {name}": layout for name, layout in LAYOUTS.items()}
+    return run_layouts_on_cpu(save_and_load, phases, folder, dict(phases))
 
 
 @pytest.fixture(scope="module")
@@ -267,28 +195,22 @@ def uninterrupted(results):
     trainer = PlainTrainer(
         PlainDecoder(config.model, VOCABULARY, results["save dp2"][0]["before"]), config.optimizer
     )
+    everything = list(range(SEQUENCES))
     rows = []
     for step in range(BEFORE + AFTER):
-        picked = [Samples()[step * SEQUENCES + i] for i in range(SEQUENCES)]
-        batch = {
-            name: torch.from_numpy(np.stack([sample[name] for sample in picked]))
-            for name in picked[0]
-        }
-        rows.append(
-            trainer.step(batch, [list(range(SEQUENCES))], None, config.optimizer.learning_rate)
-        )
+        batch = whole_batch(SAMPLES, range(step * SEQUENCES, (step + 1) * SEQUENCES))
+        rows.append(trainer.step(batch, [everything], None, config.optimizer.learning_rate))
     return [(loss, norm) for _, loss, _, norm in rows[BEFORE:]]
 
 
 @pytest.mark.parametrize("source, target", PAIRS)
 def test_any_layout_continues_what_any_layout_saved(source, target, results, uninterrupted):
     for rank in results[f"load {KINDS[target][0]}"]:
-        for (loss, norm), (expected_loss, expected_norm) in zip(
-            rank["rows"][source, target], uninterrupted, strict=True
-        ):
-            assert norm == pytest.approx(expected_norm, rel=5e-5)
+        steps = rank["steps"][source, target]
+        for step, (loss, norm) in zip(steps, uninterrupted, strict=True):
+            assert step.grad_norm == pytest.approx(norm, rel=5e-5)
             if rank["last_stage"]:
-                assert loss == pytest.approx(expected_loss, rel=5e-6)
+                assert step.summary["loss/all"] == pytest.approx(loss, rel=5e-6)
 
 
 @pytest.mark.parametrize("source, target", HALF_PRECISION)
@@ -301,7 +223,8 @@ def test_bf16_state_passes_through_another_layout_bit_for_bit(source, target, re
     for name, tensor in saved.items():
         assert tensor.dtype == again[name].dtype, name
         assert torch.equal(tensor, again[name]), name
-    assert {saved[name].dtype for name in saved if "optimizer" not in name} == {torch.bfloat16}
+        if "optimizer" not in name:
+            assert tensor.dtype == torch.bfloat16, name
 
 
 def stored_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -311,14 +234,10 @@ def stored_tensors(run_folder: Path) -> dict[str, torch.Tensor]:
     from megatron_slm.checkpoint.folder import resolve_checkpoint
 
     reader = FileSystemReader(resolve_checkpoint(run_folder))
-    described = {
-        name: item
-        for name, item in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(item, "size")
-    }
     tensors = {
         name: torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in described.items()
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(item, "size")
     }
     load(tensors, storage_reader=reader, no_dist=True)
     return tensors

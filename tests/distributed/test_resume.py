@@ -1,4 +1,6 @@
-"""A run that stopped and went on is the run that never stopped: bit for bit in its layout, within rounding in another."""
+"""A run that stopped and went on is the run that never stopped: bit for bit in its layout, within
+rounding in another.
+"""
 
 import dataclasses
 import errno
@@ -16,9 +18,13 @@ from megatron_slm.testing.corpora import random_documents, write_corpus
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 from tests.end_to_end.planted import plant
 
-STEPS, STOP, VOCABULARY, LENGTH = 8, 4, 60, 16
+STEPS = 8
+STOP = 4
+VOCABULARY = 60
+LENGTH = 16
 
-# Each has state of its own beside weights and moments: random numbers; a threshold that moves, fp32 main weights, retention; nothing.
+# Each has state of its own beside weights and moments: random numbers; a threshold that moves, fp32
+# main weights, retention; nothing.
 CASES = {
     "fp32, dropout": dict(
         precision="fp32", scorer="none", scope="data_parallel", dropout=0.1, asynchronous=False
@@ -64,7 +70,8 @@ def make_config(folder: Path, run: str, case: dict, dp_size: int) -> Config:
         tokenizer="none",
         validation=[CorpusConfig("target", str(folder / "corpus"))],
     )
-    config.selection.scorer, config.selection.scope = case["scorer"], case["scope"]
+    config.selection.scorer = case["scorer"]
+    config.selection.scope = case["scope"]
     config.schedule.train_steps = STEPS
     config.optimizer.learning_rate = 3e-3
     config.checkpoint = dataclasses.replace(
@@ -105,7 +112,9 @@ def start(groups, config: Config, prefixes: list[str]):
 
 
 def cut_back(folder: Path, whole: str, run: str) -> None:
-    """Make `run` the run folder of `whole` as a kill after step STOP would have left it: nothing newer, and no file beside its checkpoint to lean on."""
+    """Make `run` the run folder of `whole` as a kill after step STOP would have left it: nothing
+    newer, and no file beside its checkpoint to lean on.
+    """
     shutil.copytree(folder / whole, folder / run)
     for path in (folder / run / "checkpoints").glob("step_*"):
         if int(path.name.removeprefix("step_")) > STOP:
@@ -163,12 +172,15 @@ def go_on_with_changes(groups, folder: Path) -> None:
     """
     import torch.distributed as dist
 
-    one, both = [str(folder / "corpus")], [str(folder / "other"), str(folder / "corpus")]
+    one = [str(folder / "corpus")]
+    both = [str(folder / "other"), str(folder / "corpus")]
 
     def settings(tokens: int, batch: int, length: int = LENGTH) -> Config:
         config = make_config(folder, "changed", CASES[ANOTHER_LAYOUT], groups.dp_size)
-        config.schedule.train_steps, config.schedule.train_tokens = 0, tokens
-        config.data.global_batch_size, config.data.sequence_length = batch, length
+        config.schedule.train_steps = 0
+        config.schedule.train_tokens = tokens
+        config.data.global_batch_size = batch
+        config.data.sequence_length = length
         config.data.index_cache = str(folder / "indices")  # so nothing else makes the run folder
         return config
 
@@ -248,7 +260,9 @@ def full_disk(*_, **__):
 
 
 def stop_and_end_with_weights_only(groups, run: Path, case: dict) -> None:
-    """Without optimizer state in its checkpoints: a run that is asked to stop goes on all the same, and one that ended says why it cannot."""
+    """Without optimizer state in its checkpoints: a run that is asked to stop goes on all the same,
+    and one that ended says why it cannot.
+    """
     run.mkdir()
     (run / "stop_requested").touch()
     assert train(groups, run.parent, run.name, case, save_optimizer=False) == 85
@@ -270,19 +284,23 @@ def folder(tmp_path_factory):
 
 
 def records(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if not name.startswith("throughput/")}
-        for line in lines
-    ]
+    """Every line of the metrics, without its times."""
+    records = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line).items()
+        records.append({name: value for name, value in values if "throughput/" not in name})
+    return records
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_layout_continues_bit_for_bit(name, folder):
-    """Weights, moments and random states (one fingerprint over all of them), data position, thresholds, metrics, W&B run and best checkpoint."""
+    """Weights, moments and random states (one fingerprint over all of them), data position,
+    thresholds, metrics, W&B run and best checkpoint.
+    """
     from megatron_slm.checkpoint.folder import read_checkpoint_info, resolve_checkpoint, step_folder
 
-    whole, resumed = folder / f"{name}, whole", folder / f"{name}, resumed by 2"
+    whole = folder / f"{name}, whole"
+    resumed = folder / f"{name}, resumed by 2"
     assert records(resumed) == records(whole)
     for step in (STOP + 2, STEPS):
         a, b = (step_folder(run / "checkpoints", step) for run in (whole, resumed))
@@ -299,7 +317,9 @@ def test_the_same_layout_continues_bit_for_bit(name, folder):
 
 
 def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(folder):
-    """Checkpoints every 2 steps and validations every 3: each checkpoint is validated at its own step."""
+    """Checkpoints every 2 steps and validations every 3: each checkpoint is validated at its own
+    step.
+    """
     from megatron_slm.checkpoint.folder import (
         complete_checkpoints,
         read_checkpoint_info,
@@ -323,14 +343,11 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(folder):
 
 
 def test_another_data_parallel_size_continues_within_rounding_with_the_same_samples(folder):
-    whole, resumed = (
-        records(folder / f"{ANOTHER_LAYOUT}, whole"),
-        records(folder / f"{ANOTHER_LAYOUT}, resumed by 1"),
-    )
-    assert [(line["kind"], line["step"], line["tokens/processed"]) for line in resumed] == [
-        (line["kind"], line["step"], line["tokens/processed"]) for line in whole
-    ]
+    whole = records(folder / f"{ANOTHER_LAYOUT}, whole")
+    resumed = records(folder / f"{ANOTHER_LAYOUT}, resumed by 1")
     for ours, theirs in zip(resumed, whole, strict=True):
+        for name in ("kind", "step", "tokens/processed"):
+            assert ours[name] == theirs[name]
         for name in (
             "loss/all",
             "loss/selected",
@@ -361,14 +378,11 @@ def test_a_run_with_another_batch_length_blend_and_layout_counts_what_it_reads(f
     assert json.loads((last / "model.json").read_text())["tokens_processed"] == 896
     trainer = json.loads((last / "trainer.json").read_text())
     assert (trainer["samples"], trainer["data"]["samples"]) == (64, 16)
-    read = {
-        Path(corpus["prefix"]).name: [
-            (stretch["sequence_length"], stretch["samples"]) for stretch in corpus["past"]
-        ]
-        for corpus in trainer["data"]["corpora"]
-    }
-    samples_of_other = read["other"][0][1]
-    assert read == {"other": [(16, samples_of_other)], "corpus": [(16, 48 - samples_of_other)]}
+    corpora = sorted(trainer["data"]["corpora"], key=lambda corpus: corpus["prefix"])
+    assert [Path(corpus["prefix"]).name for corpus in corpora] == ["corpus", "other"]
+    [past], [past_of_other] = (corpus["past"] for corpus in corpora)
+    assert past["sequence_length"] == past_of_other["sequence_length"] == 16
+    assert past["samples"] + past_of_other["samples"] == 48
 
 
 def test_what_has_changed_between_two_starts_is_told_by_the_rank_that_logs(folder):

@@ -1,4 +1,6 @@
-"""megatron-core's parallel linears with row-skipping backward give the gradients they gave before, with and without sequence parallelism."""
+"""megatron-core's parallel linears with row-skipping backward give the gradients they gave before,
+with and without sequence parallelism.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,9 @@ from megatron_slm.ops.row_skipping import skip_zero_gradient_rows
 from megatron_slm.testing.spawn import run_on_cpu
 from tests.distributed.test_layouts import LENGTH, VOCABULARY, make_config
 
-S, B, H = 8, 2, 16
+S = 8
+B = 2
+H = 16
 
 
 def compare(groups, sequence_parallel: bool) -> None:
@@ -25,7 +29,8 @@ def compare(groups, sequence_parallel: bool) -> None:
     up = ColumnParallelLinear(H, 4 * H, gather_output=False, **common)
     down = RowParallelLinear(4 * H, H, input_is_parallel=True, **common)
     model = torch.nn.ModuleList([up, down])
-    hidden, upstream = torch.randn(S, B, H), torch.randn(S, B, H)
+    hidden = torch.randn(S, B, H)
+    upstream = torch.randn(S, B, H)
     upstream[torch.rand(S, B) < 0.5] = 0.0
     if sequence_parallel:
         hidden, upstream = (
@@ -53,7 +58,9 @@ def test_parallel_linears(sequence_parallel):
 
 
 def gradients(groups) -> dict:
-    """Of a real decoder, for each selection.backward_rows: the gradient of the 60 % of tokens with the highest loss, by layer, on this tensor rank."""
+    """Of a real decoder, for each selection.backward_rows: the gradient of the 60 % of tokens with
+    the highest loss, by layer, on this tensor rank.
+    """
     from megatron_slm.model.build import build_model
 
     config = make_config("data_parallel", dict(tp=2, sequence_parallel=True))
@@ -66,18 +73,11 @@ def gradients(groups) -> dict:
         positions_BS = torch.arange(LENGTH).expand(4, -1)
         loss_BS = model(text[:, :-1], positions_BS, None, labels=text[:, 1:]).loss_BS
         (loss_BS * (loss_BS >= loss_BS.detach().quantile(0.4))).sum().backward()
-        named = dict(model.named_parameters())
-        layers = {
-            str(layer): [name for name in named if f"layers.{layer}." in name]
-            for layer in range(config.model.layers)
-        } | {
-            "embedding": [name for name in named if "embedding" in name],
-            "head": [name for name in named if "output_layer" in name],
-        }
-        found[rows] = {
-            layer: torch.cat([named[name].grad.flatten() for name in names])
-            for layer, names in layers.items()
-        }
+        found[rows] = {}
+        layers = {str(layer): f"layers.{layer}." for layer in range(config.model.layers)}
+        for layer, part in {**layers, "embedding": "embedding", "head": "output_layer"}.items():
+            weights = [weight for name, weight in model.named_parameters() if part in name]
+            found[rows][layer] = torch.cat([weight.grad.flatten() for weight in weights])
     return found
 
 

@@ -1,4 +1,6 @@
-"""Storage that fails on one rank alone: every rank gives the save up together, nobody waits for ever, and the next save is whole."""
+"""Storage that fails on one rank alone: every rank gives the save up together, nobody waits for
+ever, and the next save is whole.
+"""
 
 import dataclasses
 import errno
@@ -92,7 +94,8 @@ def fail_in_every_way(groups, run: Path, asynchronous: bool) -> list:
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
 
-    config, told = Config(), []
+    config = Config()
+    told = []
     config.model = dataclasses.replace(
         config.model, layers=2, hidden_size=32, ffn_hidden_size=32, attention_heads=2
     )
@@ -151,14 +154,15 @@ def results(folder):
     return run_on_cpu(fail_and_go_on, folder, dp=2)
 
 
+def without_times(said: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(level, text.split(" MB in")[0]) for level, text in said]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_failure_on_one_rank_is_given_up_by_all(mode, results, folder):
     by_rank = [rank[mode] for rank in results]
-    heard = [
-        [[(level, text.split(" MB in")[0]) for level, text in row[1]] for row in rank]
-        for rank in by_rank
-    ]
-    assert heard[0] == heard[1], "all ranks are told the same"
+    for ours, theirs in zip(*by_rank, strict=True):
+        assert without_times(ours[1]) == without_times(theirs[1]), "all ranks are told the same"
     first, *failed, last = by_rank[0]
     for _, said, _ in (first, last):
         assert [level for level, _ in said if level != "info"] == []
@@ -168,7 +172,8 @@ def test_a_failure_on_one_rank_is_given_up_by_all(mode, results, folder):
         level, text = said[-1]
         assert level == "error", name
         assert "older checkpoints are intact" in text, name
-        # The last save of a run that was asked to stop, or of max_failed_saves, fails like this too.
+        # The last save of a run that was asked to stop, or of max_failed_saves, fails like this
+        # too.
         assert "goes on" not in text, name
         assert expected in text, f"{name}: {text}"
         assert f"rank {rank}" in text, f"{name}: {text}"

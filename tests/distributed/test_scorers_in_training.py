@@ -1,4 +1,6 @@
-"""Every scorer and scope inside real training steps: the same tokens, loss and gradient norm in every layout that promises it."""
+"""Every scorer and scope inside real training steps: the same tokens, loss and gradient norm in
+every layout that promises it.
+"""
 
 import dataclasses
 import math
@@ -12,8 +14,17 @@ import torch
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.distributed.bench import (
+    LENGTH,
+    VOCABULARY,
+    StepRecord,
+    local_steps,
+    make_trainer,
+    train,
+)
 
-STEPS, SEQUENCES, LENGTH, VOCABULARY = 2, 8, 16, 50
+STEPS = 2
+SEQUENCES = 8
 PROBED = {
     name: random_documents(12, 20, vocabulary_size=VOCABULARY, seed=seed)
     for seed, name in enumerate(("web", "code"), start=4)
@@ -112,78 +123,18 @@ def make_config(groups, scorer, options, scope):
     return config
 
 
-def make_trainer(groups, config, reference=None):
-    from megatron_slm.model.build import build_model
-    from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_slm.training.step import Trainer
-    from megatron_slm.training.token_selector import TokenSelector
-
-    models = wrap_data_parallel(build_model(config, VOCABULARY, groups), config)
-    return Trainer(
-        models,
-        build_optimizer(models, config),
-        TokenSelector(config.selection, groups, sequence_length=LENGTH, corpora=1),
-        groups,
-        reference,
-    )
-
-
-def local_steps(groups, config, samples):
-    from megatron_slm.data.batch import slice_for_context_parallel
-    from megatron_slm.data.loader import TrainingLoader
-
-    loader = TrainingLoader(
-        samples,
-        global_batch_size=SEQUENCES,
-        micro_batch_size=config.data.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-    )
-    steps = [
-        [
-            slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
-            for batch in loader.next_step()
-        ]
-        for _ in range(STEPS)
-    ]
-    loader.close()
-    return steps
-
-
-def train(groups, trainer, steps):
-    """Per step: (ids this rank selected, mean loss of the selected tokens, gradient norm)."""
-    from megatron_slm.monitoring import Metrics
-    from megatron_slm.selection import TrainingProgress
-    from megatron_slm.selection.diagnostics import summarise
-    from megatron_slm.training.step import train_step
-
-    chosen, rows, metrics, describe = [], [], Metrics(groups.device), trainer.selector.describe
-
-    def noting(batch, outputs, selection, progress):
-        chosen.append(set(batch.token_id_BS[selection.weights > 0].tolist()))
-        return describe(batch, outputs, selection, progress)
-
-    trainer.selector.describe = noting
-    for number, batches in enumerate(steps):
-        report = train_step(
-            trainer, batches, TrainingProgress(number, number * SEQUENCES * LENGTH), 1e-3
-        )
-        metrics.add_all(report.measured)
-        summary = metrics.reduce(groups.dp_cp, summarise=summarise)
-        rows.append((set().union(*chosen), summary.get("loss/selected"), report.grad_norm))
-        chosen.clear()
-    return rows
+def take_steps(groups, trainer, config, batches_of_steps=None) -> list[StepRecord]:
+    own = local_steps(groups, config, SyntheticColumns(), STEPS)
+    return list(train(trainer, config, batches_of_steps or own, rate=1e-3))
 
 
 def every_case(groups, folder):
     results = {}
     for name, case in CASES.items():
         config = make_config(groups, *case)
-        results[name] = train(
-            groups, make_trainer(groups, config), local_steps(groups, config, SyntheticColumns())
-        )
+        results[name] = take_steps(groups, make_trainer(groups, config), config)
     return {
-        "rows": results,
+        "steps": results,
         "last_stage": groups.is_last_stage,
         "reference": online_and_stored(groups),
         "probe": probed(groups, folder),
@@ -191,7 +142,9 @@ def every_case(groups, folder):
 
 
 def probed(groups, folder):
-    """What the probe sees at two evaluations with two training steps between them, and what it says of the change."""
+    """What the probe sees at two evaluations with two training steps between them, and what it says
+    of the change.
+    """
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.selection import TrainingProgress
     from megatron_slm.training.probe import Probe
@@ -200,20 +153,16 @@ def probed(groups, folder):
     config.data.micro_batch_size = 2
     config.run.folder = str(folder)
     trainer = make_trainer(groups, config)
+    prefixes = [f"{folder}/{name}" for name in PROBED]
+    scores = [f"{prefix}_scores" for prefix in prefixes]
     run_inputs = SimpleNamespace(
-        corpora=open_corpora(
-            [f"{folder}/{name}" for name in PROBED],
-            [f"{folder}/{name}_scores" for name in PROBED],
-        ),
-        tokenizer=SimpleNamespace(piece=str),
+        corpora=open_corpora(prefixes, scores), tokenizer=SimpleNamespace(piece=str)
     )
-    probe, start, later = (
-        Probe(config, run_inputs, trainer),
-        TrainingProgress(0, 0),
-        TrainingProgress(STEPS, STEPS * SEQUENCES * LENGTH),
-    )
+    probe = Probe(config, run_inputs, trainer)
+    start = TrainingProgress(0, 0)
+    later = TrainingProgress(STEPS, STEPS * SEQUENCES * LENGTH)
     first = probe.compare(start), probe.view(start)
-    train(groups, trainer, local_steps(groups, config, SyntheticColumns()))
+    take_steps(groups, trainer, config)
     resumed = Probe(config, run_inputs, trainer)
     resumed.load_state_dict(probe.state_dict())
     of_other_text = Probe(config, run_inputs, trainer)
@@ -223,10 +172,13 @@ def probed(groups, folder):
 
 
 def text_named_by(line):
-    """The tokens that a line of the token view names by corpus, first token and documents, as the corpus has them."""
+    """The tokens that a line of the token view names by corpus, first token and documents, as the
+    corpus has them.
+    """
     documents = PROBED[Path(line["corpus"]).name]
     starts = np.cumsum([0, *map(len, documents)])
-    text, places = [], [place for _, place in line["documents"]]
+    text = []
+    places = [place for _, place in line["documents"]]
     for (number, place), end in zip(line["documents"], [*places[1:], LENGTH], strict=True):
         # The first document may be entered anywhere, the others at their beginning.
         begin = line["first_token"] - starts[number] if place == 0 else 0
@@ -248,20 +200,15 @@ def online_and_stored(groups):
     )
     reference = build_model(smaller, VOCABULARY, groups, trainable=False)
     outcome = {
-        "online": train(
-            groups,
-            make_trainer(groups, config, reference),
-            local_steps(groups, config, SyntheticColumns()),
-        )
+        "online": take_steps(groups, make_trainer(groups, config, reference=reference), config)
     }
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
-        steps = local_steps(groups, config, SyntheticColumns())
+        steps = list(local_steps(groups, config, SyntheticColumns(), STEPS))
         for batches in steps:
-            for batch, output in zip(
-                batches, forward_losses(reference, batches, groups), strict=groups.is_last_stage
-            ):
+            losses = forward_losses(reference, batches, groups)
+            for batch, output in zip(batches, losses, strict=groups.is_last_stage):
                 batch.columns["reference_loss"] = output["loss"].to(dtype).float()
-        outcome[name] = train(groups, make_trainer(groups, config), steps)
+        outcome[name] = take_steps(groups, make_trainer(groups, config), config, steps)
     return outcome
 
 
@@ -278,15 +225,17 @@ def results(tmp_path_factory):
 
 def merged(ranks, read):
     """(ids selected by all last-stage ranks together, loss, gradient norm) per step."""
-    last = [rank for rank in ranks if rank["last_stage"]]
-    return [
-        (
-            set().union(*(read(rank)[step][0] for rank in last)),
-            read(last[0])[step][1],
-            read(last[0])[step][2],
-        )
-        for step in range(STEPS)
-    ]
+    last_stage = [read(rank) for rank in ranks if rank["last_stage"]]
+    rows = []
+    for step in range(STEPS):
+        selected = set().union(*(steps[step].selected for steps in last_stage))
+        first = last_stage[0][step]
+        rows.append((selected, first.summary.get("loss/selected"), first.grad_norm))
+    return rows
+
+
+def merged_case(results, layout, case):
+    return merged(results[layout], lambda rank: rank["steps"][case])
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
@@ -294,16 +243,15 @@ def merged(ranks, read):
 def test_every_scorer_and_scope_in_every_layout(case, layout, results):
     if case == "scope_running_threshold" and layout != "tp2_pp2":
         pytest.skip(
-            "the first step of a running threshold chooses among the tokens of one rank, and ranks hold other tokens here"
+            "the first step of a running threshold chooses among the tokens of one rank, "
+            "and ranks hold other tokens here"
         )
     if case == "scope_micro_batch" and layout.startswith("dp"):
         pytest.skip(
-            "a data-parallel rank's micro-batch holds other sequences here: the choice is meant to differ"
+            "a data-parallel rank's micro-batch holds other sequences here: "
+            "the choice is meant to differ"
         )
-    expected, found = (
-        merged(results[name], lambda rank, case=case: rank["rows"][case])
-        for name in ("single", layout)
-    )
+    expected, found = (merged_case(results, name, case) for name in ("single", layout))
     for step in range(STEPS):
         assert found[step][0] == expected[step][0], f"step {step}: other tokens"
         assert found[step][1] == pytest.approx(expected[step][1], rel=2e-5)
@@ -325,26 +273,38 @@ def test_online_reference_selects_as_stored_scores_do(layout, results):
 
 def test_global_batch_is_one_set_whatever_the_layout(results):
     for case in ("scope_global_batch", "scope_global_batch_static"):
-        sets = [
-            tuple(
-                map(
-                    frozenset,
-                    (
-                        ids
-                        for ids, _, _ in merged(
-                            results[name], lambda rank, case=case: rank["rows"][case]
-                        )
-                    ),
-                )
-            )
-            for name in LAYOUTS
-        ]
-        assert len(set(sets)) == 1
+        expected = merged_case(results, "single", case)
+        for name in LAYOUTS:
+            found = merged_case(results, name, case)
+            for step in range(STEPS):
+                assert found[step][0] == expected[step][0], f"{name}, step {step}"
+
+
+def places_selected(lines) -> set[tuple[int, int]]:
+    return {
+        (row, place)
+        for row, line in enumerate(lines)
+        for place, selected in enumerate(line["selected"])
+        if selected
+    }
+
+
+def places_of_largest_excess(lines) -> set[tuple[int, int]]:
+    """The top keep_fraction of all places that have a reference loss."""
+    excess = {}
+    for row, line in enumerate(lines):
+        for place, reference in enumerate(line["reference_loss"]):
+            if reference is not None:
+                excess[row, place] = line["loss"][place] - reference
+    kept = math.ceil(0.6 * len(excess))
+    return set(sorted(excess, key=lambda place: -excess[place])[:kept])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_probe_sees_whole_sequences_and_the_same_choice_in_every_layout(layout, results):
-    """The top keep_fraction by excess loss of its two sequences, and the tokens chosen at both evaluations over those chosen at either."""
+    """The top keep_fraction by excess loss of its two sequences, and the tokens chosen at both
+    evaluations over those chosen at either.
+    """
     single = results["single"][0]["probe"]
     for rank in results[layout]:
         (before, seen), (after, again), resumed = rank["probe"]
@@ -353,41 +313,16 @@ def test_the_probe_sees_whole_sequences_and_the_same_choice_in_every_layout(layo
             continue
         sets = []
         for lines, expected in ((seen, single[0][1]), (again, single[1][1])):
-            assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
             assert [Path(line["corpus"]).name for line in lines] == list(PROBED)
-            for line in lines:
+            for line, same in zip(lines, expected, strict=True):
+                assert line["tokens"] == same["tokens"]
                 assert line["tokens"] == [str(token) for token in text_named_by(line)]
-            excess = {
-                (row, i): loss - reference
-                for row, line in enumerate(lines)
-                for i, (loss, reference) in enumerate(
-                    zip(line["loss"], line["reference_loss"], strict=True)
-                )
-                if reference is not None
-            }
-            kept = math.ceil(0.6 * len(excess))
-            chosen = {
-                (row, i)
-                for row, line in enumerate(lines)
-                for i, selected in enumerate(line["selected"])
-                if selected
-            }
-            assert chosen == set(sorted(excess, key=lambda place: -excess[place])[:kept])
-            assert chosen == {
-                (row, i)
-                for row, line in enumerate(expected)
-                for i, selected in enumerate(line["selected"])
-                if selected
-            }
+            chosen = places_selected(lines)
+            assert chosen == places_of_largest_excess(lines)
+            assert chosen == places_selected(expected)
             sets.append(chosen)
         assert before == {}
-        assert (
-            after
-            == resumed
-            == {
-                "selection/probe_overlap_fraction": pytest.approx(
-                    len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-                )
-            }
-        )
+        overlap = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+        assert after == {"selection/probe_overlap_fraction": pytest.approx(overlap)}
+        assert after == resumed
         assert 0.5 < after["selection/probe_overlap_fraction"] < 1.0

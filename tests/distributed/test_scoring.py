@@ -1,7 +1,8 @@
-"""Scoring with the real model: against plain torch in every layout, across policies, and through a kill."""
+"""Scoring with the real model: against plain torch in every layout, across policies, and through a
+kill.
+"""
 
 import json
-import multiprocessing
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,10 @@ from megatron_slm.config.schema import Config, DataConfig, ModelConfig, Parallel
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, random_documents, write_corpus
-from megatron_slm.testing.spawn import run_layouts_on_cpu, run_on_cpu
+from megatron_slm.testing.spawn import run_layouts_on_cpu, run_on_cpu, warm_context
 
-VOCABULARY, WINDOW = 97, 16
+VOCABULARY = 97
+WINDOW = 16
 MODEL = ModelConfig(
     layers=2,
     hidden_size=32,
@@ -49,7 +51,9 @@ def save_reference(groups, run: str) -> None:
 
 
 def score_layout(groups, folder: str) -> dict:
-    """Score with every setting in this layout; returns how far rescoring a few windows is from the store."""
+    """Score with every setting in this layout; returns how far rescoring a few windows is from the
+    store.
+    """
     from megatron_slm.config.schema import DeviceConfig
     from megatron_slm.data.score_manifest import ScoreManifest
     from megatron_slm.scoring.corpus import TokenStream, rescore, score_corpus
@@ -105,7 +109,9 @@ def layout_name(groups) -> str:
 def plain_scores(
     model, tokens: np.ndarray, starts: np.ndarray, stride: int, policy: str
 ) -> dict[str, np.ndarray]:
-    """Every token's loss and entropy, one token at a time, from its own context: no batches, no windows shared."""
+    """Every token's loss and entropy, one token at a time, from its own context: no batches, no
+    windows shared.
+    """
     spans = (
         [(0, len(tokens))]
         if policy == "packed"
@@ -225,7 +231,7 @@ def arguments(folder: Path, output: str, *more: str) -> list[str]:
 
 
 def score_in_turn(commands: list[list[str]]) -> None:
-    """Run the program several times in one process: importing megatron-core is most of a small run."""
+    """Run the program several times in one process: its start is most of a small run."""
     from megatron_slm import score
 
     torch.set_num_threads(1)
@@ -249,7 +255,7 @@ def check_in_turn(prefix: str, scores: str, run: str) -> None:
 
 
 def start(function, *arguments):
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process = warm_context().Process(target=function, args=arguments)
     process.start()
     return process
 

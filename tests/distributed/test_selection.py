@@ -1,4 +1,6 @@
-"""Selection over ranks: random layouts against the brute-force choice, every scope and scorer under every layout."""
+"""Selection over ranks: random layouts against the brute-force choice, every scope and scorer under
+every layout.
+"""
 
 import math
 import tempfile
@@ -46,7 +48,9 @@ def _spawn(*checks):
 
 
 def _check_random_populations(rank, groups):
-    """Ragged ranks, empty ranks, ties, NaN, infinities, interleaved ids: both backends equal the brute-force choice to the bit."""
+    """Ragged ranks, empty ranks, ties, NaN, infinities, interleaved ids: both backends equal the
+    brute-force choice to the bit.
+    """
     if rank == 3:
         return
     ties_met = partial_ties = 0
@@ -58,11 +62,10 @@ def _check_random_populations(rank, groups):
         total = int(sizes.sum())
         score = awkward_scores(generator, total)
         eligible = torch.rand(total, generator=generator) < torch.rand(1, generator=generator)
-        token_id = (
-            None
-            if case % 3 == 0
-            else torch.randperm(total, generator=generator) * (1 if case % 3 == 1 else 10**12) - 5
-        )
+        token_id = None
+        if case % 3:
+            apart = {1: 1, 2: 10**12}[case % 3]
+            token_id = torch.randperm(total, generator=generator) * apart - 5
         keep_fraction = [
             1.0,
             0.7,
@@ -144,7 +147,8 @@ def _check_repeated_ids_fail_everywhere(rank, groups):
         )
 
 
-SEQUENCES, LENGTH = 8, 12
+SEQUENCES = 8
+LENGTH = 12
 
 
 def _global_batch(seed=0):
@@ -167,13 +171,17 @@ def _global_batch(seed=0):
 
 
 def _zigzag(cp_rank, cp_size):
-    """Columns of a row on one context parallel rank: one chunk from the front, one from the back, as megatron-core deals them."""
+    """Columns of a row on one context parallel rank: one chunk from the front, one from the back,
+    as megatron-core deals them.
+    """
     chunks = torch.arange(LENGTH).chunk(2 * cp_size)
     return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
 
 
 def _layouts(rank, groups):
-    """(name, rows of each micro-batch on this rank, columns of a row, group, cp_group) of ranks that take part."""
+    """(name, rows of each micro-batch on this rank, columns of a row, group, cp_group) of ranks
+    that take part.
+    """
     everything = torch.arange(LENGTH)
     if rank == 0:
         yield "dp1_mbs4", [[0, 1, 2, 3], [4, 5, 6, 7]], everything, None, None
@@ -186,7 +194,8 @@ def _layouts(rank, groups):
             None,
         )
     yield "dp4_mbs1", [[rank], [4 + rank]], everything, groups["all"], None
-    dp_rank, cp_rank = rank // 2, rank % 2
+    dp_rank = rank // 2
+    cp_rank = rank % 2
     rows = [[2 * dp_rank, 2 * dp_rank + 1], [4 + 2 * dp_rank, 5 + 2 * dp_rank]]
     yield "dp2_cp2", rows, _zigzag(cp_rank, 2), groups["all"], groups["pairs"]
 
@@ -205,7 +214,8 @@ def _assert_piece(selection, expected, rows, places, where):
 def _check_scopes_under_layouts(rank, groups):
     """Every scope equals the brute-force choice over the population it names, in every layout."""
     columns, eligible = _global_batch()
-    score, ids = columns["loss"] - columns["reference_loss"], columns["token_id"]
+    score = columns["loss"] - columns["reference_loss"]
+    ids = columns["token_id"]
     whole, *_ = expected_mask(score, eligible, 0.6, ids)
     by_row = torch.cat(
         [expected_mask(score[[b]], eligible[[b]], 0.6, ids[[b]])[0] for b in range(SEQUENCES)]
@@ -259,7 +269,9 @@ SCORERS_UNDER_TEST = [
 
 
 def _check_scorers_under_layouts(rank, groups):
-    """Every scorer chooses, and weighs, the same tokens of the global batch in every layout; `sequence` too where it may."""
+    """Every scorer chooses, and weighs, the same tokens of the global batch in every layout;
+    `sequence` too where it may.
+    """
     columns, eligible = _global_batch(seed=1)
     progress = TrainingProgress(step=5, tokens=1000)
     for name, options in SCORERS_UNDER_TEST:
@@ -290,8 +302,11 @@ def _check_scorers_under_layouts(rank, groups):
 
 
 def _check_running_threshold(rank, groups):
-    """No rank waits for another while choosing; at the end of a step all ranks have the same exact threshold."""
-    running, deviations = RunningThreshold(smoothing=0.0), []
+    """No rank waits for another while choosing; at the end of a step all ranks have the same exact
+    threshold.
+    """
+    running = RunningThreshold(smoothing=0.0)
+    deviations = []
     for step in range(3):
         columns, eligible = _global_batch(seed=10 + step)
         score = columns["loss"] - columns["reference_loss"]

@@ -1,11 +1,13 @@
-"""Property-based: every scope, over ranks, against the brute-force choice of the population that the scope names.
+"""Property-based: every scope, over ranks, against the brute-force choice of the population that
+the scope names.
 
-hypothesis runs inside every rank. Derandomised and without a database all ranks draw the same examples; after each they tell each other
-whether it held, so that a failure is met, and shrunk, by all of them in step.
+hypothesis runs inside every rank. Derandomised and without a database all ranks draw the same
+examples; after each they tell each other whether it held, so that a failure is met, and shrunk, by
+all of them in step.
 """
 
 import tempfile
-from itertools import chain
+from itertools import chain, starmap
 
 import torch
 import torch.distributed as dist
@@ -24,14 +26,14 @@ FRACTIONS = st.one_of(st.sampled_from([1.0, 0.7, 0.6, 0.5, 1e-6]), st.floats(1e-
 
 @st.composite
 def steps(draw):
-    """An optimizer step: (layout, rows of every data-parallel rank's micro-batches, scores, eligibility, ids) with ties and broken values."""
+    """An optimizer step: (layout, rows of every data-parallel rank's micro-batches, scores,
+    eligibility, ids) with ties and broken values.
+    """
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
     dp, cp = LAYOUTS[layout]
-    micro_batches, sequences, length = (
-        draw(st.integers(1, 2)),
-        draw(st.integers(1, 3)),
-        2 * cp * draw(st.integers(1, 4)),
-    )
+    micro_batches = draw(st.integers(1, 2))
+    sequences = draw(st.integers(1, 3))
+    length = 2 * cp * draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rows = dp * micro_batches * sequences
     score = awkward_scores(generator, rows * length).view(rows, length)
@@ -46,11 +48,10 @@ def steps(draw):
         if draw(st.booleans())
         else torch.randperm(rows * length, generator=generator).view(rows, length)
     )
-    # micro-batch i of data-parallel rank r, as the loader deals them: consecutive rows of the global batch
-    dealt = [
-        [list(range((i * dp + r) * sequences, (i * dp + r + 1) * sequences)) for r in range(dp)]
-        for i in range(micro_batches)
-    ]
+    # micro-batch i of data-parallel rank r, as the loader deals them: consecutive rows of the
+    # global batch
+    rows_in_order = torch.arange(micro_batches * dp * sequences)
+    dealt = rows_in_order.view(micro_batches, dp, sequences).tolist()
     return layout, dealt, score, eligible, token_id
 
 
@@ -70,14 +71,17 @@ def check_step(rank, groups, step, keep_fraction):
     layout, dealt, score, eligible, token_id = step
     _, cp = LAYOUTS[layout]
     dp_rank, cp_rank = divmod(rank, cp)
-    places, group, cp_group = zigzag(score.shape[1], cp_rank, cp), groups["all"], groups[layout]
+    places = zigzag(score.shape[1], cp_rank, cp)
+    group = groups["all"]
+    cp_group = groups[layout]
     mine = [ranks[dp_rank] for ranks in dealt]
-    everything = [sorted(row for ranks in dealt for rows in ranks for row in rows)]
+    micro_batches = list(chain(*dealt))
+    everything = sorted(chain(*micro_batches))
     scopes = {
-        "sequence": [[row] for row in everything[0]],
-        "micro_batch": [rows for ranks in dealt for rows in ranks],
-        "data_parallel": [list(chain(*ranks)) for ranks in dealt],
-        "global_batch": everything,
+        "sequence": [[row] for row in everything],
+        "micro_batch": micro_batches,
+        "data_parallel": list(map(list, starmap(chain, dealt))),
+        "global_batch": [everything],
     }
     wrong = []
 
@@ -109,7 +113,9 @@ def check_step(rank, groups, step, keep_fraction):
 
 
 def check_running(piece, able, ids, keep_fraction, group, truth, exact):
-    """Its threshold after the step is the exact one, and the deviation it reports is what counting gives."""
+    """Its threshold after the step is the exact one, and the deviation it reports is what counting
+    gives.
+    """
     running = RunningThreshold(smoothing=0.0)
     running.threshold = 0.0
     chosen = running.choose(piece, able, keep_fraction, ids).mask
@@ -123,13 +129,12 @@ def check_running(piece, able, ids, keep_fraction, group, truth, exact):
         and counted == reported
         and torch.equal(chosen, known & (piece >= 0.0))
     )
-    return (
-        []
-        if right
-        else [
-            f"running_threshold: {running.threshold} for {threshold}, deviation {reported} for {counted}"
-        ]
-    )
+    if right:
+        return []
+    return [
+        f"running_threshold: {running.threshold} for {threshold}, "
+        f"deviation {reported} for {counted}"
+    ]
 
 
 def worker(rank, folder):

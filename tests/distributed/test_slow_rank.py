@@ -39,10 +39,13 @@ def train_slowed(groups, folder: Path, name: str, rank: int, slow) -> None:
     from megatron_slm.monitoring import slow_ranks
 
     # The run is short, and its ranks differ by no chance.
-    slow_ranks.SLOW_SECONDS, slow_ranks.SLOW_INTERVALS = 0.0, 3
+    slow_ranks.SLOW_SECONDS = 0.0
+    slow_ranks.SLOW_INTERVALS = 3
     config = make_config(folder, name, CASE, groups.dp_size)
-    config.monitoring.log_interval_steps, config.monitoring.validation_interval_steps = 1, 0
-    config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    config.monitoring.log_interval_steps = 1
+    config.monitoring.validation_interval_steps = 0
+    config.checkpoint.interval_steps = 0
+    config.checkpoint.keep_best = 0
     run = start(groups, config, [str(folder / "corpus")])
     if groups.world_rank == rank:
         slow(run)

@@ -1,4 +1,6 @@
-"""The trainer's first step equals that of an unmodified megatron-core GPTModel with a materialised head, and every CPU side of the step benchmark runs."""
+"""The trainer's first step equals that of an unmodified megatron-core GPTModel with a materialised
+head, and every CPU side of the step benchmark runs.
+"""
 
 import math
 

@@ -102,7 +102,8 @@ def train_without_checkpoints(groups, folder: Path):
     from megatron_slm.training.ending import NotSaved
 
     config = make_config(folder, "unsaved", CASE, groups.dp_size)
-    config.checkpoint.interval_steps, config.checkpoint.keep_best = 1, 0
+    config.checkpoint.interval_steps = 1
+    config.checkpoint.keep_best = 0
     run = start(groups, config, [str(folder / "corpus")])
     if groups.world_rank == 0:
         (Path(config.run.folder) / "checkpoints").write_text("in the way")

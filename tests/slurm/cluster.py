@@ -199,7 +199,9 @@ class Job:
     """A submitted job. Every wait that fails shows SLURM's record of the job and its log."""
 
     def __init__(self, cluster: Cluster, number: str, log: Path):
-        self.cluster, self.number, self.log = cluster, number, log
+        self.cluster = cluster
+        self.number = number
+        self.log = log
 
     @property
     def text(self) -> str:
@@ -236,7 +238,8 @@ class Job:
 
     def processes(self, module: str) -> list[int]:
         """The processes of the job that run `python -m MODULE` themselves, not their launchers."""
-        found, number = [], self.record["JobId"]
+        found = []
+        number = self.record["JobId"]
         for entry in Path("/proc").iterdir():
             try:
                 words = (
@@ -256,7 +259,8 @@ class Job:
 
 def processes_of_node(node: str) -> list[int]:
     """Daemons of the steps on a node, then their tasks with all that these started."""
-    parents, tasks = {}, []
+    parents = {}
+    tasks = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # it ended in the meantime
             if entry.name.isdigit():

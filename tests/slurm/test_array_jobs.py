@@ -34,7 +34,8 @@ def test_preprocess_array_and_merge_give_the_corpus_of_one_run(cluster, corpus, 
     )
     assert merge.wait_for_end() == "COMPLETED", array.text + merge.text
     for suffix in (".bin", ".idx"):
-        merged, whole = Path(f"{tmp_path}/text{suffix}"), Path(f"{corpus}/text{suffix}")
+        merged = Path(f"{tmp_path}/text{suffix}")
+        whole = Path(f"{corpus}/text{suffix}")
         assert merged.read_bytes() == whole.read_bytes()
 
 

@@ -18,7 +18,8 @@ class Submitted:
     """One pipeline on the cluster."""
 
     def __init__(self, cluster: Cluster, folder: Path):
-        self.cluster, self.out = cluster, folder / "out"
+        self.cluster = cluster
+        self.out = folder / "out"
         self.description = write_description(folder)
 
     def submit(self, *words: str) -> str:
