@@ -38,7 +38,10 @@ from tests.end_to_end.soak_job import (
 )
 from tests.end_to_end.test_kills import newest
 
-SAVE_STEPS, LOG_STEPS, NAN_STEPS, HANG_SECONDS = 25, 10, 37, 10
+SAVE_STEPS = 25
+LOG_STEPS = 10
+NAN_STEPS = 37
+HANG_SECONDS = 10
 STEPS_A_SECOND = 100
 """More than any machine reaches; the planned length of a run is this times its time."""
 FULL_DISK_BYTES = 16384
@@ -161,7 +164,8 @@ class Soak:
 
     def __post_init__(self):
         self.chance = random.Random(0)
-        self.run, self.temporary = self.folder / "run", self.folder / "temporary"
+        self.run = self.folder / "run"
+        self.temporary = self.folder / "temporary"
         self.temporary.mkdir(parents=True)
         self.planned_steps = max(1000, int(self.seconds * STEPS_A_SECOND))
         self.corpus = make_corpus(self.folder)
@@ -202,7 +206,8 @@ class Soak:
             job = job or self.start(self.run, self.planned_steps, nan_from)
             if done is None:
                 job.wait_for_words("training diverged")
-                at_step, begun = nan_from, time.monotonic()
+                at_step = nan_from
+                begun = time.monotonic()
             else:
                 at_step = job.train_for(5, self.chance.uniform(0, 6))
                 begun = time.monotonic()
@@ -241,7 +246,8 @@ class Soak:
 
     def look_at_checkpoints(self) -> None:
         """Between two starts: the newest checkpoint is whole, and none that was there is lost."""
-        before, self.saved = self.saved, newest(self.run) or 0
+        before = self.saved
+        self.saved = newest(self.run) or 0
         if self.saved < before:
             raise SoakFailed(f"the checkpoint of step {before} was lost")
 
@@ -271,7 +277,8 @@ class Soak:
             for rank, samples in job.memory_kib.items():
                 quarter = len(samples) // 4
                 if len(samples) >= SAMPLES_FOR_GROWTH:
-                    early, late = samples[quarter : 2 * quarter], samples[-quarter:]
+                    early = samples[quarter : 2 * quarter]
+                    late = samples[-quarter:]
                     growth = statistics.median(late) - statistics.median(early)
                     found[f"rank {rank} of start {number + 1}"] = growth
         return found
@@ -337,7 +344,8 @@ def other_weights(ours: Path, alone: Path) -> list[str]:
     choose_device("cpu")  # before megatron-core is imported
     from megatron_slm.convert.stored_state import read_full_state
 
-    left, right = read_full_state(ours), read_full_state(alone)
+    left = read_full_state(ours)
+    right = read_full_state(alone)
     if list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left):
         return []
     return [f"the weights of {ours} differ from those of the run left alone, {alone}"]

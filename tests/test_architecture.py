@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -324,53 +323,3 @@ def test_the_readme_tree_names_nothing_that_is_gone():
 def test_the_readme_prints_the_order_of_imports():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert " → ".join((*ROOMS, "programs")) in text
-
-
-def _links(page: Path) -> list[str]:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(
-        r"""(?:src|href)=["']([^"']+)["']""", text
-    )
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        path.relative_to(ROOT).as_posix()
-        for path in project_files(".md")
-        if path.parent.name in (ROOT.name, "docs", "benchmarks")
-    ],
-)
-def test_links_lead_somewhere(page):
-    broken = [
-        link
-        for link in _links(ROOT / page)
-        if "://" not in link
-        and not link.startswith(("#", "mailto:"))
-        and not ((ROOT / page).parent / link.split("#")[0]).exists()
-    ]
-    assert not broken, f"{page}: {broken}"
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        path.relative_to(ROOT).as_posix()
-        for path in project_files(".md")
-        if path.parent in (ROOT, ROOT / "docs")
-    ],
-)
-def test_files_and_programs_that_pages_name_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    places = "|".join(("megatron_slm", *BESIDE_THE_LIBRARY, "docs"))
-    named = {
-        name.rstrip(".")
-        for name in re.findall(
-            rf"(?<![\w/.])((?:{places})/[\w./]+\.(?:py|sh|sbatch|md|yaml|svg|png))\b", text
-        )
-    }
-    gone = [name for name in named if not (ROOT / name).exists()]
-    for module in set(re.findall(rf"-m ((?:{places})\.[\w.]+)", text)):
-        if not (ROOT / (module.rstrip(".").replace(".", "/") + ".py")).exists():
-            gone.append(f"python -m {module}")
-    assert not gone, f"{page} names what is not there: {gone}"

@@ -114,7 +114,8 @@ def test_attributes_of_its_modules_and_enums_exist():
 
 
 def test_direct_calls_fit_the_signatures():
-    seen, wrong = 0, []
+    seen = 0
+    wrong = []
     for where, function, node in calls():
         named = tuple(keyword.arg for keyword in node.keywords if keyword.arg)
         positional = [part for part in node.args if not isinstance(part, ast.Starred)]

@@ -282,22 +282,19 @@ def test_a_run_begins_with_a_warning_of_a_keep_fraction_that_can_never_be_met(
 ):
     config = config_of_a_run(tmp_path, scope="sequence", keep_fraction=0.05)
     config.selection.reference.scores = ["scores"]
-    config.data.sequence_length, config.data.micro_batch_size, config.data.global_batch_size = (
-        16,
-        4,
-        64,
-    )
+    config.data.sequence_length = 16
+    config.data.micro_batch_size = 4
+    config.data.global_batch_size = 64
     assert "cannot be met" in started_reporter(monkeypatch, config, [])
     config.selection.scope = "global_batch"
     assert "cannot be met" not in started_reporter(monkeypatch, config, [])
-    config.selection.scope, config.selection.keep_fraction = (
-        "sequence",
-        {"style": "warmup", "end": 0.05, "tokens": 100},
-    )
+    config.selection.scope = "sequence"
+    config.selection.keep_fraction = {"style": "warmup", "end": 0.05, "tokens": 100}
     assert "cannot be met" in started_reporter(monkeypatch, config, []), (
         "a schedule ends at a fraction, too"
     )
-    config.selection.scorer, config.selection.scorer_options = "stored_mask", {"column": "quality"}
+    config.selection.scorer = "stored_mask"
+    config.selection.scorer_options = {"column": "quality"}
     assert "cannot be met" not in started_reporter(monkeypatch, config, []), (
         "a mask has no use for keep_fraction"
     )

@@ -1,4 +1,4 @@
-"""What the tree refers to is in it: documents, their anchors, and the gates of the benchmarks.
+"""What the tree refers to is in it: files, links, documents, anchors, gates of the benchmarks.
 
 A reader of a comment can look up only what came with the code. megatron-core is quoted by symbol,
 since line numbers change with every release.
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.source_tree import BESIDE_THE_LIBRARY, ROOT, project_files
+
 FOLDERS = (
     "megatron_slm",
     "tokenizer",
@@ -115,7 +116,8 @@ def test_every_gate_is_defined_at_the_head_of_the_results():
 
 
 def test_the_limits_of_the_cases_are_those_of_the_table():
-    rows, limits = gate_rows(), []
+    rows = gate_rows()
+    limits = []
     for program in ("benchmarks/head.py", "benchmarks/step.py"):
         for node in ast.walk(ast.parse(texts()[program])):
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "Case"):
@@ -130,3 +132,53 @@ def test_the_limits_of_the_cases_are_those_of_the_table():
         if not re.search(rf"\b{re.escape(str(limit))}0*\b", rows[name.split("-")[0]])
     ]
     assert not wrong
+
+
+def _links(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(
+        r"""(?:src|href)=["']([^"']+)["']""", text
+    )
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        path.relative_to(ROOT).as_posix()
+        for path in project_files(".md")
+        if path.parent.name in (ROOT.name, "docs", "benchmarks")
+    ],
+)
+def test_links_lead_somewhere(page):
+    broken = [
+        link
+        for link in _links(ROOT / page)
+        if "://" not in link
+        and not link.startswith(("#", "mailto:"))
+        and not ((ROOT / page).parent / link.split("#")[0]).exists()
+    ]
+    assert not broken, f"{page}: {broken}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        path.relative_to(ROOT).as_posix()
+        for path in project_files(".md")
+        if path.parent in (ROOT, ROOT / "docs")
+    ],
+)
+def test_files_and_programs_that_pages_name_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    places = "|".join(("megatron_slm", *BESIDE_THE_LIBRARY, "docs"))
+    named = {
+        name.rstrip(".")
+        for name in re.findall(
+            rf"(?<![\w/.])((?:{places})/[\w./]+\.(?:py|sh|sbatch|md|yaml|svg|png))\b", text
+        )
+    }
+    gone = [name for name in named if not (ROOT / name).exists()]
+    for module in set(re.findall(rf"-m ((?:{places})\.[\w.]+)", text)):
+        if not (ROOT / (module.rstrip(".").replace(".", "/") + ".py")).exists():
+            gone.append(f"python -m {module}")
+    assert not gone, f"{page} names what is not there: {gone}"
