@@ -338,13 +338,12 @@ def test_a_planned_save_hands_over_what_we_read():
     assert "(storage_writer, global_metadata, dist_wrapper)," in inspect.getsource(
         core("dist_checkpointing.strategies.state_dict_saver:save_state_dict_async_plan")
     )
+    writing = "dist_checkpointing.strategies.filesystem_async"
     assert "file_name, storage_key, (bytes_data, tensor_data) = write_bucket" in inspect.getsource(
-        core(
-            "dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data"
-        )
+        core(f"{writing}:FileSystemWriterAsync.write_preloaded_data")
     )
     assert "if _results_queue is None:" in inspect.getsource(
-        core("dist_checkpointing.strategies.filesystem_async:_get_write_results_queue")
+        core(f"{writing}:_get_write_results_queue")
     )
 
 

@@ -57,7 +57,8 @@ def start(folder: Path, run: str, asynchronous: bool, number: int) -> list:
         )
         for rank in range(2)
     ]
-    [process.start() for process in ranks]
+    for process in ranks:
+        process.start()
     return ranks
 
 
@@ -118,10 +119,12 @@ def kill_again_and_again(folder: Path, kills: int, outcome) -> None:
             run = f"run_{starts}"
             before = 0
             continue
-        [os.kill(process.pid, signal.SIGKILL) for process in doomed if process.is_alive()]
+        for process in doomed:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
         wait(ranks, PATIENCE_SECONDS)
         assert not any(process.is_alive() for process in ranks), "a rank waits for a dead one"
-        done = done + 1
+        done += 1
         after = newest(folder, run)
         assert after >= before, "a checkpoint was lost"
         before = after

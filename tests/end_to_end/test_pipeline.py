@@ -193,7 +193,7 @@ def test_export_has_our_logits(chain):
     assert "logits agree" in done.stdout
 
 
-def test_our_export_imported_again_prices_tokens_as_the_reference_did(chain, reference_hf):
+def test_our_export_imported_again_scores_tokens_as_the_reference_did(chain, reference_hf):
     """Its tokenizer is known as the corpus's, although the export holds it in another form."""
     run_program("megatron_slm.import_hf", "--input", reference_hf, "--output", chain / "again")
     run_program(
