@@ -16,6 +16,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_slm.checkpoint.architecture import take_architecture
 from megatron_slm.config.arguments import take_switch
@@ -26,6 +27,9 @@ from megatron_slm.files.folder_lock import FolderLock
 from megatron_slm.training import preflight, preflight_files, preflight_page, setup
 from megatron_slm.training.outside_parts import OutsideParts, load_outside_parts
 from megatron_slm.training.stop_signals import STOP_FILE, StopSignals
+
+if TYPE_CHECKING:
+    from megatron_slm.device import Device
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,7 +102,7 @@ def _prepare(
     return _Prepared(config, world_size, parts, run_inputs, found, thorough)
 
 
-def _choose_device(prepared: _Prepared):
+def _choose_device(prepared: _Prepared) -> "Device":
     """The device of this process, and what has to be decided before anything uses it."""
     from megatron_slm.device import choose_device, set_threads
 
@@ -118,7 +122,7 @@ def _choose_device(prepared: _Prepared):
     return device
 
 
-def _join_and_train(prepared: _Prepared, device, signals: StopSignals) -> int:
+def _join_and_train(prepared: _Prepared, device: "Device", signals: StopSignals) -> int:
     from megatron_slm.parallel import join_job, leave_job
     from megatron_slm.training import ending, loop, preflight_job
 

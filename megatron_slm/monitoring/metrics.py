@@ -120,7 +120,8 @@ class Metrics:
             elif divisor.any():
                 ratios[name] = (total, divisor)
         values = (summarise or divide)(ratios) | totals | self._known_maxima()
-        self._folded, self._folded_maxima = {}, {}
+        self._folded = {}
+        self._folded_maxima = {}
         return values
 
     def fold(self, group: dist.ProcessGroup | None = None) -> None:
@@ -214,7 +215,8 @@ class Metrics:
             (MAXIMUM_SLOTS + 2,), -torch.inf, dtype=torch.float64, device=self.device
         )
         layout_hash = hash_of_layout(self._layout(), names)
-        slots[0], slots[1] = layout_hash, -layout_hash
+        slots[0] = layout_hash
+        slots[1] = -layout_hash
         if names:
             slots[2 : 2 + len(names)] = torch.stack([self._maxima[name] for name in names])
         dist.all_reduce(slots, op=dist.ReduceOp.MAX, group=group)

@@ -67,7 +67,8 @@ def read_status(run_folder: str | Path) -> RunStatus | None:
 
 def begin(run_folder: str | Path, steps: int) -> None:
     """A run starts, or starts again: called by rank 0, whose host and process id it notes."""
-    now, host = _now(), socket.gethostname()
+    now = _now()
+    host = socket.gethostname()
     status = RunStatus("running", "", 0, steps, None, now, now, host, os.getpid())
     _write(run_folder, status)
 

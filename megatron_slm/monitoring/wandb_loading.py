@@ -48,7 +48,8 @@ class TemporaryFiles:
         """Within it, temporary files are made in the folder, by this process and by those it
         starts.
         """
-        before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
+        before = tempfile.tempdir
+        variable = os.environ.get("TMPDIR")
         tempfile.tempdir = os.environ["TMPDIR"] = self.folder
         try:
             yield

@@ -23,7 +23,8 @@ def learning_rate(
     only over the last decay_fraction of the run). outside_shape: that of a schedule.style which is
     not built in.
     """
-    schedule, optimizer = config.schedule, config.optimizer
+    schedule = config.schedule
+    optimizer = config.optimizer
     warmup_steps = math.ceil(schedule.warmup_fraction * end)
     if position <= warmup_steps:
         return optimizer.learning_rate * position / warmup_steps

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_slm.data.batch import Batch
+from megatron_slm.model.forward_backward import MegatronModule
 from megatron_slm.parallel import Groups
 from megatron_slm.training.evaluate import plain_loss
 
@@ -16,7 +17,7 @@ class ValidationRun:
     """What a function of monitoring.validations is given. Every rank calls it, at the same step."""
 
     step: int
-    models: list
+    models: Sequence[MegatronModule]
     loaders: Mapping[str, Iterable[Sequence[Batch]]]
     """Of each validation corpus: this rank's micro-batches of every global batch."""
     groups: Groups

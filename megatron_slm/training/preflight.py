@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-FINE, WARNING, BAD_SETTINGS, BAD_DATA = "ok", "warning", "settings", "data"
+FINE = "ok"
+WARNING = "warning"
+BAD_SETTINGS = "settings"
+BAD_DATA = "data"
 """States of a finding. The last two end the run before it begins, with exit codes 2 and 3."""
 MUST_AGREE = (
     "megatron-slm",
@@ -92,12 +95,7 @@ def warning_messages(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 def compare(everyone: Sequence[Facts]) -> list[Finding]:
     """What the facts of all processes, in the order of their ranks, say when compared."""
-    return [
-        *_versions(everyone),
-        *_devices(everyone),
-        _clocks(everyone),
-        *_files(everyone),
-    ]
+    return [*_versions(everyone), *_devices(everyone), _clocks(everyone), *_files(everyone)]
 
 
 def slow_groups(measured: Mapping[str, Mapping[tuple[int, ...], float]]) -> list[Finding]:
@@ -106,7 +104,8 @@ def slow_groups(measured: Mapping[str, Mapping[tuple[int, ...], float]]) -> list
     for kind, rates in measured.items():
         usual = median(rates.values())
         ranks, slowest = min(rates.items(), key=lambda each: each[1])
-        state, sentence = FINE, f"{len(rates)} x {len(ranks)} processes, {usual / 1e9:.3g} GB/s"
+        state = FINE
+        sentence = f"{len(rates)} x {len(ranks)} processes, {usual / 1e9:.3g} GB/s"
         if slowest < SLOW_FRACTION * usual:
             state = WARNING
             sentence += (
@@ -138,7 +137,8 @@ def memory(state_bytes: int, peak_bytes: int, everyone: Sequence[Facts]) -> Find
 
 
 def _versions(everyone: Sequence[Facts]) -> list[Finding]:
-    differing, same = [], []
+    differing = []
+    same = []
     names = dict.fromkeys(name for each in everyone for name in each.versions)
     asked = [each for each in everyone if each.versions]
     for name in names:
@@ -154,7 +154,8 @@ def _versions(everyone: Sequence[Facts]) -> list[Finding]:
 
 
 def _differing_version(name: str, hosts: Mapping[str, Sequence[str]]) -> Finding:
-    state, advice = WARNING, "This is known to work mostly; the same on all is better"
+    state = WARNING
+    advice = "This is known to work mostly; the same on all is better"
     if name in MUST_AGREE:
         state = BAD_SETTINGS
         advice = (

@@ -29,11 +29,13 @@ def write_page(findings: list[Finding], folder: Path) -> list[Finding]:
 
 def report(findings: list[Finding], rank: int) -> int:
     """Show the page, on rank 0; the exit code of a program that only looked: 0, 2 or 3."""
-    verdict, exit_code = "this job can start", 0
+    verdict = "this job can start"
+    exit_code = 0
     try:
         raise_if_fatal(findings)
-    except PreflightFailed as unfit:
-        verdict, exit_code = "this job cannot start as it is", unfit.exit_code
+    except PreflightFailed as failure:
+        verdict = "this job cannot start as it is"
+        exit_code = failure.exit_code
     if rank == 0:
         show_page(findings)
         warnings = sum(each.state == WARNING for each in findings)

@@ -26,7 +26,8 @@ class StepProfiler:
     ):
         """window: empty, or first and last step. done_steps: what the run has done before."""
         self.window = window
-        self.run_folder, self.rank = run_folder, rank
+        self.run_folder = run_folder
+        self.rank = rank
         self.report = report
         self._done_steps = done_steps
         self._first_recorded = 0

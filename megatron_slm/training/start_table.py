@@ -181,7 +181,7 @@ def _describe_selection(config: Config) -> str:
 
 
 def _describe_rows(config: Config) -> dict[str, str]:
-    """What the head and backward leave out: an approximation is always told."""
+    """What the head and backward leave out; an approximation is always named."""
     rules = choice_rules(config.selection)
     head = "every token"
     if rules.head_on_selected_rows:

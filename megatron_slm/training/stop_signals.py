@@ -42,7 +42,8 @@ class StopSignals:
     """
 
     def __init__(self, sentence: str, on_request: Callable[[], None] | None = None):
-        self.sentence, self.on_request = sentence, on_request
+        self.sentence = sentence
+        self.on_request = on_request
         self.asked = ""
         self._asked_at = 0.0
         self._process = os.getpid()  # a forked writer of checkpoints inherits the handlers

@@ -30,8 +30,10 @@ class TrainingTools:
         hook: Callable[[int, Mapping[str, Any]], object] | None = None,
     ):
         """hook: the function of monitoring.after_step. report: where (text, level) goes."""
-        folder, monitoring = Path(config.run.folder), config.monitoring
-        self.hook, self.hook_name = hook, monitoring.after_step
+        folder = Path(config.run.folder)
+        monitoring = config.monitoring
+        self.hook = hook
+        self.hook_name = monitoring.after_step
         self.garbage = GarbageCollection(config.device.garbage_collection_steps)
         self.timeout = StepTimeout(config)
         self.profiler = StepProfiler(
@@ -60,7 +62,7 @@ class TrainingTools:
         self._entered.__exit__(*error)
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Step `step` is done; the watchdog has not been told yet."""
+        """Step `step` is done, and its checkpoint is written where one was due."""
         self.timeout.after_step()
         self.profiler.after_step(step)
         self.garbage.after_step(step)
