@@ -43,8 +43,9 @@ class DeviceConfig:
     """How long a collective may wait for the slowest rank before the job is stopped."""
     step_timeout_minutes: Count = 10
     """The same for the collectives of a training step, from the second step on; 0 =
-    timeout_minutes. It is never below twice monitoring.hang_seconds or three times the first step,
-    so that a run which hangs has written its stacks before a collective ends it."""
+    timeout_minutes, and so it is where monitoring.hang_seconds is 0. It is never below twice
+    monitoring.hang_seconds or three times the first step, so that a run which hangs has written its
+    stacks before a collective ends it."""
     garbage_collection_steps: Count = 50
     """Python's garbage is collected on all ranks after the same step, every so many steps, instead
     of whenever one rank's counter is full, which makes the others wait; 0 = Python decides."""

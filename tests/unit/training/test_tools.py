@@ -77,6 +77,7 @@ def test_the_timeout_is_lower_in_steps_and_whole_around_them(tmp_path):
         (dict(step=1, hang_seconds=300), [600.0]),  # the watchdog comes first
         (dict(step=60), []),  # never above the other one
         (dict(step=0), []),
+        (dict(hang_seconds=0), []),  # the run may be stopped in a debugger
     ],
 )
 def test_the_lower_timeout_leaves_the_watchdog_its_time(settings, seconds, tmp_path):
