@@ -145,7 +145,9 @@ def interrupt_and_compare(groups, folder: Path) -> None:
 
 
 def open_sinks_that_draw(groups, folder: Path) -> None:
-    """What writes the log may import libraries that draw from Python's generator, as rich does once."""
+    """What writes the log may import libraries that draw from Python's generator, as rich does
+    once.
+    """
     from megatron_slm.training import loop
 
     plain = loop.Reporter

@@ -23,8 +23,8 @@ def weights_of(run) -> torch.Tensor:
 
 
 def poison(run, steps: set[int], rank: int) -> None:
-    """Make the gradients of these steps NaN on one rank, as a bad kernel or a bad number in the data
-    would.
+    """Make the gradients of these steps NaN on one rank, as a bad kernel or a bad number in the
+    data would.
     """
     from megatron_slm.training import step as step_module
 
@@ -76,8 +76,10 @@ def train_with_a_jump(groups, folder: Path):
     plain = step_room.forward_backward
     config = make_config(folder, "jump", CASE, groups.dp_size)
     config.schedule.train_steps = 26
-    config.monitoring.log_interval_steps, config.monitoring.validation_interval_steps = 2, 0
-    config.checkpoint.interval_steps, config.checkpoint.keep_best = 0, 0
+    config.monitoring.log_interval_steps = 2
+    config.monitoring.validation_interval_steps = 0
+    config.checkpoint.interval_steps = 0
+    config.checkpoint.keep_best = 0
     run = start(groups, config, [str(folder / "corpus")])
 
     def inflated(models, *arguments, **named):

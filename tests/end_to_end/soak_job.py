@@ -67,8 +67,8 @@ def links_of(pid: int) -> set[str]:
 
 
 def unused_shared_memory() -> set[str]:
-    """Shared memory that no living process has: files of /dev/shm, and System V segments with nobody
-    attached.
+    """Shared memory that no living process has: files of /dev/shm, and System V segments with
+    nobody attached.
     """
     used = set()
     for entry in Path("/proc").iterdir():
