@@ -19,6 +19,6 @@ def test_other_files_are_units_of_their_own():
 
 
 def test_the_scheduler_of_the_run_asks_for_these_units():
-    """It overrides what xdist calls for each test; under another name it would be called by none."""
+    """It overrides what xdist calls for each test; under another name nothing would call it."""
     assert LoadFileScheduling._split_scope(None, "a.py::b") == "a.py"
     assert "_split_scope" in vars(OneDistributedTestAtATime)
