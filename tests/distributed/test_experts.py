@@ -144,8 +144,9 @@ def watch_divisors():
     divisors = []
 
     def noting(part, groups):
-        divisors.append(float(over_ranks(part, groups)))
-        return part
+        divisor = over_ranks(part, groups)
+        divisors.append(float(divisor))
+        return divisor
 
     forward_backward._over_ranks = noting
     try:
