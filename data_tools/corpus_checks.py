@@ -1,4 +1,4 @@
-"""What can be said of a finished corpus by reading its tokens: problems, a sample of its text, a manifest."""
+"""What the tokens of a finished corpus say: problems, a sample of its text, a manifest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenCounts:
 def count_tokens(
     tokens: FileArray, index: CorpusIndex, eod_id: int, bos_id: int | None = None
 ) -> TokenCounts:
-    """Read all tokens once: the range of ids, and which documents begin with `bos_id` and end with `eod_id`."""
+    """Read all tokens once; count what does not begin with `bos_id` and end with `eod_id`."""
     counts = TokenCounts()
     starts_tokens = index.document_starts_tokens()
     lengths_tokens = np.diff(starts_tokens)
@@ -66,7 +66,8 @@ def count_tokens(
 
 def problems_of_tokens(prefix: str, manifest: CorpusManifest, counts: TokenCounts) -> list[str]:
     """A sentence for each way in which the tokens contradict the manifest."""
-    size, eod_id = manifest.tokenizer["vocabulary_size"], manifest.tokenizer["eod_id"]
+    size = manifest.tokenizer["vocabulary_size"]
+    eod_id = manifest.tokenizer["eod_id"]
     problems = []
     if counts.largest_id >= size or counts.smallest_id < 0:
         worst = counts.largest_id if counts.largest_id >= size else counts.smallest_id

@@ -1,12 +1,14 @@
 """Look into a corpus: its documents as text, its numbers, the lengths of its documents.
 
-python -m data_tools.inspect_corpus data/corpus                        numbers and a length
-histogram python -m data_tools.inspect_corpus data/corpus --document 0 17        these documents as
-text python -m data_tools.inspect_corpus data/corpus --tokens --document 0  token by token python -m
-data_tools.inspect_corpus data/corpus --scores data/scores --document 7     the text with its scores
-python -m data_tools.inspect_corpus data/corpus --json                 the numbers for a program
-python -m data_tools.inspect_corpus data/corpus --picture lengths.png  the histogram of every source
-as a picture
+    python -m data_tools.inspect_corpus data/corpus
+
+prints numbers of every source and a histogram of the lengths. With
+
+    --document 0 17                        these documents as text
+    --document 0 --tokens                  token by token
+    --document 7 --scores data/scores      the text with its scores
+    --json                                 the numbers for a program
+    --picture lengths.png                  the histogram of every source as a picture
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def build_parser() -> Program:
 def statistics_of_corpus(
     prefix: str, manifest: CorpusManifest, index: CorpusIndex
 ) -> dict[str, Any]:
-    """PREFIX.statistics.json where preprocess or merge left one that fits, else what the index alone tells."""
+    """PREFIX.statistics.json; without one that belongs to the corpus, what the index alone says."""
     if (statistics := read_statistics(prefix, manifest)) is not None:
         return statistics
     lengths_tokens = np.diff(index.document_starts_tokens())
@@ -119,7 +121,10 @@ def print_numbers(
 
 
 def draw_lengths(path: str, statistics: dict[str, Any]) -> None:
-    """The share of documents over their length in tokens, one line per source; lengths are counted in powers of two."""
+    """Draw the share of documents over their length in tokens, counted in powers of two.
+
+    Each source has a line of its own.
+    """
     from megatron_slm.analysis.style import colour, dash, house_style, new_figure, short_count
 
     counted = [
@@ -173,7 +178,10 @@ class DocumentViewer:
         self._console = console
 
     def show(self, number: int, *, by_token: bool, max_tokens: int) -> None:
-        """Print a document, counted from the end when `number` is negative. ValueError when there is none."""
+        """Print a document, counted from the end when `number` is negative.
+
+        Raises ValueError when there is none.
+        """
         if number < 0:
             number += self._documents
         if not 0 <= number < self._documents:
@@ -211,7 +219,8 @@ def inspect(arguments: argparse.Namespace) -> None:
         raise ValueError("--tokens shows documents: say which with --document N")
     if arguments.max_tokens < 1:
         raise ValueError(f"--max-tokens {arguments.max_tokens}: at least 1")
-    manifest, index = CorpusManifest.read(prefix), read_index(f"{prefix}.idx")
+    manifest = CorpusManifest.read(prefix)
+    index = read_index(f"{prefix}.idx")
     tokens = open_tokens(prefix, index)
     statistics = statistics_of_corpus(prefix, manifest, index)
     console = Console() if sys.stdout.isatty() else Console(width=120)

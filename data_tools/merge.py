@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from data_tools.corpus_arguments import corpus_prefix
 from data_tools.writing.corpus_files import CorpusCopy, finished_before
 from data_tools.writing.statistics_report import (
     merged_statistics,
@@ -57,17 +58,20 @@ def build_parser() -> Program:
 
 
 def find_prefixes(arguments: list[str]) -> list[str]:
-    """Prefixes named directly or by globs (a glob matches manifests). Raises ValueError when one names nothing."""
+    """Prefixes named directly, or by globs that match manifests.
+
+    Raises ValueError when an argument names nothing.
+    """
     prefixes: list[str] = []
     for argument in arguments:
-        argument = argument.removesuffix(".bin").removesuffix(".idx")
-        if Path(f"{argument}.manifest.json").exists() or not glob.has_magic(argument):
-            prefixes.append(argument)
+        prefix = corpus_prefix(argument)
+        if Path(f"{prefix}.manifest.json").exists() or not glob.has_magic(prefix):
+            prefixes.append(prefix)
             continue
-        found = sorted(glob.glob(f"{argument}.manifest.json"), key=os.fsencode)
+        found = sorted(glob.glob(f"{prefix}.manifest.json"), key=os.fsencode)
         if not found:
             raise ValueError(
-                f"--input {argument}: no corpus matches (looked for {argument}.manifest.json)"
+                f"--input {prefix}: no corpus matches (looked for {prefix}.manifest.json)"
             )
         prefixes += [path.removesuffix(".manifest.json") for path in found]
     if len(set(prefixes)) != len(prefixes):
@@ -77,8 +81,10 @@ def find_prefixes(arguments: list[str]) -> list[str]:
 
 
 def in_order(corpora: dict[str, CorpusManifest]) -> list[str]:
-    """Prefixes in the order to join them: shards by number, anything else as given. Raises
-    ValueError when shards of one run are missing or mixed with others."""
+    """Prefixes in the order to join them: shards by number, anything else as given.
+
+    Raises ValueError when shards of one run are missing or mixed with others.
+    """
     shards = {prefix: manifest.shard for prefix, manifest in corpora.items() if manifest.shard}
     if not shards:
         return list(corpora)
@@ -91,13 +97,14 @@ def in_order(corpora: dict[str, CorpusManifest]) -> list[str]:
     for prefix, shard in shards.items():
         if (shard["plan"], shard["count"]) != (first["plan"], first["count"]):
             raise ValueError(
-                f"{prefix} is a shard of another run: its inputs or the number of shards differ from those of "
-                f"{next(iter(shards))}"
+                f"{prefix} is a shard of another run: its inputs or the number of shards differ "
+                f"from those of {next(iter(shards))}"
             )
     missing = sorted(set(range(first["count"])) - {shard["index"] for shard in shards.values()})
     if missing or len(shards) != first["count"]:
         raise ValueError(
-            f"shards {missing} of {first['count']} are missing; run them first (--shard i/{first['count']})"
+            f"shards {missing} of {first['count']} are missing; run them first "
+            f"(--shard i/{first['count']})"
         )
     return sorted(corpora, key=lambda prefix: shards[prefix]["index"])
 
@@ -109,7 +116,8 @@ def check_alike(corpora: dict[str, CorpusManifest]) -> None:
         if differences := tokenizer_differences(manifest.tokenizer, first.tokenizer):
             raise ValueError(
                 f"{prefix} and {first_prefix} cannot be joined: they have different tokenizers, "
-                f"{manifest.tokenizer['path']} and {first.tokenizer['path']}: {'; '.join(differences)}"
+                f"{manifest.tokenizer['path']} and {first.tokenizer['path']}: "
+                f"{'; '.join(differences)}"
             )
         for name, ours, theirs in (
             ("token dtype", manifest.token_dtype, first.token_dtype),
@@ -123,7 +131,10 @@ def check_alike(corpora: dict[str, CorpusManifest]) -> None:
 
 
 def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -> CorpusManifest:
-    """Join the corpora and return the new manifest. Raises ValueError with a sentence; nothing is published then."""
+    """Join the corpora and return the new manifest.
+
+    Raises ValueError with a sentence; then nothing is published.
+    """
     corpora = {prefix: CorpusManifest.read(prefix) for prefix in prefixes}
     prefixes = in_order(corpora)
     check_alike(corpora)
@@ -145,15 +156,17 @@ def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -
         for prefix in progress.track(prefixes, description="copying"):
             if copy.copy_file(f"{prefix}.bin") != corpora[prefix].bin_sha256:
                 raise ValueError(
-                    f"{prefix}.bin: the content has changed since the corpus was made. Make it again."
+                    f"{prefix}.bin: the content has changed since the corpus was made. Make it "
+                    "again."
                 )
             copy.add_lengths(indexes[prefix].sequence_lengths_tokens[:])
         manifest = copy.finish(corpora[prefixes[0]], **_history(prefixes, corpora))
-    parts = [
-        (indexes[prefix].sequence_lengths_tokens, read_statistics(prefix, corpora[prefix]))
-        for prefix in prefixes
-    ]
-    if all(statistics is not None for _, statistics in parts):
+    parts = []
+    for prefix in prefixes:
+        statistics = read_statistics(prefix, corpora[prefix])
+        if statistics is not None:
+            parts.append((indexes[prefix].sequence_lengths_tokens, statistics))
+    if len(parts) == len(prefixes):
         write_statistics(
             Path(f"{output_prefix}.statistics.json"),
             merged_statistics(parts, shards=bool(corpora[prefixes[0]].shard)),
@@ -164,25 +177,30 @@ def merge(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -
 def _finished_before(
     output_prefix: str, prefixes: list[str], corpora: dict[str, CorpusManifest]
 ) -> CorpusManifest | None:
-    """The joined corpus when an earlier call made it from these very parts. ValueError when it was made from others."""
-    manifest = finished_before(
-        output_prefix,
-        PROGRAM,
-        lambda made: {"parts": [part["fingerprint"] for part in made.created_by["parts"]]},
-        {"parts": [corpora[prefix].fingerprint for prefix in prefixes]},
-    )
+    """The joined corpus when an earlier call has made it from the same parts; None when there is
+    none.
+
+    Raises ValueError when it was made from others.
+    """
+    now = {"parts": [corpora[prefix].fingerprint for prefix in prefixes]}
+    manifest = finished_before(output_prefix, PROGRAM, _made_from, now)
     if manifest is not None:
         print(f"{output_prefix}: done before, from the same parts")
     return manifest
 
 
+def _made_from(joined: CorpusManifest) -> dict[str, Any]:
+    return {"parts": [part["fingerprint"] for part in joined.created_by["parts"]]}
+
+
 def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[str, Any]:
     """What the manifests of the parts say, put together."""
     manifests = [corpora[prefix] for prefix in prefixes]
-    reasons = sum(
-        (Counter(manifest.rejected.get("reasons", {})) for manifest in manifests), Counter()
-    )
-    filters = sum((Counter(manifest.filters) for manifest in manifests), Counter())
+    reasons: Counter[str] = Counter()
+    filters: Counter[str] = Counter()
+    for manifest in manifests:
+        reasons += Counter(manifest.rejected.get("reasons", {}))
+        filters += Counter(manifest.filters)
     if manifests[0].shard:
         sources = _sum_sources([manifest.sources for manifest in manifests])
     else:
@@ -208,19 +226,17 @@ def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[st
 
 
 def _sum_sources(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Counts of the same --input arguments over all shards; a content checksum exists per shard only."""
+    """Counts of the same --input arguments over all shards.
+
+    The content's checksums are listed, because each shard has its own.
+    """
     merged = []
     for entries in zip(*parts, strict=True):
-        merged.append(
-            {
-                "input": entries[0]["input"],
-                **{
-                    name: sum(entry[name] for entry in entries)
-                    for name in ("records", "documents", "tokens", "text_bytes")
-                },
-                "content_sha256": [entry["content_sha256"] for entry in entries],
-            }
-        )
+        total: dict[str, Any] = {"input": entries[0]["input"]}
+        for name in ("records", "documents", "tokens", "text_bytes"):
+            total[name] = sum(entry[name] for entry in entries)
+        total["content_sha256"] = [entry["content_sha256"] for entry in entries]
+        merged.append(total)
     return merged
 
 
@@ -237,7 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"merge: {error}. Nothing was published.", file=sys.stderr)
         return 4
     print(
-        f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens from {len(prefixes)} corpora"
+        f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
+        f"from {len(prefixes)} corpora"
     )
     return 0
 

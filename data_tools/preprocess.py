@@ -37,8 +37,8 @@ def build_parser() -> Program:
         prog="python -m data_tools.preprocess",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 done, 2 wrong usage, 3 bad data (nothing was published), 4 the machine "
-        "failed (disk full, worker killed): run the same command again to continue.",
+        epilog="exit codes: 0 done, 2 wrong usage, 3 bad data (nothing was published), 4 the "
+        "machine failed (disk full, worker killed): run the same command again to continue.",
     )
     _add_input_and_output(parser.add_argument_group("what goes in and comes out"))
     _add_filters(parser.add_argument_group("bad input and filters"))
@@ -52,8 +52,8 @@ def _add_input_and_output(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="F",
-        help="files, folders (every file below), globs in quotes, or - for jsonl on standard input; "
-        "the order given is the order of the documents",
+        help="files, folders (every file below), globs in quotes, or - for jsonl on standard "
+        "input; the order given is the order of the documents",
     )
     group.add_argument(
         "--tokenizer",
@@ -78,8 +78,8 @@ def _add_input_and_output(group: argparse._ArgumentGroup) -> None:
         "--format",
         choices=("auto", "jsonl", "parquet", "text"),
         default="auto",
-        help="auto goes by the file name: .jsonl and .ndjson hold one record per line, .parquet one "
-        "per row, any other file is one document",
+        help="auto goes by the file name: .jsonl and .ndjson hold one record per line, .parquet "
+        "one per row, any other file is one document",
     )
     add_record_arguments(group)
     group.add_argument(
@@ -104,8 +104,8 @@ def _add_filters(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.05,
         metavar="X",
-        help="fail (exit code 3) when more of the records, or of the bytes, is broken; what was left "
-        "out is listed in C.rejects.jsonl (default: %(default)s)",
+        help="fail (exit code 3) when more of the records, or of the bytes, is broken; what was "
+        "left out is listed in C.rejects.jsonl (default: %(default)s)",
     )
     group.add_argument(
         "--min-characters", type=int, default=0, metavar="N", help="leave out shorter documents"

@@ -6,8 +6,8 @@ writes data/split_train and data/split_held_out. The same document always falls 
 whatever corpus, order or shard it appears, and so do all its copies: no text is in both. Another
 `--seed` makes another choice.
 
-    python -m data_tools.split data/corpus --held-out-fraction 0.01 --output-prefix data/split
-    --scores data/corpus_scores
+    python -m data_tools.split data/corpus --held-out-fraction 0.01 --output-prefix data/split \\
+        --scores data/corpus_scores
 
 also takes the scores of every document along: data/split_train.corpus_scores and
 data/split_held_out.corpus_scores.
@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import sys
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from data_tools.corpus_arguments import add_corpus
 from data_tools.writing.corpus_files import CorpusCopy, finished_before
 from data_tools.writing.split_scores import carried_before, carry_scores, open_scores
 from megatron_slm import __version__
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Count
 from megatron_slm.data.file_array import FileArray
-from megatron_slm.data.indexed import open_tokens, read_index
+from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus, manifest_path
 
 PROGRAM = "data_tools.split"
 _STEP_DOCUMENTS = 4096
 _COPY_TOKENS = 4 << 20
+TokenRange = tuple[int, int]
+"""[start, end) in the tokens of the whole corpus."""
 
 
 def build_parser() -> Program:
@@ -46,7 +50,7 @@ def build_parser() -> Program:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prefix", metavar="C", help="the corpus, without .bin")
+    add_corpus(parser)
     parser.add_argument(
         "--held-out-fraction",
         type=float,
@@ -72,8 +76,11 @@ def build_parser() -> Program:
 
 
 def is_held_out(tokens: bytes, seed: int, fraction: float) -> bool:
-    """Whether the document with these tokens is held out: a function of content, seed and fraction
-    alone. A document held out at a small fraction stays held out at a larger one."""
+    """Whether the document with these tokens is held out.
+
+    It depends on the tokens, the seed and the fraction alone. A document that is held out at a
+    small fraction is held out at a larger one too.
+    """
     digest = hashlib.blake2b(
         tokens, digest_size=8, key=seed.to_bytes(8, "little", signed=True)
     ).digest()
@@ -89,48 +96,39 @@ def split(
     overwrite: bool = False,
     scores: list[str] | None = None,
 ) -> tuple[CorpusManifest, CorpusManifest]:
-    """Write both parts, and those of every score store in `scores`; returns the manifests (train, held out). ValueError with a sentence."""
+    """Write both parts, and those of every score store in `scores`.
+
+    Returns the manifests (train, held out). Raises ValueError with a sentence.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"--held-out-fraction {fraction}: a share between 0 and 1, such as 0.01")
     manifest = check_corpus(prefix)
-    prefixes = [f"{output_prefix}_{name}" for name in ("train", "held_out")]
+    train_prefix = f"{output_prefix}_train"
+    held_out_prefix = f"{output_prefix}_held_out"
+    prefixes = [train_prefix, held_out_prefix]
     if not overwrite and (
         finished := _finished_before(prefixes, manifest, fraction, seed, scores or [])
     ):
         return finished
     stores = open_scores(scores or [], manifest, prefixes)
-    runs: tuple[list, list] = ([], [])
     index = read_index(f"{prefix}.idx")
     tokens = open_tokens(prefix, index)
-    starts_tokens = index.document_starts_tokens()
     with ExitStack() as stack:
-        # A part that is there, and was not refused, is what this call makes: an earlier one was killed before the rest.
-        sides = [
+        # A part that exists, and was not refused, is one that an earlier call, killed before the
+        # other part was there, has made.
+        train, held_out = (
             stack.enter_context(
                 CorpusCopy(part, index.dtype, overwrite=overwrite or manifest_path(part).exists())
             )
             for part in prefixes
-        ]
-        progress = stack.enter_context(
-            Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
         )
-        for first in progress.track(
-            range(0, index.documents, _STEP_DOCUMENTS), description="splitting"
-        ):
-            bounds = starts_tokens[first : first + _STEP_DOCUMENTS + 1]
-            held_out = np.array(
-                [
-                    is_held_out(tokens[start:end].tobytes(), seed, fraction)
-                    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-                ],
-                bool,
-            )
-            for start, end in _runs(held_out):
-                _append(sides[int(held_out[start])], tokens, bounds[start : end + 1])
-                runs[int(held_out[start])].append((int(bounds[start]), int(bounds[end])))
-        if not all(side.documents for side in sides):
+        train_ranges, held_out_ranges = _copy_documents(
+            tokens, index, train, held_out, seed=seed, fraction=fraction
+        )
+        if not train_ranges or not held_out_ranges:
             raise ValueError(
-                f"{prefix}: with {index.documents} documents a share of {fraction} leaves one side empty"
+                f"{prefix}: with {index.documents} documents a share of {fraction} leaves one "
+                "side empty"
             )
         history = {
             "sources": [{"input": str(prefix), "fingerprint": manifest.fingerprint}],
@@ -142,31 +140,66 @@ def split(
                 "seed": seed,
             },
         }
-        parts = sides[0].finish(manifest, **history), sides[1].finish(manifest, **history)
+        parts = train.finish(manifest, **history), held_out.finish(manifest, **history)
     for store in stores:
-        for part_prefix, part, ranges in zip(prefixes, parts, runs, strict=True):
-            carry_scores(store, part_prefix, part, np.array(ranges, np.int64))
+        carry_scores(store, train_prefix, parts[0], np.array(train_ranges, np.int64))
+        carry_scores(store, held_out_prefix, parts[1], np.array(held_out_ranges, np.int64))
     return parts
+
+
+def _copy_documents(
+    tokens: FileArray,
+    index: CorpusIndex,
+    train: CorpusCopy,
+    held_out: CorpusCopy,
+    *,
+    seed: int,
+    fraction: float,
+) -> tuple[list[TokenRange], list[TokenRange]]:
+    """Give every document to its side; returns the ranges of tokens that each side was given."""
+    train_ranges: list[TokenRange] = []
+    held_out_ranges: list[TokenRange] = []
+    starts_tokens = index.document_starts_tokens()
+    steps = range(0, index.documents, _STEP_DOCUMENTS)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        for first in progress.track(steps, description="splitting"):
+            bounds = starts_tokens[first : first + _STEP_DOCUMENTS + 1]
+            chosen = np.array(
+                [
+                    is_held_out(tokens[start:end].tobytes(), seed, fraction)
+                    for start, end in pairwise(bounds.tolist())
+                ],
+                bool,
+            )
+            for start, end in _runs(chosen):
+                token_range = (int(bounds[start]), int(bounds[end]))
+                if chosen[start]:
+                    _append(held_out, tokens, bounds[start : end + 1])
+                    held_out_ranges.append(token_range)
+                else:
+                    _append(train, tokens, bounds[start : end + 1])
+                    train_ranges.append(token_range)
+    return train_ranges, held_out_ranges
 
 
 def _finished_before(
     prefixes: list[str], manifest: CorpusManifest, fraction: float, seed: int, scores: list[str]
 ) -> tuple[CorpusManifest, CorpusManifest] | None:
-    """Both parts, with all their scores, when an earlier call made them in the same way; None when
-    there are none.
+    """Both parts, with all their scores, when an earlier call has made them in the same way.
 
-    ValueError when they were made from something else.
+    None when a part or its scores are missing. Raises ValueError when they were made from something
+    else.
     """
     now = {"corpus": manifest.fingerprint, "held_out_fraction": fraction, "seed": seed}
-    parts = [finished_before(prefix, PROGRAM, _made_from, now) for prefix in prefixes]
-    if None in parts or not all(
-        carried_before(folder, prefix, part)
-        for folder in scores
-        for prefix, part in zip(prefixes, parts, strict=True)
-    ):
+    train, held_out = (finished_before(prefix, PROGRAM, _made_from, now) for prefix in prefixes)
+    if train is None or held_out is None:
         return None
+    for folder in scores:
+        for prefix, part in zip(prefixes, (train, held_out), strict=True):
+            if not carried_before(folder, prefix, part):
+                return None
     print("done before, from the same corpus and options:")
-    return parts[0], parts[1]
+    return train, held_out
 
 
 def _made_from(part: CorpusManifest) -> dict[str, Any]:
@@ -178,13 +211,13 @@ def _made_from(part: CorpusManifest) -> dict[str, Any]:
 
 
 def _runs(held_out: np.ndarray) -> list[tuple[int, int]]:
-    """[start, end) of documents in a row that go to one side."""
+    """[start, end) of consecutive documents that go to one side."""
     changes = np.flatnonzero(np.diff(held_out)) + 1
-    return list(zip([0, *changes.tolist()], [*changes.tolist(), len(held_out)], strict=True))
+    return list(pairwise([0, *changes.tolist(), len(held_out)]))
 
 
 def _append(side: CorpusCopy, tokens: FileArray, bounds: np.ndarray) -> None:
-    """Give documents in a row to a side, in pieces of bounded size."""
+    """Give consecutive documents to a side, in pieces of bounded size."""
     for start in range(int(bounds[0]), int(bounds[-1]), _COPY_TOKENS):
         side.add_bytes(tokens[start : min(start + _COPY_TOKENS, int(bounds[-1]))].tobytes())
     side.add_lengths(np.diff(bounds))
@@ -210,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         return 4
     print(
         f"{arguments.output_prefix}_train: {train.documents:,} documents, {train.tokens:,} tokens; "
-        f"{arguments.output_prefix}_held_out: {held_out.documents:,} documents, {held_out.tokens:,} tokens"
+        f"{arguments.output_prefix}_held_out: {held_out.documents:,} documents, "
+        f"{held_out.tokens:,} tokens"
     )
     return 0
 

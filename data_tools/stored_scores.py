@@ -1,4 +1,4 @@
-"""What verify and inspect_corpus do with a score store: check it against its corpus, show it as text."""
+"""A score store as verify checks it against its corpus, and as inspect_corpus shows it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def problems_of_scores(
 def show_scored_tokens(
     store: ScoreStore, start: int, ids: np.ndarray, tokenizer: Tokenizer, console: Console
 ) -> None:
-    """A line for each of the tokens `ids`, which begin at `start` of the corpus, with all scores."""
+    """Print a line with all scores for each of the tokens `ids`, which begin at token `start`."""
     columns = {name: store.read(name, start, len(ids)) for name in store.columns}
     titles = " ".join(f"{name:>9}" for name in columns)
     console.print(f"{'offset':>12} {'id':>7} {titles} token", highlight=False)
@@ -64,8 +64,7 @@ def show_scored_tokens(
 def show_scored_text(
     store: ScoreStore, start: int, ids: np.ndarray, tokenizer: Tokenizer, console: Console
 ) -> None:
-    """The tokens `ids`, which begin at `start` of the corpus, as running text with the first
-    column's scores.
+    """Print the tokens `ids`, which begin at token `start`, as text with the first column's scores.
 
     A terminal shows them as shades of the background, a file as numbers.
     """

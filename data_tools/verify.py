@@ -124,7 +124,7 @@ def verify(arguments: argparse.Namespace) -> list[str]:
 
 
 def _manifest_to_check(arguments: argparse.Namespace) -> CorpusManifest:
-    """The corpus's own manifest, its checksums compared; with --write-manifest the one to be written."""
+    """The corpus's manifest, its checksums compared; with --write-manifest the one to write."""
     prefix = arguments.prefix
     if not arguments.write_manifest:
         # A full check does not trust the stamp of an earlier one.

@@ -13,14 +13,15 @@ from megatron_slm.data.score_store import ScoreStore
 
 DESCRIPTION = """Score random windows again with the reference, and compare with the stored scores.
 
-Prints the largest difference of each column. The reference is a checkpoint of ours or a Hugging Face
-folder, and must be the one that made the scores."""
+Prints the largest difference of each column. The reference is a checkpoint of ours or a Hugging
+Face folder, and must be the one that made the scores."""
 EPILOG = """example:
   python -m megatron_slm.check_scores --corpus data/corpus --scores data/corpus_scores \\
       --reference runs/reference
 
-exit codes: 0 the scores agree, 2 wrong usage, 3 they differ, or something cannot be opened or belongs
-to something else. Every byte of a store is checked by: python -m data_tools.verify C --scores S"""
+exit codes: 0 the scores agree, 2 wrong usage, 3 they differ, or something cannot be opened or
+belongs to something else. Every byte of a store is checked by: python -m data_tools.verify C
+--scores S"""
 
 
 def build_parser() -> Program:
@@ -60,7 +61,8 @@ def rescore_windows(
 ) -> list[str]:
     """What is wrong with the stored scores of `windows` random windows: a sentence per column.
 
-    ValueError when the store, the corpus or the reference cannot be opened, or do not belong together.
+    Raises ValueError when the store, the corpus or the reference cannot be opened, or do not belong
+    together.
     """
 
     store = ScoreStore.open(scores)

@@ -1,9 +1,11 @@
 """How well does a vocabulary fit a text? And a second one?
 
-    python -m tokenizer.evaluate --tokenizer code.model --input src/ prose.jsonl --against llama/tokenizer.json --picture fit.png
+    python -m tokenizer.evaluate --tokenizer code.model --input src/ prose.jsonl \\
+        --against llama/tokenizer.json --picture fit.png
 
-prints, for each source: bytes per token (more is shorter sequences), tokens per word, the share of unknown tokens, the share of
-tokens that spell single bytes, the share of the vocabulary in use, and how many documents do not come back exactly.
+prints, for each source: bytes per token (more of them make shorter sequences), tokens per word, the
+share of unknown tokens, the share of tokens that spell single bytes, the share of the vocabulary in
+use, and how many documents do not come back exactly.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_tools.reading.arguments import add_record_arguments
 from data_tools.reading.documents import InputDataError, text_bytes
 from data_tools.reading.read import read_documents
 from megatron_slm.config.arguments import Program
@@ -79,14 +82,7 @@ def build_parser() -> Program:
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="F", help="each argument is one source"
     )
-    parser.add_argument("--text-key", nargs="+", default=["text"], metavar="KEY")
-    parser.add_argument(
-        "--include",
-        nargs="+",
-        default=[],
-        metavar="GLOB",
-        help="of folders, only file names like *.py",
-    )
+    add_record_arguments(parser)
     parser.add_argument(
         "--max-bytes",
         type=int,
@@ -102,20 +98,16 @@ def build_parser() -> Program:
 
 
 def byte_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """bool of the vocabulary: which ids stand for a single byte because nothing better existed.
+    """bool of the vocabulary: which ids stand for a single byte for want of a better piece.
 
-    SentencePiece marks its fallback bytes; a byte-level vocabulary spells what is beyond ASCII in half characters.
+    SentencePiece marks its fallback bytes. The ids of a byte-level vocabulary that are no whole
+    character decode to U+FFFD.
     """
+    ids = range(tokenizer.vocabulary_size)
     if tokenizer.kind == "sentencepiece":
-        return np.array(
-            [tokenizer.backend.is_byte(number) for number in range(tokenizer.vocabulary_size)]
-        )
-    return np.array(
-        [
-            "\ufffd" in tokenizer.backend.decode([number], skip_special_tokens=False)
-            for number in range(tokenizer.vocabulary_size)
-        ]
-    )
+        return np.array([tokenizer.backend.is_byte(token_id) for token_id in ids])
+    decoded = [tokenizer.backend.decode([i], skip_special_tokens=False) for i in ids]
+    return np.array(["\ufffd" in text for text in decoded])
 
 
 def measure(
@@ -134,7 +126,8 @@ def measure(
         for document in read_documents(
             [source], arguments.text_key, include=arguments.include, rejects=rejects
         ):
-            size_bytes, words = text_bytes(document.text), len(_WORD.findall(document.text))
+            size_bytes = text_bytes(document.text)
+            words = len(_WORD.findall(document.text))
             for name, tokenizer in tokenizers.items():
                 _add(fits[source][name], tokenizer, is_byte[name], document.text, size_bytes, words)
             seen_bytes += size_bytes
@@ -155,12 +148,22 @@ def _add(
     fit.text_bytes += size_bytes
     fit.words += words
     fit.tokens += len(ids)
-    fit.unknown += (
-        int(np.count_nonzero(ids == tokenizer.unk_id)) if tokenizer.unk_id is not None else 0
-    )
+    if tokenizer.unk_id is not None:
+        fit.unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
     fit.byte_tokens += int(np.count_nonzero(is_byte[ids]))
     fit.round_trip_failures += len(round_trip_failures(tokenizer, [text]))
     fit.used[ids] = True
+
+
+def report_of(
+    tokenizers: dict[str, Tokenizer], fits: dict[str, dict[str, Fit]], rejects: Counter
+) -> dict[str, Any]:
+    """The numbers, for a program."""
+    sources: dict[str, dict[str, Any]] = {}
+    for source, of_source in fits.items():
+        sources[source] = {name: fit.to_json() for name, fit in of_source.items()}
+    fingerprints = {name: tokenizer.fingerprint for name, tokenizer in tokenizers.items()}
+    return {"sources": sources, "fingerprints": fingerprints, "rejected": dict(rejects)}
 
 
 def print_table(fits: dict[str, dict[str, Fit]], console: Console) -> None:
@@ -195,7 +198,7 @@ def print_table(fits: dict[str, dict[str, Fit]], console: Console) -> None:
 
 
 def draw_fits(path: str, fits: dict[str, dict[str, Fit]]) -> None:
-    """Two panels, bars grouped by source: bytes per token (longer tokens are shorter sequences), and the share of tokens that spell bytes."""
+    """Draw bytes per token, and the share of tokens that spell bytes, as bars grouped by source."""
     from megatron_slm.analysis.style import colour, house_style, new_figure
 
     names = list(next(iter(fits.values())))
@@ -239,19 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         fits, rejects = measure(tokenizers, arguments)
         if arguments.json:
-            write_json_atomically(
-                arguments.json,
-                {
-                    "sources": {
-                        source: {name: fit.to_json() for name, fit in of_source.items()}
-                        for source, of_source in fits.items()
-                    },
-                    "fingerprints": {
-                        name: tokenizer.fingerprint for name, tokenizer in tokenizers.items()
-                    },
-                    "rejected": dict(rejects),
-                },
-            )
+            write_json_atomically(arguments.json, report_of(tokenizers, fits, rejects))
         if arguments.picture:
             draw_fits(arguments.picture, fits)
     except (InputDataError, VocabularyFileError) as error:

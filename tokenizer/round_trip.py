@@ -1,4 +1,7 @@
-"""Does text come back from its tokens? Asked of every new vocabulary, with the texts that usually break one."""
+"""Does text come back from its tokens?
+
+This is asked of every new vocabulary, with the texts that usually break one.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,11 @@ AWKWARD_TEXTS = (
 
 
 def round_trip_failures(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
-    """The texts that do not come back exactly, except that ▁ (U+2581), SentencePiece's own sign for a space, may come back as
-    a space: no SentencePiece model can tell the two apart."""
+    """The texts that do not come back exactly.
+
+    ▁ (U+2581), SentencePiece's own sign for a space, may come back as a space: no SentencePiece
+    model can tell the two apart.
+    """
     failures = []
     for text in texts:
         back = tokenizer.decode(tokenizer.encode(text))

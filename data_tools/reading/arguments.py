@@ -6,18 +6,18 @@ import argparse
 
 
 def add_record_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Which files of a folder are read, and where a record keeps its text."""
-    parser.add_argument(
-        "--include",
-        nargs="+",
-        default=[],
-        metavar="GLOB",
-        help="of folders, only file names like *.py",
-    )
+    """Where a record keeps its text, and which files of a folder are read."""
     parser.add_argument(
         "--text-key",
         nargs="+",
         default=["text"],
         metavar="KEY",
         help="where a record keeps its text; several keys are joined (default: text)",
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="of folders, only file names like *.py",
     )

@@ -1,7 +1,8 @@
 """Copying parts of finished corpora into a new one: what merging and splitting have in common.
 
-Tokens move from file to file as bytes; no token becomes a Python object. The new corpus is written aside and checksummed on
-the way, and so is every source, so a damaged one is found before anything is published.
+Tokens move from file to file as bytes; no token becomes a Python object. The new corpus is written
+to a folder of its own. Its checksum, and that of every source, are computed on the way, so a
+damaged source is found before anything is published.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.writing.writer import UNFINISHED, lock_of_partial_folder
+from data_tools.writing.writer import (
+    UNFINISHED,
+    existing_output,
+    lock_of_partial_folder,
+    write_index_file,
+)
 from megatron_slm.data.file_array import open_array
-from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import FORMAT_VERSION, CorpusManifest, check_corpus, manifest_path
 from megatron_slm.files.atomic import sync_path
 from megatron_slm.files.made_from import refuse_other_origin
@@ -30,9 +35,11 @@ _ADVICE = "Give --overwrite to replace it, or another --output-prefix."
 def finished_before(
     prefix: str, program: str, made_from: Callable[[CorpusManifest], Mapping[str, Any]], now: dict
 ) -> CorpusManifest | None:
-    """The whole corpus under `prefix` when `program` made it from `now` before; None when there is no finished corpus.
+    """The corpus under `prefix` when `program` has made it from `now` before; None when there is
+    none.
 
-    made_from: what a manifest of that program says the corpus was made from. ValueError when it is another corpus, or damaged.
+    made_from: gives what a manifest of that program says the corpus was made from. Raises
+    ValueError when it is another corpus, or damaged.
     """
     if not manifest_path(prefix).exists():
         return None
@@ -43,17 +50,17 @@ def finished_before(
 
 
 class CorpusCopy:
-    """A new corpus in PREFIX.partial/, filled with `copy_from`, published by `finish`. Leaving early removes it."""
+    """A new corpus in PREFIX.partial/, which `finish` publishes.
+
+    A context manager; leaving it early removes the folder.
+    """
 
     def __init__(self, prefix: str, dtype: np.dtype, *, overwrite: bool) -> None:
-        existing = [
-            path
-            for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix))
-            if path.exists()
-        ]
+        existing = existing_output(prefix)
         if existing and not overwrite:
             raise ValueError(f"{existing[0]} exists already. {_ADVICE}")
-        self.prefix, self._dtype = prefix, np.dtype(dtype)
+        self.prefix = prefix
+        self._dtype = np.dtype(dtype)
         self._folder = Path(f"{prefix}.partial")
         self._lock = lock_of_partial_folder(self._folder)
         self.documents = 0
@@ -64,8 +71,9 @@ class CorpusCopy:
             unfinished = [name for name in UNFINISHED if (self._folder / name).exists()]
             if unfinished:
                 raise ValueError(
-                    f"{self._folder} holds an unfinished run of data_tools.preprocess ({unfinished[0]}). Let that "
-                    "command finish, delete the folder, or give another output prefix."
+                    f"{self._folder} holds an unfinished run of data_tools.preprocess "
+                    f"({unfinished[0]}). Let that command finish, delete the folder, or give "
+                    "another output prefix."
                 )
             self._open()
         except BaseException:
@@ -82,7 +90,7 @@ class CorpusCopy:
 
     def __exit__(self, *_: object) -> None:
         for stream in (self._bin, self._lengths):
-            with contextlib.suppress(OSError):  # a full disk: the folder goes anyway
+            with contextlib.suppress(OSError):  # a full disk: the folder is removed anyway
                 stream.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.release()
@@ -106,37 +114,36 @@ class CorpusCopy:
         self.documents += len(lengths_tokens)
 
     def finish(self, template: CorpusManifest, **changes: Any) -> CorpusManifest:
-        """Publish with the tokenizer and policies of `template`; `changes` are the other fields of the manifest."""
+        """Publish the corpus, with the tokenizer and policies of `template`.
+
+        changes: the other fields of the manifest.
+        """
         bin_bytes = self._bin.tell()
         for stream in (self._bin, self._lengths):
             stream.flush()
             os.fsync(stream.fileno())
         lengths = open_array(self._folder / "lengths.i32", np.dtype("<i4"))
-        index_sha256 = hashlib.sha256()
-        with open(self._folder / "corpus.idx", "wb", buffering=1 << 20) as stream:
-            write_index(stream, self._dtype, lengths, index_sha256.update)
-            stream.flush()
-            os.fsync(stream.fileno())
+        index_path = self._folder / "corpus.idx"
+        index_sha256 = write_index_file(index_path, self._dtype, lengths)
         manifest = CorpusManifest(
             format_version=FORMAT_VERSION,
             documents=self.documents,
             tokens=bin_bytes // self._dtype.itemsize,
             token_dtype=self._dtype.name,
             bin_bytes=bin_bytes,
-            idx_bytes=(self._folder / "corpus.idx").stat().st_size,
+            idx_bytes=index_path.stat().st_size,
             bin_sha256=self._sha256.hexdigest(),
-            idx_sha256=index_sha256.hexdigest(),
+            idx_sha256=index_sha256,
             tokenizer=template.tokenizer,
             append_eod=template.append_eod,
             prepend_bos=template.prepend_bos,
             **changes,
         )
-        manifest_path(self.prefix).unlink(
-            missing_ok=True
-        )  # from here to the next write the prefix counts as unfinished
+        # Without a manifest the prefix counts as unfinished, until the new one is written.
+        manifest_path(self.prefix).unlink(missing_ok=True)
         Path(f"{self.prefix}.verified.json").unlink(missing_ok=True)
         os.replace(self._folder / "tokens.bin", f"{self.prefix}.bin")
-        os.replace(self._folder / "corpus.idx", f"{self.prefix}.idx")
+        os.replace(index_path, f"{self.prefix}.idx")
         sync_path(Path(self.prefix).parent)
         manifest.write(self.prefix)
         return manifest

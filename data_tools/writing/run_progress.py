@@ -14,14 +14,17 @@ from megatron_slm.monitoring.progress_line import BAR, Part, fitted_progress
 
 
 class RunProgress:
-    """Bar with MB/s of input, tokens/s, documents and the time left; quiet when stderr is not a
-    terminal.
+    """A bar with MB/s of input, tokens/s, documents and the time left.
+
+    Nothing is shown when stderr is not a terminal.
     """
 
     def __init__(self, total_bytes: int, done_bytes: int, documents: int, tokens: int) -> None:
         self._console = Console(stderr=True)
-        self._total_bytes, self._first_bytes, self._first_tokens = total_bytes, done_bytes, tokens
-        self._done_bytes, self._documents = done_bytes, documents
+        self._total_bytes = total_bytes
+        self._first_bytes = done_bytes
+        self._first_tokens = tokens
+        self._done_bytes = done_bytes
         self.seconds = 0.0
 
     def __enter__(self) -> RunProgress:
@@ -65,17 +68,18 @@ class RunProgress:
 def print_summary(
     prefix: str, manifest: CorpusManifest, statistics: dict[str, Any], seconds: float
 ) -> None:
-    """The final table, on standard output."""
+    """Print the final table on standard output."""
     table = Table(
-        title=f"{prefix}.bin  {manifest.tokens:,} tokens ({manifest.token_dtype}) in {seconds:.1f} s",
+        title=f"{prefix}.bin  {manifest.tokens:,} tokens ({manifest.token_dtype}) in "
+        f"{seconds:.1f} s",
         title_justify="left",
     )
     table.add_column("source", no_wrap=True, max_width=40)
     for name in ("documents", "tokens", "bytes per token", "median tokens", "longest", "left out"):
         table.add_column(name, justify="right")
-    rows = statistics["sources"] + (
-        [{"source": "all", **statistics["total"]}] if len(statistics["sources"]) > 1 else []
-    )
+    rows = [*statistics["sources"]]
+    if len(rows) > 1:
+        rows.append({"source": "all", **statistics["total"]})
     for row in rows:
         quantiles = row["document_tokens"]["quantiles"]
         left_out = sum(row["rejected"].values()) + sum(row["filtered"].values())
@@ -93,10 +97,8 @@ def print_summary(
     if not console.is_terminal:
         console = Console(width=120)
     console.print(table)
-    for reason, count in {
-        **statistics["total"]["rejected"],
-        **statistics["total"]["filtered"],
-    }.items():
+    left_out_by_reason = {**statistics["total"]["rejected"], **statistics["total"]["filtered"]}
+    for reason, count in left_out_by_reason.items():
         console.print(f"left out: {count:,} × {reason}", highlight=False)
     if manifest.rejected["records"]:
         console.print(f"examples: {prefix}.rejects.jsonl", highlight=False)

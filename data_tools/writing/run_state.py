@@ -1,4 +1,7 @@
-"""What the parent knows about a run besides the tokens: counts per source, rejects, the place to continue from."""
+"""What the parent knows about a run besides the tokens.
+
+Counts per source, which rejects are listed, and the place to continue from.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ REJECTS_LISTED_PER_REASON = 1000
 
 @dataclass
 class SourceCounts:
-    """One --input argument."""
+    """What was read through one --input argument."""
 
     records: int = 0
     documents: int = 0
@@ -34,18 +37,23 @@ class SourceCounts:
 
 @dataclass
 class RunState:
-    """Saved with every checkpoint of a run; all of it is a function of the blocks consumed so far, in order."""
+    """Saved with the progress of a run; it depends only on the blocks consumed so far, in order."""
 
     sources: list[SourceCounts]
     units_done: int = 0
     unit_blocks_done: int = 0
-    """Blocks consumed of the unit after those done (streams have several)."""
+    """Blocks consumed of the unit after those that are done; streams have several."""
     path: str = ""
+    """The file of the block consumed last."""
     lines_before: int = 0
     """Lines of `path` in the blocks consumed."""
     counted_from: int = 0
-    """Byte (row group of parquet) of `path` at which this shard began to count lines; 0 unless a shard begins inside a file."""
+    """Where in `path` this shard began to count lines: a byte, or a row group of parquet.
+
+    0 unless the shard begins inside a file.
+    """
     listed: dict[str, int] = field(default_factory=dict)
+    """Rejects listed so far, by reason."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +81,8 @@ class RunState:
     def _rejects_to_list(self, block: Block, result: BlockResult) -> list[dict[str, Any]]:
         path = block.unit.files[0].path
         if path != self.path:
-            self.path, self.lines_before = path, 0
+            self.path = path
+            self.lines_before = 0
             self.counted_from = block.unit.start
         listed = []
         for reject in result.reject_samples:
@@ -90,11 +99,11 @@ class RunState:
         return listed
 
     def finish_block(self, block: Block, last_of_unit: bool) -> None:
-        self.units_done, self.unit_blocks_done = (
-            (self.units_done + 1, 0)
-            if last_of_unit
-            else (self.units_done, self.unit_blocks_done + 1)
-        )
+        if last_of_unit:
+            self.units_done += 1
+            self.unit_blocks_done = 0
+        else:
+            self.unit_blocks_done += 1
 
     def total(self, name: str) -> int:
         return sum(getattr(source, name) for source in self.sources)

@@ -1,8 +1,9 @@
-"""The one writer of a corpus: it appends to PREFIX.partial/, remembers how far it came, and moves the finished files out.
+"""The writer of a corpus: it appends to PREFIX.partial/, remembers how far it came, and publishes.
 
-PREFIX.partial/ holds tokens.bin, lengths.i32, rejects.jsonl, hashes.bin and progress.json. progress.json is replaced after the
-others reached the disk, so whatever is longer than it says was written after the last save and is cut off on resume. A killed
-run therefore continues exactly, and ends in the same bytes.
+PREFIX.partial/ holds tokens.bin, lengths.i32, rejects.jsonl, hashes.bin and progress.json.
+progress.json is replaced after the others have reached the disk. Whatever is longer than it says
+was written after the last save, and is cut off when a run continues. A killed run therefore
+continues exactly, and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ _FINISHED = "finished.json"
 _PROGRESS = "progress.json"
 UNFINISHED = (_PROGRESS, _FINISHED)
 """Files of PREFIX.partial/ that a run can be continued from."""
-_HASH_BYTES = 8 << 20
+_COPY_BYTES = 8 << 20
 
 
 def existing_output(prefix: str) -> list[Path]:
@@ -47,25 +49,47 @@ def lock_of_partial_folder(folder: Path) -> FolderLock:
     return FolderLock(
         folder,
         "another run",
-        "Wait until it is done, or end it and start this command again; or give another output prefix",
+        "Wait until it is done, or end it and start this command again; or give another output "
+        "prefix",
     )
 
 
+def write_index_file(path: Path, dtype: np.dtype, lengths_tokens: FileArray) -> str:
+    """Write the .idx of documents with these lengths to the disk; returns its sha256."""
+    sha256 = hashlib.sha256()
+    with open(path, "wb", buffering=1 << 20) as stream:
+        write_index(stream, dtype, lengths_tokens, sha256.update)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return sha256.hexdigest()
+
+
 class CorpusWriter:
-    """Append documents, save progress, finish. Use as a context manager; leaving it early keeps what was saved."""
+    """Append documents, save progress, finish.
+
+    A context manager; leaving it early keeps what was saved.
+    """
 
     def __init__(
         self, prefix: str, dtype: np.dtype, identity: dict[str, Any], *, restart: bool = False
     ) -> None:
-        self.prefix, self._dtype, self._identity = prefix, np.dtype(dtype), identity
+        self.prefix = prefix
+        self._dtype = np.dtype(dtype)
+        self._identity = identity
         self.folder = Path(f"{prefix}.partial")
         self._lock = lock_of_partial_folder(self.folder)
         self._restart = restart
-        self.documents = self.tokens = 0
+        self._streams: dict[str, BufferedWriter] = {}
+        self._sha256 = hashlib.sha256()
+        self.documents = 0
+        self.tokens = 0
         self.state: dict[str, Any] | None = None
         """What was given to the last `save` of an interrupted run; None when starting anew."""
         self.published: CorpusManifest | None = None
-        """Set when the run before was killed while it moved finished files out: that was completed on entering."""
+        """The corpus of a run that was killed while it moved finished files out.
+
+        Entering the context has moved the rest out.
+        """
 
     def __enter__(self) -> CorpusWriter:
         self._lock.acquire()
@@ -79,7 +103,6 @@ class CorpusWriter:
     def _open(self) -> None:
         progress_path = self.folder / _PROGRESS
         progress = None
-        self._streams = {}
         if (self.folder / _FINISHED).exists():
             self.published = self._publish()
             return
@@ -104,20 +127,17 @@ class CorpusWriter:
             self._streams[name] = stream
             if stream.tell() < sizes[name]:
                 raise ChangedFile(
-                    f"{self.folder / name} is shorter than the saved progress says. Delete the folder, or give "
-                    "--restart, to begin anew."
+                    f"{self.folder / name} is shorter than the saved progress says. Delete the "
+                    "folder, or give --restart, to begin anew."
                 )
             stream.truncate(sizes[name])
             stream.seek(0, os.SEEK_END)
-        self._sha256 = hashlib.sha256()
         if progress:
             self.state = progress["state"]
-            self.documents, self.tokens = (
-                progress["documents"],
-                sizes["tokens.bin"] // self._dtype.itemsize,
-            )
-            with open(self.folder / "tokens.bin", "rb") as stream:
-                while piece := stream.read(_HASH_BYTES):
+            self.documents = progress["documents"]
+            self.tokens = sizes["tokens.bin"] // self._dtype.itemsize
+            with open(self.folder / "tokens.bin", "rb") as written:
+                while piece := written.read(_COPY_BYTES):
                     self._sha256.update(piece)
 
     def __exit__(self, *_: object) -> None:
@@ -140,7 +160,7 @@ class CorpusWriter:
     def append_file(self, path: str | Path) -> None:
         """As `append`, for the tokens in a file."""
         with open(path, "rb") as stream:
-            while piece := stream.read(_HASH_BYTES):
+            while piece := stream.read(_COPY_BYTES):
                 self.append(piece)
 
     def add_reject(self, reject: dict[str, Any]) -> None:
@@ -174,17 +194,14 @@ class CorpusWriter:
         make_manifest: Callable[..., CorpusManifest],
         side_files: dict[str, Callable[[Path], None]],
     ) -> CorpusManifest:
-        """Write the index, move everything to its final name (the manifest last) and remove the partial folder.
+        """Write the index, move everything to its final name (the manifest last), remove the
+        folder.
 
-        `make_manifest` gets documents, tokens, token_dtype, sizes and checksums. `side_files` maps a suffix to a function that
-        writes that file at the path it is given.
+        `make_manifest` gets documents, tokens, token_dtype, sizes and checksums. `side_files` maps
+        a suffix to a function that writes that file at the path it is given.
         """
         index_path = self.folder / "corpus.idx"
-        index_sha256 = hashlib.sha256()
-        with open(index_path, "wb", buffering=1 << 20) as stream:
-            write_index(stream, self._dtype, self.lengths_tokens(), index_sha256.update)
-            stream.flush()
-            os.fsync(stream.fileno())
+        index_sha256 = write_index_file(index_path, self._dtype, self.lengths_tokens())
         manifest = make_manifest(
             documents=self.documents,
             tokens=self.tokens,
@@ -192,7 +209,7 @@ class CorpusWriter:
             bin_bytes=self.tokens * self._dtype.itemsize,
             idx_bytes=index_path.stat().st_size,
             bin_sha256=self._sha256.hexdigest(),
-            idx_sha256=index_sha256.hexdigest(),
+            idx_sha256=index_sha256,
         )
         moves = {"tokens.bin": ".bin", "corpus.idx": ".idx"}
         for suffix, write in side_files.items():
@@ -208,8 +225,11 @@ class CorpusWriter:
         return self._publish()
 
     def _publish(self) -> CorpusManifest:
-        """Move the finished files out; repeated after a kill, it does what is left. Until its last line there is no manifest
-        under the prefix, which every reader takes for an unfinished corpus."""
+        """Move the finished files out; repeated after a kill, it does what is left.
+
+        Until the manifest is written there is none under the prefix, which every reader takes for
+        an unfinished corpus.
+        """
         finished = json.loads((self.folder / _FINISHED).read_text(encoding="utf-8"))
         manifest = CorpusManifest.from_json(finished["manifest"])
         for stale in (manifest_path(self.prefix), Path(f"{self.prefix}.verified.json")):
@@ -219,10 +239,8 @@ class CorpusWriter:
                 os.replace(self.folder / name, f"{self.prefix}{suffix}")
         sync_path(Path(self.prefix).parent)
         manifest.write(self.prefix)
-        for name in (
-            _PROGRESS,
-            _FINISHED,
-        ):  # in this order: a kill here leaves a publication that can be repeated
+        # In this order: a kill between the two leaves a publication that can be repeated.
+        for name in (_PROGRESS, _FINISHED):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder)
         return manifest

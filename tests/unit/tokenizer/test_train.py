@@ -9,7 +9,8 @@ import pytest
 
 from megatron_slm.tokenization import load_tokenizer
 from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
-from tokenizer.train import main, sentences
+from tokenizer.sample import sentences
+from tokenizer.train import main
 
 WORDS = ["".join(random.Random(n).choices("abdeimnorstuy", k=3 + n % 6)) for n in range(300)]
 LINES = [
