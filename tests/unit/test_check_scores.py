@@ -1,4 +1,7 @@
-"""megatron_slm.check_scores scores windows again with the reference; so does the deprecated verify --rescore."""
+"""megatron_slm.check_scores scores windows again with the reference.
+
+So does verify --rescore, its deprecated place.
+"""
 
 from dataclasses import replace
 
@@ -16,7 +19,7 @@ from megatron_slm.testing.corpora import random_documents, score_manifest, write
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A corpus `c`, two models, and the scores of each model: those of `wrong` claim to be of `right`."""
+    """A corpus `c`, two models, and the scores of each: those of `wrong` claim to be of `right`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("scores")

@@ -1,4 +1,4 @@
-"""A literal control string in a text never becomes the control id, whatever kind of vocabulary it is."""
+"""A literal control string in a text never becomes the control id, in any kind of vocabulary."""
 
 import json
 import random
@@ -61,7 +61,10 @@ def bpe_that_merges_up_to_it():
 
 
 def bpe_without_the_mark():
-    """Added tokens with special=false, some of the vocabulary and some behind it; the last is no control token."""
+    """Added tokens with special=false, some of them in the vocabulary and some behind it.
+
+    The last is no control token.
+    """
     tokenizer = bpe()
     tokenizer.add_tokens(
         [AddedToken(name, special=False) for name in ("<s>", "</s>", "<pad>", "<|x|>")]
@@ -116,7 +119,9 @@ def test_no_text_gives_a_control_id(make, tmp_path):
 
 @pytest.mark.parametrize("make", KINDS)
 def test_every_other_text_gives_the_ids_it_gave_before(make, tmp_path):
-    theirs, ours, draw = make(), saved(make(), tmp_path), random.Random(0)
+    theirs = make()
+    ours = saved(make(), tmp_path)
+    draw = random.Random(0)
     words = ["hello", "he", "</", "s>", "<", "s", "<|x|>", " ", "\n", "ab"]
     for _ in range(200):
         text = "".join(draw.choice(words) for _ in range(draw.randint(1, 12)))
@@ -158,7 +163,8 @@ def test_a_user_defined_symbol_of_sentencepiece_is_a_token_of_the_text_and_ends_
 
 def test_where_unknown_text_would_end_documents_it_is_a_bad_record(tmp_path):
     word_level(unk_token="</s>").save(str(tmp_path / "tokenizer.json"))
-    path, corpus = tmp_path / "tokenizer.json", tmp_path / "c.jsonl"
+    path = tmp_path / "tokenizer.json"
+    corpus = tmp_path / "c.jsonl"
     texts = ["hello", "hello stranger", "hello hello"]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = ["--input", str(corpus), "--tokenizer", str(path), "--workers", "1"]

@@ -48,7 +48,7 @@ def sentencepiece_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def huggingface_path(tmp_path_factory):
-    """A byte-level BPE as Llama-3 and Qwen have: the end token only named in tokenizer_config.json."""
+    """A byte-level BPE as Llama-3 and Qwen have: only tokenizer_config.json names the end token."""
     folder = tmp_path_factory.mktemp("hf")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,21 +71,23 @@ def tokenizer(request):
 
 def test_encode_decode_batch(tokenizer):
     flat, lengths = tokenizer.encode_batch(TEXTS)
-    assert flat.dtype == np.uint16 and lengths.dtype == np.int64
+    assert flat.dtype == np.uint16
+    assert lengths.dtype == np.int64
     ids = [tokenizer.encode(text) for text in TEXTS]
-    assert flat.tolist() == list(chain(*ids)) and lengths.tolist() == list(map(len, ids))
+    assert flat.tolist() == list(chain(*ids))
+    assert lengths.tolist() == list(map(len, ids))
     assert [tokenizer.decode(each) for each in ids] == TEXTS
     assert tokenizer.decode(np.array(ids[0], np.uint16)) == TEXTS[0]
     assert [len(part) for part in tokenizer.encode_batch([])] == [0, 0]
     special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id} - {None}
-    assert special and not special & set(flat.tolist())
+    assert special
+    assert not special & set(flat.tolist())
 
 
 def test_pickle_loads_again(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
-    assert again.fingerprint == tokenizer.fingerprint and again.encode(
-        TEXTS[1]
-    ) == tokenizer.encode(TEXTS[1])
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
 
 
 def test_pieces_join_to_the_text(tokenizer):
@@ -100,13 +102,13 @@ def test_pieces_join_to_the_text(tokenizer):
 
 def test_special_ids(sentencepiece_path, huggingface_path):
     tokenizer = load_tokenizer(sentencepiece_path)
-    assert (
-        tokenizer.kind == "sentencepiece"
-        and tokenizer.eod_id == tokenizer.eos_id == 2
-        and tokenizer.vocabulary_size == 320
-    )
+    assert tokenizer.kind == "sentencepiece"
+    assert tokenizer.eod_id == tokenizer.eos_id == 2
+    assert tokenizer.vocabulary_size == 320
     alone = load_tokenizer(huggingface_path)
-    assert alone.kind == "huggingface" and alone.eod_id == 0 and alone.bos_id is None
+    assert alone.kind == "huggingface"
+    assert alone.eod_id == 0
+    assert alone.bos_id is None
     config = huggingface_path.with_name("tokenizer_config.json")
     try:
         config.write_text(json.dumps({"eos_token": {"content": "<|stop|>"}}))
@@ -121,7 +123,7 @@ def test_special_ids(sentencepiece_path, huggingface_path):
 def test_the_tokens_that_begin_and_end_documents_are_part_of_the_identity(
     tmp_path, huggingface_path
 ):
-    """Two folders with one tokenizer.json, of which one names another end in tokenizer_config.json."""
+    """Two folders with one tokenizer.json; one names another end in tokenizer_config.json."""
     for name, settings in (("ours", {}), ("theirs", {"eos_token": "<|stop|>"})):
         (tmp_path / name).mkdir()
         shutil.copy(huggingface_path, tmp_path / name)

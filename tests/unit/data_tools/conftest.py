@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.preprocess import main as preprocess_main
 from tokenizer.train import main as train_main
 
 TEXTS = [
@@ -56,3 +57,27 @@ def corpus_file(tmp_path) -> Path:
     return write_jsonl(
         tmp_path / "corpus.jsonl", [f"{text} {n}" for n in range(40) for text in TEXTS]
     )
+
+
+def preprocess(inputs, vocabulary, prefix, *more) -> int:
+    """The exit code of data_tools.preprocess with one worker."""
+    return preprocess_main(
+        [
+            "--input",
+            *map(str, inputs),
+            "--tokenizer",
+            str(vocabulary),
+            "--output-prefix",
+            str(prefix),
+            "--workers",
+            "1",
+            *map(str, more),
+        ]
+    )
+
+
+@pytest.fixture
+def prefix(tmp_path, vocabulary, corpus_file) -> Path:
+    """The prefix of a corpus that preprocess made of `corpus_file`."""
+    assert preprocess([corpus_file], vocabulary, tmp_path / "c") == 0
+    return tmp_path / "c"

@@ -1,4 +1,7 @@
-"""Bad input is counted, listed with file, line and reason, and bounded; never dropped in silence, never a traceback."""
+"""Bad input is counted, listed with file, line and reason, and bounded.
+
+It is never dropped silently, and never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_tools.preprocess import main
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
+from tests.unit.data_tools.conftest import preprocess
 
 GOOD = json.dumps({"text": "a good document"}).encode()
 BAD_LINES = {
@@ -34,22 +37,6 @@ def write_jsonl(path, texts):
         encoding="utf-8",
     )
     return path
-
-
-def preprocess(inputs, vocabulary, prefix, *more) -> int:
-    return main(
-        [
-            "--input",
-            *map(str, inputs),
-            "--tokenizer",
-            str(vocabulary),
-            "--output-prefix",
-            str(prefix),
-            "--workers",
-            "1",
-            *map(str, more),
-        ]
-    )
 
 
 def rejects(prefix):
@@ -76,9 +63,8 @@ def test_every_kind_is_counted_and_listed(tmp_path, vocabulary):
     assert manifest.documents == len(BAD_LINES) + 1
     assert manifest.rejected["reasons"] == {**dict.fromkeys(BAD_LINES, 1), "broken JSON": 3}
     listed = rejects(tmp_path / "c")
-    assert [(entry["line"], entry["reason"]) for entry in listed[: len(BAD_LINES)]] == [
-        (2 * number + 2, reason) for number, reason in enumerate(BAD_LINES)
-    ]
+    expected = [(2 * number + 2, reason) for number, reason in enumerate(BAD_LINES)]
+    assert [(entry["line"], entry["reason"]) for entry in listed[: len(BAD_LINES)]] == expected
     assert {entry["file"] for entry in listed} == {str(path)}
 
 
@@ -87,12 +73,11 @@ def test_the_limit(tmp_path, vocabulary, capsys):
     path.write_bytes(b"\n".join([GOOD] * 9 + [BAD_LINES["broken JSON"]]))
     assert preprocess([path], vocabulary, tmp_path / "c", "--max-bad-fraction", "0.09") == 3
     message = capsys.readouterr().err
-    assert (
-        "1 of 10 records" in message
-        and "1 broken JSON" in message
-        and "--max-bad-fraction" in message
-    )
-    assert not (tmp_path / "c.bin").exists() and not (tmp_path / "c.manifest.json").exists()
+    assert "1 of 10 records" in message
+    assert "1 broken JSON" in message
+    assert "--max-bad-fraction" in message
+    assert not (tmp_path / "c.bin").exists()
+    assert not (tmp_path / "c.manifest.json").exists()
     assert (
         preprocess([path], vocabulary, tmp_path / "c", "--max-bad-fraction", "0.1") == 0
     )  # continues, does not begin anew
@@ -127,9 +112,8 @@ def test_truncated_compressed_file(tmp_path, vocabulary, suffix, pack, keep, cap
     assert preprocess([path], vocabulary, tmp_path / "c", "--max-bad-fraction", "1") == 0
     assert any("truncated" in entry["detail"] for entry in rejects(tmp_path / "c"))
     documents = CorpusManifest.read(tmp_path / "c").documents
-    assert 8000 * (abs(keep) - 0.4) <= documents <= 8000 and (
-        documents < 8000 or keep == -1
-    )  # what lies before the damage is kept
+    assert 8000 * (abs(keep) - 0.4) <= documents <= 8000
+    assert documents < 8000 or keep == -1  # what lies before the damage is kept
 
 
 @pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst", "c.parquet", "c.txt.gz", "c.txt"])
@@ -267,7 +251,8 @@ def test_filters_are_counted(tmp_path, vocabulary):
         == 0
     )
     manifest = CorpusManifest.read(tmp_path / "c")
-    assert manifest.documents == 2 and manifest.filters == {
+    assert manifest.documents == 2
+    assert manifest.filters == {
         "shorter than --min-characters": 1,
         "longer than --max-characters": 1,
         "exact duplicate": 1,

@@ -1,4 +1,7 @@
-"""The data programs leave nothing that a power cut could empty (see tests/unit/test_durability.py)."""
+"""The data programs leave nothing that a power cut could empty.
+
+How that is seen: tests/unit/test_durability.py.
+"""
 
 import pytest
 

@@ -92,7 +92,10 @@ def mutate(generator: random.Random, content: bytes, pieces=PIECES) -> bytes:
 
 
 def texts_by_hand(data: bytes) -> list[str | None]:
-    """What each line that is not blank holds: its text, or None where it is no good. Written apart from the reader."""
+    """The text of each line that is not blank, or None where it is bad.
+
+    Written independently of the reader.
+    """
     found = []
     for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         if not line.strip():
@@ -111,10 +114,8 @@ def texts_by_hand(data: bytes) -> list[str | None]:
 def test_jsonl(vocabulary, tmp_path):
     tokenizer = load_tokenizer(vocabulary)
     settings = EncodeSettings(("text",), "\n\n", True, False, FilterSettings())
-    encoder, plain = (
-        BlockEncoder(tokenizer, settings, "auto", str(tmp_path)),
-        PlainEncoder(tokenizer),
-    )
+    encoder = BlockEncoder(tokenizer, settings, "auto", str(tmp_path))
+    plain = PlainEncoder(tokenizer)
     eod = np.array([tokenizer.eod_id], "<u2").tobytes()
     unit = Unit("stream", (SourceFile(0, "f.jsonl", "lines", "", 1, 0),), 0, 0, 1)
     generator = random.Random(1)
@@ -128,14 +129,13 @@ def test_jsonl(vocabulary, tmp_path):
         result = encoder(Block(unit, case, data=data))
         expected = texts_by_hand(data)
         good = [text for text in expected if text is not None]
-        assert b"".join(part.tokens for part in result.parts) == b"".join(
-            content + eod for content in (plain.encode_batch(good) if good else [])
-        ), data
+        contents = plain.encode_batch(good) if good else []
+        expected_bytes = b"".join(content + eod for content in contents)
+        assert b"".join(part.tokens for part in result.parts) == expected_bytes, data
         assert len(result.lengths_tokens) == len(good), data
         bad = sum(result.rejects.values()) - result.rejects[BLANK_LINE]
-        assert bad == len(expected) - len(good) and bad == sum(
-            sample.reason != BLANK_LINE for sample in result.reject_samples
-        ), data
+        assert bad == len(expected) - len(good), data
+        assert bad == sum(s.reason != BLANK_LINE for s in result.reject_samples), data
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +162,14 @@ def corpus(tmp_path_factory, vocabulary):
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin", ".manifest.json"])
 def test_damaged_corpus(corpus, tmp_path, suffix):
-    """Every changed .idx or .bin is refused with a sentence; a changed manifest is refused or says the same."""
+    """Every changed .idx or .bin is refused with a sentence.
+
+    A changed manifest is refused, or says the same.
+    """
     for other in (".idx", ".bin", ".manifest.json"):
         shutil.copy(f"{corpus}{other}", tmp_path / f"c{other}")
-    path, good = tmp_path / f"c{suffix}", Path(f"{corpus}{suffix}").read_bytes()
+    path = tmp_path / f"c{suffix}"
+    good = Path(f"{corpus}{suffix}").read_bytes()
     truth = check_corpus(tmp_path / "c")
     generator = random.Random(2)
     for case in range(CASES // 8):
@@ -209,5 +213,6 @@ def test_damaged_compression():
                 got.append(piece)
         except (ValueError, EOFError):
             continue
-        # gzip's header (time, name, flags) is not covered by its checksum; nothing at all is left of an emptied file
+        # gzip's header (time, name, flags) is not covered by its checksum, and nothing is left of
+        # an emptied file
         assert b"".join(got) in (plain, plain * 2, b""), content[:40]

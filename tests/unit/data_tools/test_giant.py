@@ -1,4 +1,4 @@
-"""A document too large to hold gives the same tokens as it would in memory, and the same complaints."""
+"""A document too large to hold gives the tokens, and the rejects, that it would give in memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.encoding import giant_encoding
-from data_tools.preprocess import main
 from data_tools.reading import blocks, giant, streams
 from megatron_slm.data.manifest import CorpusManifest
+from tests.unit.data_tools.conftest import preprocess
 
 GENERATOR = random.Random(3)
 WORDS = [
@@ -48,25 +48,12 @@ RECORDS = [
 ]
 
 
-def preprocess(inputs, vocabulary, prefix, *more) -> int:
-    return main(
-        [
-            "--input",
-            *map(str, inputs),
-            "--tokenizer",
-            str(vocabulary),
-            "--output-prefix",
-            str(prefix),
-            "--workers",
-            "1",
-            *map(str, more),
-        ]
-    )
-
-
 @pytest.fixture
 def small_limits(monkeypatch):
-    """Everything beyond 4 kB is a giant, read in pieces of 97 bytes: every escape and character is cut somewhere."""
+    """Everything beyond 4 kB is a giant, read in pieces of 97 bytes.
+
+    Every escape and every character is cut somewhere.
+    """
     for module in (blocks, streams, giant, giant_encoding):
         monkeypatch.setattr(module, "GIANT_BYTES", 4000)
     for module in (giant, giant_encoding):
@@ -132,7 +119,8 @@ def test_duplicates_and_bounds(tmp_path, vocabulary, small_limits):
     )
     assert preprocess([path], vocabulary, tmp_path / "c", "--drop-duplicates") == 0
     manifest = CorpusManifest.read(tmp_path / "c")
-    assert manifest.documents == 3 and manifest.filters == {"exact duplicate": 3}
+    assert manifest.documents == 3
+    assert manifest.filters == {"exact duplicate": 3}
     assert preprocess([path], vocabulary, tmp_path / "d", "--max-characters", "100") == 0
     assert CorpusManifest.read(tmp_path / "d").documents == 3
 
@@ -165,7 +153,8 @@ def test_complaints(tmp_path, vocabulary, small_limits, line, reason):
     path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
     assert preprocess([path], vocabulary, tmp_path / "c", "--max-bad-fraction", "1") == 0
     manifest = CorpusManifest.read(tmp_path / "c")
-    assert manifest.documents == 2 and manifest.rejected["reasons"] == {reason: 1}
+    assert manifest.documents == 2
+    assert manifest.rejected["reasons"] == {reason: 1}
     listed = [
         json.loads(entry) for entry in (tmp_path / "c.rejects.jsonl").read_text().splitlines()
     ]

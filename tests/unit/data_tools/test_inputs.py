@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_tools.preprocess import main
 from data_tools.reading.blocks import lines_of_range
 from data_tools.reading.inputs import find_files, plan_units, shard_of
 from data_tools.reading.read import read_documents
 from megatron_slm.data.manifest import CorpusManifest
+from tests.unit.data_tools.conftest import preprocess
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -33,22 +33,6 @@ def write_jsonl(path, texts):
         encoding="utf-8",
     )
     return path
-
-
-def preprocess(inputs, vocabulary, prefix, *more) -> int:
-    return main(
-        [
-            "--input",
-            *map(str, inputs),
-            "--tokenizer",
-            str(vocabulary),
-            "--output-prefix",
-            str(prefix),
-            "--workers",
-            "1",
-            *map(str, more),
-        ]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +197,7 @@ def test_reading_gives_the_same_documents_to_ranks(tmp_path):
     inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
     documents = list(read_documents(inputs))
     assert [document.text for document in documents] == [*MANY, "the last"]
-    assert documents[2].id.endswith("a.jsonl:3") and documents[-1].source == inputs[1]
+    assert documents[2].id.endswith("a.jsonl:3")
+    assert documents[-1].source == inputs[1]
     ranks = [list(read_documents(inputs, rank=rank, world_size=2)) for rank in range(2)]
     assert [document.text for part in ranks for document in part] == [*MANY, "the last"]

@@ -21,8 +21,8 @@ from megatron_slm.testing.corpora import write_corpus, write_scores
 
 def documents(prefix):
     index = read_index(f"{prefix}.idx")
-    tokens, starts = open_tokens(prefix, index), index.document_starts_tokens()
-    return [tokens[start:end].tobytes() for start, end in pairwise(starts)]
+    tokens = open_tokens(prefix, index)
+    return [tokens[start:end].tobytes() for start, end in pairwise(index.document_starts_tokens())]
 
 
 @pytest.fixture
@@ -80,11 +80,11 @@ def test_shards_joined_are_the_whole(tmp_path, corpus, count):
     assert json.loads(Path(f"{tmp_path}/joined.statistics.json").read_text()) == json.loads(
         Path(f"{whole}.statistics.json").read_text()
     )
-    ours, theirs = check_corpus(tmp_path / "joined"), CorpusManifest.read(whole)
+    ours = check_corpus(tmp_path / "joined").sources
+    theirs = CorpusManifest.read(whole).sources
     for name in ("records", "documents", "tokens", "text_bytes"):
-        assert [source[name] for source in ours.sources] == [
-            source[name] for source in theirs.sources
-        ]
+        for our_source, their_source in zip(ours, theirs, strict=True):
+            assert our_source[name] == their_source[name]
 
 
 def test_a_second_merge_of_the_same_parts_does_nothing(tmp_path, corpus, capsys):
@@ -167,14 +167,15 @@ def test_whole_corpora_are_joined_in_the_order_given(tmp_path, corpus):
 
 
 def test_corpora_whose_documents_different_tokens_end_are_not_joined(tmp_path, capsys):
-    """One tokenizer.json, and files beside it that name another end: the manifests tell them apart."""
+    """One tokenizer.json beside files that name different ends: the manifests tell them apart."""
     for name, eod_id in (("a", 2), ("b", 3)):
         write_corpus(tmp_path / name, [[5, 6, eod_id]], eod_id=eod_id)
     write_corpus(tmp_path / "of_an_earlier_version", [[7, 2]], eod_id=2)
     write_corpus(tmp_path / "now", [[8, 2]], eod_id=2, bos_id=1)
     with pytest.raises(ValueError, match="b and .*a cannot be joined.*eod_id 3 and 2"):
         merge_program.merge([f"{tmp_path}/a", f"{tmp_path}/b"], f"{tmp_path}/c")
-    earlier, now = f"{tmp_path}/of_an_earlier_version", f"{tmp_path}/now"
+    earlier = f"{tmp_path}/of_an_earlier_version"
+    now = f"{tmp_path}/now"
     assert merge_program.merge([earlier, now], f"{tmp_path}/d").tokenizer["eod_id"] == 2
 
 
@@ -182,13 +183,15 @@ def test_split(tmp_path, corpus, capsys):
     whole, _ = corpus
     run = ["--held-out-fraction", "0.2", "--output-prefix", str(tmp_path / "s")]
     assert split_program.main([str(whole), *run]) == 0
-    train, held_out = documents(tmp_path / "s_train"), documents(tmp_path / "s_held_out")
+    train = documents(tmp_path / "s_train")
+    held_out = documents(tmp_path / "s_held_out")
     everything = documents(whole)
     assert sorted(train + held_out) == sorted(everything)
     assert not set(train) & set(held_out)  # copies of a document stay together
     assert [document for document in everything if document in set(held_out)] == held_out
     assert 0.1 < len(held_out) / len(everything) < 0.3
-    check_corpus(tmp_path / "s_train"), check_corpus(tmp_path / "s_held_out")
+    check_corpus(tmp_path / "s_train")
+    check_corpus(tmp_path / "s_held_out")
     before = Path(f"{tmp_path}/s_train.bin").read_bytes()
     stamp = Path(f"{tmp_path}/s_train.bin").stat().st_mtime_ns
     assert split_program.main([str(whole), *run]) == 0
@@ -246,7 +249,7 @@ def test_split_that_makes_no_sense(tmp_path, corpus, fraction, capsys):
 
 @pytest.mark.parametrize("shard_tokens", [1500, 10**6])
 def test_scores_follow_their_documents(tmp_path, corpus, shard_tokens, monkeypatch):
-    """Token by token: the score of a token in a part is the score of that token in the whole corpus."""
+    """The score of every token in a part is the score of that token in the whole corpus."""
     whole, _ = corpus
     store = write_scores(tmp_path / "scores", whole, columns=("loss", "entropy"))
     monkeypatch.setattr(
@@ -261,16 +264,15 @@ def test_scores_follow_their_documents(tmp_path, corpus, shard_tokens, monkeypat
         str(tmp_path / "scores"),
     ]
     assert split_program.main([str(whole), *run]) == 0
-    texts, values = documents(whole), store.read("loss", 0, store.manifest.corpus_tokens)
+    texts = documents(whole)
+    values = store.read("loss", 0, store.manifest.corpus_tokens)
     starts = read_index(f"{whole}.idx").document_starts_tokens()
     for part in ("train", "held_out"):
         carried = ScoreStore.open(f"{tmp_path}/s_{part}.scores")
         carried.check_against(check_corpus(f"{tmp_path}/s_{part}"))
-        assert (
-            carried.manifest.complete
-            and carried.columns == ("loss", "entropy")
-            and "scored in the whole corpus" in carried.manifest.reference_description
-        )
+        assert carried.manifest.complete
+        assert carried.columns == ("loss", "entropy")
+        assert "scored in the whole corpus" in carried.manifest.reference_description
         kept = set(documents(tmp_path / f"s_{part}"))
         expected = np.concatenate(
             [
@@ -300,13 +302,9 @@ def test_scores_of_another_corpus_or_a_folder_in_the_way_stop_a_split(tmp_path, 
         str(tmp_path / "s"),
         "--scores",
     ]
-    assert (
-        split_program.main([*run, str(tmp_path / "others")]) == 3
-        and "of another corpus" in capsys.readouterr().err
-    )
+    assert split_program.main([*run, str(tmp_path / "others")]) == 3
+    assert "of another corpus" in capsys.readouterr().err
     (tmp_path / "s_held_out.scores").mkdir()
-    assert (
-        split_program.main([*run, str(tmp_path / "scores")]) == 3
-        and "exists already" in capsys.readouterr().err
-    )
+    assert split_program.main([*run, str(tmp_path / "scores")]) == 3
+    assert "exists already" in capsys.readouterr().err
     assert not list(tmp_path.glob("s_*.bin"))

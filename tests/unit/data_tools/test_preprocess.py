@@ -1,4 +1,7 @@
-"""The corpus is what megatron-core's own builder writes, whatever the form of the input or the number of workers."""
+"""The corpus is what megatron-core's own builder writes.
+
+Whatever the format of the input or the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.preprocess import main
 from data_tools.verify import main as verify
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.tokenization import load_tokenizer
+from tests.unit.data_tools.conftest import preprocess
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def preprocess(inputs, vocabulary, prefix, *more) -> int:
-    return main(
-        [
-            "--input",
-            *map(str, inputs),
-            "--tokenizer",
-            str(vocabulary),
-            "--output-prefix",
-            str(prefix),
-            "--workers",
-            "1",
-            *map(str, more),
-        ]
-    )
 
 
 def built_by_megatron(texts, vocabulary, prefix, append_eod=True):
@@ -63,14 +50,16 @@ def test_bytes_equal_megatron_core(tmp_path, corpus_file, vocabulary, append_eod
             tmp_path / f"theirs{suffix}"
         ).read_bytes()
     manifest = check_corpus(tmp_path / "ours")
-    assert manifest.documents == 240 and manifest.append_eod is append_eod
+    assert manifest.documents == 240
+    assert manifest.append_eod is append_eod
 
 
 def test_megatron_core_opens_it(tmp_path, corpus_file, vocabulary):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     assert preprocess([corpus_file], vocabulary, tmp_path / "c") == 0
-    dataset, tokenizer = IndexedDataset(str(tmp_path / "c")), load_tokenizer(vocabulary)
+    dataset = IndexedDataset(str(tmp_path / "c"))
+    tokenizer = load_tokenizer(vocabulary)
     assert tokenizer.decode(dataset[3][:-1]) == texts_of(corpus_file)[3]
     assert all(document[-1] == tokenizer.eod_id for document in dataset[:])
 
@@ -86,10 +75,8 @@ def test_workers_do_not_change_the_result(tmp_path, vocabulary, corpus_file):
         assert (tmp_path / f"one{suffix}").read_bytes() == (
             tmp_path / f"three{suffix}"
         ).read_bytes()
-    tokens, index = (
-        open_tokens(tmp_path / "one", read_index(tmp_path / "one.idx")),
-        read_index(tmp_path / "one.idx"),
-    )
+    index = read_index(tmp_path / "one.idx")
+    tokens = open_tokens(tmp_path / "one", index)
     starts = index.document_starts_tokens()
     assert index.documents == 270
     assert load_tokenizer(vocabulary).decode(tokens[starts[-2] : -1]) == "file 29\n" * 30
@@ -158,9 +145,9 @@ def test_all_wrong_options_at_once(tmp_path, corpus_file, vocabulary, capsys):
         == 2
     )
     message = capsys.readouterr().err
-    assert (
-        "--workers 0" in message and "--max-bad-fraction 2" in message and "nowhere.py" in message
-    )
+    assert "--workers 0" in message
+    assert "--max-bad-fraction 2" in message
+    assert "nowhere.py" in message
     assert preprocess([tmp_path / "missing.jsonl"], vocabulary, tmp_path / "c") == 3
     assert preprocess([corpus_file], tmp_path / "missing.model", tmp_path / "c") == 3
 
@@ -176,7 +163,7 @@ def test_uint16_ends_at_65499(tmp_path):
 
 @pytest.mark.parametrize("size, dtype", [(65_499, "uint16"), (65_500, "int32"), (65_536, "int32")])
 def test_huggingface_vocabularies_around_16_bits(tmp_path, size, dtype):
-    """The dtype is megatron-core's, the largest id survives, and the tokens are the tokenizer's own."""
+    """The dtype is megatron-core's, the largest id survives, the tokens are the tokenizer's."""
     import tokenizers
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -216,7 +203,8 @@ def test_text_the_tokenizer_makes_nothing_of(tmp_path, model, reason):
         == 0
     )
     manifest = CorpusManifest.read(tmp_path / "c")
-    assert manifest.rejected["reasons"] == {reason: 1} and manifest.documents == 2
+    assert manifest.rejected["reasons"] == {reason: 1}
+    assert manifest.documents == 2
     assert json.loads((tmp_path / "c.rejects.jsonl").read_text())["line"] == 2
 
 

@@ -1,4 +1,7 @@
-"""A killed run continues, and ends in the files an undisturbed run writes. `SLM_KILLS=50` kills as often."""
+"""A killed run continues, and ends in the files that an undisturbed run writes.
+
+`SLM_KILLS=50` in the environment sets how often it is killed.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,10 @@ def test_killed_while_files_are_moved_out(tmp_path, vocabulary, inputs, monkeypa
 
 
 def test_random_kills(tmp_path, vocabulary, inputs):
-    """SIGKILL to the parent alone, at random moments: workers must end too, and the result must not change."""
+    """SIGKILL to the parent alone, at random moments.
+
+    The workers must end too, and the result must not change.
+    """
     launch = (
         "import sys, data_tools.reading.inputs, data_tools.reading.streams\n"
         "data_tools.reading.inputs.plan_units.__defaults__ = (3000,)\n"
@@ -150,11 +156,12 @@ def test_random_kills(tmp_path, vocabulary, inputs):
     process = start(tmp_path / "whole")
     assert process.wait() == 0, process.stderr.read()
     seconds = time.monotonic() - began
-    generator, kills = random.Random(11), 0
+    generator = random.Random(11)
+    kills = 0
     while True:
         process = start(tmp_path / "killed")
         try:
-            # half the kills right after start-up, where progress is young; the rest anywhere in the run
+            # half the kills right after the start, the others anywhere in the run
             process.wait(
                 timeout=seconds
                 * generator.choice([generator.uniform(0.2, 0.6), generator.uniform(0.3, 1.0)])

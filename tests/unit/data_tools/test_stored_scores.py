@@ -80,13 +80,12 @@ def test_text_is_shown_with_the_score_of_each_token(tmp_path, corpus, capsys):
     ids = TokenStream(str(tmp_path / "c")).tokens[:6]
     show_scored_text(store, 0, ids, Words(), Console(width=200))
     shown = capsys.readouterr().out
-    assert (
-        shown.startswith(f" w{ids[0]}[–] w{ids[1]}[0.125] w{ids[2]}[0.250]")
-        and "mean loss 0.375 nats over 5 tokens" in shown
-    )
+    assert shown.startswith(f" w{ids[0]}[–] w{ids[1]}[0.125] w{ids[2]}[0.250]")
+    assert "mean loss 0.375 nats over 5 tokens" in shown
     show_scored_tokens(store, 0, ids, Words(), Console(width=200))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split() == ["2", str(ids[2]), "0.250", "'", f"w{ids[2]}'"] and len(lines) == 7
+    assert lines[3].split() == ["2", str(ids[2]), "0.250", "'", f"w{ids[2]}'"]
+    assert len(lines) == 7
 
 
 def test_inspect_corpus_shows_a_document_with_its_scores(tmp_path, corpus, capsys, monkeypatch):

@@ -7,34 +7,12 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from data_tools.preprocess import main as preprocess
 from data_tools.verify import main
 from megatron_slm.data.indexed import write_index
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.files.hashing import file_sha256
 from megatron_slm.tokenization import load_tokenizer
-
-
-@pytest.fixture
-def prefix(tmp_path, vocabulary, corpus_file):
-    assert (
-        preprocess(
-            [
-                "--input",
-                str(corpus_file),
-                "--tokenizer",
-                str(vocabulary),
-                "--output-prefix",
-                str(tmp_path / "c"),
-                "--workers",
-                "1",
-            ]
-        )
-        == 0
-    )
-    return tmp_path / "c"
 
 
 def resign(prefix, **changes):
@@ -51,7 +29,8 @@ def resign(prefix, **changes):
 def test_sound(prefix, capsys):
     assert main([str(prefix)]) == 0
     out = capsys.readouterr().out
-    assert "sound" in out and "def add" in out
+    assert "sound" in out
+    assert "def add" in out
     assert main([f"{prefix}.bin"]) == 0
 
 
@@ -99,7 +78,8 @@ def test_manifest_for_a_corpus_of_another_tool(tmp_path, vocabulary, capsys):
     assert main([str(tmp_path / "m"), "--write-manifest"]) == 3
     assert main([str(tmp_path / "m"), "--write-manifest", "--tokenizer", str(vocabulary)]) == 0
     made = CorpusManifest.read(tmp_path / "m")
-    assert made.append_eod and not made.prepend_bos
+    assert made.append_eod
+    assert not made.prepend_bos
     assert main([str(tmp_path / "m")]) == 0
     bos_id = load_tokenizer(vocabulary).bos_id
     np.array([bos_id, 6, 2, bos_id, 2], "<u2").tofile(tmp_path / "m.bin")

@@ -1,4 +1,7 @@
-"""The word cache gives the tokenizer's own ids on every text, and is not used where that is not proved."""
+"""The word cache gives the tokenizer's own ids on every text.
+
+It is not used where that is not proved.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ BASE = dict(
 )
 _WORDS = ["".join(random.Random(n).choices("abdeimnorstuy", k=2 + n % 7)) for n in range(300)]
 SENTENCES = [
-    f"def {_WORDS[n % 300]}_{n}(self, {_WORDS[n * 7 % 300]}={n}):    return café_{_WORDS[n * 11 % 300]} + 日本 + "
+    f"def {_WORDS[n % 300]}_{n}(self, {_WORDS[n * 7 % 300]}={n}):    "
+    f"return café_{_WORDS[n * 11 % 300]} + 日本 + "
     f"'it''s {_WORDS[n * 13 % 300]}' ** {n * 7919 % 1000}  # nö comment"
     for n in range(500)
 ]
@@ -124,7 +128,8 @@ def test_whitespace_pieces_across_words_take_cuts_away(tmp_path):
 def test_characters_of_several_bytes_are_never_cut(vocabulary):
     rules = cut_rules(load_tokenizer(vocabulary))
     assert not rules.may_cut[BEYOND_ASCII, BEYOND_ASCII]
-    assert rules.may_cut[NEWLINE].all() and rules.may_cut[LETTER, OTHER_ASCII]
+    assert rules.may_cut[NEWLINE].all()
+    assert rules.may_cut[LETTER, OTHER_ASCII]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,8 @@ def test_a_full_table_starts_again(vocabulary, monkeypatch):
             for _ in range(15)
         )
         assert encoder.encode_batch([text]) == PlainEncoder(tokenizer).encode_batch([text])
-        assert encoder._short.entries <= 60 and len(encoder._long) <= 2
+        assert encoder._short.entries <= 60
+        assert len(encoder._long) <= 2
 
 
 def test_colliding_slots(vocabulary, monkeypatch):
@@ -172,10 +178,8 @@ def test_colliding_slots(vocabulary, monkeypatch):
         staticmethod(lambda keys: (keys[:, 0] & np.uint64(3)).astype(np.int64)),
     )
     tokenizer = load_tokenizer(vocabulary)
-    texts = [
-        " ".join(f"word{n}x another_long_identifier_{n}" for n in range(start, start + 40))
-        for start in range(0, 160, 40)
-    ]
+    words = [f"word{n}x another_long_identifier_{n}" for n in range(160)]
+    texts = [" ".join(words[start : start + 40]) for start in range(0, 160, 40)]
     assert_equal(tokenizer, texts)
 
 

@@ -66,24 +66,18 @@ def test_numbers(files):
         sources[str(files / "other.txt")][str(files / f"{name}.model")] for name in "ab"
     )
     ids = load_tokenizer(files / "a.model").encode("日本 ab")
-    assert (
-        with_bytes["tokens"] == len(ids)
-        and with_bytes["text_bytes"] == 9
-        and with_bytes["words"] == 2
-    )
-    assert (
-        with_bytes["byte_token_fraction"] == pytest.approx(6 / len(ids))
-        and with_bytes["round_trip_failures"] == 0
-    )
-    assert (
-        without["unknown_fraction"] > 0
-        and without["byte_token_fraction"] == 0
-        and without["round_trip_failures"] == 1
-    )
+    assert with_bytes["tokens"] == len(ids)
+    assert with_bytes["text_bytes"] == 9
+    assert with_bytes["words"] == 2
+    assert with_bytes["byte_token_fraction"] == pytest.approx(6 / len(ids))
+    assert with_bytes["round_trip_failures"] == 0
+    assert without["unknown_fraction"] > 0
+    assert without["byte_token_fraction"] == 0
+    assert without["round_trip_failures"] == 1
     text = sources[str(files / "c.jsonl")][str(files / "a.model")]
-    assert (
-        text["documents"] == 300 and text["unknown_fraction"] == 0 and text["bytes_per_token"] > 1.2
-    )
+    assert text["documents"] == 300
+    assert text["unknown_fraction"] == 0
+    assert text["bytes_per_token"] > 1.2
     assert (files / "r.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,7 +14,8 @@ from tokenizer.train import main
 
 WORDS = ["".join(random.Random(n).choices("abdeimnorstuy", k=3 + n % 6)) for n in range(300)]
 LINES = [
-    f"def {WORDS[n]}_{n}({WORDS[n * 7 % 300]}):\n    return {WORDS[n * 11 % 300]} * {n}  # {WORDS[n * 13 % 300]}\n"
+    f"def {WORDS[n]}_{n}({WORDS[n * 7 % 300]}):\n"
+    f"    return {WORDS[n * 11 % 300]} * {n}  # {WORDS[n * 13 % 300]}\n"
     for n in range(300)
 ]
 
@@ -58,9 +59,8 @@ def test_round_trip_and_special_ids(tmp_path, corpus, model_type, size):
     assert all(len(tokenizer.encode(digits)) >= len(digits) for digits in ("1234", "99"))
     assert not {0, 1, 2, 3} & set(tokenizer.encode("<s> </s> <unk> <pad>"))
     manifest = json.loads((tmp_path / "v.manifest.json").read_text())
-    assert manifest["fingerprint"] == tokenizer.fingerprint and manifest["sample"][
-        "documents"
-    ] == len(LINES)
+    assert manifest["fingerprint"] == tokenizer.fingerprint
+    assert manifest["sample"]["documents"] == len(LINES)
 
 
 def test_same_inputs_same_file_and_seed_matters(tmp_path, corpus):
@@ -69,14 +69,16 @@ def test_same_inputs_same_file_and_seed_matters(tmp_path, corpus):
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
     assert (tmp_path / "a.model").read_bytes() != (tmp_path / "c.model").read_bytes()
     sample = json.loads((tmp_path / "a.manifest.json").read_text())["sample"]
-    assert 0.3 * 12_000 < sample["bytes"] < 2 * 12_000 and sample["documents_seen"] == len(LINES)
+    assert 0.3 * 12_000 < sample["bytes"] < 2 * 12_000
+    assert sample["documents_seen"] == len(LINES)
 
 
 def test_folder_of_text_gives_the_same_as_jsonl(tmp_path, corpus):
     (tmp_path / "d").mkdir()
     for number, line in enumerate(LINES):
         (tmp_path / "d" / f"{number:04}.py").write_text(line)
-    assert train(corpus, tmp_path / "a") == 0 and train(tmp_path / "d", tmp_path / "b") == 0
+    assert train(corpus, tmp_path / "a") == 0
+    assert train(tmp_path / "d", tmp_path / "b") == 0
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
 
 
@@ -84,7 +86,8 @@ def test_special_tokens_never_come_out_of_text(tmp_path, corpus):
     assert train(corpus, tmp_path / "v", "--special-token", "<|user|>", "<|end|>") == 0
     tokenizer = load_tokenizer(tmp_path / "v.model")
     special = tokenizer.backend.piece_to_id("<|user|>")
-    assert special > 3 and special not in tokenizer.encode("a <|user|> b")
+    assert special > 3
+    assert special not in tokenizer.encode("a <|user|> b")
     assert tokenizer.decode(tokenizer.encode("a <|user|> b")) == "a <|user|> b"
 
 
@@ -98,7 +101,8 @@ def test_refuses_to_overwrite(tmp_path, corpus, capsys):
     assert train(corpus, tmp_path / "v") == 0
     assert train(corpus, tmp_path / "v", size=450) == 2
     refused = capsys.readouterr().err
-    assert "vocab_size: it has 500, this command has 450" in refused and "--overwrite" in refused
+    assert "vocab_size: it has 500, this command has 450" in refused
+    assert "--overwrite" in refused
     assert load_tokenizer(tmp_path / "v.model").vocabulary_size == 500
     assert train(corpus, tmp_path / "v", "--overwrite", size=450) == 0
 
@@ -123,11 +127,9 @@ def test_errors_are_sentences(tmp_path, corpus, capsys):
         == 2
     )
     message = capsys.readouterr().err
-    assert (
-        "--vocab-size 10" in message
-        and "--sample-bytes -1" in message
-        and "--character-coverage 7" in message
-    )
+    assert "--vocab-size 10" in message
+    assert "--sample-bytes -1" in message
+    assert "--character-coverage 7" in message
     assert train(corpus, tmp_path / "v", size=50_000) == 3
     assert "too high" in capsys.readouterr().err
     assert train(corpus, tmp_path / "v", "--text-key", "body") == 3
@@ -140,6 +142,5 @@ def test_sentences_keep_every_character():
     text = "a line\n\n" + "word " * 3000 + "\n" + "x" * 5000 + "é" * 3000
     pieces = list(sentences(text))
     assert "".join(pieces) == text.replace("\n", "")
-    assert max(len(piece.encode()) for piece in pieces) <= 4000 and all(
-        "\n" not in piece for piece in pieces
-    )
+    assert max(len(piece.encode()) for piece in pieces) <= 4000
+    assert all("\n" not in piece for piece in pieces)
