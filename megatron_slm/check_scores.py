@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Literal, cast
 
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import NotNegative, Size
@@ -127,7 +128,8 @@ def _with_checkpoint(
         opened,
         store.manifest.window_tokens,
         ParallelConfig(),
-        DeviceConfig(precision=opened.info.precision),
+        # model.json holds what a DeviceConfig had when the checkpoint was saved.
+        DeviceConfig(precision=cast(Literal["fp32", "bf16", "fp16"], opened.info.precision)),
     )
     groups = join_job(config.parallel, device, config.run.seed)
     try:

@@ -190,7 +190,7 @@ def open_tokens(prefix: str | Path, index: CorpusIndex) -> FileArray:
 def write_index(
     stream: BinaryIO,
     dtype: np.dtype,
-    lengths_tokens: np.ndarray,
+    lengths_tokens: np.ndarray | FileArray,
     update: Callable[[bytes], object] = lambda piece: None,
 ) -> None:
     """Write an .idx of documents that are one sequence each, the way megatron-core's builder does.
