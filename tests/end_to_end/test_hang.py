@@ -2,6 +2,7 @@
 code of its own.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -31,6 +32,9 @@ def test_a_stopped_rank_is_noticed_and_named(corpus, tmp_path):
         stopped = wait_for_step(run, rank=1, step=3)
         os.kill(stopped["pid"], signal.SIGSTOP)
         _, said = job.communicate(timeout=PATIENCE_SECONDS)
+    except BaseException:
+        end_ranks(run)
+        raise
     finally:
         job.kill()
     assert job.returncode == 86
@@ -39,6 +43,13 @@ def test_a_stopped_rank_is_noticed_and_named(corpus, tmp_path):
     assert (status["state"], status["exit_code"]) == ("failed", 86)
     (stacks,) = (run / "ranks").glob("rank_00000.step_*.stacks.txt")
     assert "loop.py" in stacks.read_text()
+
+
+def end_ranks(run) -> None:
+    """After a failure they may still train, or be stopped for ever."""
+    for path in (run / "ranks").glob("rank_*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
 
 
 def wait_for_step(run, rank: int, step: int) -> dict:
