@@ -152,9 +152,9 @@ def test_bytes_that_the_disk_has_changed_are_found_while_the_run_trains(met):
 
 def test_a_step_that_trains_nothing_is_a_warning_once(met):
     lines = (met[0] / "nothing" / "run" / "warnings.jsonl").read_text().splitlines()
-    told = [json.loads(line)["text"] for line in lines]
-    assert len([text for text in told if "The gradient of step 1 is zero" in text]) == 1
-    assert not any("The gradient of step 2" in text for text in told)
+    warnings = [json.loads(line)["text"] for line in lines]
+    assert len([text for text in warnings if "The gradient of step 1 is zero" in text]) == 1
+    assert not any("The gradient of step 2" in text for text in warnings)
 
 
 def test_a_validation_in_which_nothing_counts_has_no_loss_and_says_so_once(met):
@@ -165,5 +165,7 @@ def test_a_validation_in_which_nothing_counts_has_no_loss_and_says_so_once(met):
     for each in validations:
         assert each["validation/lone/tokens"] == 0
         assert "validation/lone/loss" not in each
-    told = [json.loads(line)["text"] for line in (run / "warnings.jsonl").read_text().splitlines()]
-    assert len([text for text in told if "validation on lone has no loss" in text]) == 1
+    warnings = [
+        json.loads(line)["text"] for line in (run / "warnings.jsonl").read_text().splitlines()
+    ]
+    assert len([text for text in warnings if "validation on lone has no loss" in text]) == 1

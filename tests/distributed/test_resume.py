@@ -252,9 +252,11 @@ def stop_where_nothing_can_be_saved(groups, run: Path, case: dict) -> None:
         with pytest.raises(NotSaved, match="stopped on request after step 1 of 8.*from step 0"):
             train(groups, run.parent, run.name, case)
     assert not (run / "stop_requested").exists()
-    told = [json.loads(line)["text"] for line in (run / "warnings.jsonl").read_text().splitlines()]
-    assert any("could not be saved" in text for text in told)
-    assert not any("stopped on request" in text for text in told)
+    warnings = [
+        json.loads(line)["text"] for line in (run / "warnings.jsonl").read_text().splitlines()
+    ]
+    assert any("could not be saved" in text for text in warnings)
+    assert not any("stopped on request" in text for text in warnings)
 
 
 def full_disk(*_, **__):
@@ -390,11 +392,12 @@ def test_a_run_with_another_batch_length_blend_and_layout_counts_what_it_reads(f
 def test_what_has_changed_between_two_starts_is_told_by_the_rank_that_logs(folder):
     """The settings are compared by the first rank and written by the last."""
     lines = (folder / "changed" / "warnings.jsonl").read_text().splitlines()
-    told = [json.loads(line)["text"] for line in lines]
-    assert "schedule.train_tokens was 384 when this run started, and is 512 now" in told
+    warnings = [json.loads(line)["text"] for line in lines]
+    assert "schedule.train_tokens was 384 when this run started, and is 512 now" in warnings
     assert (
-        f"data.train: {folder / 'other'} is new in this run and is read from its beginning" in told
+        f"data.train: {folder / 'other'} is new in this run and is read from its beginning"
+        in warnings
     )
     assert any(
-        "what is left of the present epoch of each corpus is cut anew" in text for text in told
+        "what is left of the present epoch of each corpus is cut anew" in text for text in warnings
     )

@@ -95,7 +95,7 @@ def fail_in_every_way(groups, run: Path, asynchronous: bool) -> list:
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel
 
     config = Config()
-    told = []
+    reports = []
     config.model = dataclasses.replace(
         config.model, layers=2, hidden_size=32, ffn_hidden_size=32, attention_heads=2
     )
@@ -106,11 +106,11 @@ def fail_in_every_way(groups, run: Path, asynchronous: bool) -> list:
         run,
         groups,
         asynchronous=asynchronous,
-        report=lambda text, level: told.append((level, text)),
+        report=lambda text, level: reports.append((level, text)),
     )
 
     def save(step):
-        told.clear()
+        reports.clear()
         store.save(
             models,
             optimizer,
@@ -118,7 +118,7 @@ def fail_in_every_way(groups, run: Path, asynchronous: bool) -> list:
             trainer_state(optimizer, groups, step=step),
         )
         store.finish_pending(wait=True)
-        return list(told)
+        return list(reports)
 
     outcome = [("first", save(1), "")]
     for number, (name, (rank, failing, expected)) in enumerate(failures(groups.world_rank).items()):

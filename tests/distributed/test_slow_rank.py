@@ -91,7 +91,7 @@ def _of(lines: list[dict], what: str) -> list[float]:
 
 @pytest.mark.parametrize("name, rank, phase", CASES_OF_SLOWNESS)
 def test_the_warning_names_the_machine_and_the_phase(folder, name, rank, phase):
-    told = [each["text"] for each in records(folder / name, "warnings.jsonl")]
-    [sentence] = [text for text in told if "slower than the others" in text]
+    warnings = [each["text"] for each in records(folder / name, "warnings.jsonl")]
+    [sentence] = [text for text in warnings if "slower than the others" in text]
     assert f": rank {rank} on {socket.gethostname()}. " in sentence
     assert f"Most of the difference is in {phase}." in sentence

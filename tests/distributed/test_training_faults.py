@@ -158,8 +158,8 @@ def test_skipped_steps_are_counted_and_their_sums_left_out(results, folder):
     assert [each.get("optimizer/skipped_steps", 0) for each in lines] == [0, 0, 1, 1, 2, 3, 3, 3]
     assert all(math.isfinite(each["loss/all"]) for each in lines if "loss/all" in each)
     assert [each["step"] for each in lines if "loss/all" not in each] == [3, 5, 6]
-    told = [each["text"] for each in records(folder / "skipped", "warnings.jsonl")]
-    assert [text for text in told if "the step is skipped (2 of at most 2 in a row" in text]
+    warnings = [each["text"] for each in records(folder / "skipped", "warnings.jsonl")]
+    assert [text for text in warnings if "the step is skipped (2 of at most 2 in a row" in text]
 
 
 def test_one_step_too_many_ends_the_run_with_its_weights_unharmed(results):
@@ -188,8 +188,8 @@ def test_the_data_of_a_bad_step_are_written_down(results, folder):
 
 def test_the_data_of_a_jump_are_those_of_the_step_with_the_largest_loss(results, folder):
     """The alarm comes a step later, at the log line, when the batch is gone."""
-    told = [each["text"] for each in records(folder / "jump", "warnings.jsonl")]
-    [sentence] = [text for text in told if "jumped to" in text]
+    warnings = [each["text"] for each in records(folder / "jump", "warnings.jsonl")]
+    [sentence] = [text for text in warnings if "jumped to" in text]
     where = folder / "jump" / "loss_spikes" / "step_00000023"
     assert "at step 24; the 11 log lines before" in sentence
     assert "Of the interval's steps, 23 had the largest loss" in sentence
