@@ -77,8 +77,8 @@ class LossSpikes:
             f"{name} jumped to {loss:.3f} nats at step {step}; the {len(self._losses)} log lines "
             f"before had a median of {median:.3f} and a spread of {spread:.3f}. If it does not "
             "fall back within a few log lines, stop the run and go on from a checkpoint before "
-            "this step with a lower optimizer.learning_rate or optimizer.clip_grad_norm, after a look at the "
-            "data of these steps (docs/monitoring.md, When the loss jumps)"
+            "this step with a lower optimizer.learning_rate or optimizer.clip_grad_norm, after a "
+            "look at the data of these steps (docs/monitoring.md, When the loss jumps)"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _describe(
     return {
         "corpus": str(corpus.prefix),
         "sample": sample,
-        "token_ranges": [[start, end] for start, end in pieces],
+        "token_ranges": list(map(list, pieces)),
         "documents": [index.document_at(start) for start, _ in pieces],
         "columns": summaries,
     }

@@ -82,7 +82,7 @@ def test_seconds_are_added_up_and_taken_once():
 
 
 class Event:
-    """Stands in for torch.cuda.Event: the device's clock is a list of seconds, one for each record."""
+    """Stands in for torch.cuda.Event: the device's clock is a list of seconds, one a record."""
 
     clock: list[float]
 
