@@ -239,7 +239,7 @@ def test_a_dense_reference_stands_beside_experts_and_needs_no_backward(config, t
 
 
 def test_a_check_alone_starts_nothing_and_prints_where_the_run_would_write(config, tmp_path):
-    """What launch/train.sbatch asks on one node, before the others wait: no torch, no run folder."""
+    """What launch/train.sbatch asks on one node before the others wait: no torch, no run folder."""
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     ask = (
         "import sys\nfrom megatron_slm.train import main\ncode = main(sys.argv[1:])\n"
