@@ -146,11 +146,11 @@ def test_a_server_that_goes_away_delays_no_step_and_loses_nothing(tmp_path, monk
     assert "wandb sync" in warning
 
 
-KILLED = f"""
+ROOT = Path(__file__).parents[3]
+KILLED = """
 import os, sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_wandb_server import log_lines, open_sink
+from tests.unit.monitoring.test_wandb_server import log_lines, open_sink
 sink = open_sink(Path(sys.argv[1]), print, "offline")
 log_lines(sink)
 time.sleep(2.5)
@@ -161,7 +161,9 @@ os.kill(os.getpid(), 9)
 def test_a_killed_run_leaves_no_temporary_files_and_its_data(tmp_path):
     with tempfile.TemporaryDirectory(prefix="slm-") as temporary:  # tmp_path: too long for sockets
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED, tmp_path], env={**os.environ, "TMPDIR": temporary}
+            [sys.executable, "-c", KILLED, tmp_path],
+            env={**os.environ, "TMPDIR": temporary},
+            cwd=ROOT,
         )
         assert killed.returncode == -signal.SIGKILL
         deadline = time.monotonic() + 60
