@@ -268,13 +268,13 @@ def test_point_13_a_run_begins_with_a_warning_of_another_context(tmp_path, monke
     config = config_of_a_run(tmp_path)
     config.selection.reference.scores = [str(tmp_path / "scores")]
     config.data.sequence_length = 64
-    said = started_reporter(monkeypatch, config, [SimpleNamespace(scores=store)])
+    manifest = SimpleNamespace(prepend_bos=False)
+    corpora = [SimpleNamespace(prefix="corpus", manifest=manifest, scores=store)]
+    said = started_reporter(monkeypatch, config, corpora)
     assert "windows of 16 tokens" in said
     assert "sequences of 64" in said
     config.data.sequence_length = 16
-    assert "windows of" not in started_reporter(
-        monkeypatch, config, [SimpleNamespace(scores=store)]
-    )
+    assert "windows of" not in started_reporter(monkeypatch, config, corpora)
 
 
 def test_a_run_begins_with_a_warning_of_a_keep_fraction_that_can_never_be_met(
