@@ -202,7 +202,7 @@ def test_the_readme_s_report_compares_runs_that_differ_in_the_choice_of_tokens_a
     arms = [by_folder[folder] for folder in shown.split()]
     assert [arm["--selection.scorer"] for arm in arms] == ["none", "excess_loss"]
     plain, selecting = (
-        {name: value for name, value in arm.items() if not name.startswith("--selection.")}
+        dict(filter(lambda option: not option[0].startswith("--selection."), arm.items()))
         for arm in arms
     )
     assert plain == selecting

@@ -41,45 +41,47 @@ def write_run(
         config[section] = config.get(section, {}) | values
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "versions.txt").write_text("torch 2.13.0 <cpu>\n")
-    records, last = [], len(losses) - 1
+    records = []
     for i, loss in enumerate(losses):
-        processed = i * 1000
-        records.append(
-            {
-                "step": i * 10,
-                "kind": "validation",
-                "tokens/processed": processed,
-                "validation/curated/loss": loss,
-            }
-        )
+        at = {"step": i * 10, "tokens/processed": i * 1000}
+        records.append(at | {"kind": "validation", "validation/curated/loss": loss})
         if i:
-            share = (i - 1) / max(last - 1, 1)
-            record = {
-                "step": i * 10,
-                "kind": "train",
-                "tokens/processed": processed,
-                "loss/all": 4.0,
-                "optimizer/grad_norm": 0.5 + i,
-                "optimizer/learning_rate": 1e-4,
-                "throughput/tokens_per_second": 1234.0,
-                "throughput/step_seconds": 0.5,
-            }
+            record = at | trained_record(i)
             if scorer != "none":
-                record |= {
-                    "tokens/selected": int(processed * keep),
-                    "loss/selected": 5.0,
+                share = (i - 1) / max(len(losses) - 2, 1)
+                record |= selected_record(i, keep) | {
                     "loss/rejected": float(np.interp(share, [0, 1], rejected)),
                     "loss/reference": 4.0 - float(np.interp(share, [0, 1], ahead)),
-                    "selection/kept_fraction": keep,
-                    "selection/threshold_nats": 0.3 - 0.1 * i,
-                    "selection/rate_by_reference_loss": [0.2, 0.9, None, 0.5],
-                    "selection/rate_by_reference_loss_edges_nats": [0.0, 0.5, 1.0, 2.0, 9.0],
-                    "selection/rate_by_position": [0.5, 0.7],
-                    "selection/rate_by_corpus": [0.55, 0.65],
                 }
             records.append(record)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def trained_record(i):
+    """What every run logs in its interval `i`."""
+    return {
+        "kind": "train",
+        "loss/all": 4.0,
+        "optimizer/grad_norm": 0.5 + i,
+        "optimizer/learning_rate": 1e-4,
+        "throughput/tokens_per_second": 1234.0,
+        "throughput/step_seconds": 0.5,
+    }
+
+
+def selected_record(i, keep):
+    """What a run that selects logs beside it."""
+    return {
+        "tokens/selected": int(i * 1000 * keep),
+        "loss/selected": 5.0,
+        "selection/kept_fraction": keep,
+        "selection/threshold_nats": 0.3 - 0.1 * i,
+        "selection/rate_by_reference_loss": [0.2, 0.9, None, 0.5],
+        "selection/rate_by_reference_loss_edges_nats": [0.0, 0.5, 1.0, 2.0, 9.0],
+        "selection/rate_by_position": [0.5, 0.7],
+        "selection/rate_by_corpus": [0.55, 0.65],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +121,10 @@ def pages(folders, tmp_path_factory):
 def cells(page):
     """The summary table's rows as text."""
     body = re.search(r"<tbody>(.*?)</tbody>", page, re.DOTALL).group(1)
-    return [
-        [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row)]
-        for row in re.findall(r"<tr>.*?</tr>", body, re.DOTALL)
-    ]
+    table = []
+    for row in re.findall(r"<tr>.*?</tr>", body, re.DOTALL):
+        table.append([re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row)])
+    return table
 
 
 def test_the_slowest_rank_is_told_where_there_are_several(tmp_path):

@@ -35,7 +35,7 @@ def write_status(folder, state, step, **changes):
 
 
 def write_run(folder, last_step, scorer="none"):
-    """A run of 100 tokens per step that was validated and logged every 20 steps up to `last_step`."""
+    """A run of 100 tokens per step, validated and logged every 20 steps up to `last_step`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIG | {"selection": {"scorer": scorer}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

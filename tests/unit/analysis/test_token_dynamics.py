@@ -18,15 +18,12 @@ def by_polyfit(loss_TC):
         slope, _ = np.polyfit(np.arange(n + 1), losses, 1)
         change = slope * n
         changes.append(change)
-        names.append(
-            "H→L"
-            if change < -0.2
-            else "L→H"
-            if change > 0.2
-            else "L→L"
-            if losses[-1] <= mean_last
-            else "H→H"
-        )
+        if change < -0.2:
+            names.append("H→L")
+        elif change > 0.2:
+            names.append("L→H")
+        else:
+            names.append("L→L" if losses[-1] <= mean_last else "H→H")
     return names, np.array(changes), mean_last
 
 

@@ -1,4 +1,7 @@
-"""Every rule about sizes, the layout and engines has a value that breaks it; the message names the field, the value and what to do."""
+"""Every rule about sizes, the layout and engines has a value that breaks it.
+
+The message names the field, the value and what to do.
+"""
 
 import pytest
 

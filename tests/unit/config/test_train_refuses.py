@@ -18,7 +18,8 @@ FORBIDDEN = """
 import sys
 class Guard:
     def find_spec(self, name, path=None, target=None):
-        assert name.split('.')[0] not in ('torch', 'megatron'), f'{name} is imported before the configuration is checked'
+        early = name.split('.')[0] in ('torch', 'megatron')
+        assert not early, f'{name} is imported before the configuration is checked'
 sys.meta_path.insert(0, Guard())
 from megatron_slm.train import main
 sys.exit(main(sys.argv[1:]))

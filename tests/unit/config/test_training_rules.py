@@ -1,4 +1,7 @@
-"""Every rule about data, selection, schedule, optimizer and checkpoints has a value that breaks it; the message names the field, the value and what to do."""
+"""Every rule about data, selection, schedule, optimizer and checkpoints has a breaking value.
+
+The message names the field, the value and what to do.
+"""
 
 import pytest
 

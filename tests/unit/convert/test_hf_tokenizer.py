@@ -16,7 +16,9 @@ from megatron_slm.convert.hf_tokenizer import (
 )
 from megatron_slm.tokenization import load_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog def return self value 12 345 naïve — x = y + 1".split()
+WORDS = (
+    "the quick brown fox jumps over a lazy dog def return self value 12 345 naïve — x = y + 1"
+).split()
 SETTINGS = {
     "bpe, SentencePiece's defaults": {"model_type": "bpe"},
     "bpe, every byte kept": {

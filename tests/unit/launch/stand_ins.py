@@ -51,7 +51,9 @@ if [[ "$*" == *--check_only* ]]; then
     touch "$SCRATCH/checking"
     sleep "${CHECK_SECONDS:-0}"
     if [[ "$*" == *--nonsense* ]]; then echo "nonsense: unknown field" >&2; exit 2; fi
-    if [[ "$*" == *megatron_slm.score* ]]; then printf '%s\n' "$STORE"; else printf '%s\n' "$RUN_FOLDER"; fi
+    path=$RUN_FOLDER
+    if [[ "$*" == *megatron_slm.score* ]]; then path=$STORE; fi
+    printf '%s\n' "$path"
     exit "${CHECKED:-0}"
 fi
 leave() {
@@ -64,8 +66,12 @@ echo $$ > "$SCRATCH/worker"
 trap 'echo asked >> "$SCRATCH/signals.log"; leave "${WHEN_ASKED:-85}"' TERM USR1
 [ -e "$RUN_FOLDER/stop_requested" ] && touch "$SCRATCH/stop_file_seen"
 [ "$WORK" = score ] && mkdir -p "$STORE/shards" && touch "$STORE/shards/shard_${SHARD:-000003}.json"
-save() { mkdir -p "$RUN_FOLDER/checkpoints"; echo "step_000000$1" > "$RUN_FOLDER/checkpoints/latest"; }
-[ -z "$STEPS" ] || printf '{\n  "steps": %s,\n  "exit_code": null\n}\n' "$STEPS" > "$RUN_FOLDER/status.json"
+save() {
+    mkdir -p "$RUN_FOLDER/checkpoints"
+    echo "step_000000$1" > "$RUN_FOLDER/checkpoints/latest"
+}
+status='{\n  "steps": %s,\n  "exit_code": null\n}\n'
+[ -z "$STEPS" ] || printf "$status" "$STEPS" > "$RUN_FOLDER/status.json"
 [ -z "$SAVED" ] || save "$SAVED"
 [ -e "$SCRATCH/started" ] && WORK=${WORK_AGAIN:-$WORK}
 touch "$SCRATCH/started"

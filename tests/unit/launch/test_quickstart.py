@@ -36,19 +36,25 @@ while [ $# -gt 0 ]; do
 done
 if [ -n "${input:-}" ] && grep -q bad "$input"; then mkdir -p "$output.partial"; exit 3; fi
 value() { sed -n "s/^ *$1: //p" "$config" | head -n 1; }
+setting() {
+    "$REAL_PYTHON" -c "import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))$1)" "$config"
+}
 case $program in
-    tokenizer.train | data_tools.preprocess) touch "$output.model" "$output.bin" "$output.manifest.json" ;;
+    tokenizer.train | data_tools.preprocess)
+        touch "$output.model" "$output.bin" "$output.manifest.json" ;;
     data_tools.split) touch "${output}"_{train,held_out}.{bin,manifest.json} ;;
     megatron_slm.report) touch "$output" ;;
     megatron_slm.check_export | data_tools.verify) ;;
     megatron_slm.export_hf) mkdir -p "$output"; touch "$output/config.json" ;;
     megatron_slm.train)
-        folder=$("$REAL_PYTHON" -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))["run"]["folder"])' "$config")
+        folder=$(setting '["run"]["folder"]') || exit 1
         mkdir -p "$folder/checkpoints/step_$(printf %08d "$(value train_steps)")" ;;
     megatron_slm.score)
-        folder=$("$REAL_PYTHON" -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))["output"])' "$config")
+        folder=$(setting '["output"]') || exit 1
         mkdir -p "$folder"; cp "$SCRATCH/scores.json" "$folder/manifest.json" ;;
-    *) mkdir -p "$output"; for name in corpus curated held_out; do echo "$output" > "$output/$name.jsonl"; done ;;
+    *)
+        mkdir -p "$output"
+        for name in corpus curated held_out; do echo "$output" > "$output/$name.jsonl"; done ;;
 esac
 """
 ARMS = ["base", "reference", "plain", "slm", "random"]

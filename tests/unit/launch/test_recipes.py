@@ -1,4 +1,4 @@
-"""Every recipe is a whole, consistent configuration, and the paper's ones say what the paper says."""
+"""Every recipe is a whole, consistent configuration; the paper's ones say what the paper says."""
 
 from pathlib import Path
 

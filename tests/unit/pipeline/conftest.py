@@ -53,11 +53,17 @@ case "$*" in
     *--test-only*) [ ! -e "$SCRATCH/refuse" ] || { cat "$SCRATCH/refuse" >&2; exit 1; }; exit 0 ;;
 esac
 number=$(( $(cat "$SCRATCH/number" 2>/dev/null || echo 100) + 1 ))
-if [ "$number" = "$(cat "$SCRATCH/fail_at" 2>/dev/null)" ]; then echo "slurmctld is away" >&2; exit 1; fi
+if [ "$number" = "$(cat "$SCRATCH/fail_at" 2>/dev/null)" ]; then
+    echo "slurmctld is away" >&2
+    exit 1
+fi
 echo "$number" > "$SCRATCH/number"
-printf '%s\\n' "SLM_INPUT=$SLM_INPUT SLM_MERGE=$SLM_MERGE processes=$SLM_PROCESSES_PER_NODE $*" >> "$SCRATCH/sbatch.log"
+settings="SLM_INPUT=$SLM_INPUT SLM_MERGE=$SLM_MERGE processes=$SLM_PROCESSES_PER_NODE"
+printf '%s\\n' "$settings $*" >> "$SCRATCH/sbatch.log"
 for word in "$@"; do
-    case $word in --job-name=*) echo "$number|PENDING|Dependency|${word#--job-name=}" >> "$SCRATCH/queue" ;; esac
+    case $word in
+        --job-name=*) echo "$number|PENDING|Dependency|${word#--job-name=}" >> "$SCRATCH/queue" ;;
+    esac
 done
 echo "$number"
 """

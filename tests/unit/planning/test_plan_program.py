@@ -54,41 +54,36 @@ def test_json_holds_everything(capsys):
     assert found["scoring"]["store_bytes"] == 2 * 1_048_576 * 14306
 
 
-def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
-    """The corpus's tokens from its manifest; the shape of an online reference from its checkpoint,
-    of another one from its recipe.
-    """
+def test_the_shape_of_an_online_reference_is_read_from_its_checkpoint(tmp_path, capsys):
     step = tmp_path / "reference" / "checkpoints" / "step_00000001"
     step.mkdir(parents=True)
-    (step / "model.json").write_text(
-        json.dumps(
-            {
-                "model": {
-                    "layers": 2,
-                    "hidden_size": 256,
-                    "ffn_hidden_size": 512,
-                    "attention_heads": 4,
-                    "vocabulary_size": 32000,
-                },
-                "sequence_length": 2048,
-                "tokenizer": {},
-                "step": 1,
-                "tokens_processed": 1,
-            }
-        )
-    )
+    model = {
+        "layers": 2,
+        "hidden_size": 256,
+        "ffn_hidden_size": 512,
+        "attention_heads": 4,
+        "vocabulary_size": 32000,
+    }
+    description = {
+        "model": model,
+        "sequence_length": 2048,
+        "tokenizer": {},
+        "step": 1,
+        "tokens_processed": 1,
+    }
+    (step / "model.json").write_text(json.dumps(description))
     (step / "checksums.json").write_text("{}")
-    online = (
-        "--selection.reference.scores",
-        "[]",
-        "--selection.reference.checkpoint",
-        str(tmp_path / "reference"),
-    )
+    reference = str(tmp_path / "reference")
+    online = ["--selection.reference.scores", "[]", "--selection.reference.checkpoint", reference]
     assert run("--nodes", "4", "--json", "--proposals", "0", *online) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["memory"][0]["reference"] == 2 * (
         2 * 32000 * 256 + 2 * (4 * 256 * 256 + 3 * 512 * 256 + 2 * 256) + 256
     )
+
+
+def test_the_corpus_and_another_reference_are_read_from_this_machine(tmp_path, capsys):
+    """The corpus's tokens come from its manifest, the reference's shape from its own recipe."""
     manifest = {
         "format_version": 1,
         "documents": 1,
@@ -105,20 +100,9 @@ def test_what_lies_on_this_machine_is_read(tmp_path, capsys):
         "rejected": {},
     }
     (tmp_path / "corpus.manifest.json").write_text(json.dumps(manifest))
-    small = ("--reference-config", str(RECIPES / "quickstart.yaml"))
-    assert (
-        run(
-            "--nodes",
-            "4",
-            "--json",
-            "--proposals",
-            "0",
-            "--data.train",
-            f"[{tmp_path / 'corpus'}]",
-            *small,
-        )
-        == 0
-    )
+    recipe = str(RECIPES / "quickstart.yaml")
+    options = ["--data.train", f"[{tmp_path / 'corpus'}]", "--reference-config", recipe]
+    assert run("--nodes", "4", "--json", "--proposals", "0", *options) == 0
     scoring = json.loads(capsys.readouterr().out)["scoring"]
     assert scoring["tokens"] == 5_000_000
     assert scoring["store_bytes"] == 10_000_000
