@@ -1,8 +1,9 @@
-# Settings of your cluster, in one place: every script in launch/ reads this file. Copy it, edit it, and point SLM_ENV at the copy,
-# or edit it here. Anything already exported wins over what stands below.
+# Settings of your cluster, in one place: every script in launch/ reads this file. Copy it, edit it,
+# and point SLM_ENV at the copy, or edit it here. Anything already exported wins over what stands
+# below.
 # shellcheck shell=bash disable=SC2034  # variables are read by the scripts that source this file
 
-# --- Software: keep one of the three. ---------------------------------------------------------------------------------------------
+# --- Software: keep one of the three. -------------------------------------------------------------
 # 1. A virtual environment on the shared file system (default: .venv of this checkout).
 : "${SLM_VENV:=$SLM_ROOT/.venv}"
 if [ -f "$SLM_VENV/bin/activate" ]; then
@@ -19,7 +20,7 @@ declare -p SLM_SRUN_OPTIONS >/dev/null 2>&1 || SLM_SRUN_OPTIONS=()
 # SLM_CONTAINER=(apptainer exec --nv --bind /shared:/shared /shared/images/megatron-slm.sif)
 declare -p SLM_CONTAINER >/dev/null 2>&1 || SLM_CONTAINER=()
 
-# --- Processes and threads. -------------------------------------------------------------------------------------------------------
+# --- Processes and threads. -----------------------------------------------------------------------
 # One process per GPU; without GPUs, say how many CPU processes a node runs.
 : "${SLM_PROCESSES_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 : "${OMP_NUM_THREADS:=$(( ${SLURM_CPUS_ON_NODE:-$(nproc)} / SLM_PROCESSES_PER_NODE ))}"
@@ -30,7 +31,7 @@ declare -p SLM_CONTAINER >/dev/null 2>&1 || SLM_CONTAINER=()
 : "${SLM_NODES:=${SLURM_JOB_NUM_NODES:-1}}" # nodes that do the work; fewer than the job has = the others are spare
 export SLM_LAUNCH SLM_MAX_REQUEUES SLM_NODES
 
-# --- Network. ---------------------------------------------------------------------------------------------------------------------
+# --- Network. -------------------------------------------------------------------------------------
 : "${NCCL_DEBUG:=WARN}"
 : "${TORCH_NCCL_ASYNC_ERROR_HANDLING:=1}"   # a rank that fails ends the job instead of leaving the others waiting
 # : "${NCCL_SOCKET_IFNAME:=ib0}"            # the interface NCCL bootstraps over, when the default one is wrong
@@ -38,7 +39,7 @@ export SLM_LAUNCH SLM_MAX_REQUEUES SLM_NODES
 # : "${GLOO_SOCKET_IFNAME:=ib0}"            # the same for CPU processes
 # : "${SLM_MASTER_ADDRESS:=$(hostname)-ib0}" # where the first node is reached, when not under its name in SLURM
 
-# --- Files. -----------------------------------------------------------------------------------------------------------------------
+# --- Files. ---------------------------------------------------------------------------------------
 # W&B keys never belong here: run `wandb login` once, or export WANDB_API_KEY in your shell profile.
 : "${WANDB_CACHE_DIR:=${TMPDIR:-/tmp}/wandb-cache-${USER:-slm}}"
 export SLM_VENV SLM_PROCESSES_PER_NODE OMP_NUM_THREADS NCCL_DEBUG TORCH_NCCL_ASYNC_ERROR_HANDLING WANDB_CACHE_DIR

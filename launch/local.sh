@@ -4,15 +4,16 @@
 #   bash launch/local.sh 2 train --config launch/recipes/quickstart.yaml --run.folder runs/mine
 #   bash launch/local.sh 2 score --checkpoint runs/reference --corpus data/corpus --output data/corpus_scores
 #
-# Ctrl-C asks it to stop: training saves a checkpoint within a few steps, scoring keeps its finished shards. A second
-# Ctrl-C stops at once. SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) ask too, and so does the end of this script.
-# Exit codes are the program's: 0 done, 2 bad configuration, 3 bad data, 85 stopped (the same command continues).
+# Ctrl-C asks it to stop: training saves a checkpoint within a few steps, scoring keeps its finished
+# shards. A second Ctrl-C stops at once. SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) ask too,
+# and so does the end of this script. Exit codes are the program's: 0 done, 2 bad configuration, 3
+# bad data, 85 stopped (the same command continues).
 set -euo pipefail
 
 SLM_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export SLM_ROOT
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,${/^#/!q; s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 export SLM_PROCESSES_PER_NODE=$1
@@ -44,8 +45,9 @@ stop() {
 trap stop INT TERM HUP USR1
 trap '' PIPE # the program this one is piped into may be gone: no reason to leave the workers alone
 
-# Settings, and everything that they name, are looked at by one process before torchrun starts: when rank 0 alone refuses a run, torchrun
-# waits 30 seconds for the others. The page of --preflight shows what is wrong itself.
+# Settings, and everything that they name, are looked at by one process before torchrun starts: when
+# rank 0 alone refuses a run, torchrun waits 30 seconds for the others. The page of --preflight
+# shows what is wrong itself.
 look=--check_only
 case " $* " in *" --preflight "*) look=--print_run_folder ;; esac
 WORLD_SIZE=$SLM_PROCESSES_PER_NODE python -m "megatron_slm.$program" "$@" $look >/dev/null || exit $?

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole of Selective Language Modeling on this machine, from raw text to a report, with real megatron-core processes:
+# The whole of Selective Language Modeling on this machine, from raw text to a report, with real
+# megatron-core processes:
 #
 #   bash launch/quickstart.sh                 7 to 12 minutes on 2 CPU cores, after the downloads
 #   bash launch/quickstart.sh --quick         the same in 2 to 3 minutes, on less text (too short to compare the arms)
@@ -9,9 +10,10 @@
 # --text-bytes BYTES    how much of the standard library is read, spread over all of it by hash (default 5500000; 0 = all,
 #                       which takes longer: the reference scores every token)
 #
-# Text -> tokenizer -> indexed binary -> base model -> reference -> scores -> three arms (plain, SLM 0.6, random 0.6) that continue
-# from the same base, over the same data in the same order -> Hugging Face export -> report. Run it again after an interruption:
-# finished stages are kept, training resumes from its last checkpoint. With other text or options in the same folder, what depends on
+# Text -> tokenizer -> indexed binary -> base model -> reference -> scores -> three arms (plain, SLM
+# 0.6, random 0.6) that continue from the same base, over the same data in the same order -> Hugging
+# Face export -> report. Run it again after an interruption: finished stages are kept, training
+# resumes from its last checkpoint. With other text or options in the same folder, what depends on
 # them is made again, and what was there before is moved to earlier_1, earlier_2, ... in the folder.
 set -euo pipefail
 
@@ -27,7 +29,7 @@ while [ $# -gt 0 ]; do
         --text-bytes)
             [ $# -ge 2 ] || { echo "quickstart: $1 needs a value" >&2; exit 2; }
             text_bytes=$2; shift ;;
-        -h | --help) sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,${/^#/!q; s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "quickstart: unknown option $1; try --help" >&2; exit 2 ;;
     esac
     shift
@@ -58,7 +60,8 @@ if [ -n "$corpus" ]; then
 else
     settings+=(--text.command "[python, launch/stdlib_corpus.py, --output-folder, '{folder}/text', --max-bytes, '${text_bytes:-5500000}']")
 fi
-# One thread per process: two processes of one thread each beat one of two, and leave nothing to spin.
+# One thread per process: two processes of one thread each beat one of two, and leave nothing to
+# spin.
 export OMP_NUM_THREADS=1 WANDB_SILENT=true
 started=$SECONDS
 

@@ -1,7 +1,8 @@
-# Sourced by launch/quickstart.sh and tests/run.sh, from the project's root: a virtual environment with everything installed.
+# Sourced by launch/quickstart.sh and tests/run.sh, from the project's root: a virtual environment
+# with everything installed.
 #
-# Uses the active environment when there is one, else .venv; installs again whenever requirements.txt or pyproject.toml
-# changed. Leaves the environment's bin folder first on PATH.
+# Uses the active environment when there is one, else .venv; installs again whenever
+# requirements.txt or pyproject.toml changed. Leaves the environment's bin folder first on PATH.
 
 slm_python() {
     local candidate
