@@ -1,8 +1,9 @@
 """Every setting of a run: type, range, default, and its help text (the string under the field).
 
 The sections `device`, `model` and `parallel` are in model_settings.py, `monitoring` is in
-monitoring_settings.py. Sizes carry their unit in the name. Nothing here imports torch: launchers and data programs read it too. Rules between
-settings live in check.py, reading and overriding in load.py.
+monitoring_settings.py. Sizes carry their unit in the name. Nothing here imports torch: launchers
+and data programs read it too. Rules between settings live in check.py, reading and overriding in
+load.py.
 """
 
 from dataclasses import dataclass, field

@@ -19,7 +19,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Manifests:
-    """Files that are written last and at once: what they describe is whole when they are there."""
+    """Files that are written last and at once: what they describe is whole when they exist."""
 
     paths: tuple[Path, ...]
 
@@ -47,11 +47,11 @@ class CorpusParts:
     def standing(self) -> Standing:
         if manifest_path(self.prefix).exists():
             return Standing(True)
-        there = sum(
+        finished = sum(
             manifest_path(f"{self.prefix}.shard-{part:05d}-of-{self.jobs:05d}").exists()
             for part in range(self.jobs)
         )
-        return Standing(there == self.jobs, f"{there} of {self.jobs} parts")
+        return Standing(finished == self.jobs, f"{finished} of {self.jobs} parts")
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def _lay_over(values: dict, settings: Mapping, cls=Config) -> None:
         *sections, last = name.split(".")
         inside = values
         for section in sections:
-            there = inside.get(section)
-            inside[section] = dict(there) if isinstance(there, Mapping) else {}
+            earlier = inside.get(section)
+            inside[section] = dict(earlier) if isinstance(earlier, Mapping) else {}
             inside = inside[section]
         inside[last] = value
 

@@ -51,8 +51,8 @@ class State:
         """How far the output of the present description has come."""
         standing = stage.output.standing()
         if not self.is_current(stage):
-            there = self.outputs(stage)
-            return Standing(False, "made from something else" if there else "")
+            exists = bool(self.outputs(stage))
+            return Standing(False, "made from something else" if exists else "")
         if isinstance(stage.output, Files) and _read(self.mark(stage)) != self.keys[stage.name]:
             return Standing(False, standing.progress)
         return standing
@@ -62,7 +62,7 @@ class State:
         return _read(self._record(stage)) == self.keys[stage.name]
 
     def outputs(self, stage: Stage) -> list[Path]:
-        """What is there of a stage's output, whoever made it."""
+        """What exists of a stage's output, whoever made it."""
         return [
             Path(path)
             for pattern in stage.makes
@@ -79,11 +79,11 @@ class State:
 
         Returns a sentence where something was moved.
         """
-        there = self.outputs(stage)
+        outputs = self.outputs(stage)
         moved = ""
-        if there and not self.is_current(stage):
+        if outputs and not self.is_current(stage):
             earlier = self._earlier_folder()
-            for path in there:
+            for path in outputs:
                 path.rename(earlier / path.name)
             known = self._record(stage).exists()
             reason = (

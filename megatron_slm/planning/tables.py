@@ -203,6 +203,7 @@ def storage_table(plan: Plan) -> Table:
     ]
     if plan.scoring:
         scoring = plan.scoring
+        share = scoring.gpu_hours / plan.duration.gpu_hours
         rows += [
             (
                 f"score store of {in_words(scoring.tokens)} corpus tokens, fp16",
@@ -211,7 +212,7 @@ def storage_table(plan: Plan) -> Table:
             (
                 "scoring the corpus once, before the run",
                 f"{flops_in_words(scoring.flops_per_token)} FLOPs per token, "
-                f"{scoring.gpu_hours:,.1f} GPU-hours ({scoring.gpu_hours / plan.duration.gpu_hours:.0%} of the run)",
+                f"{scoring.gpu_hours:,.1f} GPU-hours ({share:.0%} of the run)",
             ),
         ]
     return Table("On disk, and scoring", ("", ""), rows)

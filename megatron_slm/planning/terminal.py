@@ -46,15 +46,17 @@ def advice(plan: Plan) -> list[str]:
             "corpus, give its size as --corpus-tokens (100e9); else lower schedule.train_tokens."
         )
     memory = rank_memory(plan.job, plan.fullest_stage)
-    need, there = memory.total / 2**30, plan.usable_bytes / 2**30
+    needed_gib = memory.total / 2**30
+    usable_gib = plan.usable_bytes / 2**30
     if plan.fits:
         lines.append(
-            f"It fits: {need:,.1f} of {there:,.1f} GiB at the fullest stage ({plan.fullest_stage})."
+            f"It fits: {needed_gib:,.1f} of {usable_gib:,.1f} GiB at the fullest stage "
+            f"({plan.fullest_stage})."
         )
     else:
         lines.append(
-            f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {need:,.1f} GiB, and "
-            f"{there:,.1f} GiB are usable."
+            f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {needed_gib:,.1f} GiB, and "
+            f"{usable_gib:,.1f} GiB are usable."
         )
     if plan.proposals:
         best = plan.proposals[0]
