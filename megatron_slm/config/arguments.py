@@ -26,8 +26,8 @@ def number_in(hint) -> Callable[[str], int | float]:
 
 
 def take_switch(argv: list[str] | None, name: str) -> tuple[list[str], bool]:
-    """The words of a command line (None = sys.argv) without the option `name`, which takes no value,
-    and whether it was given.
+    """The words of a command line (None = sys.argv) without the option `name`, and whether it was
+    given. It takes no value.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     rest = [word for word in words if word not in (name, name.replace("_", "-"))]
