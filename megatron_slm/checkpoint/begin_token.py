@@ -25,8 +25,8 @@ def mixed_corpora(corpora: Mapping[str, bool]) -> list[str]:
     return [
         f"documents of {', '.join(with_token)} begin with the begin token, those of "
         f"{', '.join(without)} do not: the model learns both, and its export cannot say how a "
-        "prompt should begin. Make the corpora alike: preprocess all of them with --prepend-bos, or "
-        "none"
+        "prompt should begin. Make the corpora alike: preprocess all of them with --prepend-bos, "
+        "or none of them"
     ]
 
 

@@ -91,7 +91,7 @@ class TrainingLoader:
 
     @property
     def ready_steps(self) -> int:
-        """How many of the next steps are in memory, so that nothing can keep them from being read."""
+        """How many of the next steps are in memory, so that no fault of storage can affect them."""
         return self._reading().ready()
 
     def _reading(self) -> "_Reader":

@@ -49,7 +49,8 @@ def base(tmp_path) -> str:
 
 def starting(base: str, folder, **model) -> Config:
     made = Config(model=ModelConfig(**model))
-    made.run.folder, made.checkpoint.initialize_from = str(folder / "run"), base
+    made.run.folder = str(folder / "run")
+    made.checkpoint.initialize_from = base
     return made
 
 

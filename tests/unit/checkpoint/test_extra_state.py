@@ -37,8 +37,11 @@ def recipes(monkeypatch):
         fp8_format: formats = formats.HYBRID
         amax_history_len: int = 1024
 
-    DelayedScaling.__module__, DelayedScaling.__qualname__ = RECIPES, "DelayedScaling"
-    module._FormatHelper, module.Format, module.DelayedScaling = helper, formats, DelayedScaling
+    DelayedScaling.__module__ = RECIPES
+    DelayedScaling.__qualname__ = "DelayedScaling"
+    module._FormatHelper = helper
+    module.Format = formats
+    module.DelayedScaling = DelayedScaling
     for name in ("transformer_engine", "transformer_engine.common"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, RECIPES, module)

@@ -77,7 +77,8 @@ def test_the_description_comes_back(checkpoints):
 
 
 def test_the_fingerprint_is_of_the_weights_alone(checkpoints, tmp_path):
-    first, again = save(checkpoints, 100), save(tmp_path / "elsewhere", 300)
+    first = save(checkpoints, 100)
+    again = save(tmp_path / "elsewhere", 300)
     other = save(tmp_path / "other", 100, b"other weights")
     assert (
         read_checkpoint_info(first).fingerprint
@@ -162,7 +163,8 @@ def test_a_kill_between_any_two_writes_leaves_the_older_checkpoint(checkpoints, 
                 return True
         return False
 
-    seen, operation = set(), 1
+    seen = set()
+    operation = 1
     while run_until(operation):
         newest = resolve_checkpoint(checkpoints)
         assert damaged_files(newest) == []

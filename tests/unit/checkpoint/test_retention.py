@@ -56,7 +56,8 @@ def test_remove_old(checkpoints, keep_last, keep_every, best, left):
 
 
 def test_the_best_stay_and_the_pointer_follows(checkpoints):
-    retention, pointed = Retention(keep_last=1, keep_best=2, validation="target"), []
+    retention = Retention(keep_last=1, keep_best=2, validation="target")
+    pointed = []
     for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 1.9), (50, 2.6)):
         save(checkpoints, step, target=loss, other=-loss)
         retention.apply(checkpoints)

@@ -44,7 +44,8 @@ def labels_of(pieces) -> list[int]:
     ),
 )
 def test_an_epoch_reads_every_token_once_over_all_changes(lengths, stretches):
-    documents, past = documents_of(lengths), ()
+    documents = documents_of(lengths)
+    past = ()
     read: dict[int, list[int]] = {}
     cuts: dict[int, int] = {}
     for stretch in stretches:
@@ -82,10 +83,8 @@ def test_at_the_end_of_an_epoch_a_change_begins_the_next_one():
     documents = documents_of([9, 4, 30, 17, 22])
     before = CorpusOrder(documents, sequence_length=6, seed=0)
     past = (Stretch(6, 0, 2 * before.samples_per_epoch),)
-    after, plain = (
-        CorpusOrder(documents, sequence_length=9, seed=0, past=past),
-        CorpusOrder(documents, sequence_length=9, seed=0),
-    )
+    after = CorpusOrder(documents, sequence_length=9, seed=0, past=past)
+    plain = CorpusOrder(documents, sequence_length=9, seed=0)
     assert after.pieces(0) == plain.pieces(2 * plain.samples_per_epoch)
 
 

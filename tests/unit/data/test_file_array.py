@@ -75,7 +75,8 @@ def test_a_corpus_cut_short_under_scoring_is_named(corpora):
 
 def test_files_cut_short_under_the_data_tools_are_named(corpora):
     index = read_index(corpora / "a.idx")
-    tokens, store = open_tokens(corpora / "a", index), ScoreStore.open(corpora / "a_scores")
+    tokens = open_tokens(corpora / "a", index)
+    store = ScoreStore.open(corpora / "a_scores")
     store.read("loss", 0, 1)
     for name, read in (
         ("a.bin", lambda: tokens[:]),
@@ -129,7 +130,8 @@ def test_it_reads_what_the_file_holds(tmp_path):
 
 def test_reads_that_the_kernel_cuts_into_parts_are_put_together(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(bytes(range(100)))
-    array, whole = open_array(tmp_path / "x", np.dtype(np.uint8)), os.pread
+    array = open_array(tmp_path / "x", np.dtype(np.uint8))
+    whole = os.pread
     monkeypatch.setattr(os, "pread", lambda file, count, at: whole(file, min(count, 7), at))
     assert array[3:97].tolist() == list(range(3, 97))
 

@@ -110,7 +110,8 @@ def test_isolated_documents_begin_where_the_first_tokens_are(data):
         for isolate in (False, True)
     )
     for index in range(len(packed)):
-        sample, plain = isolated[index], packed[index]
+        sample = isolated[index]
+        plain = packed[index]
         assert plain.keys() == sample.keys() - {"document_start"}
         for name in plain.keys() - {"position_ids"}:
             np.testing.assert_array_equal(sample[name], plain[name])

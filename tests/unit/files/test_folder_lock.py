@@ -107,7 +107,8 @@ def test_a_silent_lock_of_another_machine_is_watched_and_taken_over(tmp_path, fi
 
 def test_a_lock_of_another_machine_that_is_touched_is_refused(tmp_path, file_system):
     leave_lock(tmp_path / "run", host="node7", machine="another")
-    path, done = tmp_path / "run" / "lock", threading.Event()
+    path = tmp_path / "run" / "lock"
+    done = threading.Event()
 
     def touch():
         while not done.wait(0.02):
@@ -136,7 +137,8 @@ def test_an_owner_touches_its_lock(tmp_path):
 
 
 def test_a_process_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
-    codes, ended = [], threading.Event()
+    codes = []
+    ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
     reports = []
     with lock_of(tmp_path / "run", reports):

@@ -1,4 +1,4 @@
-"""A second run is told what differs from the first, and whether a file or the command is at fault."""
+"""A second run says what differs from the first, and whether a file or the command is at fault."""
 
 import pytest
 

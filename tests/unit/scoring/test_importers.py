@@ -73,7 +73,8 @@ def test_arrays_of_another_length_are_a_sentence(data):
 
 
 def write_jsonl(path, documents, change=lambda number, record: record):
-    offset, lines = 0, []
+    offset = 0
+    lines = []
     for number, document in enumerate(documents):
         logprobs = (-np.arange(offset, offset + len(document)) / 4).tolist()
         logprobs[0] = None

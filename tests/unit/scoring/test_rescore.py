@@ -11,7 +11,9 @@ class StoredScores:
     """Gives the stored values back, as an exact reference would, with one token's changed."""
 
     def __init__(self, store, token: int, value: float):
-        self.store, self.token, self.value = store, token, value
+        self.store = store
+        self.token = token
+        self.value = value
 
     def score_range(self, start: int, end: int) -> dict[str, np.ndarray]:
         values = self.store.read("loss", start, end - start).copy()
