@@ -1,11 +1,13 @@
 """Settings that scoring could not honour are refused before anything is opened."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import ParallelConfig
+from megatron_slm.score import begin_token_warnings
 from megatron_slm.scoring.options import ScoreDevice, ScoreOptions, parse, prepare
 
 SOUND = ScoreOptions(checkpoint="none", corpus="none", output="none")
@@ -79,3 +81,19 @@ def test_every_bad_option_is_said_once_by_the_first_process(monkeypatch, capsys,
     printed = capsys.readouterr().err
     assert left.value.code == 2
     assert ("did you mean checkpoint?" in printed and "output: missing" in printed) is speaks
+
+
+@pytest.mark.parametrize(("trained", "warnings"), [(False, 1), (True, 0), (None, 0)])
+def test_a_reference_of_documents_that_begin_otherwise_is_named(trained, warnings):
+    job = SimpleNamespace(
+        options=SimpleNamespace(corpus="data/corpus"),
+        corpus=SimpleNamespace(prepend_bos=True),
+        reference=SimpleNamespace(
+            folder="runs/reference", info=SimpleNamespace(tokenizer={"prepend_bos": trained})
+        ),
+    )
+    sentences = begin_token_warnings(job)
+    assert len(sentences) == warnings
+    for sentence in sentences:
+        assert "runs/reference was trained on documents that do not begin" in sentence
+        assert "those of data/corpus begin with the begin token" in sentence
