@@ -74,10 +74,10 @@ def check_sizes(folder: Path, manifest: ScoreManifest) -> None:
         path = column_path(folder, name)
         size_bytes = path.stat().st_size if path.exists() else None
         if size_bytes != expected_bytes:
-            found_size = "the file is missing" if size_bytes is None else f"{size_bytes} bytes"
+            size = "the file is missing" if size_bytes is None else f"{size_bytes} bytes"
             raise ValueError(
-                f"{path}: {found_size}, expected {expected_bytes} bytes "
-                f"({manifest.corpus_tokens} tokens in {manifest.dtype}). Copy the store again, or score again."
+                f"{path}: {size}, expected {expected_bytes} bytes ({manifest.corpus_tokens} tokens "
+                f"in {manifest.dtype}). Copy the store again, or score again."
             )
 
 
