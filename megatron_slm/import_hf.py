@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _imported_before(options: argparse.Namespace, checkpoints: Path) -> int:
-    """Exit code where checkpoints exist: 0 when step 0 is this very import, 2 when it is another one,
+    """Exit code where checkpoints exist: 0 when step 0 is this very import, 2 when it is another,
     3 when the folder that it was made from has changed or cannot be read.
     """
     imported = step_folder(checkpoints, 0)

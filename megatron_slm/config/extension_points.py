@@ -139,7 +139,8 @@ def _from_file(name: str) -> Any:
 
 def _run_file(path: Path, module_name: str, source_sha256: str) -> Any:
     specification = importlib.util.spec_from_file_location(module_name, path)
-    assert specification is not None and specification.loader is not None  # it ends in .py
+    assert specification is not None  # the file's name ends in .py
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     vars(module)["source_sha256"] = source_sha256
     sys.modules[module_name] = module  # dataclasses in the user's file look themselves up here

@@ -55,8 +55,8 @@ def advice(plan: Plan) -> list[str]:
         )
     else:
         lines.append(
-            f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {needed_gib:,.1f} GiB, and "
-            f"{usable_gib:,.1f} GiB are usable."
+            f"WARNING: it does not fit. Stage {plan.fullest_stage} needs {needed_gib:,.1f} GiB, "
+            f"and {usable_gib:,.1f} GiB are usable."
         )
     if plan.proposals:
         best = plan.proposals[0]

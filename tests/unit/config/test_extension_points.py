@@ -1,4 +1,4 @@
-"""Names of parts from outside the library: what is refused, by which words, and what runs no code."""
+"""Parts from outside the library: which names are refused, with which words, and run no code."""
 
 import sys
 from types import SimpleNamespace
