@@ -120,9 +120,10 @@ def _report_failure(
     first = status.reason if status is not None and status.state == "failed" else sentence
     if first == sentence or not first.endswith(_describe(error)):  # else another rank has said it
         print(f"train: {sentence}", file=sys.stderr, flush=True)
-    if run is not None and run.reporter is not None and groups.is_logger:
-        run.reporter.message(first, "error")
-        run.reporter.close("failed", exit_code)
+    reporter = getattr(run, "reporter", None)  # start() makes it
+    if reporter is not None and groups.is_logger:
+        reporter.message(first, "error")
+        reporter.close("failed", exit_code)
     elif first == sentence:
         with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
             append_warning(Path(config.run.folder) / "warnings.jsonl", step, "error", sentence)

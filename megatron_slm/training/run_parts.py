@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from megatron_slm.data.position import DataPosition
     from megatron_slm.monitoring import LossSpikes, Metrics
     from megatron_slm.parallel import Groups
+    from megatron_slm.training.busy_time import SlowRankReport
     from megatron_slm.training.outside_parts import OutsideParts
     from megatron_slm.training.probe import Probe
+    from megatron_slm.training.rank_batches import ValidationOnThisRank
     from megatron_slm.training.reporter import Reporter
     from megatron_slm.training.resume import Fingerprints
     from megatron_slm.training.run_length import Done, RunLength
     from megatron_slm.training.setup import RunInputs
+    from megatron_slm.training.spike_data import SpikeData
     from megatron_slm.training.trainer import Trainer
 
 
@@ -34,14 +37,19 @@ class RunParts(Protocol):
     parts: OutsideParts
     folder: Path
     trainer: Trainer
+    validation: dict[str, ValidationOnThisRank]
     loader: TrainingLoader
     store: CheckpointStore
     reporter: Reporter
     metrics: Metrics
     probe: Probe
     loss_spikes: LossSpikes
+    slow_ranks: SlowRankReport
+    spike_data: SpikeData
     done: Done
     length: RunLength
+    steps: int
+    """Number of the last step."""
     position: DataPosition
     """How much of each corpus was read before this start."""
     fingerprints: Fingerprints

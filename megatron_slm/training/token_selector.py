@@ -85,7 +85,9 @@ class TokenSelector:
         parts = [
             self._columns(batch, output) for batch, output in zip(batches, outputs, strict=True)
         ]
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        columns = {}
+        for name in parts[0]:
+            columns[name] = torch.cat([part[name] for part in parts])
         selection = self.scorer.choose(
             columns,
             torch.cat([batch.loss_mask_BS > 0 for batch in batches]),
