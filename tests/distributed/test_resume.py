@@ -152,11 +152,7 @@ def open_sinks_that_draw(groups, folder: Path) -> None:
 
     plain = loop.Reporter
 
-    def drawing(*arguments, **named):
-        random.random()
-        return plain(*arguments, **named)
-
-    loop.Reporter = drawing
+    loop.Reporter = lambda *words, **named: random.random() and plain(*words, **named)
     try:
         config = make_config(folder, "drawing", CASES[ANOTHER_LAYOUT], groups.dp_size)
         run = start(groups, config, [str(folder / "corpus")])
