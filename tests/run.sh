@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format, and all tests that need no GPU. Makes the virtual environment when there is none.
+# Lint, format, types, and all tests that need no GPU. Makes the virtual environment when there is none.
 #
 #   bash tests/run.sh                        everything but the tests marked slow or gpu
 #   bash tests/run.sh tests/unit/selection   these files or folders instead of all
@@ -7,7 +7,7 @@
 #   bash tests/run.sh -m slow                the slow ones instead
 #   bash tests/run.sh -n 0 --pdb             in one process
 #
-# Works from any folder; nothing is sent anywhere. Exit code 0 when ruff found nothing and every test passed.
+# Works from any folder; nothing is sent anywhere. Exit code 0 when ruff and mypy found nothing and every test passed.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +16,7 @@ source launch/venv.sh
 # The rules, and the reason for each that is left out, are in pyproject.toml. `ruff check --fix .` and `ruff format .` mend most.
 ruff check .
 ruff format --check .
+mypy
 
 # One thread per process: distributed tests start up to eight processes, and threads that wait for a core spin.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline WANDB_SILENT=true

@@ -20,11 +20,6 @@ CODE_TO_READ = ("megatron_slm", "tokenizer", "data_tools", "launch")
 CODE_FILE_LINES = 300
 TEST_FILE_LINES = 400
 FUNCTION_LINES = 60
-NOT_YET_SHORT = (
-    "megatron_slm/training",
-    "tests/unit/analysis",
-)
-"""Folders and files that are still being brought under the rules of this file."""
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
@@ -66,12 +61,8 @@ def stands_in(path: Path, places: tuple[str, ...]) -> bool:
     return any(path.is_relative_to(ROOT / place) for place in places)
 
 
-def files_under_the_rules() -> list[Path]:
-    return [path for path in project_files(".py") if not stands_in(path, NOT_YET_SHORT)]
-
-
 def lines_at_most(path: Path) -> int:
-    to_read = stands_in(path, CODE_TO_READ) and not stands_in(path, NOT_YET_SHORT)
+    to_read = stands_in(path, CODE_TO_READ)
     return CODE_FILE_LINES if to_read else TEST_FILE_LINES
 
 
@@ -100,7 +91,7 @@ def test_files_fit_in_a_head():
 
 def test_functions_fit_on_a_page():
     long = {}
-    for path in files_under_the_rules():
+    for path in project_files(".py"):
         if not stands_in(path, CODE_TO_READ):
             continue
         for node in statements(path):
@@ -113,7 +104,7 @@ def test_functions_fit_on_a_page():
 
 def test_a_conditional_expression_holds_no_other():
     nested = []
-    for path in files_under_the_rules():
+    for path in project_files(".py"):
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.IfExp):
                 inner = [part for part in ast.walk(node) if isinstance(part, ast.IfExp)]
@@ -124,7 +115,7 @@ def test_a_conditional_expression_holds_no_other():
 
 def test_a_statement_holds_one_comprehension():
     crowded = {}
-    for path in files_under_the_rules():
+    for path in project_files(".py"):
         for statement in statements(path):
             count = sum(isinstance(node, COMPREHENSIONS) for node in within(statement))
             if count > 1:

@@ -137,7 +137,7 @@ class Probe:
         return {"shape": list(mask.shape), "bits": bits, "text": self.text}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the last choice; where the probe now holds other tokens, comparing begins anew."""
+        """Restore the last choice; comparing begins anew where the probe holds other tokens now."""
         if self.usable and state and state.get("text") == self.text:
             packed = np.frombuffer(bytes.fromhex(state["bits"]), np.uint8)
             bits = np.unpackbits(packed, count=int(np.prod(state["shape"])))

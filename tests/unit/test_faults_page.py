@@ -1,4 +1,4 @@
-"""docs/faults.md: every test it names is there, and every row names one or says that there is none."""
+"""docs/faults.md: every test it names is there; every row names one or says there is none."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""However a run ends, status.json says it, and every failure reaches the sinks with its exit code."""
+"""However a run ends, status.json says it, and every sink hears of a failure and its exit code."""
 
 import json
 from types import SimpleNamespace

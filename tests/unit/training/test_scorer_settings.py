@@ -34,10 +34,8 @@ def test_good_settings(given):
 
 @pytest.mark.parametrize("scorer", ["excess_loss", "reference_loss"])
 def test_a_missing_reference_says_how_to_get_one(scorer):
-    with pytest.raises(
-        ValueError,
-        match=rf"{scorer} reads reference_loss; give selection.reference.scores \(python -m megatron_slm.score",
-    ):
+    advice = r"give selection.reference.scores \(python -m megatron_slm.score"
+    with pytest.raises(ValueError, match=f"{scorer} reads reference_loss; {advice}"):
         choice_rules(settings(scorer))
 
 

@@ -1,4 +1,4 @@
-"""The step without a model: what it selects and when, what it sums, and what it leaves as it was."""
+"""The step without a model: what it selects and when, what it sums, what it leaves as it was."""
 
 from types import SimpleNamespace
 

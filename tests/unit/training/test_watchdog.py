@@ -1,4 +1,7 @@
-"""A rank that takes too long writes where it stands and ends; the verdict names who keeps the others waiting."""
+"""A rank that takes too long writes where it stands and ends.
+
+The verdict names the rank that keeps the others waiting.
+"""
 
 import json
 import os
@@ -144,7 +147,7 @@ def test_zero_seconds_watch_nothing(tmp_path):
 
 
 def test_a_stopped_neighbour_is_noticed_in_the_middle_of_a_checkpoint(tmp_path, capsys):
-    """A checkpoint may take long, but a rank that writes nothing meanwhile does not take part in it."""
+    """A checkpoint may take long, but a rank that writes nothing meanwhile takes no part in it."""
     end = Ends()
     write_rank(tmp_path, 1, age_seconds=60.0, phase="saving a checkpoint")
     with watchdog(tmp_path, end, world_size=2) as watched:
