@@ -21,8 +21,12 @@ def die(process: int) -> None:
 
 
 def die_in_step(step: int) -> None:
+    """Background saves are waited for, so that the newest checkpoint of a busy machine is known."""
+    from megatron_slm.checkpoint.store import CheckpointStore
     from megatron_slm.training import step as step_module
 
+    finish_pending = CheckpointStore.finish_pending
+    CheckpointStore.finish_pending = lambda store, **_: finish_pending(store, wait=True)
     forward_backward = step_module.forward_backward
     steps = []
 
