@@ -70,8 +70,11 @@ class LossSpikes:
         deviation = statistics.median(abs(earlier - median) for earlier in self._losses)
         spread = _NORMAL_DEVIATION * deviation
         allowed = max(SPREADS * spread, SMALLEST_RISE_NATS)
-        told, self._is_high = self._is_high, loss > median + allowed / (2 if self._is_high else 1)
-        if told or not self._is_high:
+        was_high, self._is_high = (
+            self._is_high,
+            loss > median + allowed / (2 if self._is_high else 1),
+        )
+        if was_high or not self._is_high:
             return None
         return (
             f"{name} jumped to {loss:.3f} nats at step {step}; the {len(self._losses)} log lines "

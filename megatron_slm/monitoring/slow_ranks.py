@@ -69,11 +69,11 @@ class SlowRanks:
             "throughput/slowest_rank_seconds": own_R[slowest] / steps,
             "throughput/slowest_rank_excess_seconds": excess_R[slowest] / steps,
         }
-        found = self._newly_slow(excess_R, interval_seconds)
-        if not found:
+        newly_slow = self._newly_slow(excess_R, interval_seconds)
+        if not newly_slow:
             return metrics, None
-        worst = max(found, key=lambda rank: excess_R[rank])
-        sentence = self._sentence(found, worst, own_R[worst] / steps, others_R[worst] / steps)
+        worst = max(newly_slow, key=lambda rank: excess_R[rank])
+        sentence = self._sentence(newly_slow, worst, own_R[worst] / steps, others_R[worst] / steps)
         return metrics, f"{sentence} {self._where(seconds_RP, worst)}"
 
     def _others(self, seconds_R: Sequence[float]) -> list[float]:
@@ -88,7 +88,7 @@ class SlowRanks:
 
     def _newly_slow(self, excess_R: Sequence[float], interval_seconds: float) -> list[int]:
         """Ranks that have been slow for long enough, and were not told before."""
-        found = []
+        ranks = []
         for rank, (streak, excess) in enumerate(zip(self._streaks, excess_R, strict=True)):
             if excess < SLOW_FRACTION * interval_seconds:
                 self._streaks[rank] = _Streak()
@@ -97,9 +97,9 @@ class SlowRanks:
             streak.seconds += interval_seconds
             long_enough = streak.intervals >= SLOW_INTERVALS and streak.seconds >= SLOW_SECONDS
             if long_enough and rank not in self._told:
-                found.append(rank)
-        self._told.update(found)
-        return found
+                ranks.append(rank)
+        self._told.update(ranks)
+        return ranks
 
     def _sentence(
         self, ranks: Sequence[int], worst: int, own_seconds: float, others_seconds: float
@@ -115,8 +115,8 @@ class SlowRanks:
     def _where(self, seconds_RP: Sequence[Sequence[float]], rank: int) -> str:
         """The phase in which a rank loses most, and what to do."""
         lost_P = []
-        for place, own_seconds in enumerate(seconds_RP[rank]):
-            of_phase_R = [seconds_P[place] for seconds_P in seconds_RP]
+        for phase_index, own_seconds in enumerate(seconds_RP[rank]):
+            of_phase_R = [seconds_P[phase_index] for seconds_P in seconds_RP]
             lost_P.append(own_seconds - self._others(of_phase_R)[rank])
         phase = PHASES[lost_P.index(max(lost_P))]
         return (

@@ -1,4 +1,4 @@
-"""The rows of the start table about accelerations: which are on, and why the others are not."""
+"""The rows of the start table about accelerations: which are on, and why the others are off."""
 
 from megatron_slm.accelerations import (
     apex_state,
@@ -16,13 +16,13 @@ Row = tuple[str, str, str]
 def acceleration_rows(
     device: Device,
     layers: str,
-    asked: DeviceConfig,
+    settings: DeviceConfig,
     isolated_documents: bool = False,
     optimizer: str = "adamw",
 ) -> list[Row]:
     """Every row about the device and its accelerations.
 
-    layers: torch or transformer_engine. optimizer: optimizer.kind.
+    layers: torch or transformer_engine. settings: the device section. optimizer: optimizer.kind.
     """
     on_gpu = device.kind == "cuda"
     apex = apex_state()
@@ -32,7 +32,7 @@ def acceleration_rows(
         _norm_row(on_gpu, layers, apex),
         _optimizer_row(on_gpu, apex) if optimizer == "adamw" else ("optimizer", optimizer, ""),
         _fusion_row(on_gpu, apex),
-        _fp8_row(on_gpu, layers, asked),
+        _fp8_row(on_gpu, layers, settings),
         ("apex", apex.replace("_", " "), _describe_apex(apex)),
     ]
 
@@ -97,9 +97,9 @@ def _fusion_row(on_gpu: bool, apex: str) -> Row:
     return feature, "off", f"apex: {_describe_apex(apex)}"
 
 
-def _fp8_row(on_gpu: bool, layers: str, asked: DeviceConfig) -> Row:
-    if asked.fp8 != "none":
-        return "fp8", f"{asked.fp8}, {asked.fp8_recipe} scaling", ""
+def _fp8_row(on_gpu: bool, layers: str, settings: DeviceConfig) -> Row:
+    if settings.fp8 != "none":
+        return "fp8", f"{settings.fp8}, {settings.fp8_recipe} scaling", ""
     if not on_gpu:
         return "fp8", "off", "no CUDA"
     if layers == "torch":

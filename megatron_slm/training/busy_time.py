@@ -2,13 +2,13 @@
 
 A thread looks at the main thread's stack at a fixed interval: the innermost known function tells
 the phase, and a stack that ends in a collective, or waits for the device, is not the rank's own
-work. So collectives of megatron-core, of torch and of this library are told from work without a
-clock around each.
+work. Collectives of megatron-core, of torch and of this library are thus distinguished from work
+without a timer around each.
 
 On a GPU the host runs ahead of the device, so the time of forward and backward is taken from two
 events on the device instead: the start of the step and the start of the gradients' reduction. Under
 tensor, context and pipeline parallelism the ranks of one model wait for each other in between, so
-there the events tell the slow model, not the slow rank in it.
+there the events identify the slow model, not the slow rank within it.
 """
 
 import linecache
@@ -54,7 +54,8 @@ _WAITING_CALLS = (".wait(", ".item()", ".tolist()", ".cpu()", "synchronize(")
 
 
 class BusyTime:
-    """Adds up, by phase, the time that the thread which makes it spends on work of its own."""
+    """Adds up, by phase, the time that the thread which created this object spends on its own
+    work."""
 
     def __init__(self) -> None:
         self._watched = threading.get_ident()
@@ -81,7 +82,7 @@ class BusyTime:
     def _watch(self) -> None:
         before = time.monotonic()
         while not self._closed.wait(SAMPLE_SECONDS):
-            # Only this function of the interpreter gives another thread's stack.
+            # sys._current_frames is the only way to read another thread's stack.
             frame = sys._current_frames().get(self._watched)
             if frame is None:
                 return
@@ -126,14 +127,15 @@ class DeviceTime:
         models[0].finish_grad_sync = self._noting(models[0].finish_grad_sync)
 
     def step_begins(self) -> None:
-        """The step before is over on the device too: its gradient norm has been read."""
+        """The previous step has ended on the device too, because its gradient norm has been
+        read."""
         if self._begun is not None and self._reduced is not None:
             self.seconds += self._begun.elapsed_time(self._reduced) / 1000
         self._begun, self._reduced = torch.cuda.Event(enable_timing=True), None
         self._begun.record()
 
     def take(self) -> float:
-        """Seconds since the last call, without the step that is not closed yet."""
+        """Seconds since the last call, without the step that is still running."""
         taken, self.seconds = self.seconds, 0.0
         return taken
 
@@ -162,9 +164,9 @@ class SlowRankReport:
         self._ranks: SlowRanks | None = None
         if groups.world_size == 1:
             return
-        told: list[Any] = [None] * groups.world_size
-        dist.all_gather_object(told, (socket.gethostname(), groups.pp_rank))
-        hosts, stages = zip(*told, strict=True)
+        ranks_seen: list[Any] = [None] * groups.world_size
+        dist.all_gather_object(ranks_seen, (socket.gethostname(), groups.pp_rank))
+        hosts, stages = zip(*ranks_seen, strict=True)
         self._ranks = SlowRanks(hosts, stages)
         if groups.device.type == "cuda":
             self._device = DeviceTime(run.trainer.models)
@@ -195,9 +197,9 @@ class SlowRankReport:
         busy_P = self._busy.take()
         if self._device is not None:
             busy_P[PHASES.index(COMPUTE)] = self._device.take()
-        own = torch.tensor([busy_P], dtype=torch.float64, device=run.groups.device)
-        every_RP = own.new_empty(run.groups.world_size, len(PHASES))
-        dist.all_gather_into_tensor(every_RP, own)
+        own_1P = torch.tensor([busy_P], dtype=torch.float64, device=run.groups.device)
+        every_RP = own_1P.new_empty(run.groups.world_size, len(PHASES))
+        dist.all_gather_into_tensor(every_RP, own_1P)
         if not run.groups.is_logger:
             return {}
         metrics, warning = self._ranks.look(every_RP.tolist(), seconds, steps)

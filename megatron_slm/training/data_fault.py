@@ -1,4 +1,4 @@
-"""A file that one process can no longer read ends the run on all of them, with the same words.
+"""A file that one process can no longer read ends the run on all of them, with the same message.
 
 A rank that failed alone would leave the others waiting in their next collective.
 """
@@ -18,9 +18,8 @@ class DataFault(ValueError):
 
 
 def share_fault(fault: Exception | None) -> DataFault:
-    """The fault of the first rank that has one, on every rank.
-
-    Every rank calls it, once any of them is known to have one.
+    """The fault of the lowest rank that has one, on every rank. Collective: called by every rank,
+    once any rank is known to have a fault.
     """
     described = None
     if fault is not None:

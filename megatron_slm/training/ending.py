@@ -1,4 +1,5 @@
-"""How a run ends. Whichever way it is, status.json says it, and a failure reaches every sink."""
+"""How a run ends: status.json always records the outcome, and a failure is reported to every
+sink."""
 
 from __future__ import annotations
 
@@ -44,10 +45,8 @@ class NotSaved(TrainingFailed):
 
 
 def train_to_an_end(config: Config, groups: Groups, make_run: Callable[[], TrainingRun]) -> int:
-    """Make a run, train it, and report how it ended; the exit code.
-
-    What is neither bad data nor a failure of training is raised again once it is reported, for its
-    traceback.
+    """Make a run, train it, and report how it ended; returns the exit code. An exception that is
+    neither bad data nor a failure of training is reported and then raised again, for its traceback.
     """
     folder = config.run.folder
     if groups.world_rank == 0:
@@ -102,8 +101,8 @@ def _report_failure(
     them, else in the file of warnings.
 
     A rank that fails alone breaks the others' connections, and they fail in turn. The rank with the
-    sinks then reports the reason that the first one left in status.json. (It may be ended before it
-    can: then status.json and warnings.jsonl have it.)
+    sinks then reports the reason that the first rank left in status.json. (If the launcher ends
+    that rank before it can, the reason is in status.json and warnings.jsonl.)
     """
     together = isinstance(error, (TrainingFailed, DataFault, PreflightFailed))
     if together and not groups.is_logger:

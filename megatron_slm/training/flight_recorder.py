@@ -19,10 +19,9 @@ TRACE_PREFIX = "nccl_timeout_rank_"
 def record_collectives(
     entries: int, run_folder: str | Path, environment: MutableMapping[str, str] | None = None
 ) -> None:
-    """Let NCCL remember `entries` collectives (0 = none) and write them into RUN/ranks.
-
-    What is set in the environment already is left as it is. Each variable is given under its old
-    and its new name: torch 2.13 reads TORCH_FR_*, and still takes the others.
+    """Let NCCL remember `entries` collectives (0 = none) and write them into RUN/ranks. Variables
+    that the environment sets already are left as they are. Each variable is set under its old and
+    its new name: torch 2.13 reads TORCH_FR_*, and still accepts the old ones.
     """
     environment = os.environ if environment is None else environment
     prefix = str(Path(run_folder).absolute() / HANG_FOLDER / TRACE_PREFIX)

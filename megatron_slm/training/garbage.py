@@ -1,7 +1,7 @@
 """Python's garbage collection at the same step on all ranks.
 
-Python collects whenever one process has made enough objects. Ranks do that at different moments,
-and each time all the others wait in their next collective.
+Python collects whenever a process has allocated enough objects. Ranks would collect at different
+moments, and each time all the others would wait in their next collective.
 """
 
 import gc

@@ -9,7 +9,7 @@ from megatron_slm.config.schema import Config
 
 Shape = Callable[[float, int, float], float]
 """(position, warm-up steps, end), all in steps -> the part of the peak learning rate, above
-min_learning_rate, that the update at `position` has. Asked after warm-up only."""
+min_learning_rate, that the update at `position` has. Called for positions after warm-up only."""
 
 
 def learning_rate(

@@ -60,9 +60,9 @@ if TYPE_CHECKING:
 class TrainingRun:
     """One run folder being trained.
 
-    signals: what this process hears of requests to stop; None = only the stop file counts.
-    notes: (text, level) of what is to be said when there are sinks to say it to.
-    parts: those that the settings take from outside the library; None = none.
+    signals: requests to stop that reach this process as signals; None = only the stop file counts.
+    notes: (text, level) of messages that are reported once the sinks are open. parts: what the
+    settings take from outside the library; None = nothing.
     """
 
     # Made by `start`:
@@ -127,8 +127,8 @@ class TrainingRun:
         self.fingerprints = resume.fingerprints_of(
             config, self.run_inputs.corpora, self.run_inputs.validation
         )
-        resumed, said = take_weights(self)
-        messages += said
+        resumed, resume_messages = take_weights(self)
+        messages += resume_messages
         self.length = RunLength(config, self.done)
         self.steps = self.length.steps
         self.loader = training_loader(
@@ -136,7 +136,8 @@ class TrainingRun:
         )
         messages += write_settings(self, resumed=resumed)
         self.wandb_id = agreed_wandb_id(self)
-        # Importing rich draws from Python's generator: the state would depend on the starts before.
+        # Importing rich draws from Python's random generator, whose state would then depend on the
+        # number of earlier starts.
         random_state = random.getstate()
         self.reporter = Reporter(
             config,
@@ -182,7 +183,8 @@ class TrainingRun:
         return exit_code_of_end(self, stop, stopped=stopped)
 
     def _train(self, stop: StopRequest, throughput: Throughput) -> bool:
-        """Step after step to the last one, or until all ranks agree to stop; whether they did."""
+        """Train until the last step, or until all ranks agree to stop; returns whether they
+        agreed."""
         if self.step == 0:
             self._validate()
         stopping = False
@@ -222,7 +224,7 @@ class TrainingRun:
         return TrainingProgress(self.done.steps, self.done.tokens)
 
     def _after_step(self, stopping: bool) -> None:
-        """Validate and save, where it is time to."""
+        """Validate and save if they are due after this step."""
         done = self.step == self.steps
         kept = self.config.checkpoint
         scheduled = done or _due(self.step, kept.interval_steps)

@@ -17,8 +17,8 @@ class MemorySnapshot:
     """A context manager that writes a snapshot when its block ends with CUDA out of memory.
 
     The file is RUN/memory_snapshot.pickle, or RUN/memory_snapshot.rank_NNNNN.pickle where the job
-    has several processes, for https://pytorch.org/memory_viz. On a CPU it records nothing, and
-    says so.
+    has several processes, for https://pytorch.org/memory_viz. On a CPU nothing is recorded, and a
+    warning says so.
     """
 
     def __init__(

@@ -37,36 +37,36 @@ class NonFiniteSteps:
         return loss_scale is None or loss_scale <= self.run.config.optimizer.min_loss_scale
 
     def check(self, report: StepReport, batches: Sequence[Batch], loss_scale: float | None) -> None:
-        """After every step, on every rank. NonFiniteLoss when there was one step too many."""
+        """After every step, on every rank. Raises NonFiniteLoss when more steps in a row than
+        configured were not finite."""
         if not self.is_fault(report, loss_scale):
             if math.isfinite(report.grad_norm):
                 self.in_a_row = 0
             return
         self.in_a_row += 1
         written = self._write_down(batches)
-        found = f"the gradient norm of step {self.run.step} is {report.grad_norm}"
+        fault = f"the gradient norm of step {self.run.step} is {report.grad_norm}"
         if self.in_a_row <= self.allowed:
             self.run.reporter.message(
-                f"{found}: the step is skipped ({self.in_a_row} of at most {self.allowed} in a "
+                f"{fault}: the step is skipped ({self.in_a_row} of at most {self.allowed} in a "
                 f"row, optimizer.max_non_finite_steps). Its data: {written}",
                 "warning",
             )
             return
         self.run.store.close()  # what is being written in the background is the last good state
         raise NonFiniteLoss(
-            f"{found}: training diverged. Its data: {written}. Look at them, restart from the last "
+            f"{fault}: training diverged. Its data: {written}. Look at them, restart from the last "
             "checkpoint with a lower optimizer.learning_rate or a longer warm-up, or let single "
             "steps be skipped with optimizer.max_non_finite_steps"
         )
 
     def _write_down(self, batches: Sequence[Batch]) -> Path:
-        """Every data-parallel rank's sequences of the step; the folder they are in.
-
-        One more forward pass (two with an online reference) tells their losses.
+        """Write every data-parallel rank's sequences of the step; returns the folder. Their losses
+        come from one more forward pass (two with an online reference).
         """
         run = self.run
         folder = run.folder / FOLDER / f"step_{run.step:08d}"
-        # The loader counts samples handed out: the last of them are those of this step.
+        # The loader counts the samples that it has returned; the last ones belong to this step.
         first_sample = run.loader.consumed_samples - run.loader.global_batch_size
         write_step_data(run, folder, batches, first_sample)
         return folder

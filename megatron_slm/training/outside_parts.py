@@ -17,12 +17,13 @@ from megatron_slm.training.learning_rate import Shape
 
 Part = Callable[..., Any]
 TRIED_POSITIONS = (11.0, 500.0, 1000.0)
-"""Of a schedule of 1000 steps with 10 of warm-up; its shape must have a value there."""
+"""Positions at which a shape is tried, in a schedule of 1000 steps with 10 of warm-up."""
 
 
 @dataclass(frozen=True)
 class OutsideParts:
-    """What the library does not have itself. None and empty: nothing was asked for."""
+    """Components that the settings take from outside the library; None or empty where they name
+    none."""
 
     make_optimizer: Part | None = None
     """optimizer.kind: (parameter groups, settings) -> torch optimizer."""
@@ -37,7 +38,7 @@ class OutsideParts:
 
 
 def load_outside_parts(config: Config) -> OutsideParts:
-    """Every part that the settings name. ConfigError says of each what is wrong with it."""
+    """Load every part that the settings name. ConfigError lists what is wrong with each of them."""
     loaded: dict[str, dict[str, Part]] = {}
     problems = []
     for point, name in named_parts(config):

@@ -14,7 +14,8 @@ from megatron_slm.training.evaluate import plain_loss
 
 @dataclass(frozen=True)
 class ValidationRun:
-    """What a function of monitoring.validations is given. Every rank calls it, at the same step."""
+    """The argument of a function of monitoring.validations, which every rank calls at the same
+    step."""
 
     step: int
     models: Sequence[MegatronModule]

@@ -1,7 +1,7 @@
 """What is found out about a job before it trains: pure comparisons of the facts of its processes.
 
-Nothing here asks a machine anything, so it needs no torch: preflight_files.py looks at files and
-disks, preflight_job.py at the devices and the network of the processes that have joined.
+This module queries no machine and needs no torch: preflight_files.py looks at files and disks,
+preflight_job.py at the devices and the network of the processes that have joined.
 """
 
 from collections import defaultdict
@@ -29,13 +29,13 @@ CLOCK_SECONDS = 2.0
 FOREIGN_FRACTION = 0.1
 """Of a GPU's memory that is taken before the run allocates anything; a CUDA context takes less."""
 SLOW_FRACTION = 0.5
-"""A group is slow that moves less than this part of what the others of its kind move."""
+"""A group is slow if its bandwidth is below this fraction of the other groups' of its kind."""
 HOSTS_SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the page: what was looked at, its state, and what is to be known or done."""
+    """One line of the page: what was checked, its state, and the result or the advice."""
 
     check: str
     state: str
@@ -73,7 +73,7 @@ class Facts:
     """Seconds since 1970 by its host's clock, read by all processes at one moment."""
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of the files that every host must see, -1 = missing; asked once per host."""
+    """Bytes of the files that every host must see, -1 = missing; looked up once per host."""
     sees_run_folder: bool = True
     """Whether a file that rank 0 has just written into the run folder is there."""
 
@@ -85,7 +85,7 @@ def raise_if_fatal(findings: Sequence[Finding]) -> None:
 
 
 def warning_messages(findings: Sequence[Finding]) -> list[tuple[str, str]]:
-    """What every sink is to hear: (text, level)."""
+    """The findings that go to every sink, as (text, level)."""
     return [
         (f"preflight, {each.check}: {each.sentence}", "warning")
         for each in findings
@@ -94,7 +94,8 @@ def warning_messages(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 
 def compare(everyone: Sequence[Facts]) -> list[Finding]:
-    """What the facts of all processes, in the order of their ranks, say when compared."""
+    """The findings from comparing the facts of all processes, which are in the order of their
+    ranks."""
     return [*_versions(everyone), *_devices(everyone), _clocks(everyone), *_files(everyone)]
 
 
@@ -122,7 +123,7 @@ def memory(state_bytes: int, peak_bytes: int, everyone: Sequence[Facts]) -> Find
     state_bytes: weights, gradients and optimizer, which are known exactly. peak_bytes: those, and
     activations and buffers, which are predicted.
     """
-    smallest = min(everyone, key=lambda each: each.device_bytes)
+    smallest = min(everyone, key=lambda facts: facts.device_bytes)
     sizes = (
         f"{describe_size(peak_bytes)} at the peak of the fullest process "
         f"({describe_size(state_bytes)} of it weights, gradients and optimizer), and the device of "
@@ -139,15 +140,17 @@ def memory(state_bytes: int, peak_bytes: int, everyone: Sequence[Facts]) -> Find
 def _versions(everyone: Sequence[Facts]) -> list[Finding]:
     differing = []
     same = []
-    names = dict.fromkeys(name for each in everyone for name in each.versions)
-    asked = [each for each in everyone if each.versions]
+    names = dict.fromkeys(name for facts in everyone for name in facts.versions)
+    reporting = [facts for facts in everyone if facts.versions]
     for name in names:
-        hosts = _hosts_by((each.host, each.versions.get(name, "not there")) for each in asked)
+        hosts = _hosts_by(
+            (facts.host, facts.versions.get(name, "not there")) for facts in reporting
+        )
         if len(hosts) > 1:
             differing.append(_differing_version(name, hosts))
         elif name != "settings":
             same.append(f"{name} {next(iter(hosts))}")
-    nodes = len({each.host for each in everyone})
+    nodes = len({facts.host for facts in everyone})
     where = f" on {nodes} nodes" if nodes > 1 else ""
     agreement = Finding("versions", FINE, f"{', '.join(same) or 'none in common'}{where}")
     return [agreement, *differing]
@@ -170,7 +173,7 @@ def _devices(everyone: Sequence[Facts]) -> list[Finding]:
 
 
 def _kinds_of_devices(everyone: Sequence[Facts]) -> Finding:
-    hosts = _hosts_by((each.host, each.device) for each in everyone)
+    hosts = _hosts_by((facts.host, facts.device) for facts in everyone)
     if len({name.split()[0] for name in hosts}) > 1:
         return Finding(
             "devices",
@@ -187,9 +190,9 @@ def _kinds_of_devices(everyone: Sequence[Facts]) -> Finding:
 def _shared_devices(everyone: Sequence[Facts]) -> list[Finding]:
     """One finding for each GPU that several processes have."""
     owners = defaultdict(list)
-    for each in everyone:
-        if each.device_id:
-            owners[each.host, each.device_id].append(each.rank)
+    for facts in everyone:
+        if facts.device_id:
+            owners[facts.host, facts.device_id].append(facts.rank)
     return [
         Finding(
             "devices",
@@ -203,23 +206,23 @@ def _shared_devices(everyone: Sequence[Facts]) -> list[Finding]:
 
 
 def _taken_devices(everyone: Sequence[Facts]) -> list[Finding]:
-    """One finding for each device of whose memory somebody else has taken much."""
+    """One finding for each device on which other processes hold much of the memory."""
     return [
         Finding(
             "devices",
             WARNING,
-            f"{describe_size(each.taken_bytes)} of {describe_size(each.device_bytes)} on the "
-            f"device of rank {each.rank} ({each.host}) are taken by somebody else (nvidia-smi "
+            f"{describe_size(facts.taken_bytes)} of {describe_size(facts.device_bytes)} on the "
+            f"device of rank {facts.rank} ({facts.host}) are taken by somebody else (nvidia-smi "
             "shows by whom)",
         )
-        for each in everyone
-        if each.taken_bytes > FOREIGN_FRACTION * each.device_bytes
+        for facts in everyone
+        if facts.taken_bytes > FOREIGN_FRACTION * facts.device_bytes
     ]
 
 
 def _clocks(everyone: Sequence[Facts]) -> Finding:
-    earliest = min(everyone, key=lambda each: each.clock_seconds)
-    latest = max(everyone, key=lambda each: each.clock_seconds)
+    earliest = min(everyone, key=lambda facts: facts.clock_seconds)
+    latest = max(everyone, key=lambda facts: facts.clock_seconds)
     apart = latest.clock_seconds - earliest.clock_seconds
     if apart <= CLOCK_SECONDS:
         return Finding("clocks", FINE, f"at most {apart:.2g} s apart")
@@ -233,7 +236,7 @@ def _clocks(everyone: Sequence[Facts]) -> Finding:
 
 def _files(everyone: Sequence[Facts]) -> list[Finding]:
     findings = []
-    if blind := list(dict.fromkeys(each.host for each in everyone if not each.sees_run_folder)):
+    if blind := list(dict.fromkeys(facts.host for facts in everyone if not facts.sees_run_folder)):
         findings.append(
             Finding(
                 "run folder",
@@ -242,22 +245,24 @@ def _files(everyone: Sequence[Facts]) -> list[Finding]:
                 "run.folder on a file system that all nodes share",
             )
         )
-    looked = [each for each in everyone if each.files]
+    looked = [facts for facts in everyone if facts.files]
     if looked:
         findings += _differing_files(looked[0], looked[1:])
     if findings or not looked:
         return findings
-    nodes = len({each.host for each in looked})
+    nodes = len({facts.host for facts in looked})
     count = f"{len(looked[0].files)} files are the same size on {nodes} node{'s' * (nodes > 1)}"
     return [Finding("files on every node", FINE, count)]
 
 
-def _differing_files(first: Facts, others: Sequence[Facts]) -> list[Finding]:
+def _differing_files(first: Facts, other_facts: Sequence[Facts]) -> list[Finding]:
     """One finding for each file that another node sees in another size, or not at all."""
     findings = []
     for path, size in first.files.items():
-        sizes = [(each.host, each.files.get(path, -1)) for each in others]
-        hosts = _hosts_by((host, _exact_size(other)) for host, other in sizes if other != size)
+        sizes = [(facts.host, facts.files.get(path, -1)) for facts in other_facts]
+        hosts = _hosts_by(
+            (host, _exact_size(its_size)) for host, its_size in sizes if its_size != size
+        )
         if hosts:
             findings.append(
                 Finding(
@@ -271,7 +276,7 @@ def _differing_files(first: Facts, others: Sequence[Facts]) -> list[Finding]:
 
 
 def _hosts_by(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Pairs (host, value) of processes as the hosts of each value."""
+    """The hosts of each value, from (host, value) pairs of processes."""
     hosts: dict[str, list[str]] = defaultdict(list)
     for host, value in pairs:
         if host not in hosts[value]:

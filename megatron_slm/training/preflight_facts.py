@@ -75,9 +75,9 @@ def _device(device: torch.device) -> tuple[str, str, int, int]:
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         properties = torch.cuda.get_device_properties(device)
-        which = str(getattr(properties, "uuid", device.index))
+        device_id = str(getattr(properties, "uuid", device.index))
         taken_bytes = total_bytes - free_bytes
-        return f"cuda {properties.name}", which, total_bytes, taken_bytes
+        return f"cuda {properties.name}", device_id, total_bytes, taken_bytes
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return "cpu", "", _machine_bytes() // processes, 0
 

@@ -25,14 +25,14 @@ from megatron_slm.training.resume import planned_length
 from megatron_slm.training.setup import RunInputs, index_cache
 
 NO_GPU = GPU("none", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-"""For plans of which only sizes are asked."""
+"""Stands for the GPU in a plan of which only sizes are used."""
 SAMPLED_SHARDS = 3
-"""Of each score store, when only the preflight is wanted. A run begins with one, another at every
-start.
+"""Shards checked of each score store by --preflight. A run checks one, another at every start.
 """
 
 BLOCKS_PER_SHARD = 4
-"""Blocks of every corpus, which are smaller, are read for each shard of scores that is."""
+"""Blocks of every corpus that are read for each shard of scores that is read; blocks are
+smaller."""
 
 
 def check_files(
@@ -48,12 +48,12 @@ def check_files(
 
 def files_of(run_inputs: RunInputs) -> list[str]:
     """Every large file that all nodes read."""
-    found = []
+    paths = []
     for corpus in [*run_inputs.corpora, *run_inputs.validation.values()]:
-        found += [f"{corpus.prefix}.bin", f"{corpus.prefix}.idx"]
+        paths += [f"{corpus.prefix}.bin", f"{corpus.prefix}.idx"]
         if corpus.scores is not None:
-            found += [str(corpus.scores.column_path(name)) for name in corpus.scores.columns]
-    return found
+            paths += [str(corpus.scores.column_path(name)) for name in corpus.scores.columns]
+    return paths
 
 
 def size_of(path: str | Path) -> int:
@@ -67,7 +67,7 @@ def size_of(path: str | Path) -> int:
 def index_bytes(config: Config, corpora: list[Corpus]) -> int:
     """Size of the sample indices of the run's training corpora, at most.
 
-    They hold of every epoch its documents and samples, and of a blend its samples.
+    The indices list the documents and samples of every epoch, and the samples of a blend.
     """
     samples = train_steps(config) * config.data.global_batch_size
     tokens = sum(corpus.manifest.tokens for corpus in corpora)
@@ -97,9 +97,9 @@ def _disks(config: Config, run_inputs: RunInputs, job: Job) -> list[Finding]:
     ]
     by_disk: dict[int, list[DiskNeed]] = defaultdict(list)
     for need in needs:
-        there = _nearest_existing(need.folder)
-        by_disk[there.stat().st_dev].append(replace(need, folder=there))
-    return [disk_finding(each) for each in by_disk.values()]
+        existing = _nearest_existing(need.folder)
+        by_disk[existing.stat().st_dev].append(replace(need, folder=existing))
+    return [disk_finding(needs_of_disk) for needs_of_disk in by_disk.values()]
 
 
 @dataclass(frozen=True)
@@ -110,20 +110,20 @@ class DiskNeed:
     """What `least_bytes` are for, with its verb: "one checkpoint takes"."""
     folder: Path
     whole_bytes: int
-    """Of the whole run."""
+    """Bytes of the whole run."""
     least_bytes: int
-    """Without these it runs in vain."""
+    """Without this much free space the run is useless."""
 
 
 def disk_finding(needs: list[DiskNeed], free_bytes: int | None = None) -> Finding:
-    """Of one file system, and what is written to it."""
+    """The finding about one file system and what is written to it."""
     folder = needs[0].folder
     if free_bytes is None:
         status = os.statvfs(folder)
         free_bytes = status.f_bavail * status.f_frsize
     whole_bytes = sum(need.whole_bytes for need in needs)
     least_bytes = sum(need.least_bytes for need in needs)
-    words = (
+    sizes = (
         f"{folder}: {describe_size(free_bytes)} free, at most {describe_size(whole_bytes)} to be "
         "written (plan)"
     )
@@ -135,10 +135,10 @@ def disk_finding(needs: list[DiskNeed], free_bytes: int | None = None) -> Findin
         parts = [
             f"{need.what} {describe_size(need.least_bytes)}" for need in needs if need.least_bytes
         ]
-        return Finding("disk", BAD_SETTINGS, f"{words}; {', '.join(parts)}. {advice}")
+        return Finding("disk", BAD_SETTINGS, f"{sizes}; {', '.join(parts)}. {advice}")
     if free_bytes < whole_bytes:
-        return Finding("disk", WARNING, f"{words}: it may fill up. {advice}")
-    return Finding("disk", FINE, words)
+        return Finding("disk", WARNING, f"{sizes}: it may fill up. {advice}")
+    return Finding("disk", FINE, sizes)
 
 
 def _left_of_index(config: Config, run_inputs: RunInputs) -> int:
@@ -170,7 +170,7 @@ def _data(run_inputs: RunInputs, shards_sampled: int) -> list[Finding]:
             )
             findings.append(Finding("score store", FINE, checked))
     tokens = sum(corpus.manifest.tokens for corpus in corpora)
-    if not any(each.check == "corpora" for each in findings):
+    if not any(finding.check == "corpora" for finding in findings):
         checked = (
             f"{len(corpora)} with {tokens:,} tokens: sizes, indices, and {blocks} blocks read again"
         )

@@ -46,31 +46,31 @@ def check_job(
     config: Config,
     groups: Groups,
     run_inputs: RunInputs | None,
-    found: list[Finding],
+    file_findings: list[Finding],
     *,
     thorough: bool,
 ) -> list[Finding]:
     """All findings, the same on every process.
 
-    run_inputs and found (what preflight_files.check_files says): on rank 0. Where a group does not
-    answer, every process of it says so and ends with exit code 2.
-    thorough: also time an exchange in every group. Collective.
+    run_inputs and file_findings (of preflight_files.check_files) are those of rank 0. Where a group
+    does not answer, every process of it prints so and ends with exit code 2. thorough: also time an
+    exchange in every group. Collective.
     """
     local = int(os.environ.get("LOCAL_RANK", groups.world_rank))
     with Deadline(ANSWER_SECONDS, f"rank {groups.world_rank} on {socket.gethostname()}", groups):
-        mine_to_look_for: tuple[list[str], str] = ([], "")
+        from_rank_0: tuple[list[str], str] = ([], "")
         if run_inputs is not None:
-            mine_to_look_for = (preflight_files.files_of(run_inputs), _new_file(config))
-        paths, new_file = _from_first(mine_to_look_for)
-        mine = facts(config, groups, paths if local == 0 else [], new_file)
+            from_rank_0 = (preflight_files.files_of(run_inputs), _new_file(config))
+        paths, new_file = _from_first(from_rank_0)
+        own_facts = facts(config, groups, paths if local == 0 else [], new_file)
         if groups.world_size > 1:
             dist.barrier()  # so that all read their clocks at one moment
-        everyone = _everyone(replace(mine, clock_seconds=time.time()))
+        everyone = _everyone(replace(own_facts, clock_seconds=time.time()))
         answers = _everyone(reach(groups))
         rates = _everyone(bandwidth(groups)) if thorough else []
     if new_file and groups.world_rank == 0:
         Path(new_file).unlink(missing_ok=True)
-    findings = list(found)
+    findings = list(file_findings)
     if run_inputs is not None:
         findings += preflight.compare(everyone)
         findings.append(planned_memory(config, groups, run_inputs.vocabulary_size, everyone))
@@ -83,7 +83,7 @@ def check_job(
 def reach(groups: Groups) -> dict[str, tuple[list[int], bool]]:
     """Per kind of group with several members: its ranks, and whether a sum over them is right.
 
-    Said by the first member of each group, and by every one whose sum is wrong.
+    Reported by the first member of each group, and by every member whose sum is wrong.
     """
     answers = {}
     for kind in KINDS:
@@ -92,9 +92,9 @@ def reach(groups: Groups) -> dict[str, tuple[list[int], bool]]:
             ranks = dist.get_process_group_ranks(group)
             summed = torch.full((1,), groups.world_rank, dtype=torch.int64, device=groups.device)
             dist.all_reduce(summed, group=group)
-            right = summed.item() == sum(ranks)
-            if group.rank() == 0 or not right:
-                answers[kind] = (ranks, right)
+            is_right = summed.item() == sum(ranks)
+            if group.rank() == 0 or not is_right:
+                answers[kind] = (ranks, is_right)
     return answers
 
 
@@ -102,7 +102,7 @@ def bandwidth(groups: Groups) -> dict[str, tuple[list[int], float]]:
     """Per kind of group with several members: its ranks, and the bytes per second that an
     all-reduce moves through each.
 
-    Measured by all, said by the first member of each group.
+    Measured by all members, reported by the first one of each group.
     """
     rates = {}
     payload_bytes = GPU_PAYLOAD_BYTES if groups.device.type == "cuda" else CPU_PAYLOAD_BYTES
@@ -131,8 +131,8 @@ def groups_that_answer(
     wrong = [
         f"{kind} of ranks {ranks} ({everyone[rank].host})"
         for rank, answer in enumerate(answers)
-        for kind, (ranks, right) in answer.items()
-        if not right
+        for kind, (ranks, is_right) in answer.items()
+        if not is_right
     ]
     if wrong:
         advice = "a sum over the group is wrong; do not train on this network or these devices: "
@@ -145,7 +145,7 @@ def groups_that_answer(
 def planned_memory(
     config: Config, groups: Groups, vocabulary_size: int, everyone: list[Facts]
 ) -> Finding:
-    """The plan of this job, whose sizes need no GPU, against the smallest device there is."""
+    """Compares the planned memory of this job with the smallest device."""
     on_gpu = groups.device.type == "cuda"
     gpu = find_gpu(everyone[0].device) or preflight_files.NO_GPU
     reference = None
@@ -154,21 +154,21 @@ def planned_memory(
     job = Job(
         config,
         vocabulary_size,
-        replace(gpu, memory_bytes=min(each.device_bytes for each in everyone)),
+        replace(gpu, memory_bytes=min(planned.device_bytes for planned in everyone)),
         1,
         groups.world_size,
         fused=on_gpu and resolve_layers(config, on_gpu) == "transformer_engine",
         reference=reference,
     )
     stages = [rank_memory(job, stage) for stage in range(config.parallel.pipeline)]
-    state = max(each.weights + each.gradients + each.optimizer for each in stages)
-    return preflight.memory(state, max(each.total for each in stages), everyone)
+    state = max(planned.weights + planned.gradients + planned.optimizer for planned in stages)
+    return preflight.memory(state, max(planned.total for planned in stages), everyone)
 
 
 class Deadline:
     """A context manager that ends the process with exit code 2 when its block takes too long.
 
-    A process that waits in a collective for one that cannot be reached hears nothing else.
+    A process that waits in a collective for an unreachable one cannot act on anything else.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ def _new_file(config: Config) -> str:
         for left_by_a_kill in folder.glob(".preflight_*"):
             left_by_a_kill.unlink(missing_ok=True)
         path.write_text("seen")
-    except OSError:  # the first checkpoint will say it better
+    except OSError:  # the first checkpoint will report it better
         return ""
     return str(path)
 
@@ -226,11 +226,11 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _everyone(mine: Value) -> list[Value]:
+def _everyone(value: Value) -> list[Value]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
+        return [value]
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
+    dist.all_gather_object(gathered, value)
     return gathered
 
 
@@ -247,7 +247,7 @@ def _by_kind(
 ) -> dict[str, dict[tuple[int, ...], float]]:
     """kind -> ranks of a group -> its rate."""
     by_kind: dict[str, dict[tuple[int, ...], float]] = {}
-    for each in rates:
-        for kind, (ranks, rate) in each.items():
+    for of_rank in rates:
+        for kind, (ranks, rate) in of_rank.items():
             by_kind.setdefault(kind, {})[tuple(ranks)] = rate
     return by_kind

@@ -19,7 +19,9 @@ STATES = {FINE: "ok", WARNING: "warning", BAD_SETTINGS: "REFUSED", BAD_DATA: "RE
 
 def write_page(findings: list[Finding], folder: Path) -> list[Finding]:
     """The page as text in the run folder; a disk that cannot take it costs a warning."""
-    lines = [f"{STATES[each.state]:<9} {each.check:<20} {each.sentence}" for each in findings]
+    lines = [
+        f"{STATES[finding.state]:<9} {finding.check:<20} {finding.sentence}" for finding in findings
+    ]
     try:
         write_text_atomically(folder / PAGE_FILE, "\n".join(lines) + "\n")
     except OSError as error:
@@ -28,7 +30,7 @@ def write_page(findings: list[Finding], folder: Path) -> list[Finding]:
 
 
 def report(findings: list[Finding], rank: int) -> int:
-    """Show the page, on rank 0; the exit code of a program that only looked: 0, 2 or 3."""
+    """Show the page, on rank 0; returns the exit code of --preflight: 0, 2 or 3."""
     verdict = "this job can start"
     exit_code = 0
     try:
@@ -38,7 +40,7 @@ def report(findings: list[Finding], rank: int) -> int:
         exit_code = failure.exit_code
     if rank == 0:
         show_page(findings)
-        warnings = sum(each.state == WARNING for each in findings)
+        warnings = sum(finding.state == WARNING for finding in findings)
         print(f"{verdict}; {warnings} warning{'s' * (warnings != 1)}")
     return exit_code
 
@@ -54,7 +56,7 @@ def show_page(findings: list[Finding]) -> None:
     for name in ("state", "check"):
         table.add_column(name, no_wrap=True)
     table.add_column("what was found", overflow="fold")
-    for each in findings:
-        state = Text(STATES[each.state], styles.get(each.state, "bold red"))
-        table.add_row(state, each.check, Text(each.sentence))
+    for finding in findings:
+        state = Text(STATES[finding.state], styles.get(finding.state, "bold red"))
+        table.add_row(state, finding.check, Text(finding.sentence))
     Console(highlight=False).print(table)

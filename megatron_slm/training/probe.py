@@ -1,5 +1,5 @@
-"""A few fixed sequences that are evaluated again and again: how much the choice moves between
-evaluations, and text to show a person.
+"""A few fixed sequences that are evaluated again and again: how much the choice changes between
+evaluations, and text for a person to read.
 
 B: the probe's sequences, S: their tokens on this context-parallel rank, T: whole sequences.
 """
@@ -87,7 +87,9 @@ class Probe:
         if result is None:
             return {}
         overlap = self.overlap.compare(result.selected_BT)
-        return {name: float(both / either) for name, (both, either) in overlap.items() if either}
+        return {
+            name: float(in_both / either) for name, (in_both, either) in overlap.items() if either
+        }
 
     def view(self, progress: TrainingProgress) -> list[dict]:
         """Lines of token_view.jsonl: text, L_theta, L_ref and the choice of a few sequences."""
@@ -112,15 +114,15 @@ class Probe:
         }
 
     def _origin(self, row: int) -> dict:
-        """Where the labels of a sequence stand: their corpus, the offset of the first, and
-        [document, place of its first label here].
+        """Where the labels of a sequence are: their corpus, the offset of the first, and [document,
+        index of its first label in the sequence].
         """
         number = int(self.whole.corpus_id_B[row])
         index = self.sources[number].corpus_index
         assert self.whole.offsets_BS is not None  # the sources are asked for offsets
         offset_T = self.whole.offsets_BS[row].tolist()
-        # The first token of a document is no target; a window is never padded, so nothing else is
-        # masked in it.
+        # The first token of a document is no target. A window is never padded, so no other token is
+        # masked.
         begins = {0, *np.flatnonzero(self.whole.loss_mask_BS[row] == 0).tolist()}
         return {
             "corpus": self.run_inputs.corpora[number].prefix,
@@ -137,7 +139,7 @@ class Probe:
         return {"shape": list(mask.shape), "bits": bits, "text": self.text}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the last choice; comparing begins anew where the probe holds other tokens now."""
+        """Restore the last choice; comparing begins anew if the probe holds other tokens now."""
         if self.usable and state and state.get("text") == self.text:
             packed = np.frombuffer(bytes.fromhex(state["bits"]), np.uint8)
             bits = np.unpackbits(packed, count=int(np.prod(state["shape"])))

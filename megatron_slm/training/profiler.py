@@ -41,7 +41,7 @@ class StepProfiler:
         self._finish()  # a run that ends inside the window has recorded its beginning
 
     def after_step(self, step: int) -> None:
-        """Step `step` is done: begin or end the recording where it is time."""
+        """Called when `step` is done: begins or ends the recording if it is due."""
         self._done_steps = step
         if self._profile is not None and step >= self.window[1]:
             self._finish()

@@ -1,4 +1,4 @@
-"""What a run tells: the start table, metrics to every sink, and warnings computed from them.
+"""What a run reports: the start table, metrics to every sink, and warnings computed from them.
 
 At the end it also writes a page of text with the tokens that the model would select.
 """
@@ -47,8 +47,8 @@ def rates_of_corpora(prefixes: list[str], rates: list[float]) -> dict[str, float
     A corpus without a token in the interval has none: its rate is not a number.
     """
     named = {}
-    for place, (prefix, rate) in enumerate(zip(prefixes, rates, strict=True)):
-        before = prefixes[:place].count(prefix)  # a corpus may be in the blend twice
+    for index, (prefix, rate) in enumerate(zip(prefixes, rates, strict=True)):
+        before = prefixes[:index].count(prefix)  # a corpus may be in the blend twice
         if math.isfinite(rate):
             named[f"{BY_CORPUS}/{prefix}" + (f" ({before + 1})" if before else "")] = rate
     return named
@@ -91,7 +91,8 @@ class Reporter:
             self._open_sinks(wandb_id, outside_sinks or {})
 
     def _open_sinks(self, wandb_id: str, outside_sinks: Mapping[str, Callable[..., Any]]) -> None:
-        """Open every sink, show the start table, and say what is known before the first step."""
+        """Open every sink, show the start table, and send the messages from before the first
+        step."""
         console = ConsoleSink(
             total_steps=self.length.steps, start_step=self.resume_step or 0, title=self.name
         )
@@ -113,7 +114,7 @@ class Reporter:
             self._warn_of_small_population()
 
     def _warn_of_scoring_context(self) -> None:
-        """Say where tokens were scored in another context than they are trained in."""
+        """Warn if tokens were scored in another context than they are trained in."""
         if self.config.selection.scorer == "none":
             return
         data = self.config.data
@@ -143,7 +144,9 @@ class Reporter:
         """Logging cannot stop training: a sink that cannot be made costs a warning."""
         try:
             sink = make(str(self.folder), to_mapping(self.config))
-            missing = [each for each in ("log", "message", "close") if not hasattr(sink, each)]
+            missing = [
+                method for method in ("log", "message", "close") if not hasattr(sink, method)
+            ]
             if missing:
                 raise TypeError(f"a {type(sink).__name__} has no {', '.join(missing)}")
         except Exception as error:  # the user's code: it may raise anything
@@ -200,12 +203,12 @@ class Reporter:
     def emit_warnings(self, summary: dict, keep_fraction: float, scorer) -> None:
         """Report each alarm that this interval's metrics raise, once per start of the run."""
         own_count = scorer.uses_keep_fraction and scorer.name not in ("union", "intersection")
-        found = warnings_of(
+        alarms = warnings_of(
             summary,
             keep_fraction if own_count else None,
             ranked=ranks_tokens(self.config.selection.scorer, keep_fraction),
         )
-        for name, sentence in found.items():
+        for name, sentence in alarms.items():
             self.warn_once(name, sentence)
 
     def warn_once(self, name: str, sentence: str) -> None:

@@ -1,9 +1,9 @@
 """What may change between two starts of a run, and what happens then; compared before any process
 group starts.
 
-A checkpoint knows what the run reads by content: the fingerprints of corpora, scores, reference and
-validation corpora. The same name with other content is refused, because it happens by accident;
-another name is a change that is made on purpose. (Model and tokenizer are compared by
+A checkpoint identifies what the run reads by content: the fingerprints of corpora, scores,
+reference and validation corpora. The same name with other content is refused, because it happens by
+accident; another name is a change that is made on purpose. (Model and tokenizer are compared by
 checkpoint/architecture.py.)
 """
 
@@ -40,15 +40,15 @@ class Saved:
 
     done: Done
     step_tokens: int
-    """Of its last step."""
+    """Tokens of its last step."""
     sequence_length: int
     position: DataPosition | None
-    """None, like `fingerprints`: saved by a version that did not keep it."""
+    """None (as `fingerprints`) in a checkpoint of a version that did not store it."""
     fingerprints: Fingerprints | None
 
 
 def read_saved(checkpoint: Path) -> Saved:
-    """What a checkpoint says of its run. ValueError when it says nothing that can be read."""
+    """What a checkpoint records about its run. ValueError when it cannot be read."""
     info = read_checkpoint_info(checkpoint)
     trainer = read_json_object(checkpoint, "trainer.json")
     try:
@@ -64,16 +64,16 @@ def _saved(info: CheckpointInfo, trainer: dict) -> Saved:
     if "data" in trainer:
         position = DataPosition.from_json(trainer["data"])
         done = Done(trainer["step"], info.tokens_processed, trainer["samples"])
-    else:  # tokens_processed was steps x the batch of the last start then; samples were counted
+    else:  # in old checkpoints tokens_processed is steps x the last batch size; samples are exact
         position = None
         samples = trainer["loader"]["consumed_samples"]
         done = Done(trainer["step"], samples * info.sequence_length, samples)
-    if not all(is_count(each) for each in (done.steps, done.tokens, done.samples)):
+    if not all(is_count(count) for count in (done.steps, done.tokens, done.samples)):
         raise ValueError(f"{done} are no counts")
     step_tokens = trainer.get("step_tokens", done.tokens // max(1, done.steps))
     fingerprints = trainer.get("inputs")
     if fingerprints is not None:
-        fingerprints = {setting: dict(found) for setting, found in fingerprints.items()}
+        fingerprints = {setting: dict(by_path) for setting, by_path in fingerprints.items()}
     return Saved(done, step_tokens, info.sequence_length, position, fingerprints)
 
 
@@ -85,7 +85,7 @@ def newest_saved(run_folder: str | Path) -> Saved | None:
         try:
             return read_saved(checkpoint)
         except ValueError:
-            continue  # damaged: the start of the run says so and takes the one before
+            continue  # damaged: the start of the run reports it and takes the one before
     return None
 
 
@@ -106,7 +106,9 @@ def fingerprints_of(
             assert corpus.scores is not None  # a store is opened for each path
             scores[str(path)] = corpus.scores.manifest.fingerprint
     fingerprints: Fingerprints = {
-        "data.validation": {each.prefix: each.manifest.fingerprint for each in validation.values()},
+        "data.validation": {
+            corpus.prefix: corpus.manifest.fingerprint for corpus in validation.values()
+        },
         "selection.reference.scores": scores,
         "selection.reference.checkpoint": {},
     }
@@ -117,7 +119,7 @@ def fingerprints_of(
 
 
 def wanted_position(config: Config, corpora: list[Corpus]) -> DataPosition:
-    """The arrangement of the data that the configuration asks for; nothing of it is read."""
+    """The arrangement of the data under this configuration, with nothing read yet."""
     weights = config.data.weights or [corpus.manifest.tokens for corpus in corpora]
     return DataPosition(
         config.data.sequence_length,
@@ -130,8 +132,8 @@ def wanted_position(config: Config, corpora: list[Corpus]) -> DataPosition:
 def position_before(saved: Saved, wanted: DataPosition) -> DataPosition:
     """Where the data of the run stood.
 
-    An old checkpoint says how many samples were read and not of what; `_changed_order` has seen to
-    it that they were of what is read now.
+    An old checkpoint records how many samples were read, but not of which corpora; `_changed_order`
+    has made sure that the corpora and their order are still the same.
     """
     if saved.position is not None:
         return saved.position
@@ -150,12 +152,12 @@ def bad_settings(saved: Saved, config: Config) -> list[str]:
 
 
 def bad_data(saved: Saved, wanted: DataPosition, fingerprints: Fingerprints) -> list[str]:
-    """What lies under a name of this run and is not what the run was trained on."""
+    """Corpora, scores and checkpoints of the same name as before, whose content has changed."""
     step = saved.done.steps
     problems: list[str] = []
     if saved.position is not None:
-        known = (*saved.position.left_out, *saved.position.corpora)
-        before = {corpus.prefix: corpus.fingerprint for corpus in known}
+        saved_corpora = (*saved.position.left_out, *saved.position.corpora)
+        before = {corpus.prefix: corpus.fingerprint for corpus in saved_corpora}
         problems += [
             _other_content("data.train", corpus.prefix, corpus.fingerprint, before, step)
             for corpus in wanted.corpora
@@ -173,10 +175,10 @@ def bad_data(saved: Saved, wanted: DataPosition, fingerprints: Fingerprints) -> 
 def notes(
     saved: Saved, config: Config, wanted: DataPosition, fingerprints: Fingerprints
 ) -> list[tuple[str, str]]:
-    """What is said of changes with which the run goes on: (sentence, level)."""
+    """Messages (text, level) about changes with which the run can go on."""
     step = saved.done.steps
-    said = position_before(saved, wanted).changes(wanted)
-    said += [
+    sentences = position_before(saved, wanted).changes(wanted)
+    sentences += [
         f"data.validation {path}: its content has changed since step {step}; losses before and "
         "after are of different text, also those that checkpoint.keep_best compares"
         for path in _changed(saved, "data.validation", fingerprints)
@@ -184,18 +186,18 @@ def notes(
     batches = config.monitoring.validation_batches
     step_tokens = tokens_per_step(config)
     if config.data.validation and batches and step_tokens != saved.step_tokens:
-        said.append(
+        sentences.append(
             f"monitoring.validation_batches: {batches} global batches are "
             f"{batches * step_tokens:,} tokens now, and were {batches * saved.step_tokens:,} "
             "before; where a validation corpus has more, losses before and after are of different "
             "text"
         )
     if saved.position is None:
-        said.append(
+        sentences.append(
             "this checkpoint was saved by an earlier version, without the fingerprints of corpora "
             "and scores; that they are those it was trained on cannot be checked this time"
         )
-    return [(text, "warning") for text in said]
+    return [(text, "warning") for text in sentences]
 
 
 def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
@@ -215,8 +217,8 @@ def changed_settings(folder: Path, config: Config) -> list[tuple[str, str]]:
 
 
 def _changed_order(config: Config) -> list[str]:
-    """What an old checkpoint cannot go on from: it does not say how much of each corpus was read,
-    or with which seed.
+    """Changed settings that rule out resuming from an old checkpoint, which does not record how
+    much of each corpus was read, or with which seed.
     """
     path = Path(config.run.folder, "config.yaml")
     try:
@@ -242,13 +244,17 @@ def _changed(saved: Saved, setting: str, fingerprints: Fingerprints) -> list[str
     """Paths of a setting under which other content lies than before."""
     before = (saved.fingerprints or {}).get(setting, {})
     return [
-        path for path, found in fingerprints[setting].items() if before.get(path, found) != found
+        path
+        for path, fingerprint in fingerprints[setting].items()
+        if before.get(path, fingerprint) != fingerprint
     ]
 
 
-def _other_content(setting: str, path: str, found: str, before: dict[str, str], step: int) -> str:
+def _other_content(
+    setting: str, path: str, fingerprint: str, before: dict[str, str], step: int
+) -> str:
     return (
-        f"{setting} {path}: its content has changed, it is {_short(found)} and was "
+        f"{setting} {path}: its content has changed, it is {_short(fingerprint)} and was "
         f"{_short(before[path])} at step {step} of this run; {ADVICE[setting]}"
     )
 

@@ -51,11 +51,12 @@ class RunLength:
         )
 
     def clock(self, done: Done) -> tuple[float, float]:
-        """Where `done` is on the run's way and how long that is, both in steps of the present size.
+        """(position, end): how much of the run is done, and its length, both in steps of the
+        present size.
 
         In the unit of the run's length: a run of so many tokens is half through when half of them
-        are processed, so a schedule goes on where it was when the batch changes; a run of so many
-        steps is half through after half of them.
+        are processed, so a schedule continues from the same point when the batch size changes; a
+        run of so many steps is half through after half of them.
         """
         if self.in_steps:
             return done.steps, self.steps

@@ -1,7 +1,6 @@
-"""What a run consists of, for the parts of this room that are handed one.
-
-loop.TrainingRun has all of it. Those that write a checkpoint or look at a bad step name this
-instead, so that imports go one way.
+"""The attributes of a run that other modules of this package use. loop.TrainingRun has all of them.
+Modules that write a checkpoint or examine a bad step import this protocol instead of it, so that
+there is no import cycle.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class RunParts(Protocol):
     validated: tuple[int, dict[str, float]]
     """Step of the last validation, and the loss of each corpus; known on last-stage ranks."""
     tokens_selected: int
-    """Up to the last log line; known on last-stage ranks."""
+    """Tokens selected up to the last log line; known on last-stage ranks."""
     skipped_steps: int
     wandb_id: str
 

@@ -1,5 +1,5 @@
-"""How a run comes to its first step: its models, its store of checkpoints, and its weights; what it
-writes into its folder before training.
+"""What happens before the first step of a run: models, checkpoint store and weights are made, and
+settings and versions are written into its folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_slm.training.trainer import Trainer
 from megatron_slm.training.versions import write_versions
 
 Messages = list[tuple[str, str]]
-"""(text, level) of what is to be said when there are sinks to say it to."""
+"""(text, level) of messages that are reported once the sinks are open."""
 
 
 def make_trainer(
@@ -47,7 +47,7 @@ def make_trainer(
 
 
 def make_store(run: RunParts, report: Callable[[str, str], None]) -> CheckpointStore:
-    """The run folder's checkpoints; `report` hears of damaged ones."""
+    """The run folder's checkpoints; damaged ones are passed to `report`."""
     kept = run.config.checkpoint
     retention = Retention(
         kept.keep_last,
@@ -61,8 +61,8 @@ def make_store(run: RunParts, report: Callable[[str, str], None]) -> CheckpointS
 
 
 def take_weights(run: RunParts) -> tuple[bool, Messages]:
-    """Resume from the newest good checkpoint, or take the configured initial weights; (whether the
-    run is resumed, what is to be said of it).
+    """Resume from the newest good checkpoint, or take the configured initial weights; returns
+    (whether the run is resumed, messages about it).
     """
     state = run.store.load_latest(run.trainer.models, run.trainer.optimizer)
     if state is not None:

@@ -73,11 +73,11 @@ def _from_last_stage(run: RunParts) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
-    """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; what is to be
-    said of changes.
+    """Put the run where the loaded checkpoint stands, whose trainer.json is `state`; returns
+    messages about changes.
 
-    ConfigError or RunInputError when it cannot go on from there: what was compared before the
-    processes joined was the newest checkpoint, and that may have been damaged.
+    ConfigError or RunInputError when it cannot go on from there: before the processes joined only
+    the newest checkpoint was compared, and it may have been damaged.
     """
     assert run.store.saved_step is not None  # a checkpoint has been loaded
     saved = resume.read_saved(step_folder(run.store.checkpoints, run.store.saved_step))
@@ -94,7 +94,7 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     run.trainer.selector.load_state_dict(state["selection"])
     if run.groups.is_last_stage:
         run.tokens_selected = state["tokens_selected"]
-        if before.changes(wanted):  # corpora have other numbers, the probe other sequences
+        if before.changes(wanted):  # corpora have other ids, the probe other sequences
             state["metrics"]["sums"].pop("selection/by_corpus", None)
         else:
             run.probe.load_state_dict(state["probe"])

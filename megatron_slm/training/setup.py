@@ -28,7 +28,8 @@ from megatron_slm.training.scorer_settings import choice_rules
 
 
 class RunInputError(ConfigError):
-    """What a configuration points to cannot be used: missing, damaged, or of another tokenizer."""
+    """Inputs that a configuration names cannot be used: missing, damaged, or of another
+    tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def open_run_inputs(config: Config, world_size: int = 1) -> RunInputs:
     rules, bad_settings = _choice_rules(config)
     tokenizer, problems = _open_tokenizer(config)
     entry = tokenizer.entry if tokenizer else None
-    corpora, found = _open_training_corpora(config, entry)
-    problems += found
-    validation, found = _open_validation_corpora(config, entry)
-    problems += found
+    corpora, of_corpora = _open_training_corpora(config, entry)
+    problems += of_corpora
+    validation, of_corpora = _open_validation_corpora(config, entry)
+    problems += of_corpora
     smallest = tokenizer.vocabulary_size if tokenizer else 0
     size = config.model.vocabulary_size or smallest
     if size < smallest:
@@ -116,8 +117,8 @@ def _open_training_corpora(
         problems += [f"selection.reference.scores: {problem}" for problem in error.scores]
         return [], problems
     length = config.data.sequence_length
-    found = [too_few_tokens(corpus, length) or nothing_counts(corpus) for corpus in corpora]
-    return corpora, [f"data.train: {problem}" for problem in found if problem]
+    unusable = [too_few_tokens(corpus, length) or nothing_counts(corpus) for corpus in corpora]
+    return corpora, [f"data.train: {problem}" for problem in unusable if problem]
 
 
 def _open_validation_corpora(
@@ -130,11 +131,11 @@ def _open_validation_corpora(
         try:
             [corpus] = open_corpora([held_out.corpus], tokenizer=tokenizer)
         except UnusableData as error:
-            found = error.corpora
+            unusable = error.corpora
         else:
             corpora[held_out.name] = corpus
-            found = [problem] if (problem := nothing_counts(corpus)) else []
-        problems += [f"data.validation {held_out.name}: {each}" for each in found]
+            unusable = [problem] if (problem := nothing_counts(corpus)) else []
+        problems += [f"data.validation {held_out.name}: {reason}" for reason in unusable]
     return corpora, problems
 
 

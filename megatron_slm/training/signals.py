@@ -1,4 +1,4 @@
-"""Asking a run to stop: by signal, or by a file, agreed on by all ranks at the end of a step.
+"""Requests to stop a run, by signal or by a file, on which all ranks agree at the end of a step.
 
 srun and mpirun swallow or repeat signals, and torchrun kills its workers 30 seconds after it passed
 one on, so a batch system's warning is best passed on as a file: whoever writes `stop_requested`
@@ -20,21 +20,21 @@ EXIT_RESUME = 85
 """Exit code of a run that saved a checkpoint and wants to be started again."""
 CHECK_STEPS = 8
 CHECK_SECONDS = 5.0
-"""A request is heeded after at most so many steps, and at most so many seconds or one step."""
+"""A request takes effect after at most so many steps, and at most so many seconds or one step."""
 _CANNOT_READ = 2
-"""What a rank answers that cannot read the next step, above 1 (asked to stop) and 0."""
+"""Contribution of a rank that cannot read the next step; outranks 1 (stop requested) and 0."""
 
 
 class StopRequest:
-    """Becomes true on every rank at the same step, once any rank was asked or the stop file exists.
+    """Becomes true on every rank at the same step, once any rank got a signal or the stop file
+    exists.
 
-    The ranks agree after some steps and not after every one: an all-reduce over the world that all
-    wait for would cost each fast step more than the step's own small ones. They agree again after
-    at most CHECK_STEPS steps, fewer where that many took longer than CHECK_SECONDS on the slowest
-    rank, and never more than every rank has already read, so that no rank can meet a file that
-    fails in between.
+    The ranks do not agree after every step: an all-reduce over the world, for which all wait, would
+    cost a fast step more than its own small collectives. They agree again after at most CHECK_STEPS
+    steps, fewer where that many took longer than CHECK_SECONDS on the slowest rank, and never more
+    than every rank has already read, so that no rank can meet a file that fails in between.
 
-    signals: what this process hears; None = it listens to the file alone.
+    signals: the stop signals of this process; None = only the file counts.
     """
 
     def __init__(
@@ -66,27 +66,27 @@ class StopRequest:
     def agreed(self, fault: Exception | None = None, ready_steps: int = 1) -> bool:
         """Whether to stop after this step; one small all-reduce over the world.
 
-        Only rank 0 looks at the file. fault: why this rank cannot read the next step. Where any
-        rank has one, all stop, and `self.fault` says it. ready_steps: how many of the next steps
-        this rank holds in memory.
+        Only rank 0 looks at the file. fault: why this rank cannot read the next step. If any rank
+        has one, all stop, and `self.fault` holds it. ready_steps: how many of the next steps this
+        rank holds in memory.
         """
         signalled = self.signals is not None and bool(self.signals.asked)
-        asked = signalled or (dist.get_rank() == 0 and self.file.exists())
-        answer = _CANNOT_READ if fault is not None else int(asked)
+        requested = signalled or (dist.get_rank() == 0 and self.file.exists())
+        request = _CANNOT_READ if fault is not None else int(requested)
         step_seconds = (self._clock() - self._agreed_at) / max(1, self._steps_since)
         shared = torch.tensor(
-            [answer, step_seconds, -ready_steps], dtype=torch.float64, device=self.device
+            [request, step_seconds, -ready_steps], dtype=torch.float64, device=self.device
         )
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        answer, slowest_seconds, fewest_ready = shared.tolist()
+        request, slowest_seconds, fewest_ready = shared.tolist()
         self._next_after = 1
         if self._steps_since:  # else nothing is known yet of how long a step takes
             self._next_after = steps_until_next(slowest_seconds, int(-fewest_ready))
         self._agreed_at = self._clock()
         self._steps_since = 0
-        if answer == _CANNOT_READ:
+        if request == _CANNOT_READ:
             self.fault = share_fault(fault)
-        return bool(answer)
+        return bool(request)
 
     def clear(self) -> str:
         """Remove the stop file, so that the restarted run does not stop at once.

@@ -1,8 +1,9 @@
 """What a loss that jumped was computed on: the losses of the log interval's steps, and the data of
 the worst of them.
 
-The alarm comes at a log line, when the batches of the interval are gone. So each step leaves its
-losses and its place in the data behind, a few bytes, and the batch of the worst one is read again.
+The alarm comes at a log line, when the batches of the interval are gone. Therefore each step
+records its losses and its position in the data (a few bytes), and the batch of the worst step is
+read again.
 """
 
 from __future__ import annotations
@@ -50,24 +51,24 @@ class SpikeData:
         self._steps.append(_Step(self.run.step, first_sample, loss))
 
     def end_interval(self, spike: str | None) -> None:
-        """At every log line; the interval begins anew.
-
-        spike: the alarm of this line, or None; it counts on the rank that logs, and is told there
-        with the place of the data.
+        """Called at every log line; a new interval begins. spike: the alarm of this line, or None.
+        Only the alarm of the rank that logs counts; that rank reports it with the folder of the
+        data.
         """
-        told = self._write_down(spike)
+        where = self._write_down(spike)
         if spike is not None:
-            self.run.reporter.message(f"{spike}{told}", "warning")
+            self.run.reporter.message(f"{spike}{where}", "warning")
 
     def _write_down(self, spike: str | None) -> str:
-        """The data of the worst step, where there is a spike; what to say of them."""
+        """Write the data of the worst step if there is a spike; returns the end of the message, or
+        ""."""
         steps, self._steps = self._steps, []
         run = self.run
-        asked = torch.tensor(
+        wanted = torch.tensor(
             int(spike is not None and bool(steps) and self._has_room()), device=run.groups.device
         )
-        dist.broadcast(asked, src=run.groups.world_size - 1)
-        if not asked.item():
+        dist.broadcast(wanted, src=run.groups.world_size - 1)
+        if not wanted.item():
             return ""
         losses = self._losses(steps)
         worst = steps[int(losses.argmax())]
@@ -95,7 +96,7 @@ class SpikeData:
         if groups.is_last_stage:
             for row, step in zip(sums, steps, strict=True):
                 if step.loss is not None:
-                    row.copy_(torch.stack([part.double() for part in step.loss]))
+                    row.copy_(torch.stack([value.double() for value in step.loss]))
             dist.all_reduce(sums, group=groups.dp_cp)
         dist.broadcast(sums, src=groups.world_size - 1)
         return (sums[:, 0] / sums[:, 1].clamp(min=1)).cpu()

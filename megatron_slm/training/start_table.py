@@ -48,8 +48,8 @@ class StartTable:
     def short(self, full_at: Path) -> dict[str, str]:
         """The rows of what is on, and one row with the names of all that is off.
 
-        That row says where the reasons stand. On a GPU an acceleration that is off keeps its row:
-        there it is a loss of speed that somebody can do something about.
+        That row names the file with the reasons. On a GPU an acceleration that is off keeps its
+        row, because the user can do something about the lost speed.
         """
         shown: list[Row] = []
         names_of_off: list[str] = []
@@ -158,7 +158,7 @@ def _describe_batch(config: Config, length: RunLength) -> str:
 
 
 def _describe_origin(config: Config) -> dict[str, str]:
-    """Where the architecture comes from, and what is changed in it on purpose."""
+    """The source of the architecture, and which of its settings are overridden."""
     rows = {}
     if source := config.model.from_checkpoint:
         rows["architecture"] = f"that of {source} (model.from_checkpoint)"

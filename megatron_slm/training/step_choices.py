@@ -25,8 +25,8 @@ class StepChoices:
 
     selections: list[Selection] = field(default_factory=list)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
-    """What a forward pass gave of every token, "loss" among it; {} for each micro-batch of a static
-    scorer, which needs no forward pass.
+    """The forward pass's values of every token, among them "loss"; {} for each micro-batch of a
+    static scorer, which needs no forward pass.
     """
 
     @property
@@ -96,9 +96,9 @@ def divisor_ahead(
     divisor = torch.zeros((), dtype=torch.float64, device=trainer.groups.device)
     if trainer.groups.is_last_stage:
         if choices is not None:
-            parts = [selection.weight_sum for selection in choices.selections]
+            weight_sums = [selection.weight_sum for selection in choices.selections]
         else:
-            parts = [trainer.selector.weight_ahead(batch, progress) for batch in batches]
-        for part in parts:
-            divisor = divisor + part
+            weight_sums = [trainer.selector.weight_ahead(batch, progress) for batch in batches]
+        for weight_sum in weight_sums:
+            divisor = divisor + weight_sum
     return divisor

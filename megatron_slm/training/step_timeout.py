@@ -1,7 +1,7 @@
-"""A shorter patience for the collectives of a training step than for those around it.
+"""A shorter timeout for the collectives of a training step than for those around it.
 
 The first step compiles, connects and allocates, and a checkpoint waits for the slowest disk:
-device.timeout_minutes is made for those. In a later step a rank that keeps the others waiting for
+device.timeout_minutes allows for those. In a later step a rank that keeps the others waiting for
 minutes will not come back, and every minute until the job ends is lost.
 """
 
@@ -25,11 +25,11 @@ class StepTimeout:
     """
 
     def __init__(self, config: Config, set_timeout: Callable[[float], None] | None = None):
-        """set_timeout: called with seconds; None = the timeout of every process group is set."""
+        """set_timeout: called with seconds; None = set the timeout of every process group."""
         self.whole_seconds = 60.0 * config.device.timeout_minutes
         self.wanted_seconds = 60.0 * config.device.step_timeout_minutes
         self.least_seconds = 2.0 * config.monitoring.hang_seconds
-        if not config.monitoring.hang_seconds:  # somebody holds the run in a debugger
+        if not config.monitoring.hang_seconds:  # the run is being debugged
             self.wanted_seconds = 0.0
         self.seconds = self.whole_seconds
         self._set_timeout = set_timeout or set_collective_timeout
@@ -44,7 +44,8 @@ class StepTimeout:
         self._change_to(self.whole_seconds)
 
     def after_step(self) -> None:
-        """Call it after every step: the first one of this start decides."""
+        """Called after every step; the duration of the first step of this start sets the
+        timeout."""
         if self._first_step_is_done or not self.wanted_seconds:
             return
         self._first_step_is_done = True

@@ -1,4 +1,4 @@
-"""Hearing that this process should stop: signals, a second Ctrl-C, and the death of its torchrun.
+"""Detects that this process should stop: signals, a second Ctrl-C, and the death of its torchrun.
 
 Used by training and by scoring, from their first line on, so it imports no torch.
 """
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Each asks for a stop. One that was ignored when the process started (nohup, a background job)
-stays ignored.
+"""Each requests a stop. A signal that was ignored when the process started (nohup, a background
+job) stays ignored.
 """
 STOP_FILE = "stop_requested"
-"""In the run folder, it asks as a signal does."""
+"""Creating this file in the run folder requests a stop, as a signal does."""
 STDERR = 2
 LAUNCHER_POLL_SECONDS = 1.0
 REPEAT_SECONDS = 0.5
@@ -30,12 +30,12 @@ class StopSignals:
 
     A SIGINT after that ends the process at once.
 
-    sentence: written to stderr by the job's first process when it is asked by Ctrl-C or by losing
-    its launcher; whoever sends another signal says so themselves. on_request: called by the first
-    signal, between two instructions of the main thread; it may raise. `asked` names what was heard
-    ("" = nothing yet).
+    sentence: written to stderr by the job's first process on Ctrl-C or when its launcher is gone,
+    but not on other signals, whose senders report them. on_request: called by the first signal,
+    between two instructions of the main thread; it may raise. `asked` is the name of the first
+    signal ("" = none yet).
 
-    A process of torchrun whose parent is gone sends itself SIGTERM: nobody is left to pass on a
+    A process of torchrun whose parent is gone sends itself SIGTERM: no process is left to pass on a
     request to stop, to notice that another process failed, or to free the machine. A thread watches
     for that. PR_SET_PDEATHSIG would fire when the parent's starting *thread* ends, and only reaches
     handlers that are installed by then.
@@ -51,7 +51,7 @@ class StopSignals:
         self._closed = threading.Event()
 
     def __enter__(self) -> "StopSignals":
-        # A hung process tells where its threads stand: kill -USR2 PID.
+        # kill -USR2 PID prints the stacks of all threads of a hung process.
         faulthandler.register(signal.SIGUSR2, file=STDERR, all_threads=True)
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:

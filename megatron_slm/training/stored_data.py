@@ -21,9 +21,9 @@ class StoredDataCheck:
     """A thread on the first process of each node. Use as a context manager around the run's loop.
 
     At every interval it reads one block of each corpus and one finished shard of each score store,
-    in a random order that comes to each of them once before any of them twice. A file that somebody
-    removed or replaced is left out: what the run has opened is read on, and the next start compares
-    it.
+    in a random order that visits each once before any of them twice. A file that was removed or
+    replaced is left out: the run keeps reading the file it has opened, and the next start compares
+    the new one.
 
     interval_seconds: 0 = nothing is read and no thread is started.
     """
@@ -48,7 +48,7 @@ class StoredDataCheck:
             self._thread.join()
 
     def fault(self) -> ValueError | None:
-        """What was found damaged first; None = nothing so far."""
+        """The first damage that was found; None = none so far."""
         return self._fault
 
     def _watch(self) -> None:
@@ -64,7 +64,7 @@ class StoredDataCheck:
         except ValueError as error:
             self._fault = error
         except OSError:
-            pass  # where training needs what cannot be read now, it says so itself
+            pass  # if training needs what cannot be read now, it raises the error itself
 
 
 def _rounds_of(corpora: Sequence[Corpus]) -> list[Iterator[Check]]:

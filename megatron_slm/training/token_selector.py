@@ -1,5 +1,5 @@
-"""Which tokens of a micro-batch carry the loss: the selection room, fed with a batch's columns and
-the model's losses.
+"""Which tokens of a micro-batch carry the loss: applies the selection package to a batch's columns
+and the model's losses.
 
 B: sequences of this rank's micro-batch, S: tokens of a sequence on this context-parallel rank.
 """
@@ -100,7 +100,7 @@ class TokenSelector:
     def weight_ahead(self, batch: Batch, progress: TrainingProgress) -> Tensor:
         """The sum of the weights that `choose` will give this micro-batch (float64, 0-d).
 
-        It is found with zeros for losses, so the losses must not change it
+        It is computed with losses of zero, so it must not depend on the losses
         (rules.knows_weight_ahead).
         """
         zeros_BS = torch.zeros(batch.tokens_BS.shape, device=batch.tokens_BS.device)
@@ -156,7 +156,7 @@ class TokenSelector:
         }
 
     def _population(self, token_id_BS: Tensor) -> Population:
-        # Every rank holds micro-batches of one shape, so no rank needs to ask the others for their
+        # All ranks hold micro-batches of the same shape, so no collective is needed to learn their
         # sizes.
         return Population(
             self.scope,

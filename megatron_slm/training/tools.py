@@ -1,4 +1,4 @@
-"""What a maintainer expects beside the training itself: one object that the loop calls.
+"""Debugging and tuning tools of a run, behind one object that the loop calls.
 
 None of it changes a result: a profiler, a snapshot when memory runs out, garbage collection at the
 same step everywhere, a shorter timeout of collectives, and the user's function after each step.
@@ -62,7 +62,7 @@ class TrainingTools:
         self._entered.__exit__(*error)
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Step `step` is done, and its checkpoint is written where one was due."""
+        """Called when `step` is done and its checkpoint, if one was due, is written."""
         self.timeout.after_step()
         self.profiler.after_step(step)
         self.garbage.after_step(step)

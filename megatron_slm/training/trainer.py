@@ -1,4 +1,5 @@
-"""What a training step works on: models, optimizer, token selector, and an online reference."""
+"""The state that a training step reads and changes: models, optimizer, token selector, online
+reference."""
 
 from dataclasses import dataclass, field
 
@@ -34,5 +35,5 @@ class Trainer:
 
     @property
     def reference_extras(self) -> tuple[str, ...]:
-        """What the online reference must give beside its loss."""
+        """The per-token outputs that the online reference must return beside its loss."""
         return ("entropy",) if "reference_entropy" in self.selector.scorer.needs else ()

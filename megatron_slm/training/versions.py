@@ -1,4 +1,4 @@
-"""versions.txt of a run folder."""
+"""Writes versions.txt of a run folder."""
 
 import importlib.metadata
 import platform

@@ -1,8 +1,8 @@
 """Notices a run that hangs, writes down where each rank stands, and ends it with its own exit code.
 
 A rank that is stopped, swapped out or waits for a file server keeps all the others waiting in a
-collective. Without this, nothing happens for the whole `device.timeout_minutes`, and then one
-rank's traceback says that it waited.
+collective. Without a watchdog nothing happens for the whole `device.timeout_minutes`, and then one
+rank's traceback shows only that it waited.
 
 Every rank has a thread that knows what the rank is doing (its phase, and the last finished step)
 and since when. The thread writes that to HANG_FOLDER/rank_NNNNN.json at an interval, and reads the
@@ -138,33 +138,34 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(self.interval_seconds):
-            here = self.whereabouts()
-            written = self._write(here)
-            if here.phase_seconds > self._allowed_seconds or (
+            status = self.whereabouts()
+            written = self._write(status)
+            if status.phase_seconds > self._allowed_seconds or (
                 written and self._next_rank_is_silent()
             ):
-                self._give_up(here)
+                self._give_up(status)
                 return
 
     def _next_rank_is_silent(self) -> bool:
         """Whether the next rank's file has not changed for `step_seconds` by this rank's clock.
 
-        A file that is not there says nothing: the rank has not begun, or has ended.
+        A missing file does not count: the rank has not begun, or has ended.
         """
         if self.world_size == 1:
             return False
         now = time.monotonic()
-        found = read_whereabouts(self._file((self.rank + 1) % self.world_size))
-        if not found or found[0].written_at != self._next_written_at:
+        next_rank = read_whereabouts(self._file((self.rank + 1) % self.world_size))
+        if not next_rank or next_rank[0].written_at != self._next_written_at:
             self._next_seen_at = now
-            self._next_written_at = found[0].written_at if found else 0.0
+            self._next_written_at = next_rank[0].written_at if next_rank else 0.0
         return now - self._next_seen_at > self.step_seconds
 
-    def _give_up(self, here: Whereabouts) -> None:
-        stacks = self._write_stacks(here)
+    def _give_up(self, status: Whereabouts) -> None:
+        stacks = self._write_stacks(status)
         print(
-            f"rank {here.rank} ({here.host}, pid {here.pid}) waits for ever: in {here.phase} after "
-            f"step {here.step} for {here.phase_seconds:.0f} s. Its stacks are in {stacks}",
+            f"rank {status.rank} ({status.host}, pid {status.pid}) waits for ever: in "
+            f"{status.phase} after step {status.step} for {status.phase_seconds:.0f} s. Its stacks "
+            f"are in {stacks}",
             file=sys.stderr,
             flush=True,
         )
@@ -172,77 +173,80 @@ class Watchdog:
         # time for them to write their stacks too, before the launcher ends them.
         self._closed.wait(3 * self.interval_seconds)
         if self._closed.is_set():
-            return  # it was finished after all
-        if self.rank == min(self._answering(here)):
-            verdict = self._verdict(here)
+            return  # the phase has ended after all
+        if self.rank == min(self._answering(status)):
+            verdict = self._verdict(status)
             print(verdict, file=sys.stderr, flush=True)
             run_status.end(
-                self.folder.parent, "failed", verdict, step=here.step, exit_code=EXIT_HUNG
+                self.folder.parent, "failed", verdict, step=status.step, exit_code=EXIT_HUNG
             )
         self.end(EXIT_HUNG)
 
-    def _answering(self, here: Whereabouts) -> list[int]:
-        """Ranks that are awake: their files were written lately. This rank is one of them."""
-        late = 5 * self.interval_seconds
-        awake = [each.rank for each in self._others() if here.written_at - each.written_at < late]
+    def _answering(self, status: Whereabouts) -> list[int]:
+        """Ranks that respond: their files were written recently. This rank is one of them."""
+        recent_seconds = 5 * self.interval_seconds
+        awake = [
+            other.rank
+            for other in self._others()
+            if status.written_at - other.written_at < recent_seconds
+        ]
         return [self.rank, *awake]
 
-    def _verdict(self, here: Whereabouts) -> str:
-        """Who keeps the others waiting, as far as the files of all ranks tell."""
-        awake = set(self._answering(here))
-        others = {each.rank: each for each in self._others()}
+    def _verdict(self, status: Whereabouts) -> str:
+        """Which ranks keep the others waiting, according to the files of all ranks."""
+        awake = set(self._answering(status))
+        others = {other.rank: other for other in self._others()}
         asleep = [others[rank] for rank in sorted(others.keys() - awake)]
         silent = sorted(set(range(self.world_size)) - awake - others.keys())
-        found = [
-            f"rank {each.rank} ({each.host}, pid {each.pid}) does not answer: stopped, swapped "
-            f"out, or its machine is gone; last seen in {each.phase} after step {each.step}"
-            for each in asleep
+        reasons = [
+            f"rank {other.rank} ({other.host}, pid {other.pid}) does not answer: stopped, swapped "
+            f"out, or its machine is gone; last seen in {other.phase} after step {other.step}"
+            for other in asleep
         ]
-        found += [
+        reasons += [
             f"rank {rank} has written nothing: it ended, or its disk fails" for rank in silent
         ]
-        behind = [each for each in others.values() if each.rank in awake]
-        found += [
-            f"rank {each.rank} ({each.host}, pid {each.pid}) is elsewhere: in {each.phase} after "
-            f"step {each.step}, for {each.phase_seconds:.0f} s"
-            for each in behind
-            if (each.step, each.phase) != (here.step, here.phase)
+        behind = [other for other in others.values() if other.rank in awake]
+        reasons += [
+            f"rank {other.rank} ({other.host}, pid {other.pid}) is elsewhere: in {other.phase} "
+            f"after step {other.step}, for {other.phase_seconds:.0f} s"
+            for other in behind
+            if (other.step, other.phase) != (status.step, status.phase)
         ]
-        if not found:
-            found = ["every rank answers and is in the same phase: the stacks tell which waits"]
-        return "\n".join(["the run hangs:", *found, f"stacks of all ranks: {self.folder}"])
+        if not reasons:
+            reasons = ["every rank answers and is in the same phase: the stacks tell which waits"]
+        return "\n".join(["the run hangs:", *reasons, f"stacks of all ranks: {self.folder}"])
 
     def _others(self) -> list[Whereabouts]:
-        found = []
+        others = []
         for rank in range(self.world_size):
             if rank != self.rank:
-                found += read_whereabouts(self._file(rank))
-        return found
+                others += read_whereabouts(self._file(rank))
+        return others
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.json"
 
-    def _write(self, here: Whereabouts) -> bool:
-        """Whether it could be written.
-
-        Without fsync: a watcher reads it while the machine is up, or not at all.
+    def _write(self, status: Whereabouts) -> bool:
+        """Write this rank's file; returns whether that was possible. No fsync: the file is only
+        read while the machine is up.
         """
         path = self._file(self.rank)
         temporary = path.with_suffix(".tmp")
         with suppress(OSError):  # a full or read-only disk must not end a run that computes
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(here)) + "\n")
+            temporary.write_text(json.dumps(asdict(status)) + "\n")
             temporary.replace(path)
             return True
         return False
 
-    def _write_stacks(self, here: Whereabouts) -> Path | str:
+    def _write_stacks(self, status: Whereabouts) -> Path | str:
         """Stacks of all threads of this rank; on stderr where the run folder cannot be written."""
-        path = self.folder / f"rank_{self.rank:05d}.step_{here.step:08d}.stacks.txt"
+        path = self.folder / f"rank_{self.rank:05d}.step_{status.step:08d}.stacks.txt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
-                file.write(json.dumps(asdict(here)) + "\n")
+                file.write(json.dumps(asdict(status)) + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             _write_flight_record(path.with_name(path.name.replace(".stacks.txt", ".nccl_trace")))
