@@ -6,7 +6,10 @@ configuration file may repeat the name, as the config.yaml of every run does.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_slm.config.schema import Config
 
 SETTINGS = (
     "optimizer.kind",
@@ -22,6 +25,15 @@ def names_code(text: str) -> bool:
     """Whether a setting names something in a Python file."""
     path, colon, inside = text.rpartition(":")
     return bool(colon) and path.endswith(".py") and inside.isidentifier()
+
+
+def parts_in_files(config: "Config") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each setting of SETTINGS that names something in a Python file."""
+    for setting in SETTINGS:
+        section, field = setting.split(".")
+        value = getattr(getattr(config, section), field)
+        if any(_names_of_code(value)):
+            yield setting, value
 
 
 def code_of_the_file_alone(values: Mapping, path: str, given: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_slm.config.code import names_code
+from megatron_slm.config.code import names_code, parts_in_files
 from megatron_slm.config.load import to_mapping
 from megatron_slm.config.schema import Config
 from megatron_slm.config.sizes import train_steps
@@ -118,7 +118,6 @@ def train_stages(
     for name, config in configs.items():
         path = names.below(f"pipeline/configs/{name}.yaml")
         steps = train_steps(config)
-        scorer_file = config.selection.scorer.rpartition(":")[0]
         found = sources[name].all()
         yield Stage(
             name,
@@ -131,14 +130,14 @@ def train_stages(
                 "run": what_a_run_learns_from(config),
                 "from": [each.fingerprint for each in found],
             },
-            reads=(scorer_file,) if Path(scorer_file).is_file() else (),
+            reads=_files_of_code(config),
             makes=(name,),
             resources=resources_of(description, TRAIN, description.runs[name].slurm),
         )
 
 
 def named_code(config: Config) -> list[str]:
-    """Options that name a scorer's file again: train takes no code from a configuration alone."""
+    """Options that name Python files again: train takes no code from a configuration alone."""
     selection = config.selection
     arguments = []
     if names_code(selection.scorer):
@@ -146,7 +145,17 @@ def named_code(config: Config) -> list[str]:
     options = yaml.safe_dump(selection.scorer_options, default_flow_style=True, width=10**6).strip()
     if ".py:" in options:
         arguments += ["--selection.scorer_options", options]
+    for setting, value in parts_in_files(config):
+        flow = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+        arguments += [f"--{setting}", flow if isinstance(value, list) else value]
     return arguments
+
+
+def _files_of_code(config: Config) -> tuple[str, ...]:
+    """Files of the user's whose code decides what a run learns."""
+    named = (config.selection.scorer, config.optimizer.kind, config.schedule.style)
+    paths = [name.rpartition(":")[0] for name in named]
+    return tuple(path for path in paths if Path(path).is_file())
 
 
 SCORE_SETTINGS = ("window_tokens", "stride_tokens", "document_policy", "dtype", "columns")

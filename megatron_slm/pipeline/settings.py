@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_slm.checkpoint.architecture import take_architecture
 from megatron_slm.config.check import check_config
-from megatron_slm.config.code import code_of_the_file_alone
+from megatron_slm.config.code import code_of_the_file_alone, names_code, parts_in_files
 from megatron_slm.config.load import ConfigError, from_mapping, merge_file, to_mapping
 from megatron_slm.config.schema import Config, DataConfig, DeviceConfig
 from megatron_slm.scoring.options import ScoreOptions, option_problems
@@ -113,9 +113,20 @@ def _make_paths_absolute(config: Config) -> None:
         _make_absolute(corpus, "corpus")
     if Path(config.selection.scorer.rpartition(":")[0]).is_file():  # FILE.py:NAME
         _make_absolute(config.selection, "scorer")
+    for setting, value in parts_in_files(config):
+        section, field = setting.split(".")
+        several = isinstance(value, list)
+        whole = [_absolute_part(each) for each in value] if several else _absolute_part(value)
+        setattr(getattr(config, section), field, whole)
     reference = config.selection.reference
     reference.scores = [str(Path(store).absolute()) for store in reference.scores]
     _make_absolute(reference, "checkpoint")
+
+
+def _absolute_part(name: str) -> str:
+    """PATH.py:NAME with its whole path; the name of a package's part as it is."""
+    path, _, function = name.rpartition(":")
+    return f"{Path(path).absolute()}:{function}" if names_code(name) else name
 
 
 def _make_absolute(settings, name: str) -> None:

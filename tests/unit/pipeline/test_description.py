@@ -1,5 +1,7 @@
 """A description is refused with all its problems at once; its settings reach the programs."""
 
+import shlex
+
 import pytest
 import yaml
 
@@ -227,3 +229,13 @@ def test_code_that_the_command_line_names_is_named_to_the_programs_too(cluster):
         "--selection.scorer_options",
         "{of: ['/x/mine.py:b']}",
     ]
+
+
+def test_parts_in_files_are_named_to_the_jobs_with_their_whole_paths(cluster):
+    (cluster.folder / "mine.py").write_text("raise SystemExit('the code of a part was run')\n")
+    words = ["--runs.slm.settings.optimizer.kind", "mine.py:lion"]
+    assert cluster.submit(*words, "--runs.slm.settings.monitoring.sinks", "[mine.py:Sink]") == 0
+    text = (cluster.folder / "out" / "pipeline" / "submit.sh").read_text()
+    assert f"--optimizer.kind {cluster.folder}/mine.py:lion" in text
+    sinks = f"['{cluster.folder}/mine.py:Sink']"
+    assert f"--monitoring.sinks {shlex.quote(sinks)}" in text
