@@ -59,7 +59,7 @@ _ExactDumper.add_representer(str, _ExactDumper.represent_str)
 OWN_OPTIONS = {
     "-h, --help": "Show this text and stop.",
     "--version": "Show the version and stop.",
-    "--config FILE": "YAML file with any of the settings below (see launch/recipes/).",
+    "--config FILE": "YAML file with any of the settings below.",
     "--print_config": "Print the resulting configuration as YAML and stop.",
 }
 """Options that are no settings."""

@@ -47,11 +47,12 @@ class DeviceConfig:
     monitoring.hang_seconds or three times the first step, so that a run which hangs has written its
     stacks before a collective ends it."""
     garbage_collection_steps: Count = 50
-    """Python's garbage is collected on all ranks after the same step, every so many steps, instead
-    of whenever one rank's counter is full, which makes the others wait; 0 = Python decides."""
+    """Training collects Python's garbage on all ranks after the same step, every so many steps,
+    instead of whenever one rank's counter is full, which makes the others wait; 0 = Python decides.
+    """
     flight_recorder_entries: Count = 2000
-    """Collectives that NCCL's flight recorder remembers on each rank. They are written to
-    RUN/ranks/ when the run hangs; 0 = none. CUDA only."""
+    """Collectives of a training run that NCCL's flight recorder remembers on each rank. They are
+    written to RUN/ranks/ when the run hangs; 0 = none. CUDA only."""
 
 
 @dataclass
