@@ -24,7 +24,8 @@ KNOWN_TOKENS = re.compile(
 
 def redacted(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text with passwords in addresses, well-known tokens, and the values of variables of
-    `environment` (default: the process's) that are named like a secret, as ***."""
+    `environment` (default: the process's) that are named like a secret, as ***.
+    """
     environment = os.environ if environment is None else environment
     text = IN_ADDRESSES.sub(HIDDEN + "@", text)
     text = IN_QUERIES.sub(rf"\1{HIDDEN}", text)

@@ -54,8 +54,7 @@ _WAITING_CALLS = (".wait(", ".item()", ".tolist()", ".cpu()", "synchronize(")
 
 
 class BusyTime:
-    """Adds up, by phase, the time that the thread which created this object spends on its own
-    work."""
+    """Adds up, by phase, the time that the creating thread spends on its own work."""
 
     def __init__(self) -> None:
         self._watched = threading.get_ident()
@@ -127,8 +126,7 @@ class DeviceTime:
         models[0].finish_grad_sync = self._noting(models[0].finish_grad_sync)
 
     def step_begins(self) -> None:
-        """The previous step has ended on the device too, because its gradient norm has been
-        read."""
+        """The device has finished the previous step: its gradient norm has been read."""
         if self._begun is not None and self._reduced is not None:
             self.seconds += self._begun.elapsed_time(self._reduced) / 1000
         self._begun, self._reduced = torch.cuda.Event(enable_timing=True), None

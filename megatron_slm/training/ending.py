@@ -1,5 +1,4 @@
-"""How a run ends: status.json always records the outcome, and a failure is reported to every
-sink."""
+"""How a run ends: status.json records every outcome, and each sink gets a failure."""
 
 from __future__ import annotations
 

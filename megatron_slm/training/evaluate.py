@@ -65,8 +65,7 @@ def losses_in(record: Mapping[str, float], names: Iterable[str]) -> dict[str, fl
 
 
 def nothing_counted(names: Iterable[str], losses: Mapping[str, float]) -> str | None:
-    """A warning when no token of a corpus that was read has a loss, on ranks that know the losses;
-    else None."""
+    """A warning if a corpus that was read has no loss, on ranks that know the losses; else None."""
     empty = [name for name in names if name not in losses]
     if not empty:
         return None

@@ -183,8 +183,7 @@ class TrainingRun:
         return exit_code_of_end(self, stop, stopped=stopped)
 
     def _train(self, stop: StopRequest, throughput: Throughput) -> bool:
-        """Train until the last step, or until all ranks agree to stop; returns whether they
-        agreed."""
+        """Train to the last step, or until all ranks agree to stop; returns whether they did."""
         if self.step == 0:
             self._validate()
         stopping = False

@@ -38,7 +38,8 @@ class NonFiniteSteps:
 
     def check(self, report: StepReport, batches: Sequence[Batch], loss_scale: float | None) -> None:
         """After every step, on every rank. Raises NonFiniteLoss when more steps in a row than
-        configured were not finite."""
+        configured were not finite.
+        """
         if not self.is_fault(report, loss_scale):
             if math.isfinite(report.grad_norm):
                 self.in_a_row = 0

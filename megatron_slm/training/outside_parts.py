@@ -22,8 +22,7 @@ TRIED_POSITIONS = (11.0, 500.0, 1000.0)
 
 @dataclass(frozen=True)
 class OutsideParts:
-    """Components that the settings take from outside the library; None or empty where they name
-    none."""
+    """What the settings take from outside the library; None or empty where they name none."""
 
     make_optimizer: Part | None = None
     """optimizer.kind: (parameter groups, settings) -> torch optimizer."""

@@ -15,7 +15,8 @@ from megatron_slm.training.evaluate import plain_loss
 @dataclass(frozen=True)
 class ValidationRun:
     """The argument of a function of monitoring.validations, which every rank calls at the same
-    step."""
+    step.
+    """
 
     step: int
     models: Sequence[MegatronModule]

@@ -94,8 +94,7 @@ def warning_messages(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 
 def compare(everyone: Sequence[Facts]) -> list[Finding]:
-    """The findings from comparing the facts of all processes, which are in the order of their
-    ranks."""
+    """The findings from the facts of all processes, which are in the order of their ranks."""
     return [*_versions(everyone), *_devices(everyone), _clocks(everyone), *_files(everyone)]
 
 
@@ -141,11 +140,9 @@ def _versions(everyone: Sequence[Facts]) -> list[Finding]:
     differing = []
     same = []
     names = dict.fromkeys(name for facts in everyone for name in facts.versions)
-    reporting = [facts for facts in everyone if facts.versions]
+    of_hosts = [(facts.host, facts.versions) for facts in everyone if facts.versions]
     for name in names:
-        hosts = _hosts_by(
-            (facts.host, facts.versions.get(name, "not there")) for facts in reporting
-        )
+        hosts = _hosts_by((host, versions.get(name, "not there")) for host, versions in of_hosts)
         if len(hosts) > 1:
             differing.append(_differing_version(name, hosts))
         elif name != "settings":
@@ -260,9 +257,7 @@ def _differing_files(first: Facts, other_facts: Sequence[Facts]) -> list[Finding
     findings = []
     for path, size in first.files.items():
         sizes = [(facts.host, facts.files.get(path, -1)) for facts in other_facts]
-        hosts = _hosts_by(
-            (host, _exact_size(its_size)) for host, its_size in sizes if its_size != size
-        )
+        hosts = _hosts_by((host, _exact_size(seen)) for host, seen in sizes if seen != size)
         if hosts:
             findings.append(
                 Finding(

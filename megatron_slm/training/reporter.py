@@ -91,8 +91,7 @@ class Reporter:
             self._open_sinks(wandb_id, outside_sinks or {})
 
     def _open_sinks(self, wandb_id: str, outside_sinks: Mapping[str, Callable[..., Any]]) -> None:
-        """Open every sink, show the start table, and send the messages from before the first
-        step."""
+        """Open every sink, show the start table, and send the messages of the start."""
         console = ConsoleSink(
             total_steps=self.length.steps, start_step=self.resume_step or 0, title=self.name
         )

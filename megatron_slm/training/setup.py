@@ -28,8 +28,7 @@ from megatron_slm.training.scorer_settings import choice_rules
 
 
 class RunInputError(ConfigError):
-    """Inputs that a configuration names cannot be used: missing, damaged, or of another
-    tokenizer."""
+    """A configured input cannot be used: missing, damaged, or of another tokenizer."""
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,7 @@ class SpikeData:
             self.run.reporter.message(f"{spike}{where}", "warning")
 
     def _write_down(self, spike: str | None) -> str:
-        """Write the data of the worst step if there is a spike; returns the end of the message, or
-        ""."""
+        """Write the data of the worst step after a spike; returns the end of the message, or ""."""
         steps, self._steps = self._steps, []
         run = self.run
         wanted = torch.tensor(

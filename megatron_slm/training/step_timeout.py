@@ -44,8 +44,7 @@ class StepTimeout:
         self._change_to(self.whole_seconds)
 
     def after_step(self) -> None:
-        """Called after every step; the duration of the first step of this start sets the
-        timeout."""
+        """Called after every step; the first step of this start determines the timeout."""
         if self._first_step_is_done or not self.wanted_seconds:
             return
         self._first_step_is_done = True

@@ -1,5 +1,4 @@
-"""The state that a training step reads and changes: models, optimizer, token selector, online
-reference."""
+"""What a training step uses: models, optimizer, token selector, and an online reference."""
 
 from dataclasses import dataclass, field
 
