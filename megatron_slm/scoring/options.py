@@ -60,7 +60,7 @@ class ScoreOptions:
     another document.
     """
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """Stored precision, 2 or 4 bytes per token; fp16 swaps under 0.1 % of the selection."""
+    """Stored precision, 2 or 4 bytes per token; fp16 swaps about 0.1 % of the selection or less."""
     columns: str = "loss"
     """Columns to store, separated by commas: loss, entropy (both in nats)."""
     micro_batch_size: Size = 8
