@@ -240,6 +240,14 @@ def option_problems(options: ScoreOptions) -> list[str]:
             f"device.head_engine: got {options.device.head_engine}; it computes the head's "
             "backward, and scoring has none: leave it at torch"
         )
+    training_only = ("step_timeout_minutes", "garbage_collection_steps", "flight_recorder_entries")
+    for name in training_only:
+        value = getattr(options.device, name)
+        if value != getattr(DeviceConfig, name):
+            problems.append(
+                f"device.{name}: got {value}; it is about training steps, and scoring has none: "
+                "leave it out"
+            )
     if options.parallel.virtual_pipeline > 1:
         problems.append(
             f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs "

@@ -26,6 +26,18 @@ SOUND = ScoreOptions(checkpoint="none", corpus="none", output="none")
         ),
         (dict(device=ScoreDevice(fp8="hybrid")), "device.fp8: got hybrid"),
         (
+            dict(device=ScoreDevice(garbage_collection_steps=7)),
+            "device.garbage_collection_steps: got 7; it is about training steps",
+        ),
+        (
+            dict(device=ScoreDevice(step_timeout_minutes=0)),
+            "device.step_timeout_minutes: got 0; it is about training steps",
+        ),
+        (
+            dict(device=ScoreDevice(flight_recorder_entries=0)),
+            "device.flight_recorder_entries: got 0; it is about training steps",
+        ),
+        (
             dict(device=ScoreDevice(head_engine="liger")),
             "device.head_engine: got liger; it computes the head's backward, and scoring has none",
         ),
