@@ -160,7 +160,11 @@ class CorpusOrder:
         return Place(self.first_epoch + number, self.epoch(self.first_epoch + number), within)
 
     def epoch(self, number: int) -> EpochIndex:
-        if number not in self.epochs:
+        """The index of an epoch. Threads may ask at once: the one that reads ahead, and one that
+        reads a step again.
+        """
+        index = self.epochs.get(number)
+        if index is None:
             lengths = self.documents.lengths
             tokens = self.documents.tokens
             build: Callable[[], EpochIndex]
@@ -174,11 +178,11 @@ class CorpusOrder:
                 name = f"sequence_{self.sequence_length}-whole"
                 build = partial(whole_corpus, lengths, tokens, self.sequence_length)
             # Samples come in order: of the epochs before, only the last one may be asked for again.
-            self.epochs = {n: index for n, index in self.epochs.items() if n == number - 1}
-            self.epochs[number] = build_once(
-                self.cache / name if self.cache else None, EpochIndex, build
-            )
-        return self.epochs[number]
+            kept = {n: each for n, each in self.epochs.items() if n == number - 1}
+            self.epochs = kept
+            index = build_once(self.cache / name if self.cache else None, EpochIndex, build)
+            self.epochs = kept | {number: index}
+        return index
 
     def pieces(self, index: int) -> list[tuple[int, int]]:
         """Absolute token ranges [start, end) of sample `index`, one per document it touches; S + 1

@@ -173,3 +173,21 @@ def test_a_larger_plan_is_not_read_from_the_index_of_a_smaller_one(corpora, tmp_
         )
         assert len(dataset.dataset_index) == samples
         assert "labels" in dataset[samples - 1]
+
+
+def test_an_epoch_is_given_though_another_thread_drops_it_meanwhile():
+    """The loader reads ahead, while the data of a loss that jumped are read again."""
+    order = CorpusOrder(documents_of([5, 7]), sequence_length=4)
+    index = order.epoch(0)
+
+    class DroppedWhenLookedUp(dict):
+        def __contains__(self, number):
+            order.epochs = {}
+            return True
+
+        def get(self, number):
+            order.epochs = {}
+            return self[number]
+
+    order.epochs = DroppedWhenLookedUp({0: index})
+    assert order.epoch(0) is index
