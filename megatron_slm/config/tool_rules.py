@@ -9,6 +9,11 @@ from megatron_slm.config.schema import Config
 def tool_problems(config: Config, world_size: int) -> Iterator[str]:
     """One sentence for each broken rule."""
     yield from unknown_parts(config)
+    if config.monitoring.validations and not config.data.validation:
+        yield (
+            f"monitoring.validations: got {config.monitoring.validations} with no corpus in "
+            "data.validation, without which nothing is validated: give one, or remove them"
+        )
     window = config.monitoring.profile_steps
     if window and (len(window) != 2 or window[0] > window[1]):
         yield (

@@ -145,3 +145,9 @@ def test_looking_at_names_runs_nothing(tmp_path):
     modules = set(sys.modules)
     check_config(config, 1)
     assert not {name for name in set(sys.modules) - modules if name.startswith("slm_parts_")}
+
+
+def test_measurements_at_a_validation_need_a_corpus():
+    config = Config()
+    config.monitoring.validations = ["mine.py:measure"]
+    assert problems_of(config).startswith("monitoring.validations: got ['mine.py:measure'] with no")
