@@ -233,8 +233,9 @@ class TrainingRun:
                 with self.watchdog.phase("validation"), self.tools.patient():
                     self._validate()
             except DataFault:  # of a validation corpus: no trained step is lost for it
-                save(self, with_optimizer=True)
-                self.store.close()
+                with self.watchdog.phase("saving a checkpoint"), self.tools.patient():
+                    save(self, with_optimizer=True)
+                    self.store.close()
                 raise
         # On a stop request validation is skipped (the checkpoint then cannot become `best`), but
         # the optimizer's state is always saved.

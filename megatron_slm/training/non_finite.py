@@ -54,7 +54,9 @@ class NonFiniteSteps:
                 "warning",
             )
             return
-        self.run.store.close()  # what is being written in the background is the last good state
+        # What is being written in the background is the last good state.
+        with self.run.watchdog.phase("finishing"), self.run.tools.patient():
+            self.run.store.close()
         raise NonFiniteLoss(
             f"{fault}: training diverged. Its data: {written}. Look at them, restart from the last "
             "checkpoint with a lower optimizer.learning_rate or a longer warm-up, or let single "

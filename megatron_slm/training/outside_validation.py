@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_slm.data.batch import Batch
 from megatron_slm.model.forward_backward import MegatronModule
 from megatron_slm.parallel import Groups
+from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.evaluate import plain_loss
 
 
@@ -48,6 +49,8 @@ def measure_outside(
     for name, measure in validations.items():
         try:
             measured = dict(measure(validation))
+        except DataFault:  # of a validation corpus, on all ranks: the loop saves, and ends with 3
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"monitoring.validations: {name} failed at step {validation.step}: "

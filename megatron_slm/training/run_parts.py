@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from megatron_slm.training.run_length import Done, RunLength
     from megatron_slm.training.setup import RunInputs
     from megatron_slm.training.spike_data import SpikeData
+    from megatron_slm.training.tools import TrainingTools
     from megatron_slm.training.trainer import Trainer
+    from megatron_slm.training.watchdog import Watchdog
 
 
 class RunParts(Protocol):
@@ -45,6 +47,8 @@ class RunParts(Protocol):
     loss_spikes: LossSpikes
     slow_ranks: SlowRankReport
     spike_data: SpikeData
+    watchdog: Watchdog
+    tools: TrainingTools
     done: Done
     length: RunLength
     steps: int

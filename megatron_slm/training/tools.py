@@ -54,8 +54,10 @@ class TrainingTools:
         self._entered = ExitStack()
 
     def __enter__(self) -> "TrainingTools":
-        for tool in (self.memory, self.garbage, self.timeout, self.profiler):
-            self._entered.enter_context(tool)
+        with ExitStack() as entered:  # where one cannot be entered, those before it are left
+            for tool in (self.memory, self.garbage, self.timeout, self.profiler):
+                entered.enter_context(tool)
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -270,5 +270,7 @@ def _write_flight_record(path: Path) -> None:
     Only where torch has NCCL and device.flight_recorder_entries is not 0 (flight_recorder.py).
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
-    if torch.cuda.is_available() and dump is not None:
+    if not torch.cuda.is_available() or dump is None:
+        return
+    with suppress(RuntimeError):  # it is a help, and must not keep a run that hangs from ending
         path.write_bytes(dump())

@@ -10,8 +10,10 @@ import torch
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
 from megatron_slm.model.outside_optimizer import check_outside_optimizer
+from megatron_slm.training.data_fault import DataFault
 from megatron_slm.training.learning_rate import learning_rate
 from megatron_slm.training.outside_parts import OutsideParts, load_outside_parts
+from megatron_slm.training.outside_validation import ValidationRun, measure_outside
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "extending.md"
 
@@ -124,3 +126,14 @@ def test_an_optimizer_without_state_is_taken():
     check_outside_optimizer(
         "sgd", lambda groups, settings: torch.optim.SGD(groups, lr=0.1), Config().optimizer
     )
+
+
+def test_a_corpus_that_cannot_be_read_in_a_measurement_is_a_fault_of_data():
+    """All ranks raise it together: the loop saves the steps before, and the run ends with 3."""
+
+    def measure(validation):
+        raise DataFault("a validation corpus was cut short")
+
+    run = ValidationRun(step=3, models=[], loaders={}, groups=None)
+    with pytest.raises(DataFault, match="cut short"):
+        measure_outside({"mine.py:measure": measure}, run)

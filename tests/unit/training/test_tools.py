@@ -224,3 +224,15 @@ def test_a_hook_that_fails_is_named(tmp_path):
     ):
         tools.after_step(3, {})
     assert gc.isenabled()
+
+
+def test_a_tool_that_cannot_be_entered_leaves_garbage_collection_on(tmp_path, monkeypatch):
+    tools = tools_of(tmp_path, None)
+
+    def fails():
+        raise RuntimeError("the profiler is in use")
+
+    monkeypatch.setattr(tools.profiler, "_start_where_due", fails)
+    with pytest.raises(RuntimeError, match="in use"), tools:
+        pass
+    assert gc.isenabled()

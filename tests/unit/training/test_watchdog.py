@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from megatron_slm.monitoring import run_status
 from megatron_slm.training.watchdog import EXIT_HUNG, Watchdog, Whereabouts, read_whereabouts
@@ -173,3 +174,16 @@ def test_a_half_written_file_is_no_whereabouts(tmp_path, content):
     path = tmp_path / "rank_00001.json"
     path.write_text(content)
     assert read_whereabouts(path) == []
+
+
+def test_a_flight_recorder_that_fails_does_not_keep_a_run_from_ending(
+    tmp_path, capsys, monkeypatch
+):
+    def dump():
+        raise RuntimeError("no NCCL here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", dump, raising=False)
+    end = Ends()
+    hang(tmp_path, end, capsys)
+    assert end.codes == [EXIT_HUNG]
