@@ -1,6 +1,4 @@
-"""Which rows the layers' backward products compute: all, or those that the selection gives a
-gradient.
-"""
+"""Which rows the layers' backward products compute: all, or only those with a nonzero gradient."""
 
 from megatron_slm.model.decoder import Decoder
 from megatron_slm.ops.row_dropping import drop_unselected_rows

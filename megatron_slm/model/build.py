@@ -30,7 +30,7 @@ def build_model(
 
     `trainable=False` freezes the weights and puts the model in eval mode: a reference
     (docs/method.md#point-18). bf16 and fp16 models come wrapped in megatron-core's Float16Module.
-    ValueError: an engine that was asked for cannot run here.
+    Raises ValueError if the configured engine cannot run here.
     """
     layers = resolve_layers(config, on_gpu=groups.device.type == "cuda")
     if config.device.head_engine == "liger":
@@ -86,8 +86,9 @@ def _decoder(
 def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
     """Tell megatron-core which weights are split over the tensor group.
 
-    Its layers do so only while they initialise their own weights, which we do ourselves; unmarked,
-    the gradient norm would leave out the parts of every tensor rank but the first.
+    megatron-core's layers set this mark only when they initialise their own weights, but
+    initialization.py draws ours. Without the mark the gradient norm would leave out the parts of
+    every tensor rank but the first.
     """
     split_dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
@@ -99,16 +100,16 @@ def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
 def resolve_layers(config: Config, on_gpu: bool) -> str:
     """Which layers the model is made of: "torch" or "transformer_engine".
 
-    ValueError when Transformer Engine, or fp8, is asked for and cannot be had.
+    Raises ValueError if Transformer Engine, or fp8, is configured and not available.
     """
     # config/check.py refuses isolated documents together with Transformer Engine's layers.
     isolated = config.data.document_policy == "isolated"
-    asked = "torch" if isolated else config.device.layers
+    wanted = "torch" if isolated else config.device.layers
     usable = on_gpu and has_transformer_engine()
-    if asked == "transformer_engine" and not usable:
+    if wanted == "transformer_engine" and not usable:
         why = "the device is the CPU" if not on_gpu else "it is not installed (see the Dockerfile)"
         raise ValueError(f"device.layers is transformer_engine, but {why}; use auto or torch")
-    layers = "transformer_engine" if usable and asked != "torch" else "torch"
+    layers = "transformer_engine" if usable and wanted != "torch" else "torch"
     if config.device.fp8 != "none" and (problem := fp8_problem(layers, config.device.fp8_recipe)):
         raise ValueError(
             f"device.fp8 is {config.device.fp8}, but {problem}; set device.fp8 to none"

@@ -1,4 +1,4 @@
-"""Batches as a rank feeds them to its model, and whole sequences of what comes out.
+"""Splits batches over the context-parallel ranks, and gathers outputs into whole sequences.
 
 B: sequences of a micro-batch, S: their tokens on this context-parallel rank, T: whole sequences.
 """

@@ -17,11 +17,11 @@ class HeadOutput(NamedTuple):
     """What a model gives on the last pipeline stage when it is called with labels."""
 
     loss_BS: Tensor
-    """fp32, nats; NaN where the head computed selected rows only and this is none of them."""
+    """fp32, nats; NaN in unselected rows if the head computed selected rows only."""
     loss_sum: Tensor | None
     """sum of weight * loss (0-d), where the head was given the weights; else None."""
     extras: dict[str, Tensor]
-    """Other per-token values that were asked for ("entropy"), fp32 [B, S]."""
+    """Other per-token values that were requested ("entropy"), fp32 [B, S]."""
 
     def per_token(self) -> dict[str, Tensor]:
         """ "loss" and the extras by name."""
@@ -29,9 +29,9 @@ class HeadOutput(NamedTuple):
 
 
 def head_output(output: HeadOutput | Sequence | Tensor) -> HeadOutput:
-    """A wrapped model's output as what its head gave.
+    """The HeadOutput in a wrapped model's output.
 
-    megatron-core's Float16Module makes a plain tuple of it, and GPTModel's own head gives the
+    megatron-core's Float16Module turns it into a plain tuple, and GPTModel's own head returns the
     losses alone.
     """
     return HeadOutput(output, None, {}) if isinstance(output, Tensor) else HeadOutput(*output)
@@ -83,8 +83,8 @@ class Decoder(GPTModel):
     def _selected_rows(
         self, hidden_SBH: Tensor, labels_SB: Tensor, weight_BS: Tensor
     ) -> HeadOutput:
-        # This head makes its gradients in forward and stores them in the model's precision: in fp16
-        # the loss scale must be in them by then.
+        # This head computes its gradients in forward and stores them in the model's precision, so
+        # under fp16 the loss scale must already be applied here.
         scale = 1.0
         if self.config.grad_scale_func is not None:
             scale = self.config.grad_scale_func(weight_BS.new_ones(()))

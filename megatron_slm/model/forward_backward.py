@@ -153,7 +153,7 @@ def _run(
     forward_only: bool,
     head_weights: Sequence[Tensor] | None = None,
 ) -> list:
-    """What the schedule collects on the last stage of what loss_function gives."""
+    """Run the schedule; returns the reports of loss_function, which only the last stage has."""
 
     def step(iterator, model):
         index, batch = next(iterator)
@@ -168,8 +168,8 @@ def _run(
         def loss(_, non_loss_data=False):
             return loss_function(index, batch, head_output(output))
 
-        # megatron-core's schedule wants a tensor, whose device it asks for with experts; what else
-        # the head gave is kept for the loss function.
+        # megatron-core's schedule needs a tensor (with experts it reads its device); the other
+        # outputs of the head are kept for the loss function.
         return output[0] if isinstance(output, tuple) else output, loss
 
     iterators = [iter(enumerate(batches)) for _ in models]

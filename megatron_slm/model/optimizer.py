@@ -160,11 +160,15 @@ def load_loss_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, flo
 
 
 def _loss_scalers(optimizer: MegatronOptimizer) -> list:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None) is not None]
+    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        chained.grad_scaler
+        for chained in optimizers
+        if getattr(chained, "grad_scaler", None) is not None
+    ]
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Write the learning rate of the coming step into every parameter group, as lr_mult asks."""
+    """Write the learning rate of the coming step into every parameter group, times its lr_mult."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)

@@ -1,4 +1,4 @@
-"""An optimizer that is not ours, inside megatron-core's mixed-precision and distributed wrappers.
+"""A user's optimizer inside megatron-core's mixed-precision and distributed wrappers.
 
 It is a function(parameter_groups, settings) that returns a torch.optim.Optimizer, as in
 
@@ -34,17 +34,17 @@ def put_inside(optimizer: Any, make: MakeOptimizer, settings: OptimizerConfig) -
 def _made_with(
     groups: list[dict[str, Any]], make: MakeOptimizer, settings: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """An optimizer that holds these very groups and parameters.
+    """An optimizer of exactly these groups and parameters.
 
-    torch takes leaves only, and the distributed optimizer's parameters are views of others: they
-    are put in once it is made.
+    torch accepts leaf tensors only, but the distributed optimizer's parameters are views; they are
+    put in after construction.
     """
     parameters = [group["params"] for group in groups]
     for group in groups:
-        group["params"] = [each.detach().requires_grad_() for each in group["params"]]
+        group["params"] = [parameter.detach().requires_grad_() for parameter in group["params"]]
     made = make(groups, settings)
-    for group, own in zip(groups, parameters, strict=True):
-        group["params"] = own
+    for group, originals in zip(groups, parameters, strict=True):
+        group["params"] = originals
     made.param_groups = groups
     return made
 
@@ -52,7 +52,7 @@ def _made_with(
 def check_outside_optimizer(name: str, make: MakeOptimizer, settings: OptimizerConfig) -> None:
     """Try the optimizer on a few numbers: two steps, and the same two with a resume between them.
 
-    Raises ValueError that says what it does not keep to.
+    Raises ValueError with the requirement that it does not meet.
     """
     try:
         whole = _Trial(make, settings)

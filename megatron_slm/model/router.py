@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_slm.parallel import Groups
 from megatron_slm.selection.metric_sums import MetricSums
 
-# RouterGatingLinearFunction asks for this name also where Transformer Engine is not installed
+# RouterGatingLinearFunction uses this name even if Transformer Engine is not installed
 # (megatron-core 0.16.1).
 vars(moe_utils).setdefault("te_general_gemm", None)
 
@@ -115,8 +115,8 @@ def has_auxiliary_losses(models: Sequence[MegatronModule]) -> bool:
 
 
 def pop_router_metrics(models: Sequence[MegatronModule], groups: Groups) -> MetricSums:
-    """(sum, count) pairs of what the routers counted since the last call, as this data x context
-    rank's part of the metrics; {} off the last stage and for a model without experts.
+    """(sum, count) pairs of what the routers counted since the last call, as the part of this data
+    x context rank in the metrics; {} off the last stage and for a model without experts.
 
     moe/load_balancing_loss, moe/router_z_loss
         over layers and micro-batches, without their coefficients

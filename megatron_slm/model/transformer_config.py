@@ -83,9 +83,9 @@ def _layout(parallel: ParallelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
-        # Interleaving over 2 ranks without overlap silently gives a wrong loss: sends to both
-        # neighbours reach the same peer and are matched in order (megatron-core 0.16.1 has no
-        # check). Overlap with unbatched p2p is right everywhere.
+        # Interleaving over 2 ranks without overlap silently gives a wrong loss: sends to the
+        # previous and the next stage reach the same peer and are matched in order (megatron-core
+        # 0.16.1 has no check). Overlap with unbatched p2p is right everywhere.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }

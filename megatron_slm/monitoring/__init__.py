@@ -1,7 +1,7 @@
 """Metrics of a run: record sums and counts (metrics.py), time steps (throughput.py), write them
 (sinks.py and friends).
 
-loss_spikes.py is the alarm for a loss that jumps; run_status.py says in one small file whether a
+loss_spikes.py is the alarm for a loss that jumps; run_status.py records in one small file whether a
 run is running, done, stopped or failed; it needs no torch.
 """
 
@@ -27,8 +27,8 @@ __all__ = list(MODULES)
 
 
 def __getattr__(name: str):
-    """A public name, loaded when it is first asked for: metrics.py needs torch, and run_status.py
-    is read without it.
+    """A public name, loaded on first use: metrics.py needs torch, and run_status.py is read without
+    it.
     """
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,8 +52,8 @@ class ConsoleSink:
 
         self._total_steps = total_steps
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        # rich would end the process: a `tee` that Ctrl-C took away is no reason to stop before the
-        # checkpoint.
+        # rich would end the process here, but a `tee` killed by Ctrl-C must not stop the run before
+        # its checkpoint.
         vars(self._console)["on_broken_pipe"] = _raise_again
         self._title = title if len(title) <= _TITLE_LONGEST else title[: _TITLE_LONGEST - 1] + "…"
         self._progress: tuple[Progress, TaskID] | None = None
@@ -159,7 +159,7 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _other_losses(record: Mapping[str, Any]) -> list[str]:
-    """What stands beside the loss of the selected tokens; nothing where every token is trained."""
+    """The losses shown beside that of the selected tokens; none if every token is trained on."""
     if "loss/selected" not in record:
         return []
     named = {name: _number(record, f"loss/{name}") for name in ("all", "reference")}

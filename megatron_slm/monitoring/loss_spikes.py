@@ -6,7 +6,7 @@ The first SMALLEST_HISTORY_LINES lines of a run are history only.
 Median and median deviation, because a mean and a standard deviation would be moved by the very
 spikes they should show. The loss of a line is a mean over many tokens, so its noise is near to a
 normal distribution's, of which 8 spreads are never exceeded; a falling loss lies below its recent
-median. A loss that rises over hundreds of lines is no spike and stays unseen here.
+median. A loss that rises over hundreds of lines is no spike and is not detected here.
 """
 
 import math
@@ -38,12 +38,12 @@ class LossSpikes:
         fraction, else None. A list, because it goes through JSON.
         """
         self._is_high = False
-        """Whether the last line was part of a spike that was told already."""
+        """Whether the last line was part of a spike that was reported already."""
 
     def look(self, summary: Mapping[str, Any], keep_fraction: float, step: int) -> str | None:
-        """A sentence when the loss of this log line is a spike that was not told yet.
+        """The warning if the loss of this log line is a spike that was not reported yet, else None.
 
-        summary: reduced metrics of the interval; loss/all counts, or loss/selected where the other
+        summary: reduced metrics of the interval. loss/all is watched, or loss/selected if loss/all
         is not computed. A loss that is not finite is left out. keep_fraction: what was configured
         for the interval; fewer kept tokens have a higher loss by choice.
         """

@@ -105,7 +105,7 @@ class Metrics:
 
         group: None = this rank alone. Every rank of it must call this. Two collectives: MAX of 64
         float64, then SUM of one packed tensor. It is the only place that waits for the device. A
-        metric nobody recorded is left out; an element with count 0 beside others is NaN.
+        metric that no rank recorded is left out; an element with count 0 beside others is NaN.
 
         summarise: forms the values of the ratios from their reduced (sum, count) pairs, float64 on
         the CPU, in place of the plain division: `selection.diagnostics.summarise` turns its
@@ -183,9 +183,8 @@ class Metrics:
         return sums
 
     def _value(self, value: Any) -> Tensor | float:
-        """A number stays one: it is a kernel's argument, with no copy and no wait.
-
-        A tensor becomes float64 on this device.
+        """A Python number is returned as it is (a kernel argument needs no copy and no
+        synchronisation); a tensor as float64 on this device.
         """
         if torch.is_tensor(value):
             return value.detach().to(device=self.device, dtype=torch.float64, non_blocking=True)
@@ -197,7 +196,8 @@ class Metrics:
     def _reduce_maxima(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """MAX over ranks.
 
-        Slots 0 and 1 tell whether all ranks pack the same layout, before the packed sizes meet.
+        Slots 0 and 1 show whether all ranks pack the same layout, before the packed tensors are
+        summed.
         """
         if group is None:
             return {name: value.item() for name, value in self._maxima.items()}

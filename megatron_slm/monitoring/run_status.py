@@ -4,7 +4,7 @@ Nothing here imports torch.
 
 It is replaced whole at every log line and when the run ends, so a reader never sees half of it. A
 process that is killed cannot write: the file then still says "running", and `RunStatus.was_killed`
-tells, on the machine of the run.
+detects this on the machine of the run.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def _change(run_folder: str | Path, state: str, **changes) -> RunStatus | None:
 
 def _write(run_folder: str | Path, status: RunStatus) -> None:
     """Storage that fails must not end a run: the status then stays as it was, and metrics.jsonl
-    tells of the storage.
+    reports the storage.
     """
     with contextlib.suppress(OSError):
         write_json_atomically(Path(run_folder) / STATUS_FILE, asdict(status))

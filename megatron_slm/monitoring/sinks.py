@@ -94,7 +94,7 @@ class MultiSink:
         for index, sink in enumerate(self._sinks):
             if index == skip:
                 continue
-            # Reporting the failure of a report could go round for ever.
+            # Reporting the failure of a report could loop for ever.
             with contextlib.suppress(Exception):
                 sink.message(text, level)
 
@@ -107,7 +107,7 @@ class JsonlSink:
     the file continues as an uninterrupted run's would. A run that starts anew (resume_step None)
     keeps an earlier file as metrics.jsonl.previous. Every record is on disk (fsync) when `log`
     returns. Records that could not be written are kept and written with the next. NaN and infinite
-    values are written as null: JSON has no other word for "no number".
+    values are written as null: JSON has no other value for "no number".
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:

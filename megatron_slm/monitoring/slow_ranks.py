@@ -2,7 +2,7 @@
 
 No torch.
 
-The ranks of a job finish their steps together, so the length of a step says nothing about who is
+The ranks of a job finish their steps together, so the length of a step does not show which rank is
 slow. What differs is the time a rank works while the others wait for it in a collective.
 
 R: ranks, P: phases.
@@ -22,11 +22,11 @@ OTHER = "everything else"
 PHASES = (DATA, COMPUTE, OPTIMIZER, CHECKPOINT, VALIDATION, OTHER)
 
 SLOW_INTERVALS = 5
-"""So many log intervals in a row a rank must be slow before it is told."""
+"""Consecutive log intervals in which a rank must be slow before it is reported."""
 SLOW_SECONDS = 60.0
-"""So long they must have lasted together: short ones differ by chance."""
+"""Least total duration of these intervals: short ones differ by chance."""
 SLOW_FRACTION = 0.1
-"""Slow in an interval: this part of it or more goes to what a rank works longer than the others."""
+"""A rank is slow in an interval if its extra work takes at least this fraction of the interval."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class SlowRanks:
     def look(
         self, seconds_RP: Sequence[Sequence[float]], interval_seconds: float, steps: int
     ) -> tuple[dict[str, float], str | None]:
-        """(metrics of a log interval, a sentence when a rank has turned out to be slow).
+        """(metrics of a log interval, a warning if a rank has become slow).
 
         seconds_RP: what every rank worked in each of PHASES.
         interval_seconds: how long the interval lasted.
@@ -87,7 +87,7 @@ class SlowRanks:
         return others_R
 
     def _newly_slow(self, excess_R: Sequence[float], interval_seconds: float) -> list[int]:
-        """Ranks that have been slow for long enough, and were not told before."""
+        """Ranks that have been slow for long enough, and were not reported before."""
         ranks = []
         for rank, (streak, excess) in enumerate(zip(self._streaks, excess_R, strict=True)):
             if excess < SLOW_FRACTION * interval_seconds:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Layout = dict[str, tuple[tuple[int, ...], bool]]
-"""Of each metric its shape, and whether it is a ratio."""
+"""The shape of each metric, and whether it is a ratio."""
 
 
 class Sums(NamedTuple):
@@ -32,7 +32,7 @@ class Sums(NamedTuple):
 
 
 def shape_of(name: str, value: Any) -> tuple[int, ...]:
-    """Of what is recorded for the metric `name`; ValueError for more than one dimension."""
+    """The shape of a value of the metric `name`; ValueError for more than one dimension."""
     if not torch.is_tensor(value):
         return ()
     if value.dim() > 1:

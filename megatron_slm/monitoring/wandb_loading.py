@@ -1,8 +1,8 @@
 """Loads wandb when a run uses it, and keeps its temporary files together.
 
-At its import wandb makes two temporary folders, and its service a socket, which a kill leaves
-behind. Here they are made in one folder, which a small shell removes as soon as this process has
-ended, however it ended.
+At its import wandb makes two temporary folders, and its service makes a socket; a kill leaves all
+of them behind. Here they are made in one folder, which a small shell process removes as soon as
+this process has ended, in whatever way.
 """
 
 import contextlib

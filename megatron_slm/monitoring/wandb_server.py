@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 ANSWER_SECONDS = 3.0
 BAD_GATEWAYS = (502, 503, 504)
-"""Answers of a proxy that reaches nobody behind it."""
+"""Status codes of a proxy that cannot reach the server behind it."""
 
 
 def choose_mode(mode: str, environment: Mapping[str, str] | None = None) -> str:
@@ -44,11 +44,11 @@ def _has_api_key(environment: Mapping[str, str]) -> bool:
 
 
 def unreachable(address: str, proxies: Mapping[str, str], seconds: float = ANSWER_SECONDS) -> str:
-    """Why nobody answers HTTP at `address` within `seconds`; "" when somebody does.
+    """Why no server answers HTTP at `address` within `seconds`; "" when one does.
 
-    wandb itself asks for three quarters of a minute, in which no step is trained. proxies: by
-    scheme, beside those of the environment. Any answer but a proxy's "nobody there" counts, a
-    refused certificate too: wandb has settings for those, and says what is wrong with a key.
+    wandb itself would try for 45 seconds, in which no step is trained. proxies: by scheme, in
+    addition to those of the environment. Every answer except those in BAD_GATEWAYS counts, a
+    refused certificate too: wandb has settings for certificates, and reports a wrong key itself.
     """
     answer = [f"no answer within {seconds:g} s"]
 
@@ -61,14 +61,14 @@ def unreachable(address: str, proxies: Mapping[str, str], seconds: float = ANSWE
             answer[0] = ""
         except urllib.error.HTTPError as error:
             answer[0] = f"HTTP {error.code}" if error.code in BAD_GATEWAYS else ""
-        except Exception as error:  # OSError, ValueError, http.client's: whatever a network can do
+        except Exception as error:  # OSError, ValueError, or an exception of http.client
             reason = getattr(error, "reason", error)
             if not isinstance(reason, ssl.SSLError):
                 answer[0] = str(reason) or type(reason).__name__
             else:
                 answer[0] = ""
 
-    # A thread, because looking up a name knows no time limit, and each read has one of its own.
+    # A thread, because a DNS lookup has no time limit, and each read has a limit of its own.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds)

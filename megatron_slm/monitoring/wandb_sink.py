@@ -39,8 +39,8 @@ class WandbSink:
 
     A failure of W&B is reported once through `warn` and the sink is silent from then on. Where the
     server does not answer at the start, the run is written offline; where it stops answering later,
-    what it has not taken stays in the run's folder, and the end of the run says how to upload it.
-    Steps repeated after a resume are logged again with the same x value.
+    what it has not taken stays in the run's folder, and a message at the end of the run explains
+    how to upload it. Steps repeated after a resume are logged again with the same x value.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class WandbSink:
             self._wandb = wandb_loading.load_wandb()
 
     def _not_online(self, options: dict[str, Any]) -> str:
-        """Open the run online; why that cannot be, "" when it is done."""
+        """Open the run online; returns why that failed, or ""."""
         try:
             with self._temporary.used():
                 known = self._wandb.setup(settings=self._settings()).settings
@@ -102,8 +102,8 @@ class WandbSink:
             reason = f"{type(error).__name__}: {error}"
         if reason:
             with contextlib.suppress(Exception):
-                # Its service goes on trying with the run's id in its hands, and would refuse it to
-                # the offline run.
+                # wandb's service keeps retrying under the run's id, and would refuse this id to the
+                # offline run.
                 self._wandb.teardown()
         return reason
 
@@ -125,8 +125,8 @@ class WandbSink:
             self._attempt(lambda: self._run.alert(title=level, text=text))
 
     def close(self, state: str = "done", exit_code: int = 0) -> None:
-        """Finish the W&B run: crossed out there after a failure; a stop on request is an end in
-        good order.
+        """Finish the W&B run: marked as failed after a failure; a stop on request counts as
+        success.
         """
         if self._run is not None:
             run, self._run = self._run, None

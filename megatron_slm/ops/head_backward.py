@@ -3,7 +3,7 @@
 With g the incoming gradient of a row, p its softmax and z the z-loss coefficient, the gradient of
 its logits is
     g * ((1 + 2 z lse) * p - onehot(target)).
-Rows with g = 0 never enter: no product, no pass over the vocabulary and no byte of a collective is
+Rows with g = 0 are left out: no product, no pass over the vocabulary and no byte of a collective is
 spent on them.
 
 Legend: N tokens, K rows with a gradient, C rows of a chunk, G rows of a group of chunks, H hidden,
@@ -85,7 +85,7 @@ class _KeptRows:
         self._gathered_KH = None if layout is None else layout.gather(inputs.rows)
 
     def places(self, numbers: slice) -> Tensor | slice:
-        """Where the kept rows with these numbers are among the N rows."""
+        """Indices among the N rows of the kept rows with these numbers."""
         return numbers if isinstance(self.index, slice) else self.index[numbers]
 
     def hidden(self, numbers: slice) -> Tensor:
@@ -238,8 +238,7 @@ def reduce_rows(
     if layout is not None:
         return layout.reduce_scatter(partial_KH, len(rows))
     if shard.group is not None:
-        # One row at least: no rank may leave a collective out, and some backends do when there is
-        # nothing to send.
+        # At least one row: some backends skip a collective of no elements, and no rank may skip it.
         sent = partial_KH if len(partial_KH) else partial_KH.new_zeros((1, partial_KH.shape[1]))
         dist.all_reduce(sent, group=shard.group)
     if len(index_K) == len(rows):

@@ -1,4 +1,4 @@
-"""One call of the head: everything about it that is not a tensor, and the checks at its door.
+"""The arguments of one call of the head that are not tensors, and the checks of all its arguments.
 
 Legend: C rows of a chunk, H hidden, V vocabulary columns of this tensor rank.
 """
@@ -21,7 +21,7 @@ one more collective over the tensor ranks."""
 
 @dataclass(frozen=True)
 class HeadCall:
-    """Everything about one call that is not a tensor."""
+    """The arguments of one call that are not tensors."""
 
     shard: VocabularyShard
     plan: HeadPlan

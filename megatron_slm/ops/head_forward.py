@@ -21,7 +21,7 @@ from megatron_slm.ops.vocab_parallel import VocabularyShard, combine_lse
 
 @dataclass
 class HeadForward:
-    """What the forward pass returns, and what it leaves for backward."""
+    """What the forward pass returns, and what it saves for backward."""
 
     loss_N: Tensor
     extras: list[Tensor]
@@ -33,7 +33,7 @@ class HeadForward:
     kept_NV: Tensor | None
     """exp(logits - maximum_N), in keep mode."""
     widened_VH: Tensor | None
-    """The fp32 copy of the weight, where the plan has room for it."""
+    """The fp32 copy of the weight, if it fits into the plan's memory budget."""
 
 
 def head_forward(rows: Tensor, weight: Tensor, target_N: Tensor, head: HeadCall) -> HeadForward:
@@ -110,7 +110,9 @@ class _RankColumns:
                 self._compute_chunks(weight_VH, every_target_N)
 
     def _compute_chunks(self, weight_VH: Tensor, every_target_N: Tensor | None) -> None:
-        """`every_target_N`: what target_rank compares the logits with; None when not asked for."""
+        """`every_target_N`: what target_rank compares the logits with; None when target_rank is not
+        requested.
+        """
         plan = self.head.plan
         passes = row_passes(plan)
         kept_as_fp32 = self.kept_NV is not None and self.kept_NV.dtype == torch.float32

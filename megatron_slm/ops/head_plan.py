@@ -72,7 +72,7 @@ def plan_head(
     A pure function of its arguments and the machine. Mode auto keeps while the kept bytes fit
     `kept_budget_bytes`, and never when no backward follows. Without chunk_tokens a CPU takes 1024
     rows (512 when recomputing, 256 when no backward follows), and a GPU a sixteenth of the tokens
-    within 256 MiB of logits. Engine "liger" recomputes; liger_engine.check_liger says whether it
+    within 256 MiB of logits. Engine "liger" recomputes; liger_engine.check_liger checks whether it
     can run here at all.
 
     ValueError names any argument outside its choices, and a compiled or Triton request that this
@@ -168,20 +168,20 @@ def _matmul(dtype: torch.dtype, device: torch.device) -> Matmul:
 
 
 def _elementwise(
-    asked: Elementwise, logits: int, device: torch.device, matmul: Matmul
+    requested: Elementwise, logits: int, device: torch.device, matmul: Matmul
 ) -> PlannedElementwise:
-    if asked == "triton" and not (device.type == "cuda" and has_triton()):
+    if requested == "triton" and not (device.type == "cuda" and has_triton()):
         raise ValueError(
             "elementwise='triton' needs CUDA tensors and the triton package; "
             f"the tensors are on {device.type}. Use 'auto'."
         )
-    if asked == "compiled" and not has_compiler():
+    if requested == "compiled" and not has_compiler():
         raise ValueError(
             "elementwise='compiled' needs a C++ compiler on the PATH and none was found. "
             "Install g++, or use 'auto'."
         )
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     if device.type == "cuda":
         return "triton" if has_triton() else "eager"
     # Compiling takes seconds. That pays only where matrix units make the products so fast that

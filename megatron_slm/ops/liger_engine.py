@@ -28,8 +28,8 @@ HIDDEN_MULTIPLE = 64
 FOREIGN_TARGET = -1
 """The target when another tensor rank has it.
 
-It is no column, and not Liger's ignore_index either: the row keeps its softmax gradient, and no
-column gets the target's part."""
+The value is no valid column and not Liger's ignore_index either, so the row keeps its softmax
+gradient and no column gets the one-hot term."""
 _IGNORE_INDEX = -100
 _TOLERANCE = 1e-2
 """Largest relative difference of a gradient.
@@ -69,8 +69,8 @@ def liger_gradients(
 def check_liger(dtype: torch.dtype, device: torch.device, hidden_size: int) -> None:
     """Return when the engine can run these operands on this device, and computes the right values.
 
-    The latter is tried once per process and device. ValueError says what is missing, or by how much
-    the gradients disagree.
+    The values are checked once per process and device. ValueError names what is missing, or by how
+    much the gradients disagree.
     """
     if dtype != torch.bfloat16 or hidden_size % HIDDEN_MULTIPLE:
         raise ValueError(
@@ -118,7 +118,7 @@ def _compare(name: str, value: Tensor, expected: Tensor) -> None:
             "Use engine 'torch', or liger-kernel 0.8.5."
         )
     difference = ((value.float() - expected).norm() / expected.norm()).item()
-    if not difference <= _TOLERANCE:  # a NaN is a disagreement too
+    if not difference <= _TOLERANCE:  # NaN counts as a disagreement
         raise ValueError(
             f"engine 'liger': the installed liger-kernel disagrees with plain torch on this "
             f"device: gradient of {name} is off by {difference:.1e} relative, "

@@ -120,12 +120,12 @@ def _losses(
 
 
 class _Context(FunctionCtx):
-    """What forward leaves for backward."""
+    """What forward saves for backward."""
 
     head: HeadCall
     kept_NV: Tensor | None
-    """Not among the saved tensors: backward works in these very bytes, so it takes them away, and
-    a second backward must fail. The same holds for widened_VH."""
+    """Not among the saved tensors: backward overwrites this memory, so it removes the reference,
+    and a second backward fails. The same holds for widened_VH."""
     widened_VH: Tensor | None
     parameter: ParameterWithMainGrad | None
     """None where autograd takes the weight's gradient. megatron-core keeps its accumulation buffer

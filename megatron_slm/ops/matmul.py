@@ -31,9 +31,9 @@ def operand(tensor: Tensor, plan: HeadPlan) -> Tensor:
 
 @contextmanager
 def product_precision(plan: HeadPlan) -> Iterator[None]:
-    """Within, fp32 products on a CPU may use bf16 units where the plan says so.
+    """Within this context, fp32 products on a CPU may use bf16 units if the plan says so.
 
-    The setting belongs to the whole process, so it is put back at the end.
+    The setting is global to the process and is restored at the end.
     """
     if plan.matmul != "widened_bf16_units":
         yield

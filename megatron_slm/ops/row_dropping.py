@@ -1,10 +1,10 @@
 """Backward that drops the gradient of unselected tokens below the layers they pass: APPROXIMATE.
 
 Below the last layer every token receives some gradient through keys and values.
-`drop_unselected_rows(layers)` drops it at each layer's entry, as Collider (arXiv 2502.00340) does,
-so that the rows of unselected tokens stay zero in all layers below, and row_skipping.py can leave
-them out. This works across pipeline stages too: which rows are zero is read from the gradient
-itself, nothing else is sent.
+`drop_unselected_rows(layers)` drops that gradient at each layer's input, as Collider (arXiv
+2502.00340) does, so that the rows of unselected tokens stay zero in all layers below, and
+row_skipping.py can leave them out. This works across pipeline stages too: zero rows are recognised
+in the gradient itself, so nothing else is communicated.
 """
 
 from collections.abc import Callable, Iterable
@@ -52,7 +52,7 @@ class _DropRows(torch.autograd.Function):
 
 
 def drop_unselected_rows(layers: Iterable[nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
-    """Tokens without a gradient at a layer's exit get none at its entry.
+    """Tokens without a gradient at a layer's output get none at its input.
 
     APPROXIMATE: gradients of parameters below change. `layers` are called with the hidden states
     first (or as hidden_states=...) and return them, alone or first of a tuple. What is lost is the

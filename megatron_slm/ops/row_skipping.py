@@ -70,7 +70,7 @@ def linear_skipping_zero_rows(
 
 
 class _LinearContext(FunctionCtx):
-    """What forward leaves for backward."""
+    """What forward saves for backward."""
 
     parameter: ParameterWithMainGrad | None
     """None where autograd takes the weight's gradient."""
@@ -164,10 +164,10 @@ class _NonzeroRows:
 def _input_gradient(
     parts: list[_NonzeroRows], weights_BPI: list[Tensor], input_NI: Tensor
 ) -> Tensor:
-    """The sum over the parts.
+    """The gradient of the input, summed over the parts.
 
-    The product of the part with the most rows becomes the sum when it has all rows; the others are
-    added to their rows.
+    If the largest part has all N rows, its product is the initial sum; the products of the other
+    parts are added to their rows.
     """
     pairs = sorted(zip(parts, weights_BPI, strict=True), key=lambda pair: -len(pair[0].grad_KP))
     total_NI: Tensor | None = None

@@ -7,9 +7,9 @@ seen first.
 
 Gradients are computed in forward and held until backward, which scales them. The weight's takes
 V * H fp32 values meanwhile. Hidden's has hidden's dtype, so under fp16 a loss scale belongs into
-`selected` (and the sum is divided by it again): applied in backward, it would come too late for
-small values. Collectives in forward: two fp32 vectors per chunk of selected rows, and one
-reduction of the selected rows of d(hidden); all of them run when nothing is selected.
+`selected` (and the sum is divided by it again): in backward it would be applied too late, after
+small values have underflowed. Collectives in forward: two fp32 vectors per chunk of selected rows,
+and one reduction of the selected rows of d(hidden); all of them run when nothing is selected.
 
 Legend: N tokens, K selected rows, C rows of a chunk, G rows of a group of chunks, H hidden, V this
 tensor rank's true vocabulary columns, F fields. Everything with N, K or C is the same on all tensor
@@ -89,7 +89,7 @@ def selected_linear_cross_entropy(
 
 
 class _Context(FunctionCtx):
-    """What forward leaves for backward."""
+    """What forward saves for backward."""
 
     gradients: tuple[Tensor | None, Tensor | None] | None
     """d(loss_sum) by rows and by weight; None once backward has scaled them in place."""

@@ -69,7 +69,9 @@ class WeightGradient:
 def deliver_weight_gradient(
     gradient_VH: Tensor, parameter: ParameterWithMainGrad | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """What autograd gets; with `parameter`, the gradient itself goes into its main_grad."""
+    """The gradient for autograd; with `parameter`, a placeholder, and the gradient goes into
+    main_grad.
+    """
     if parameter is None:
         return gradient_VH.to(dtype)
     if gradient_VH is not parameter.main_grad:
@@ -78,7 +80,7 @@ def deliver_weight_gradient(
 
 
 def placeholder_gradient(parameter: ParameterWithMainGrad) -> Tensor | None:
-    """What autograd gets when main_grad has taken the gradient, and the flag that says so."""
+    """The placeholder for autograd once main_grad holds the gradient; also sets the flag."""
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None
     parameter.grad_added_to_main_grad = True

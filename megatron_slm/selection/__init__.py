@@ -2,7 +2,7 @@
 nothing is logged or configured here.
 
 scorers.py            columns -> score, and the registry that other packages extend
-scorer_base.py        what is asked of every scorer
+scorer_base.py        the interface of every scorer
 builtin_scorers.py    the scorers of the literature, one function each
 combinators.py        scorers made of scorers: both, either, band, mixtures
 scorer_files.py       a scorer in a file of the user's own: PATH.py:NAME
@@ -16,7 +16,7 @@ diagnostics.py        sums and counts that describe a choice, with rates.py and 
 alarms.py             heuristic warnings computed from them
 
 Scorers and rules, schedules and alarms import no torch: a configuration is checked and planned, and
-a report written, with the very scorers that train. A public name is loaded when it is asked for.
+a report written, with the very scorers that train. A public name is loaded on first use.
 """
 
 from importlib import import_module
@@ -48,7 +48,7 @@ __all__ = list(MODULES)
 
 
 def __getattr__(name: str):
-    """A public name, loaded when it is first asked for: half of them need torch."""
+    """A public name, loaded on first use: half of them need torch."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

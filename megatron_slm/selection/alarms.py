@@ -1,13 +1,13 @@
-"""Heuristic warnings computed from reduced metrics: pure functions, each returning a sentence that
-says what was seen and what to do, or None.
+"""Heuristic warnings computed from reduced metrics: pure functions, each returns a sentence (what
+was observed, and what to do) or None.
 
-No torch: the report, which needs none, asks the same functions as the run.
+No torch, because the report calls the same functions as the run.
 """
 
 from collections.abc import Mapping
 
-# Mean |excess| below this says that reference and model are the same: fp16 storage rounds a loss of
-# 3 nats by up to 0.001.
+# Mean |excess| below this means that reference and model are the same: fp16 storage rounds a loss
+# of 3 nats by up to 0.001.
 SAME_MODEL_NATS = 5e-3
 # A share of equal scores above this means that token ids, not scores, make much of the choice.
 TIED_FRACTION = 0.5
@@ -88,7 +88,7 @@ def _scores_not_finite(summary: Mapping) -> str | None:
 
 
 def zero_gradient(step: int) -> str:
-    """Sentence for a step that trained nothing."""
+    """The warning for a step in which no token was trained on."""
     return (
         f"The gradient of step {step} is zero: no token of its global batch was trained on. All of "
         "them are the first tokens of documents (which are never trained on), have no score, or "
@@ -127,8 +127,8 @@ def ranks_tokens(scorer: str, keep_fraction: object = None) -> bool:
 
 
 def reference_overtaken(all_nats: float, reference_nats: float) -> str | None:
-    """The sentence to say when the model has overtaken its reference, else None: the one rule of
-    run and report.
+    """The warning if the model has overtaken its reference, else None: the same rule for run and
+    report.
 
     Both losses are means over all tokens, never over the selected ones. Those are selected because
     the model is behind on them, so on them it stays behind for as long as the losses of single

@@ -37,7 +37,7 @@ def _own_entropy(columns, progress):
 
 @register_scorer("history", needs=("loss", "{column}"))
 def _history(columns, progress, *, column="history_loss"):
-    """L_history - L_theta: what the model has learned since. ssToken and REL.
+    """L_history - L_theta: what the model has learned since that checkpoint. ssToken and REL.
 
     `column` holds losses of an earlier checkpoint.
     """

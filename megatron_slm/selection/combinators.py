@@ -104,7 +104,7 @@ class RhoLoss(Scorer):
         self.column = column
         self.needs = frozenset({"loss", column})
 
-    keeps_fixed_weight = False  # which sequence is completed beyond the share decides the number
+    keeps_fixed_weight = False  # the total depends on which sequence is completed beyond the share
 
     def rank(self, columns, eligible_BS, population, progress):
         excess_BS = excess_loss(columns["loss"], columns[self.column])
@@ -144,22 +144,24 @@ class _OfChoices(Scorer):
             options: dict[str, Any] = {"name": setting}
             if isinstance(setting, Mapping):
                 options = dict(setting)
-            own = options.pop("keep_fraction", None)
-            self.keep_fractions.append(None if own is None else check_keep_fraction(own))
+            child_fraction = options.pop("keep_fraction", None)
+            self.keep_fractions.append(
+                None if child_fraction is None else check_keep_fraction(child_fraction)
+            )
             self.children.append(build_scorer(**options))
         self.needs = frozenset().union(*(child.needs for child in self.children))
         self.choices = sum(child.choices for child in self.children)
 
     def _masks(self, columns, eligible_BS, keep_fraction, population, progress):
         self.check_scope(population.scope)
-        for child, own in zip(self.children, self.keep_fractions, strict=True):
-            fraction = keep_fraction if own is None else own
+        for child, child_fraction in zip(self.children, self.keep_fractions, strict=True):
+            fraction = keep_fraction if child_fraction is None else child_fraction
             yield child.choose(columns, eligible_BS, fraction, population, progress).mask
 
     def _children_keep_at_most(self, keep_fraction: float) -> list[float]:
         return [
-            child.kept_fraction_at_most(keep_fraction if own is None else own)
-            for child, own in zip(self.children, self.keep_fractions, strict=True)
+            child.kept_fraction_at_most(keep_fraction if child_fraction is None else child_fraction)
+            for child, child_fraction in zip(self.children, self.keep_fractions, strict=True)
         ]
 
 

@@ -21,8 +21,7 @@ from megatron_slm.selection.metric_sums import MetricSums, pack, unpack
 from megatron_slm.selection.rates import rate_by_quantile, rate_sums
 from megatron_slm.selection.select import Selection
 
-# Reported as totals of the interval; their share of all trained tokens is added under the name +
-# "_fraction".
+# Reported as totals of the interval; name + "_fraction" is their share of all trained tokens.
 TOTALS = ("selection/without_score", "selection/non_finite_scores")
 
 
@@ -97,7 +96,7 @@ def _loss_by_selection(
     name: str, value_BS: Tensor, known_BS: Tensor, chosen_BS: Tensor
 ) -> MetricSums:
     """Sums of all known values, of those of selected tokens, and of those of rejected ones."""
-    value_BS = torch.where(known_BS, value_BS, 0.0)  # a NaN times 0 is a NaN
+    value_BS = torch.where(known_BS, value_BS, 0.0)  # NaN * 0 is NaN
     kept_BS = known_BS & chosen_BS
     total = value_BS.sum(dtype=torch.float64)
     count = known_BS.sum().double()

@@ -1,4 +1,4 @@
-"""The known name that a person probably meant, for the messages of this room."""
+"""The known name that a user probably meant, for the error messages of this package."""
 
 import difflib
 from collections.abc import Iterable

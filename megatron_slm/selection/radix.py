@@ -1,11 +1,11 @@
 """Exact k-th value of a population spread over ranks, by radix select: traffic does not depend on
 the number of tokens.
 
-Write every value as a whole number whose order is the order wanted. Count how many values have each
-leading digit, add the counts of all ranks, and the digit of the k-th value is known; go on with the
-next digit among the values that share it. An fp32 score has 32 bits: three digits of 11, 11 and 10
-bits, three all-reduces of 2048 counts. Nothing is approximated, and every rank computes from the
-same counts, so every rank comes to the same bits.
+Every value is written as an integer with the same order. The values of each leading digit are
+counted, and the sum of the counts over all ranks gives the leading digit of the k-th value; the
+next digit is found among the values that share it. An fp32 score has 32 bits: three digits of 11,
+11 and 10 bits, three all-reduces of 2048 counts. Nothing is approximated. All ranks compute from
+the same counts, so all get the same bits.
 
 N: this rank's values. Counts are int64 (int32 would cap a population at 2^31 tokens; latency, not
 bytes, is the cost).
@@ -28,8 +28,8 @@ def kth_largest_score(
     *,
     compact: bool | None = None,
 ) -> tuple[float, int, int, int, int]:
-    """(threshold, kept, eligible, ties, ties kept) of the population: what a sort of all ranks'
-    scores would say.
+    """(threshold, kept, eligible, ties, ties kept) of the population, as a sort of all ranks'
+    scores would give.
 
     score_N is fp32 with -inf where a token does not compete. compact: drop the scores that are out
     between digits (default: on CPU), or mark them, because on an accelerator a shape that depends

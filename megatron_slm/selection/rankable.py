@@ -9,7 +9,7 @@ from torch import Tensor
 def rankable(score: Tensor, eligible: Tensor) -> Tensor:
     """The score in fp32, -inf for every token that does not compete, and +0.0 in place of -0.0.
 
-    No finite threshold ever lets a score of -inf in.
+    A score of -inf is below every finite threshold.
     """
     score = score.detach().float()
     return torch.where(eligible.bool() & (score.abs() < math.inf), score + 0.0, -math.inf)

@@ -1,6 +1,6 @@
 """What a scorer, a scope and the head's rows decide before any token is seen; no torch.
 
-Training asks these rules what to run, and the planner what to count, so that both say the same.
+Training decides by these rules what to run, and the planner what to count, so that both agree.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from megatron_slm.selection.schedule import build_schedule
 from megatron_slm.selection.scorers import Scorer, build_scorer
 
 MODEL_COLUMNS = frozenset({"loss", "entropy"})
-"""Columns that the model itself gives in its forward pass."""
+"""Columns that the model itself computes in its forward pass."""
 BATCH_COLUMNS = frozenset({"token_id", "position", "corpus_id"})
 """Columns that every batch has."""
 ONLINE_COLUMNS = frozenset({"reference_loss", "reference_entropy"})
@@ -55,7 +55,9 @@ class ChoiceRules:
 
     @property
     def loss_of_selected_only(self) -> bool:
-        """Whether nobody computes the loss of unselected tokens, so nothing can be said of it."""
+        """Whether the loss of unselected tokens is never computed, so that metrics of it are
+        omitted.
+        """
         return self.head_on_selected_rows and self.scorer.is_static and self.scorer.name != "none"
 
     @property
@@ -68,7 +70,7 @@ class ChoiceRules:
         """Whether one choice is made for the whole optimizer step, before its first backward.
 
         `weight_needed_ahead`: the divisor of a step must be known before its first backward, as the
-        auxiliary losses of a mixture of experts ask (model/router.py).
+        auxiliary losses of a mixture of experts require (model/router.py).
         """
         if self.scope == "global_batch" and self.scorer.kind != "mask":
             return True

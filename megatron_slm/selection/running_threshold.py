@@ -1,4 +1,4 @@
-"""A threshold carried from step to step, so that choosing never waits for another rank.
+"""A threshold carried from step to step, so that selecting needs no collective.
 
 N: this rank's tokens of one step.
 """
@@ -32,8 +32,9 @@ class RunningThreshold:
 
     Per micro-batch: `choose`. After the last micro-batch of every step, on every rank of the group:
     `finish_step`, which finds the exact threshold of the step that has just passed and measures how
-    far the choice made was from the exact one. Without `finish_step` the scores of all steps pile
-    up and the threshold never moves. `state_dict` belongs into the checkpoint.
+    far the choice made was from the exact one. Without `finish_step` the scores of all steps
+    accumulate in memory and the threshold never changes. `state_dict` must be saved in the
+    checkpoint.
     """
 
     def __init__(self, smoothing: float = 0.5):

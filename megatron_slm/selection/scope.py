@@ -6,7 +6,7 @@ context parallel size).
 The paper leaves the population open ("ranking the tokens in a batch"), and it matters: with
 per-document loss offsets of 0.3 nats, choosing 60 % per sequence shares only 0.78 of its tokens
 with the choice over everything. A choice over many documents also filters documents; a choice per
-sequence cannot. `Population.top` says what each scope promises and what it costs.
+sequence cannot. `Population.top` lists what each scope promises and what it costs.
 
     population = Population("data_parallel", token_id_BS, group=dp_cp_group)
     selection = population.top(score_BS, eligible_BS, keep_fraction=0.6)

@@ -1,4 +1,4 @@
-"""What is asked of every scorer. B: sequences, S: tokens of a sequence on this rank."""
+"""The interface of every scorer. B: sequences, S: tokens of a sequence on this rank."""
 
 from __future__ import annotations
 

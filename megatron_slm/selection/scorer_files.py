@@ -1,9 +1,8 @@
 """A scorer in a file of the user's own: `selection.scorer: PATH.py:NAME`.
 
-Loading such a file runs its code. Nothing does that but `load_scorer_files`, which programs call
-that start from a configuration a person gave them (train, plan). Building a scorer never loads a
-file, so a configuration read from a run folder or a checkpoint (by report, score, export) runs
-nothing.
+Loading such a file runs its code. Only `load_scorer_files` does that, and only programs that start
+from a configuration given by the user (train, plan) call it. Building a scorer never loads a file,
+so a configuration read from a run folder or a checkpoint (by report, score, export) runs nothing.
 """
 
 import hashlib
@@ -57,16 +56,16 @@ def _load(setting: str) -> None:
         raise ValueError(f"scorer {setting}: there is no file {path} (looked from {Path.cwd()})")
     module_name = _MODULE_PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     specification = importlib.util.spec_from_file_location(module_name, path)
-    assert specification is not None  # of a path that ends with .py there always is one
+    assert specification is not None  # a path that ends with .py always has a loader
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     vars(module)["source_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    sys.modules[module_name] = module  # dataclasses in the user's file look themselves up here
+    sys.modules[module_name] = module  # dataclasses in the user's file look up their module here
     try:
         with scorers.registered_as(f"{file_name}:") as found:
             specification.loader.exec_module(module)
     except Exception as error:
-        # The user's code: whatever it raises, the file is what can be changed.
+        # The user's code may raise anything; the message must name the file to change.
         del sys.modules[module_name]
         raise ValueError(
             f"scorer {setting}: running {path} failed: {type(error).__name__}: {error}"

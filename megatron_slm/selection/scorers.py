@@ -4,7 +4,7 @@ B: sequences, S: tokens of a sequence on this rank. A column is one value per to
 which they need:
 
     loss               L_theta, the model's own loss, fp32, nats: always there
-    entropy            H_theta, when a scorer asks for it
+    entropy            H_theta, when a scorer needs it
     token_id, position, corpus_id
                        int64
     reference_loss, reference_entropy, any other name
@@ -23,7 +23,7 @@ A package of your own names the module that registers it under the entry point g
 tokens against each other, or make more than one choice, are classes in combinators.py.
 
 None of these files imports torch: a scorer works through the methods of the tensors it is given, so
-what it is and what it needs can be asked, and its options checked, before torch is loaded.
+its kind, its needs and its options can be checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -162,21 +162,21 @@ def child_scorer(setting: str | Mapping | Scorer) -> Scorer:
 def _load_entry_point(name: str) -> None:
     from importlib.metadata import entry_points
 
-    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    if name not in found:
-        raise ValueError(_unknown(name, {*SCORERS, *found}))
+    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in offered:
+        raise ValueError(_unknown(name, {*SCORERS, *offered}))
     try:
-        found[name].load()
+        offered[name].load()
     except Exception as error:
-        # Someone else's module: whatever it raises, the setting that asked for it is what a person
-        # can change.
+        # An installed package may raise anything; the message must name the scorer that the user
+        # configured.
         raise ValueError(
-            f"scorer {name}: entry point {found[name].value} of an installed package cannot be "
+            f"scorer {name}: entry point {offered[name].value} of an installed package cannot be "
             f"loaded: {error!r}"
         ) from error
     if name not in SCORERS:
         raise ValueError(
-            f"entry point {found[name].value} was loaded but registers no scorer named "
+            f"entry point {offered[name].value} was loaded but registers no scorer named "
             f"{name!r}; use @register_scorer({name!r})"
         )
 
@@ -202,13 +202,13 @@ def in_file(name: str) -> bool:
 def registered_as(prefix: str) -> Iterator[list[str]]:
     """Scorers registered inside the block get `prefix` before their names; yields the names."""
     before = set(SCORERS)
-    found: list[str] = []
+    new_names: list[str] = []
     try:
-        yield found
+        yield new_names
     finally:
         for name in [name for name in SCORERS if name not in before]:
             SCORERS[prefix + name] = SCORERS.pop(name)
-            found.append(name)
+            new_names.append(name)
 
 
 def excess_loss(loss: Tensor, reference_loss: Tensor) -> Tensor:

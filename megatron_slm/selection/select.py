@@ -116,9 +116,9 @@ def select_top(
                call, also with no tokens. Pass the data x context parallel group; never a tensor
                group, whose ranks hold copies of the same tokens.
     backend    how ranks agree on the threshold, with the same answer to the bit: "gather", "radix",
-               or "auto", which chooses by size (threshold.py says what each costs).
+               or "auto", which chooses by size (threshold.py lists what each costs).
     capacity   the most tokens that any rank of the group holds, the same number on every rank:
-               spares the ranks telling each other their sizes. Default: they tell.
+               saves the exchange of sizes. Default: the ranks exchange them.
 
     Every rank gets the same threshold, kept, eligible and ties. Costs one host synchronisation; a
     few more small all-reduces only when the threshold falls inside a run of equal scores. Raises
@@ -129,23 +129,31 @@ def select_top(
     check_same_shape(score, eligible=eligible, token_id=token_id)
     group = other_ranks(group)
     score_N = rankable(score, eligible).reshape(-1)
-    found = find_threshold(score_N, keep_fraction, group, backend, capacity)
-    mask_N = _top_mask(score_N, None if token_id is None else token_id.reshape(-1), found, group)
-    return Selection(mask_N.view(score.shape), found.score, found.kept, found.eligible, found.ties)
+    threshold = find_threshold(score_N, keep_fraction, group, backend, capacity)
+    mask_N = _top_mask(
+        score_N, None if token_id is None else token_id.reshape(-1), threshold, group
+    )
+    return Selection(
+        mask_N.view(score.shape),
+        threshold.score,
+        threshold.kept,
+        threshold.eligible,
+        threshold.ties,
+    )
 
 
 def _top_mask(
-    score_N: Tensor, token_id_N: Tensor | None, found: Threshold, group: ProcessGroup | None
+    score_N: Tensor, token_id_N: Tensor | None, threshold: Threshold, group: ProcessGroup | None
 ) -> Tensor:
-    if found.eligible == 0:
+    if threshold.eligible == 0:
         return torch.zeros_like(score_N, dtype=torch.bool)
-    if found.ties_kept == found.ties:
-        return score_N >= found.score
-    tie_N = score_N == found.score
+    if threshold.ties_kept == threshold.ties:
+        return score_N >= threshold.score
+    tie_N = score_N == threshold.score
     if token_id_N is None:
         token_id_N = _position_in_rank_order(score_N, group)
-    last_id = last_kept_id(token_id_N[tie_N], found.ties_kept, group)
-    return (score_N > found.score) | (tie_N & (token_id_N <= last_id))
+    last_id = last_kept_id(token_id_N[tie_N], threshold.ties_kept, group)
+    return (score_N > threshold.score) | (tie_N & (token_id_N <= last_id))
 
 
 def _position_in_rank_order(score_N: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Find the score that separates kept from dropped: three ways, one answer.
+"""Finds the score that separates kept from dropped tokens, in three ways with the same result.
 
 N: this rank's tokens. R: ranks of the group. Scores are "rankable": fp32, -inf where a token does
 not compete, no -0.0.
@@ -10,10 +10,10 @@ not compete, no -0.0.
 | radix  | 3 x 2048 counts (48 KB)    | 3 all-reduces     | one histogram of N                    |
 
 Ranks may hold different numbers of tokens, and no rank knows the numbers of the others: the choice
-between gather and radix must come from something that all of them see. Either the caller knows a
-capacity, the most tokens that any rank holds; or the first message of "auto" has one size for
-everybody: a header, and as many scores as fit. A small population is finished with that one
-collective, like all_gather + topk; otherwise the headers tell every rank the same sizes.
+between gather and radix must depend on something that all ranks know. Either the caller knows a
+capacity, the most tokens that any rank holds; or the first message of "auto" has the same size on
+every rank: a header, and as many scores as fit. A small population needs only that collective, as
+all_gather + topk would; otherwise all ranks learn all sizes from the headers.
 """
 
 import math
@@ -42,7 +42,7 @@ class Threshold:
     """What separates kept tokens from dropped ones, and counts over the whole population."""
 
     score: float
-    """Of the last kept token; +inf when nothing is eligible."""
+    """Score of the last kept token; +inf when nothing is eligible."""
     kept: int
     eligible: int
     ties: int
@@ -138,13 +138,13 @@ def kth_largest_by_sort(score_N: Tensor, keep_fraction: float) -> Threshold:
     ties_kept = kept - (score_N > score).sum()
     counts = torch.stack([kept, eligible, (score_N == score).sum(), ties_kept])
     value, *numbers = torch.cat([score.double().view(1), counts.double()]).tolist()
-    found = Threshold(value, *map(int, numbers))
-    return found if found.eligible else NOTHING_ELIGIBLE
+    threshold = Threshold(value, *map(int, numbers))
+    return threshold if threshold.eligible else NOTHING_ELIGIBLE
 
 
-def quickselect(values_N: np.ndarray, place: int) -> float:
+def quickselect(values_N: np.ndarray, index: int) -> float:
     """The value at `place` of the sorted array."""
-    return float(np.partition(values_N, place)[place])
+    return float(np.partition(values_N, index)[index])
 
 
 def tokens_of_ranks(score_N: Tensor, group: ProcessGroup) -> Tensor:
@@ -159,17 +159,20 @@ def tokens_of_ranks(score_N: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _first_message(score_N: Tensor, group: ProcessGroup) -> tuple[list[int], Tensor | None]:
-    """(tokens of every rank, all scores if every rank's fitted into the message)."""
-    room = FIRST_MESSAGE_TOKENS // dist.get_world_size(group)
-    message = score_N.new_full((2 + room,), -math.inf)
+    """(tokens of every rank, all scores if they fitted into the messages, else None)."""
+    scores_sent = FIRST_MESSAGE_TOKENS // dist.get_world_size(group)
+    message = score_N.new_full((2 + scores_sent,), -math.inf)
     message[:2].view(torch.int64).fill_(score_N.numel())  # the header: 8 bytes, two floats wide
-    if score_N.numel() <= room:
+    if score_N.numel() <= scores_sent:
         message[2 : 2 + score_N.numel()] = score_N
     messages = all_gather(message, group)
-    tokens_R = [int(part[:2].view(torch.int64)) for part in messages]
-    if max(tokens_R) > room:
+    tokens_R = [int(message_of_rank[:2].view(torch.int64)) for message_of_rank in messages]
+    if max(tokens_R) > scores_sent:
         return tokens_R, None
-    scores = [part[2 : 2 + tokens] for part, tokens in zip(messages, tokens_R, strict=True)]
+    scores = [
+        message_of_rank[2 : 2 + tokens]
+        for message_of_rank, tokens in zip(messages, tokens_R, strict=True)
+    ]
     return tokens_R, torch.cat(scores)
 
 
@@ -186,12 +189,12 @@ def _gather(score_N: Tensor, capacity: int, group: ProcessGroup) -> Tensor:
 
 def all_gather(value: Tensor, group: ProcessGroup) -> list[Tensor]:
     """Every rank's tensor, in rank order; all have the shape of value."""
-    parts = [
+    gathered = [
         torch.empty_like(value, memory_format=torch.contiguous_format)
         for _ in range(dist.get_world_size(group))
     ]
-    dist.all_gather(parts, value.contiguous(), group=group)
-    return parts
+    dist.all_gather(gathered, value.contiguous(), group=group)
+    return gathered
 
 
 def last_kept_id(tie_id_N: Tensor, ties_kept: int, group: ProcessGroup | None) -> int:

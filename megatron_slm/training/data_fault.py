@@ -18,8 +18,9 @@ class DataFault(ValueError):
 
 
 def share_fault(fault: Exception | None) -> DataFault:
-    """The fault of the lowest rank that has one, on every rank. Collective: called by every rank,
-    once any rank is known to have a fault.
+    """The fault of the lowest rank that has one, on every rank.
+
+    Collective: called by every rank, once any rank is known to have a fault.
     """
     described = None
     if fault is not None:

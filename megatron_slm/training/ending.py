@@ -44,8 +44,10 @@ class NotSaved(TrainingFailed):
 
 
 def train_to_an_end(config: Config, groups: Groups, make_run: Callable[[], TrainingRun]) -> int:
-    """Make a run, train it, and report how it ended; returns the exit code. An exception that is
-    neither bad data nor a failure of training is reported and then raised again, for its traceback.
+    """Make a run, train it, and report how it ended; returns the exit code.
+
+    An exception that is neither bad data nor a failure of training is reported and then raised
+    again, for its traceback.
     """
     folder = config.run.folder
     if groups.world_rank == 0:

@@ -19,9 +19,10 @@ TRACE_PREFIX = "nccl_timeout_rank_"
 def record_collectives(
     entries: int, run_folder: str | Path, environment: MutableMapping[str, str] | None = None
 ) -> None:
-    """Let NCCL remember `entries` collectives (0 = none) and write them into RUN/ranks. Variables
-    that the environment sets already are left as they are. Each variable is set under its old and
-    its new name: torch 2.13 reads TORCH_FR_*, and still accepts the old ones.
+    """Let NCCL remember `entries` collectives (0 = none) and write them into RUN/ranks.
+
+    Variables that the environment sets already are left as they are. Each variable is set under its
+    old and its new name: torch 2.13 reads TORCH_FR_*, and still accepts the old ones.
     """
     environment = os.environ if environment is None else environment
     prefix = str(Path(run_folder).absolute() / HANG_FOLDER / TRACE_PREFIX)

@@ -64,8 +64,9 @@ class NonFiniteSteps:
         )
 
     def _write_down(self, batches: Sequence[Batch]) -> Path:
-        """Write every data-parallel rank's sequences of the step; returns the folder. Their losses
-        come from one more forward pass (two with an online reference).
+        """Write every data-parallel rank's sequences of the step; returns the folder.
+
+        Their losses come from one more forward pass (two with an online reference).
         """
         run = self.run
         folder = run.folder / FOLDER / f"step_{run.step:08d}"

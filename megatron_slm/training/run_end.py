@@ -6,8 +6,9 @@ from megatron_slm.training.signals import EXIT_RESUME, StopRequest
 
 
 def exit_code_of_end(run: RunParts, stop: StopRequest, *, stopped: bool) -> int:
-    """Report how the run ended; returns its exit code. NotSaved: there is no checkpoint of the last
-    step.
+    """Report how the run ended; returns its exit code.
+
+    NotSaved: there is no checkpoint of the last step.
     """
     saved = run.store.saved_step == run.step
     if stopped and (problem := stop.clear()):

@@ -1,4 +1,5 @@
 """The attributes of a run that other modules of this package use. loop.TrainingRun has all of them.
+
 Modules that write a checkpoint or examine a bad step import this protocol instead of it, so that
 there is no import cycle.
 """

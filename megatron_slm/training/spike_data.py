@@ -51,9 +51,10 @@ class SpikeData:
         self._steps.append(_Step(self.run.step, first_sample, loss))
 
     def end_interval(self, spike: str | None) -> None:
-        """Called at every log line; a new interval begins. spike: the alarm of this line, or None.
-        Only the alarm of the rank that logs counts; that rank reports it with the folder of the
-        data.
+        """Called at every log line; a new interval begins.
+
+        spike: the alarm of this line, or None. Only the alarm of the rank that logs counts; that
+        rank reports it with the folder of the data.
         """
         where = self._write_down(spike)
         if spike is not None:

@@ -228,8 +228,9 @@ class Watchdog:
         return self.folder / f"rank_{rank:05d}.json"
 
     def _write(self, status: Whereabouts) -> bool:
-        """Write this rank's file; returns whether that was possible. No fsync: the file is only
-        read while the machine is up.
+        """Write this rank's file; returns whether that was possible.
+
+        No fsync: the file is only read while the machine is up.
         """
         path = self._file(self.rank)
         temporary = path.with_suffix(".tmp")
