@@ -25,7 +25,7 @@ from megatron_slm.training.run_parts import RunParts
 from megatron_slm.training.saved_state import restore
 from megatron_slm.training.token_selector import TokenSelector
 from megatron_slm.training.trainer import Trainer
-from megatron_slm.training.versions import write_versions
+from megatron_slm.training.versions import changed_files, write_versions
 
 Messages = list[tuple[str, str]]
 """(text, level) of messages that are reported once the sinks are open."""
@@ -89,7 +89,7 @@ def write_settings(run: RunParts, *, resumed: bool) -> Messages:
     if run.groups.world_rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         if resumed:
-            changes = [resume.changed_settings(run.folder, run.config)]
+            changes = [resume.changed_settings(run.folder, run.config) + changed_files(run.folder)]
         (run.folder / "config.yaml").write_text(to_yaml(run.config))
         write_versions(run.folder)
     dist.broadcast_object_list(changes, src=0)

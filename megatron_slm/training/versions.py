@@ -21,6 +21,8 @@ PACKAGES = (
     "wandb",
     "transformers",
 )
+_FILE_KINDS = ("scorer file ", "file of a part ")
+"""How the lines about Python files begin."""
 
 
 def write_versions(folder: Path) -> None:
@@ -32,10 +34,36 @@ def write_versions(folder: Path) -> None:
         f"platform {platform.platform()}",
         *(f"{package} {_installed(package)}" for package in PACKAGES),
     ]
-    lines += [f"scorer file {line}" for line in loaded_scorer_files()]
-    lines += [f"file of a part {line}" for line in loaded_part_files()]
+    lines += _file_lines()
     lines.append(f"git {_revision() or 'not a git checkout'}")
     (folder / "versions.txt").write_text("\n".join(lines) + "\n")
+
+
+def changed_files(folder: Path) -> list[tuple[str, str]]:
+    """Files of scorers and parts that were run at the start before, as versions.txt tells, and have
+    other content now, as warnings. Call it before `write_versions`.
+    """
+    try:
+        before = (folder / "versions.txt").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    known = dict(line.rsplit(" ", 1) for line in before if line.startswith(_FILE_KINDS))
+    changed = []
+    for line in _file_lines():
+        name, content = line.rsplit(" ", 1)
+        if known.get(name, content) != content:
+            changed.append(
+                (f"{name} has changed since this run was started before: {content}", "warning")
+            )
+    return changed
+
+
+def _file_lines() -> list[str]:
+    """What versions.txt says of every Python file that the settings name."""
+    scorer_kind, part_kind = _FILE_KINDS
+    return [f"{scorer_kind}{each}" for each in loaded_scorer_files()] + [
+        f"{part_kind}{each}" for each in loaded_part_files()
+    ]
 
 
 def _installed(package: str) -> str:
