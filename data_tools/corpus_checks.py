@@ -1,4 +1,4 @@
-"""What the tokens of a finished corpus say: problems, a sample of its text, a manifest."""
+"""What the tokens of a finished corpus show: problems, a sample of its text, a manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_diffe
 
 _PIECE_TOKENS = 8 << 20
 _SAMPLE_TOKENS = 2000
-"""Of each document that is decoded."""
+"""Tokens decoded of each sampled document."""
 
 
 @dataclass

@@ -73,7 +73,9 @@ def build_parser() -> Program:
 def statistics_of_corpus(
     prefix: str, manifest: CorpusManifest, index: CorpusIndex
 ) -> dict[str, Any]:
-    """PREFIX.statistics.json; without one that belongs to the corpus, what the index alone says."""
+    """PREFIX.statistics.json; without one that belongs to the corpus, what the index alone
+    gives.
+    """
     if (statistics := read_statistics(prefix, manifest)) is not None:
         return statistics
     lengths_tokens = np.diff(index.document_starts_tokens())
@@ -213,7 +215,7 @@ class DocumentViewer:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Show what the arguments ask for. Raises ValueError with a sentence."""
+    """Show what the arguments select. Raises ValueError with a message."""
     prefix = arguments.prefix
     if arguments.tokens and not arguments.document:
         raise ValueError("--tokens shows documents: say which with --document N")

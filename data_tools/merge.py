@@ -194,7 +194,7 @@ def _made_from(joined: CorpusManifest) -> dict[str, Any]:
 
 
 def _history(prefixes: list[str], corpora: dict[str, CorpusManifest]) -> dict[str, Any]:
-    """What the manifests of the parts say, put together."""
+    """The combined history fields of the parts' manifests."""
     manifests = [corpora[prefix] for prefix in prefixes]
     reasons: Counter[str] = Counter()
     filters: Counter[str] = Counter()

@@ -174,7 +174,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def problems_of(arguments: argparse.Namespace) -> list[str]:
-    """A sentence for every option that cannot be meant."""
+    """A sentence for every option with an impossible value."""
     problems = []
     if arguments.workers < 1:
         problems.append(f"--workers {arguments.workers}: at least 1")

@@ -67,7 +67,7 @@ def _finished_before(settings: PreprocessingSettings) -> CorpusManifest:
     before = None
     now: dict[str, Any] = {}
     if manifest_path(settings.prefix).exists() and STDIN not in settings.inputs:
-        # What was read from standard input cannot be compared with what comes from it now.
+        # An earlier standard input cannot be compared with the present one.
         created_by = CorpusManifest.read(settings.prefix).created_by
         if created_by.get("program") == PROGRAM:
             files = find_files(settings.inputs, settings.file_format, settings.include)

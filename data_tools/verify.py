@@ -163,7 +163,7 @@ def _print_counts(
 
 
 def _rescore(arguments: argparse.Namespace) -> list[str]:
-    """What megatron_slm.check_scores says, which loads torch and the reference."""
+    """The findings of megatron_slm.check_scores, which loads torch and the reference."""
     from megatron_slm.check_scores import rescore_windows
 
     return rescore_windows(

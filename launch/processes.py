@@ -20,8 +20,8 @@ signal n), 0 when none failed.
 
 How the processes ended also stands in a line on standard error, "processes.py: exit code N: ...",
 which launch/slurm.sh reads: srun makes one number of the exit codes of all nodes, and ends the
-other nodes when one of them fails. So that every node may stop in its own time, 85 is said in that
-line alone where SLM_STOPPED_IS_SUCCESS is set, and the exit code is 0.
+other nodes when one of them fails. With SLM_STOPPED_IS_SUCCESS set, 85 appears in that line only
+and the exit code is 0, so that every node can stop in its own time.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from pathlib import Path
 
 STOPPED = 85
 SPOKEN = (2, 3, 4, 86, STOPPED)
-"""Exit codes of a program that has said why it ended: bad configuration or data, training failed,
-hung, stopped."""
+"""Exit codes of a program that has reported why it ended: bad configuration or data, training
+failed, hung, stopped."""
 POLL_SECONDS = 0.5
 REPEAT_SECONDS = 0.5
 """Signals closer together are one request."""
@@ -50,7 +50,9 @@ start."""
 
 
 class StopRequests:
-    """Hears requests to stop and tells them to the workers, those that start later included."""
+    """Receives requests to stop and passes them on to the workers, also to those that start
+    later.
+    """
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -81,7 +83,7 @@ class StopRequests:
             if self._launcher and str(os.getppid()) != self._launcher:
                 self.asked.set()
             if self.asked.is_set():
-                # Again and again: one that is just being started does not hear the first time.
+                # Repeatedly, because a worker that is just starting may miss the first signal.
                 for worker in workers():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(worker, signal.SIGTERM)
@@ -103,8 +105,8 @@ def workers() -> list[int]:
 
 
 def quieten(logger: str, requests: StopRequests) -> None:
-    """Keep torchrun from reporting workers that stopped, or said themselves what is wrong; other
-    failures stay.
+    """Keep torchrun from reporting workers that stopped, or reported their failure themselves;
+    other failures stay.
     """
     spoken = tuple(f"exitcode: {code})" for code in SPOKEN)
     logging.getLogger(logger).setLevel(logging.ERROR)
@@ -134,7 +136,7 @@ def run_torchrun(argv: list[str], requests: StopRequests) -> tuple[int, str]:
         return exit_code(failure.exitcode, requests), f"process {rank}"
     except SignalException as error:
         return 128 + int(error.sigval), "torchrun"
-    except Exception:  # the processes did not find each other, for example
+    except Exception:  # for example, the processes could not connect
         traceback.print_exc()
         return 1, "torchrun"
 
@@ -169,7 +171,7 @@ def run_slurm_task(argv: list[str], requests: StopRequests) -> tuple[int, str]:
 def exit_code(status: int, requests: StopRequests) -> int:
     """A worker's exit code as a shell shows it; `status` is negative when a signal killed it."""
     if requests.asked.is_set() and status == -signal.SIGTERM:
-        return STOPPED  # asked before it could listen, so before it had done anything
+        return STOPPED  # stopped before it installed its handler, so before it had done anything
     return status if status >= 0 else 128 - status
 
 

@@ -1,6 +1,7 @@
 """What is installed to make a GPU faster: Transformer Engine, NVIDIA's apex, fp8 products.
 
-The start table (training/acceleration_rows.py) says which of it a run uses, and why not the rest.
+The start table (training/acceleration_rows.py) shows which of these a run uses, and why not the
+others.
 """
 
 import importlib.metadata
@@ -69,7 +70,7 @@ def apex_rms_norm() -> Callable[..., Any] | None:
 
 
 def fp8_problem(layers: str, recipe: str) -> str:
-    """Why fp8 products cannot be had here; "" when they can."""
+    """Why fp8 products are not available here; "" when they are."""
     if layers != "transformer_engine":
         return "the layers are torch-native (fp8 needs Transformer Engine on a GPU)"
     capability = torch.cuda.get_device_capability()

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def compare_logits(options) -> tuple[float, str]:
     """(largest absolute difference of a logit, a few generated words).
 
-    ValueError says what cannot be opened.
+    ValueError names what cannot be opened.
     """
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
     from megatron_slm.convert.model_folder import read_json

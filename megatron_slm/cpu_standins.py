@@ -1,9 +1,9 @@
 """Stand-ins that let megatron-core run unmodified on a machine without CUDA.
 
 megatron-core 0.16.1 writes device="cuda" into its schedules, buffers and checkpoints. `use_cpu()`
-answers those requests with the CPU: tensor, sequence, pipeline and data parallelism, the
-distributed optimizer and distributed checkpoints then run over gloo. It is a supported way to run,
-and nothing of it is used where CUDA is.
+redirects them to the CPU: tensor, sequence, pipeline and data parallelism, the distributed
+optimizer and distributed checkpoints then run over gloo. It is a supported way to run, and nothing
+of it is used where CUDA is.
 """
 
 import sys
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-# Functions that make a tensor on the device they are told. Wrapping only these costs a Python call
+# Functions that make a tensor on the device given to them. Wrapping only these costs a Python call
 # per new tensor; a TorchFunctionMode would cost one per operation.
 _FACTORIES = (
     "empty",
@@ -41,12 +41,12 @@ _FACTORIES = (
 
 
 def cpu_answers_for_cuda() -> bool:
-    """Whether the stand-ins are in place, so that what torch.cuda says is said of the CPU."""
+    """Whether the stand-ins are in place, so that torch.cuda describes the CPU."""
     return getattr(torch.cuda, "_answered_by_cpu", False)
 
 
 def use_cpu() -> None:
-    """Answer megatron-core's requests for CUDA with the CPU, in this process, from now on.
+    """Redirect megatron-core's uses of CUDA to the CPU, in this process, from now on.
 
     A second call does nothing.
     """
@@ -229,7 +229,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def on_cpu(*args, **kwargs):
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        # Pinning needs CUDA; context parallel RoPE (get_pos_emb_on_this_cp_rank) asks for it.
+        # Pinning needs CUDA; context parallel RoPE (get_pos_emb_on_this_cp_rank) uses it.
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 

@@ -26,7 +26,7 @@ class Device:
 def choose_device(kind: str = "auto") -> Device:
     """Take the device for this process: "auto", "cpu" or "cuda".
 
-    Raises ValueError when CUDA is asked for and absent. On CUDA the GPU is LOCAL_RANK's;
+    Raises ValueError when CUDA is requested and absent. On CUDA the GPU is LOCAL_RANK's;
     torch.cuda.set_device is called here, so that NCCL and megatron-core use it.
     """
     _quiet_megatron()
@@ -66,12 +66,12 @@ def set_threads(threads_per_process: int = 0) -> int:
 def _quiet_megatron() -> None:
     """Drop the warnings of megatron-core's import: dozens of lines in every process.
 
-    The start table says once what they say about missing accelerations. megatron-core's own
+    The start table shows once what they contain about missing accelerations. megatron-core's own
     `import wandb` is refused, because nothing here uses it: it takes time, and it makes temporary
     folders that stay after a kill (monitoring/wandb_loading.py).
     """
     if "wandb" not in sys.modules:
-        # None makes an import fail, as the language says; typeshed knows modules only.
+        # None makes an import fail, by the language reference; typeshed allows modules only.
         sys.modules["wandb"] = None  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings(

@@ -125,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say_what_it_adds(tokenizer: Tokenizer, info: CheckpointInfo) -> None:
-    """Say what the exported tokenizer adds to a text, or that the checkpoint does not know."""
+    """Print which tokens the exported tokenizer adds to a text, or that the checkpoint does not
+    record it.
+    """
     from megatron_slm.convert.begin_of_text import begin_token
 
     prepend_bos = info.tokenizer.get("prepend_bos")

@@ -18,7 +18,7 @@ from megatron_slm.device import Device
 
 @dataclass(frozen=True)
 class Groups:
-    """This process's place in the parallel layout, and the process groups it talks in.
+    """This process's position in the parallel layout, and its process groups.
 
     tp: tensor (also sequence) parallel; pp: pipeline; dp: data; cp: context; dp_cp: data x context,
     the ranks whose gradients are summed and, on the last pipeline stage, whose tokens compete

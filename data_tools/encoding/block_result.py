@@ -1,4 +1,4 @@
-"""What a worker hands back for a block, and how it is put together document by document."""
+"""The result of a worker for a block, and how it is assembled document by document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_tools.reading.documents import BadRecord, Reject
 from data_tools.reading.giant import GiantText
 
 SAMPLES_PER_REASON = 100
-"""Rejects of one reason that a block hands back; the others are only counted."""
+"""Rejects of one reason that a block lists; the others are only counted."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class GrowingResult:
     def finish(
         self, *, lines: int, read_bytes: int, damaged_bytes: int, digest: bytes
     ) -> BlockResult:
-        """The result with all documents, and with what the reader says of the block."""
+        """The result with all documents, and with the reader's facts about the block."""
         self._close_part()
         result = self.result
         result.lengths_tokens = np.array(self._lengths_tokens, dtype=np.int32)

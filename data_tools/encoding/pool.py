@@ -37,7 +37,7 @@ def ordered_map(
     if workers <= 1:
         yield from map(make_function(*arguments), work)
         return
-    # spawn, not fork: a fork would freeze the locks of this process's other threads (the progress
+    # spawn, not fork: a fork would copy locks held by this process's other threads (the progress
     # display, libraries of the caller).
     context = multiprocessing.get_context("spawn")
     connections: list[Connection] = []

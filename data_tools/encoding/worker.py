@@ -154,7 +154,7 @@ class BlockEncoder:
             if os.path.exists(spill):
                 os.unlink(spill)
             if isinstance(error, OSError) and error.filename in (None, spill):
-                raise  # the fault is in the output disk, not in the document
+                raise  # the output disk failed; the document is not at fault
             bad = error if isinstance(error, BadRecord) else BadRecord(DAMAGED_FILE, str(error))
             growing.reject(reject_of(document, bad))
             return

@@ -34,7 +34,7 @@ _LONGEST_ESCAPE = 12
 
 @dataclass(frozen=True)
 class GiantText:
-    """A document whose text comes in pieces, as often as asked."""
+    """A document whose text can be read in pieces, any number of times."""
 
     path: str
     line: int

@@ -38,8 +38,8 @@ def finished_before(
     """The corpus under `prefix` when `program` has made it from `now` before; None when there is
     none.
 
-    made_from: gives what a manifest of that program says the corpus was made from. Raises
-    ValueError when it is another corpus, or damaged.
+    made_from: returns the origin of the corpus according to its manifest. Raises ValueError when it
+    is another corpus, or damaged.
     """
     if not manifest_path(prefix).exists():
         return None

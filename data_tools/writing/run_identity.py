@@ -1,4 +1,4 @@
-"""What a preprocessing run is asked to do, and what of it decides the bytes of the corpus."""
+"""The options of a preprocessing run, and which of them decide the bytes of the corpus."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def carry_scores(
 
     runs: int64 [R, 2], the token ranges [start, end) of the whole corpus that make up the part, in
     its order. The scores stay those of the context that the tokens had in the whole corpus, and the
-    description says so: scoring the part again gives other values near the beginnings of documents.
+    description states this: scoring the part again gives other values near the beginnings of
+    documents.
     """
     manifest = replace(
         store.manifest,

@@ -1,8 +1,8 @@
-"""The writer of a corpus: it appends to PREFIX.partial/, remembers how far it came, and publishes.
+"""The writer of a corpus: it appends to PREFIX.partial/, saves its progress, and publishes.
 
 PREFIX.partial/ holds tokens.bin, lengths.i32, rejects.jsonl, hashes.bin and progress.json.
-progress.json is replaced after the others have reached the disk. Whatever is longer than it says
-was written after the last save, and is cut off when a run continues. A killed run therefore
+progress.json is replaced after the others have reached the disk. Whatever is longer than recorded
+there was written after the last save, and is cut off when a run continues. A killed run therefore
 continues exactly, and ends in the same bytes.
 """
 
@@ -142,12 +142,12 @@ class CorpusWriter:
 
     def __exit__(self, *_: object) -> None:
         for stream in self._streams.values():
-            with contextlib.suppress(OSError):  # the disk is full: what was saved stands
+            with contextlib.suppress(OSError):  # the disk is full: what was saved is kept
                 stream.close()
         self._lock.release()
 
     def append(self, tokens: bytes) -> None:
-        """Add tokens of whole documents; `add_documents` says how long those are."""
+        """Add tokens of whole documents, whose lengths go to `add_documents`."""
         self._streams["tokens.bin"].write(tokens)
         self._sha256.update(tokens)
         self.tokens += len(tokens) // self._dtype.itemsize
@@ -185,7 +185,7 @@ class CorpusWriter:
         )
 
     def lengths_tokens(self) -> FileArray:
-        """Lengths of all documents so far, read from disk where they are asked for."""
+        """Lengths of all documents so far, read from disk on access."""
         self._streams["lengths.i32"].flush()
         return open_array(self.folder / "lengths.i32", np.dtype("<i4"))
 

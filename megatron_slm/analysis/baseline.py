@@ -1,6 +1,5 @@
-"""Which run the others are measured against.
-
-It is a plain one that differs from them in the choice of tokens, not in what it read.
+"""Which run the others are compared with: a plain run that differs from them in the selection of
+tokens, not in the data it read.
 """
 
 import os

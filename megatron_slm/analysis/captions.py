@@ -1,4 +1,4 @@
-"""A sentence under each picture, formed from the numbers alone: whoever wins, whatever happened."""
+"""The caption of each figure, formed from the numbers alone, whatever the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -16,8 +16,8 @@ class RunState:
     """How a run stands."""
 
     state: str
-    """done, stopped, failed, running, killed; of a run that tells nothing itself: done by its
-    metrics, unfinished, unknown."""
+    """done, stopped, failed, running, killed; of a run without status.json: done by its metrics,
+    unfinished, unknown."""
     step: int
     """The last step that is known of."""
     steps: int | None = None
@@ -25,7 +25,7 @@ class RunState:
     reason: str = ""
     """Why it ended; a sentence of the run's, or empty."""
     heard_at: str = ""
-    """When a running run last wrote."""
+    """When a running run last updated its status."""
 
     @property
     def is_finished(self) -> bool:
@@ -34,12 +34,12 @@ class RunState:
 
     @property
     def is_broken_off(self) -> bool:
-        """Whether it ended where nobody meant it to end."""
+        """Whether it ended unintentionally."""
         return self.state in ("failed", "killed")
 
     @property
     def is_told(self) -> bool:
-        """Whether status.json says it, and not the metrics."""
+        """Whether the state comes from status.json, and not from the metrics."""
         return self.state not in DERIVED
 
     @property

@@ -1,4 +1,6 @@
-"""What the ranks of a job tell each other about a checkpoint. Every rank calls these together."""
+"""Collectives by which the ranks of a job agree about a checkpoint. Every rank calls them
+together.
+"""
 
 from pathlib import Path
 

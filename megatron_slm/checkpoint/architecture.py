@@ -1,4 +1,4 @@
-"""A configuration held against the checkpoint that its weights come from, or filled from one.
+"""Compares a configuration with the checkpoint that its weights come from, or fills it from one.
 
 Both happen before anything is started, and without torch.
 """
@@ -26,7 +26,7 @@ from megatron_slm.tokenization import Tokenizer, tokenizer_differences
 
 @dataclass(frozen=True)
 class _Origin:
-    """A checkpoint that says what this run's weights mean."""
+    """A checkpoint that determines the architecture of this run's weights."""
 
     name: str
     """How a sentence names it."""

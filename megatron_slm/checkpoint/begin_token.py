@@ -2,7 +2,8 @@
 what a checkpoint was trained on. No torch.
 
 data_tools.preprocess writes the token with --prepend-bos. A model that was trained with it has
-higher losses on documents without it, and the other way round; nothing else would show why.
+higher losses on documents without it, and the other way round; no other message would show the
+cause.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,8 @@ def other_than_trained(
 ) -> list[str]:
     """One sentence when a checkpoint was trained on documents that begin in another way.
 
-    tokenizer: what model.json of the checkpoint says; where it says nothing, nothing is compared.
-    corpora: by prefix, whether its documents begin with the begin token.
+    tokenizer: the tokenizer entry of the checkpoint's model.json; without prepend_bos in it nothing
+    is compared. corpora: by prefix, whether its documents begin with the begin token.
     """
     trained = tokenizer.get("prepend_bos")
     differing = [prefix for prefix, begins in corpora.items() if begins != trained]

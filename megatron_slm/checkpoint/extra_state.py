@@ -1,9 +1,9 @@
 """The extra state of a layer: nothing, or what Transformer Engine keeps for fp8, which it stores as
 a pickle in a tensor of bytes.
 
-Transformer Engine unpickles those bytes as they are. So they are read here as plain data first,
-rebuilt from the parts that an fp8 state has (a recipe, tensors of scales, plain variables), and
-pickled again: it then unpickles bytes that this program wrote.
+Transformer Engine unpickles those bytes as they are. Therefore they are read here as plain data
+first, rebuilt from the parts of an fp8 state (a recipe, tensors of scales, plain variables), and
+pickled again, so that Transformer Engine unpickles bytes that this program wrote.
 """
 
 import collections
@@ -64,7 +64,7 @@ def plain_extra_state(state: Any, path: Path) -> torch.Tensor | None:
     tree = load_inert(state.numpy().tobytes(), NAMES, path)
     try:
         made = _made(tree)
-    except Exception as error:  # the right names, put together in a way that no fp8 state is
+    except Exception as error:  # allowed names in an impossible structure
         raise ValueError(
             f"{path}: a layer's extra state is no fp8 state of Transformer Engine "
             f"({type(error).__name__}: {error})"

@@ -64,7 +64,7 @@ class CheckpointInfo:
     extra: dict = field(default_factory=dict)
 
     def model_config(self) -> ModelConfig:
-        """The trained model. ValueError: this version cannot build what model.json says."""
+        """The trained model. ValueError if this version cannot build the model in model.json."""
         from megatron_slm.config.load import from_mapping
 
         config, problems = from_mapping({"model": self.model})
@@ -81,7 +81,7 @@ class CheckpointInfo:
 
 
 def describe_model(model: ModelConfig, vocabulary_size: int) -> dict:
-    """What model.json says of a model: its settings, with the true vocabulary size.
+    """The entry of model.json for a model: its settings, with the true vocabulary size.
 
     Where they were taken from is left out: the checkpoint stands alone.
     """
@@ -112,8 +112,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def tidy(checkpoints: Path) -> None:
-    """Clear up after kills: remove unfinished saves; where a checkpoint was being replaced and the
-    new one is not in place, give the old one its name back.
+    """Clean up after kills: remove unfinished saves; if a checkpoint was being replaced and the new
+    one is not in place, restore the old one's name.
     """
     if not checkpoints.is_dir():
         return
@@ -127,8 +127,8 @@ def tidy(checkpoints: Path) -> None:
 
 
 def settle_on(good: Path, damaged: list[Path]) -> None:
-    """Make `good` the newest checkpoint: give the damaged newer ones a name that nothing reads, and
-    let the pointer `latest` name `good`.
+    """Make `good` the newest checkpoint: rename the damaged newer ones, so that they are not read,
+    and point `latest` at `good`.
     """
     for path in damaged:
         renamed = path.with_name(f"{path.name}.damaged")
@@ -160,8 +160,8 @@ def step_of(folder: Path) -> int:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by `path`: a step folder, a pointer (latest, best), or the newest one of
-    a checkpoints folder or a run folder.
+    """The checkpoint that `path` refers to: a step folder, a pointer (latest, best), or the newest
+    one of a checkpoints folder or a run folder.
 
     Raises ValueError when there is none.
     """
@@ -185,7 +185,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
-    """model.json of the checkpoint meant by `path`; its fingerprint comes from checksums.json.
+    """model.json of the checkpoint that `path` refers to; its fingerprint comes from
+    checksums.json.
 
     ValueError when one of the two is unreadable, or model.json is not what checksums.json says;
     LeadsOutside when checksums.json names what does not lie in the folder.

@@ -122,7 +122,7 @@ class _PlainSharded(TorchDistLoadShardedStrategy):
             allow_shape_mismatch_sharded_tensors=other_shape,
         )
         with warnings.catch_warnings():
-            # Its successor wants the same keys on every rank; megatron-core uses this one too.
+            # Its successor requires the same keys on every rank; megatron-core uses this one too.
             warnings.filterwarnings("ignore", category=FutureWarning)
             dcp.load_state_dict(
                 stored, PlainReader(checkpoint_dir, self._metadata), planner=planner

@@ -1,5 +1,5 @@
-"""`.metadata`, which says what tensors a checkpoint holds and where they lie: read as plain data,
-never unpickled.
+"""Reads `.metadata`, the list of a checkpoint's tensors and their positions in its files, as plain
+data, without unpickling.
 
 torch.distributed.checkpoint writes the file as a pickle. The names below are what it, and
 megatron-core's own record of the save, consist of. What is not needed for reading (the record of

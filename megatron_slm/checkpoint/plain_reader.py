@@ -162,8 +162,8 @@ def _plain_objects(key: str, content: bytes, path: Path) -> io.BytesIO:
 
 
 class _DtypeStandIn:
-    """What a pickled numpy.dtype says. numpy's own would also take a state that lays objects over
-    foreign memory.
+    """Stands for a pickled numpy.dtype. numpy's own class would also accept a state that interprets
+    arbitrary memory as objects.
     """
 
     def __init__(self, code: str = "", *_: Any):
@@ -174,7 +174,7 @@ class _DtypeStandIn:
 
 
 class _ArrayStandIn:
-    """What a pickled numpy.ndarray says."""
+    """Stands for a pickled numpy.ndarray."""
 
     state: tuple = ()
 

@@ -47,7 +47,7 @@ def random_state(groups: Groups) -> ShardedObject:
 def restore_random_state(state: dict[str, Any], checkpoint: Path) -> None:
     """Continue with the stored random states.
 
-    ValueError when they are none: each library checks what it is given, with errors of its own.
+    ValueError when they are not valid; each library checks its state and raises its own errors.
     """
     try:
         random.setstate(state["python"])

@@ -107,8 +107,8 @@ class CheckpointStore:
         save only begins here.
 
         A save that fails on any rank (a full disk, say) is reported and removed on all; the older
-        checkpoints stay. Whether training goes on is for the caller to decide, and to say. An error
-        inside a collective cannot be agreed on: it is raised, and the job ends.
+        checkpoints stay. Whether training goes on is for the caller to decide and to report. An
+        error inside a collective cannot be agreed on: it is raised, and the job ends.
         """
         self.finish_pending(wait=True)
         begun_at = time.monotonic()
@@ -122,7 +122,7 @@ class CheckpointStore:
         problem = first_problem(writer.start())
         if problem:
             writer.abandon()
-            dist.barrier()  # after it, no rank writes any more
+            dist.barrier()  # after this collective no rank writes any more
             self._give_up(info.step, problem)
             return
         self.pending = _Pending(writer, info, trainer, begun_at)
@@ -172,8 +172,8 @@ class CheckpointStore:
         """Load the newest undamaged checkpoint into models and optimizer; returns its trainer
         state, None when there is none.
 
-        A damaged checkpoint is reported with its damaged files and renamed, so that nothing takes
-        it for the newest; the one before it is loaded. The pointer `latest` is corrected.
+        A damaged checkpoint is reported with its damaged files and renamed, so that it is not taken
+        for the newest; the one before it is loaded. The pointer `latest` is corrected.
         """
         self._on_rank_0(partial(tidy, self.checkpoints))
         damaged: list[Path] = []
@@ -251,7 +251,7 @@ class CheckpointStore:
         try:
             checksums = pending.writer.finish(writing_folder(self.checkpoints, step), by_rank)
             complete(self.checkpoints, step, pending.info, pending.trainer, checksums)
-        except Exception as error:  # of whatever type: the other ranks wait for an answer
+        except Exception as error:  # any type: the other ranks wait for this rank's result
             return describe_exception(error)
         return ""
 

@@ -60,7 +60,7 @@ class _Planning(TorchDistSaveShardedStrategy):
 
 
 def prepare_folder(folder: Path) -> str:
-    """Let rank 0 make an empty folder to write in; returns what went wrong."""
+    """Let rank 0 make an empty folder to write in; returns the error, "" = none."""
     if dist.get_rank() != 0:
         return ""
     try:

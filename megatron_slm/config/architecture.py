@@ -1,8 +1,8 @@
-"""Which settings of a model say what its weights mean, and in which of them two models differ.
+"""Which settings determine the meaning of a model's weights, and where two models differ in them.
 
-This is decided here and nowhere else. Weights of a checkpoint that are put into a model of another
-architecture fit in part (a bias that nobody asks for is left behind, tied embeddings take one of
-two matrices), or fit whole and compute something else (another rotary base), without any error.
+No other file decides this. Weights of a checkpoint may load without any error into a model of
+another architecture: in part (an unused bias is ignored, tied embeddings take one of two matrices),
+or completely, to compute something else (another rotary base).
 """
 
 from dataclasses import dataclass

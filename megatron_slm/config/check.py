@@ -39,7 +39,7 @@ def check_config(config: Config, world_size: int, *, training: bool = True) -> N
     wrong_sections = {name.split(".")[0] for name in numbers_out_of_range}
     problems = list(numbers_out_of_range.values())
     for rule, sections in (*LAYOUT_RULES, *(TRAINING_RULES if training else ())):
-        # A rule divides by sizes: it is asked only where the numbers of its sections are in range.
+        # A rule divides by sizes, so it runs only if the numbers of its sections are in range.
         if not wrong_sections.intersection(sections):
             problems += rule(config, world_size)
     if problems:

@@ -39,7 +39,7 @@ def parts_in_files(config: "Config") -> Iterator[tuple[str, Any]]:
 def code_of_the_file_alone(values: Mapping, path: str, given: Mapping[str, str]) -> list[str]:
     """One sentence for each setting of the file that names code which the command line does not.
 
-    values: what the file says, nested; given: the options of the command line by their dotted
+    values: the settings of the file, nested; given: the options of the command line by their dotted
     names.
     """
     problems = []

@@ -78,7 +78,9 @@ def unknown_parts(config: Config) -> Iterator[str]:
 
 
 def load_part(point: ExtensionPoint, name: str) -> Callable[..., Any]:
-    """The function that `name` stands for; runs its file. ValueError says what is wrong with it."""
+    """The function that `name` stands for; runs its file. ValueError with the reason if it cannot
+    be loaded.
+    """
     try:
         part = _from_file(name) if names_code(name) else _from_entry_point(point, name)
     except _CannotLoad as error:
@@ -92,7 +94,7 @@ def load_part(point: ExtensionPoint, name: str) -> Callable[..., Any]:
         raise ValueError(
             f"{point.setting}: {name} cannot be called as {wanted} ({error})"
         ) from None
-    except ValueError:  # a builtin may not tell its signature
+    except ValueError:  # a builtin may have no signature
         pass
     return part
 
@@ -104,7 +106,7 @@ def loaded_part_files() -> list[str]:
 
 
 class _CannotLoad(ValueError):
-    """Why a part cannot be had; the caller adds which."""
+    """Why a part cannot be loaded; the caller adds its name."""
 
 
 def _from_entry_point(point: ExtensionPoint, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What --help and the page of settings say of a setting: text, values, default."""
+"""What --help and the page of settings show for a setting: text, values, default."""
 
 import ast
 import dataclasses
@@ -44,7 +44,7 @@ def about(settings_class) -> str:
 
 
 def values_of(hint) -> str:
-    """The type and range of an annotation in the words of somebody who writes YAML."""
+    """The type and range of an annotation, described for the author of a YAML file."""
     return " or ".join(_values_of_one(member) for member in union_members(hint))
 
 

@@ -96,10 +96,10 @@ def parse_config(
 ):
     """The settings of a program started with `argv` (None = sys.argv), as a `settings_class`.
 
-    Prints the help, the version or the settings when asked to, and exits. Raises ConfigError with
-    every unreadable, unknown or missing setting and what `fill` finds wrong, before anything is
-    started. `own_options` are options without a value that the program took out of `argv` itself;
-    --help lists them.
+    Prints the help, the version or the settings if an option requests it, and exits. Raises
+    ConfigError with every unreadable, unknown or missing setting and what `fill` finds wrong,
+    before anything is started. `own_options` are options without a value that the program took out
+    of `argv` itself; --help lists them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:

@@ -1,4 +1,4 @@
-"""The known name a person probably meant."""
+"""The known name that a user probably meant."""
 
 import difflib
 from collections.abc import Iterable

@@ -71,8 +71,8 @@ def out_of_range(settings, where: str = "") -> Iterator[tuple[str, str]]:
         yield from _problems(getattr(settings, name), hint, f"{where}{name}")
 
 
-# The planner asks this of thousands of configurations, and finding out what annotations say takes
-# ten times as long as comparing numbers with it.
+# The planner checks thousands of configurations, and evaluating annotations takes ten times as long
+# as comparing numbers.
 @cache
 def _hints_of(settings_class) -> dict[str, Any]:
     return typing.get_type_hints(settings_class, include_extras=True)
@@ -107,7 +107,7 @@ def _expected(value: float, bounds: Range) -> str:
         return f"at most {LARGEST_WHOLE_NUMBER:,}, the largest 64-bit whole number"
     expected = str(bounds)
     if not math.isfinite(value) and expected != str(Range()):
-        expected = f"a finite number, {expected}"  # infinity is at least 0 too: that alone puzzles
+        expected = f"a finite number, {expected}"  # infinity satisfies "at least 0" too
     return f"{expected} ({bounds.note})" if bounds.note else expected
 
 

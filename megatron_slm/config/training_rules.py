@@ -39,7 +39,7 @@ def data_problems(config: Config, world_size: int) -> Iterator[str]:
 def batch_problems(config: Config, world_size: int) -> Iterator[str]:
     data, parallel = config.data, config.parallel
     if world_size % model_parallel_size(config):
-        return  # parallel_problems says so; there is no whole number of data-parallel ranks
+        return  # parallel_problems reports it: the number of data-parallel ranks is not whole
     replicas = data_parallel_size(config, world_size)
     per_pass = data.micro_batch_size * replicas
     if data.global_batch_size % per_pass:

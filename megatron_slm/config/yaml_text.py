@@ -1,5 +1,5 @@
-"""Read YAML that somebody else may have written: plain values only, each key once, and no more
-values than a person would write.
+"""Reads YAML from untrusted sources: plain values only, each key once, and a bounded number of
+values.
 
 PyYAML's safe loader makes no objects of foreign classes. But it silently takes the last of two
 equal keys, and expands a few hundred bytes of aliases into gigabytes. Its other failures (dates
@@ -22,7 +22,7 @@ class RefusedYaml(yaml.YAMLError):
 def read_yaml(text: str) -> Any:
     """The values in a YAML document.
 
-    YAMLError says what is wrong with it, and on which line where that is known.
+    YAMLError with the reason, and the line where it is known.
     """
     loader = yaml.SafeLoader(text)
     try:

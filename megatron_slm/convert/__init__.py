@@ -2,7 +2,7 @@
 Qwen3, Qwen3-MoE).
 
 huggingface.py        a whole folder written (export), or read into a checkpoint (import_model)
-model_folder.py       what can be said of such a folder before torch is loaded
+model_folder.py       what is known of such a folder before torch is loaded
 hf_config.py          config.json: which architecture, and every setting both ways
 hf_tokenizer.py       a SentencePiece model as a tokenizer.json that gives the same ids
 begin_of_text.py      what that tokenizer adds to a text

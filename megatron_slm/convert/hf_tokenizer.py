@@ -2,7 +2,7 @@
 gives the same ids.
 
 Hugging Face's own LlamaTokenizer replaces the normaliser of what it loads by Llama's, so it is not
-used: the exported folder says PreTrainedTokenizerFast, which runs tokenizer.json as it stands. The
+used: the exported folder names PreTrainedTokenizerFast, which runs tokenizer.json as it stands. The
 ids are compared with SentencePiece's before anything is kept.
 """
 

@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, safetensors and tokenizer, out of and into our tensors.
 
-What config.json says is in hf_config.py.
+config.json itself is handled in hf_config.py.
 """
 
 import os

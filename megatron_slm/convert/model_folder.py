@@ -26,8 +26,8 @@ class ModelFolder:
     sequence_length: int
     tokenizer: Tokenizer
     prepend_bos: bool | None
-    """Whether the corpora's documents begin with the begin-of-text token; only an export of ours
-    says it."""
+    """Whether the corpora's documents begin with the begin-of-text token; known only for our own
+    exports."""
 
     def made_from(self, dtype: str) -> dict[str, str]:
         """What an import of it is made from."""
@@ -35,7 +35,7 @@ class ModelFolder:
 
 
 def open_model_folder(folder: Path, tokenizer_path: str = "") -> ModelFolder:
-    """ValueError says what of the folder cannot be read."""
+    """ValueError names what cannot be read in the folder."""
     model, sequence_length = model_config(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(tokenizer_path or folder)
     if tokenizer.vocabulary_size > model.vocabulary_size:

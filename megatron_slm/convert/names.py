@@ -11,7 +11,7 @@ from megatron_slm.convert.table import VOCABULARY, entries
 
 def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:
     """Our whole tensors under Hugging Face's names, one at a time, so that `state` may read them
-    from disk as they are asked for.
+    from disk lazily.
 
     ValueError when `state` has other names than the model's or a tensor of another shape (rows of
     vocabulary padding excepted).
@@ -29,7 +29,7 @@ def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[
 
 
 class FromHuggingface(Mapping[str, Tensor]):
-    """Hugging Face tensors seen under our names; each is made when it is asked for.
+    """Hugging Face tensors seen under our names; each is made on access.
 
     ValueError (on construction) for missing or unknown names. Buffers that older exports carry
     along (rotary inv_freq, and the copy of a tied head) are derived from the rest and passed over.

@@ -83,7 +83,7 @@ def _shards(index: Path) -> list[str]:
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder, one file or sharded; each is read when asked for.
+    """The tensors of a Hugging Face folder, one file or sharded; each is read on access.
 
     ValueError when there are none.
     """

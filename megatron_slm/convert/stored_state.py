@@ -90,7 +90,7 @@ class _Place:
 
 class FullState(Mapping[str, Tensor]):
     """The whole, unsharded model tensors of a checkpoint folder under our names; each is read from
-    disk when asked for.
+    disk on access.
 
     ValueError when the folder is no complete checkpoint; UnsafeFile when a file of it names
     something that could run code.
@@ -174,7 +174,7 @@ class _OneTensor(LoadPlanner):
         return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: the reader has written into the view."""
+        """Does nothing: the reader has already written into the view."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """No objects are asked for."""
@@ -202,8 +202,8 @@ def write_full_state(
     """Write whole tensors as a checkpoint that megatron-core's dist_checkpointing.load reads into
     any parallel layout.
 
-    `shapes` names every tensor of the model; `state` is asked for each of them once, when it is
-    written. The folder must exist and be empty; the caller renames it into place. metadata.json,
+    `shapes` names every tensor of the model; each is read from `state` once, when it is written.
+    The folder must exist and be empty; the caller renames it into place. metadata.json,
     megatron-core's mark of a complete checkpoint, is written last.
     """
     with warnings.catch_warnings():
@@ -239,8 +239,8 @@ def _extra_states(counts: tuple[int, ...]) -> Iterator[str]:
 
 
 class _OneByOne(DefaultSavePlanner):
-    """Plans one piece per layer (and expert) and tensor, and asks for its content only when the
-    writer has reached it.
+    """Plans one piece per layer (and expert) and tensor, and reads its content only when the writer
+    needs it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What one rank feeds the model in one forward pass.
+"""The input of one rank's model in one forward pass.
 
 B = sequences in this rank's micro-batch, S = sequence length in tokens (under context parallelism,
 the part of it that this rank holds).

@@ -177,7 +177,7 @@ class CorpusOrder:
                 number = 0
                 name = f"sequence_{self.sequence_length}-whole"
                 build = partial(whole_corpus, lengths, tokens, self.sequence_length)
-            # Samples come in order: of the epochs before, only the last one may be asked for again.
+            # Samples come in order: of the epochs before, only the last one may be needed again.
             kept = {n: each for n, each in self.epochs.items() if n == number - 1}
             self.epochs = kept
             index = build_once(self.cache / name if self.cache else None, EpochIndex, build)

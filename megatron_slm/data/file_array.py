@@ -1,9 +1,9 @@
-"""Arrays that lie in files and are read by position, only where they are asked for. No torch.
+"""Arrays in files, of which only the requested positions are read. No torch.
 
-They are not mapped. When a file is cut short while a process has it mapped, touching what is gone
-kills the process with SIGBUS and not a word; a read by position comes back short instead, so the
-file can be named. The cost is one system call for each range that is read, no more than slicing a
-numpy memmap and copying the slice.
+They are not mapped. When a file is cut short while a process has it mapped, access to the missing
+part kills the process with SIGBUS and no message; a read by position returns fewer bytes instead,
+so that the error can name the file. The cost is one system call for each range that is read, no
+more than slicing a numpy memmap and copying the slice.
 """
 
 from __future__ import annotations

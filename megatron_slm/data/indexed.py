@@ -31,7 +31,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """What an .idx says. Its arrays stay in the file: a slice reads what it covers."""
+    """The content of an .idx. Its arrays stay in the file: a slice reads what it covers."""
 
     dtype: np.dtype
     sequence_lengths_tokens: FileArray  # int32, S
@@ -59,7 +59,7 @@ class CorpusIndex:
     def has_trainable_tokens(self) -> bool:
         """Whether any token has one before it in its sequence.
 
-        The first of each is never trained on: nothing explains it.
+        The first token of each is never trained on, because it has no context.
         """
         sequences = len(self.sequence_lengths_tokens)
         if self.tokens > sequences:
@@ -182,7 +182,7 @@ def check_bin_size(prefix: str | Path, index: CorpusIndex) -> None:
 
 
 def open_tokens(prefix: str | Path, index: CorpusIndex) -> FileArray:
-    """All tokens of PREFIX.bin, read where they are asked for; its size is checked here."""
+    """All tokens of PREFIX.bin, read on access; its size is checked here."""
     check_bin_size(prefix, index)
     return FileArray(ReadOnlyFile(f"{prefix}.bin"), index.dtype, index.tokens)
 

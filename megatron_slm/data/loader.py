@@ -57,7 +57,7 @@ def rank_indices(
 class TrainingLoader:
     """This rank's micro-batches, one global batch per call of `next_step`; reads ahead in a thread.
 
-    Reading ahead does not show in the state: `state_dict` counts only steps handed out.
+    Reading ahead does not affect the state: `state_dict` counts only steps that were returned.
     """
 
     def __init__(
@@ -85,7 +85,9 @@ class TrainingLoader:
         return step
 
     def fault(self) -> ValueError | OSError | None:
-        """Why the next step cannot be read; None = it can. Waits for it, and hands nothing out."""
+        """Why the next step cannot be read; None = it can. Waits for the step, but does not return
+        it.
+        """
         step = self._reading().wait()
         return step if isinstance(step, (ValueError, OSError)) else None
 
@@ -137,7 +139,7 @@ class ValidationLoader:
 
     global_batches = 0 reads the whole corpus; the last global batch is then filled up with samples
     in which no token counts, so that every rank runs the same number of micro-batches. A corpus
-    smaller than the batches asked for is read once.
+    smaller than the requested batches is read once.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class _Reader:
         self._stopped.set()
         while self._thread.is_alive():
             try:
-                self._queue.get_nowait()  # makes room, so that a waiting put returns
+                self._queue.get_nowait()  # frees a slot, so that a waiting put returns
             except queue.Empty:
                 self._thread.join(timeout=0.01)
 

@@ -123,7 +123,9 @@ class CorpusManifest:
 
 
 def tokenizer_of(manifests: Sequence[CorpusManifest]) -> dict[str, Any]:
-    """What corpora of one tokenizer say of it, and of prepend_bos: None when they differ in it."""
+    """The tokenizer entry that corpora of one tokenizer share, with prepend_bos (None when they
+    differ in it).
+    """
     answers = {manifest.prepend_bos for manifest in manifests}
     return {**manifests[0].tokenizer, "prepend_bos": answers.pop() if len(answers) == 1 else None}
 

@@ -1,5 +1,5 @@
-"""How far the training data of a run has been read, corpus by corpus: what a checkpoint says of it,
-and what a change does to it.
+"""How far the training data of a run has been read, corpus by corpus: how a checkpoint stores it,
+and how a change of settings affects it.
 
 An arrangement is what decides which sample comes n-th: the corpora in their order, their weights,
 the sequence length and the seed. As long as it stays, the position is one number, whatever the

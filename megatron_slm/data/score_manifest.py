@@ -1,4 +1,4 @@
-"""What a score store says about itself: manifest.json and one marker per finished shard. No torch.
+"""The metadata of a score store: manifest.json and one marker per finished shard. No torch.
 
 A store holds one value per token of a corpus, so its manifest binds it by fingerprint to that
 corpus, to the tokenizer the corpus was made with and to the reference that scored the tokens.

@@ -109,7 +109,7 @@ class ScoredDataset(GPTDataset):
         super().__init__(low_level, corpus.prefix, everything, None, Split.train, config)
 
     def _build_document_sample_shuffle_indices(self):
-        """The first epoch, which GPTDataset asks for at construction. Samples are read through
+        """The first epoch, which GPTDataset builds at construction. Samples are read through
         `pieces` instead.
         """
         first = self.order.epoch(0)
@@ -140,7 +140,7 @@ class ScoredDataset(GPTDataset):
         for start, end in pieces:
             document_start[position:] = position
             if 0 < position < len(read) and end > start:
-                # This label is the first token of a document: nothing before it explains it.
+                # This label is the first token of a document, which has no context.
                 loss_mask[position - 1] = 0.0
             position += end - start
         sample: Sample = {
@@ -186,7 +186,7 @@ class BlendedScoredDataset(BlendedDataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = super().__getitem__(index)
-        sample.pop("dataset_id")  # corpus_id says the same
+        sample.pop("dataset_id")  # the same as corpus_id
         return sample
 
     def pieces(self, index: int) -> tuple[int, list[tuple[int, int]]]:

@@ -105,7 +105,9 @@ class StoredBlocks:
             )
 
     def is_the_same_file(self) -> bool:
-        """Whether nobody has removed, replaced or written to the file since it was opened here."""
+        """Whether the file has not been removed, replaced or written to since it was opened
+        here.
+        """
         try:
             return self._file_now() == self._written_at
         except OSError:
@@ -117,9 +119,7 @@ class StoredBlocks:
 
 
 def forget_cached(path: Path, start_bytes: int, count_bytes: int) -> None:
-    """Let the next read of a range come from the disk: what the kernel keeps in memory says nothing
-    about it.
-    """
+    """Drop a range from the page cache, so that the next read of it comes from the disk."""
     with open(path, "rb") as stream:
         os.posix_fadvise(stream.fileno(), start_bytes, count_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -1,7 +1,7 @@
 """One writer per folder: a second process is refused with a message that names the first; the lock
 of a dead process is taken over.
 
-FOLDER/lock names its owner as JSON, for people and for the next process. Three things say whether
+FOLDER/lock names its owner as JSON, for people and for the next process. Three things show whether
 the owner still writes:
 
   the kernel's lock  (flock) Released by the kernel when the owner dies. NFS passes it on to other
@@ -126,8 +126,8 @@ class FolderLock:
         self._beating.start()
 
     def release(self) -> None:
-        """Give the lock back and remove its file, and the folder if `acquire` made it and nothing
-        came into it.
+        """Release the lock and remove its file, and the folder if `acquire` made it and it is
+        empty.
         """
         if self._descriptor < 0 or self._owner_pid != os.getpid():  # a forked child owns nothing
             return
@@ -275,7 +275,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def _touched_at(path: Path) -> int:
-    """When the file was last touched, in ns. It is opened each time, because NFS then asks the
+    """When the file was last touched, in ns. It is opened each time, because NFS then queries the
     server.
     """
     descriptor = os.open(path, os.O_RDONLY)

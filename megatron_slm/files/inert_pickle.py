@@ -5,7 +5,7 @@ No torch.
 
 A pickle is a program: it may name any function of any module and call it. Here a name has to be on
 the reader's list, and what it gets is not the class of that name but a fresh `Record` type, so
-nothing that a pickle says is ever called, and no class of the program can be changed by it. The
+nothing that a pickle names is ever called, and no class of the program can be changed by it. The
 reader builds the real objects from the records, field by field.
 """
 
@@ -71,7 +71,7 @@ def load_inert(
     """Plain Python values and Records, from a pickle that names nothing but `names` and `known`.
 
     `known` maps names to immutable values that are handed out as they are (dtypes, say). UnsafeFile
-    says which other name the pickle uses, ValueError that it is no pickle; both name `path`.
+    names any other name in the pickle, ValueError is raised if it is no pickle; both name `path`.
     """
     try:
         return _Reader(data, names, known, path).load()

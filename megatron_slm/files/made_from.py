@@ -1,5 +1,5 @@
-"""Whether something finished was made from what a command would make it from: then a second run has
-nothing to do.
+"""Whether a finished output was made from the same inputs as a command has now; a second run then
+has nothing to do.
 """
 
 from collections.abc import Mapping

@@ -25,7 +25,7 @@ def shown(text: object, characters: int = 120) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether it names something directly inside a folder: no path, no way up, no empty name."""
+    """Whether the name is that of an entry of a folder: not empty, no separator, no `..`."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
