@@ -61,9 +61,9 @@ def changed_files(folder: Path) -> list[tuple[str, str]]:
 def _file_lines() -> list[str]:
     """What versions.txt says of every Python file that the settings name."""
     scorer_kind, part_kind = _FILE_KINDS
-    return [f"{scorer_kind}{each}" for each in loaded_scorer_files()] + [
-        f"{part_kind}{each}" for each in loaded_part_files()
-    ]
+    lines = [f"{scorer_kind}{each}" for each in loaded_scorer_files()]
+    lines += [f"{part_kind}{each}" for each in loaded_part_files()]
+    return lines
 
 
 def _installed(package: str) -> str:
