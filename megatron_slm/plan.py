@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _job(options: argparse.Namespace, settings: list[str]) -> Job:
-    """The job that the command line describes. ValueError says what of it is wrong."""
+    """The job that the command line describes. ValueError names what is wrong with it."""
     gpu = _checked_gpu(options)
     recipe = ["--config", options.config] if options.config else []
     config = parse_config([*recipe, *settings], "slm-plan", DESCRIPTION, fill=take_architecture)
@@ -209,7 +209,7 @@ def _start_problems(config: Config, vocabulary_size: int) -> list[str]:
             config,
             vocabulary_size,
             load_tokenizer(tokenizer) if tokenizer.is_file() else None,
-            resumable=False,  # it is asked how the run would start
+            resumable=False,  # the question is how a new run would start
         )
     except ValueError as error:
         return [str(error)]

@@ -44,7 +44,7 @@ FOLDER = PrintedPath("print_folder", lambda description: description.folder)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read and check the description, then do what is asked; returns the exit code."""
+    """Read and check the description, then carry out the options; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     own = {*OWN_OPTIONS, CHECK_ONLY.replace("_", "-")}
     asked = {word.replace("_", "-") for word in words} & own

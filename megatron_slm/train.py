@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Check everything that can be checked alone, then join the job and train; the exit code.
 
-    Requests to stop are heard from the first line on.
+    Requests to stop are handled from the first line on.
     """
     with (
         contextlib.ExitStack() as held,
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a process knows before it joins the others."""
+    """What a process has prepared before it joins the others."""
 
     config: Config
     world_size: int
@@ -56,7 +56,7 @@ class _Prepared:
     found: list[preflight.Finding]
     """What the preflight of rank 0 has found so far."""
     thorough: bool
-    """Only the preflight was asked for."""
+    """Only the preflight was requested."""
 
 
 def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSignals) -> int:
@@ -86,9 +86,9 @@ def _prepare(
 ) -> _Prepared:
     """Read and check the settings, and on rank 0 everything they name.
 
-    ValueError says what is wrong.
-    Rank 0 looks first, so that a changed corpus is hashed once and a problem is printed once, and
-    before torch is imported, so that a missing file is named at once.
+    ValueError lists what is wrong. Rank 0 looks first, so that a changed corpus is hashed once and
+    a problem is printed once, and before torch is imported, so that a missing file is named at
+    once.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config = parse_config(argv, "slm-train", __doc__, fill=take_architecture)

@@ -1,6 +1,6 @@
 """Does text come back from its tokens?
 
-This is asked of every new vocabulary, with the texts that usually break one.
+This is checked for every new vocabulary, with the texts that usually break one.
 """
 
 from __future__ import annotations

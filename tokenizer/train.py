@@ -206,7 +206,7 @@ def train(arguments: argparse.Namespace) -> tuple[bytes, Sample]:
 
 
 def _last_sentence(error: Exception) -> str:
-    """What SentencePiece says after the place in its source and the condition that failed."""
+    """The message of SentencePiece after the source position and the failed condition."""
     return str(error).rsplit("] ", 1)[-1].strip() or str(error)
 
 

@@ -62,15 +62,17 @@ def run_differences(run: Run, baseline: Run, corpus: str | None = None) -> list[
     """
     if run is baseline:
         return []
-    own, other = _conditions(run, corpus), _conditions(baseline, corpus)
-    unknown = [each.name for each in (run, baseline) if not each.setting("data.train")]
+    of_run, of_baseline = _conditions(run, corpus), _conditions(baseline, corpus)
+    unknown = [
+        candidate.name for candidate in (run, baseline) if not candidate.setting("data.train")
+    ]
     if unknown:
         return [f"the config.yaml of {' and '.join(unknown)} names no data.train"]
     return [
         f"{name} is {_shown(run, name)} in {run.name} and {_shown(baseline, name)} in "
         f"{baseline.name}"
-        for name in own
-        if name in other and own[name] != other[name]
+        for name in of_run
+        if name in of_baseline and of_run[name] != of_baseline[name]
     ]
 
 

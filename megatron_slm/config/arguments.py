@@ -30,8 +30,8 @@ def take_switch(argv: list[str] | None, name: str) -> tuple[list[str], bool]:
     given. It takes no value.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    rest = [word for word in words if word not in (name, name.replace("_", "-"))]
-    return rest, len(rest) < len(words)
+    remaining = [word for word in words if word not in (name, name.replace("_", "-"))]
+    return remaining, len(remaining) < len(words)
 
 
 class Program(argparse.ArgumentParser):
@@ -67,9 +67,9 @@ class Program(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {word}{self._meant([name])}")
 
     def _meant(self, unknown: Iterable[str]) -> str:
-        words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        found = (did_you_mean(word, self._option_string_actions) for word in words)
-        return "".join(f"; {sentence}" for sentence in found if sentence)
+        options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        suggestions = (did_you_mean(word, self._option_string_actions) for word in options)
+        return "".join(f"; {sentence}" for sentence in suggestions if sentence)
 
     def error(self, message: str) -> NoReturn:
         """As argparse's; where a required option is missing, the misspelled word may be it.

@@ -1,4 +1,5 @@
-"""What of a description would run code: a command for the text, Python files that settings name.
+"""Which entries of a description run code: the command for the text, and Python files named by
+settings.
 
 A file alone never makes code run, as with every configuration: who starts the pipeline names the
 code on the command line. Programs of the checkout are trusted like the checkout itself.

@@ -20,7 +20,7 @@ STOPPED = 85
 class LocalRun:
     """Runs what is missing.
 
-    `run` returns the exit code: 0, the first failing stage's, or 85 when it was asked to stop.
+    `run` returns the exit code: 0, the first failing stage's, or 85 when it was stopped on request.
     """
 
     def __init__(self, pipeline: Assembled, state: State, checkout: Path):
@@ -108,7 +108,7 @@ class LocalRun:
                 signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: object) -> None:
-        """Tell the stage to stop. Told again, launch/local.sh stops it at once."""
+        """Pass a stop request on to the stage. On a second one launch/local.sh ends it at once."""
         self._asked = True
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(sys.stderr.fileno(), b"\nstopping; the same command continues from here\n")

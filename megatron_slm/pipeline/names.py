@@ -14,7 +14,7 @@ from megatron_slm.tokenization import load_tokenizer
 
 @dataclass(frozen=True)
 class Found:
-    """What a reference means."""
+    """A resolved reference."""
 
     path: str
     after: tuple[str, ...]
@@ -24,9 +24,9 @@ class Found:
 
 
 class Names:
-    """Resolves the references of one description; what is wrong is collected in two lists.
+    """Resolves the references of one description and collects problems in two lists.
 
-    settings: references that mean nothing; data: what is at a path cannot be used.
+    settings: references to nothing; data: unusable files at a path.
     """
 
     def __init__(self, description: Pipeline):

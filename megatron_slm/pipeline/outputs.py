@@ -1,4 +1,6 @@
-"""What a stage leaves, and how far it has come: asked of the files, never of the queue."""
+"""The output of a stage, and how far it has come, determined from its files and never from the
+queue.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from megatron_slm.monitoring.run_status import read_status
 
 @dataclass(frozen=True)
 class Standing:
-    """Whether an output is complete, and in words how far it has come ("" = nothing to say)."""
+    """Whether an output is complete, and a description of its progress (may be empty)."""
 
     complete: bool
     progress: str = ""
@@ -29,7 +31,7 @@ class Manifests:
 
 @dataclass(frozen=True)
 class Files:
-    """Files that say nothing of their own completeness, or none: the exit code counts as well."""
+    """Files that do not show whether they are complete, or none: the exit code counts as well."""
 
     paths: tuple[Path, ...]
 

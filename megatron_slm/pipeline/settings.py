@@ -176,7 +176,7 @@ def score_options(
 
 
 def _layout_problems(options: ScoreOptions, reference: Config, world_size: int) -> list[str]:
-    """What score's own check will say of this layout, before there is a reference."""
+    """The problems that score will find in this layout, checked before the reference exists."""
     device = dataclasses.asdict(options.device)
     if device["precision"] == "checkpoint":
         device["precision"] = reference.device.precision

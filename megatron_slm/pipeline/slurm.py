@@ -82,12 +82,16 @@ class Cluster:
         """The sbatch line of a stage."""
         logs = self._pipeline.folder / "pipeline" / "logs"
         number = "%A_%a" if stage.jobs > 1 or stage.kind == SCORE else "%j"
-        words = ["sbatch", f"--job-name={stage.name}{self._suffix}", "--kill-on-invalid-dep=yes"]
-        words += [f"--output={logs / stage.name}-{number}.out"]
+        command_line = [
+            "sbatch",
+            f"--job-name={stage.name}{self._suffix}",
+            "--kill-on-invalid-dep=yes",
+        ]
+        command_line += [f"--output={logs / stage.name}-{number}.out"]
         if stage.jobs > 1 or stage.kind == SCORE:
-            words += [f"--array=0-{stage.jobs - 1}"]
-        words += [f"--nodes={stage.resources.nodes}", *_options(stage.resources.sbatch)]
-        words += [str(self._checkout / SCRIPTS[stage.kind])]
+            command_line += [f"--array=0-{stage.jobs - 1}"]
+        command_line += [f"--nodes={stage.resources.nodes}", *_options(stage.resources.sbatch)]
+        command_line += [str(self._checkout / SCRIPTS[stage.kind])]
         environment = {"SLM_ROOT": str(self._checkout), **dict(stage.environment)}
         if stage.kind in (TRAIN, SCORE):
             environment["SLM_PROCESSES_PER_NODE"] = str(stage.resources.processes_per_node)
@@ -95,18 +99,18 @@ class Cluster:
             environment["SLM_DONE_FILE"] = str(self._state.mark(stage))
             environment["SLM_DONE_KEY"] = self._state.keys[stage.name]
         if stage.kind != PREPROCESS:
-            words += stage.command
-        return Submission(stage, tuple(words), environment)
+            command_line += stage.command
+        return Submission(stage, tuple(command_line), environment)
 
     def problems(self, stages: list[Stage]) -> list[str]:
-        """What sbatch itself would refuse, asked without submitting anything."""
-        found: dict[str, str] = {}
+        """What sbatch itself would refuse, by --test-only, without submitting anything."""
+        refusals: dict[str, str] = {}
         for stage in stages:
             done = self._run(self.submission(stage), "--test-only")
             if done.returncode:
-                answer = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-                found.setdefault(answer, f"{stage.name}: sbatch refuses it: {answer}")
-        return list(found.values())
+                reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+                refusals.setdefault(reason, f"{stage.name}: sbatch refuses it: {reason}")
+        return list(refusals.values())
 
     def queue(self) -> dict[str, Queued]:
         """The jobs of this pipeline that wait or run, by stage. SlurmError: no answer."""
@@ -118,13 +122,13 @@ class Cluster:
             raise SlurmError(f"squeue cannot be started ({error.strerror}); {advice}") from None
         if done.returncode:
             raise SlurmError(f"squeue failed: {' '.join(done.stderr.split())}")
-        found: dict[str, Queued] = {}
+        jobs: dict[str, Queued] = {}
         for line in done.stdout.splitlines():
             job, state, reason, name = line.strip().split("|", 3)
             stage = name.removesuffix(self._suffix)
-            if stage != name and (stage not in found or state == "RUNNING"):
-                found[stage] = Queued(job, state, reason)
-        return found
+            if stage != name and (stage not in jobs or state == "RUNNING"):
+                jobs[stage] = Queued(job, state, reason)
+        return jobs
 
     def submit(
         self, stages: list[Stage], queue: dict[str, Queued], say: Callable

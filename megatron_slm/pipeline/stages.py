@@ -1,4 +1,4 @@
-"""The stages of a description: what each runs, after which others, and what it leaves."""
+"""The stages of a description: what each runs, after which others, and what it writes."""
 
 import graphlib
 import os
@@ -34,7 +34,7 @@ class Stage:
     output: Output
     made_from: Any
     """What decides the output, as plain values, beside the stages before it and the files it reads.
-    None: it goes on with what the one stage before it was made from."""
+    None: the same as for the one stage before it."""
     reads: tuple[str, ...] = ()
     """Files, folders and globs from outside the pipeline that decide the output."""
     makes: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ def _tokenizer(description: Pipeline, names: Names) -> Stage:
 
 
 def _corpus(name: str, description: Pipeline, names: Names, tokenizer: Found) -> Iterator[Stage]:
-    """Preprocessing, joining its parts, verifying and holding out: what a corpus asks for."""
+    """The stages of a corpus: preprocessing, joining its parts, verifying and holding out."""
     given = description.corpora[name]
     options = _corpus_options(name, description)
     variables = {

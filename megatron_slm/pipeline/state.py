@@ -1,6 +1,6 @@
-"""What the pipeline's folder remembers: what each stage's output was made from.
+"""The records in a pipeline's folder of what each stage's output was made from.
 
-By that, finished and unchanged ones are kept.
+Finished outputs with unchanged inputs are kept.
 
 FOLDER/pipeline/description.yaml    the description, complete
 FOLDER/pipeline/configs/            the complete settings of every training and scoring
@@ -58,11 +58,11 @@ class State:
         return standing
 
     def is_current(self, stage: Stage) -> bool:
-        """Whether what is there, whole or in part, was begun from what the description says now."""
+        """Whether the existing output, complete or not, was made from the present description."""
         return _read(self._record(stage)) == self.keys[stage.name]
 
     def outputs(self, stage: Stage) -> list[Path]:
-        """What exists of a stage's output, whoever made it."""
+        """The existing files of a stage's output, whatever made them."""
         return [
             Path(path)
             for pattern in stage.makes

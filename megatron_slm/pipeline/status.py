@@ -1,4 +1,4 @@
-"""Where each stage of a pipeline stands, for people."""
+"""Prints the state of each stage of a pipeline."""
 
 import shlex
 
@@ -40,11 +40,11 @@ def _describe_stage(pipeline: Assembled, state: State, queue, stage) -> tuple[st
 
 
 def nothing_missing(queue: dict[str, Queued]) -> str:
-    """What a resume says that has nothing to submit."""
+    """The message of a resume that has nothing to submit."""
     if not queue:
         return "every stage is done"
     waiting = ", ".join(
-        f"{name} (job {each.job}, {each.state.lower()})" for name, each in queue.items()
+        f"{name} (job {queued.job}, {queued.state.lower()})" for name, queued in queue.items()
     )
     return f"nothing to submit: in the queue are {waiting}"
 

@@ -4,8 +4,8 @@ Ring algorithms: an all-gather or reduce-scatter of M bytes over r ranks sends M
 an all-reduce twice that.
 
 Ranks are placed as megatron-core places them: tensor innermost, then context, then data, pipeline
-outermost. A group whose ranks fit in one node talks over NVLink. A larger group's ring enters and
-leaves each node once, over as many network ports as it has ranks there.
+outermost. A group whose ranks fit in one node communicates over NVLink. A larger group's ring
+enters and leaves each node once, over as many network ports as it has ranks there.
 
 n tokens of a micro-batch on a rank, H hidden, w bytes of an activation, L layers of a stage, M
 micro-batches of a step.
@@ -47,7 +47,7 @@ class _Group:
 
     ranks: int
     stride: int
-    """How far apart neighbours of the group are in the order of ranks."""
+    """Distance between consecutive ranks of the group in the order of ranks."""
 
 
 def traffic(job: Job, stage: int) -> list[Traffic]:

@@ -1,4 +1,4 @@
-"""What GPUs can do, from their makers' data sheets: peaks without sparsity, decimal units.
+"""GPUs by their data sheets: peak rates without sparsity, decimal units.
 
 NVLink and network are per GPU and per direction (data sheets often state both directions together).
 Network is that of the maker's own eight-GPU machine: one 400 Gb/s port per GPU in DGX H100, H200

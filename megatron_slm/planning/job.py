@@ -19,7 +19,7 @@ from megatron_slm.selection.schedule import build_schedule
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned. `n` in the formulas of this room is `rank_tokens`."""
+    """The job that is planned. `n` in the formulas of this package is `rank_tokens`."""
 
     config: Config
     vocabulary_size: int
@@ -115,7 +115,7 @@ class Job:
 
     @cached_property
     def rules(self) -> ChoiceRules:
-        """What the configured choice needs, by the rules that training asks."""
+        """The rules of the configured selection, which training uses too."""
         selection = self.config.selection
         scorer = configured_scorer(selection.scorer, selection.scorer_options, selection.clm_weight)
         return ChoiceRules(scorer, selection.scope, selection.head_rows)

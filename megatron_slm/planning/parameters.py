@@ -59,7 +59,7 @@ def expert_parameters(model: ModelConfig, ranks: int = 1) -> int:
 
 
 def active_parameters(job: Job) -> int:
-    """Parameters that one token meets: of the experts, those it is sent to."""
+    """Parameters that are used for one token: of the experts, those it is sent to."""
     model, whole = job.config.model, model_parameters(job)
     if not model.experts:
         return whole.dense

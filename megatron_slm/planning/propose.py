@@ -24,7 +24,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Proposal:
-    """A job that fits, and what it is predicted to do."""
+    """A job that fits, and its predicted performance."""
 
     job: Job
     memory: RankMemory
@@ -92,9 +92,9 @@ def alternatives(job: Job) -> list[Alternative]:
     same = propose(job, 1)
     if same:
         return [Alternative("", same[0])]
-    found = [_other_batch(job, step) for step in (-1, 1)]
-    found += [_other_nodes(job, step) for step in (-1, 1)]
-    return [each for each in found if each is not None]
+    nearest = [_other_batch(job, step) for step in (-1, 1)]
+    nearest += [_other_nodes(job, step) for step in (-1, 1)]
+    return [alternative for alternative in nearest if alternative is not None]
 
 
 def _other_batch(job: Job, step: int) -> Alternative | None:
@@ -104,17 +104,17 @@ def _other_batch(job: Job, step: int) -> Alternative | None:
     if rounded in (0, batch):
         return None
     data = replace(job.config.data, global_batch_size=rounded)
-    found = propose(replace(job, config=replace(job.config, data=data)), 1)
-    return Alternative(f"--data.global_batch_size {rounded}", found[0]) if found else None
+    proposals = propose(replace(job, config=replace(job.config, data=data)), 1)
+    return Alternative(f"--data.global_batch_size {rounded}", proposals[0]) if proposals else None
 
 
 def _other_nodes(job: Job, step: int) -> Alternative | None:
     """The nearest larger (step 1) or smaller (-1) number of nodes, up to twice or down to one."""
     nodes = job.nodes + step
     while 1 <= nodes <= 2 * job.nodes:
-        found = propose(replace(job, nodes=nodes), 1)
-        if found:
-            return Alternative(f"--nodes {nodes}", found[0])
+        proposals = propose(replace(job, nodes=nodes), 1)
+        if proposals:
+            return Alternative(f"--nodes {nodes}", proposals[0])
         nodes += step
     return None
 

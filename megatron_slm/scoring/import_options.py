@@ -1,5 +1,5 @@
-"""The options of python -m megatron_slm.import_scores, and what a store says that they fill. No
-torch.
+"""The options of python -m megatron_slm.import_scores, and the manifest of the store that they
+fill. No torch.
 """
 
 import argparse
@@ -245,7 +245,7 @@ def _refuse_unused(given: argparse.Namespace) -> None:
 
 
 def manifest_of(options: ImportOptions, argv: list[str], corpus: CorpusManifest) -> ScoreManifest:
-    """What the store that the options fill says of itself; hashes what the scores come from."""
+    """The manifest of the store that the options fill; hashes the source of the scores."""
     if options.huggingface:
         fingerprint = huggingface_fingerprint(options.huggingface)
     else:

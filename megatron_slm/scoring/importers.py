@@ -46,9 +46,9 @@ def import_job(store: ScoreStore, options: ImportOptions, corpus: CorpusManifest
 
 
 def read_array(path: str | Path, tokens: int) -> FileArray:
-    """A 1-D array of one value per token, read where it is asked for.
+    """A 1-D array of one value per token, read on access.
 
-    It is a .npy of any float dtype, or raw little-endian fp16 or fp32 (told apart by size).
+    It is a .npy of any float dtype, or raw little-endian fp16 or fp32 (distinguished by size).
     """
     path = Path(path)
     if path.suffix == ".npy":

@@ -82,8 +82,8 @@ class ScoreOptions:
 def parse(argv: list[str], description: str) -> ScoreOptions:
     """The settings on the command line and in --config.
 
-    Prints the help when asked to. When there are problems, prints all of them, on the job's first
-    process, and exits with code 2.
+    Prints the help if an option requests it. When there are problems, prints all of them, on the
+    job's first process, and exits with code 2.
     """
     arguments = [_with_underscores(argument) for argument in argv]
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"

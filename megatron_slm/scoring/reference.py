@@ -72,7 +72,7 @@ def scoring_config(
 def load_scoring_model(reference: Reference, config: Config, groups: Groups) -> list[Module]:
     """The model chunks of this rank, weights loaded, in eval mode. Every rank calls it.
 
-    Without dropout, as docs/method.md#point-18 asks.
+    Without dropout, as docs/method.md#point-18 requires.
     """
     from megatron_slm.checkpoint.weights import load_weights
     from megatron_slm.model.build import build_model

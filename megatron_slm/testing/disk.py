@@ -1,4 +1,4 @@
-"""What a program did to the disk, in order: for tests that nothing is lost in a power cut.
+"""Records the disk operations of a program in order, for tests that a power cut loses nothing.
 
 A file's bytes may reach the disk after the rename that made it visible. So whatever is renamed into
 place must have been synced before, and the folder that holds the new name synced afterwards.

@@ -2,8 +2,8 @@
 `tokenizer.json`.
 
 Everything that must agree about a vocabulary (tokenizer programs, preprocessing, training, export)
-asks this room for sizes, special ids and the fingerprint. It does not import torch, because data
-programs run on machines that have none.
+gets sizes, special ids and the fingerprint from this package. It does not import torch, because
+data programs run on machines that have none.
 """
 
 from megatron_slm.tokenization.tokenizer import (

@@ -1,4 +1,4 @@
-"""What a Hugging Face tokenizer.json, and the files beside it, say of a vocabulary."""
+"""Reads a vocabulary from a Hugging Face tokenizer.json and the files beside it."""
 
 from __future__ import annotations
 
