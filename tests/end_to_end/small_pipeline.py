@@ -12,8 +12,11 @@ import yaml
 MODULES = ("argparse.py", "ast.py", "cmd.py", "configparser.py", "csv.py", "difflib.py")
 
 
-def write_description(folder: Path) -> Path:
-    """Write text and pipeline.yaml into `folder`; everything is made in folder/out."""
+def write_description(folder: Path, reference_steps: int = 4) -> Path:
+    """Write text and pipeline.yaml into `folder`; everything is made in folder/out.
+
+    reference_steps: how long the reference trains, with a checkpoint after each step.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     texts = [(library / name).read_text() for name in MODULES]
     for name, part in (("corpus", texts), ("curated", texts[-3:])):
@@ -43,7 +46,10 @@ def write_description(folder: Path) -> Path:
             "validation": {"target": "curated"},
         },
         "runs": {
-            "reference": {"train": ["curated"]},
+            "reference": {
+                "train": ["curated"],
+                "settings": {"schedule": {"train_steps": reference_steps}},
+            },
             "slm": {
                 "train": ["corpus"],
                 "scores": ["scores"],

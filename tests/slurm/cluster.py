@@ -151,10 +151,31 @@ class Cluster:
     def crash(self, node: str) -> None:
         """All of the node ends in one instant: its daemon, those of its steps, their tasks."""
         self.node_daemons[node].kill()
-        for pid in processes_of_node(node):
+        for pid in self.processes_of_node(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.node_daemons[node].wait()
+
+    def processes_of_node(self, node: str) -> list[int]:
+        """Daemons of the steps on a node, then their tasks with all that these started.
+
+        Of this cluster alone: another one on the machine has nodes of the same names.
+        """
+        marks = [f"SLURMD_NODENAME={node}\0", f"SLURM_CONF={self.environment['SLURM_CONF']}\0"]
+        parents = {}
+        tasks = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it ended in the meantime
+                if entry.name.isdigit():
+                    parents[int(entry.name)] = int(
+                        (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                    )
+                    environment = (entry / "environ").read_bytes()
+                    if all(mark.encode() in environment for mark in marks):
+                        tasks.append(int(entry.name))
+        above = {parents[pid] for pid in tasks} - set(tasks)
+        steps = [pid for pid in above if pid != 1 and _name(pid) == "slurmstepd"]
+        return steps + tasks
 
     def start(self, program: str, *options: str) -> subprocess.Popen:
         with open(self.folder / f"{program}.{len(self.daemons)}.out", "w") as output:
@@ -255,23 +276,6 @@ class Job:
             except OSError:  # it ended in the meantime
                 continue
         return sorted(found)
-
-
-def processes_of_node(node: str) -> list[int]:
-    """Daemons of the steps on a node, then their tasks with all that these started."""
-    parents = {}
-    tasks = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # it ended in the meantime
-            if entry.name.isdigit():
-                parents[int(entry.name)] = int(
-                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                )
-                if f"SLURMD_NODENAME={node}\0".encode() in (entry / "environ").read_bytes():
-                    tasks.append(int(entry.name))
-    above = {parents[pid] for pid in tasks} - set(tasks)
-    steps = [pid for pid in above if pid != 1 and _name(pid) == "slurmstepd"]
-    return steps + tasks
 
 
 def _name(pid: int) -> str:

@@ -20,7 +20,8 @@ class Submitted:
     def __init__(self, cluster: Cluster, folder: Path):
         self.cluster = cluster
         self.out = folder / "out"
-        self.description = write_description(folder)
+        # Long enough to be cancelled between its first checkpoint and its last.
+        self.description = write_description(folder, reference_steps=100)
 
     def submit(self, *words: str) -> str:
         done = subprocess.run(
