@@ -131,6 +131,7 @@ def interrupt_and_compare(groups, folder: Path) -> None:
         if groups.dp_size == 2:
             assert train(groups, folder, f"{name}, whole", case) == 0
         run = f"{name}, resumed by {groups.dp_size}"
+        dist.barrier()  # the last rank writes the token view, maybe after rank 0 is done
         if groups.world_rank == 0:
             cut_back(folder, f"{name}, whole", run)
         dist.barrier()
