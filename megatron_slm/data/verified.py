@@ -70,15 +70,22 @@ def check_sample(prefix: str | Path, blocks: int) -> int:
 
 class StoredBlocks:
     """The blocks of PREFIX.bin, with their checksums from when the file was hashed; none where
-    no checksums are kept.
+    no checksums are kept, or where those that are kept are of a file of another size or time.
     """
 
     def __init__(self, prefix: str | Path):
         self.path = Path(f"{prefix}.bin")
-        size_bytes = self.path.stat().st_size
+        size_bytes, modified_ns, *_ = _stamp(self.path)
         self._block_bytes = _block_bytes(size_bytes)
         known = _remembered(prefix).get(".bin")
-        sums = known.get("block_crc32") if isinstance(known, dict) else None
+        sums = None
+        stamp = None
+        if isinstance(known, dict):
+            sums = known.get("block_crc32")
+            stamp = known.get("stamp")
+        # A copy that keeps size and time is the same file, so the inode is not compared.
+        if not isinstance(stamp, list) or stamp[:2] != [size_bytes, modified_ns]:
+            sums = None
         if not isinstance(sums, list) or len(sums) != -(-size_bytes // self._block_bytes):
             sums = []
         self._sums: list[int] = sums

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -36,12 +37,28 @@ def test_whole_blocks_are_read_again(prefix):
     assert check_sample(prefix, 1000) == blocks
 
 
-def test_a_lost_block_is_named(prefix):
-    with open(f"{prefix}.bin", "r+b") as stream:
+def lose_bytes(path: Path) -> None:
+    """As a disk does it: the file's times stay what they were."""
+    before = path.stat()
+    with open(path, "r+b") as stream:
         stream.seek(310)
         stream.write(bytes(20))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_lost_block_is_named(prefix):
+    lose_bytes(Path(f"{prefix}.bin"))
     with pytest.raises(ValueError, match=r"text.bin: bytes 300 to 600 are no longer"):
         check_sample(prefix, 1000)
+
+
+def test_checksums_of_another_file_are_not_used(prefix):
+    """The corpus was made again, and the note of the earlier one was left in the folder."""
+    stale = Path(f"{prefix}.verified.json").read_text()
+    write_corpus(prefix, random_documents(40, 30, vocabulary_size=90))
+    os.utime(f"{prefix}.bin", (0, 0))  # clocks of file systems are coarse
+    Path(f"{prefix}.verified.json").write_text(stale)
+    assert check_sample(prefix, 1000) == 0
 
 
 @pytest.mark.parametrize("kept", [None, [], {".bin": 3}, {".bin": {"block_crc32": [1]}}])
