@@ -39,6 +39,10 @@ def plain_loss(
     return (loss_sum / count if count else float("nan")), int(count)
 
 
+PLAIN_METRICS = ("loss", "perplexity", "tokens")
+"""What `validate` measures of every corpus, as validation/<name>/<metric>."""
+
+
 def validate(
     models: Sequence[MegatronModule],
     loaders: Mapping[str, Iterable[Sequence[Batch]]],

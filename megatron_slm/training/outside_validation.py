@@ -10,7 +10,7 @@ from megatron_slm.data.batch import Batch
 from megatron_slm.model.forward_backward import MegatronModule
 from megatron_slm.parallel import Groups
 from megatron_slm.training.data_fault import DataFault
-from megatron_slm.training.evaluate import plain_loss
+from megatron_slm.training.evaluate import PLAIN_METRICS, plain_loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ def measure_outside(
     validations: Mapping[str, Callable[[ValidationRun], Mapping[str, Any]]],
     validation: ValidationRun,
 ) -> dict[str, float]:
-    """What every function measures, as validation/<metric>."""
+    """What every function measures, as validation/<metric>.
+
+    RuntimeError when one fails, or gives a metric that the plain loss or another function gives.
+    """
+    taken = {f"{corpus}/{metric}" for corpus in validation.corpora for metric in PLAIN_METRICS}
     record = {}
     for name, measure in validations.items():
         try:
@@ -56,6 +60,12 @@ def measure_outside(
                 f"monitoring.validations: {name} failed at step {validation.step}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if again := sorted(taken & measured.keys()):
+            raise RuntimeError(
+                f"monitoring.validations: {name} gives validation/{again[0]}, which is measured "
+                "already; give it another name"
+            )
+        taken |= measured.keys()
         for metric, value in measured.items():
             record[f"validation/{metric}"] = value
     return record

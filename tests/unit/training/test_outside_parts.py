@@ -137,3 +137,13 @@ def test_a_corpus_that_cannot_be_read_in_a_measurement_is_a_fault_of_data():
     run = ValidationRun(step=3, models=[], loaders={}, groups=None)
     with pytest.raises(DataFault, match="cut short"):
         measure_outside({"mine.py:measure": measure}, run)
+
+
+@pytest.mark.parametrize("metric", ["target/loss", "target/late_loss"])
+def test_a_measurement_never_replaces_another(metric):
+    run = ValidationRun(step=3, models=[], loaders={"target": []}, groups=None)
+    first = {"mine.py:late": lambda validation: {"target/late_loss": 2.0}}
+    assert measure_outside(first, run) == {"validation/target/late_loss": 2.0}
+    both = first | {"mine.py:other": lambda validation: {metric: 1.0}}
+    with pytest.raises(RuntimeError, match=f"mine.py:other gives validation/{metric}, which is"):
+        measure_outside(both, run)
