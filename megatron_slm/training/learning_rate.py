@@ -21,7 +21,7 @@ def learning_rate(
     before (run_length.py). Warm-up rises linearly over warmup_fraction of the run and reaches the
     peak at its end; the shape then runs from the peak to min_learning_rate at the last step (wsd:
     only over the last decay_fraction of the run). outside_shape: that of a schedule.style which is
-    not built in.
+    not built in; ValueError where it gives no finite number from 0 up, before any weight has it.
     """
     schedule = config.schedule
     optimizer = config.optimizer
@@ -30,6 +30,8 @@ def learning_rate(
         return optimizer.learning_rate * position / warmup_steps
     if outside_shape is not None:
         left = outside_shape(position, warmup_steps, end)
+        if problem := problem_of_shape_value(left):
+            raise ValueError(f"schedule.style: {schedule.style} {problem} at step {position:g}")
     elif schedule.style == "wsd":
         decay_begin = max(warmup_steps, end - math.ceil(schedule.decay_fraction * end))
         left = _linear(position, decay_begin, end)
@@ -40,6 +42,13 @@ def learning_rate(
     return (
         optimizer.min_learning_rate + (optimizer.learning_rate - optimizer.min_learning_rate) * left
     )
+
+
+def problem_of_shape_value(value: object) -> str:
+    """What is wrong with the value of a shape from outside; "" = nothing."""
+    if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
+        return ""
+    return f"gives {value!r}, not a number from 0 up, the part of the peak learning rate,"
 
 
 def _done(position: float, begin: float, end: float) -> float:

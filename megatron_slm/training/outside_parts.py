@@ -5,7 +5,6 @@ has seen that the command line names them too. Nothing here imports torch; the o
 model/outside_optimizer.py.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from megatron_slm.config.extension_points import load_part, named_parts
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
-from megatron_slm.training.learning_rate import Shape
+from megatron_slm.training.learning_rate import Shape, problem_of_shape_value
 
 Part = Callable[..., Any]
 TRIED_POSITIONS = (11.0, 500.0, 1000.0)
@@ -70,9 +69,6 @@ def _problems_of_shape(shape: Shape, name: str) -> list[str]:
             value = shape(position, 10, 1000.0)
         except Exception as error:  # the user's code: it may raise anything
             return [f"schedule.style: {name} fails at step {position:g} of 1000: {error!r}"]
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            return [
-                f"schedule.style: {name} gives {value!r} at step {position:g} of 1000; expected a "
-                "number from 0 up, the part of the peak learning rate"
-            ]
+        if problem := problem_of_shape_value(value):
+            return [f"schedule.style: {name} {problem} at step {position:g} of 1000"]
     return []

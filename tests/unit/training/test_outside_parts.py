@@ -67,7 +67,7 @@ def test_a_shape_from_outside_follows_warm_up(tmp_path):
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ("return None", "gives None at step 11"),
+        ("return None", "gives None, not a number from 0 up, the part of the peak learning rate,"),
         ("return -1.0", "gives -1.0"),
         ("return float('nan')", "gives nan"),
         ("return 1 / abs(position - 500)", "fails at step 500 of 1000: ZeroDivisionError"),
@@ -80,6 +80,19 @@ def test_a_shape_without_a_value_is_refused(body, problem, tmp_path):
     with pytest.raises(ConfigError) as refused:
         load_outside_parts(config)
     assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.5, None])
+def test_a_shape_that_loses_its_value_later_is_refused_before_the_step(value):
+    config = Config()
+    config.schedule.style = "mine.py:shape"
+
+    def shape(position, warmup_steps, end):
+        return 0.5 if position < 70 else value
+
+    assert learning_rate(config, 69, 100, shape) > 0
+    with pytest.raises(ValueError, match=r"schedule.style: mine.py:shape gives .* at step 70"):
+        learning_rate(config, 70, 100, shape)
 
 
 def test_every_wrong_part_is_named_at_once(tmp_path):
