@@ -65,7 +65,6 @@ def rescore_windows(
     Raises ValueError when the store, the corpus or the reference cannot be opened, or do not belong
     together.
     """
-
     store = ScoreStore.open(scores)
     store.check_against(CorpusManifest.read(prefix))
     is_huggingface = (Path(reference) / "config.json").is_file()

@@ -38,3 +38,15 @@ def problems_after(good):
         return caught.value.problems
 
     return problems
+
+
+@pytest.fixture()
+def breaks_a_rule(problems_after):
+    """Asserts that changes give a problem of `field` with the value got and the remedy."""
+
+    def check(field: str, changes: dict, got: str, remedy: str) -> None:
+        problems = problems_after(**changes)
+        of_field = [problem for problem in problems if problem.startswith(field)]
+        assert any(got in problem and remedy in problem for problem in of_field), problems
+
+    return check
