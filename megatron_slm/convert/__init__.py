@@ -3,7 +3,10 @@ Qwen3, Qwen3-MoE).
 
 huggingface.py        a whole folder written (export), or read into a checkpoint (import_model)
 model_folder.py       what is known of such a folder before torch is loaded
-hf_config.py          config.json: which architecture, and every setting both ways
+hf_config.py          config.json of an exported model: which architecture, and every setting
+hf_settings.py        our settings of a config.json, with the defaults of transformers' own classes
+hf_keys.py            every key of a config.json: used, without effect, or refused
+folder_kinds.py       advice for folders that hold a model in another form
 hf_tokenizer.py       a SentencePiece model as a tokenizer.json that gives the same ids
 begin_of_text.py      what that tokenizer adds to a text
 table.py, names.py    the one table of names and transforms, and its use in both directions

@@ -1,14 +1,12 @@
-"""config.json of a Hugging Face model, out of and into ModelConfig.
+"""config.json of an exported model.
 
 Which architecture a model becomes: qk_norm -> Qwen3, qkv_bias -> Qwen2, otherwise Llama; with
-experts, qk_norm -> Qwen3-MoE, otherwise Mixtral. Mistral folders are read as Llama.
+experts, qk_norm -> Qwen3-MoE, otherwise Mixtral. hf_settings.py reads a config.json.
 """
 
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.tokenization import Tokenizer
-
-MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict:
@@ -122,105 +120,3 @@ def rope_scaling(model: ModelConfig) -> dict | None:
             "original_max_position_embeddings": model.rope_original_sequence_length,
         }
     return scaling
-
-
-def rope_settings(config: dict) -> dict:
-    """The rope_* fields of ModelConfig that a config.json describes; ValueError for a kind of
-    scaling that is not implemented.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    settings = {"rope_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return settings
-    if kind not in ("linear", "llama3"):
-        raise ValueError(
-            f"rotary scaling {kind!r} (config.json says {rope}); implemented are linear and llama3"
-        )
-    settings |= {"rope_scaling": kind, "rope_scaling_factor": float(rope["factor"])}
-    if kind == "llama3":
-        settings |= {
-            "rope_low_frequency_factor": float(rope["low_freq_factor"]),
-            "rope_high_frequency_factor": float(rope["high_freq_factor"]),
-            "rope_original_sequence_length": int(
-                rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-            ),
-        }
-    return settings
-
-
-def expert_settings(config: dict) -> dict:
-    """The fields of ModelConfig about experts that a config.json describes."""
-    if config.get("model_type") == "mixtral":
-        return {
-            "experts": config["num_local_experts"],
-            "experts_per_token": config["num_experts_per_tok"],
-        }
-    if config.get("model_type") == "qwen3_moe":
-        return {
-            "experts": config["num_experts"],
-            "experts_per_token": config["num_experts_per_tok"],
-            "renormalize_experts": config.get("norm_topk_prob", False),
-        }
-    return {}
-
-
-def model_config(config: dict) -> tuple[ModelConfig, int]:
-    """(ModelConfig, sequence length) that compute what a config.json describes.
-
-    ValueError naming every setting we have no place for.
-    """
-    model_type = config.get("model_type")
-    problems = []
-    if model_type not in MODEL_TYPES:
-        problems.append(f"model_type {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
-    if model_type == "qwen3_moe" and (
-        config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
-    ):
-        problems.append(
-            "dense layers among those of experts (mlp_only_layers or decoder_sparse_step)"
-        )
-    rope = {}
-    try:
-        rope = rope_settings(config)
-    except ValueError as error:
-        problems.append(str(error))
-    if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {config['hidden_act']!r}; expected silu")
-    if config.get("mlp_bias") or config.get("attention_bias"):
-        problems.append(
-            "biases on the attention output or feed-forward layers (attention_bias or mlp_bias "
-            "true)"
-        )
-    if problems:
-        raise ValueError("this Hugging Face model cannot be expressed here: " + "; ".join(problems))
-    windowed = config.get("use_sliding_window", model_type == "mistral") and config.get(
-        "sliding_window"
-    )
-    # Within its window, sliding attention is full attention: sequences up to that length are
-    # computed exactly.
-    sequence_length = min(
-        config["max_position_embeddings"], windowed or config["max_position_embeddings"]
-    )
-    model = ModelConfig(
-        layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config[
-            "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
-        ],
-        attention_heads=config["num_attention_heads"],
-        query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
-        head_size=config.get("head_dim")
-        or (
-            128 if model_type == "qwen3" else config["hidden_size"] // config["num_attention_heads"]
-        ),
-        vocabulary_size=config["vocab_size"],
-        **rope,
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "qwen3_moe"),
-        **expert_settings(config),
-        initialization_std=config.get("initializer_range", 0.02),
-    )
-    return model, sequence_length

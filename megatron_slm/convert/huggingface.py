@@ -108,7 +108,11 @@ def import_model(source: ModelFolder, checkpoints: Path, dtype: str) -> Path:
     ValueError: the tensors are not those that config.json describes.
     """
     geometry = Geometry.from_model(source.model)
-    state = FromHuggingface(SafetensorsFolder(source.folder), geometry)
+    theirs = SafetensorsFolder(source.folder)
+    try:
+        state = FromHuggingface(theirs, geometry, theirs.shapes)
+    except ValueError as error:
+        raise ValueError(f"{source.folder}: {error}") from None
     info = CheckpointInfo(
         model=describe_model(source.model, source.model.vocabulary_size),
         sequence_length=source.sequence_length,
@@ -122,7 +126,11 @@ def import_model(source: ModelFolder, checkpoints: Path, dtype: str) -> Path:
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     shapes = {name: entry.shape for name, entry in state.entries.items()}
-    write_full_state(state, shapes, geometry.layers, writing, DTYPES[dtype])
-    checksums = {path.name: file_sha256(path) for path in writing.iterdir()}
+    try:
+        write_full_state(state, shapes, geometry.layers, writing, DTYPES[dtype])
+        checksums = {path.name: file_sha256(path) for path in writing.iterdir()}
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
     trainer_state = {"layout": {}, "adam_steps": 0, "weights_only": True}
     return complete(checkpoints, 0, info, trainer_state, checksums)

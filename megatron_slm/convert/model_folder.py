@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.hf_config import model_config
+from megatron_slm.convert.folder_kinds import other_kind
+from megatron_slm.convert.hf_settings import model_config
 from megatron_slm.files.export_note import read_export_note
 from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
@@ -36,7 +37,15 @@ class ModelFolder:
 
 def open_model_folder(folder: Path, tokenizer_path: str = "") -> ModelFolder:
     """ValueError names what cannot be read in the folder."""
-    model, sequence_length = model_config(read_json(folder / "config.json"))
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json in it{other_kind(folder)}")
+    config = read_json(folder / "config.json")
+    try:
+        model, sequence_length = model_config(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     tokenizer = load_tokenizer(tokenizer_path or folder)
     if tokenizer.vocabulary_size > model.vocabulary_size:
         raise ValueError(

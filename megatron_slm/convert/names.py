@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from megatron_slm.convert.geometry import Geometry
@@ -31,11 +32,20 @@ def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[
 class FromHuggingface(Mapping[str, Tensor]):
     """Hugging Face tensors seen under our names; each is made on access.
 
-    ValueError (on construction) for missing or unknown names. Buffers that older exports carry
-    along (rotary inv_freq, and the copy of a tied head) are derived from the rest and passed over.
+    ValueError (on construction, before any tensor is read) for missing or unknown names and for
+    tensors of another shape than the model's, and for a head beside tied embeddings that is not
+    equal to them. Buffers that older exports carry along (rotary inv_freq, and the copy of a tied
+    head) are derived from the rest and passed over.
+
+    their_shapes: the shape of each tensor in `theirs`; None = they are in memory, and asked.
     """
 
-    def __init__(self, theirs: Mapping[str, Tensor], geometry: Geometry):
+    def __init__(
+        self,
+        theirs: Mapping[str, Tensor],
+        geometry: Geometry,
+        their_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ):
         self.entries = {entry.ours: entry for entry in entries(geometry)}
         self._theirs = theirs
         self._geometry = geometry
@@ -45,22 +55,45 @@ class FromHuggingface(Mapping[str, Tensor]):
         got = {name for name in theirs if not derived.fullmatch(name)}
         expected = {name for entry in self.entries.values() for name in entry.theirs}
         check_names(got, expected, "the Hugging Face folder")
+        if their_shapes is None:
+            their_shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+        self._check_shapes(their_shapes)
+        if geometry.tied:
+            _check_tied_head(theirs)
+
+    def _check_shapes(self, got: Mapping[str, tuple[int, ...]]) -> None:
+        wrong = [
+            f"{name} has shape {got[name]}, its config.json says {shape}"
+            for entry in self.entries.values()
+            for name, shape in zip(entry.theirs, entry.their_shapes, strict=True)
+            if got[name] != shape
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise ValueError("; ".join(wrong[:4]) + more)
 
     def __getitem__(self, ours: str) -> Tensor:
         entry = self.entries[ours]
-        tensor = entry.transform.join([self._theirs[name] for name in entry.theirs], self._geometry)
-        if tuple(tensor.shape) != entry.shape:
-            raise ValueError(
-                f"{', '.join(entry.theirs)} make {ours} of shape {tuple(tensor.shape)}; "
-                f"config.json says {entry.shape}"
-            )
-        return tensor
+        return entry.transform.join([self._theirs[name] for name in entry.theirs], self._geometry)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def _check_tied_head(theirs: Mapping[str, Tensor]) -> None:
+    """ValueError when a head is stored beside the embeddings it is said to be tied to, and differs.
+
+    Versions of transformers differ in which of the two they use.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if head in theirs and not torch.equal(theirs[head], theirs[embedding]):
+        raise ValueError(
+            f"tie_word_embeddings is true, but {head} is stored and differs from {embedding}: set "
+            "tie_word_embeddings to false in config.json to keep that head, or take the tensor out"
+        )
 
 
 def check_names(got: set[str], expected: set[str], where: str) -> None:

@@ -26,6 +26,8 @@ class Transform:
 
     split: Callable[[Tensor, Geometry], tuple[Tensor, ...]]
     join: Callable[[Sequence[Tensor], Geometry], Tensor]
+    rows: Callable[[int, Geometry], tuple[int, ...]] = lambda rows, _: (rows,)
+    """Rows of each of Hugging Face's tensors, of the rows of ours; the other sizes are equal."""
 
 
 def _cut_padding(weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
@@ -60,9 +62,17 @@ def _join_qkv(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
 
 
 SAME = Transform(lambda tensor, _: (tensor,), lambda parts, _: parts[0])
-VOCABULARY = Transform(_cut_padding, _add_padding)
-QKV = Transform(_split_qkv, _join_qkv)
-GATE_UP = Transform(lambda fused, _: tuple(fused.chunk(2)), lambda parts, _: torch.cat(list(parts)))
+VOCABULARY = Transform(_cut_padding, _add_padding, lambda _, g: (g.vocabulary_size,))
+QKV = Transform(
+    _split_qkv,
+    _join_qkv,
+    lambda _, g: (g.heads * g.head_size, g.groups * g.head_size, g.groups * g.head_size),
+)
+GATE_UP = Transform(
+    lambda fused, _: tuple(fused.chunk(2)),
+    lambda parts, _: torch.cat(list(parts)),
+    lambda rows, _: (rows // 2, rows // 2),
+)
 
 
 @dataclass(frozen=True)
@@ -241,6 +251,9 @@ class Entry:
     theirs: tuple[str, ...]
     transform: Transform
     shape: tuple[int, ...]
+    """Shape of our tensor."""
+    their_shapes: tuple[tuple[int, ...], ...]
+    """Shape of each of theirs."""
 
 
 def entries(geometry: Geometry) -> list[Entry]:
@@ -260,4 +273,6 @@ def _entries_of(rule: Rule, layer: int, geometry: Geometry) -> Iterator[Entry]:
     for expert in range(geometry.experts if "{expert}" in rule.ours else 1):
         theirs = tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
         ours = rule.ours.format(layer=layer, expert=expert)
-        yield Entry(ours, theirs, rule.transform, rule.shape(geometry))
+        rows, *others = rule.shape(geometry)
+        their_shapes = tuple((own, *others) for own in rule.transform.rows(rows, geometry))
+        yield Entry(ours, theirs, rule.transform, (rows, *others), their_shapes)

@@ -76,9 +76,9 @@ def transformers_runner(
         outputs = []
         for batch in batches:
             logits_BSV = model(input_ids=batch.tokens_BS.to(device), use_cache=False).logits
-            # Rows beyond the tokenizer's ids are padding and can never be right
-            # (docs/method.md#point-17).
-            outputs.append(_columns(columns, logits_BSV[..., :vocabulary_size], batch.labels_BS))
+            # Over all rows, as the model was trained and as it is when it is imported: rows beyond
+            # the tokenizer's ids have probability too.
+            outputs.append(_columns(columns, logits_BSV, batch.labels_BS))
         return outputs
 
     return ReferenceRunner(stream, plan, columns, micro_batch_size, forward)

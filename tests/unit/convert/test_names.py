@@ -7,7 +7,8 @@ import torch
 
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.geometry import Geometry
-from megatron_slm.convert.hf_config import huggingface_config, model_config
+from megatron_slm.convert.hf_config import huggingface_config
+from megatron_slm.convert.hf_settings import model_config
 from megatron_slm.convert.names import FromHuggingface, to_huggingface
 from megatron_slm.convert.table import entries
 
@@ -184,14 +185,3 @@ def test_models_that_cannot_be_expressed_are_refused(change, named):
 def test_mixtures_without_an_architecture_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         huggingface_config(ModelConfig(**SIZES, experts=4, **settings), 64, None, "fp32")
-
-
-def test_a_sliding_window_bounds_the_sequence_length():
-    config = huggingface_config(ModelConfig(**SIZES), 512, None, "fp32")
-    assert model_config(config | {"model_type": "mistral", "sliding_window": 128})[1] == 128
-    assert (
-        model_config(
-            config | {"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
-        )[1]
-        == 512
-    )
