@@ -198,6 +198,9 @@ def take_loaded_state(
                 group["step"] = adam_steps
         elif slot.main is not None:
             # A tensor for each parameter: torch increments it in place, and one that parameters
-            # share would be incremented once per parameter.
-            step = torch.tensor(float(adam_steps), dtype=torch.float32)
+            # share would be incremented once per parameter. Its fused kernels read it on the
+            # device of the weights, the others on the host.
+            fused = any(group.get("fused") for group in slot.inner.param_groups)
+            device = slot.main.device if fused else "cpu"
+            step = torch.tensor(float(adam_steps), dtype=torch.float32, device=device)
             slot.inner.state[slot.main]["step"] = step

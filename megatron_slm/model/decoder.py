@@ -37,6 +37,12 @@ def head_output(output: HeadOutput | Sequence | Tensor) -> HeadOutput:
     return HeadOutput(output, None, {}) if isinstance(output, Tensor) else HeadOutput(*output)
 
 
+def head_weight(model: GPTModel) -> Tensor:
+    """The weight of the head of a model with the last pipeline stage: [padded vocabulary, H]."""
+    tied = model.share_embeddings_and_output_weights
+    return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+
+
 class Decoder(GPTModel):
     """GPTModel whose labels-path is the selective head: per-token fp32 losses, no logits kept.
 
@@ -70,7 +76,7 @@ class Decoder(GPTModel):
     def _all_rows(self, hidden_SBH: Tensor, labels_SB: Tensor) -> HeadOutput:
         result = linear_cross_entropy(
             hidden_SBH,
-            self._head_weight(),
+            head_weight(self),
             labels_SB,
             extras=self.extra_outputs,
             engine=self.head_engine,
@@ -90,16 +96,12 @@ class Decoder(GPTModel):
             scale = self.config.grad_scale_func(weight_BS.new_ones(()))
         loss_sum, loss_SB = selected_linear_cross_entropy(
             hidden_SBH,
-            self._head_weight(),
+            head_weight(self),
             labels_SB,
             weight_BS.transpose(0, 1) * scale,
             **self._head_settings(),
         )
         return HeadOutput(_batch_first(loss_SB), (loss_sum / scale).squeeze(), {})
-
-    def _head_weight(self) -> Tensor:
-        tied = self.share_embeddings_and_output_weights
-        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def _head_settings(self) -> dict[str, Any]:
         tp_group = self.pg_collection.tp

@@ -7,10 +7,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_slm.config.schema import Config
+from megatron_slm.model.decoder import head_weight
+from megatron_slm.model.gradient_norm import clip_gradients, gradient_norm
 from megatron_slm.model.outside_optimizer import MakeOptimizer, put_inside
 from megatron_slm.model.transformer_config import DTYPES
 
@@ -29,10 +30,26 @@ def wrap_data_parallel(
         use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
-    return [
+    models = [
         DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
+    for model in models:
+        _wait_for_the_heads_weight(model)
+    return models
+
+
+def _wait_for_the_heads_weight(model: DistributedDataParallel) -> None:
+    """Let the head wait until its weight is gathered, where gathers overlap with forward.
+
+    megatron-core waits when the module that has a weight is called, and the selective head reads
+    the output layer's weight without calling that layer. A weight with a bucket of its own (40
+    million values) would be read while the other ranks' part of it is still arriving.
+    """
+    decoder = get_attr_wrapped_model(model, "post_process", return_model_obj=True)
+    if model.ddp_config.overlap_param_gather and decoder.post_process:
+        bucket = model.param_to_bucket_group[head_weight(decoder)]
+        decoder.decoder.register_forward_hook(lambda *_: bucket.finish_param_sync())
 
 
 def build_optimizer(
@@ -41,7 +58,8 @@ def build_optimizer(
     """AdamW with decoupled weight decay (none on biases and norm weights), global-norm clipping,
     fp32 main weights.
 
-    Transformer Engine's or apex's fused Adam where installed, else torch's (megatron-core chooses).
+    Transformer Engine's or apex's fused Adam where installed (megatron-core chooses), else torch's,
+    on a GPU its fused one.
     Under fp16 the models' losses are multiplied by a scale that follows overflows; use
     `update_weights` to step.
     make: an optimizer from outside in AdamW's place (outside_optimizer.py).
@@ -71,6 +89,8 @@ def build_optimizer(
     )
     if make is not None:
         put_inside(optimizer, make, settings)
+    elif torch.device(torch.cuda.current_device()).type == "cuda":
+        fuse_updates(optimizer)
     for group in optimizer.param_groups:
         # megatron-core leaves this product to its own scheduler; without it norm weights would be
         # decayed too.
@@ -79,6 +99,20 @@ def build_optimizer(
         for model in models:
             get_model_config(model).grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def fuse_updates(optimizer: ChainedOptimizer) -> None:
+    """Let torch's AdamW update all weights in a few kernels, which read and write each value once.
+
+    torch's own choice on a GPU, `foreach`, takes a dozen passes over all weights and moments, and
+    memory for intermediate values. The updates are the same up to rounding. Another optimizer than
+    torch's AdamW, whose kernels are fused already, stays as it is. torch then counts updates on the
+    device of the weights (checkpoint/optimizer_state.py).
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(getattr(part, "optimizer", None), torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 @torch.no_grad()
@@ -95,19 +129,11 @@ def update_weights(optimizer: ChainedOptimizer, learning_rate: float) -> tuple[b
     _share_overflows(_loss_scalers(optimizer))
     if overflowed:
         return False, math.nan
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = gradient_norm(optimizer)
     if not math.isfinite(grad_norm):
         return False, grad_norm
-    _clip(optimizer, grad_norm)
+    clip_gradients(optimizer, grad_norm)
     return optimizer.step_with_ready_grads(), grad_norm
-
-
-def _clip(optimizer: ChainedOptimizer, grad_norm: float) -> None:
-    """Scale all gradients so that their common norm is at most the configured one (0 = any)."""
-    for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
 
 def _share_overflows(scalers: list) -> None:

@@ -85,7 +85,8 @@ def _optimizer_row(on_gpu: bool, apex: str) -> Row:
         return "optimizer", "AdamW, Transformer Engine", ""
     if apex == "nvidia":
         return "optimizer", "AdamW, apex", ""
-    return "optimizer", "AdamW, torch", "neither Transformer Engine nor NVIDIA apex is installed"
+    why = "neither Transformer Engine nor NVIDIA apex is installed"
+    return "optimizer", "AdamW, torch, fused", why
 
 
 def _fusion_row(on_gpu: bool, apex: str) -> Row:
