@@ -1,4 +1,7 @@
-"""Fused operations of the last layer. Imports torch only; process groups are arguments."""
+"""Fused operations: the head, and what layers do between their products (layer_passes.py).
+
+Imports torch only; process groups are arguments.
+"""
 
 from megatron_slm.ops.head_plan import HeadPlan, plan_head
 from megatron_slm.ops.linear_cross_entropy import linear_cross_entropy
