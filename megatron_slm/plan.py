@@ -13,6 +13,7 @@ from megatron_slm.config.load import ConfigError, load_yaml, parse_config
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.values import whole_number
 from megatron_slm.data.manifest import CorpusManifest, manifest_path
+from megatron_slm.planning.efficiency import TORCH_NATIVE, TRANSFORMER_ENGINE
 from megatron_slm.planning.hardware import GPU, GPUS, find_gpu
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.propose import alternatives
@@ -28,9 +29,9 @@ checkpoints and scores, and other layouts that fit.
 
 Nothing is started; no corpus and no GPU is needed. All numbers are formulas (docs/scale.md has
 them, with what is left out): sizes and memory of weights, gradients and optimizer are exact,
-activations are held against measurements, times are a prediction at --efficiency of the data
-sheet's peak. Compare a real run's throughput/mfu_fraction with it, and plan again with the
-efficiency it shows."""
+activations are held against measurements, times are a prediction at the measured share (or
+--efficiency) of the data sheet's peak. Compare a real run's throughput/mfu_fraction with it, and
+plan again with the efficiency it shows."""
 EPILOG = """Settings of the run follow as for train, dotted: --parallel.tensor 4
 --model.recompute full (all of them: python -m megatron_slm.train --help).
 
@@ -70,10 +71,11 @@ def build_parser() -> Program:
     parser.add_argument(
         "--efficiency",
         type=float,
-        default=0.5,
         help=(
-            "share of the peak while a GPU computes, 0..1 (default: %(default)s; waiting and "
-            "bubbles come on top)"
+            "share of the peak while a GPU computes, 0..1; waiting and bubbles come on top "
+            f"(default: as measured on one H200, {TRANSFORMER_ENGINE.training:.2f} with "
+            f"Transformer Engine's layers and {TORCH_NATIVE.training:.2f} with torch-native ones; "
+            "forward passes without gradients a little more)"
         ),
     )
     parser.add_argument(
@@ -171,7 +173,7 @@ def _checked_gpu(options: argparse.Namespace) -> GPU:
         )
         if getattr(options, name) < least
     ]
-    if not 0 < options.efficiency <= 1:
+    if options.efficiency is not None and not 0 < options.efficiency <= 1:
         problems.append(
             f"--efficiency: got {options.efficiency}; expected above 0 and at most 1 (0.5 is 50 % "
             "of the peak)"

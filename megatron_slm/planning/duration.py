@@ -1,8 +1,9 @@
-"""How long a step and a run take, at a stated efficiency. Predicted, not measured.
+"""How long a step and a run take, at a measured or stated efficiency. Predicted, not measured.
 
-A rank computes at `efficiency` x peak. Tensor, context and (plain 1F1B) pipeline communication
-waits in line; gradient reduction and weight gathering are hidden behind one micro-batch's backward
-and forward as far as they fit, when the overlap settings are on.
+A rank computes at `efficiency` x peak, forward passes without gradients at one of their own.
+Tensor, context and (plain 1F1B) pipeline communication waits in line; gradient reduction and weight
+gathering are hidden behind one micro-batch's backward and forward as far as they fit, when the
+overlap settings are on.
 """
 
 from dataclasses import dataclass
@@ -96,14 +97,16 @@ def stage_seconds(job: Job, per_token: Work, stage: int) -> float:
     # With experts this takes an even load: a micro-batch lasts as long as the busiest expert's
     # rank.
     flops = (per_token.layers + per_token.recomputed) / stages
-    if job.scores_before_backward:
-        flops += _forward_share(job, forward_flops(job, job.config.model), stage)
-    if job.online_reference:
-        flops += _forward_share(job, forward_flops(job, job.reference_model), stage)
     if stage == stages - 1:
         flops += per_token.head
-    rate = job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency
-    return job.rank_tokens * flops / parallel.tensor / rate
+    forward_only = 0.0
+    if job.scores_before_backward:
+        forward_only += _forward_share(job, forward_flops(job, job.config.model), stage)
+    if job.online_reference:
+        forward_only += _forward_share(job, forward_flops(job, job.reference_model), stage)
+    peak_seconds = flops / job.efficiency.training + forward_only / job.efficiency.forward
+    peak = job.gpu.peak_flops_per_second(job.config.device.precision)
+    return job.rank_tokens * peak_seconds / parallel.tensor / peak
 
 
 def _forward_share(job: Job, forward: FlopsPerToken, stage: int) -> float:

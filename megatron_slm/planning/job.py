@@ -11,6 +11,7 @@ from megatron_slm.config.sizes import (
     tokens_per_step,
     train_steps,
 )
+from megatron_slm.planning.efficiency import TORCH_NATIVE, TRANSFORMER_ENGINE, Efficiency
 from megatron_slm.planning.hardware import GPU
 from megatron_slm.selection.populations import population_sequences
 from megatron_slm.selection.rules import ChoiceRules, configured_scorer
@@ -27,8 +28,9 @@ class Job:
     gpu: GPU
     nodes: int = 1
     gpus_per_node: int = 8
-    efficiency: float = 0.5
-    """Share of the peak while a rank computes; bubbles and waiting for other ranks come on top."""
+    stated_efficiency: float | None = None
+    """Share of the peak while a rank computes; bubbles and waiting for other ranks come on top.
+    None: the share that was measured with these layers."""
     fused: bool = True
     """Transformer Engine's layers (or, with device.layers torch, torch's fused norm and
     megatron-core's fused SwiGLU): any GPU. False: a CPU."""
@@ -101,6 +103,13 @@ class Job:
     @property
     def transformer_engine(self) -> bool:
         return self.fused and self.config.device.layers != "torch" and not self.isolated_documents
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """What the prediction of times takes."""
+        if self.stated_efficiency is not None:
+            return Efficiency(training=self.stated_efficiency, forward=self.stated_efficiency)
+        return TRANSFORMER_ENGINE if self.transformer_engine else TORCH_NATIVE
 
     @property
     def isolated_documents(self) -> bool:

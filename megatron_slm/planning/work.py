@@ -75,7 +75,8 @@ def scoring(job: Job) -> Scoring | None:
         return None
     flops = forward_flops(job, job.reference_model).forward
     tokens = job.corpus_tokens or job.step_tokens * job.steps
-    rate = job.gpu.peak_flops_per_second(job.config.device.precision) * job.efficiency
+    peak = job.gpu.peak_flops_per_second(job.config.device.precision)
+    rate = peak * job.efficiency.forward
     seconds = flops * tokens / rate
     return Scoring(flops, tokens, seconds / 3600, score_store_bytes(tokens))
 

@@ -19,7 +19,7 @@ from megatron_slm.planning.memory import chunks_in_flight, rank_memory, state_by
 from megatron_slm.planning.parameters import active_parameters, model_parameters, stage_parameters
 from megatron_slm.planning.propose import fits, propose
 from megatron_slm.planning.result import checkpoints_on_disk
-from megatron_slm.planning.work import score_store_bytes, work
+from megatron_slm.planning.work import score_store_bytes, scoring, work
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "launch" / "recipes"
@@ -196,8 +196,45 @@ def test_isolated_documents_keep_a_mask():
 
 
 def test_efficiency_is_what_a_run_without_waiting_shows():
-    planned = replace(tinyllama("--selection.keep_fraction", "1.0"), efficiency=0.4)
+    planned = replace(tinyllama("--selection.keep_fraction", "1.0"), stated_efficiency=0.4)
     assert duration(planned).model_flops_utilization == pytest.approx(0.4, rel=2e-3)
+
+
+ONE_MICRO_BATCH = ("--data.global_batch_size", "8", "--data.micro_batch_size", "8")
+
+
+@pytest.mark.parametrize(
+    "layers, step_seconds, utilization, online_ratio, scored_tokens_per_second",
+    [
+        ("torch", 0.2857, 0.392, 1.279 / 0.986, 194_800),
+        ("transformer_engine", 0.2478, 0.452, 1.294 / 0.983, 213_000),
+    ],
+)
+def test_the_step_that_was_measured_on_one_h200_is_predicted(
+    layers, step_seconds, utilization, online_ratio, scored_tokens_per_second
+):
+    """benchmarks/RESULTS.md, G6 to G9: 8 x 2048 tokens, bf16, a same-size reference in G7."""
+    options = (*ONE_MICRO_BATCH, "--device.layers", layers)
+    measured = job("tinyllama_1.1b_math_slm", 1, *options, gpu="H200", gpus_per_node=1)
+    predicted = duration(measured)
+    assert predicted.step_seconds == pytest.approx(step_seconds, rel=0.01)
+    assert predicted.model_flops_utilization == pytest.approx(utilization, rel=0.01)
+    online = job(
+        "tinyllama_1.1b_math_slm",
+        1,
+        *options,
+        "--selection.reference.scores",
+        "[]",
+        "--selection.reference.checkpoint",
+        "reference",
+        gpu="H200",
+        gpus_per_node=1,
+    )
+    ratio = duration(online).step_seconds / predicted.step_seconds
+    assert ratio == pytest.approx(online_ratio, rel=0.01)
+    scored = scoring(measured)
+    seconds = scored.gpu_hours * 3600
+    assert scored.tokens / seconds == pytest.approx(scored_tokens_per_second, rel=0.01)
 
 
 def test_checkpoints_on_disk():
