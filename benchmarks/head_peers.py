@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import Unavailable
+from megatron_slm.accelerations import has_module
 from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
 
 Side = Callable[[], tuple[Tensor, Tensor, Tensor]]
@@ -23,12 +25,19 @@ Side = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass
 class Problem:
-    """Random operands and the mask of kept tokens."""
+    """Random operands and the mask of kept tokens.
+
+    With main_grad the weight's gradient is added to an fp32 buffer beside the weight, as megatron-
+    core trains: ours adds its products there itself, the peer as megatron-core's output layer does
+    (with its fused product where apex's extension is built; else it makes the gradient in the
+    weight's dtype, which is then added). The buffer is part of the operands.
+    """
 
     hidden_NH: Tensor
     weight_VH: Tensor
     target_N: Tensor
     mask_N: Tensor
+    main_grad: bool = False
 
     @classmethod
     def make(
@@ -39,6 +48,7 @@ class Problem:
         dtype: str,
         keep_fraction: float,
         device: torch.device,
+        main_grad: bool = False,
     ) -> "Problem":
         generator = torch.Generator(device).manual_seed(0)
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -48,17 +58,18 @@ class Problem:
         target_N = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
         order_N = torch.randperm(tokens, generator=generator, device=device)
         mask_N = (order_N < round(keep_fraction * tokens)).float()
-        return cls(
-            hidden_NH.to(kind).requires_grad_(),
-            weight_VH.to(kind).requires_grad_(),
-            target_N,
-            mask_N,
-        )
+        weight_VH = weight_VH.to(kind).requires_grad_()
+        if main_grad:
+            weight_VH = torch.nn.Parameter(weight_VH.detach())
+            weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
+            weight_VH.grad_added_to_main_grad = False
+        return cls(hidden_NH.to(kind).requires_grad_(), weight_VH, target_N, mask_N, main_grad)
 
     @property
     def weight_gradient_bytes(self) -> int:
-        """What every side must hold in the end, in the parameters' dtype."""
-        return self.weight_VH.numel() * self.weight_VH.element_size()
+        """What every side must hold in the end, in the parameters' dtype; main_grad is there
+        before."""
+        return 0 if self.main_grad else self.weight_VH.numel() * self.weight_VH.element_size()
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         """fp64; small problems only."""
@@ -69,7 +80,16 @@ class Problem:
         return loss_N.detach(), *torch.autograd.grad((loss_N * self.mask_N).sum(), operands)
 
     def differentiate(self, total: Tensor, loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return loss_N.detach(), *torch.autograd.grad(total, (self.hidden_NH, self.weight_VH))
+        if not self.main_grad:
+            return loss_N.detach(), *torch.autograd.grad(total, (self.hidden_NH, self.weight_VH))
+        weight = self.weight_VH
+        weight.main_grad.zero_()
+        weight.grad_added_to_main_grad = False
+        total.backward()
+        if not weight.grad_added_to_main_grad:
+            weight.main_grad.add_(weight.grad)
+        d_hidden_NH, self.hidden_NH.grad, weight.grad = self.hidden_NH.grad, None, None
+        return loss_N.detach(), d_hidden_NH, weight.main_grad
 
 
 def contenders(
@@ -84,8 +104,14 @@ def contenders(
 
 
 def _ours(problem: Problem, mode: str, chunk_tokens: int | None, elementwise: str) -> Side:
-    options = dict(chunk_tokens=chunk_tokens, elementwise=elementwise)
+    options = dict(
+        chunk_tokens=chunk_tokens,
+        elementwise=elementwise,
+        accumulate_into_main_grad=problem.main_grad,
+    )
     how = dict(engine="liger") if mode == "liger" else dict(mode=mode)
+    if mode == "liger" and not has_module("cutlass"):
+        raise Unavailable("Liger's kernels need pip install 'liger-kernel[cutedsl]>=0.8.5'")
 
     def after_the_losses():
         loss_N = linear_cross_entropy(
@@ -105,9 +131,9 @@ def _ours(problem: Problem, mode: str, chunk_tokens: int | None, elementwise: st
 def _peer(problem: Problem, name: str) -> Side:
     if name == "torch-lce":
         if not hasattr(F, "linear_cross_entropy"):
-            raise SystemExit(
+            raise Unavailable(
                 f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has); "
-                "choose another --peer."
+                "choose another --peer"
             )
 
         def torch_head():
@@ -123,9 +149,8 @@ def _peer(problem: Problem, name: str) -> Side:
                 LigerFusedLinearScaledCrossEntropyFunction as liger,
             )
         except ImportError:
-            raise SystemExit(
-                "peer liger needs pip install 'liger-kernel[cutedsl]>=0.8.5'; "
-                "choose another --peer."
+            raise Unavailable(
+                "peer liger needs pip install 'liger-kernel[cutedsl]>=0.8.5'; choose another --peer"
             ) from None
 
         def liger_head():
@@ -133,17 +158,34 @@ def _peer(problem: Problem, name: str) -> Side:
             return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
 
         return liger_head
-    fused = name == "megatron-fused"
-    cross_entropy = _megatron_cross_entropy(fused)
+    cross_entropy = _megatron_cross_entropy(name == "megatron-fused")
+    logits_of = _megatron_logits if problem.main_grad else lambda h, w: h @ w.t()
 
     def megatron_head():
         hidden, weight = problem.hidden_NH, problem.weight_VH
         if name == "megatron-widened":
             hidden, weight = hidden.float(), weight.float()
-        loss_N = cross_entropy((hidden @ weight.t())[:, None], problem.target_N[:, None])[:, 0]
+        logits_NV = logits_of(hidden, weight)
+        loss_N = cross_entropy(logits_NV[:, None], problem.target_N[:, None])[:, 0]
         return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
 
     return megatron_head
+
+
+def _megatron_logits(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    """The product of megatron-core's output layer, which knows main_grad."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import linear_with_grad_accumulation_and_async_allreduce
+
+    return linear_with_grad_accumulation_and_async_allreduce(
+        hidden_NH,
+        weight_VH,
+        None,
+        has_module("fused_weight_gradient_mlp_cuda"),
+        False,
+        False,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
 
 
 @cache

@@ -13,15 +13,24 @@ import torch
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
+WARM_UP_CALLS = {"cpu": 1, "wall": 1, "cuda": 4}
+"""On CUDA the first call compiles kernels and the second still fills the allocator's cache; from
+the third on it does what training does."""
+
+
+class Unavailable(Exception):
+    """What a case needs is not installed, or this device has it not: the case is not run."""
+
+
 def seconds_per_call(
     sides: dict[str, Callable[[], object]], clock: str, rounds: int
 ) -> dict[str, list[float]]:
-    """Time every side once per round, in turn, after one untimed call each (20 on CUDA).
+    """Time every side once per round, in turn, after some untimed calls each.
 
     clock: cpu, wall or cuda.
     """
     for side in sides.values():
-        for _ in range(20 if clock == "cuda" else 1):
+        for _ in range(WARM_UP_CALLS[clock]):
             side()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for name, side in in_turn(sides, rounds):
@@ -62,11 +71,23 @@ def _one_call(side: Callable[[], object], clock: str) -> float:
     return now() - began
 
 
-def peak_extra_bytes(side: Callable[[], object], device: torch.device) -> int:
-    """Highest memory use during the call, above what was in use before it."""
+def release_memory(device: torch.device) -> None:
+    """Free what nothing refers to any longer, and give it back to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def peak_extra_bytes(side: Callable[[], object], device: torch.device) -> int:
+    """Highest memory use during the call, above what was in use before it.
+
+    The side is called once before: workspaces that stay (cuBLAS's 32 MiB) count on no side.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        side()
+        release_memory(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         side()

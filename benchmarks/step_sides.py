@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.measure import Unavailable, release_memory
+from megatron_slm.accelerations import fp8_problem
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batch import Batch
 from megatron_slm.parallel import Groups
@@ -60,7 +62,7 @@ class Shape:
 
 
 class Bench:
-    """Builds each side once, when first asked for: a case pays only for its own two."""
+    """Builds each side when first asked for: a case pays only for its own two."""
 
     def __init__(self, shape: Shape, groups: Groups):
         self.shape = shape
@@ -68,6 +70,18 @@ class Bench:
         self.config = shape.config()
         self.sides: dict[str, Side] = {}
         self.batch = random_batch(shape, groups.device)
+
+    @property
+    def layers(self) -> str:
+        """torch or transformer_engine."""
+        from megatron_slm.model.build import resolve_layers
+
+        return resolve_layers(self.config, self.groups.device.type == "cuda")
+
+    def keep_only(self, names: set[str]) -> None:
+        """Free every other side: its weights, gradients and optimizer state."""
+        self.sides = {name: side for name, side in self.sides.items() if name in names}
+        release_memory(self.groups.device)
 
     def side(self, name: str) -> Side:
         if name not in self.sides:
@@ -101,6 +115,14 @@ class Bench:
         config = self.shape.config()
         config.selection.scorer = "reference_loss"
         config.selection.head_rows = "selected"
+        return self._step(self.trainer(config))
+
+    def _fp8(self) -> Side:
+        """As precomputed, with fp8 products in Transformer Engine's layers."""
+        config = self.shape.config()
+        config.device.fp8 = "hybrid"
+        if problem := fp8_problem(self.layers, config.device.fp8_recipe):
+            raise Unavailable(problem)
         return self._step(self.trainer(config))
 
     def _torch_layers(self) -> Side:

@@ -3,9 +3,10 @@ head, and every CPU side of the step benchmark runs.
 """
 
 import math
+import weakref
 
 from benchmarks.step import CASES, LIMITS
-from benchmarks.step_sides import Bench, Shape, differences
+from benchmarks.step_sides import Bench, Shape, Side, differences
 from megatron_slm.testing.spawn import run_on_cpu
 
 SHAPE = Shape(
@@ -21,7 +22,7 @@ SHAPE = Shape(
 )
 
 
-def run_every_side(groups) -> tuple[dict[str, float], dict[str, float]]:
+def run_every_side(groups) -> tuple[dict[str, float], dict[str, float], list[str]]:
     bench = Bench(SHAPE, groups)
     found = differences(bench)
     reports = {}
@@ -34,12 +35,20 @@ def run_every_side(groups) -> tuple[dict[str, float], dict[str, float]]:
         result = bench.side(name)()
         if hasattr(result, "measured"):
             reports[name] = float(result.measured["selection/kept_fraction"][0])
-    return found, reports
+    models = {name: weakref.ref(side.trainer.models[0]) for name, side in trainers(bench).items()}
+    bench.keep_only({"clm"})
+    return found, reports, [name for name, model in models.items() if model() is not None]
+
+
+def trainers(bench: Bench) -> dict[str, Side]:
+    """The sides that are our trainer's step."""
+    return {name: side for name, side in bench.sides.items() if hasattr(side, "trainer")}
 
 
 def test_the_first_step_equals_megatron_cores_and_every_side_runs():
-    ((found, kept),) = run_on_cpu(run_every_side)
+    ((found, kept, still_held),) = run_on_cpu(run_every_side)
     for name, limit in LIMITS["fp32"].items():
         assert found[name] <= limit, found
     assert {"precomputed", "online"} <= kept.keys()
+    assert still_held == [], "a side that no case needs any more is freed before the next is built"
     assert set(kept.values()) == {math.ceil(SHAPE.keep_fraction * SHAPE.tokens)}
