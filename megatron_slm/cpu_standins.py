@@ -65,6 +65,7 @@ def use_cpu() -> None:
     _answer_random_state()
     _answer_split_sizes()
     _answer_uneven_collectives()
+    _answer_compilation()
 
 
 def _replace(owner: object, **replacements: object) -> None:
@@ -206,6 +207,15 @@ def _answer_uneven_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = scattered
 
 
+def _answer_compilation() -> None:
+    """torch.compile, which megatron-core calls while it is imported, for its fused functions.
+
+    Each is compiled when it is first called, and not before. On the CPU none of them is, and
+    loading the compiler takes a quarter of the start-up time of a process.
+    """
+    _replace(torch, compile=_compiling_at_first_call(torch.compile))
+
+
 class _CpuStream:
     """A stream, and also its own event, that has nothing to do: CPU work is synchronous."""
 
@@ -256,3 +266,23 @@ def _cuda_type_name(type_of: Callable[..., Any]) -> Callable[..., Any]:
         return type_of(self).replace("torch.", "torch.cuda.", 1)
 
     return cuda_type_name
+
+
+def _compiling_at_first_call(compile_now: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(compile_now)
+    def compile_later(model=None, **options):
+        if model is None:
+            return lambda function: compile_later(function, **options)
+        if isinstance(model, torch.nn.Module):
+            return compile_now(model, **options)
+        compiled: list[Callable[..., Any]] = []
+
+        @wraps(model)
+        def call(*args, **kwargs):
+            if not compiled:
+                compiled.append(compile_now(model, **options))
+            return compiled[0](*args, **kwargs)
+
+        return call
+
+    return compile_later

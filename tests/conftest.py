@@ -15,6 +15,6 @@ def pytest_xdist_make_scheduler(config, log):
     """With `-n N --dist loadfile`, as tests/run.sh asks for."""
     if config.option.dist != "loadfile":
         return None
-    from tests.scheduling import OneDistributedTestAtATime
+    from tests.scheduling import TwoLanesOfSeveralProcesses
 
-    return OneDistributedTestAtATime(config, log)
+    return TwoLanesOfSeveralProcesses(config, log)

@@ -28,7 +28,7 @@ for argument in "$@"; do
     [ ! -e "${argument%%::*}" ] || places=()
 done
 
-# Files run beside each other on up to four cores; tests of several processes run one at a time in one of the
-# workers (tests/conftest.py). Of options given twice the last counts. A hung collective fails its test after the time limit.
+# Files run beside each other on up to four cores; of tests of several processes two run at a time, one of
+# tests/distributed and one of the others (tests/scheduling.py). Of options given twice the last counts. A hung collective fails its test after the time limit.
 exec python -m pytest -q -n logical --maxprocesses=4 --dist loadfile --durations=15 --durations-min=1 --timeout=900 \
     -m "not slow and not gpu" "${places[@]}" "$@"

@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_slm.accelerations import apex_rms_norm
@@ -131,6 +130,10 @@ class CausalAttention(torch.nn.Module):
         )
 
     def _attend_chunks(self, query, key, value, hidden, context_group: dist.ProcessGroup):
+        # Imported here: this module of torch loads torch.compile's tracer, a tenth of the start-up
+        # time of a run that has no context parallelism.
+        from torch.nn.attention.bias import causal_lower_right
+
         size = context_group.size()
         rank = context_group.rank()
         length = query.shape[2] // 2

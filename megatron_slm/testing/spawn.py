@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def run_on_cpu(
     layout = dict(
         tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, ep=ep, etp=etp, sequence_parallel=sequence_parallel
     )
-    return run_layouts_on_cpu(function, {"only": layout}, *args, seed=seed)["only"]
+    places = [_Place("only", layout, range(world_size(layout)))]
+    return _run(_without_name, places, seed, (function, *args))["only"]
 
 
 def run_layouts_on_cpu(
@@ -47,24 +49,66 @@ def run_layouts_on_cpu(
     layouts: dict[str, dict[str, Any]],
     *args: Any,
     seed: int = 1234,
+    side_by_side: bool = False,
 ) -> dict[str, list[Any]]:
-    """`run_on_cpu` for several layouts in one set of processes; results by the layouts' names.
+    """Call `function(groups, name, *args)` in several layouts, in one set of processes; return the
+    results by the layouts' names.
 
     A layout is a dict with tp, pp, vpp, cp, dp, ep (default 1), etp (0 = tp) and sequence_parallel.
-    One that needs fewer processes leaves the others idle. Processes are forked from a server that
-    has imported megatron-core (about 5 s, once per program that calls this), so they have the
-    environment variables of the first call.
+    Layouts run one after the other, in the order given, and one that needs fewer processes leaves
+    the others idle. `side_by_side` spreads them over all processes instead, largest first: the
+    waiting of one layout is then the work of another, and no layout may need what another left.
+    Processes are forked from a server that has imported megatron-core (about 4 s, once per program
+    that calls this), so they have the environment variables of the first call.
     """
-    warm_context()
+    return _run(function, _placed(layouts, side_by_side), seed, args)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A layout, and the processes that are its ranks."""
+
+    name: str
+    layout: dict[str, Any]
+    processes: range
+
+
+def _placed(layouts: dict[str, dict[str, Any]], side_by_side: bool) -> list[_Place]:
+    """In the order in which every process takes its part, so that no two wait for each other."""
     worlds = {name: world_size(layout) for name, layout in layouts.items()}
+    if not side_by_side:
+        return [_Place(name, layout, range(worlds[name])) for name, layout in layouts.items()]
+    waiting = [0] * max(worlds.values())  # layouts that each process has before it
+    places = []
+    for name in sorted(layouts, key=worlds.__getitem__, reverse=True):
+        starts = range(0, len(waiting) - worlds[name] + 1)
+        first = min(starts, key=lambda start: max(waiting[start : start + worlds[name]]))
+        places.append(_Place(name, layouts[name], range(first, first + worlds[name])))
+        depth = max(waiting[process] for process in places[-1].processes) + 1
+        for process in places[-1].processes:
+            waiting[process] = depth
+    return places
+
+
+def _without_name(groups, name: str, function: Callable[..., Any], *args: Any) -> Any:
+    return function(groups, *args)
+
+
+def _run(
+    function: Callable[..., Any], places: list[_Place], seed: int, args: tuple[Any, ...]
+) -> dict[str, list[Any]]:
+    warm_context()
     with tempfile.TemporaryDirectory(prefix="slm_spawn_") as folder:
         multiprocessing.start_processes(
             _worker,
-            (folder, layouts, worlds, seed, function, args),
-            nprocs=max(worlds.values()),
+            (folder, places, seed, function, args),
+            nprocs=max(place.processes.stop for place in places),
             start_method="forkserver",
         )
-        return {name: _results(Path(folder), name, world) for name, world in worlds.items()}
+        results = {
+            place.name: _results(Path(folder), place.name, len(place.processes)) for place in places
+        }
+    return results
 
 
 def _results(folder: Path, layout: str, world: int) -> list[Any]:
@@ -89,56 +133,67 @@ def world_size(layout: dict[str, Any]) -> int:
 
 
 def _worker(
-    rank: int,
+    process: int,
     folder: str,
-    layouts: dict[str, dict[str, Any]],
-    worlds: dict[str, int],
+    places: list[_Place],
     seed: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    torch.set_num_threads(1)
+    for place in places:
+        if process in place.processes:
+            _take_part(place, place.processes.index(process), Path(folder), seed, function, args)
+
+
+def _take_part(
+    place: _Place,
+    rank: int,
+    folder: Path,
+    seed: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    """One rank of a layout: join its job, call the function, keep the result in a file."""
     from megatron_slm.device import choose_device
     from megatron_slm.parallel import join_job, leave_job
 
-    torch.set_num_threads(1)
-    for number, (name, layout) in enumerate(layouts.items()):
-        if rank >= worlds[name]:
-            continue
-        parallel = ParallelConfig(
-            tensor=layout.get("tp", 1),
-            pipeline=layout.get("pp", 1),
-            virtual_pipeline=layout.get("vpp", 1),
-            context=layout.get("cp", 1),
-            expert=layout.get("ep", 1),
-            expert_tensor=layout.get("etp", 0),
-            sequence=layout.get("sequence_parallel", False),
-        )
-        _wait_for_members(Path(folder), number, rank, worlds[name])
-        store = torch.distributed.FileStore(str(Path(folder, f"store_{number}")), worlds[name])
-        groups = join_job(
-            parallel,
-            choose_device("cpu"),
-            seed,
-            timeout_minutes=5,
-            store=store,
-            rank=rank,
-            world_size=worlds[name],
-        )
-        try:
-            torch.save(function(groups, *args), Path(folder, f"{name}_{rank}.pt"))
-        except Exception:
-            traceback.print_exc()
-            raise
-        finally:
-            leave_job()
+    layout = place.layout
+    parallel = ParallelConfig(
+        tensor=layout.get("tp", 1),
+        pipeline=layout.get("pp", 1),
+        virtual_pipeline=layout.get("vpp", 1),
+        context=layout.get("cp", 1),
+        expert=layout.get("ep", 1),
+        expert_tensor=layout.get("etp", 0),
+        sequence=layout.get("sequence_parallel", False),
+    )
+    world = len(place.processes)
+    _wait_for_members(folder, place.name, rank, world)
+    groups = join_job(
+        parallel,
+        choose_device("cpu"),
+        seed,
+        timeout_minutes=5,
+        store=torch.distributed.FileStore(str(folder / f"store_{place.name}"), world),
+        rank=rank,
+        world_size=world,
+    )
+    try:
+        torch.save(function(groups, place.name, *args), folder / f"{place.name}_{rank}.pt")
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        leave_job()
 
 
-def _wait_for_members(folder: Path, number: int, rank: int, world: int) -> None:
+def _wait_for_members(folder: Path, layout: str, rank: int, world: int) -> None:
     """Return when all processes of a layout are free to join it.
 
-    Earlier, smaller layouts may take longer than a collective is allowed to. There is no time limit
-    here: when a process fails, the program that started them ends the others.
+    Earlier layouts may take longer than a collective is allowed to. There is no time limit here:
+    when a process fails, the program that started them ends the others.
     """
-    (folder / f"free_{number}_{rank}").touch()
-    while not all((folder / f"free_{number}_{member}").exists() for member in range(world)):
+    (folder / f"free_{layout}_{rank}").touch()
+    while not all((folder / f"free_{layout}_{member}").exists() for member in range(world)):
         time.sleep(0.02)

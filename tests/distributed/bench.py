@@ -70,23 +70,6 @@ def rows_in_populations(scope: str, sequences: int, width: int) -> list[list[int
     return [everything[first : first + size] for first in range(0, sequences, size)]
 
 
-def take_layout(groups, layouts: dict[str, dict]) -> tuple[str, dict]:
-    """The layout this process is in now, with its name, taken out of its own copy of the table:
-    layouts of the same sizes come in the table's order.
-    """
-    sizes = dict(
-        tp=groups.tp_size,
-        pp=groups.pp_size,
-        vpp=groups.virtual_chunks,
-        cp=groups.cp_size,
-        dp=groups.dp_size,
-    )
-    for name, layout in layouts.items():
-        if all(layout.get(axis, 1) == size for axis, size in sizes.items()):
-            return name, layouts.pop(name)
-    raise AssertionError(f"no layout has the sizes {sizes}")
-
-
 def make_trainer(groups, config, vocabulary_size: int = VOCABULARY, reference=None):
     from megatron_slm.model.build import build_model
     from megatron_slm.model.optimizer import build_optimizer, wrap_data_parallel

@@ -19,7 +19,6 @@ from tests.distributed.bench import (
     local_steps,
     make_trainer,
     rows_in_populations,
-    take_layout,
     train,
     weights_of,
     whole_batch,
@@ -180,16 +179,18 @@ def new_trainer(groups, config):
     return make_trainer(groups, config)
 
 
-def train_in_layout(groups, layouts, folder) -> dict:
-    """All cases from the start, the continued one saved at the end; or, in a layout with a
-    "source", that one continued from the source's checkpoint.
-    """
-    name, layout = take_layout(groups, layouts)
-    if "source" in layout:
-        config = make_config(CONTINUED_CASE, layout)
-        trainer = new_trainer(groups, config)
-        store(groups, folder / layout["source"]).load_latest(trainer.models, trainer.optimizer)
-        return observe(trainer, config, STEPS, MORE_STEPS)
+def continue_in_layout(groups, name, folder) -> dict:
+    """The continued case from the checkpoint of another layout."""
+    target, source = name.split(" from ")
+    config = make_config(CONTINUED_CASE, LAYOUTS[target])
+    trainer = new_trainer(groups, config)
+    store(groups, folder / source).load_latest(trainer.models, trainer.optimizer)
+    return observe(trainer, config, STEPS, MORE_STEPS)
+
+
+def train_in_layout(groups, name, folder) -> dict:
+    """All cases from the start, the continued one saved at the end."""
+    layout = LAYOUTS[name]
     results = {case: train_case(groups, case, name, layout, folder) for case in CASES}
     if name in ("dp2", "pp2"):
         for choice in UNKNOWN_AHEAD.values():
@@ -287,11 +288,10 @@ def plain_rows(case, dp, state):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    layouts = dict(LAYOUTS)
-    for name, source in CONTINUED.items():
-        layouts[f"{name} from {source}"] = {**LAYOUTS[name], "source": source}
     folder = tmp_path_factory.mktemp("checkpoints")
-    return run_layouts_on_cpu(train_in_layout, layouts, dict(layouts), folder)
+    trained = run_layouts_on_cpu(train_in_layout, LAYOUTS, folder, side_by_side=True)
+    pairs = {f"{name} from {source}": LAYOUTS[name] for name, source in CONTINUED.items()}
+    return trained | run_layouts_on_cpu(continue_in_layout, pairs, folder, side_by_side=True)
 
 
 @pytest.fixture(scope="module")

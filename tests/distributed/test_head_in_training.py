@@ -16,7 +16,6 @@ from tests.distributed.bench import (
     SyntheticSamples,
     local_steps,
     make_trainer,
-    take_layout,
     train,
 )
 from tests.distributed.test_layouts import EXACT, LAYOUTS, SEQUENCES, make_config
@@ -35,13 +34,12 @@ VOCABULARY = 64  # no padded columns: megatron-core's head would give them proba
 APART_NATS = 2e-3  # rounding of the first steps, grown by the optimizer steps that follow
 
 
-def with_both_heads(groups, layouts):
+def with_both_heads(groups, name):
     from megatron.core.models.gpt import GPTModel
 
     from megatron_slm.model.decoder import Decoder
 
-    _, layout = take_layout(groups, layouts)
-    config = make_config("data_parallel", layout)
+    config = make_config("data_parallel", TRIED[name])
     ours = take_steps(groups, config)
     with mock.patch.object(Decoder, "_postprocess", GPTModel._postprocess):
         materialised = take_steps(groups, config)
@@ -66,7 +64,7 @@ def losses_and_margins(batch, outputs, selection) -> dict[int, tuple[float, floa
 
 @pytest.fixture(scope="module")
 def results():
-    return run_layouts_on_cpu(with_both_heads, TRIED, dict(TRIED))
+    return run_layouts_on_cpu(with_both_heads, TRIED, side_by_side=True)
 
 
 @pytest.mark.parametrize("name", TRIED)

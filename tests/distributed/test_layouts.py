@@ -10,7 +10,7 @@ import torch
 
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
-from megatron_slm.testing.spawn import run_layouts_on_cpu
+from megatron_slm.testing.spawn import run_layouts_on_cpu, run_on_cpu
 from tests.distributed.bench import (
     LENGTH,
     VOCABULARY,
@@ -18,7 +18,6 @@ from tests.distributed.bench import (
     local_steps,
     make_trainer,
     rows_in_populations,
-    take_layout,
     train,
     weights_of,
     whole_batch,
@@ -130,7 +129,7 @@ def make_config(case: str, layout: dict) -> Config:
     return config
 
 
-def train_in_layout(groups, layouts):
+def train_in_layout(groups, name):
     """Of each case ten real steps in this layout: the weights at the start (this rank's, by local
     name) and at the end (this rank's shards, by global name and place), and how often parts of the
     model ran.
@@ -139,7 +138,7 @@ def train_in_layout(groups, layouts):
 
     from megatron_slm.parallel import seed_everything
 
-    _, layout = take_layout(groups, layouts)
+    layout = LAYOUTS[name]
     results = {}
     for case in layout["cases"]:
         config = make_config(case, layout)
@@ -248,7 +247,7 @@ def plain_rows(case, state):
 
 @pytest.fixture(scope="module")
 def results():
-    return run_layouts_on_cpu(train_in_layout, LAYOUTS, dict(LAYOUTS))
+    return run_layouts_on_cpu(train_in_layout, LAYOUTS, side_by_side=True)
 
 
 @pytest.fixture(scope="module")
@@ -354,8 +353,7 @@ def test_tensor_ranks_choose_identical_tokens(results):
 
 def test_keep_fraction_one_equals_plain_clm_exactly():
     """On data where every counted token has a score; same bits, not only close."""
-    results = run_layouts_on_cpu(train_keep_all_and_clm, {"dp2": dict(dp=2)})
-    for clm, keep_all in results["dp2"]:
+    for clm, keep_all in run_on_cpu(train_keep_all_and_clm, dp=2):
         assert clm["losses"] == keep_all["losses"]
         assert clm["norms"] == keep_all["norms"]
         for name, weight in clm["weights"].items():

@@ -256,7 +256,7 @@ def test_every_layout_equals_the_unsharded_head():
         multiprocessing.spawn(worker, (folder,), nprocs=RANKS)
 
 
-def distances_from_fp64(groups) -> list[dict]:
+def distances_from_fp64(groups, name) -> list[dict]:
     """bf16 over tp ranks: relative distance from fp64 of loss, d hidden and d weight, for
     megatron-core's head and both modes of ours.
     """

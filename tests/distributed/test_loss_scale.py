@@ -141,14 +141,13 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
     return found
 
 
-def train(groups, folder: str) -> dict:
+def train(groups, layout: str, folder: str) -> dict:
     """Three runs: one whose first steps overflow, stopped and resumed in the middle; one that never
     fits; one that overflows at its last scale.
     """
     from megatron_slm.model.optimizer import loss_scaler_state
     from megatron_slm.training.ending import NonFiniteLoss
 
-    layout = "dp2" if groups.dp_size == 2 else "single"
     here = Path(folder, layout)
     result = {}
     config = make_config(here / "whole", layout, initial_loss_scale=2.0**40)
@@ -186,7 +185,7 @@ def runs(tmp_path_factory):
             vocabulary_size=64,
             tokenizer_fingerprint=TOKENIZER_FINGERPRINT,
         )
-    results = run_layouts_on_cpu(train, LAYOUTS, str(folder))
+    results = run_layouts_on_cpu(train, LAYOUTS, str(folder), side_by_side=True)
     metrics = {}
     for layout in LAYOUTS:
         lines = (folder / layout / "whole" / "metrics.jsonl").read_text().splitlines()

@@ -163,7 +163,7 @@ def bf16_losses(groups):
     return [output["loss"] for output in forward_losses(models, batches, groups)]
 
 
-def every_point(groups):
+def every_point(groups, name):
     return {
         "last_stage": groups.is_last_stage,
         "empty": train_half_empty(groups),
@@ -178,7 +178,7 @@ def every_point(groups):
 
 @pytest.fixture(scope="module")
 def results():
-    return run_layouts_on_cpu(every_point, LAYOUTS)
+    return run_layouts_on_cpu(every_point, LAYOUTS, side_by_side=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

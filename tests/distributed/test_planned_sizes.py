@@ -90,28 +90,16 @@ def configuration(case: str, layout: dict):
     return config
 
 
-def measure(groups, layouts: dict) -> dict:
+def measure(groups, name: str) -> dict:
     """Per case: this rank's parameters, bytes of weights, gradients and optimizer, and the peak of
     saved activations in one real step.
     """
-    layout = next(layout for layout in layouts.values() if _matches(groups, layout))
+    layout = LAYOUTS[name]
     found = {case: _measure_case(configuration(case, layout), groups) for case in CASES}
     if groups.world_size == 1:
         for case in CASES:
             found[case]["flops"] = _count_flops(configuration(case, layout), groups)
     return found
-
-
-def _matches(groups, layout: dict) -> bool:
-    sizes = (
-        groups.tp_size,
-        groups.pp_size,
-        groups.cp_size,
-        groups.dp_size,
-        groups.ep_size,
-        groups.virtual_chunks,
-    )
-    return sizes == tuple(layout.get(name, 1) for name in ("tp", "pp", "cp", "dp", "ep", "vpp"))
 
 
 def _measure_case(config, groups) -> dict:
@@ -227,7 +215,7 @@ def optimizer_bytes(optimizer, parameters) -> int:
 
 @pytest.fixture(scope="module")
 def measured() -> dict:
-    return run_layouts_on_cpu(measure, LAYOUTS, LAYOUTS)
+    return run_layouts_on_cpu(measure, LAYOUTS, side_by_side=True)
 
 
 def planned(case: str, layout: dict) -> Job:

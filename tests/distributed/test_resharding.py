@@ -27,7 +27,6 @@ from tests.distributed.bench import (
     SyntheticSamples,
     local_steps,
     make_trainer,
-    take_layout,
     train,
     weights_of,
     whole_batch,
@@ -136,13 +135,12 @@ class Bench:
         assert store.load_latest(self.trainer.models, self.trainer.optimizer) is not None
 
 
-def save_and_load(groups, folder: Path, phases: dict) -> dict:
+def save_and_load(groups, name: str, folder: Path) -> dict:
     """First call in a layout: train and save. Second call, when every layout has saved: load what
     each of them saved.
     """
-    name, layout = take_layout(groups, phases)
     phase, name = name.split(" ", 1)
-    return {"save": _save, "load": _load}[phase](groups, folder, name, layout)
+    return {"save": _save, "load": _load}[phase](groups, folder, name, LAYOUTS[name])
 
 
 def _save(groups, folder, name, layout) -> dict:
@@ -183,9 +181,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    phases = {f"save {name}": layout for name, layout in LAYOUTS.items()}
-    phases |= {f"load {name}": layout for name, layout in LAYOUTS.items()}
-    return run_layouts_on_cpu(save_and_load, phases, folder, dict(phases))
+    found = {}
+    for phase in ("save", "load"):
+        layouts = {f"{phase} {name}": layout for name, layout in LAYOUTS.items()}
+        found |= run_layouts_on_cpu(save_and_load, layouts, folder, side_by_side=True)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -122,18 +122,18 @@ def cut_back(folder: Path, whole: str, run: str) -> None:
     (folder / run / "wandb_run_id").unlink()
 
 
-def interrupt_and_compare(groups, folder: Path) -> None:
+def interrupt_and_compare(groups, layout: str, folder: Path) -> None:
     import torch.distributed as dist
 
-    for name, case in CASES.items():
-        if groups.dp_size == 1 and name != ANOTHER_LAYOUT:
+    for case_name, case in CASES.items():
+        if groups.dp_size == 1 and case_name != ANOTHER_LAYOUT:
             continue
         if groups.dp_size == 2:
-            assert train(groups, folder, f"{name}, whole", case) == 0
-        run = f"{name}, resumed by {groups.dp_size}"
+            assert train(groups, folder, f"{case_name}, whole", case) == 0
+        run = f"{case_name}, resumed by {groups.dp_size}"
         dist.barrier()  # the last rank writes the token view, maybe after rank 0 is done
         if groups.world_rank == 0:
-            cut_back(folder, f"{name}, whole", run)
+            cut_back(folder, f"{case_name}, whole", run)
         dist.barrier()
         assert train(groups, folder, run, case) == 0
     if groups.dp_size == 2:

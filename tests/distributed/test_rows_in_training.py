@@ -21,7 +21,6 @@ from tests.distributed.bench import (
     local_steps,
     make_trainer,
     rows_in_populations,
-    take_layout,
     train,
     weights_of,
     whole_batch,
@@ -86,9 +85,8 @@ def configured(case: str, layout: dict):
     return config
 
 
-def every_case(groups, layouts):
-    _, layout = take_layout(groups, layouts)
-    return {case: train_case(groups, configured(case, layout)) for case in CASES}
+def every_case(groups, name):
+    return {case: train_case(groups, configured(case, LAYOUTS[name])) for case in CASES}
 
 
 def train_case(groups, config):
@@ -161,7 +159,7 @@ def plain_weights(config, batch, loss_GS, populations):
 
 @pytest.fixture(scope="module")
 def results():
-    return run_layouts_on_cpu(every_case, LAYOUTS, dict(LAYOUTS))
+    return run_layouts_on_cpu(every_case, LAYOUTS, side_by_side=True)
 
 
 @pytest.fixture(scope="module")

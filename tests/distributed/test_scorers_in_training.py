@@ -128,7 +128,7 @@ def take_steps(groups, trainer, config, batches_of_steps=None) -> list[StepRecor
     return list(train(trainer, config, batches_of_steps or own, rate=1e-3))
 
 
-def every_case(groups, folder):
+def every_case(groups, name, folder):
     results = {}
     for name, case in CASES.items():
         config = make_config(groups, *case)
@@ -220,7 +220,7 @@ def results(tmp_path_factory):
         write_scores(
             folder / f"{name}_scores", folder / name, lambda offsets: 3.0 + np.sin(offsets)
         )
-    return run_layouts_on_cpu(every_case, LAYOUTS, folder)
+    return run_layouts_on_cpu(every_case, LAYOUTS, folder, side_by_side=True)
 
 
 def merged(ranks, read):

@@ -50,7 +50,7 @@ def save_reference(groups, run: str) -> None:
     )
 
 
-def score_layout(groups, folder: str) -> dict:
+def score_layout(groups, layout: str, folder: str) -> dict:
     """Score with every setting in this layout; returns how far rescoring a few windows is from the
     store.
     """
@@ -88,7 +88,7 @@ def score_layout(groups, folder: str) -> dict:
             dtype="fp32",
             columns=("loss", "entropy"),
         )
-        store = ScoreStore.create(f"{folder}/{layout_name(groups)}/{name}", manifest)
+        store = ScoreStore.create(f"{folder}/{layout}/{name}", manifest)
         runner = megatron_runner(
             models, groups, stream, stream.plan(manifest), store.columns, micro_batch_size=4
         )
@@ -100,10 +100,6 @@ def score_layout(groups, folder: str) -> dict:
         torch.distributed.barrier()
         differences[name] = rescore(runner, ScoreStore.open(store.folder), 3)
     return differences
-
-
-def layout_name(groups) -> str:
-    return f"tp{groups.tp_size}_pp{groups.pp_size}_cp{groups.cp_size}_dp{groups.dp_size}"
 
 
 def plain_scores(
@@ -182,14 +178,10 @@ def test_scores_equal_plain_torch_in_every_layout(data):
         "pp2": {"pp": 2},
         "cp2": {"cp": 2},
     }
-    results = run_layouts_on_cpu(score_layout, layouts, str(folder))
-    for name, layout in layouts.items():
+    results = run_layouts_on_cpu(score_layout, layouts, str(folder), side_by_side=True)
+    for name in layouts:
         for setting, columns in truth.items():
-            store = ScoreStore.open(
-                folder
-                / "_".join(f"{part}{layout.get(part, 1)}" for part in ("tp", "pp", "cp", "dp"))
-                / setting
-            )
+            store = ScoreStore.open(folder / name / setting)
             for column, expected in columns.items():
                 got = store.read(column, 0, len(expected))
                 np.testing.assert_array_equal(

@@ -1,5 +1,5 @@
-"""kill -9 at every bad moment of a run under torchrun: it continues from its last good checkpoint
-with the uninterrupted losses.
+"""kill -9 at every bad moment of a run of two processes, the first time under torchrun: it continues
+from its last good checkpoint with the uninterrupted losses.
 
 Random moments: tests/distributed/test_random_kills.py.
 """
@@ -16,8 +16,9 @@ from tests.end_to_end.small_run import (
     command,
     compared,
     environment,
-    run_to_end,
+    settings_of,
 )
+from tests.end_to_end.warm_programs import run_program
 
 # Each start of the run dies at its place, the next goes on:
 # (place, step, rank), asynchronous saves, the newest checkpoint afterwards.
@@ -48,40 +49,53 @@ def newest(run: Path) -> int | None:
     return step_of(found[-1])
 
 
+def run_to_end(corpus: Path, run: Path) -> str:
+    """What a start says that nothing kills."""
+    done = run_program("megatron_slm.train", *settings_of(corpus, run, *SETTINGS), processes=2)
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """The run that nothing interrupts."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    run_to_end(command(corpus, run, *SETTINGS))
+    run_to_end(corpus, run)
     return run
 
 
-def asynchronous(value: bool) -> list[str]:
-    return ["--checkpoint.asynchronous", str(value).lower()]
+def die_under_torchrun(corpus: Path, run: Path, settings: list[str], variables: dict) -> None:
+    done = subprocess.run(
+        command(corpus, run, *settings, module="tests.end_to_end.dying_train"),
+        cwd=ROOT,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = f"did not die: {variables}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+    assert done.returncode != 0, said
+    assert "Signal 9 (SIGKILL)" in done.stderr, said
+
+
+def die(corpus: Path, run: Path, settings: list[str], variables: dict) -> None:
+    words = settings_of(corpus, run, *settings)
+    program = "tests.end_to_end.dying_train"
+    run_program(program, *words, processes=2, exit_code=-9, variables=variables)
 
 
 def test_a_killed_run_continues_with_the_uninterrupted_losses(corpus, whole, tmp_path):
     run = tmp_path / "killed"
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    for death, mode, expected in DEATHS:
+    start = die_under_torchrun
+    for death, asynchronous, expected in DEATHS:
         words = ":".join(map(str, death))
-        done = subprocess.run(
-            command(
-                corpus, run, *SETTINGS, *asynchronous(mode), module="tests.end_to_end.dying_train"
-            ),
-            cwd=ROOT,
-            env={**environment(), "SLM_TEST_DEATH": words, "TMPDIR": str(temporary)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        said = f"{words}: did not die\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
-        assert done.returncode != 0, said
-        assert "Signal 9 (SIGKILL)" in done.stderr, said
+        settings = [*SETTINGS, "--checkpoint.asynchronous", str(asynchronous).lower()]
+        start(corpus, run, settings, {"SLM_TEST_DEATH": words, "TMPDIR": str(temporary)})
         assert newest(run) == expected, words
+        start = die
     assert [path.name for path in temporary.iterdir() if "wandb" in path.name] == []
-    output = run_to_end(command(corpus, run, *SETTINGS))
+    output = run_to_end(corpus, run)
     assert f"resumed after step {DEATHS[-1][-1]}" in output
     assert compared(run) == compared(whole)
     assert newest(run) == STEPS

@@ -29,22 +29,26 @@ def environment() -> dict[str, str]:
 
 
 def run_program(
-    module: str, *arguments, processes: int = 1, exit_code: int | None = 0
+    module: str,
+    *arguments,
+    processes: int = 1,
+    exit_code: int | None = 0,
+    variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """`python -m MODULE ARGUMENTS`; with several processes each is told its rank as torchrun would.
 
-    The output of all is in stdout and stderr. It must end with `exit_code`, unless that is None.
+    The output of all is in stdout and stderr. It must end with `exit_code`, unless that is None; -9
+    is a process that was killed, other than by this function after another had failed.
     """
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory(prefix="slm_program_") as folder:
         ranks = []
-        for variables in _variables(processes):
-            arguments = (module, words, variables, Path(folder))
+        for of_rank in _variables(processes):
+            arguments = (module, words, {**of_rank, **(variables or {})}, Path(folder))
             ranks.append(warm_context().Process(target=_main, args=arguments))
             ranks[-1].start()
-        _end_together(ranks)
+        codes = _end_together(ranks)
         stdout, stderr = (_said(Path(folder), name) for name in ("stdout", "stderr"))
-    codes = [rank.exitcode for rank in ranks]
     done = subprocess.CompletedProcess([module, *words], max(codes, key=abs), stdout, stderr)
     assert exit_code in (None, done.returncode), (
         f"{module} ended with {codes}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -56,8 +60,10 @@ def _said(folder: Path, name: str) -> str:
     return "".join(path.read_text() for path in sorted(folder.glob(f"{name}_*")))
 
 
-def _end_together(ranks: list) -> None:
-    """Wait; like torchrun, end the others when one has failed."""
+def _end_together(ranks: list) -> list[int]:
+    """Wait; like torchrun, end the others when one has failed. The exit codes of those that ended
+    by themselves.
+    """
     waiting = {rank.sentinel: rank for rank in ranks}
     while waiting and all(rank.exitcode in (None, 0) for rank in ranks):
         ended = connection.wait(waiting, PATIENCE_SECONDS)
@@ -68,6 +74,7 @@ def _end_together(ranks: list) -> None:
     for rank in waiting.values():
         rank.kill()
         rank.join()
+    return [rank.exitcode for rank in ranks if rank not in waiting.values()]
 
 
 def _variables(processes: int) -> list[dict[str, str]]:
@@ -90,6 +97,7 @@ def _variables(processes: int) -> list[dict[str, str]]:
 def _main(module: str, words: list[str], variables: dict[str, str], folder: Path) -> None:
     os.environ.clear()
     os.environ.update(variables)
+    tempfile.tempdir = None  # what the server knew of TMPDIR
     os.chdir(ROOT)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         with open(folder / f"{name}_{variables.get('RANK', 0)}", "wb") as output:
