@@ -1,4 +1,4 @@
-"""kill -9 at every bad moment of a run of two processes, the first time under torchrun: it continues
+"""kill -9 at every bad moment of a run of two processes, the first time under torchrun: it goes on
 from its last good checkpoint with the uninterrupted losses.
 
 Random moments: tests/distributed/test_random_kills.py.
