@@ -49,7 +49,7 @@ def build_parser() -> Program:
     )
     parser.add_argument(
         "--dtype",
-        choices=("fp32", "bf16"),
+        choices=("fp32", "bf16", "fp16"),
         default="fp32",
         help="precision of the exported weights (default: fp32)",
     )
@@ -69,6 +69,7 @@ def build_parser() -> Program:
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
+    from megatron_slm.convert.beside_tokenizer import read_beside
     from megatron_slm.convert.model_folder import check_output, exported_before
 
     try:
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.tokenizer == "none"
             else tokenizer_of_checkpoint(options.tokenizer, info, folder)
         )
+        beside = None if tokenizer is None else read_beside(tokenizer)
     except ValueError as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return 3
@@ -88,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": options.dtype,
         "tokenizer": tokenizer and tokenizer.fingerprint,
     }
+    if beside is not None and beside.fingerprint:
+        made_from["files"] = beside.fingerprint
     try:
         if not options.overwrite and exported_before(Path(options.output), made_from):
             print(f"{options.output}: done before, from step {info.step} of {folder}")
@@ -97,31 +101,45 @@ def main(argv: list[str] | None = None) -> int:
         print(f"export_hf: {error}", file=sys.stderr)
         return 3 if isinstance(error, ChangedFile) else 2
     try:
-        if damaged := damaged_files(folder):
-            raise ValueError(
-                f"{folder}: {', '.join(damaged)} missing, no plain files, or different from what "
-                "checksums.json says; use another step_* folder, or copy it again"
-            )
-        # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
-        from megatron_slm.convert.huggingface import export
-        from megatron_slm.convert.stored_state import read_full_state
-
-        output = export(
-            read_full_state(folder),
-            info,
-            tokenizer,
-            options.output,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-            made_from=made_from,
-        )
+        output = _export(folder, info, tokenizer, options, made_from)
     except ValueError as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return 3
     print(f"exported step {info.step} of {folder} to {output}")
-    if tokenizer is not None:
+    if tokenizer is not None and beside is not None:
+        if carried := beside.said():
+            print(f"taken over from {beside.folder}: {', '.join(carried)}")
         _say_what_it_adds(tokenizer, info)
+        _say_other_splits(tokenizer, output)
     return 0
+
+
+def _export(
+    folder: Path,
+    info: CheckpointInfo,
+    tokenizer: Tokenizer | None,
+    options: argparse.Namespace,
+    made_from: dict,
+) -> Path:
+    """Write the checkpoint in `folder` to options.output; ValueError when it cannot be."""
+    if damaged := damaged_files(folder):
+        raise ValueError(
+            f"{folder}: {', '.join(damaged)} missing, no plain files, or different from what "
+            "checksums.json says; use another step_* folder, or copy it again"
+        )
+    # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
+    from megatron_slm.convert.huggingface import export
+    from megatron_slm.convert.stored_state import read_full_state
+
+    return export(
+        read_full_state(folder),
+        info,
+        tokenizer,
+        options.output,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        made_from=made_from,
+    )
 
 
 def _say_what_it_adds(tokenizer: Tokenizer, info: CheckpointInfo) -> None:
@@ -142,6 +160,27 @@ def _say_what_it_adds(tokenizer: Tokenizer, info: CheckpointInfo) -> None:
         print(f"the tokenizer begins texts with {begin_token(tokenizer)[0]}, as the corpora do")
     else:
         print("the tokenizer adds no begin or end token to a text, as in the corpora")
+
+
+def _say_other_splits(tokenizer: Tokenizer, output: Path) -> None:
+    """Print on which texts, if any, the rewritten tokenizer.json gives other ids."""
+    if tokenizer.kind != "sentencepiece":
+        return  # tokenizer.json is the corpora's own
+    from tokenizers import Tokenizer as FastTokenizer
+
+    from megatron_slm.convert.hf_tokenizer import other_splits
+
+    other, compared, first = other_splits(
+        FastTokenizer.from_file(str(output / "tokenizer.json")), tokenizer
+    )
+    if other:
+        print(
+            f"export_hf: warning: on {other} of {compared} rare texts (runs of spaces, characters "
+            "that normalisation changes) tokenizer.json gives other ids than preprocessing did, "
+            f"for example {', '.join(map(repr, first))}; where that matters, use the "
+            "tokenizer.model in the folder, which is the corpora's own",
+            file=sys.stderr,
+        )
 
 
 def tokenizer_of_checkpoint(given: str, info: CheckpointInfo, folder: Path) -> Tokenizer:

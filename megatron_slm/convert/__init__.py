@@ -8,6 +8,8 @@ hf_settings.py        our settings of a config.json, with the defaults of transf
 hf_keys.py            every key of a config.json: used, without effect, or refused
 folder_kinds.py       advice for folders that hold a model in another form
 hf_tokenizer.py       a SentencePiece model as a tokenizer.json that gives the same ids
+probe_texts.py        texts on which the two are compared
+beside_tokenizer.py   what lies beside a tokenizer and goes with it: templates, end tokens
 begin_of_text.py      what that tokenizer adds to a text
 table.py, names.py    the one table of names and transforms, and its use in both directions
 geometry.py           the sizes that the table needs

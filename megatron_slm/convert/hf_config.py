@@ -4,21 +4,24 @@ Which architecture a model becomes: qk_norm -> Qwen3, qkv_bias -> Qwen2, otherwi
 experts, qk_norm -> Qwen3-MoE, otherwise Mixtral. hf_settings.py reads a config.json.
 """
 
+from collections.abc import Sequence
+
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.tokenization import Tokenizer
 
 
-def special_ids(tokenizer: Tokenizer | None) -> dict:
+def special_ids(tokenizer: Tokenizer | None, end_ids: Sequence[int] = ()) -> dict:
     """bos, eos and pad ids as config.json names them.
 
-    Generation stops at the token that closes documents in the corpora.
+    Generation stops at the token that closes documents in the corpora, and at each of `end_ids`.
     """
     if tokenizer is None:
         return {}
+    ends = [tokenizer.eod_id, *(end for end in end_ids if end != tokenizer.eod_id)]
     ids = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eod_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_id,
     }
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
@@ -56,9 +59,16 @@ def huggingface_architecture(model: ModelConfig) -> tuple[str, str]:
 
 
 def huggingface_config(
-    model: ModelConfig, sequence_length: int, tokenizer: Tokenizer | None, dtype: str
+    model: ModelConfig,
+    sequence_length: int,
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    end_ids: Sequence[int] = (),
 ) -> dict:
-    """config.json of an exported model, in the field names that transformers 4 and 5 both read."""
+    """config.json of an exported model, in the field names that transformers 4 and 5 both read.
+
+    end_ids: further ids at which generation stops.
+    """
     geometry = Geometry.from_model(model)
     name, model_type = huggingface_architecture(model)
     config = {
@@ -80,7 +90,7 @@ def huggingface_config(
         "initializer_range": model.initialization_std,
         "tie_word_embeddings": geometry.tied,
         "use_cache": True,
-        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
     }
     if model_type == "mixtral":
         config |= {
@@ -105,7 +115,7 @@ def huggingface_config(
         config |= {"attention_bias": False, "use_sliding_window": False}
     else:
         config |= {"use_sliding_window": False}
-    return config | special_ids(tokenizer)
+    return config | special_ids(tokenizer, end_ids)
 
 
 def rope_scaling(model: ModelConfig) -> dict | None:

@@ -6,51 +6,19 @@ used: the exported folder names PreTrainedTokenizerFast, which runs tokenizer.js
 ids are compared with SentencePiece's before anything is kept.
 """
 
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_slm.convert.begin_of_text import begin_token, with_beginning
+from megatron_slm.convert.beside_tokenizer import read_beside
+from megatron_slm.convert.probe_texts import AWKWARD_TEXTS, wider_probe
 from megatron_slm.files.atomic import write_json
 from megatron_slm.files.export_note import write_export_note
 from megatron_slm.tokenization import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space so
-
-# What conversions get wrong: spaces in runs and at the ends, tabs and line ends, scripts without
-# spaces, combining marks, characters outside the vocabulary (byte fallback), SentencePiece's own
-# space mark, ligatures and full-width forms (normalisation), repeats.
-AWKWARD_TEXTS = (
-    "",
-    " ",
-    "a",
-    " a",
-    "a ",
-    "  two  spaces  ",
-    "\n",
-    "\n\n  x",
-    "line\r\nend\t\ttab",
-    "def f(x):\n        return x\n    \n",
-    "naïve café",
-    "e\u0301 combining",
-    "日本語のテキスト",
-    "Привет, мир!",
-    "مرحبا",
-    "🙂👩‍👩‍👧",
-    "\u2581already\u2581marked",
-    "ﬁnancial \uff21\uff22\uff23 ①",
-    "aaaaaaaaaaaaaaaaaaaaaaa",
-    "                     ",
-    "0123456789 3.14159e-10",
-    "$\\frac{1}{2}\\sum_{i=0}^{n} x_i^2$",
-    "https://example.org/a?b=c&d=%20",
-    "\x00\x01\x7f",
-    "\u00a0\u2003\u200b\ufeff",
-    "<|not a control|> <unknown>",
-    "x" * 300 + " " * 40 + "y",
-)
 
 
 def write_tokenizer(
@@ -60,21 +28,22 @@ def write_tokenizer(
 
     On encoding it adds what preprocessing added: the begin token where `prepend_bos` says so, and
     no end token. None, where that is not known, leaves a tokenizer.json as it is and gives a
-    SentencePiece model no begin token. ValueError: the vocabulary cannot be expressed exactly.
+    SentencePiece model no begin token. What lies beside the tokenizer and belongs to it goes with
+    it. ValueError: the vocabulary cannot be expressed exactly.
     """
     original = tokenizer.path.read_bytes()
+    beside = read_beside(tokenizer)
+    settings = beside.tokenizer_settings
     if tokenizer.kind == "huggingface":
         content = original.decode()
         kept = "tokenizer.json"
-        settings = _settings_beside(tokenizer)
     else:
         content = _rewritten(tokenizer)
         kept = "tokenizer.model"
-        settings = {}
     if prepend_bos is not None:
         content = with_beginning(content, begin_token(tokenizer) if prepend_bos else None)
     if prepend_bos is not None or tokenizer.kind == "sentencepiece":
-        settings |= {"add_bos_token": bool(prepend_bos), "add_eos_token": False}
+        settings = settings | {"add_bos_token": bool(prepend_bos), "add_eos_token": False}
     if kept == "tokenizer.json" and content.encode() != original:
         kept = "corpus_tokenizer.json"
     (folder / kept).write_bytes(original)
@@ -85,6 +54,7 @@ def write_tokenizer(
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", _special_names(tokenizer, settings) | fixed)
+    beside.copy_templates(folder)
     write_export_note(folder, kept, prepend_bos)
 
 
@@ -93,12 +63,6 @@ def _rewritten(tokenizer: Tokenizer) -> str:
     fast = from_sentencepiece(tokenizer)
     check_same_ids(fast, tokenizer)
     return fast.to_str(pretty=True)
-
-
-def _settings_beside(tokenizer: Tokenizer) -> dict:
-    """The tokenizer_config.json that lies beside a tokenizer.json, if one does."""
-    beside = tokenizer.path.with_name("tokenizer_config.json")
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
 
 
 def _special_names(tokenizer: Tokenizer, settings: dict) -> dict:
@@ -223,3 +187,21 @@ def check_same_ids(
                 f"gives {expected[:12]} in SentencePiece and {got[:12]} in Hugging Face. Export "
                 "with --tokenizer none and ship the .model file beside the weights."
             )
+
+
+def other_splits(fast: FastTokenizer, tokenizer: Tokenizer) -> tuple[int, int, list[str]]:
+    """On how many texts of the wider probe the rewritten vocabulary splits otherwise, of how many,
+    and the first few of them.
+
+    A unigram model adds scores in fp32 where Hugging Face's library adds them in fp64, so that ways
+    to split a text whose scores are nearly equal (runs of spaces) may fall out differently; and
+    the two normalise rare characters differently.
+    """
+    texts = wider_probe()
+    encoded = fast.encode_batch(list(texts), add_special_tokens=False)
+    other = [
+        text
+        for text, encoding in zip(texts, encoded, strict=True)
+        if encoding.ids != tokenizer.encode(text)
+    ]
+    return len(other), len(texts), other[:3]

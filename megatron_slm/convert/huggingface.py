@@ -17,6 +17,7 @@ from megatron_slm.checkpoint.folder import (
     describe_model,
     writing_folder,
 )
+from megatron_slm.convert.beside_tokenizer import read_beside
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
@@ -27,18 +28,19 @@ from megatron_slm.convert.model_folder import (
     check_output,
     made_from_note,
 )
-from megatron_slm.convert.names import FromHuggingface, to_huggingface
+from megatron_slm.convert.names import FromHuggingface, check_names, to_huggingface
 from megatron_slm.convert.safetensors_folder import (
     LARGEST_SHARD_BYTES,
     SafetensorsFolder,
     write_safetensors,
 )
 from megatron_slm.convert.stored_state import write_full_state
+from megatron_slm.convert.table import entries
 from megatron_slm.files.atomic import sync_path, write_json
 from megatron_slm.files.hashing import file_sha256
 from megatron_slm.tokenization import Tokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(
@@ -63,35 +65,52 @@ def export(
     output = Path(os.path.abspath(output))
     check_output(output, overwrite)
     model = info.model_config()
-    config = huggingface_config(model, info.sequence_length, tokenizer, dtype)
+    geometry = Geometry.from_model(model)
+    beside = read_beside(tokenizer) if tokenizer is not None else None
+    end_ids = beside.end_ids if beside else ()
+    config = huggingface_config(model, info.sequence_length, tokenizer, dtype, end_ids)
+    check_names(set(state), {entry.ours for entry in entries(geometry)}, "the checkpoint")
+    generation = {"do_sample": False, "_from_model_config": True}
+    if beside and beside.generation:
+        generation = beside.generation
+    generation = generation | special_ids(tokenizer, end_ids)
     writing = output.with_name(f".writing_{output.name}")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    if tokenizer is not None:
-        write_tokenizer(
-            tokenizer, writing, info.sequence_length, prepend_bos=info.tokenizer.get("prepend_bos")
+    try:
+        if tokenizer is not None:
+            begin = info.tokenizer.get("prepend_bos")
+            write_tokenizer(tokenizer, writing, info.sequence_length, prepend_bos=begin)
+        tensors = (
+            (name, _rounded(name, tensor, dtype))
+            for name, tensor in to_huggingface(state, geometry)
         )
-    tensors = (
-        (name, tensor.to(DTYPES[dtype]))
-        for name, tensor in to_huggingface(state, Geometry.from_model(model))
-    )
-    write_safetensors(tensors, writing, largest_shard_bytes)
-    write_json(
-        writing / "generation_config.json",
-        special_ids(tokenizer) | {"do_sample": False, "_from_model_config": True},
-    )
-    if made_from is not None:
-        write_json(writing / MADE_FROM, made_from_note(writing, made_from))
-    write_json(writing / LAST_FILE, config)
+        write_safetensors(tensors, writing, largest_shard_bytes)
+        write_json(writing / "generation_config.json", generation)
+        write_json(writing / MADE_FROM, made_from_note(writing, made_from or {}))
+        write_json(writing / LAST_FILE, config)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
     _replace(writing, output)
     return output
 
 
+def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """`tensor` in the precision that was asked for. ValueError: a value is too large for it."""
+    rounded = tensor.to(DTYPES[dtype])
+    if dtype == "fp16" and not rounded.isfinite().all() and tensor.isfinite().all():
+        raise ValueError(
+            f"{name} has values up to {tensor.abs().max().item():g}, above fp16's largest number "
+            f"{torch.finfo(torch.float16).max:g}; export with --dtype bf16 or fp32"
+        )
+    return rounded
+
+
 def _replace(writing: Path, output: Path) -> None:
     """Rename into place; an earlier export is removed only after the new one stands."""
-    for path in writing.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    for path in writing.rglob("*"):
+        sync_path(path)
     sync_path(writing)
     old = output.with_name(f".replaced_{output.name}")
     shutil.rmtree(old, ignore_errors=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.beside_tokenizer import read_beside, unknown_added_tokens
 from megatron_slm.convert.folder_kinds import other_kind
 from megatron_slm.convert.hf_settings import model_config
 from megatron_slm.files.export_note import read_export_note
@@ -52,6 +53,13 @@ def open_model_folder(folder: Path, tokenizer_path: str = "") -> ModelFolder:
             f"{tokenizer.path} has {tokenizer.vocabulary_size} ids, the model's embedding only "
             f"{model.vocabulary_size}; give its own --tokenizer"
         )
+    read_beside(tokenizer)  # an export will want it: what cannot be read is said now
+    if unknown := unknown_added_tokens(folder, tokenizer):
+        raise ValueError(
+            f"{folder}: added_tokens.json or tokenizer_config.json adds {', '.join(unknown[:4])}, "
+            f"which {tokenizer.path} does not have under that id; open the folder with "
+            "transformers' AutoTokenizer and save it, which writes them into tokenizer.json"
+        )
     note = None if tokenizer_path else read_export_note(folder)
     prepend_bos = None if note is None else note["prepend_bos"]
     return ModelFolder(folder, model, sequence_length, tokenizer, prepend_bos)
@@ -90,9 +98,9 @@ def exported_before(output: Path, now: dict) -> bool:
 
 def _sizes_bytes(folder: Path) -> dict[str, int]:
     return {
-        path.name: path.stat().st_size
-        for path in sorted(folder.iterdir())
-        if path.name not in (MADE_FROM, LAST_FILE)
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MADE_FROM, LAST_FILE)
     }
 
 
@@ -117,10 +125,10 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"{output} already holds {', '.join(sorted(content)[:3])}; give another --output, or "
             "--overwrite to replace an earlier export"
         )
-    if content and LAST_FILE not in content:
+    if content and MADE_FROM not in content:
         raise ValueError(
-            f"{output} is not a model folder (no {LAST_FILE} in it), so --overwrite will not "
-            "remove it; give another --output"
+            f"{output} is no folder that export_hf wrote (no {MADE_FROM} in it), so --overwrite "
+            "will not remove it; give another --output"
         )
 
 

@@ -12,6 +12,7 @@ from megatron_slm.convert.hf_tokenizer import (
     AWKWARD_TEXTS,
     check_same_ids,
     from_sentencepiece,
+    other_splits,
     write_tokenizer,
 )
 from megatron_slm.tokenization import load_tokenizer
@@ -111,3 +112,18 @@ def test_a_vocabulary_that_cannot_be_rewritten_exactly_is_refused(tmp_path):
     tokenizer = train(tmp_path / "t.model", model_type="bpe", treat_whitespace_as_suffix=True)
     with pytest.raises(ValueError, match="--tokenizer none"):
         check_same_ids(from_sentencepiece(tokenizer), tokenizer)
+
+
+def test_texts_that_are_split_otherwise_are_counted(tmp_path):
+    """Ways to split a run of spaces have nearly equal scores in a unigram model, and the sums are
+    rounded differently.
+    """
+    settings = SETTINGS["bpe, runs of spaces"]
+    exact = train(tmp_path / "bpe.model", **settings)
+    other, compared, _ = other_splits(from_sentencepiece(exact), exact)
+    assert other == 0
+    assert compared > 5000
+    near = train(tmp_path / "unigram.model", **settings | {"model_type": "unigram"})
+    other, _, first = other_splits(from_sentencepiece(near), near)
+    assert 0 < other < compared
+    assert all("  " in text for text in first)
