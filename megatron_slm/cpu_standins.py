@@ -1,6 +1,6 @@
 """Stand-ins that let megatron-core run unmodified on a machine without CUDA.
 
-megatron-core 0.16.1 writes device="cuda" into its schedules, buffers and checkpoints. `use_cpu()`
+megatron-core writes device="cuda" into its schedules, buffers and checkpoints. `use_cpu()`
 redirects them to the CPU: tensor, sequence, pipeline and data parallelism, the distributed
 optimizer and distributed checkpoints then run over gloo. It is a supported way to run, and nothing
 of it is used where CUDA is.

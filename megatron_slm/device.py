@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_slm.core_versions import core_problem, drop_notices
 from megatron_slm.cpu_standins import cpu_answers_for_cuda, use_cpu
 
 
@@ -26,12 +27,15 @@ class Device:
 def choose_device(kind: str = "auto") -> Device:
     """Take the device for this process: "auto", "cpu" or "cuda".
 
-    Raises ValueError when CUDA is requested and absent. On CUDA the GPU is LOCAL_RANK's;
+    Raises ValueError when CUDA is requested and absent, or the installed megatron-core is not one
+    that this library runs on. On CUDA the GPU is LOCAL_RANK's;
     torch.cuda.set_device is called here, so that NCCL and megatron-core use it.
     """
     _quiet_megatron()
     if kind not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device.kind is {kind!r}; it can be auto, cpu or cuda")
+    if problem := core_problem():
+        raise ValueError(problem)
     has_cuda = torch.cuda.is_available() and not cpu_answers_for_cuda()
     if kind == "cuda" and not has_cuda:
         raise ValueError(
@@ -64,12 +68,14 @@ def set_threads(threads_per_process: int = 0) -> int:
 
 
 def _quiet_megatron() -> None:
-    """Drop the warnings of megatron-core's import: dozens of lines in every process.
+    """Drop the warnings of megatron-core's import, dozens of lines in every process, and its
+    notices.
 
     The start table shows once what they contain about missing accelerations. megatron-core's own
     `import wandb` is refused, because nothing here uses it: it takes time, and it makes temporary
     folders that stay after a kill (monitoring/wandb_loading.py).
     """
+    drop_notices()
     if "wandb" not in sys.modules:
         # None makes an import fail, by the language reference; typeshed allows modules only.
         sys.modules["wandb"] = None  # type: ignore[assignment]

@@ -2,8 +2,11 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import textwrap
+
+INSTALLED = importlib.metadata.version("megatron-core")
 
 
 def resolve(module: str, symbol: str = ""):

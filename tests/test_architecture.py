@@ -31,6 +31,7 @@ from tests.source_tree import (
 # A room may import rooms before it. `model` reads the batches that `data` makes, so data is first.
 ROOMS = (
     "files",
+    "core_versions",
     "config",
     "selection",
     "planning",
@@ -66,6 +67,7 @@ PROGRAMS = (
 MAY_IMPORT_MEGATRON = {"cpu_standins", "parallel", "data", "model", "checkpoint", "testing"}
 WITHOUT_TORCH = (
     "files/",
+    "core_versions.py",
     "config/",
     "planning/",
     "selection/alarms.py",

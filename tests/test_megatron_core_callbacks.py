@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tests.megatron_core import accepts, calls_in, core
+from tests.megatron_core import INSTALLED, accepts, calls_in, core
 from tests.source_tree import PACKAGE
 
 
@@ -110,7 +110,7 @@ CALLBACKS = [
     ),
     (
         "transformer.moe.moe_layer:MoELayer.__init__",
-        "submodules.router",
+        "submodules.router" if INSTALLED == "0.16.1" else "self.submodules.router",
         ("model/router.py", "Router", "__init__"),
         True,
     ),
@@ -179,25 +179,45 @@ def test_what_it_calls_of_ours(caller, called, ours, method):
         ), ast.unparse(node)
 
 
-def test_norms_are_built_with_what_ours_takes():
-    """TransformerLayer, SelfAttention and TransformerBlock build submodules through
-    build_module(spec, **arguments).
-    """
-    ours = our_function("model/layers.py", "RMSNorm", "__init__")
-    for caller in (
+NORMS = [
+    (
         "transformer.transformer_layer:TransformerLayer.__init__",
+        ("submodules.input_layernorm", "submodules.pre_mlp_layernorm"),
+    ),
+    (
         "transformer.attention:SelfAttention.__init__",
+        ("submodules.q_layernorm", "submodules.k_layernorm")
+        if INSTALLED == "0.16.1"
+        else ("q_norm_cls", "k_norm_cls"),
+    ),
+    (
         "transformer.transformer_block:TransformerBlock._build_layers",
-    ):
-        norms = [
-            node
-            for node in calls_in(core(caller), "build_module")
-            if "norm" in ast.unparse(node.args[0])
-        ]
-        assert norms, caller
-        for node in norms:
-            node.args = node.args[1:]
+        ("self.submodules.layer_norm",)
+        if INSTALLED == "0.16.1"
+        else ("not_none(self.submodules.layer_norm)",),
+    ),
+]
+
+
+@pytest.mark.parametrize("caller, norms", NORMS, ids=[row[0].split(":")[1] for row in NORMS])
+def test_norms_are_built_with_what_ours_takes(caller, norms):
+    """0.16.1 builds them through build_module(norm, **arguments), 0.19.2 calls the norm itself."""
+    ours = our_function("model/layers.py", "RMSNorm", "__init__")
+    for norm in norms:
+        found = norm_calls(core(caller), norm)
+        assert found, f"{caller} no longer builds {norm}"
+        for node in found:
             assert not fits(ours, node, missing_self=True), ast.unparse(node)
+
+
+def norm_calls(caller, norm: str) -> list[ast.Call]:
+    """The calls that make a norm, with the arguments that the norm gets."""
+    if INSTALLED != "0.16.1":
+        return calls_in(caller, norm)
+    found = [node for node in calls_in(caller, "build_module") if ast.unparse(node.args[0]) == norm]
+    for node in found:
+        node.args = node.args[1:]
+    return found
 
 
 @pytest.mark.parametrize("name", list(RANDOM_STAND_INS))

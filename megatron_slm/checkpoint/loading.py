@@ -1,9 +1,8 @@
 """Load a checkpoint's state through megatron-core's dist_checkpointing, with readers of our own
 that run no code from its files.
 
-megatron-core's strategies open `.metadata`, common.pt and objects with readers that unpickle. The
-two strategies here do what its own do, in the same order, with `PlainReader` and `load_plain` in
-their place.
+megatron-core's own load opens `.metadata`, common.pt and objects with readers that unpickle. Here
+its steps are taken in the same order, with `PlainReader` and `load_plain` in their place.
 """
 
 import warnings
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
@@ -27,6 +25,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _restore_dict_types,
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.utils import (
+    extract_sharded_base,
+    force_all_tensors_to_non_fp8,
+)
+from megatron.core.dist_checkpointing.validation import (
+    StrictHandling,
+    determine_global_metadata,
+    validate_integrity_and_strict_load,
 )
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -50,12 +57,27 @@ def load_state(state: dict, folder: Path, groups: Groups) -> dict:
     metadata, common = _agreed(lambda: _open(folder))
     strategy = FullyParallelLoadStrategyWrapper(_PlainSharded(metadata), groups.dp_cp)
     try:
-        return dist_checkpointing.load(state, str(folder), strategy, _PlainCommon(common))
+        return _load(state, common, folder, strategy)
     except CheckpointException as error:  # a BaseException, of every rank that failed
         first = error.failures[min(error.failures)][0]
         if isinstance(first, ValueError):
             raise type(first)(str(first)) from None
         raise
+
+
+def _load(
+    state: dict, common: dict, folder: Path, strategy: FullyParallelLoadStrategyWrapper
+) -> dict:
+    """As dist_checkpointing.load does, with the content of common.pt given."""
+    force_all_tensors_to_non_fp8(state)
+    state, kept_as_it_is, factories = load_preprocess(state)
+    merge(common, kept_as_it_is)
+    sharded, _ = extract_sharded_base(state)
+    sharded, _, _ = validate_integrity_and_strict_load(
+        sharded, StrictHandling.ASSUME_OK_UNEXPECTED, True, *determine_global_metadata(sharded)
+    )
+    merge(common, strategy.load(sharded, folder))
+    return apply_factory_merges(common, factories)
 
 
 def _open(folder: Path) -> tuple[Metadata, dict]:
@@ -90,21 +112,12 @@ def _agreed(action: Callable[[], Any]) -> Any:
     return result
 
 
-class _PlainCommon(TorchCommonLoadStrategy):
-    def __init__(self, common: dict):
-        super().__init__()
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict:
-        return self._common
-
-
 class _PlainSharded(TorchDistLoadShardedStrategy):
     def __init__(self, metadata: Metadata):
         super().__init__()
         self._metadata = metadata
 
-    def load(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> dict:
+    def load(self, sharded_state_dict: dict, checkpoint_dir: str | Path, *_: str) -> dict:
         """As TorchDistLoadShardedStrategy.load does, with another reader."""
         tensors = [
             tensor

@@ -9,6 +9,7 @@ the order is ours: `plan_save` (collective, writes nothing), `RankWriter.start` 
 """
 
 import ctypes
+import json
 import multiprocessing
 import os
 import queue
@@ -20,9 +21,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -31,6 +31,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_slm.checkpoint.folder import FORMATS
+from megatron_slm.core_versions import planned_save_arguments
 from megatron_slm.files.atomic import sync_path
 from megatron_slm.files.hashing import file_sha256
 
@@ -54,7 +56,7 @@ class _Planning(TorchDistSaveShardedStrategy):
     """megatron-core's planning, which returns our RankWriter where it would request a write."""
 
     def _get_save_and_finalize_callbacks(
-        self, writer: FileSystemWriterAsync, planned: tuple[Any, Any]
+        self, writer: FileSystemWriterAsync, planned: tuple[Any, Any], *_: str
     ) -> "RankWriter":
         return RankWriter(writer, planned[1])
 
@@ -81,7 +83,7 @@ def plan_save(state: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> 
     filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
     sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(_Planning("torch_dist", 1), group)
-    rank_writer = strategy.async_save(sharded, str(folder))
+    rank_writer = strategy.async_save(sharded, str(folder), *planned_save_arguments())
     rank_writer.common = common
     return rank_writer
 
@@ -159,9 +161,9 @@ class RankWriter:
 
         OSError when storage fails.
         """
-        get_default_save_common_strategy().save_common(self.common, str(folder))
+        torch.save(self.common, folder / "common.pt")
         self.writer.finish(self.metadata, [written.records for written in by_rank])
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        (folder / "metadata.json").write_text(json.dumps(FORMATS))
         checksums: dict[str, str] = {}
         for written in by_rank:
             checksums |= written.checksums

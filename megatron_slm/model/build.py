@@ -86,14 +86,16 @@ def _decoder(
 def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
     """Tell megatron-core which weights are split over the tensor group.
 
-    megatron-core's layers set this mark only when they initialise their own weights, but
-    initialization.py draws ours. Without the mark the gradient norm would leave out the parts of
-    every tensor rank but the first.
+    megatron-core 0.16.1's layers set this mark only when they initialise their own weights, but
+    initialization.py draws ours; 0.19.2's always do. Without the mark the gradient norm would leave
+    out the parts of every tensor rank but the first.
     """
     split_dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
         dimension = split_dimension.get(type(module))
-        if dimension is not None and module.weight is not None:
+        if dimension is None or module.weight is None:
+            continue
+        if not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import (
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_slm.accelerations import apex_rms_norm
+from megatron_slm.core_versions import expert_parts
 from megatron_slm.model.router import Router
 
 
@@ -170,7 +171,7 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
             qk_layernorm=config.qk_layernorm,
         )
         if config.num_moe_experts:
-            layer.submodules.mlp.submodules.router = Router
+            expert_parts(layer).router = Router
         return layer
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -181,7 +182,7 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts:
-        parts.mlp.submodules.router = Router
+        expert_parts(layer).router = Router
         # Transformer Engine fuses no norm into a mixture and stores it under its own name; the same
         # is done here, so that checkpoints fit both.
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]

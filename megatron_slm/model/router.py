@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_slm.parallel import Groups
 from megatron_slm.selection.metric_sums import MetricSums
 
-# RouterGatingLinearFunction uses this name even if Transformer Engine is not installed
-# (megatron-core 0.16.1).
+# RouterGatingLinearFunction uses this name even if Transformer Engine is not installed;
+# megatron-core 0.16.1 does not define it then.
 vars(moe_utils).setdefault("te_general_gemm", None)
 
 
@@ -43,14 +43,14 @@ class Router(TopKRouter):
     All gradients are divided by W at the end of the step, so each loss is attached times
     W / micro-batches here: W must be known before backward. megatron-core's own factor, the rank's
     number of tokens, is for a division by all tokens; selecting 60 % of them would multiply the
-    losses by 1 / 0.6, and it misses a factor tensor x context size
-    (attach_and_log_load_balancing_loss of 0.16.1 counts the rank's tokens, the sum runs over all).
+    losses by 1 / 0.6, and in 0.16.1 it misses a factor tensor x context size
+    (attach_and_log_load_balancing_loss counts the rank's tokens there, the sum runs over all).
     """
 
     auxiliary_scale: Tensor | None = None
 
-    def __init__(self, config, pg_collection=None):
-        super().__init__(config, pg_collection)
+    def __init__(self, config, pg_collection=None, **options):
+        super().__init__(config, pg_collection, **options)
         # balance, z-loss, and the micro-batches they are of. Plain tensors: no part of the model's
         # state, and fp64 in a bf16 model too.
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())

@@ -32,6 +32,7 @@ def linear_skipping_zero_rows(
     tp_group: dist.ProcessGroup | None = None,
     grad_output_buffer: None = None,
     wgrad_deferral_limit: None = None,
+    gtp_remat_size: int = 1,
     blocks: int = 1,
     head_columns: int = 0,
 ) -> Tensor:
@@ -52,6 +53,11 @@ def linear_skipping_zero_rows(
         raise ValueError(
             "a linear that skips zero rows cannot defer its weight gradient; "
             "turn defer_embedding_wgrad_compute off."
+        )
+    if gtp_remat_size > 1:
+        raise ValueError(
+            f"a linear that skips zero rows needs its whole weight, and gtp_remat_size is "
+            f"{gtp_remat_size}; leave megatron-core's sharding of weights (GTP) off."
         )
     if (allreduce_dgrad or sequence_parallel) and tp_group is None:
         raise ValueError(
