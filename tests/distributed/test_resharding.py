@@ -106,10 +106,13 @@ class Bench:
     def __init__(self, groups, layout: dict, distributed: bool, precision: str = "fp32"):
         from megatron_slm.parallel import seed_everything
 
-        self.config = make_config(layout, distributed, precision)
+        self.config = self.config_of(layout, distributed, precision)
         self.groups = groups
         seed_everything(self.config.run.seed, groups)
         self.trainer = make_trainer(groups, self.config)
+
+    def config_of(self, layout: dict, distributed: bool, precision: str) -> Config:
+        return make_config(layout, distributed, precision)
 
     def steps(self, first: int, count: int) -> list[StepRecord]:
         batches = local_steps(self.groups, self.config, SAMPLES, count, first)
