@@ -3,10 +3,13 @@
 # project installed around them without replacing any of the three. See docs/docker.md.
 #
 #   docker build -t megatron-slm .
+#   docker build -t megatron-slm:core-0.16.1 --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:25.11-py3 \
+#       --build-arg MEGATRON_CORE=0.16.1 --build-arg APEX_COMMIT=87868b0e3a39c5f4364ac2d8131a7e63fce0f1a4 .
 #   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/work/runs" megatron-slm python -c "import torch; print(torch.cuda.is_available())"
 
-# The image that megatron-core 0.16.1's own continuous integration is built on (its docker/.ngc_version.dev).
-FROM nvcr.io/nvidia/pytorch:25.11-py3
+# The image that megatron-core 0.19's own continuous integration is built on (its docker/.ngc_version.dev); that of 0.16.1 is 25.11.
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
+FROM ${BASE_IMAGE}
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
@@ -18,10 +21,10 @@ ENV PIP_CONSTRAINT="" \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # --- NVIDIA apex -------------------------------------------------------------------------------------------------------------------
-# A commit of the image's month. APEX_CPP_EXT and APEX_CUDA_EXT are its --cpp_ext and --cuda_ext: they build amp_C (fused optimizers,
+# The last commit before the image was made. APEX_CPP_EXT and APEX_CUDA_EXT are its --cpp_ext and --cuda_ext: they build amp_C (fused optimizers,
 # gradient clipping) and fused_weight_gradient_mlp_cuda (gradients accumulated straight into fp32 main gradients). `apex` on PyPI is
 # another project and never asked for.
-ARG APEX_COMMIT=87868b0e3a39c5f4364ac2d8131a7e63fce0f1a4
+ARG APEX_COMMIT=becbb77cea4cb54f2929f7c938a0a6f7dd1fdc39
 # Named unlike TORCH_CUDA_ARCH_LIST, which the base image sets: its ENV would win over an ARG of the same name.
 ARG CUDA_ARCHITECTURES="8.0;9.0;10.0"
 ARG BUILD_JOBS=8
@@ -37,9 +40,10 @@ RUN pip uninstall --yes apex \
 COPY <<'EOF' /opt/slm/image_packages.py
 """Keeps pip away from the packages that the image compiled together: record them, install around them, check that nothing moved.
 
-    record FOLDER             constraints.txt and fingerprints.json of the packages below, as they are now
-    requirements FILE FOLDER  FILE without the lines that name one of them, for pip install -r
-    check FOLDER              fails, naming them, when versions or files differ from the record; then imports them
+    record FOLDER CORE             constraints.txt and fingerprints.json of the packages below, as they are now; fails when
+                                   Transformer Engine is not one that megatron-core CORE takes
+    requirements FILE FOLDER CORE  FILE without the lines that name one of them, and with megatron-core CORE, for pip install -r
+    check FOLDER                   fails, naming them, when versions or files differ from the record; then imports them
 """
 import hashlib
 import importlib
@@ -52,8 +56,9 @@ from pathlib import Path
 PROTECTED = re.compile(r"torch|torchvision|torchaudio|torchao|triton|pytorch[-_]triton|apex|transformer[-_]engine.*|flash[-_]attn.*|numpy|nvidia[-_].*")
 REQUIRED = ("torch", "apex", "transformer-engine", "numpy")
 MODULES = ("torch", "apex", "apex.optimizers", "apex.normalization", "amp_C", "fused_weight_gradient_mlp_cuda", "transformer_engine.pytorch")
-# The range in megatron-core 0.16.1's own metadata.
-TRANSFORMER_ENGINE = ((2, 9), (2, 12))
+# By megatron-core: the range in 0.16.1's own metadata. That of 0.19.2 states none, and its lock file has 2.17.1; from 2.9 on it has
+# the branches of its source that ours takes.
+TRANSFORMER_ENGINE = {"0.16.1": ((2, 9), (2, 12)), "0.19.2": ((2, 9), (3, 0))}
 
 
 def normal(name):
@@ -75,26 +80,31 @@ def fingerprint(distribution):
     return total.hexdigest()
 
 
-def record(folder):
+def record(folder, core):
+    core = str(core)
+    if core not in TRANSFORMER_ENGINE:
+        sys.exit(f"MEGATRON_CORE is {core!r}; it can be {' or '.join(TRANSFORMER_ENGINE)}")
+    lowest, above = TRANSFORMER_ENGINE[core]
     there = protected()
     missing = [name for name in REQUIRED if name not in there]
     if missing:
         sys.exit(f"the image lacks {', '.join(missing)}")
     engine = tuple(int(part) for part in re.findall(r"\d+", there["transformer-engine"].version)[:2])
-    if not TRANSFORMER_ENGINE[0] <= engine < TRANSFORMER_ENGINE[1]:
-        sys.exit(f"Transformer Engine {there['transformer-engine'].version} is outside >=2.9,<2.12, which megatron-core 0.16.1 asks for; take another base image")
+    if not lowest <= engine < above:
+        accepted = ">={}.{},<{}.{}".format(*lowest, *above)
+        sys.exit(f"Transformer Engine {there['transformer-engine'].version} is outside {accepted}, which goes with megatron-core {core}; take another base image")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "constraints.txt").write_text("".join(f"{name}=={d.version}\n" for name, d in there.items()))
     (folder / "fingerprints.json").write_text(json.dumps({name: [d.version, fingerprint(d)] for name, d in there.items()}, indent=1))
     print((folder / "constraints.txt").read_text(), end="")
 
 
-def requirements(source, folder):
+def requirements(source, folder, core):
     """Our pins without the image's packages: `torch==...` would contradict the constraint, and pip would stop."""
-    kept = []
+    kept = [f"megatron-core=={core}"]
     for line in source.read_text().splitlines():
         name = re.match(r"[A-Za-z0-9._-]+", line)
-        if not (name and PROTECTED.fullmatch(normal(name[0]))):
+        if not (name and (normal(name[0]) == "megatron-core" or PROTECTED.fullmatch(normal(name[0])))):
             kept.append(line)
     (folder / "requirements.txt").write_text("\n".join(kept) + "\n")
 
@@ -116,20 +126,22 @@ if __name__ == "__main__":
     command, *paths = sys.argv[1:]
     {"record": record, "requirements": requirements, "check": check}[command](*map(Path, paths))
 EOF
-RUN python /opt/slm/image_packages.py record /opt/slm
+# Which megatron-core is installed: 0.19.2 or 0.16.1.
+ARG MEGATRON_CORE=0.19.2
+RUN python /opt/slm/image_packages.py record /opt/slm "${MEGATRON_CORE}"
 
 # --- This project -------------------------------------------------------------------------------------------------------------------
 # Dependencies first: their layer is kept while only our own code changes.
 COPY requirements.txt /opt/slm/wanted.txt
-RUN python /opt/slm/image_packages.py requirements /opt/slm/wanted.txt /opt/slm \
+RUN python /opt/slm/image_packages.py requirements /opt/slm/wanted.txt /opt/slm "${MEGATRON_CORE}" \
     && pip install --requirement /opt/slm/requirements.txt --constraint /opt/slm/constraints.txt \
     && python /opt/slm/image_packages.py check /opt/slm
 
 COPY . /opt/megatron-slm
-# The image's Python is 3.12; the pins are tested on 3.11 and megatron-core 0.16.1 ships wheels for both.
-RUN pip install --no-deps --ignore-requires-python --editable /opt/megatron-slm \
+RUN pip install --no-deps --editable /opt/megatron-slm \
     && python /opt/slm/image_packages.py check /opt/slm \
-    && cd / && python -c "import megatron.core, megatron_slm; from megatron_slm.accelerations import apex_state; assert apex_state() == 'nvidia', apex_state()" \
+    && cd / && python -c "import megatron_slm; from megatron_slm.accelerations import apex_state; assert apex_state() == 'nvidia', apex_state()" \
+    && python -c "from megatron.core.extensions.transformer_engine import HAVE_TE; assert HAVE_TE, 'megatron-core cannot use this Transformer Engine'" \
     && slm-train --help > /dev/null
 
 # tokenizer/ and data_tools/ are run from the checkout, not installed.

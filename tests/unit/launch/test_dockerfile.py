@@ -2,12 +2,16 @@
 nothing can replace the image's packages.
 """
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_slm.core_versions import SUPPORTED
+from tests.megatron_core import INSTALLED
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -34,8 +38,10 @@ def position(fragment: str) -> int:
 
 
 def test_everything_fetched_is_pinned():
-    [base] = [arguments for name, arguments in instructions() if name == "FROM"]
-    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", base)
+    assert instructions()[1] == ("FROM", "${BASE_IMAGE}")
+    name, base = instructions()[0]
+    assert name == "ARG"
+    assert re.fullmatch(r"BASE_IMAGE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", base)
     assert re.search(r"ARG APEX_COMMIT=[0-9a-f]{40}\n", TEXT)
     assert TEXT.count("git fetch") == 1
     assert 'https://github.com/NVIDIA/apex.git "${APEX_COMMIT}"' in TEXT
@@ -151,7 +157,7 @@ def image(tmp_path) -> Path:
 
 
 def test_record_and_check_accept_an_untouched_image(helper, image, tmp_path):
-    recorded = call(helper, "record", tmp_path / "slm", site=image)
+    recorded = call(helper, "record", tmp_path / "slm", "0.16.1", site=image)
     assert recorded.returncode == 0, recorded.stderr
     assert (tmp_path / "slm" / "constraints.txt").read_text().splitlines() == [
         "apex==0.1",
@@ -166,7 +172,7 @@ def test_record_and_check_accept_an_untouched_image(helper, image, tmp_path):
 
 
 def test_check_names_what_was_replaced(helper, image, tmp_path):
-    call(helper, "record", tmp_path / "slm", site=image)
+    call(helper, "record", tmp_path / "slm", "0.16.1", site=image)
     (image / "torch/__init__.py").write_text("compiled = 2\n")  # the same version, other files
     changed = call(helper, "check", tmp_path / "slm", site=image)
     assert changed.returncode != 0
@@ -182,41 +188,70 @@ def test_check_names_what_was_replaced(helper, image, tmp_path):
 
 def test_check_needs_the_extensions(helper, image, tmp_path):
     (image / "fused_weight_gradient_mlp_cuda.py").unlink()
-    call(helper, "record", tmp_path / "slm", site=image)
+    call(helper, "record", tmp_path / "slm", "0.16.1", site=image)
     result = call(helper, "check", tmp_path / "slm", site=image)
     assert result.returncode != 0
     assert "fused_weight_gradient_mlp_cuda" in result.stderr
 
 
-@pytest.mark.parametrize("version", ["2.8.0", "2.12.0+5671fd3"])
-def test_a_transformer_engine_outside_the_range_is_refused(helper, tmp_path, version):
+@pytest.mark.parametrize(
+    ("core", "version", "accepted"),
+    [
+        ("0.16.1", "2.8.0", ">=2.9,<2.12"),
+        ("0.16.1", "2.11.3", ""),
+        ("0.16.1", "2.12.0+5671fd3", ">=2.9,<2.12"),
+        ("0.19.2", "2.8.0", ">=2.9,<3.0"),
+        ("0.19.2", "2.17.1+4329ff84", ""),
+        ("0.19.2", "2.20.2", ""),
+    ],
+)
+def test_the_range_of_transformer_engine_follows_megatron_core(
+    helper, tmp_path, core, version, accepted
+):
     site = tmp_path / "site"
     for name in ("torch", "apex", "numpy"):
         install(site, name, "1.0", {f"{name}.py": ""})
     install(site, "transformer_engine", version, {"transformer_engine/__init__.py": ""})
-    result = call(helper, "record", tmp_path / "slm", site=site)
+    result = call(helper, "record", tmp_path / "slm", core, site=site)
+    assert (result.returncode != 0) == bool(accepted)
+    if accepted:
+        assert f"outside {accepted}, which goes with megatron-core {core};" in result.stderr
+
+
+def test_another_megatron_core_is_refused_by_name(helper, image, tmp_path):
+    result = call(helper, "record", tmp_path / "slm", "0.17.1", site=image)
     assert result.returncode != 0
-    assert "outside >=2.9,<2.12" in result.stderr
+    assert "MEGATRON_CORE is '0.17.1'; it can be 0.16.1 or 0.19.2" in result.stderr
 
 
-def test_the_range_is_the_one_megatron_core_states():
+def test_the_ranges_are_those_that_megatron_core_states():
     from importlib.metadata import requires
 
-    [stated] = [line for line in requires("megatron-core") if line.startswith("transformer-engine")]
-    assert "<2.12.0" in stated
-    assert ">=2.9.0a0" in stated
+    stated = [line for line in requires("megatron-core") if line.startswith("transformer-engine")]
+    if INSTALLED == "0.16.1":
+        assert "<2.12.0" in stated[0]
+        assert ">=2.9.0a0" in stated[0]
+    else:
+        assert stated == ['transformer-engine[core_cu13,pytorch]; extra == "te"']
+
+
+def test_the_image_takes_the_versions_that_the_library_supports():
+    ranges = ast.literal_eval(re.search(r"^TRANSFORMER_ENGINE = (\{.*\})$", TEXT, re.MULTILINE)[1])
+    assert tuple(ranges) == SUPPORTED
+    assert f"ARG MEGATRON_CORE={SUPPORTED[-1]}\n" in TEXT
 
 
 def test_requirements_without_the_images_packages(helper, tmp_path):
     wanted = tmp_path / "wanted.txt"
     wanted.write_text(
         "# why\ntorch==2.13.0  # the "
-        "framework\nmegatron-core==0.16.1\nnumpy>=2\ntorchmetrics==1.0\nsentencepiece==0.2.3\n"
+        'framework\nmegatron-core==0.16.1 ; python_version < "3.12"\nnumpy>=2\n'
+        "torchmetrics==1.0\nsentencepiece==0.2.3\n"
     )
-    assert call(helper, "requirements", wanted, tmp_path).returncode == 0
+    assert call(helper, "requirements", wanted, tmp_path, "0.19.2").returncode == 0
     assert (tmp_path / "requirements.txt").read_text().splitlines() == [
+        "megatron-core==0.19.2",
         "# why",
-        "megatron-core==0.16.1",
         "torchmetrics==1.0",
         "sentencepiece==0.2.3",
     ]
@@ -224,5 +259,5 @@ def test_requirements_without_the_images_packages(helper, tmp_path):
 
 def test_secrets_and_bulk_stay_out_of_the_image():
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    assert {".git", ".venv", "runs", "wandb", ".env", "**/.netrc"} <= set(ignored)
+    assert {".git", ".venv*", "runs", "wandb", ".env", "**/.netrc"} <= set(ignored)
     assert not re.search(r"(API_KEY|TOKEN|PASSWORD)\s*=", TEXT)
