@@ -84,13 +84,9 @@ another path through megatron-core.
 if os.environ.get("SLM_LAYOUTS") == "short":  # as tests/run.sh --core asks for
     names = "single recompute_selective recompute_full tp2 tp2_pp2 tp2_dp2 pp2_virtual2_dp2"
     names += " tp2_cp2_dp2 dp2_bf16_distributed_optimizer dp2_fp16_distributed_optimizer"
-    LAYOUTS = {
-        name: {
-            **LAYOUTS[name],
-            "cases": [case for case in LAYOUTS[name]["cases"] if case in ISOLATED],
-        }
-        for name in names.split()
-    }
+    LAYOUTS = {name: LAYOUTS[name] for name in names.split()}
+    for layout in LAYOUTS.values():
+        layout["cases"] = [case for case in layout["cases"] if case in ISOLATED]
 ROUNDED = [name for name, layout in LAYOUTS.items() if "precision" in layout]
 EXACT = [name for name in LAYOUTS if name not in ROUNDED]
 
