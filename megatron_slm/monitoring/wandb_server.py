@@ -63,10 +63,10 @@ def unreachable(address: str, proxies: Mapping[str, str], seconds: float = ANSWE
             answer[0] = f"HTTP {error.code}" if error.code in BAD_GATEWAYS else ""
         except Exception as error:  # OSError, ValueError, or an exception of http.client
             reason = getattr(error, "reason", error)
-            if not isinstance(reason, ssl.SSLError):
-                answer[0] = str(reason) or type(reason).__name__
-            else:
+            if isinstance(reason, ssl.SSLError):
                 answer[0] = ""
+            elif not isinstance(reason, TimeoutError):  # that is said above already
+                answer[0] = str(reason) or type(reason).__name__
 
     # A thread, because a DNS lookup has no time limit, and each read has a limit of its own.
     asking = threading.Thread(target=ask, daemon=True)
