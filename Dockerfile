@@ -132,8 +132,9 @@ RUN python /opt/slm/image_packages.py record /opt/slm "${MEGATRON_CORE}"
 
 # --- This project -------------------------------------------------------------------------------------------------------------------
 # Dependencies first: their layer is kept while only our own code changes.
-COPY requirements.txt /opt/slm/wanted.txt
-RUN python /opt/slm/image_packages.py requirements /opt/slm/wanted.txt /opt/slm "${MEGATRON_CORE}" \
+COPY constraints.txt requirements/ /opt/slm/wanted/
+RUN cat /opt/slm/wanted/*.txt > /opt/slm/wanted.txt \
+    && python /opt/slm/image_packages.py requirements /opt/slm/wanted.txt /opt/slm "${MEGATRON_CORE}" \
     && pip install --requirement /opt/slm/requirements.txt --constraint /opt/slm/constraints.txt \
     && python /opt/slm/image_packages.py check /opt/slm
 

@@ -31,6 +31,7 @@ from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import Tokenizer
 
 
@@ -258,6 +259,7 @@ def open_scores(arguments: argparse.Namespace, manifest: CorpusManifest) -> Scor
     return scores
 
 
+@says_missing_extra("inspect_corpus")
 def main(argv: list[str] | None = None) -> int:
     try:
         inspect(build_parser().parse_args(argv))

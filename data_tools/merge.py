@@ -32,6 +32,7 @@ from megatron_slm import __version__
 from megatron_slm.config.arguments import Program
 from megatron_slm.data.indexed import check_bin_size, read_index
 from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import tokenizer_differences
 
 PROGRAM = "data_tools.merge"
@@ -240,6 +241,7 @@ def _sum_sources(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return merged
 
 
+@says_missing_extra("merge")
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:

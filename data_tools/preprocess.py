@@ -27,6 +27,7 @@ from data_tools.reading.inputs import STDIN
 from data_tools.writing.run_identity import PreprocessingSettings
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.made_from import ChangedFile
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import VocabularyFileError
 
 _CONTINUE = "What was saved stands; run the same command again to continue."
@@ -246,6 +247,7 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessingSettings:
     )
 
 
+@says_missing_extra("preprocess")
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:

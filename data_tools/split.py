@@ -36,6 +36,7 @@ from megatron_slm.config.ranges import Count
 from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus, manifest_path
+from megatron_slm.installation import says_missing_extra
 
 PROGRAM = "data_tools.split"
 _STEP_DOCUMENTS = 4096
@@ -223,6 +224,7 @@ def _append(side: CorpusCopy, tokens: FileArray, bounds: np.ndarray) -> None:
     side.add_lengths(np.diff(bounds))
 
 
+@says_missing_extra("split")
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:

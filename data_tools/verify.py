@@ -38,6 +38,7 @@ from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Count, NotNegative
 from megatron_slm.data.indexed import CorpusIndex, open_tokens, read_index
 from megatron_slm.data.manifest import CorpusManifest, check_corpus, manifest_path
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import load_tokenizer
 
 
@@ -184,6 +185,7 @@ def _deprecation(arguments: argparse.Namespace) -> str:
     )
 
 
+@says_missing_extra("verify")
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.rescore:

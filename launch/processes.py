@@ -161,9 +161,10 @@ def run_slurm_task(argv: list[str], requests: StopRequests) -> tuple[int, str]:
         return 2, "this task"
     if requests.asked.is_set():
         return STOPPED, ""
-    # A process group of its own, as torchrun gives: a second Ctrl-C kills the group.
+    # A session, and so a process group, of its own, as torchrun gives: a second Ctrl-C kills the
+    # group.
     process = subprocess.Popen(
-        [sys.executable, *argv], env=os.environ | environment, process_group=0
+        [sys.executable, *argv], env=os.environ | environment, start_new_session=True
     )
     return exit_code(process.wait(), requests), f"process {rank}"
 

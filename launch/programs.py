@@ -15,10 +15,13 @@ OF_SEVERAL_PROCESSES = ("train", "score")
 def programs() -> dict[str, str]:
     """Name -> module of every program of the project: a file that ends by calling its own main."""
     found = {}
-    for package in ("tokenizer", "data_tools", "megatron_slm"):
-        for path in sorted((ROOT / package).glob("*.py")):
+    library = ROOT / "megatron_slm"
+    if not library.is_dir():
+        library = ROOT.parent  # a wheel carries launch/ inside the library: megatron_slm/_checkout/
+    for folder in (ROOT / "tokenizer", ROOT / "data_tools", library):
+        for path in sorted(folder.glob("*.py")):
             if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
-                module = f"{package}.{path.stem}"
+                module = f"{folder.name}.{path.stem}"
                 # tokenizer.train and megatron_slm.train: the library's, which comes last, has the
                 # short name.
                 found.pop(path.stem, None)

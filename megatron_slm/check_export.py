@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Positive, Size
+from megatron_slm.installation import says_missing_extra
 
 DESCRIPTION = """Compare the logits of a checkpoint with those of its Hugging Face export.
 
@@ -44,6 +45,7 @@ def build_parser() -> Program:
     return parser
 
 
+@says_missing_extra("check_export")
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:

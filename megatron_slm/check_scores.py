@@ -11,6 +11,7 @@ from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import NotNegative, Size
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.installation import says_missing_extra
 
 DESCRIPTION = """Score random windows again with the reference, and compare with the stored scores.
 
@@ -154,6 +155,7 @@ def _check_same_reference(store: ScoreStore, fingerprint: str, reference: str) -
         )
 
 
+@says_missing_extra("check_scores")
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:

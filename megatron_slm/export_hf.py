@@ -13,6 +13,7 @@ from megatron_slm.checkpoint.folder import (
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.made_from import ChangedFile
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import Tokenizer, load_tokenizer, tokenizer_differences
 
 DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer).
@@ -67,6 +68,7 @@ def build_parser() -> Program:
     return parser
 
 
+@says_missing_extra("export_hf")
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     from megatron_slm.convert.beside_tokenizer import read_beside

@@ -12,6 +12,7 @@ from megatron_slm.checkpoint.folder import (
 from megatron_slm.config.arguments import Program
 from megatron_slm.convert.model_folder import open_model_folder, origin_of_import
 from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import load_tokenizer
 
 DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE;
@@ -56,6 +57,7 @@ def build_parser() -> Program:
     return parser
 
 
+@says_missing_extra("import_hf")
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     checkpoints = Path(options.output) / "checkpoints"

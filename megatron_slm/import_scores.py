@@ -4,6 +4,7 @@ import sys
 
 from megatron_slm.data.manifest import check_corpus
 from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.scoring.import_options import ImportOptions, manifest_of, parse
 from megatron_slm.scoring.summary import finish, means, pending_shards
 from megatron_slm.training.stop_signals import StopSignals
@@ -11,6 +12,7 @@ from megatron_slm.training.stop_signals import StopSignals
 STOPPED = 85
 
 
+@says_missing_extra("import_scores")
 def main(argv: list[str] | None = None) -> int:
     """Import, and stop on a signal from the first line on; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv

@@ -13,6 +13,7 @@ from megatron_slm.config.load import ConfigError, load_yaml, parse_config
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.values import whole_number
 from megatron_slm.data.manifest import CorpusManifest, manifest_path
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.planning.efficiency import TORCH_NATIVE, TRANSFORMER_ENGINE
 from megatron_slm.planning.hardware import GPU, GPUS, find_gpu
 from megatron_slm.planning.job import Job
@@ -108,6 +109,7 @@ def build_parser() -> Program:
     return parser
 
 
+@says_missing_extra("plan")
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     options, settings = parser.parse_known_args(argv)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_slm.config.arguments import Program
+from megatron_slm.installation import says_missing_extra
 
 DESCRIPTION = """Write one self-contained HTML file that compares training runs: a summary table,
 validation and training losses, what was selected, real text with the selected tokens marked,
@@ -55,6 +56,7 @@ def build_parser() -> Program:
     return parser
 
 
+@says_missing_extra("report")
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     from megatron_slm.analysis.run_folder import read_runs

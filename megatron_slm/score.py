@@ -20,6 +20,7 @@ from megatron_slm.checkpoint.begin_token import other_than_trained
 from megatron_slm.config.arguments import take_switch
 from megatron_slm.config.load import CHECK_ONLY, ConfigError
 from megatron_slm.data.score_store import ScoreStore
+from megatron_slm.installation import require, says_missing_extra
 from megatron_slm.scoring.options import ScoringJob, parse, prepare
 from megatron_slm.scoring.summary import finish, means, pending_shards
 from megatron_slm.training.stop_signals import StopSignals
@@ -101,6 +102,7 @@ def leave() -> None:
     raise SystemExit(STOPPED)
 
 
+@says_missing_extra("score")
 def main(argv: list[str] | None = None) -> int:
     """Score, listening for requests to stop from the first line on; returns the exit code."""
     sentence = "score: stopped; finished shards are kept, and the same command continues"
@@ -118,6 +120,7 @@ def score(argv: list[str] | None) -> int:
     options = parse(argv, __doc__)
     try:
         job = prepare(options, world_size, argv)
+        require("torch", "megatron")
         store = ScoreStore.create(job.options.output, job.manifest)
         if check_only:
             print(job.options.output)

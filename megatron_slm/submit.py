@@ -14,9 +14,7 @@ failed. See docs/pipeline.md and launch/pipelines/.
 
 import contextlib
 import sys
-from pathlib import Path
 
-import megatron_slm
 from megatron_slm.config.load import (
     CHECK_ONLY,
     ConfigError,
@@ -25,6 +23,7 @@ from megatron_slm.config.load import (
     split_arguments,
 )
 from megatron_slm.files.folder_lock import FolderInUse, FolderLock
+from megatron_slm.installation import checkout, says_missing_extra
 from megatron_slm.pipeline import slurm, status
 from megatron_slm.pipeline.checks import Assembled, assemble
 from megatron_slm.pipeline.code import code_in_the_description_alone
@@ -39,10 +38,11 @@ OWN_OPTIONS = {
     "--status": "Show where each stage stands, and stop.",
     "--local": "Run on this machine without SLURM; what is finished already is kept.",
 }
-CHECKOUT = Path(megatron_slm.__file__).absolute().parent.parent
+CHECKOUT = checkout()
 FOLDER = PrintedPath("print_folder", lambda description: description.folder)
 
 
+@says_missing_extra("submit")
 def main(argv: list[str] | None = None) -> int:
     """Read and check the description, then carry out the options; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -24,6 +24,7 @@ from megatron_slm.config.check import check_config
 from megatron_slm.config.load import CHECK_ONLY, parse_config
 from megatron_slm.config.schema import Config
 from megatron_slm.files.folder_lock import FolderLock
+from megatron_slm.installation import require, says_missing_extra
 from megatron_slm.training import preflight, preflight_files, preflight_page, setup
 from megatron_slm.training.outside_parts import OutsideParts, load_outside_parts
 from megatron_slm.training.stop_signals import STOP_FILE, StopSignals
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from megatron_slm.device import Device
 
 
+@says_missing_extra("train")
 def main(argv: list[str] | None = None) -> int:
     """Check everything that can be checked alone, then join the job and train; the exit code.
 
@@ -67,6 +69,7 @@ def _main(argv: list[str] | None, held: contextlib.ExitStack, signals: StopSigna
         prepared = _prepare(argv, held, rank, thorough=only_look)
         if check_only or not only_look:
             preflight.raise_if_fatal(prepared.found)
+        require("torch", "megatron")
         if check_only:
             _forget_stop_request(prepared.config.run.folder)
             print(prepared.config.run.folder)

@@ -53,7 +53,8 @@ def top_level(names: set[str]) -> set[str]:
 
 
 def project_files(*suffixes: str) -> list[Path]:
-    folders = [ROOT / name for name in ("megatron_slm", *BESIDE_THE_LIBRARY, "docs", ".ci")]
+    names = ("megatron_slm", *BESIDE_THE_LIBRARY, "requirements", "docs", ".ci")
+    folders = [ROOT / name for name in names]
     found = [
         path
         for folder in folders

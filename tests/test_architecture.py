@@ -15,6 +15,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 from setuptools import find_packages
 
+from megatron_slm import installation
+from megatron_slm.installation import command_of
 from tests.source_tree import (
     BESIDE_THE_LIBRARY,
     PACKAGE,
@@ -30,6 +32,7 @@ from tests.source_tree import (
 
 # A room may import rooms before it. `model` reads the batches that `data` makes, so data is first.
 ROOMS = (
+    "installation",
     "files",
     "core_versions",
     "config",
@@ -66,6 +69,7 @@ PROGRAMS = (
 )
 MAY_IMPORT_MEGATRON = {"cpu_standins", "parallel", "data", "model", "checkpoint", "testing"}
 WITHOUT_TORCH = (
+    "installation.py",
     "files/",
     "core_versions.py",
     "config/",
@@ -187,12 +191,8 @@ def test_the_root_of_the_package_holds_the_version_only():
     assert [ast.unparse(node.targets[0]) for node in assigned] == ["__version__"]
 
 
-def test_only_the_library_is_packaged():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    include = settings["tool"]["setuptools"]["packages"]["find"]["include"]
-    found = find_packages(str(ROOT), include=include)
-    assert "megatron_slm" in found
-    assert {name.split(".")[0] for name in found} == {"megatron_slm"}
+def test_every_folder_of_the_library_is_packaged():
+    found = find_packages(str(ROOT), include=["megatron_slm*"])
     assert {
         f"megatron_slm.{path.parent.relative_to(PACKAGE).as_posix().replace('/', '.')}"
         for path in library_files()
@@ -202,10 +202,41 @@ def test_only_the_library_is_packaged():
     )
 
 
+def _programs_beside_the_library() -> list[str]:
+    return [
+        f"{folder}.{path.stem}"
+        for folder in ("tokenizer", "data_tools")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    ]
+
+
 def test_every_program_has_a_console_command():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    commands = {f"slm-{name.replace('_', '-')}": f"megatron_slm.{name}:main" for name in PROGRAMS}
+    commands = {
+        command_of(f"megatron_slm.{name}"): f"megatron_slm.{name}:main" for name in PROGRAMS
+    }
+    for module in _programs_beside_the_library():
+        function = command_of(module).removeprefix("slm-").replace("-", "_")
+        commands[command_of(module)] = f"megatron_slm.installation:{function}"
+    commands["slm-root"] = "megatron_slm.installation:print_checkout"
     assert settings["project"]["scripts"] == commands
+
+
+def test_a_command_of_a_program_beside_the_library_starts_that_one(monkeypatch):
+    started = []
+    monkeypatch.setattr(installation, "_run", started.append)
+    modules = _programs_beside_the_library()
+    for module in modules:
+        function = command_of(module).removeprefix("slm-").replace("-", "_")
+        getattr(installation, function)()
+    assert started == modules
+
+
+def test_the_readme_lists_every_command():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = re.findall(r"`(slm-[\w-]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert set(named) == set(settings["project"]["scripts"])
 
 
 def test_console_commands_exist():
@@ -213,7 +244,6 @@ def test_console_commands_exist():
     for command, target in settings["project"]["scripts"].items():
         module, function = target.split(":")
         path = ROOT / (module.replace(".", "/") + ".py")
-        assert command.startswith("slm-"), f"{command} = {target}"
         assert path.is_file(), f"{command} = {target}"
         assert function in {
             node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)
@@ -236,12 +266,10 @@ def test_programs_can_be_imported_and_run():
 
 
 def _dependency_names() -> set[str]:
-    """What requirements.txt lists, and what our code imports: the two can differ, as PyYAML is
+    """What requirements/ lists, and what our code imports: the two can differ, as PyYAML is
     imported as yaml.
     """
-    requirements = (
-        (ROOT / "requirements.txt").read_text() if (ROOT / "requirements.txt").is_file() else ""
-    )
+    requirements = "".join(path.read_text() for path in (ROOT / "requirements").glob("*.txt"))
     named = {
         match[1].lower().replace("-", "_")
         for line in requirements.splitlines()

@@ -26,6 +26,7 @@ from data_tools.reading.documents import InputDataError, text_bytes
 from data_tools.reading.read import read_documents
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.atomic import write_json_atomically
+from megatron_slm.installation import require, says_missing_extra
 from megatron_slm.tokenization import Tokenizer, VocabularyFileError, load_tokenizer
 from tokenizer.round_trip import round_trip_failures
 
@@ -232,8 +233,11 @@ def draw_fits(path: str, fits: dict[str, dict[str, Fit]]) -> None:
         figure.savefig(path, dpi=150)
 
 
+@says_missing_extra("tokenizer.evaluate")
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.picture:
+        require("matplotlib")
     try:
         if arguments.max_bytes < 1:
             raise ValueError(f"--max-bytes {arguments.max_bytes}: at least 1")

@@ -19,6 +19,7 @@ from data_tools.reading.arguments import add_record_arguments
 from data_tools.reading.documents import InputDataError
 from megatron_slm.config.arguments import Program
 from megatron_slm.files.made_from import ChangedFile
+from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import VocabularyFileError
 from tokenizer.round_trip import AWKWARD_TEXTS, round_trip_failures
 from tokenizer.sample import SENTENCE_BYTES, Sample
@@ -210,6 +211,7 @@ def _last_sentence(error: Exception) -> str:
     return str(error).rsplit("] ", 1)[-1].strip() or str(error)
 
 
+@says_missing_extra("tokenizer.train")
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_slm import __version__
@@ -10,6 +11,7 @@ from megatron_slm.config.help import values_of
 from megatron_slm.config.nearest import did_you_mean, nearest
 from megatron_slm.config.ranges import Range, range_of
 from megatron_slm.config.values import UNREADABLE, convert
+from megatron_slm.installation import in_commands
 
 
 def number_in(hint) -> Callable[[str], int | float]:
@@ -35,11 +37,20 @@ def take_switch(argv: list[str] | None, name: str) -> tuple[list[str], bool]:
 
 
 class Program(argparse.ArgumentParser):
-    """argparse with --version, and with the nearest known option or value where one is unknown."""
+    """argparse with --version, and with the nearest known option or value where one is unknown.
 
-    def __init__(self, *args, **settings):
+    A program that was started as a console command (slm-merge) says so in its help, which then
+    names the others as commands too.
+    """
+
+    def __init__(self, prog: str, *args, **settings):
         self._words: list[str] = []
-        super().__init__(*args, **settings)
+        command = Path(sys.argv[0]).name
+        if command.startswith("slm-"):
+            prog = command
+            for name in {"description", "epilog", "usage"} & settings.keys():
+                settings[name] = in_commands(settings[name])
+        super().__init__(prog, *args, **settings)
         self.add_argument(
             "--version",
             action="version",

@@ -13,14 +13,17 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_slm.installation import require
+
 LONGEST_PARENT = 40
 """The path of a Unix socket ends at 107 bytes, of which this leaves 67 for two names."""
 
 
 def load_wandb() -> Any:
-    """The module. ImportError when it is not installed."""
+    """The module. ModuleNotFoundError, whose message names the extra, when it is not installed."""
     if sys.modules.get("wandb", ...) is None:  # device.py keeps megatron-core from importing it
         del sys.modules["wandb"]
+    require("wandb")
     import wandb
 
     return wandb

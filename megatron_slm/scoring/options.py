@@ -89,7 +89,7 @@ def parse(argv: list[str], description: str) -> ScoreOptions:
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
         return load.parse_config(
-            arguments, "score", description, ScoreOptions, usage, printed_path=STORE
+            arguments, "slm-score", description, ScoreOptions, usage, printed_path=STORE
         )
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -66,7 +66,7 @@ class Checkout:
         self.here = folder / "the lab's texts"
         self.here.mkdir()
         shutil.copytree(ROOT / "launch", folder / "launch")
-        for name in ("requirements.txt", "pyproject.toml"):
+        for name in ("requirements.txt", "pyproject.toml"):  # what launch/venv.sh looks at
             (folder / name).touch()
         environment = folder / "venv" / "bin"
         environment.mkdir(parents=True)
