@@ -3,6 +3,10 @@
 import functools
 import importlib.metadata
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +46,22 @@ def test_a_supported_one_is_taken(monkeypatch, version):
 def test_the_writer_that_a_save_asks_for(monkeypatch, version, arguments):
     install(monkeypatch, version)
     assert core_versions.planned_save_arguments() == arguments
+
+
+@pytest.mark.parametrize("wanted", ["0.17.1", core_versions.core_version()])
+def test_the_tests_run_under_the_other_version_only(wanted):
+    """tests/run.sh --core VERSION, whose environment tests/other_core.sh makes."""
+    done = subprocess.run(
+        ["bash", "-c", f"core={wanted}; source tests/other_core.sh"],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "VIRTUAL_ENV": sys.prefix},
+        capture_output=True,
+        text=True,
+    )
+    (other,) = set(core_versions.SUPPORTED) - {core_versions.core_version()}
+    assert done.returncode == 2
+    assert f"--core {wanted}: " in done.stderr
+    assert f"the other one can be {other}" in done.stderr
 
 
 def test_notices_are_dropped_and_nothing_else(caplog):
