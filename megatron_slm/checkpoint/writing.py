@@ -161,9 +161,8 @@ class RankWriter:
 
         OSError when storage fails.
         """
-        torch.save(self.common, folder / "common.pt")
+        _write_descriptions(folder, self.common)
         self.writer.finish(self.metadata, [written.records for written in by_rank])
-        (folder / "metadata.json").write_text(json.dumps(FORMATS))
         checksums: dict[str, str] = {}
         for written in by_rank:
             checksums |= written.checksums
@@ -177,6 +176,12 @@ class RankWriter:
             sync_path(folder / name)
             checksums[name] = file_sha256(folder / name)
         return checksums
+
+
+def _write_descriptions(folder: Path, common: dict[str, Any]) -> None:
+    """The two files that megatron-core 0.16.1 writes beside the sharded ones; 0.19.2 reads them."""
+    torch.save(common, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(FORMATS))
 
 
 def _write_file(

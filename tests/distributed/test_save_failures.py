@@ -45,7 +45,6 @@ def file_size_limit():
 
 def failures(rank: int) -> dict:
     """name -> (how to make storage fail on this rank, words of the report)."""
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_slm.checkpoint import folder, writing
@@ -69,7 +68,7 @@ def failures(rank: int) -> dict:
         ),
         "common file": (
             0,
-            lambda: replaced(TorchCommonSaveStrategy, "save_common", no_space),
+            lambda: replaced(writing, "_write_descriptions", no_space),
             "No space left",
         ),
         "description": (0, lambda: replaced(folder, "write_json", no_space), "No space left"),

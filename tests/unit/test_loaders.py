@@ -22,7 +22,7 @@ DOORS = {
     "dcp.FileSystemReader": {"megatron_slm/checkpoint/plain_reader.py"},
     "dcp.load": set(),
     "dcp.load_state_dict": {"megatron_slm/checkpoint/loading.py"},
-    "dist_checkpointing.load": {"megatron_slm/checkpoint/loading.py"},
+    "dist_checkpointing.load": set(),
     "get_default_load_sharded_strategy": set(),
     "torch.jit.load": set(),
     "torch.hub.load": set(),
