@@ -77,6 +77,11 @@ FACTS_OF_ONE_VERSION = {
             "dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.async_save",
             "\"MCore's async save is deprecated",
         ),
+        # checkpoint/extra_state.py accepts this name in a pickle of a tensor.
+        (
+            "safe_globals:safe_load_from_bytes",
+            "return torch.load(io.BytesIO(b), weights_only=True)",
+        ),
         # model/build.py marks weights that have no mark yet.
         (
             "tensor_parallel.layers:RowParallelLinear",

@@ -29,7 +29,14 @@ _RECIPE_NAMES = (
 )
 _FORMAT = f"{_RECIPES}.Format"
 _FORMAT_VALUE = f"{_RECIPES}._FormatHelper"
-_STORAGE = "torch.storage._load_from_bytes"
+# megatron-core's recipe of delayed scaling, which is Transformer Engine's with two fields more.
+_CORE_RECIPE = "megatron.core.extensions.transformer_engine.TEDelayedScaling"
+# How a pickle names a tensor's bytes: torch, and in its place megatron-core 0.19.2 in all processes
+# that have imported it.
+_STORAGES = (
+    "torch.storage._load_from_bytes",
+    "megatron.core.safe_globals.safe_load_from_bytes",
+)
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _HOOKS = "collections.OrderedDict"
 NAMES = frozenset(
@@ -37,7 +44,8 @@ NAMES = frozenset(
         *(f"{_RECIPES}.{name}" for name in _RECIPE_NAMES),
         _FORMAT,
         _FORMAT_VALUE,
-        _STORAGE,
+        _CORE_RECIPE,
+        *_STORAGES,
         _TENSOR,
         _HOOKS,
     }
@@ -83,7 +91,7 @@ def _made(node: Any) -> Any:
     arguments = _made(node.args)
     if node.name == _HOOKS:
         return collections.OrderedDict()
-    if node.name == _STORAGE:
+    if node.name in _STORAGES:
         return load_weights_only(io.BytesIO(arguments[0]))
     if node.name == _TENSOR:
         return torch._utils._rebuild_tensor_v2(*arguments)
@@ -91,7 +99,8 @@ def _made(node: Any) -> Any:
 
 
 def _recipe(node: Record, arguments: tuple) -> Any:
-    kind = getattr(importlib.import_module(_RECIPES), node.name.rpartition(".")[2])
+    module, _, name = node.name.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
     if node.name in (_FORMAT, _FORMAT_VALUE):
         return kind(*arguments)
     made = kind.__new__(kind)

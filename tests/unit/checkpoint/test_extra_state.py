@@ -18,6 +18,8 @@ from megatron_slm.checkpoint.extra_state import plain_extra_state
 from megatron_slm.files.inert_pickle import UnsafeFile
 
 RECIPES = "transformer_engine.common.recipe"
+CORE_LAYERS = "megatron.core.extensions.transformer_engine"
+CORE_GLOBALS = "megatron.core.safe_globals"
 
 
 @pytest.fixture
@@ -65,6 +67,40 @@ def test_an_fp8_state_comes_through_whole(recipes):
     assert made["extra_fp8_variables"] == state["extra_fp8_variables"]
     assert torch.equal(made["scale_fwd"], state["scale_fwd"])
     assert torch.equal(made["amax_history_fwd"], state["amax_history_fwd"])
+
+
+def test_tensors_that_were_packed_under_megatron_core_0_19_come_through(monkeypatch):
+    """It puts a function of its own in the place of torch's: into every pickle of a tensor."""
+
+    def safe_load_from_bytes(content):
+        raise AssertionError("what reads a file calls nothing that the file names")
+
+    safe_load_from_bytes.__module__ = CORE_GLOBALS
+    safe_load_from_bytes.__qualname__ = "safe_load_from_bytes"
+    module = types.ModuleType(CORE_GLOBALS)
+    module.safe_load_from_bytes = safe_load_from_bytes
+    with monkeypatch.context() as patches:
+        patches.setitem(sys.modules, CORE_GLOBALS, module)
+        patches.setattr(torch.storage, "_load_from_bytes", safe_load_from_bytes)
+        packed = as_bytes({"scale_fwd": torch.tensor([1.0, 2.0])})
+    assert CORE_GLOBALS.encode() in packed.numpy().tobytes()
+    made = pickle.loads(plain_extra_state(packed, Path("F")).numpy().tobytes())
+    assert torch.equal(made["scale_fwd"], torch.tensor([1.0, 2.0]))
+
+
+def test_megatron_cores_recipe_of_delayed_scaling_comes_through(recipes, monkeypatch):
+    module = types.ModuleType(CORE_LAYERS)
+
+    class TEDelayedScaling(recipes.DelayedScaling):
+        pass
+
+    TEDelayedScaling.__module__, TEDelayedScaling.__qualname__ = CORE_LAYERS, "TEDelayedScaling"
+    module.TEDelayedScaling = TEDelayedScaling
+    monkeypatch.setitem(sys.modules, CORE_LAYERS, module)
+    state = {"recipe": TEDelayedScaling(margin=3), "scale_fwd": torch.tensor([1.0])}
+    made = pickle.loads(plain_extra_state(as_bytes(state), Path("F")).numpy().tobytes())
+    assert type(made["recipe"]) is TEDelayedScaling
+    assert made["recipe"] == state["recipe"]
 
 
 def test_no_state_stays_none():

@@ -154,7 +154,7 @@ def test_tokens_are_those_of_megatron_core(data):
     folder, _ = data
     dataset = ScoredDataset(opened(folder)[0], sequence_length=23, seed=5)
     for index in range(len(dataset)):
-        tokens, _ = GPTDataset._query_document_sample_shuffle_indices(dataset, index)
+        tokens, *_ = GPTDataset._query_document_sample_shuffle_indices(dataset, index)
         sample = dataset[index]
         np.testing.assert_array_equal(np.append(sample["tokens"], sample["labels"][-1]), tokens)
 
