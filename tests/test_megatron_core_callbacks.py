@@ -97,18 +97,6 @@ CALLBACKS = [
         False,
     ),
     (
-        "datasets.gpt_dataset:GPTDataset.__init__",
-        "self._build_document_sample_shuffle_indices",
-        ("data/scored_dataset.py", "ScoredDataset", "_build_document_sample_shuffle_indices"),
-        True,
-    ),
-    (
-        "datasets.blended_dataset:BlendedDataset.__init__",
-        "self._build_indices",
-        ("data/scored_dataset.py", "BlendedScoredDataset", "_build_indices"),
-        True,
-    ),
-    (
         "transformer.moe.moe_layer:MoELayer.__init__",
         "submodules.router" if INSTALLED == "0.16.1" else "self.submodules.router",
         ("model/router.py", "Router", "__init__"),

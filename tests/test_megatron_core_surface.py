@@ -262,12 +262,6 @@ ATTRIBUTES = [
         ),
     ),
     ("dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync", ("write_buckets",)),
-    ("datasets.gpt_dataset:GPTDataset", ("dataset", "config")),
-    (
-        "datasets.indexed_dataset:_IndexReader",
-        ("sequence_lengths", "sequence_pointers", "dtype_size"),
-    ),
-    ("datasets.blended_dataset:BlendedDataset", ("weights", "size")),
 ]
 
 

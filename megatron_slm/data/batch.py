@@ -127,10 +127,13 @@ def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batc
             f"data.sequence_length is {length}; with parallel.context {cp_size} it must be a "
             f"multiple of {2 * cp_size}."
         )
-    return batch.map(lambda tensor_BS: _head_and_tail(tensor_BS, cp_rank, cp_size))
+    return batch.map(lambda tensor_BS: head_and_tail(tensor_BS, cp_rank, cp_size))
 
 
-def _head_and_tail(tensor_BS: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+def head_and_tail(tensor_BS: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+    """One [B, S] tensor's part of slice_for_context_parallel; 2 cp_size must divide S, unless
+    cp_size is 1, which leaves all of it.
+    """
     chunks = tensor_BS.chunk(2 * cp_size, dim=1)
     return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
 
@@ -143,5 +146,5 @@ def hidden_from(document_start_BS: Tensor, cp_rank: int = 0, cp_size: int = 1) -
     one byte per pair of tokens, once per micro-batch and pipeline stage.
     """
     key = torch.arange(document_start_BS.shape[1] * cp_size, device=document_start_BS.device)
-    query_BS = key[None] if cp_size == 1 else _head_and_tail(key[None], cp_rank, cp_size)
+    query_BS = key[None] if cp_size == 1 else head_and_tail(key[None], cp_rank, cp_size)
     return ((key > query_BS[..., None]) | (key < document_start_BS[..., None]))[:, None]

@@ -7,8 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets import helpers
-from megatron.core.datasets.utils import normalize
 
 from megatron_slm.data.epoch_index import build_once
 from megatron_slm.data.file_array import FileArray
@@ -30,17 +28,22 @@ class BlendIndex:
 def blend(weights: Sequence[float], size: int) -> BlendIndex:
     """The first `size` samples of a blend: megatron-core's greedy rule, which keeps each corpus as
     close to its weight as whole samples allow.
+
+    The rule is a loop over samples, which megatron-core has compiled: a blend of several corpora
+    needs it installed, a single corpus does not.
     """
+    from megatron.core.datasets import helpers
+
     dataset_index = np.zeros(size, np.int16)
     dataset_sample_index = np.zeros(size, np.int64)
     helpers.build_blending_indices(
-        dataset_index, dataset_sample_index, normalize(list(weights)), len(weights), size, False
+        dataset_index, dataset_sample_index, normalized(weights), len(weights), size, False
     )
     return BlendIndex(dataset_index, dataset_sample_index)
 
 
 def cached_blend(weights: Sequence[float], size: int, index_cache: str | Path | None) -> BlendIndex:
-    """The blend of weights that BlendedDataset has normalized, kept in `index_cache`.
+    """The blend of normalized weights, kept in `index_cache`.
 
     Weights are not normalized again for the cache's key: that can move their last bit, and so the
     order.
@@ -48,6 +51,12 @@ def cached_blend(weights: Sequence[float], size: int, index_cache: str | Path | 
     key = sha256(repr((weights, size)).encode()).hexdigest()[:16]
     folder = Path(index_cache) / f"blend_{key}" if index_cache else None
     return build_once(folder, BlendIndex, partial(blend, weights, size))
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum, with the bits of megatron-core's `normalize`."""
+    weights_C = np.array(weights, np.float64)
+    return (weights_C / np.sum(weights_C)).tolist()
 
 
 def samples_by_corpus(
@@ -60,7 +69,7 @@ def samples_by_corpus(
         return [samples]
     counts = np.zeros(len(weights), np.int64)
     if samples:
-        index = cached_blend(normalize([float(weight) for weight in weights]), samples, index_cache)
+        index = cached_blend(normalized(weights), samples, index_cache)
         for start in range(0, samples, COUNTED_AT_ONCE):
             part_N = index.dataset_index[start : start + COUNTED_AT_ONCE]
             counts += np.bincount(part_N, minlength=len(counts))

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from megatron.core.datasets import helpers
 
 from megatron_slm.data.file_array import FileArray, open_npy
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Arrays = TypeVar("Arrays", bound="DataclassInstance")
+DOCUMENTS_AT_ONCE = 1 << 20
+"""Documents whose ends are computed together: 24 MiB of int64 beside the arrays of the epoch."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,32 @@ def cut_in_order(
 ) -> np.ndarray:
     """Where each sample begins (EpochIndex.sample_index) when documents of `tokens` tokens in all
     are laid end to end in this order.
+
+    Equals megatron-core's compiled helpers.build_sample_idx (a test compares the two), and needs
+    numpy alone. Sample i begins at token i * sequence_length of the row of documents: in the
+    document that holds this token, except that sample 0 begins with the first document, be it
+    empty.
     """
     if tokens <= sequence_length:
         return np.zeros((1, 2), np.int32)
-    return helpers.build_sample_idx(
-        np.array(lengths), document_index, sequence_length, 1, tokens, True, True
-    )
+    lengths = np.array(lengths)
+    samples = samples_per_epoch(tokens, sequence_length)
+    largest = max(len(document_index), int(lengths.max()))
+    dtype = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+    sample_index = np.zeros((samples + 1, 2), dtype)
+    begun = 1
+    tokens_before = 0
+    for first in range(0, len(document_index), DOCUMENTS_AT_ONCE):
+        piece = document_index[first : first + DOCUMENTS_AT_ONCE]
+        ends = tokens_before + np.cumsum(lengths[piece], dtype=np.int64)
+        last = min(samples, (int(ends[-1]) - 1) // sequence_length)
+        starts = np.arange(begun, last + 1, dtype=np.int64) * sequence_length
+        within = np.searchsorted(ends, starts, side="right")
+        sample_index[begun : last + 1, 0] = first + within
+        sample_index[begun : last + 1, 1] = starts - (ends[within] - lengths[piece[within]])
+        begun = max(begun, last + 1)
+        tokens_before = int(ends[-1])
+    return sample_index
 
 
 def sample_order(samples: int, entropy: list[int]) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""megatron-core's GPT dataset with the stored columns of the same tokens, and blends of corpora.
+"""Samples of a corpus with the stored columns of the same tokens, and blends of corpora. No torch.
+
+The same samples as megatron-core's GPTDataset reads from the same index arrays (a test compares
+the tokens). A single corpus needs no megatron-core, so any trainer can read it.
 
 A sample is S + 1 consecutive tokens: inputs are [:-1], labels and scores are [1:]. Tokens and
 scores are read through one list of ranges of absolute offsets, so a score always belongs to its
@@ -10,15 +13,10 @@ S = sequence length in tokens.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import Split
 
-from megatron_slm.data.blend import cached_blend
+from megatron_slm.data.blend import cached_blend, normalized
 from megatron_slm.data.corpora import (
     Corpus,
     nothing_counts,
@@ -26,15 +24,16 @@ from megatron_slm.data.corpora import (
     too_few_tokens,
 )
 from megatron_slm.data.corpus_order import CorpusOrder, Documents
-from megatron_slm.data.file_array import FileArray
 from megatron_slm.data.indexed import open_index, open_tokens
 from megatron_slm.data.position import Stretch
 from megatron_slm.data.score_manifest import presented_name
 
 Sample = dict[str, np.ndarray]
+MOST_CORPORA = 2**15 - 1
+"""The index of a blend keeps the number of a corpus in 16 bits."""
 
 
-class ScoredDataset(GPTDataset):
+class ScoredDataset:
     """Endless samples of one corpus, epoch after epoch. `dataset[i]` is sample i after those of
     `past`.
 
@@ -73,13 +72,12 @@ class ScoredDataset(GPTDataset):
         self.sequence_length = sequence_length
         if problem := too_few_tokens(corpus, sequence_length if shuffle else 1):
             raise ValueError(problem if shuffle else nothing_counts(corpus))
-        # megatron-core maps both files into memory. Samples are read from these instead: when a
-        # file is cut short while it is in use, a read names it, and a map ends the process.
+        # Read, not mapped into memory: when a file is cut short while it is in use, a read names
+        # it, and a map ends the process.
         self.corpus_index = index = open_index(f"{corpus.prefix}.idx")
         self.tokens = open_tokens(corpus.prefix, index)
-        low_level = IndexedDataset(corpus.prefix)
-        # The cache is keyed by content. megatron-core's is keyed by path alone, and would reuse the
-        # index of a corpus that was made again.
+        # The cache is keyed by content: one keyed by path would reuse the index of a corpus that
+        # was made again.
         content = corpus.manifest.fingerprint.removeprefix("sha256:")[:16]
         self.order = CorpusOrder(
             Documents.of(index),
@@ -89,31 +87,6 @@ class ScoredDataset(GPTDataset):
             past=past,
             cache=Path(index_cache) / content if index_cache else None,
         )
-        everything = np.arange(len(low_level), dtype=np.int32)
-        # This stand-in has no pad id: a pad id that also occurs in text must not mask that text.
-        tokenizer = SimpleNamespace(
-            vocab_size=None,
-            unique_identifiers={"fingerprint": corpus.manifest.tokenizer["fingerprint"]},
-        )
-        config = GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=sequence_length,
-            blend=([corpus.prefix], None),
-            split="1,0,0",
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        super().__init__(low_level, corpus.prefix, everything, None, Split.train, config)
-
-    def _build_document_sample_shuffle_indices(self):
-        """The first epoch, which GPTDataset builds at construction. Samples are read through
-        `pieces` instead.
-        """
-        first = self.order.epoch(0)
-        return first.document_index, first.sample_index, first.shuffle_index
 
     def __len__(self) -> int:
         """Samples of one epoch; larger indices are later epochs."""
@@ -163,7 +136,7 @@ class ScoredDataset(GPTDataset):
         return sample
 
 
-class BlendedScoredDataset(BlendedDataset):
+class BlendedScoredDataset:
     """Sample i of a blend. megatron-core's greedy rule chooses its corpus from (weights, i) alone,
     and each corpus is read in its own order, epoch after epoch.
 
@@ -177,17 +150,18 @@ class BlendedScoredDataset(BlendedDataset):
         size: int,
         index_cache: str | Path | None = None,
     ):
-        self.index_cache = index_cache
-        super().__init__(datasets, [float(weight) for weight in weights], size, datasets[0].config)
+        self.datasets = datasets
+        index = cached_blend(normalized(weights), size, index_cache)
+        self.dataset_index = index.dataset_index
+        self.dataset_sample_index = index.dataset_sample_index
 
-    def _build_indices(self) -> tuple[np.ndarray | FileArray, np.ndarray | FileArray]:
-        index = cached_blend(self.weights, self.size, self.index_cache)
-        return index.dataset_index, index.dataset_sample_index
+    def __len__(self) -> int:
+        """Samples that the blend was planned for."""
+        return len(self.dataset_index)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = super().__getitem__(index)
-        sample.pop("dataset_id")  # the same as corpus_id
-        return sample
+        corpus = self.datasets[int(self.dataset_index[index])]
+        return corpus[int(self.dataset_sample_index[index])]
 
     def pieces(self, index: int) -> tuple[int, list[tuple[int, int]]]:
         """As ScoredDataset.pieces."""
@@ -219,6 +193,11 @@ def training_dataset(
         raise ValueError(
             f"Blend weights must be positive and finite, got {list(weights)}; leave a corpus out "
             "of data.train instead of giving it 0."
+        )
+    if len(corpora) > MOST_CORPORA:
+        raise ValueError(
+            f"A blend of {len(corpora)} corpora was given; it can be of at most {MOST_CORPORA}. "
+            "Join some of them (python -m data_tools.merge)."
         )
     datasets = [
         ScoredDataset(

@@ -3,15 +3,16 @@ equality.
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_slm.data.blend import blend
 from megatron_slm.data.corpora import nothing_counts
-from megatron_slm.data.epoch_index import EpochIndex, build_once, shuffled_epoch
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.data.scored_dataset import (
     ScoredDataset,
@@ -153,8 +154,16 @@ def test_tokens_are_those_of_megatron_core(data):
     """pieces() walks the documents exactly as GPTDataset does with the same three arrays."""
     folder, _ = data
     dataset = ScoredDataset(opened(folder)[0], sequence_length=23, seed=5)
+    epoch = dataset.order.epoch(0)
+    theirs = SimpleNamespace(
+        dataset=IndexedDataset(str(folder / "a")),
+        document_index=epoch.document_index,
+        sample_index=epoch.sample_index,
+        shuffle_index=epoch.shuffle_index,
+        config=SimpleNamespace(add_extra_token_to_sequence=True, sequence_length=23),
+    )
     for index in range(len(dataset)):
-        tokens, *_ = GPTDataset._query_document_sample_shuffle_indices(dataset, index)
+        tokens, *_ = GPTDataset._query_document_sample_shuffle_indices(theirs, index)
         sample = dataset[index]
         np.testing.assert_array_equal(np.append(sample["tokens"], sample["labels"][-1]), tokens)
 
@@ -291,24 +300,6 @@ def test_index_cache_is_keyed_by_content(tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_cache_gives_what_building_gives_and_survives_read_only_folders(tmp_path):
-    lengths = np.array([5, 9, 30, 2], np.int32)
-    built = shuffled_epoch(lengths, 46, 8, seed=1, epoch=0)
-    calls = []
-
-    def build():
-        calls.append(1)
-        return built
-
-    for _ in range(2):
-        cached = build_once(tmp_path / "cache" / "epoch", EpochIndex, build)
-        for name in ("document_index", "sample_index", "shuffle_index"):
-            np.testing.assert_array_equal(getattr(cached, name), getattr(built, name))
-    assert len(calls) == 1
-    (tmp_path / "file").write_text("not a folder")
-    assert build_once(tmp_path / "file" / "epoch", EpochIndex, build) is built
-
-
 def test_changed_corpus_or_tokenizer_is_refused(tmp_path):
     """docs/method.md#point-12: another byte in the corpus, or another tokenizer, is refused."""
     make(tmp_path, "x")
@@ -361,6 +352,8 @@ def test_too_small_and_badly_weighted_corpora_are_sentences(tmp_path):
             training_dataset(
                 opened(tmp_path, "xx"), sequence_length=2, seed=0, samples=1, weights=[1.0, weight]
             )
+    with pytest.raises(ValueError, match="32768 corpora was given; it can be of at most 32767"):
+        training_dataset(opened(tmp_path, "x") * 2**15, sequence_length=2, seed=0, samples=1)
 
 
 @pytest.mark.parametrize("documents", [[[5]], [[], [9]]])
