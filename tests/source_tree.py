@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_slm"
-BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch", "benchmarks", "tests")
+BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch", "examples", "benchmarks", "tests")
 
 
 @functools.cache

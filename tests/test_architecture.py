@@ -140,6 +140,16 @@ def test_megatron_core_is_touched_in_few_rooms():
     assert not wrong, f"{wrong}: only {sorted(MAY_IMPORT_MEGATRON)} may import megatron.*"
 
 
+def test_the_data_are_imported_without_megatron_core():
+    """Trainers that have none read samples and scores too (docs/in_your_trainer.md)."""
+    wrong = [
+        inside(path)
+        for path in library_files()
+        if room_of(path) == "data" and "megatron" in top_level(imported_modules(path, lazily=False))
+    ]
+    assert not wrong, f"{wrong}: import it inside the function that needs it"
+
+
 @pytest.mark.parametrize("room", ("selection", "ops"))
 def test_the_algorithm_needs_torch_alone(room):
     """torch, numpy and the standard library; Triton inside functions, or in files named after it
@@ -284,7 +294,7 @@ def _dependency_names() -> set[str]:
     return (named | imported) - {"megatron_slm", *BESIDE_THE_LIBRARY}
 
 
-@pytest.mark.parametrize("folder", ("tokenizer", "data_tools", "launch"))
+@pytest.mark.parametrize("folder", ("tokenizer", "data_tools", "launch", "examples"))
 def test_no_file_hides_a_library(folder):
     """A script's folder comes first on sys.path: a tokenizer/sentencepiece.py would be imported
     instead of the package.

@@ -15,7 +15,7 @@ from tests.source_tree import (
     tree,
 )
 
-CODE_TO_READ = ("megatron_slm", "tokenizer", "data_tools", "launch")
+CODE_TO_READ = ("megatron_slm", "tokenizer", "data_tools", "launch", "examples")
 """What users import or run; tests and benchmarks hold tables and may be longer."""
 CODE_FILE_LINES = 300
 TEST_FILE_LINES = 400

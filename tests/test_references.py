@@ -18,6 +18,7 @@ FOLDERS = (
     "tokenizer",
     "data_tools",
     "launch",
+    "examples",
     "benchmarks",
     "docs",
     "tests",

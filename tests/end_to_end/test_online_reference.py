@@ -9,7 +9,6 @@ then only changes the order, and every token is scored after exactly the tokens 
 What is left is the rounding of stored scores to fp16.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -18,25 +17,15 @@ import pytest
 
 from megatron_slm.testing.corpora import write_corpus
 from megatron_slm.tokenization import load_tokenizer
+from tests.end_to_end.tiny_run import (
+    LENGTH,
+    SEQUENCES,
+    VOCABULARY,
+    train,
+    train_records,
+    word_tokenizer,
+)
 from tests.end_to_end.warm_programs import run_program
-
-SEQUENCES = 8
-LENGTH = 32
-VOCABULARY = 64
-
-
-def word_tokenizer(path: Path) -> None:
-    """A Hugging Face tokenizer of 64 words; the text is made as ids, so only its identity and size
-    matter.
-    """
-    from tokenizers import Tokenizer, models
-
-    words = ["</s>", "<unk>", *(f"w{i}" for i in range(2, VOCABULARY))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.add_special_tokens(["</s>", "<unk>"])
-    tokenizer.save(str(path))
 
 
 def write_text(folder: Path) -> None:
@@ -50,27 +39,6 @@ def write_text(folder: Path) -> None:
         vocabulary_size=VOCABULARY,
         tokenizer_fingerprint=load_tokenizer(folder / "tokenizer.json").fingerprint,
     )
-
-
-def train(folder: Path, name: str, **settings) -> None:
-    options = {
-        "model.layers": 2,
-        "model.hidden_size": 32,
-        "model.ffn_hidden_size": 64,
-        "model.query_groups": 2,
-        "model.initialization_std": 0.2,
-        "data.tokenizer": folder / "tokenizer.json",
-        "data.train": f"[{folder}/corpus]",
-        "data.sequence_length": LENGTH,
-        "data.global_batch_size": SEQUENCES,
-        "monitoring.log_interval_steps": 1,
-        "monitoring.wandb.mode": "disabled",
-        "checkpoint.save_optimizer": "false",
-        "run.folder": folder / name,
-        **settings,
-    }
-    words = [(f"--{option}", value) for option, value in options.items()]
-    run_program("megatron_slm.train", *(word for pair in words for word in pair))
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +60,7 @@ def first_steps(tmp_path_factory):
     records = {}
     for name, source in (("stored", stored), ("online", online)):
         train(folder, name, **selective, **source)
-        lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-        records[name] = next(line for line in lines if line["kind"] == "train")
+        records[name] = train_records(folder, name)[0]
     return records
 
 
