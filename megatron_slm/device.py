@@ -13,6 +13,13 @@ import torch
 
 from megatron_slm.core_versions import core_problem, drop_notices
 from megatron_slm.cpu_standins import cpu_answers_for_cuda, use_cpu
+from megatron_slm.shared_gpu import (
+    STAGED_GLOO,
+    SWITCH,
+    register_staged_gloo,
+    shared_gpu,
+    sharing_is_requested,
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,9 @@ def choose_device(kind: str = "auto") -> Device:
     """Take the device for this process: "auto", "cpu" or "cuda".
 
     Raises ValueError when CUDA is requested and absent, or the installed megatron-core is not one
-    that this library runs on. On CUDA the GPU is LOCAL_RANK's;
-    torch.cuda.set_device is called here, so that NCCL and megatron-core use it.
+    that this library runs on. On CUDA the GPU is LOCAL_RANK's; torch.cuda.set_device is called
+    here, so that NCCL and megatron-core use it. More processes than GPUs are refused, but for the
+    developer's switch of shared_gpu.py.
     """
     _quiet_megatron()
     if kind not in ("auto", "cpu", "cuda"):
@@ -42,12 +50,18 @@ def choose_device(kind: str = "auto") -> Device:
             "device.kind is cuda, but torch sees no CUDA device here; use auto or cpu, or check "
             f"the driver and the torch build (torch {torch.__version__})"
         )
+    if sharing_is_requested():
+        index = shared_gpu(torch.cuda.device_count() if has_cuda and kind != "cpu" else 0)
+        register_staged_gloo()
+        torch.cuda.set_device(index)
+        return Device("cuda", torch.device("cuda", index), STAGED_GLOO)
     if has_cuda and kind != "cpu":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"LOCAL_RANK is {local_rank}, but this machine has {torch.cuda.device_count()} "
-                "GPUs; start at most one process per GPU"
+                f"GPUs; start at most one process per GPU (for tests alone there is {SWITCH}: "
+                "CONTRIBUTING.md)"
             )
         torch.cuda.set_device(local_rank)
         return Device("cuda", torch.device("cuda", local_rank), "nccl")

@@ -79,7 +79,8 @@ def join_job(
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=device.torch_device if device.kind == "cuda" else None,
+        # NCCL then connects at once; of other backends it asks what they have not.
+        device_id=device.torch_device if device.backend == "nccl" else None,
     )
 
     from megatron.core import parallel_state

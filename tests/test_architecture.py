@@ -40,6 +40,7 @@ ROOMS = (
     "planning",
     "ops",
     "cpu_standins",
+    "shared_gpu",
     "device",
     "accelerations",
     "parallel",

@@ -2,20 +2,24 @@
 
 import math
 import multiprocessing as python_multiprocessing
+import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.multiprocessing as multiprocessing
 
 from megatron_slm.config.schema import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_slm.device import Device
 
 
 def run_on_cpu(
@@ -41,7 +45,7 @@ def run_on_cpu(
         tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, ep=ep, etp=etp, sequence_parallel=sequence_parallel
     )
     places = [_Place("only", layout, range(world_size(layout)))]
-    return _run(_without_name, places, seed, (function, *args))["only"]
+    return _run(_without_name, places, seed, (function, *args), _Cpu())["only"]
 
 
 def run_layouts_on_cpu(
@@ -50,6 +54,7 @@ def run_layouts_on_cpu(
     *args: Any,
     seed: int = 1234,
     side_by_side: bool = False,
+    backend: str = "gloo",
 ) -> dict[str, list[Any]]:
     """Call `function(groups, name, *args)` in several layouts, in one set of processes; return the
     results by the layouts' names.
@@ -59,9 +64,51 @@ def run_layouts_on_cpu(
     the others idle. `side_by_side` spreads them over all processes instead, largest first: the
     waiting of one layout is then the work of another, and no layout may need what another left.
     Processes are forked from a server that has imported megatron-core (about 4 s, once per program
-    that calls this), so they have the environment variables of the first call.
+    that calls this), so they have the environment variables of the first call. backend: that of
+    torch.distributed; beside gloo, shared_gpu.STAGED_GLOO works on a CPU.
     """
-    return _run(function, _placed(layouts, side_by_side), seed, args)
+    return _run(function, _placed(layouts, side_by_side), seed, args, _Cpu(backend))
+
+
+def run_layouts_on_shared_gpu(
+    function: Callable[..., Any], layouts: dict[str, dict[str, Any]], *args: Any, seed: int = 1234
+) -> dict[str, list[Any]]:
+    """`run_layouts_on_cpu` on GPUs with more processes than there are, as shared_gpu.py allows.
+
+    Processes are started afresh. Their results come back in the CPU's memory.
+    """
+    return _run(function, _placed(layouts, False), seed, args, _SharedGpu())
+
+
+@dataclass(frozen=True)
+class _Cpu:
+    """Processes on the CPU, and the backend they talk over."""
+
+    backend: str = "gloo"
+    start_method: str = "forkserver"
+
+    def take(self, process: int, processes: int) -> "Device":
+        from megatron_slm.device import choose_device
+        from megatron_slm.shared_gpu import STAGED_GLOO, register_staged_gloo
+
+        if self.backend == STAGED_GLOO:
+            register_staged_gloo()
+        return replace(choose_device("cpu"), backend=self.backend)
+
+
+@dataclass(frozen=True)
+class _SharedGpu:
+    """Processes on GPUs that others have too; the server that forks others is on the CPU."""
+
+    start_method: str = "spawn"
+
+    def take(self, process: int, processes: int) -> "Device":
+        from megatron_slm.device import choose_device
+        from megatron_slm.shared_gpu import SWITCH
+
+        local = {"LOCAL_RANK": process, "LOCAL_WORLD_SIZE": processes, "WORLD_SIZE": processes}
+        os.environ.update({name: str(value) for name, value in local.items()} | {SWITCH: "1"})
+        return choose_device("cuda")
 
 
 @dataclass(frozen=True)
@@ -95,15 +142,21 @@ def _without_name(groups, name: str, function: Callable[..., Any], *args: Any) -
 
 
 def _run(
-    function: Callable[..., Any], places: list[_Place], seed: int, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    places: list[_Place],
+    seed: int,
+    args: tuple[Any, ...],
+    devices: _Cpu | _SharedGpu,
 ) -> dict[str, list[Any]]:
-    warm_context()
+    if devices.start_method == "forkserver":
+        warm_context()
+    processes = max(place.processes.stop for place in places)
     with tempfile.TemporaryDirectory(prefix="slm_spawn_") as folder:
         multiprocessing.start_processes(
             _worker,
-            (folder, places, seed, function, args),
-            nprocs=max(place.processes.stop for place in places),
-            start_method="forkserver",
+            (folder, places, seed, function, args, devices, processes),
+            nprocs=processes,
+            start_method=devices.start_method,
         )
         results = {
             place.name: _results(Path(folder), place.name, len(place.processes)) for place in places
@@ -112,7 +165,10 @@ def _run(
 
 
 def _results(folder: Path, layout: str, world: int) -> list[Any]:
-    return [torch.load(folder / f"{layout}_{rank}.pt", weights_only=False) for rank in range(world)]
+    return [
+        torch.load(folder / f"{layout}_{rank}.pt", map_location="cpu", weights_only=False)
+        for rank in range(world)
+    ]
 
 
 def warm_context() -> ForkServerContext:
@@ -139,11 +195,15 @@ def _worker(
     seed: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
+    devices: _Cpu | _SharedGpu,
+    processes: int,
 ) -> None:
     torch.set_num_threads(1)
+    device = devices.take(process, processes)  # before anything imports megatron.core
     for place in places:
         if process in place.processes:
-            _take_part(place, place.processes.index(process), Path(folder), seed, function, args)
+            rank = place.processes.index(process)
+            _take_part(place, rank, Path(folder), seed, function, args, device)
 
 
 def _take_part(
@@ -153,9 +213,9 @@ def _take_part(
     seed: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
+    device: "Device",
 ) -> None:
     """One rank of a layout: join its job, call the function, keep the result in a file."""
-    from megatron_slm.device import choose_device
     from megatron_slm.parallel import join_job, leave_job
 
     layout = place.layout
@@ -172,7 +232,7 @@ def _take_part(
     _wait_for_members(folder, place.name, rank, world)
     groups = join_job(
         parallel,
-        choose_device("cpu"),
+        device,
         seed,
         timeout_minutes=5,
         store=torch.distributed.FileStore(str(folder / f"store_{place.name}"), world),

@@ -110,7 +110,7 @@ def local_steps(groups, config, samples, count: int, first: int = 0) -> Iterator
     try:
         for _ in range(count):
             yield [
-                slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size)
+                slice_for_context_parallel(batch, groups.cp_rank, groups.cp_size).to(groups.device)
                 for batch in loader.next_step()
             ]
     finally:

@@ -113,6 +113,7 @@ def make_config(case: str, layout: dict) -> Config:
         document_policy="isolated" if case == "isolated" else "packed",
     )
     config.device.precision = layout.get("precision", "fp32")
+    config.device.layers = "torch"
     config.selection.keep_fraction = 1.0 if case == "keep_all" else KEEP
     config.selection.scorer = "none" if case == "clm" else "excess_loss"
     config.selection.scope = (
@@ -136,7 +137,7 @@ def make_config(case: str, layout: dict) -> Config:
     return config
 
 
-def train_in_layout(groups, name):
+def train_in_layout(groups, name, layouts=LAYOUTS):
     """Of each case ten real steps in this layout: the weights at the start (this rank's, by local
     name) and at the end (this rank's shards, by global name and place), and how often parts of the
     model ran.
@@ -145,7 +146,7 @@ def train_in_layout(groups, name):
 
     from megatron_slm.parallel import seed_everything
 
-    layout = LAYOUTS[name]
+    layout = layouts[name]
     results = {}
     for case in layout["cases"]:
         config = make_config(case, layout)
@@ -252,6 +253,32 @@ def plain_rows(case, state):
     return rows, {name: trainer.decoder.weight(name).detach() for name in trainer.decoder.names}
 
 
+def assert_equals_plain(results, case, plain):
+    """The ranks' results of a case against the plain rows and weights."""
+    ranks = [rank[case] for rank in results]
+    for step, (selected, loss_all, loss_selected, grad_norm) in enumerate(plain[0]):
+        for rank in ranks:
+            assert rank["steps"][step].grad_norm == pytest.approx(grad_norm, rel=2e-4), (
+                f"step {step}: another gradient norm"
+            )
+        last_stage = [rank["steps"][step] for rank in ranks if rank["last_stage"]]
+        assert set().union(*(found.selected for found in last_stage)) == selected, (
+            f"step {step}: another set of tokens"
+        )
+        for found in last_stage:
+            assert found.summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5), (
+                f"step {step}: another loss of the selected tokens"
+            )
+            if case == "clm":
+                assert found.summary["loss/all"] == pytest.approx(loss_all, rel=2e-5)
+    weights = whole_weights(ranks)
+    assert weights.keys() == plain[1].keys()
+    for weight, expected in plain[1].items():
+        torch.testing.assert_close(
+            weights[weight], expected, rtol=2e-3, atol=2e-4, msg=f"{weight}: {{}}".format
+        )
+
+
 @pytest.fixture(scope="module")
 def results():
     return run_layouts_on_cpu(train_in_layout, LAYOUTS, side_by_side=True)
@@ -273,28 +300,7 @@ def test_layout_equals_plain_torch(name, case, results, plain):
     """At each of ten steps the same tokens, losses and gradient norm; after them the same weights,
     put together from all ranks.
     """
-    ranks = [rank[case] for rank in results[name]]
-    for step, (selected, loss_all, loss_selected, grad_norm) in enumerate(plain[case][0]):
-        for rank in ranks:
-            assert rank["steps"][step].grad_norm == pytest.approx(grad_norm, rel=2e-4), (
-                f"step {step}: another gradient norm"
-            )
-        last_stage = [rank["steps"][step] for rank in ranks if rank["last_stage"]]
-        assert set().union(*(found.selected for found in last_stage)) == selected, (
-            f"step {step}: another set of tokens"
-        )
-        for found in last_stage:
-            assert found.summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5), (
-                f"step {step}: another loss of the selected tokens"
-            )
-            if case == "clm":
-                assert found.summary["loss/all"] == pytest.approx(loss_all, rel=2e-5)
-    weights = whole_weights(ranks)
-    assert weights.keys() == plain[case][1].keys()
-    for weight, expected in plain[case][1].items():
-        torch.testing.assert_close(
-            weights[weight], expected, rtol=2e-3, atol=2e-4, msg=f"{weight}: {{}}".format
-        )
+    assert_equals_plain(results[name], case, plain[case])
 
 
 @pytest.mark.parametrize("name", ROUNDED)

@@ -138,6 +138,62 @@ def test_an_unknown_kind_names_the_known_ones():
 
 
 @pytest.fixture
+def shared_gpu_job(monkeypatch):
+    """A job whose processes ask to share the machine's GPUs; returns the device it gets."""
+
+    def choose(gpus: int, *, processes: int, world: int, local_rank: int = 0, kind: str = "auto"):
+        import torch
+
+        monkeypatch.setenv("SLM_SHARED_GPU", "1")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        return choose_device(kind)
+
+    return choose
+
+
+def test_processes_share_gpus_over_gloo_where_a_developer_asks_for_it(shared_gpu_job):
+    device = shared_gpu_job(2, processes=4, world=4, local_rank=3)
+    assert (device.kind, device.torch_device.index, device.backend) == ("cuda", 1, "staged_gloo")
+
+
+@pytest.mark.parametrize(
+    "gpus, job, said",
+    [
+        (0, dict(processes=2, world=2), "torch sees no CUDA device to share"),
+        (1, dict(processes=2, world=2, kind="cpu"), "torch sees no CUDA device to share"),
+        (8, dict(processes=8, world=8), "8 processes have 8 GPUs, one each"),
+        (1, dict(processes=1, world=1), "1 processes have 1 GPUs, one each"),
+        (1, dict(processes=2, world=4), "in a job of 4 processes, 2 of them on this machine"),
+    ],
+)
+def test_a_normal_run_that_asks_to_share_gpus_is_refused(shared_gpu_job, gpus, job, said):
+    with pytest.raises(ValueError, match=said):
+        shared_gpu_job(gpus, **job)
+
+
+def test_another_value_of_the_switch_is_refused(monkeypatch):
+    monkeypatch.setenv("SLM_SHARED_GPU", "yes")
+    with pytest.raises(ValueError, match="SLM_SHARED_GPU: got 'yes'; expected 1"):
+        choose_device("auto")
+
+
+def test_more_processes_than_gpus_are_refused_without_the_switch(monkeypatch):
+    import torch
+
+    monkeypatch.delenv("SLM_SHARED_GPU", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="at most one process per GPU"):
+        choose_device("cuda")
+
+
+@pytest.fixture
 def package(tmp_path, monkeypatch):
     """Make modules that can be found under `tmp_path`, in front of whatever is installed."""
     monkeypatch.syspath_prepend(tmp_path)
