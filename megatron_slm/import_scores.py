@@ -1,11 +1,18 @@
 """Take token scores made elsewhere into a score store; see docs/scoring.md."""
 
+import os
 import sys
 
 from megatron_slm.data.manifest import check_corpus
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.installation import says_missing_extra
-from megatron_slm.scoring.import_options import ImportOptions, manifest_of, parse
+from megatron_slm.scoring.foreign_model import tokenizer_problem
+from megatron_slm.scoring.import_options import (
+    ImportOptions,
+    manifest_of,
+    parse,
+    refuse_processes_without_work,
+)
 from megatron_slm.scoring.summary import finish, means, pending_shards
 from megatron_slm.training.stop_signals import StopSignals
 
@@ -18,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parse(argv)
+        refuse_processes_without_work(options, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         print(f"import_scores: {error}", file=sys.stderr)
         return 2
@@ -33,14 +41,22 @@ def _leave() -> None:
 
 def _import(options: ImportOptions, argv: list[str]) -> int:
     """Fill the store with this job's slice and say what it holds; returns the exit code."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         corpus = check_corpus(options.corpus)
+        if options.huggingface and (
+            other := tokenizer_problem(options.huggingface, corpus.tokenizer)
+        ):
+            raise ValueError(other)
         store = ScoreStore.create(options.output, manifest_of(options, argv, corpus))
         pending = pending_shards(store, options.job_slice)
         if pending:
             from megatron_slm.scoring.importers import import_job  # loads torch
 
             import_job(store, options, corpus)
+        if rank:
+            return 0
+        # Reads every byte once more, so outside the process groups and their time limit.
         state = ("" if pending else "done before, ") + finish(store)
         described = means(store)
     except (ValueError, OSError) as error:

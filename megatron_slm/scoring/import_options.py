@@ -30,6 +30,9 @@ EXAMPLE = """examples:
       --window-tokens 2048 --column prior=data/prior_scores/loss.bin \\
       --column conditional=data/conditional_scores/loss.bin
 
+A Hugging Face model runs in any number of processes, each with the whole model and its own shards:
+  torchrun --nproc-per-node 8 -m megatron_slm.import_scores --huggingface ... --device cuda
+
 exit codes: 0 done, 2 bad usage, 3 bad data, 85 stopped by a signal. Started again, it continues."""
 _READ_BY = {
     "key": "jsonl",
@@ -169,7 +172,10 @@ def _add_model(parser: Program) -> None:
         help="bf16 rounds the logits, which moves 0.5 to 4 %% of the selection",
     )
     model.add_argument(
-        "--device", default="cpu", help="torch device, for example cuda:0 (default: %(default)s)"
+        "--device",
+        default="cpu",
+        help="cpu, cuda (each process its own GPU), or the GPU of one process, for example cuda:1 "
+        "(default: %(default)s)",
     )
     model.add_argument(
         "--micro-batch-size",
@@ -242,6 +248,22 @@ def _refuse_unused(given: argparse.Namespace) -> None:
             unused.append(f"--{name.replace('_', '-')} goes with --{source} only, leave it out")
     if unused:
         raise ValueError("; ".join(unused))
+
+
+def refuse_processes_without_work(options: ImportOptions, processes: int) -> None:
+    """ValueError where several processes were started and one would do all the work."""
+    if processes == 1:
+        return
+    if not options.huggingface:
+        raise ValueError(
+            f"{processes} processes were started; --column and --jsonl are copied by one: start it "
+            "without torchrun"
+        )
+    if ":" in options.device:
+        raise ValueError(
+            f"--device {options.device}: {processes} processes would share this GPU; give cuda, "
+            "and each has its own"
+        )
 
 
 def manifest_of(options: ImportOptions, argv: list[str], corpus: CorpusManifest) -> ScoreManifest:

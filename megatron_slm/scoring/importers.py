@@ -6,11 +6,14 @@ higher the less likely the token (a loss); the first token of each document beco
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from megatron_slm.config.schema import ParallelConfig
 from megatron_slm.data.file_array import FileArray, ReadOnlyFile, open_npy
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_store import ScoreStore
@@ -20,6 +23,7 @@ from megatron_slm.scoring.import_options import ImportOptions
 from megatron_slm.scoring.progress import ProgressBar
 from megatron_slm.scoring.windows import WindowPlan
 
+TIMEOUT_MINUTES = 24 * 60
 _RAW_DTYPES: dict[int, np.dtype] = {2: np.dtype("<f2"), 4: np.dtype("<f4")}
 
 
@@ -32,6 +36,17 @@ def import_job(store: ScoreStore, options: ImportOptions, corpus: CorpusManifest
     elif options.jsonl:
         import_jsonl(store, stream, options.jsonl, key=options.key, show_progress=True)
     else:
+        _run_huggingface(store, stream, options, corpus)
+
+
+def _run_huggingface(
+    store: ScoreStore, stream: TokenStream, options: ImportOptions, corpus: CorpusManifest
+) -> None:
+    """Score with a Hugging Face model, whole in every process of the job; they take the shards in
+    turn.
+    """
+
+    def score(device: str | torch.device, rank: int, processes: int) -> None:
         runner = transformers_runner(
             options.huggingface,
             stream,
@@ -40,9 +55,32 @@ def import_job(store: ScoreStore, options: ImportOptions, corpus: CorpusManifest
             micro_batch_size=options.micro_batch_size,
             vocabulary_size=corpus.tokenizer["vocabulary_size"],
             precision=options.precision,
-            device=options.device,
+            device=device,
         )
-        score_corpus(runner, store, job_slice=options.job_slice, show_progress=True)
+        score_corpus(
+            runner,
+            store,
+            dp_rank=rank,
+            dp_size=processes,
+            job_slice=options.job_slice,
+            show_progress=rank == 0,
+        )
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        score(options.device, 0, 1)
+        return
+    from megatron_slm.device import choose_device, set_threads
+
+    device = choose_device(options.device)  # before anything imports megatron.core
+    set_threads()
+    from megatron_slm.parallel import join_job, leave_job
+
+    # The first process that is done waits for the slowest, which may still have a whole shard.
+    groups = join_job(ParallelConfig(), device, seed=0, timeout_minutes=TIMEOUT_MINUTES)
+    try:
+        score(device.torch_device, groups.world_rank, groups.world_size)
+    finally:
+        leave_job()
 
 
 def read_array(path: str | Path, tokens: int) -> FileArray:

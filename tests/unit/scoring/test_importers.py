@@ -5,6 +5,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring import importers
@@ -344,3 +345,35 @@ def test_bad_data_is_a_sentence_and_leaves_nothing(data, capsys):
     )
     assert "none.npy" in capsys.readouterr().err
     assert not (folder / "s").exists()
+
+
+def test_a_model_with_another_tokenizer_is_refused_before_it_is_loaded(data, capsys):
+    from megatron_slm import import_scores
+
+    folder, _, _ = data
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    backend.save(str(model / "tokenizer.json"))
+    words = ["--corpus", str(folder / "c"), "--output", str(folder / "s"), "--window-tokens", "16"]
+    assert import_scores.main([*words, "--huggingface", str(model)]) == 3
+    assert "has another tokenizer than" in capsys.readouterr().err
+    assert not (folder / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "source, sentence",
+    [
+        (("--jsonl", "l.jsonl"), "start it without torchrun"),
+        (("--huggingface", "m", "--device", "cuda:0"), "would share this GPU"),
+    ],
+)
+def test_processes_that_would_have_no_work_are_refused(source, sentence, capsys, monkeypatch):
+    from megatron_slm import import_scores
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--corpus", "c", "--output", "s", "--window-tokens", "16", *source]
+    assert import_scores.main(words) == 2
+    assert sentence in capsys.readouterr().err
