@@ -19,8 +19,8 @@ def test_recipe_is_accepted(path):
         check_config(load_yaml(path), processes)
 
 
-def recipe(name: str):
-    return load_yaml(RECIPES / f"tinyllama_1.1b_{name}.yaml")
+def recipe(name: str, model: str = "tinyllama_1.1b"):
+    return load_yaml(RECIPES / f"{model}_{name}.yaml")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,28 @@ def test_the_papers_numbers(name, tokens, learning_rate, keep_fraction):
     assert tokens_per_step(config) == 2**20
     assert config.selection.scorer == ("none" if keep_fraction is None else "excess_loss")
     assert keep_fraction is None or config.selection.keep_fraction == keep_fraction
+
+
+@pytest.mark.parametrize(
+    "name, tokens, learning_rate, keep_fraction",
+    [("math_reference", 1.5e9, 1e-5, None), ("math_slm", 15e9, 2e-5, 0.7)],
+)
+def test_the_papers_numbers_for_mistral(name, tokens, learning_rate, keep_fraction):
+    config = recipe(name, "mistral_7b")
+    assert config.schedule.train_tokens == tokens
+    assert config.optimizer.learning_rate == learning_rate
+    assert config.data.sequence_length == 4096
+    assert tokens_per_step(config) == 2**20
+    assert keep_fraction is None or config.selection.keep_fraction == keep_fraction
+
+
+@pytest.mark.parametrize("model", ("smollm2_360m", "qwen3_1.7b", "mistral_7b"))
+def test_a_continual_recipe_starts_from_the_model_whose_architecture_it_has(model):
+    config = recipe("math_slm", model)
+    assert config.model.from_checkpoint == config.checkpoint.initialize_from
+    assert tokens_per_step(config) == 2**20
+    assert config.selection.scorer == "excess_loss"
+    assert config.optimizer.min_learning_rate == pytest.approx(config.optimizer.learning_rate / 10)
 
 
 def test_baseline_and_selective_run_differ_in_the_selection_alone():
