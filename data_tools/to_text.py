@@ -28,8 +28,9 @@ from data_tools.reading.inputs import STDIN, find_files
 from megatron_slm.config.arguments import Program, number_in
 from megatron_slm.config.ranges import Fraction
 from megatron_slm.files.atomic import sync_path
+from megatron_slm.installation import says_missing_extra
 
-PROGRAM = "data_tools.to_text"
+PROGRAM = "to_text"
 TURN = "{role}: {content}"
 Render = Callable[[dict[str, Any]], str]
 
@@ -174,6 +175,7 @@ def described(counts: Counter) -> str:
     return ", ".join(f"{reason}: {count:,}" for reason, count in reasons) or "no record"
 
 
+@says_missing_extra(PROGRAM)
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:

@@ -115,6 +115,11 @@ def tokenizer_evaluate() -> int:
     return _run("tokenizer.evaluate")
 
 
+def to_text() -> int:
+    """slm-to-text."""
+    return _run("data_tools.to_text")
+
+
 def preprocess() -> int:
     """slm-preprocess."""
     return _run("data_tools.preprocess")

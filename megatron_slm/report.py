@@ -13,8 +13,8 @@ validation and training losses, what was selected, real text with the selected t
 warnings, differing settings, versions.
 
 Reads only the run folders' own files (metrics.jsonl, config.yaml, status.json, versions.txt,
-warnings.jsonl, token_view.jsonl), so it also works on runs that are still going or were stopped,
-without a GPU, and on another machine."""
+warnings.jsonl, token_view.jsonl, evaluations.jsonl), so it also works on runs that are still going
+or were stopped, without a GPU, and on another machine."""
 EXAMPLE = """example:
   python -m megatron_slm.report --runs runs/plain runs/slm runs/random --output report.html
 

@@ -51,6 +51,7 @@ ROOMS = (
     "checkpoint",
     "scoring",
     "training",
+    "evaluation",
     "convert",
     "analysis",
     "pipeline",
@@ -59,6 +60,8 @@ ROOMS = (
 PROGRAMS = (
     "train",
     "score",
+    "evaluate",
+    "harness",
     "import_scores",
     "export_hf",
     "import_hf",

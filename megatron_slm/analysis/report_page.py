@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.analysis import captions, figures, selection_figures, token_viewer
+from megatron_slm.analysis.evaluations import evaluations
 from megatron_slm.analysis.page import page, picture, table
 from megatron_slm.analysis.run_folder import Run
 from megatron_slm.analysis.summary import summary
@@ -67,6 +68,7 @@ def build_report(runs: Sequence[Run], corpus: str | None, title: str) -> str:
         [
             ("Summary", summary(runs, corpus)),
             ("Validation loss", _validation(runs, corpus)),
+            ("Evaluation", evaluations(runs)),
             ("Training loss", picture(figures.training_loss(runs), captions.training(runs))),
             ("What was selected", _selection(runs)),
             ("Selected tokens in their text", _text(runs)),

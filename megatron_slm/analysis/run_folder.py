@@ -1,5 +1,5 @@
 """Read a run folder as it is, finished or not: metrics.jsonl, config.yaml, status.json,
-versions.txt, warnings.jsonl, token_view.jsonl.
+versions.txt, warnings.jsonl, token_view.jsonl, evaluations.jsonl.
 """
 
 import json
@@ -14,6 +14,7 @@ import yaml
 from megatron_slm.analysis.run_state import RunState, place, read_state
 from megatron_slm.analysis.token_viewer import TokenView, read_token_views
 from megatron_slm.config.yaml_text import read_yaml
+from megatron_slm.evaluation.table import EVALUATIONS
 from megatron_slm.selection.alarms import ranks_tokens
 
 PROCESSED = "tokens/processed"
@@ -33,6 +34,8 @@ class Run:
     versions: str = ""
     warnings: list[str] = field(default_factory=list)
     token_views: list[TokenView] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Records of megatron_slm.evaluate, in the order they were made."""
     unreadable_lines: int = 0
 
     @property
@@ -179,6 +182,7 @@ def read_run(folder: str | Path) -> Run:
         versions=versions.read_text(errors="replace").strip() if versions.is_file() else "",
         warnings=list(dict.fromkeys(texts)),  # a resume repeats some
         token_views=read_token_views(folder / "token_view.jsonl"),
+        evaluations=_read_evaluations(folder / EVALUATIONS),
     )
 
 
@@ -216,6 +220,12 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             unreadable += 1
     return records, unreadable
+
+
+def _read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The whole records of an evaluations.jsonl. A line that a kill has torn is left out."""
+    needed = {"corpora", "settings", "token_sets", "metrics"}
+    return [record for record in read_jsonl(path)[0] if needed <= record.keys()]
 
 
 def _by_step(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -92,6 +92,22 @@ def collate(
     )
 
 
+def plain_batch(tokens_BS: np.ndarray, labels_BS: np.ndarray) -> Batch:
+    """A batch of tokens and the tokens after them, int64, all of which count; documents are
+    packed.
+    """
+    sequences, length = tokens_BS.shape
+    positions_BS = torch.arange(length).repeat(sequences, 1)
+    return Batch(
+        tokens_BS=torch.from_numpy(tokens_BS),
+        labels_BS=torch.from_numpy(labels_BS),
+        loss_mask_BS=torch.ones(tokens_BS.shape),
+        position_ids_BS=positions_BS,
+        token_id_BS=positions_BS,
+        corpus_id_B=torch.zeros(sequences, dtype=torch.int64),
+    )
+
+
 def _stack(samples: Sequence[dict[str, np.ndarray]], name: str) -> Tensor:
     return torch.from_numpy(np.stack([sample[name] for sample in samples]))
 

@@ -132,7 +132,7 @@ class JsonlSink:
             )
             + "\n"
         )
-        _append_durably(self.path, "".join(self._unwritten))
+        append_durably(self.path, "".join(self._unwritten))
         self._unwritten.clear()
 
     def message(self, text: str, level: str = "info") -> None:
@@ -141,13 +141,13 @@ class JsonlSink:
 
     def close(self, state: str = "done", exit_code: int = 0) -> None:
         if self._unwritten:
-            _append_durably(self.path, "".join(self._unwritten))
+            append_durably(self.path, "".join(self._unwritten))
             self._unwritten.clear()
 
 
 def append_warning(path: Path, step: int, level: str, text: str) -> None:
     """Add one line to a warnings.jsonl. OSError when it cannot be written."""
-    _append_durably(path, json.dumps({"step": step, "level": level, "text": text}) + "\n")
+    append_durably(path, json.dumps({"step": step, "level": level, "text": text}) + "\n")
 
 
 def cut_after_step(path: Path, step: int) -> int:
@@ -183,7 +183,7 @@ def _belongs(line: bytes, step: int) -> bool:
     )
 
 
-def _append_durably(path: Path, text: str) -> None:
+def append_durably(path: Path, text: str) -> None:
     """Append whole lines and fsync.
 
     On failure (a full disk) the half-written part is taken away again, and the error is raised.

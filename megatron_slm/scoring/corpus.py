@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from megatron_slm.data.batch import Batch
+from megatron_slm.data.batch import Batch, plain_batch
 from megatron_slm.data.indexed import open_tokens, read_index
 from megatron_slm.data.score_manifest import ScoreManifest
 from megatron_slm.data.score_store import ScoreStore
@@ -106,15 +105,7 @@ class ReferenceRunner:
             read = self.stream.tokens[window.first : window.last + 1]
             tokens_BS[row, : window.inputs] = read[:-1]
             labels_BS[row, : window.inputs] = read[1:]
-        positions_BS = torch.arange(length).repeat(self.micro_batch_size, 1)
-        return Batch(
-            tokens_BS=torch.from_numpy(tokens_BS),
-            labels_BS=torch.from_numpy(labels_BS),
-            loss_mask_BS=torch.ones(tokens_BS.shape),
-            position_ids_BS=positions_BS,
-            token_id_BS=positions_BS,
-            corpus_id_B=torch.zeros(self.micro_batch_size, dtype=torch.int64),
-        )
+        return plain_batch(tokens_BS, labels_BS)
 
 
 def _place(

@@ -85,7 +85,7 @@ def parse(argv: list[str], description: str) -> ScoreOptions:
     Prints the help if an option requests it. When there are problems, prints all of them, on the
     job's first process, and exits with code 2.
     """
-    arguments = [_with_underscores(argument) for argument in argv]
+    arguments = [with_underscores(argument) for argument in argv]
     usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
         return load.parse_config(
@@ -97,7 +97,7 @@ def parse(argv: list[str], description: str) -> ScoreOptions:
         raise SystemExit(2) from None
 
 
-def _with_underscores(argument: str) -> str:
+def with_underscores(argument: str) -> str:
     """--window-tokens=512, the data programs' spelling, as --window_tokens=512."""
     if not argument.startswith("--"):
         return argument
@@ -223,34 +223,40 @@ def option_problems(options: ScoreOptions) -> list[str]:
             f"stride_tokens: got {options.stride_tokens}, above window_tokens "
             f"({options.window_tokens}); tokens between windows would get no score"
         )
+    problems += forward_only_problems(options.parallel, options.device, "scoring")
+    return problems
+
+
+def forward_only_problems(parallel: ParallelConfig, device: DeviceConfig, work: str) -> list[str]:
+    """What is set that only training reads, one sentence each. work: what is done instead."""
     unused = [
         name
         for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
-        if getattr(options.parallel, name)
+        if getattr(parallel, name)
     ]
-    problems += [
-        f"parallel.{name}: got true; scoring has no gradients, leave it out" for name in unused
+    problems = [
+        f"parallel.{name}: got true; {work} has no gradients, leave it out" for name in unused
     ]
-    if options.device.fp8 != "none":
+    if device.fp8 != "none":
         problems.append(
-            f"device.fp8: got {options.device.fp8}; fp8 losses move the selection, leave it at none"
+            f"device.fp8: got {device.fp8}; fp8 losses move the selection, leave it at none"
         )
-    if options.device.head_engine != "torch":
+    if device.head_engine != "torch":
         problems.append(
-            f"device.head_engine: got {options.device.head_engine}; it computes the head's "
-            "backward, and scoring has none: leave it at torch"
+            f"device.head_engine: got {device.head_engine}; it computes the head's "
+            f"backward, and {work} has none: leave it at torch"
         )
     training_only = ("step_timeout_minutes", "garbage_collection_steps", "flight_recorder_entries")
     for name in training_only:
-        value = getattr(options.device, name)
+        value = getattr(device, name)
         if value != getattr(DeviceConfig, name):
             problems.append(
-                f"device.{name}: got {value}; it is about training steps, and scoring has none: "
+                f"device.{name}: got {value}; it is about training steps, and {work} has none: "
                 "leave it out"
             )
-    if options.parallel.virtual_pipeline > 1:
+    if parallel.virtual_pipeline > 1:
         problems.append(
-            f"parallel.virtual_pipeline: got {options.parallel.virtual_pipeline}; scoring runs "
+            f"parallel.virtual_pipeline: got {parallel.virtual_pipeline}; {work} runs "
             "forward only and gains nothing by it, leave it at 1"
         )
     return problems

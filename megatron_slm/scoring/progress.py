@@ -21,10 +21,19 @@ class ProgressBar:
     so ranks advance alike.
     """
 
-    def __init__(self, total_tokens: int, rank_tokens: int, *, shown: bool):
+    def __init__(
+        self,
+        total_tokens: int,
+        rank_tokens: int,
+        *,
+        shown: bool,
+        work: tuple[str, str] = ("scoring", "scored"),
+    ):
+        """work: what is done to the tokens, as it stands in the bar and in the lines of a log."""
         self.total_tokens = total_tokens
         self.rank_tokens = rank_tokens
         self.shown = shown
+        self.doing, self.done = work
         self.done_tokens = 0
         self.bar: Progress | None = None
 
@@ -38,7 +47,7 @@ class ProgressBar:
 
             self.bar = fitted_progress(Console(stderr=True))
             self.task = self.bar.add_task(
-                "scoring", total=self.total_tokens, parts=self._line(0.0, 0.0)
+                self.doing, total=self.total_tokens, parts=self._line(0.0, 0.0)
             )
             self.bar.start()
         return self
@@ -56,7 +65,7 @@ class ProgressBar:
             self.printed_at = now
             left_minutes = (self.total_tokens - done_tokens) / tokens_per_second / 60
             print(
-                f"scored {done_tokens:,.0f} of {self.total_tokens:,} tokens, "
+                f"{self.done} {done_tokens:,.0f} of {self.total_tokens:,} tokens, "
                 f"{tokens_per_second:,.0f} tokens/s, {left_minutes:,.0f} minutes left",
                 file=sys.stderr,
                 flush=True,
@@ -65,7 +74,7 @@ class ProgressBar:
     def _line(self, done_tokens: float, tokens_per_second: float) -> list:
         from megatron_slm.monitoring.progress_line import BAR, Part
 
-        parts = [Part(4, "scoring"), BAR]
+        parts = [Part(4, self.doing), BAR]
         done = short_number(done_tokens)
         total = short_number(self.total_tokens)
         parts.append(Part(0, f"{done}/{total} tokens"))

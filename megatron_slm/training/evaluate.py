@@ -9,6 +9,59 @@ from megatron_slm.data.batch import Batch
 from megatron_slm.model.forward_backward import MegatronModule, forward_losses
 from megatron_slm.parallel import Groups
 
+LossesOf = Callable[[Sequence[Batch]], list[torch.Tensor]]
+"""Micro-batches -> their per-token losses, fp32 [B, S] in nats; [] on ranks without the losses."""
+Measure = Callable[[Batch, torch.Tensor], torch.Tensor]
+"""(batch, loss_BS) -> a value per token, [B, S]."""
+
+
+def token_sums(
+    losses_of: LossesOf,
+    steps: Iterable[Sequence[Batch]],
+    groups: Groups,
+    measures: Sequence[Measure],
+) -> list[float] | None:
+    """The sum of each measure over every token that counts, in all global batches of `steps` and on
+    all ranks; None off the last pipeline stage.
+
+    Each is one float64 sum of fp32 values, of loss_mask 1 only: whatever the layout, no mean of
+    means is taken (docs/method.md#point-4).
+    """
+    totals = torch.zeros(len(measures), dtype=torch.float64, device=groups.device)
+    for batches in steps:
+        losses = losses_of(batches)
+        for batch, loss_BS in zip(batches, losses, strict=groups.is_last_stage):
+            counted_BS = batch.loss_mask_BS > 0
+            for number, measure in enumerate(measures):
+                values_BS = torch.where(counted_BS, measure(batch, loss_BS), 0)
+                totals[number] += values_BS.sum(dtype=torch.float64)
+    if not groups.is_last_stage:
+        return None
+    dist.all_reduce(totals, group=groups.dp_cp)
+    return totals.tolist()
+
+
+def loss_where(chosen: Callable[[Batch], torch.Tensor] | None) -> list[Measure]:
+    """The two measures of a mean loss: loss, and tokens.
+
+    chosen: a bool tensor [B, S]; only tokens for which it is true count. None = every token.
+    """
+    if chosen is None:
+        return [lambda _, loss_BS: loss_BS, lambda _, loss_BS: torch.ones_like(loss_BS)]
+    return [
+        lambda batch, loss_BS: torch.where(chosen(batch), loss_BS, 0.0),
+        lambda batch, _: chosen(batch),
+    ]
+
+
+def losses_of_models(models: Sequence[MegatronModule], groups: Groups) -> LossesOf:
+    """The losses that our own model gives, in any layout."""
+
+    def losses_of(batches: Sequence[Batch]) -> list[torch.Tensor]:
+        return [output["loss"] for output in forward_losses(models, batches, groups)]
+
+    return losses_of
+
 
 def plain_loss(
     models: Sequence[MegatronModule],
@@ -23,19 +76,10 @@ def plain_loss(
     get (nan, 0).
     chosen: a bool tensor [B, S]; only tokens for which it is true count. None = every token.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=groups.device)
-    for batches in steps:
-        outputs = forward_losses(models, batches, groups)
-        for batch, output in zip(batches, outputs, strict=groups.is_last_stage):
-            counted_BS = batch.loss_mask_BS > 0
-            if chosen is not None:
-                counted_BS &= chosen(batch)
-            total[0] += torch.where(counted_BS, output["loss"], 0.0).sum(dtype=torch.float64)
-            total[1] += counted_BS.sum()
-    if not groups.is_last_stage:
+    sums = token_sums(losses_of_models(models, groups), steps, groups, loss_where(chosen))
+    if sums is None:
         return float("nan"), 0
-    dist.all_reduce(total, group=groups.dp_cp)
-    loss_sum, count = total.tolist()
+    loss_sum, count = sums
     return (loss_sum / count if count else float("nan")), int(count)
 
 
@@ -55,10 +99,18 @@ def validate(
     record: dict[str, float] = {}
     for name, loader in loaders.items():
         loss, tokens = plain_loss(models, loader, groups)
-        record[f"validation/{name}/tokens"] = tokens
-        if tokens:
-            record[f"validation/{name}/loss"] = loss
-            record[f"validation/{name}/perplexity"] = float(torch.tensor(loss).exp())
+        record |= plain_metrics(name, loss, tokens)
+    return record
+
+
+def plain_metrics(name: str, loss: float, tokens: int) -> dict[str, float]:
+    """The PLAIN_METRICS of a corpus. Where no token counts, there is no loss: it and perplexity are
+    left out.
+    """
+    record: dict[str, float] = {f"validation/{name}/tokens": tokens}
+    if tokens:
+        record[f"validation/{name}/loss"] = loss
+        record[f"validation/{name}/perplexity"] = float(torch.tensor(loss).exp())
     return record
 
 

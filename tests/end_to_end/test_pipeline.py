@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_slm.data.manifest import check_corpus
+from megatron_slm.tokenization import load_tokenizer
 from tests.end_to_end.warm_programs import ROOT, environment, run_program
 
 MODULES = (
@@ -193,6 +194,21 @@ def test_export_has_our_logits(chain):
     assert "logits agree" in done.stdout
 
 
+def test_a_huggingface_model_scores_as_our_own_in_two_processes(chain, reference_hf):
+    corpus = ("--corpus", chain / "corpus", "--window-tokens", 64, "--shard-tokens", 8192)
+    model = ("--huggingface", reference_hf, "--micro-batch-size", 8)
+    words = (*corpus, "--output", chain / "hf_scores", *model)
+    done = run_program("megatron_slm.import_scores", *words, processes=2)
+    assert done.stdout.count("complete") == 1  # one process speaks
+    ours, theirs = (
+        np.fromfile(chain / folder / "loss.bin", np.float16).astype(np.float32)
+        for folder in ("scores", "hf_scores")
+    )
+    np.testing.assert_allclose(theirs, ours, atol=5e-3)
+    again = run_program("megatron_slm.import_scores", *words, processes=2)
+    assert "done before, complete" in again.stdout
+
+
 def test_our_export_imported_again_scores_tokens_as_the_reference_did(chain, reference_hf):
     """Its tokenizer is known as the corpus's, although the export holds it in another form."""
     run_program("megatron_slm.import_hf", "--input", reference_hf, "--output", chain / "again")
@@ -210,6 +226,40 @@ def test_our_export_imported_again_scores_tokens_as_the_reference_did(chain, ref
         for folder in ("scores", "again_scores")
     )
     np.testing.assert_allclose(again, first, atol=5e-3)
+
+
+def test_an_evaluation_repeats_the_last_validation_of_training(chain, reference_hf):
+    """In another layout than the run's; bits per byte are those of the text; its export agrees."""
+    trained = records(chain / "reference", "validation")[-1]
+    sequences = ("--sequences", 2 * 8)  # monitoring.validation_batches x data.global_batch_size
+    run_program(
+        "megatron_slm.evaluate",
+        *("--checkpoint", chain / "reference", "--parallel.pipeline", 2, *sequences),
+        *("--output", chain / "evaluation.json"),
+        processes=2,
+    )
+    metrics = json.loads((chain / "evaluation.json").read_text())["metrics"]
+    names = [name for name in trained if name.startswith("validation/target/")]
+    assert {name.rpartition("/")[2] for name in names} == {"loss", "perplexity", "tokens"}
+    for name in names:
+        assert metrics[name] == pytest.approx(trained[name], rel=1e-5), name
+    run_program(
+        "megatron_slm.evaluate",
+        *("--huggingface", reference_hf, "--sequence-length", 64, *sequences),
+        *("--corpora", f"[{{name: target, corpus: {chain}/held_out}}]"),
+        *("--output", chain / "evaluation_hf.json"),
+    )
+    exported = json.loads((chain / "evaluation_hf.json").read_text())["metrics"]
+    assert exported == pytest.approx(metrics, rel=1e-5)
+    tokenizer = load_tokenizer(chain / "tok.model")
+    [text, *_] = map(json.loads, (chain / "held_out.jsonl").read_text().splitlines())
+    ids = tokenizer.encode(text["text"])[: 16 * 64 + 1]
+    expected_bytes = len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
+    assert len(ids) == 16 * 64 + 1
+    assert metrics["validation/target/bytes"] == expected_bytes
+    total_bits = metrics["validation/target/loss"] * 16 * 64 / np.log(2)
+    bits_per_byte = metrics["validation/target/bits_per_byte"]
+    assert bits_per_byte == pytest.approx(total_bits / expected_bytes, rel=1e-9)
 
 
 def test_report_is_one_page(chain):

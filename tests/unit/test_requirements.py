@@ -103,7 +103,9 @@ def test_a_missing_package_is_told_from_the_extra_that_brings_it(name):
 
 
 def test_what_the_project_imports_is_required():
-    """liger_kernel, Transformer Engine and apex are what the Dockerfile or the user installs."""
+    """liger_kernel, Transformer Engine and apex are what the Dockerfile or the user installs, and
+    lm_eval (which brings tqdm) what the user of megatron_slm.harness does.
+    """
     folders = ("megatron_slm/", "tokenizer/", "data_tools/", "launch/")
     imported = {
         name
@@ -112,7 +114,15 @@ def test_what_the_project_imports_is_required():
         for name in top_level(imported_modules(path))
     }
     ours = {"megatron_slm", "tokenizer", "data_tools"}
-    outside = {"liger_kernel", "transformer_engine", "apex", "amp_C", "_typeshed"}
+    outside = {
+        "liger_kernel",
+        "transformer_engine",
+        "apex",
+        "amp_C",
+        "_typeshed",
+        "lm_eval",
+        "tqdm",
+    }
     needed = {IMPORTED_AS.get(name, name) for name in required(*LISTS.keys() - {"dev"})}
     assert imported - ours - outside - {*sys.stdlib_module_names} <= needed
 

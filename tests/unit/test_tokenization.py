@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 
 from megatron_slm.tokenization import load_tokenizer, tokenizer_differences
+from megatron_slm.tokenization.token_bytes import token_bytes
 from tokenizer.train import main as train
 
 TEXTS = [
@@ -176,3 +177,51 @@ def test_no_token_to_end_documents(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="end-of-sequence"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "metaspace"])
+def test_the_bytes_of_a_documents_tokens_are_those_of_its_text(kind, request, tmp_path):
+    """Without the first token, which may begin with a space that is in no text."""
+    if kind == "metaspace":
+        path = tmp_path / "tokenizer.json"
+        metaspace_vocabulary().save(str(path))
+    else:
+        path = request.getfixturevalue(f"{kind}_path")
+    tokenizer = load_tokenizer(path)
+    sizes = token_bytes(tokenizer)
+    assert len(sizes) == tokenizer.vocabulary_size
+    assert sizes[tokenizer.eod_id] == 0
+    for text in ["some words and numbers 123", "some naïve 日本 🙂 words", "words\n\tand  tabs "]:
+        ids = tokenizer.encode(text)
+        after_first = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+        assert sizes[ids[1:]].sum() == after_first, text
+
+
+def metaspace_vocabulary():
+    """A byte-pair vocabulary as Llama-2's tokenizer.json: spaces as ▁, other bytes as <0xNN>."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", *"someward numbit123\t"]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return backend
+
+
+def test_the_unknown_token_has_no_known_bytes(tmp_path):
+    vocabulary = {"<unk>": 0, "</s>": 1, "word": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert token_bytes(load_tokenizer(tmp_path / "tokenizer.json")).tolist() == [-1, 0, 5]

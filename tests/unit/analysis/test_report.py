@@ -11,6 +11,7 @@ import yaml
 
 from megatron_slm import report
 from megatron_slm.analysis import captions
+from megatron_slm.analysis.report_page import build_report
 from megatron_slm.analysis.run_folder import read_run, read_runs
 from megatron_slm.selection.alarms import reference_overtaken
 
@@ -263,3 +264,37 @@ def test_help_and_imports_stay_light():
     assert done.returncode == 0, done.stderr
     assert "example:" in done.stdout
     assert "--runs" in done.stdout
+
+
+def evaluation(step, loss, **settings):
+    metrics = {"tokens": 90, "loss": loss, "perplexity": 2.5, "bits_per_byte": 1.25}
+    metrics |= {"worth/tokens": 54, "worth/loss": loss + 1}
+    return {
+        "step": step,
+        "settings": {
+            "sequence_length": 64,
+            "document_policy": "packed",
+            "sequences": 0,
+            "precision": "fp32",
+            **settings,
+        },
+        "corpora": {"<code>": {"corpus": "data/code", "fingerprint": "sha256:1"}},
+        "token_sets": {"<code>/worth": "sha256:2"},
+        "metrics": {f"validation/<code>/{name}": value for name, value in metrics.items()},
+    }
+
+
+def test_evaluations_of_the_newest_checkpoint_are_a_table(tmp_path):
+    folder = write_run(tmp_path / "slm", scorer="none", losses=[4.0, 3.0])
+    run = read_run(folder)
+    assert "Evaluation" not in build_report([run], None, "t")
+    records = [evaluation(9, 7.7771), evaluation(10, 6.6661), evaluation(10, 5.5551)]
+    records.append(evaluation(10, 4.4441, document_policy="isolated"))
+    lines = "".join(json.dumps(record) + "\n" for record in records) + '{"step": 11, "torn'
+    (folder / "evaluations.jsonl").write_text(lines)
+    page = build_report([read_run(folder)], None, "t")
+    for shown in ("&lt;code&gt;", "5.5551", "6.5551", "1.2500", "4.4441", "isolated", "worth"):
+        assert shown in page, shown
+    assert "7.7771" not in page  # of an older checkpoint
+    assert "6.6661" not in page  # measured again since
+    assert "<code>" not in page.split("Evaluation</h2>")[1].split("</section>")[0]

@@ -1,0 +1,195 @@
+"""A checkpoint that answers questions about token sequences of any length, on any number of
+processes: how likely is a continuation, and what comes next?
+
+B: sequences of a micro-batch, S: their padded length, V: the vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_slm.data.batch import Batch, plain_batch
+from megatron_slm.model.forward_backward import forward_losses
+from megatron_slm.parallel import Groups
+
+MICRO_BATCHES_PER_STAGE = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence of token ids, and how many of its last ones are asked about."""
+
+    tokens: Sequence[int]
+    asked: int
+
+
+Answer = tuple[float, bool]
+"""Sum of the log-probabilities of the asked tokens in nats; whether each was the most likely."""
+Choose = Callable[[Tensor], int]
+"""The next token from logits_V, fp32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """This rank's chunks of a frozen model. Every rank of a model-parallel group calls its methods
+    with the same arguments, and gets the same answers; data-parallel ranks are independent.
+    """
+
+    models: Sequence[Module]
+    groups: Groups
+    vocabulary_size: int
+    batch_size: int
+    """Sequences per forward pass."""
+
+    def log_probabilities(
+        self, rows: Sequence[Row], done: Callable[[int], object] = lambda rows: None
+    ) -> list[Answer]:
+        """An answer per row, each of at least two tokens. Equals, for a row alone,
+        `-cross_entropy(logits, labels, reduction="none")[-asked:].sum()` on fp32 logits.
+
+        Rows of similar length are read together, the longest first. done: called with the number of
+        rows that were answered.
+        """
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
+        answers: list[Answer] = [(0.0, True)] * len(rows)
+        per_call = self.batch_size
+        if self.groups.pp_size > 1:
+            per_call *= MICRO_BATCHES_PER_STAGE * self.groups.pp_size
+        for first in range(0, len(order), per_call):
+            members = order[first : first + per_call]
+            called = [rows[index] for index in members]
+            for index, answer in zip(members, self._answers(called), strict=True):
+                answers[index] = answer
+            done(len(members))
+        return answers
+
+    def _answers(self, rows: Sequence[Row]) -> list[Answer]:
+        length = self._padded(max(len(row.tokens) for row in rows) - 1)
+        starts = range(0, len(rows), self.batch_size)
+        batches = [self._batch(rows[first : first + self.batch_size], length) for first in starts]
+        outputs = forward_losses(self.models, batches, self.groups, extras=("target_rank",))
+        shape = (2, len(batches) * self.batch_size, length)
+        both = torch.zeros(shape, device=self.groups.device)
+        if self.groups.is_last_stage:
+            both[0] = torch.cat([output["loss"] for output in outputs])
+            both[1] = torch.cat([output["target_rank"].float() for output in outputs])
+        if self.groups.pp_size > 1:
+            dist.broadcast(both, group=self.groups.pp, group_src=self.groups.pp_size - 1)
+        loss_NS, rank_NS = both.double().cpu()
+        return [
+            _answer(loss_NS[number], rank_NS[number], len(row.tokens) - 1, row.asked)
+            for number, row in enumerate(rows)
+        ]
+
+    def _batch(self, rows: Sequence[Row], length: int) -> Batch:
+        """Rows of tokens and the tokens after them, padded with 0 on the right: attention is
+        causal, so that no token sees the padding.
+        """
+        tokens_BS = np.zeros((self.batch_size, length), np.int64)
+        labels_BS = np.zeros_like(tokens_BS)
+        for number, row in enumerate(rows):
+            inputs = len(row.tokens) - 1
+            tokens_BS[number, :inputs] = row.tokens[:-1]
+            labels_BS[number, :inputs] = row.tokens[1:]
+        return plain_batch(tokens_BS, labels_BS).to(self.groups.device)
+
+    def _padded(self, length: int) -> int:
+        divisor = 2 * self.groups.tp_size if self.groups.tp_size > 1 else 1
+        return -(-length // divisor) * divisor
+
+    @torch.no_grad()
+    def continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        maximum_tokens: int,
+        choose: Choose,
+        is_finished: Callable[[Sequence[int]], bool],
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt, at most `maximum_tokens`.
+
+        One forward pass of the whole text per token: nothing is kept between them, so the cost
+        grows with the square of the length. is_finished: of the new tokens; they end with the one
+        for which it is true. ValueError under pipeline parallelism, where no rank has the logits.
+        """
+        if self.groups.pp_size > 1:
+            raise ValueError(
+                f"pipeline: got {self.groups.pp_size}; text is generated with pipeline 1 only, "
+                "with tensor parallelism or export the checkpoint"
+            )
+        texts = [list(prompt) for prompt in prompts]
+        for first in range(0, len(texts), self.batch_size):
+            growing = texts[first : first + self.batch_size]
+            starts = [len(text) for text in growing]
+            unfinished = list(range(len(growing)))
+            for _ in range(maximum_tokens):
+                logits_BV = self._next_logits([growing[number] for number in unfinished])
+                for number, logits_V in zip(unfinished, logits_BV, strict=True):
+                    growing[number].append(self._agreed(choose(logits_V)))
+                unfinished = [
+                    number
+                    for number in unfinished
+                    if not is_finished(growing[number][starts[number] :])
+                ]
+                if not unfinished:
+                    break
+        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+    def _next_logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """fp32 on the CPU: the logits of the token after each text."""
+        length = self._padded(max(map(len, texts)))
+        tokens_BS = torch.zeros((len(texts), length), dtype=torch.int64)
+        for number, text in enumerate(texts):
+            tokens_BS[number, : len(text)] = torch.tensor(text)
+        positions_BS = torch.arange(length).repeat(len(texts), 1)
+        device = self.groups.device
+        [model] = self.models
+        logits_BSV = model(tokens_BS.to(device), positions_BS.to(device), None)
+        last = torch.tensor([len(text) - 1 for text in texts], device=device)
+        logits_BV = logits_BSV[torch.arange(len(texts), device=device), last].float().contiguous()
+        if self.groups.tp_size > 1:
+            parts = [torch.empty_like(logits_BV) for _ in range(self.groups.tp_size)]
+            dist.all_gather(parts, logits_BV, group=self.groups.tp)
+            logits_BV = torch.cat(parts, dim=-1)
+        return logits_BV[:, : self.vocabulary_size].cpu()
+
+    def _agreed(self, token: int) -> int:
+        """The choice of the first tensor rank, on all of them."""
+        if self.groups.tp_size == 1:
+            return token
+        box = torch.tensor(token, device=self.groups.device)
+        dist.broadcast(box, group=self.groups.tp, group_src=0)
+        return int(box)
+
+
+def _answer(loss_S: Tensor, rank_S: Tensor, inputs: int, asked: int) -> Answer:
+    last = slice(inputs - asked, inputs)
+    return -float(loss_S[last].sum()), bool((rank_S[last] == 0).all())
+
+
+def greedy(logits_V: Tensor) -> int:
+    """The most likely token; of equal ones the first."""
+    return int(logits_V.argmax())
+
+
+def sampler(temperature: float, top_k: int, top_p: float) -> Choose:
+    """Draws from softmax(logits / temperature), by torch's default generator.
+
+    top_k: only the k most likely tokens; 0 = all. top_p: only the most likely tokens that together
+    have at least this probability (nucleus sampling, arXiv 1904.09751); 1 = all.
+    """
+
+    def choose(logits_V: Tensor) -> int:
+        ordered_V, token_V = (logits_V / temperature).sort(descending=True)
+        if top_k:
+            ordered_V[top_k:] = -torch.inf
+        probability_V = ordered_V.softmax(-1)
+        before_V = probability_V.cumsum(-1) - probability_V
+        kept_V = torch.where(before_V < top_p, probability_V, 0.0)
+        return int(token_V[torch.multinomial(kept_V, 1)])
+
+    return choose
