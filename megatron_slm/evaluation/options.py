@@ -71,8 +71,8 @@ class EvaluateOptions:
     document; as_trained = that of the run, packed where it is not known.
     """
     sequences: Count = 0
-    """Sequences that are read of each corpus, from its beginning; 0 = all of it. Validation in
-    training reads monitoring.validation_batches x data.global_batch_size.
+    """Sequences that are read of each corpus, from all over it; 0 = all of them. Validation in
+    training reads the same first monitoring.validation_batches x data.global_batch_size.
     """
     micro_batch_size: Size = 8
     """Sequences per forward pass."""
