@@ -288,7 +288,7 @@ def test_evaluations_of_the_newest_checkpoint_are_a_table(tmp_path):
     folder = write_run(tmp_path / "slm", scorer="none", losses=[4.0, 3.0])
     run = read_run(folder)
     assert "Evaluation" not in build_report([run], None, "t")
-    records = [evaluation(9, 7.7771), evaluation(10, 6.6661), evaluation(10, 5.5551)]
+    records = [evaluation(9, 7.7771, sequences=5), evaluation(10, 6.6661), evaluation(10, 5.5551)]
     records.append(evaluation(10, 4.4441, document_policy="isolated"))
     lines = "".join(json.dumps(record) + "\n" for record in records) + '{"step": 11, "torn'
     (folder / "evaluations.jsonl").write_text(lines)
