@@ -44,7 +44,7 @@ def rows_of_ids() -> list[list[int]]:
     return [random.integers(0, VOCABULARY, length).tolist() for length in lengths]
 
 
-def answer(groups, folder: str) -> dict:
+def answer(groups, _, folder: str) -> dict:
     """What a TextModel says of `rows_of_ids` in this layout."""
     from megatron_slm.config.schema import DeviceConfig
     from megatron_slm.evaluation.text_model import Row, TextModel, greedy
@@ -68,7 +68,7 @@ def answer(groups, folder: str) -> dict:
     return said
 
 
-def measure(groups, folder: str) -> dict:
+def measure(groups, _, folder: str) -> dict:
     """{policy: (an evaluation's metrics, validation's)} in this layout."""
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.evaluation.job import prepare
