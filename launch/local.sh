@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Run train or score with N processes on this machine.
+# Run train, score or evaluate with N processes on this machine.
 #
 #   bash launch/local.sh 2 train --config launch/recipes/quickstart.yaml --run.folder runs/mine
 #   bash launch/local.sh 2 score --checkpoint runs/reference --corpus data/corpus --output data/corpus_scores
+#   bash launch/local.sh 2 evaluate --checkpoint runs/mine
 #
 # Ctrl-C asks it to stop: training saves a checkpoint within a few steps, scoring keeps its finished
 # shards. A second Ctrl-C stops at once. SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) ask too,

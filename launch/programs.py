@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_SEVERAL_PROCESSES = ("train", "score")
+OF_SEVERAL_PROCESSES = ("train", "score", "evaluate")
 
 
 def programs() -> dict[str, str]:

@@ -52,7 +52,7 @@ def test_help_is_shown_by_one_process(cluster, program, words):
     assert cluster.log("python") == [f"-m megatron_slm.{program} {' '.join(words)}"]
 
 
-@pytest.mark.parametrize("program", ["train", "score"])
+@pytest.mark.parametrize("program", ["train", "score", "evaluate"])
 @pytest.mark.parametrize("code", [2, 3])
 def test_what_is_refused_is_said_before_torchrun_starts(cluster, program, code):
     ended, output = cluster.run("local.sh", "2", program, *TRAIN, work="0", CHECKED=str(code))
