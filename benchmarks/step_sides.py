@@ -234,7 +234,7 @@ def stock_model(
     from megatron.core.transformer.module import Float16Module
 
     from megatron_slm.config.sizes import padded_vocabulary_size
-    from megatron_slm.model.build import resolve_layers
+    from megatron_slm.model.build import fuse_layers, resolve_layers
     from megatron_slm.model.initialization import initialize_weights
     from megatron_slm.model.layers import layer_spec
     from megatron_slm.model.transformer_config import transformer_config
@@ -242,15 +242,17 @@ def stock_model(
     on_gpu = groups.device.type == "cuda"
     core_config = transformer_config(config, on_gpu=on_gpu)
     core_config.cross_entropy_loss_fusion = fused_loss
+    layers = resolve_layers(config, on_gpu)
     model = GPTModel(
         core_config,
-        layer_spec(core_config, resolve_layers(config, on_gpu), None),
+        layer_spec(core_config, layers, None),
         padded_vocabulary_size(config, vocabulary),
         config.data.sequence_length,
         position_embedding_type="rope",
         rotary_base=config.model.rope_base,
         share_embeddings_and_output_weights=config.model.tied_embeddings,
     ).to(groups.device)
+    fuse_layers(model, config, layers, groups)
     initialize_weights(
         [model], config.run.seed, config.model.initialization_std, config.model.layers
     )

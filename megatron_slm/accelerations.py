@@ -69,6 +69,20 @@ def apex_rms_norm() -> Callable[..., Any] | None:
     return None
 
 
+def fused_layers_problem(on_gpu: bool, layers: str, setting: str) -> str:
+    """Why the torch-native layers do not use the Triton passes of ops.layer_passes; "" = they do.
+
+    layers: torch or transformer_engine. setting: device.fused_layers.
+    """
+    if layers != "torch":
+        return "the layers are Transformer Engine's"
+    if not on_gpu:
+        return "no CUDA"
+    if setting == "none":
+        return "device.fused_layers is none"
+    return "" if has_module("triton") else "triton is not installed"
+
+
 def fp8_problem(layers: str, recipe: str) -> str:
     """Why fp8 products are not available here; "" when they are."""
     if layers != "transformer_engine":

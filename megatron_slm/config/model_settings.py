@@ -34,6 +34,9 @@ class DeviceConfig:
     layers: Literal["auto", "torch", "transformer_engine"] = "auto"
     """Layer implementation; auto = Transformer Engine when it is installed and the device is CUDA,
     else torch-native."""
+    fused_layers: Literal["auto", "none"] = "auto"
+    """RMSNorm, SwiGLU and rotary embedding of the torch-native layers as one Triton pass each;
+    auto = on CUDA where triton is installed; none = torch's operations, as on a CPU."""
     head_engine: Literal["torch", "liger"] = "torch"
     """Who computes the head's backward; liger = Liger-Kernel's Hopper kernels on the selected rows
     (H100, H200; bf16; liger-kernel[cutedsl])."""

@@ -10,11 +10,16 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
-from megatron_slm.accelerations import fp8_problem, has_transformer_engine
+from megatron_slm.accelerations import (
+    fp8_problem,
+    fused_layers_problem,
+    has_transformer_engine,
+)
 from megatron_slm.config.schema import Config
 from megatron_slm.config.sizes import padded_vocabulary_size
 from megatron_slm.model.backward_rows import follow_selection_in_backward
 from megatron_slm.model.decoder import Decoder
+from megatron_slm.model.fused_layers import use_fused_passes
 from megatron_slm.model.initialization import initialize_weights
 from megatron_slm.model.layers import layer_spec
 from megatron_slm.model.rope import scaled_frequencies
@@ -39,6 +44,7 @@ def build_model(
     for stage in range(groups.virtual_chunks):
         vp_stage = stage if groups.virtual_chunks > 1 else None
         decoder = _decoder(config, vocabulary_size, groups, layers, vp_stage)
+        fuse_layers(decoder, config, layers, groups)
         if trainable:
             follow_selection_in_backward(decoder, config.selection.backward_rows, layers)
         decoders.append(decoder.to(groups.device))
@@ -81,6 +87,13 @@ def _decoder(
     rope.inv_freq = scaled_frequencies(rope.inv_freq, config.model)
     _mark_tensor_parallel(decoder)
     return decoder
+
+
+def fuse_layers(chunk: torch.nn.Module, config: Config, layers: str, groups: Groups) -> None:
+    """Give a GPTModel's layers the fused passes, where device.fused_layers and the device do."""
+    on_gpu = groups.device.type == "cuda"
+    if not fused_layers_problem(on_gpu, layers, config.device.fused_layers):
+        use_fused_passes(chunk)
 
 
 def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:

@@ -32,8 +32,8 @@ class Job:
     """Share of the peak while a rank computes; bubbles and waiting for other ranks come on top.
     None: the share that was measured with these layers."""
     fused: bool = True
-    """Transformer Engine's layers (or, with device.layers torch, torch's fused norm and
-    megatron-core's fused SwiGLU): any GPU. False: a CPU."""
+    """Transformer Engine's layers (or, with device.layers torch, the fused passes, or
+    torch's fused norm and megatron-core's fused SwiGLU): any GPU. False: a CPU."""
     reference: ModelConfig | None = None
     """The reference model where it is not the trained one's shape."""
     corpus_tokens: int = 0
@@ -103,6 +103,13 @@ class Job:
     @property
     def transformer_engine(self) -> bool:
         return self.fused and self.config.device.layers != "torch" and not self.isolated_documents
+
+    @property
+    def fused_passes(self) -> bool:
+        """Torch-native layers whose norms, SwiGLU and rotary embedding are one Triton pass each."""
+        return (
+            self.fused and not self.transformer_engine and self.config.device.fused_layers == "auto"
+        )
 
     @property
     def efficiency(self) -> Efficiency:

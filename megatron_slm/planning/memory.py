@@ -116,10 +116,11 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     """Saved for backward by one layer for one micro-batch.
 
     full: the layer's input, n·H·w / q. none: n times
-      norms        2 · H · (input + output) / q     input: fp32 copy in the torch-native norm, w in
-                   Transformer Engine's; output: w
+      norms        2 · H · (input + output) / q     input: w; an fp32 copy in torch's own norm
+                   (device.fused_layers: none); output: w
       q, k, v      ((a + 2g)d + (a + g)d) · w / t   the projection (values are a view of it),
-                   queries and keys after rotation
+                   queries and keys after rotation. Torch-native layers with fused passes and no
+                   norms of queries and keys keep (a + 2g)d alone: values are copied out
       attention    (a·d·w + 4a) / t                 its output, and one fp32 log-sum-exp per head
       feed-forward 3F · w / t                       gate and up, and their product
     selective: the attention core's q, k, v and its output, but not its log-sum-exp: with attention
@@ -172,6 +173,8 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
     heads, groups, size = model.attention_heads, query_groups(model), head_size(model)
     projection = (heads + 2 * groups) * size * width
     rotated = (heads + groups) * size * width
+    if job.fused_passes and not model.qk_norm:
+        projection = groups * size * width
     output = heads * size * width
     lse = 4 * heads if recompute == "none" else 0
     normed = (heads + groups) * size * norm_input_bytes(job) if model.qk_norm else 0
@@ -185,7 +188,7 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
 
 def norm_input_bytes(job: Job) -> int:
     """Bytes per value that a norm saves beside its output."""
-    if job.transformer_engine:
+    if job.transformer_engine or job.fused_passes:
         return job.weight_bytes
     return 4 if job.fused else 8
 

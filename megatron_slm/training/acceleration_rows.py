@@ -3,6 +3,7 @@
 from megatron_slm.accelerations import (
     apex_state,
     apex_version,
+    fused_layers_problem,
     has_module,
     has_transformer_engine,
 )
@@ -19,17 +20,21 @@ def acceleration_rows(
     settings: DeviceConfig,
     isolated_documents: bool = False,
     optimizer: str = "adamw",
+    experts: bool = False,
 ) -> list[Row]:
     """Every row about the device and its accelerations.
 
     layers: torch or transformer_engine. settings: the device section. optimizer: optimizer.kind.
+    experts: whether the model is a mixture of experts.
     """
     on_gpu = device.kind == "cuda"
     apex = apex_state()
     return [
         ("device", device.kind, f"{device.backend} collectives"),
         _layers_row(on_gpu, layers, isolated_documents),
-        _norm_row(on_gpu, layers, apex),
+        _norm_row(on_gpu, layers, settings, apex),
+        _rotary_row(on_gpu, layers, settings),
+        _swiglu_row(on_gpu, layers, settings, experts),
         _optimizer_row(on_gpu, apex) if optimizer == "adamw" else ("optimizer", optimizer, ""),
         _fusion_row(on_gpu, apex),
         _fp8_row(on_gpu, layers, settings),
@@ -66,16 +71,35 @@ def _layers_row(on_gpu: bool, layers: str, isolated_documents: bool) -> Row:
     return "layers", "torch-native", f"Transformer Engine: {why}"
 
 
-def _norm_row(on_gpu: bool, layers: str, apex: str) -> Row:
+def _norm_row(on_gpu: bool, layers: str, settings: DeviceConfig, apex: str) -> Row:
+    feature = "fused norm"
     if layers == "transformer_engine":
-        return "fused norm", "Transformer Engine", ""
+        return feature, "Transformer Engine", ""
+    if on_gpu and apex == "nvidia" and has_module("fused_layer_norm_cuda"):
+        return feature, "apex", ""
+    why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
+    if not why:
+        return feature, "Triton", ""
     if not on_gpu:
-        return "fused norm", "off", "no CUDA"
+        return feature, "off", why
     if apex != "nvidia":
-        return "fused norm", "off", f"apex: {_describe_apex(apex)}"
-    if not has_module("fused_layer_norm_cuda"):
-        return "fused norm", "off", "apex: built without --cuda_ext layer norms"
-    return "fused norm", "apex", ""
+        return feature, "off", f"{why}; apex: {_describe_apex(apex)}"
+    return feature, "off", f"{why}; apex: built without --cuda_ext layer norms"
+
+
+def _rotary_row(on_gpu: bool, layers: str, settings: DeviceConfig) -> Row:
+    why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
+    return "fused rotary embedding", "off" if why else "Triton", why
+
+
+def _swiglu_row(on_gpu: bool, layers: str, settings: DeviceConfig, experts: bool) -> Row:
+    feature = "fused SwiGLU"
+    if not on_gpu:
+        return feature, "off", "no CUDA"
+    why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
+    if not why and experts:
+        why = "the Triton pass does not weigh the tokens of experts"
+    return feature, "torch.compile" if why else "Triton", why
 
 
 def _optimizer_row(on_gpu: bool, apex: str) -> Row:

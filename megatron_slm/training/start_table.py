@@ -102,6 +102,7 @@ def start_table(
         config.device,
         isolated_documents=config.data.document_policy == "isolated",
         optimizer=config.optimizer.kind,
+        experts=config.model.experts > 0,
     )
     layout = layout_rows(config, groups.dp_size)
     return StartTable(facts, layout, accelerations, on_gpu=device.kind == "cuda")

@@ -19,7 +19,15 @@ pytestmark = [
 SEQUENCES, LENGTH, VOCABULARY = 2, 64, 500
 
 
-def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False):
+def losses(
+    groups,
+    precision="fp32",
+    fp8="none",
+    layers="torch",
+    isolated=False,
+    model=None,
+    fused_layers="auto",
+):
     """(loss_BS, gradient of the embedding) of one backward pass on fixed tokens."""
     from megatron_slm.data.batch import hidden_from
     from megatron_slm.model.build import build_model
@@ -33,15 +41,18 @@ def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False)
         ffn_hidden_size=256,
         attention_heads=4,
         query_groups=2,
+        **(model or {}),
     )
     config.data.document_policy = "isolated" if isolated else "packed"
-    config.device = dataclasses.replace(config.device, precision=precision, fp8=fp8, layers=layers)
-    model = build_model(config, VOCABULARY, groups)[0]
+    config.device = dataclasses.replace(
+        config.device, precision=precision, fp8=fp8, layers=layers, fused_layers=fused_layers
+    )
+    decoder = build_model(config, VOCABULARY, groups)[0]
     generator = torch.Generator("cuda").manual_seed(0)
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator, device="cuda")
     positions = torch.arange(LENGTH, device="cuda").expand_as(tokens)
     starts = torch.where(positions < 20, 0, 20) if isolated else None
-    output = model(
+    output = decoder(
         tokens,
         positions,
         None if starts is None else hidden_from(starts),
@@ -52,7 +63,7 @@ def losses(groups, precision="fp32", fp8="none", layers="torch", isolated=False)
     name = "embedding.word_embeddings.weight"
     return (
         loss.detach(),
-        next(p.grad.float() for n, p in model.named_parameters() if n.endswith(name)),
+        next(p.grad.float() for n, p in decoder.named_parameters() if n.endswith(name)),
         tokens,
     )
 

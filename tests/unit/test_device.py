@@ -264,11 +264,45 @@ def test_the_start_table_says_why_an_acceleration_is_off(package):
             Device("cuda", torch.device("cuda"), "nccl"), "torch", DeviceConfig()
         )
     }
-    assert on_gpu["fused norm"][0] == "off"
-    assert "pip uninstall apex" in on_gpu["fused norm"][1]
+    assert on_gpu["fused norm"] == on_gpu["fused rotary embedding"] == ("Triton", "")
     assert on_gpu["fp8"] == ("off", "it needs Transformer Engine layers")
     assert on_gpu["gradient-accumulation fusion"][0] == "off"
     assert "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]
+
+
+@pytest.mark.parametrize(
+    "settings, experts, norm, rotary, swiglu",
+    [
+        ({}, False, "Triton", "Triton", "Triton"),
+        ({}, True, "Triton", "Triton", "torch.compile"),
+        ({"fused_layers": "none"}, False, "off", "off", "torch.compile"),
+    ],
+)
+def test_the_start_table_says_which_passes_are_triton(
+    package, settings, experts, norm, rotary, swiglu
+):
+    import torch
+
+    package("apex")
+    rows = {
+        feature: (state, why)
+        for feature, state, why in acceleration_rows(
+            Device("cuda", torch.device("cuda"), "nccl"),
+            "torch",
+            DeviceConfig(**settings),
+            experts=experts,
+        )
+    }
+    for feature, state in (
+        ("fused norm", norm),
+        ("fused rotary embedding", rotary),
+        ("fused SwiGLU", swiglu),
+    ):
+        assert rows[feature][0] == state, feature
+        assert bool(rows[feature][1]) == (state != "Triton"), feature
+    if settings:
+        assert "pip uninstall apex" in rows["fused norm"][1]
+        assert "device.fused_layers is none" in rows["fused norm"][1]
 
 
 def test_the_start_table_says_what_is_on(package):

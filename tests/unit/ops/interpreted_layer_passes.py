@@ -3,8 +3,6 @@
 Run by test_layer_passes.py, in a process whose Triton interprets.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from triton.language import bfloat16
@@ -17,7 +15,12 @@ from megatron_slm.ops.swiglu_triton import FusedSwiGLU
 from tests.unit.ops.layer_pass_problems import (
     EPSILON,
     angles,
+    check,
+    exact_norm,
+    exact_swiglu,
     megatron_rotary,
+    megatron_split_rotary,
+    megatron_swiglu,
     norm_problem,
     random,
     results,
@@ -42,29 +45,6 @@ def bf16_results_are_rounded_to_nearest(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", nearest)
 
 
-def check(
-    kernel: Callable,
-    today: Callable,
-    exact: Callable,
-    operands: tuple[torch.Tensor, ...],
-) -> None:
-    """Results and gradients of `kernel` are as near to fp64 as those of the code it replaces.
-
-    8 % and one part in 10^7 are the noise of another order of summation, and of roundings to bf16
-    that fall differently.
-    """
-    reference = results(exact, tuple(value.double() for value in operands))
-    got = results(kernel, operands)
-    before = results(today, operands)
-    assert len(got) == len(reference)
-    for place, (value, old, true) in enumerate(zip(got, before, reference, strict=True)):
-        assert value.shape == true.shape, place
-        assert value.dtype == operands[0].dtype, place
-        scale = true.norm()
-        error, old_error = ((x.double() - true).norm() / scale for x in (value, old))
-        assert error <= 1.08 * old_error + 1e-7, (place, error, old_error)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (5, 3, 64), (3, 2, 2560), (40, 2, 1000)], ids=lambda shape: str(shape[-1])
@@ -73,7 +53,7 @@ def test_norm(shape, dtype):
     check(
         lambda x, w: FusedRMSNorm.apply(x, w, EPSILON),
         lambda x, w: layer_passes.plain_rms_norm(x, w, EPSILON),
-        lambda x, w: x * (x.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * w,
+        exact_norm,
         norm_problem(shape, dtype),
     )
 
@@ -115,17 +95,9 @@ def test_swiglu(features, dtype):
     check(
         FusedSwiGLU.apply,
         megatron_swiglu,
-        lambda joint: joint.chunk(2, -1)[0].sigmoid()
-        * joint.chunk(2, -1)[0]
-        * joint.chunk(2, -1)[1],
+        exact_swiglu,
         swiglu_problem((7, 2, 2 * features), dtype),
     )
-
-
-def megatron_swiglu(joint: torch.Tensor) -> torch.Tensor:
-    """MLP.forward without fusion."""
-    gate, up = joint.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
 
 
 def test_swiglu_at_large_gates():
@@ -155,15 +127,10 @@ def test_split_rotary(groups, queries, size, dtype):
     tables = angles(9, size)
     cosine, sine = (table[:, : size // 2] for table in (tables.cos(), tables.sin()))
 
-    def as_megatron_core(mixed, table=tables):
-        parts = mixed.split([queries * size, size, size], dim=3)
-        query = parts[0].reshape(*mixed.shape[:2], -1, size)
-        return megatron_rotary(query, table), megatron_rotary(parts[1], table), parts[2]
-
     check(
         lambda mixed: FusedSplitRotary.apply(mixed, cosine, sine),
-        as_megatron_core,
-        lambda mixed: as_megatron_core(mixed, tables.double()),
+        lambda mixed: megatron_split_rotary(mixed, tables),
+        lambda mixed: megatron_split_rotary(mixed, tables.double()),
         (random(9, 2, groups, (queries + 2) * size).to(dtype),),
     )
 

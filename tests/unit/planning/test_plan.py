@@ -195,6 +195,25 @@ def test_isolated_documents_keep_a_mask():
     assert recomputed < torch_native
 
 
+def test_fused_passes_keep_no_fp32_copies_and_no_joint_product():
+    """Per token and layer two norms' inputs at 2 bytes for 4, and (a + 2g)d values for (2a + 3g)d;
+    the last norm's input besides. With norms of queries and keys the joint product stays.
+    """
+    without, fused, normed, normed_without = (
+        rank_memory(tinyllama("--device.layers", "torch", *words), 0).activations
+        for words in (
+            ("--device.fused_layers", "none"),
+            (),
+            ("--model.qk_norm", "true"),
+            ("--model.qk_norm", "true", "--device.fused_layers", "none"),
+        )
+    )
+    tokens = 8 * 2048
+    norms = 22 * 2 * 2048 * 2 + 2048 * 2
+    assert without - fused == tokens * (norms + 22 * (32 + 4) * 64 * 2)
+    assert normed_without - normed == tokens * (norms + 22 * (32 + 4) * 64 * 2)
+
+
 def test_efficiency_is_what_a_run_without_waiting_shows():
     planned = replace(tinyllama("--selection.keep_fraction", "1.0"), stated_efficiency=0.4)
     assert duration(planned).model_flops_utilization == pytest.approx(0.4, rel=2e-3)
