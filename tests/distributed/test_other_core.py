@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slm.testing.spawn import run_on_cpu
+from megatron_slm.testing.spawn import run_layouts_on_cpu
 from tests.distributed.test_resharding import AFTER, BEFORE, Bench, make_config, stored_tensors
 from tests.megatron_core import INSTALLED
 
@@ -90,11 +90,8 @@ def seen_in(steps) -> list:
 
 def run_here(action: str, folder: Path) -> dict:
     """The records of the last rank, which has the losses, of every case."""
-    function = {"write": write, "read": read}[action]
-    records = {}
-    for layout, sizes in LAYOUTS.items():
-        records |= run_on_cpu(function, layout, folder, **sizes)[-1]
-    return records
+    results = run_layouts_on_cpu({"write": write, "read": read}[action], LAYOUTS, folder)
+    return {case: steps for ranks in results.values() for case, steps in ranks[-1].items()}
 
 
 def run_there(action: str, folder: Path) -> dict:

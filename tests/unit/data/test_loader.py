@@ -246,6 +246,8 @@ def test_slices_are_megatron_cores(dataset, monkeypatch):
 
     monkeypatch.setattr(utils, "get_pg_size", lambda group: 2)
     monkeypatch.setattr(utils, "get_pg_rank", lambda group: group)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group)
     batch = collate([dataset[0], dataset[1]], [0, 1])
     plain = {} if INSTALLED == "0.16.1" else {"is_hybrid_cp": False}
     for rank in range(2):
