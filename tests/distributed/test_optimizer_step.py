@@ -14,7 +14,6 @@ from tests.distributed.bench import (
     SyntheticSamples,
     local_steps,
     make_trainer,
-    take_layout,
     train,
     weights_of,
 )
@@ -42,13 +41,13 @@ NORMS = {
 }
 
 
-def norms_and_clipped(groups, layouts) -> dict:
+def norms_and_clipped(groups, name) -> dict:
     """(norm, clipped gradients) by us and by megatron-core, from the same gradients."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
     from megatron_slm.model.gradient_norm import clip_gradients, gradient_norm
 
-    _, layout = take_layout(groups, layouts)
+    layout = NORMS[name]
     config = layout["make"](layout)
     trainer = make_trainer(groups, config)
     samples = SyntheticSamples(SEQUENCES)
@@ -72,7 +71,7 @@ def norms_and_clipped(groups, layouts) -> dict:
 
 @pytest.fixture(scope="module")
 def norms():
-    return run_layouts_on_cpu(norms_and_clipped, NORMS, dict(NORMS))
+    return run_layouts_on_cpu(norms_and_clipped, NORMS)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -146,13 +145,13 @@ OVERLAP = {
 }
 
 
-def train_in_small_buckets(groups, layouts) -> dict:
+def train_in_small_buckets(groups, name) -> dict:
     """The weights after four steps, where the head's weight has a bucket of its own, as it has in
     any model of a real size.
     """
     from megatron_slm.model import optimizer
 
-    _, layout = take_layout(groups, layouts)
+    layout = OVERLAP[name]
     samples = SyntheticSamples(4 * SEQUENCES)
     whole = optimizer.DistributedDataParallelConfig
     optimizer.DistributedDataParallelConfig = partial(whole, bucket_size=500)
@@ -177,7 +176,7 @@ def test_the_head_waits_for_its_gathered_weight():
     """Two ranks add the same numbers in either order: every bit must be that of the run that
     gathers nothing while it computes.
     """
-    results = run_layouts_on_cpu(train_in_small_buckets, OVERLAP, dict(OVERLAP))
+    results = run_layouts_on_cpu(train_in_small_buckets, OVERLAP)
     for whole, buckets in zip(results["whole"], results["buckets"], strict=True):
         for case, weights in whole.items():
             for name, weight in weights.items():
