@@ -76,7 +76,7 @@ def fingerprint(distribution):
     for path in sorted(distribution.files or [], key=str):
         located = Path(distribution.locate_file(path))
         if path.suffix != ".pyc" and located.is_file():
-            total.update(str(path).encode() + b"\0" + hashlib.file_digest(located.open("rb"), "sha256").digest())
+            total.update(str(path).encode() + b"\0" + hashlib.sha256(located.read_bytes()).digest())
     return total.hexdigest()
 
 

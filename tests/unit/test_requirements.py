@@ -42,6 +42,8 @@ NOT_IN_PYTHON_3_10 = {
     "builtins.ExceptionGroup",
     "builtins.BaseExceptionGroup",
 }
+POSSESSIVE = re.compile(r"[+*?}][+]|[(][?]>")
+"""Repetitions and groups of re that keep no way back."""
 KEYWORDS_NOT_IN_PYTHON_3_10 = {"process_group", "onexc"}
 
 
@@ -157,6 +159,18 @@ def _names(tree: ast.Module) -> set[str]:
 FOLDERS = sorted({path.parent.relative_to(ROOT) for path in project_files(".py")})
 
 
+def texts_of(tree: ast.Module) -> list[str]:
+    """The strings that a file gives to functions of re."""
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.")
+    ]
+    patterns = [part for call in calls if call.args for part in ast.walk(call.args[0])]
+    values = [part.value for part in patterns if isinstance(part, ast.Constant)]
+    return [value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values]
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=Path.as_posix)
 def test_every_file_is_python_3_10(folder):
     """Its grammar, as far as this interpreter can tell, and the library's names; mypy, which reads
@@ -169,5 +183,7 @@ def test_every_file_is_python_3_10(folder):
         if "except ModuleNotFoundError:  # Python 3.10" in text:
             newer -= {"tomllib"}
         assert not newer, path
+        possessive = [line for line in texts_of(tree) if POSSESSIVE.search(line)]
+        assert not possessive, path
         keywords = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
         assert not keywords & KEYWORDS_NOT_IN_PYTHON_3_10, path
