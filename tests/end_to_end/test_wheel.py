@@ -101,7 +101,10 @@ def installed(tmp_path_factory) -> Installed:
     [site] = environment.glob("lib/python*/site-packages")
     pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install"]
     options = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--no-cache-dir"]
-    subprocess.run([*pip, *options, "--disable-pip-version-check", wheel], check=True)
+    # Elsewhere, and without PYTHONPATH: pip would find this checkout there, and install nothing.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [*pip, *options, "--disable-pip-version-check", wheel]
+    subprocess.run(command, cwd=folder, env=clean, check=True)
     with zipfile.ZipFile(wheel) as archive:
         [metadata] = [name for name in archive.namelist() if name.endswith("/METADATA")]
         lines = archive.read(metadata).decode().splitlines()
