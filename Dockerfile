@@ -56,8 +56,8 @@ from pathlib import Path
 PROTECTED = re.compile(r"torch|torchvision|torchaudio|torchao|triton|pytorch[-_]triton|apex|transformer[-_]engine.*|flash[-_]attn.*|numpy|nvidia[-_].*")
 REQUIRED = ("torch", "apex", "transformer-engine", "numpy")
 MODULES = ("torch", "apex", "apex.optimizers", "apex.normalization", "amp_C", "fused_weight_gradient_mlp_cuda", "transformer_engine.pytorch")
-# By megatron-core: the range in 0.16.1's own metadata. That of 0.19.2 states none, and its lock file has 2.17.1; from 2.9 on it has
-# the branches of its source that ours takes.
+# By megatron-core: the range in 0.16.1's own metadata. That of 0.19.2 states none (Megatron-LM's lock file for 0.19.0 has 2.17.1), so
+# megatron-core itself is asked below whether it can import the image's.
 TRANSFORMER_ENGINE = {"0.16.1": ((2, 9), (2, 12)), "0.19.2": ((2, 9), (3, 0))}
 
 
