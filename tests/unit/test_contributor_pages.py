@@ -13,7 +13,7 @@ ROW = re.compile(r"^\| `(\w+)` \|(.*)\|$", re.MULTILINE)
 
 def rooms() -> set[str]:
     library = {path.parent.name for path in (ROOT / "megatron_slm").glob("*/__init__.py")}
-    return library | {"tokenizer", "data_tools", "launch"}
+    return library | {"tokenizer", "data_tools", "launch", "examples"}
 
 
 def test_every_room_has_its_tests_in_the_guide():
