@@ -35,6 +35,7 @@ def run(job: ScoringJob, store: ScoreStore, device: "Device", rank: int) -> int:
     """Join the job, score this job's slice of the shards, and print a summary; the exit code."""
     from megatron_slm.parallel import join_job, leave_job
     from megatron_slm.scoring.corpus import TokenStream, score_corpus
+    from megatron_slm.scoring.fp8_reference import state_fp8_change
     from megatron_slm.scoring.model import megatron_runner
     from megatron_slm.scoring.reference import load_scoring_model
 
@@ -46,12 +47,15 @@ def run(job: ScoringJob, store: ScoreStore, device: "Device", rank: int) -> int:
     )
     try:
         stream = TokenStream(job.options.corpus)
+        plan = stream.plan(store.manifest)
+        if job.fp8_model is not None:
+            state_fp8_change(job, job.fp8_model, store, groups, stream, plan)
         models = load_scoring_model(job.reference, job.config, groups)
         runner = megatron_runner(
             models,
             groups,
             stream,
-            stream.plan(store.manifest),
+            plan,
             store.columns,
             job.options.micro_batch_size,
         )

@@ -124,6 +124,11 @@ def option_problems(options: EvaluateOptions) -> Iterator[str]:
     for (corpus, name), count in Counter(names).items():
         if count > 1:
             yield f"token_sets: {count} sets of corpus {corpus!r} are named {name!r}; rename one"
+    if options.device.fp8 != "none":
+        yield (
+            f"device.fp8: got {options.device.fp8}; fp8 losses are not those of the checkpoint: "
+            "leave it at none"
+        )
     yield from forward_only_problems(options.parallel, options.device, "evaluation")
 
 

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from megatron_slm.config import load
 from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
-from megatron_slm.config.ranges import Count, Size, out_of_range
+from megatron_slm.config.ranges import Count, Fraction, Size, out_of_range
 from megatron_slm.config.schema import Config, DeviceConfig, ParallelConfig
 from megatron_slm.data.manifest import CorpusManifest, check_corpus
 from megatron_slm.data.score_manifest import ScoreManifest, default_shard_tokens
+from megatron_slm.scoring.fp8_options import fp8_description, fp8_problems, fp8_size_problems
 from megatron_slm.scoring.reference import Reference, open_reference, scoring_config
 from megatron_slm.tokenization import load_tokenizer
 
@@ -73,6 +74,15 @@ class ScoreOptions:
     """This job's share, i/n with i from 0 (array jobs:
     $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT): it takes shards i, i+n, i+2n, ...
     """
+    fp8_model: str = ""
+    """With device.fp8: a checkpoint of the model that will be trained with these scores. Before the
+    corpus, some windows are scored in fp32, bf16 and fp8, and how much of the selection changes is
+    printed and stored.
+    """
+    fp8_windows: Size = 64
+    """With device.fp8: windows to measure that on."""
+    fp8_keep_fraction: Fraction = 0.6
+    """With device.fp8: the keep fraction to measure it at."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the reference is spread; the other processes are data-parallel."""
     device: ScoreDevice = field(default_factory=ScoreDevice)
@@ -115,6 +125,8 @@ class ScoringJob:
     config: Config
     manifest: ScoreManifest
     job_slice: tuple[int, int]
+    fp8_model: Reference | None = None
+    """The model to be trained, where the reference computes in fp8."""
 
 
 def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJob:
@@ -135,13 +147,20 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
         device["precision"] = reference.info.precision
     config = scoring_config(reference, window_tokens, options.parallel, DeviceConfig(**device))
     check_config(config, world_size, training=False)
+    fp8_model = None
+    if options.fp8_model:
+        fp8_model = open_reference(options.fp8_model, corpus)
+        if problems := fp8_size_problems(options, window_tokens):
+            raise ConfigError(problems)
+        other = scoring_config(fp8_model, window_tokens, options.parallel, DeviceConfig())
+        check_config(other, world_size, training=False)
     manifest = ScoreManifest(
         corpus_fingerprint=corpus.fingerprint,
         corpus_tokens=corpus.tokens,
         corpus_documents=corpus.documents,
         tokenizer_fingerprint=corpus.tokenizer["fingerprint"],
         reference_fingerprint=reference.fingerprint,
-        reference_description=reference.description,
+        reference_description=reference.description + fp8_description(config.device),
         window_tokens=window_tokens,
         stride_tokens=options.stride_tokens or window_tokens,
         document_policy=options.document_policy,
@@ -151,7 +170,7 @@ def prepare(options: ScoreOptions, world_size: int, argv: list[str]) -> ScoringJ
         resume_command=f"torchrun --nproc-per-node {world_size} -m megatron_slm.score "
         f"{shlex.join(resume_command(argv))}",
     )
-    return ScoringJob(options, corpus, reference, config, manifest, job_slice)
+    return ScoringJob(options, corpus, reference, config, manifest, job_slice, fp8_model)
 
 
 def _open(options: ScoreOptions) -> tuple[CorpusManifest, Reference]:
@@ -223,6 +242,7 @@ def option_problems(options: ScoreOptions) -> list[str]:
             f"stride_tokens: got {options.stride_tokens}, above window_tokens "
             f"({options.window_tokens}); tokens between windows would get no score"
         )
+    problems += fp8_problems(options)
     problems += forward_only_problems(options.parallel, options.device, "scoring")
     return problems
 
@@ -237,10 +257,6 @@ def forward_only_problems(parallel: ParallelConfig, device: DeviceConfig, work: 
     problems = [
         f"parallel.{name}: got true; {work} has no gradients, leave it out" for name in unused
     ]
-    if device.fp8 != "none":
-        problems.append(
-            f"device.fp8: got {device.fp8}; fp8 losses move the selection, leave it at none"
-        )
     if device.head_engine != "torch":
         problems.append(
             f"device.head_engine: got {device.head_engine}; it computes the head's "
