@@ -38,6 +38,7 @@ export SLM_LAYOUTS=short
 other_core_places=(
     tests/test_megatron_core_*.py tests/unit/test_core_versions.py tests/unit/test_device.py tests/unit/model tests/unit/checkpoint
     tests/unit/ops/test_row_skipping.py tests/unit/ops/test_against_megatron_head.py tests/unit/data/test_scored_dataset.py
+    tests/unit/data/test_epoch_index.py tests/end_to_end/test_examples.py
     tests/unit/convert/test_stored_state.py
     tests/distributed/test_layouts.py tests/distributed/test_experts.py tests/distributed/test_other_core.py
     tests/distributed/test_resharding.py tests/distributed/test_resume.py tests/distributed/test_head_in_training.py
