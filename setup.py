@@ -10,8 +10,9 @@ from setuptools import find_packages, setup
 CARRIED = "megatron_slm._checkout"
 BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch")
 
+library = find_packages(include=["megatron_slm*"]) + ["megatron_slm.evaluation.tasks"]  # data
 beside = find_packages(include=["tokenizer*", "data_tools*"])
 beside += ["launch", "launch.recipes", "launch.pipelines"]  # data, and scripts that are no modules
 carried = [f"{CARRIED}.{name}" for name in beside]
 places = {f"{CARRIED}.{name}": name for name in BESIDE_THE_LIBRARY}
-setup(packages=find_packages(include=["megatron_slm*"]) + carried, package_dir=places)
+setup(packages=library + carried, package_dir=places)

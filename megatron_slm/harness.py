@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     """Register the model, and hand over to the harness; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: harness [options of lm_eval] [--version]\n\n{__doc__}", end="")
+        print(f"usage: slm-harness [options of lm_eval] [--version]\n\n{__doc__}", end="")
         return 0
     if words[0] == "--version":
-        print(f"harness {__version__}")
+        print(f"slm-harness {__version__}")
         return 0
     if find_spec("lm_eval") is None:
         print(

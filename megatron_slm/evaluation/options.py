@@ -99,7 +99,7 @@ def parse(argv: list[str], description: str) -> EvaluateOptions:
     arguments = [with_underscores(argument) for argument in argv]
     try:
         options = load.parse_config(
-            arguments, "evaluate", description, EvaluateOptions, USAGE, printed_path=RESULT_FILE
+            arguments, "slm-evaluate", description, EvaluateOptions, USAGE, printed_path=RESULT_FILE
         )
         if problems := [*option_problems(options)]:
             raise ConfigError(problems)
