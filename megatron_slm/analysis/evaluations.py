@@ -27,10 +27,10 @@ def evaluations(runs: Sequence[Run]) -> str:
 
 
 def _newest(run: Run) -> list[dict[str, Any]]:
-    steps = [record.get("step", 0) for record in run.evaluations]
+    steps = [record["step"] for record in run.evaluations]
     kept: dict[str, dict[str, Any]] = {}
     for record in run.evaluations:
-        if record.get("step", 0) == max(steps):
+        if record["step"] == max(steps):
             same = (record["corpora"], record["settings"], record["token_sets"])
             kept[repr(same)] = record
     return list(kept.values())
@@ -41,11 +41,11 @@ def _rows(run: Run, record: dict[str, Any]) -> list[list[str]]:
     limit = settings["sequences"]
     around = (
         f"{limit or 'all'} of {settings['sequence_length']} tokens",
-        settings["document_policy"],
-        settings["precision"],
+        str(settings["document_policy"]),
+        str(settings["precision"]),
     )
     rows = []
     for row in rows_of(record["metrics"], list(record["corpora"])):
-        cells = (run.name, str(record.get("step", "–")), *row, *around)
+        cells = (run.name, str(record["step"]), *row, *around)
         rows.append(list(map(escape, cells)))
     return rows

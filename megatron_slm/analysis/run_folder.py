@@ -223,9 +223,23 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The whole records of an evaluations.jsonl. A line that a kill has torn is left out."""
-    needed = {"corpora", "settings", "token_sets", "metrics"}
-    return [record for record in read_jsonl(path)[0] if needed <= record.keys()]
+    """The records of an evaluations.jsonl that are whole: lines that a kill has torn, and what is
+    none of ours, are left out.
+    """
+    return [record for record in read_jsonl(path)[0] if _is_evaluation(record)]
+
+
+def _is_evaluation(record: dict[str, Any]) -> bool:
+    sections = [record.get(name) for name in ("corpora", "settings", "token_sets", "metrics")]
+    if not all(isinstance(section, dict) for section in sections):
+        return False
+    settings = {"sequences", "sequence_length", "document_policy", "precision"}
+    values = record["metrics"].values()
+    return (
+        settings <= record["settings"].keys()
+        and _is_number(record.get("step"))
+        and all(value is None or _is_number(value) for value in values)
+    )
 
 
 def _by_step(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

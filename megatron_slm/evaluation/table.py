@@ -28,7 +28,7 @@ def _row(label: str, prefix: str, metrics: Mapping[str, Any]) -> Row:
 
     return (
         label,
-        cell("tokens", ",d"),
+        cell("tokens", ",.0f"),
         cell("loss", ".4f"),
         cell("perplexity", ".3f"),
         cell("bits_per_byte", ".4f"),

@@ -291,6 +291,9 @@ def test_evaluations_of_the_newest_checkpoint_are_a_table(tmp_path):
     records = [evaluation(9, 7.7771, sequences=5), evaluation(10, 6.6661), evaluation(10, 5.5551)]
     records.append(evaluation(10, 4.4441, document_policy="isolated"))
     lines = "".join(json.dumps(record) + "\n" for record in records) + '{"step": 11, "torn'
+    strange = [evaluation(12, 1.5), evaluation("13", 1.5), {"step": 14, "metrics": []}]
+    strange[0]["metrics"]["validation/<code>/loss"] = "text"
+    lines = "".join(json.dumps(record) + "\n" for record in strange) + lines
     (folder / "evaluations.jsonl").write_text(lines)
     page = build_report([read_run(folder)], None, "t")
     for shown in ("&lt;code&gt;", "5.5551", "6.5551", "1.2500", "4.4441", "isolated", "worth"):
