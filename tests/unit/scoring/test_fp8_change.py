@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fp8_reference import measure_emulated
 from megatron_slm.checkpoint.folder import CheckpointInfo
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig
-from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.scoring.fp8_change import choice_change, sampled_ranges
 from megatron_slm.scoring.fp8_options import fp8_size_problems
 from megatron_slm.scoring.options import (
@@ -108,26 +108,13 @@ def save_models(groups, folder: str) -> None:
         store.save(models, None, info, trainer_state(None, groups))
 
 
-def measure(groups, job: ScoringJob) -> None:
-    """What a scoring run in fp8 does first, with emulated products where this machine has none."""
-    from megatron_slm.scoring import fp8_reference
-    from megatron_slm.scoring.corpus import TokenStream
-    from megatron_slm.testing.emulated_fp8 import emulate_fp8_products
-
-    load = fp8_reference.load_scoring_model
-
-    def load_or_emulate(reference, config, groups):
-        if config.device.fp8 == "none":
-            return load(reference, config, groups)
-        device = replace(config.device, fp8="none", precision="fp32")
-        return emulate_fp8_products(load(reference, replace(config, device=device), groups))
-
-    fp8_reference.load_scoring_model = load_or_emulate
-    store = ScoreStore.create(job.options.output, job.manifest)
-    stream = TokenStream(job.options.corpus)
-    for _ in range(2):  # the second finds the file
-        plan = stream.plan(job.manifest)
-        fp8_reference.state_fp8_change(job, job.fp8_model, store, groups, stream, plan)
+def measure_twice(groups, job: ScoringJob) -> list[float]:
+    """When the file was written after each of two starts."""
+    written = []
+    for _ in range(2):
+        measure_emulated(groups, job)
+        written.append(Path(job.options.output, "fp8_change.json").stat().st_mtime_ns)
+    return written
 
 
 def test_a_scoring_run_in_fp8_states_what_that_changes(tmp_path):
@@ -146,7 +133,8 @@ def test_a_scoring_run_in_fp8_states_what_that_changes(tmp_path):
     job = prepare(options, 1, [])
     described = job.manifest.reference_description
     assert described.endswith(", hybrid fp8 products with tensorwise scaling"), "another store"
-    run_on_cpu(measure, job)
+    ((first, again),) = run_on_cpu(measure_twice, job)
+    assert first == again, "a run that continues a store finds what was measured"
     found = json.loads(Path(tmp_path / "scores" / "fp8_change.json").read_text())
     assert found["keep_fraction"] == 0.6
     assert found["tokens"] > 100
