@@ -1,6 +1,7 @@
 """Write a trained checkpoint as a Hugging Face folder; see docs/conversion.md."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safet
 
 Works on a checkpoint of any layout, in one process and without a GPU. The model becomes
 LlamaForCausalLM, or Qwen2ForCausalLM with model.qkv_bias, or Qwen3ForCausalLM with model.qk_norm;
-with model.experts, MixtralForCausalLM or (model.qk_norm) Qwen3MoeForCausalLM."""
+with model.experts, MixtralForCausalLM or (model.qk_norm) Qwen3MoeForCausalLM; with
+model.attention_window_tokens, MistralForCausalLM in the place of Llama's."""
 EXAMPLE = """example:
   python -m megatron_slm.export_hf --checkpoint runs/slm --output exports/slm
   python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('exports/slm')"
@@ -130,8 +132,12 @@ def _export(
             "checksums.json says; use another step_* folder, or copy it again"
         )
     # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
+    from megatron_slm.convert.hf_config import huggingface_architecture
     from megatron_slm.convert.huggingface import export
+    from megatron_slm.convert.model_card import model_card
     from megatron_slm.convert.stored_state import read_full_state
+
+    class_name, _ = huggingface_architecture(info.model_config())
 
     return export(
         read_full_state(folder),
@@ -141,6 +147,7 @@ def _export(
         dtype=options.dtype,
         overwrite=options.overwrite,
         made_from=made_from,
+        card=model_card(folder, info, Path(os.path.abspath(options.output)).name, class_name),
     )
 
 

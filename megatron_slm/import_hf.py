@@ -15,8 +15,8 @@ from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
 from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import load_tokenizer
 
-DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE;
-safetensors) into a weights checkpoint of ours.
+DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Ministral, Mixtral, Qwen2, Qwen3,
+Qwen3-MoE; safetensors) into a weights checkpoint of ours.
 
 Start from it with --checkpoint.initialize_from OUTPUT, in any parallel layout. The folder's
 tokenizer is recorded in the checkpoint and must be the one the corpora are made with. One process,

@@ -24,6 +24,7 @@ ROPE_SCALING = {
 ROPE = ("rope_base", "rope_scaling", *ROPE_SCALING["llama3"])
 EXPERTS = ("experts_per_token", "renormalize_experts")
 """The fields that a mixture of experts reads, beside the number of experts."""
+WINDOWS = ("attention_window_tokens", "full_attention_layers")
 ARCHITECTURE = (
     "layers",
     "hidden_size",
@@ -32,6 +33,7 @@ ARCHITECTURE = (
     "query_groups",
     "head_size",
     "vocabulary_size",
+    *WINDOWS,
     *ROPE,
     "norm_epsilon",
     "tied_embeddings",
@@ -79,12 +81,15 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     unused = {*ROPE_SCALING["llama3"]} - {*ROPE_SCALING[model.rope_scaling]}
     if not model.experts:
         unused |= {*EXPERTS}
+    if not model.attention_window_tokens:
+        unused.add("full_attention_layers")
     return {name: value for name, value in _resolved(model).items() if name not in unused}
 
 
 def _resolved(model: ModelConfig) -> dict[str, Any]:
     values = {name: getattr(model, name) for name in ARCHITECTURE}
     values["query_groups"] = model.query_groups or model.attention_heads
+    values["full_attention_layers"] = sorted(model.full_attention_layers)
     values["head_size"] = model.head_size or model.hidden_size // max(1, model.attention_heads)
     return values
 

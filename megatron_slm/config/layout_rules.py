@@ -32,6 +32,7 @@ def model_problems(config: Config, world_size: int) -> Iterator[str]:
         if size % parallel.tensor:
             yield f"parallel.tensor: got {parallel.tensor}; it must divide model.{name} ({size})"
     yield from _rope(model)
+    yield from _windows(config)
     yield from _experts(model)
 
 
@@ -41,6 +42,34 @@ def _rope(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.rope_low_frequency_factor: got {low}; expected below "
             f"model.rope_high_frequency_factor ({high})"
+        )
+
+
+def _windows(config: Config) -> Iterator[str]:
+    model, window = config.model, config.model.attention_window_tokens
+    full = model.full_attention_layers
+    if full and not window:
+        yield (
+            f"model.full_attention_layers: got {full} with attention_window_tokens 0; every layer "
+            "attends to the whole sequence: leave it out, or set attention_window_tokens"
+        )
+    if sorted(set(full)) != sorted(full) or not set(full) <= set(range(model.layers)):
+        yield (
+            f"model.full_attention_layers: got {full}; expected different numbers from 0 to "
+            f"{model.layers - 1} (model.layers - 1)"
+        )
+    elif window and len(full) == model.layers:
+        yield (
+            f"model.full_attention_layers: got all {model.layers} layers, so that "
+            f"attention_window_tokens {window} has no effect: set it to 0"
+        )
+    context = config.parallel.context
+    shorter = 0 < window < config.data.sequence_length
+    if shorter and context > 1 and config.device.layers != "torch":
+        yield (
+            f"parallel.context: got {context} with model.attention_window_tokens {window} and "
+            f"device.layers {config.device.layers}; windows across context-parallel ranks are "
+            "implemented in the torch-native layers: set device.layers to torch, or context to 1"
         )
 
 

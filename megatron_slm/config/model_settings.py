@@ -3,7 +3,7 @@
 Other files import these classes from schema.py, which has the whole of a run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatron_slm.config.ranges import (
@@ -83,6 +83,12 @@ class ModelConfig:
     pad_vocabulary_to_multiple_of: Size = 128
     """The embedding is padded to a multiple of this and of the tensor-parallel size; padded columns
     are excluded from every loss."""
+    attention_window_tokens: Count = 0
+    """Sliding-window attention: tokens that a token attends to, itself included (Mistral); 0 = all
+    before it."""
+    full_attention_layers: list[Count] = field(default_factory=list)
+    """Layers, counted from 0, that attend to the whole sequence although attention_window_tokens is
+    set (Qwen-2, Qwen-3, Ministral)."""
     rope_base: Positive = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "linear", "llama3"] = "none"

@@ -1,5 +1,5 @@
-"""Conversion between our checkpoints and Hugging Face folders (Llama, Mistral, Mixtral, Qwen2,
-Qwen3, Qwen3-MoE).
+"""Conversion between our checkpoints and Hugging Face folders (Llama, Mistral, Ministral,
+Mixtral, Qwen2, Qwen3, Qwen3-MoE).
 
 huggingface.py        a whole folder written (export), or read into a checkpoint (import_model)
 model_folder.py       what is known of such a folder before torch is loaded
@@ -10,6 +10,7 @@ folder_kinds.py       advice for folders that hold a model in another form
 hf_tokenizer.py       a SentencePiece model as a tokenizer.json that gives the same ids
 probe_texts.py        texts on which the two are compared
 beside_tokenizer.py   what lies beside a tokenizer and goes with it: templates, end tokens
+model_card.py         README.md of an export
 begin_of_text.py      what that tokenizer adds to a text
 table.py, names.py    the one table of names and transforms, and its use in both directions
 geometry.py           the sizes that the table needs

@@ -1,7 +1,8 @@
 """config.json of an exported model.
 
 Which architecture a model becomes: qk_norm -> Qwen3, qkv_bias -> Qwen2, otherwise Llama; with
-experts, qk_norm -> Qwen3-MoE, otherwise Mixtral. hf_settings.py reads a config.json.
+experts, qk_norm -> Qwen3-MoE, otherwise Mixtral. A sliding window makes a Llama a Mistral, or in
+some layers a Ministral. hf_settings.py reads a config.json.
 """
 
 from collections.abc import Sequence
@@ -47,6 +48,11 @@ def huggingface_architecture(model: ModelConfig) -> tuple[str, str]:
             "model.experts with renormalize_experts: false has no Hugging Face architecture to "
             "export to without model.qk_norm (Qwen3-MoE)"
         )
+    if model.experts and model.full_attention_layers:
+        raise ValueError(
+            "model.full_attention_layers together with model.experts has no Hugging Face "
+            "architecture to export to (in Mixtral and Qwen3-MoE all layers have the window)"
+        )
     if model.experts:
         return (
             ("Qwen3MoeForCausalLM", "qwen3_moe")
@@ -55,7 +61,13 @@ def huggingface_architecture(model: ModelConfig) -> tuple[str, str]:
         )
     if model.qk_norm:
         return "Qwen3ForCausalLM", "qwen3"
-    return ("Qwen2ForCausalLM", "qwen2") if model.qkv_bias else ("LlamaForCausalLM", "llama")
+    if model.qkv_bias:
+        return "Qwen2ForCausalLM", "qwen2"
+    if not model.attention_window_tokens:
+        return "LlamaForCausalLM", "llama"
+    if model.full_attention_layers:
+        return "MinistralForCausalLM", "ministral"
+    return "MistralForCausalLM", "mistral"
 
 
 def huggingface_config(
@@ -92,30 +104,50 @@ def huggingface_config(
         "use_cache": True,
         "torch_dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
     }
+    return config | _of_family(model, model_type) | special_ids(tokenizer, end_ids)
+
+
+def _of_family(model: ModelConfig, model_type: str) -> dict:
+    """The keys of config.json that one family has."""
+    window = model.attention_window_tokens
+    if model_type == "llama":
+        return {"attention_bias": False, "mlp_bias": False}
+    if model_type == "mistral":
+        return {"sliding_window": window}
+    if model_type == "ministral":
+        return {"sliding_window": window, "layer_types": _layer_types(model)}
     if model_type == "mixtral":
-        config |= {
+        return {
             "num_local_experts": model.experts,
             "num_experts_per_tok": model.experts_per_token,
-            "sliding_window": None,
+            "sliding_window": window or None,
         }
-    elif model_type == "qwen3_moe":
-        config |= {
+    windows: dict = {"use_sliding_window": False}
+    if window:
+        windows = {"use_sliding_window": True, "sliding_window": window}
+    if model_type == "qwen3_moe":
+        return windows | {
             "num_experts": model.experts,
             "num_experts_per_tok": model.experts_per_token,
-            "moe_intermediate_size": geometry.ffn_hidden_size,
+            "moe_intermediate_size": model.ffn_hidden_size,
             "norm_topk_prob": model.renormalize_experts,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "attention_bias": False,
-            "use_sliding_window": False,
         }
-    elif model_type == "llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
-    elif model_type == "qwen3":
-        config |= {"attention_bias": False, "use_sliding_window": False}
-    else:
-        config |= {"use_sliding_window": False}
-    return config | special_ids(tokenizer, end_ids)
+    if window:
+        # Versions of transformers before 4.53 read max_window_layers alone: the layers from there
+        # on have the window. It says the same where the full layers are the first ones.
+        full = model.full_attention_layers
+        windows |= {"layer_types": _layer_types(model), "max_window_layers": len(full)}
+    return windows | ({"attention_bias": False} if model_type == "qwen3" else {})
+
+
+def _layer_types(model: ModelConfig) -> list[str]:
+    full = set(model.full_attention_layers)
+    return [
+        "full_attention" if layer in full else "sliding_attention" for layer in range(model.layers)
+    ]
 
 
 def rope_scaling(model: ModelConfig) -> dict | None:

@@ -8,7 +8,7 @@ forks of them follow keys of their own.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+MODEL_TYPES = ("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """The families whose config.json can be read."""
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 _USED = frozenset(
@@ -35,6 +35,7 @@ _CHOSEN_WINDOWS = _WINDOWS | {"use_sliding_window", "max_window_layers"}
 _USED_BY = {
     "llama": frozenset(),
     "mistral": _WINDOWS,
+    "ministral": _WINDOWS,
     "mixtral": _WINDOWS | {"num_local_experts", "num_experts", "num_experts_per_tok"},
     "qwen2": _CHOSEN_WINDOWS,
     "qwen3": _CHOSEN_WINDOWS,

@@ -23,6 +23,10 @@ ROPE_FIELDS = {
     ),
 }
 """The kinds of rotary scaling that are implemented, with the numbers that each reads."""
+FULL, WINDOWED = "full_attention", "sliding_attention"
+"""The kinds of layers, as layer_types names them."""
+WINDOWED_BY_LAYER = ("ministral", "qwen2", "qwen3")
+"""The families whose layers follow layer_types; in the others all layers have the window."""
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 
 
@@ -53,6 +57,7 @@ def model_config(config: dict) -> tuple[ModelConfig, int]:
         query_groups=theirs.num_key_value_heads or theirs.num_attention_heads,
         head_size=_head_size(theirs),
         vocabulary_size=theirs.vocab_size,
+        **_window_settings(theirs),
         **_rope_settings(theirs.rope_parameters),
         norm_epsilon=theirs.rms_norm_eps,
         tied_embeddings=theirs.tie_word_embeddings,
@@ -160,29 +165,34 @@ def _class_problems(theirs: Any) -> Iterator[str]:
 
 
 def _window_problems(theirs: Any) -> Iterator[str]:
-    """A sliding window narrower than the sequences the model was made for."""
+    """Kinds of layers that contradict sliding_window, or that are not implemented."""
     window = getattr(theirs, "sliding_window", None)
     layers = getattr(theirs, "layer_types", None) or []
-    kinds = sorted({*layers} - {"full_attention", "sliding_attention"})
+    kinds = sorted({*layers} - {FULL, WINDOWED})
     if kinds:
-        yield f"layer_types {', '.join(kinds)}: only full_attention is implemented"
-    by_layer = theirs.model_type in ("qwen2", "qwen3")
-    every_layer = "full_attention" if window is None else "sliding_attention"
-    if not by_layer and {*layers} - {every_layer, *kinds}:
-        yield (
-            f"layer_types with sliding_window {window}: in a {theirs.model_type} every layer is "
-            f"{every_layer}"
-        )
-    windowed = "sliding_attention" in layers if by_layer else window is not None
-    if windowed and window is None:
-        yield "layer_types names sliding_attention, but sliding_window is not set, or not used"
-    elif windowed and window < theirs.max_position_embeddings:
-        yield (
-            f"sliding_window {window}, below max_position_embeddings "
-            f"{theirs.max_position_embeddings}: attention over a sliding window is not "
-            "implemented; a model for sequences up to the window is the same model with "
-            f"max_position_embeddings {window}"
-        )
+        yield f"layer_types {', '.join(kinds)}; implemented are {FULL} and {WINDOWED}"
+    if theirs.model_type not in WINDOWED_BY_LAYER:
+        of_every_layer = FULL if window is None else WINDOWED
+        if {*layers} - {of_every_layer, *kinds}:
+            yield (
+                f"layer_types with sliding_window {window}: in a {theirs.model_type} every layer "
+                f"is of {of_every_layer}"
+            )
+    elif WINDOWED in layers and window is None:
+        yield f"layer_types names {WINDOWED}, but sliding_window is not set, or not used"
+    elif len(layers) != theirs.num_hidden_layers:
+        yield f"layer_types is of {len(layers)} layers, the model of {theirs.num_hidden_layers}"
+
+
+def _window_settings(theirs: Any) -> dict[str, Any]:
+    """The fields of ModelConfig about sliding windows."""
+    window = getattr(theirs, "sliding_window", None)
+    full: list[int] = []
+    if theirs.model_type in WINDOWED_BY_LAYER:
+        full = [layer for layer, kind in enumerate(theirs.layer_types) if kind == FULL]
+    if window is None or len(full) == theirs.num_hidden_layers:
+        return {}
+    return {"attention_window_tokens": window, "full_attention_layers": full}
 
 
 def _head_size(theirs: Any) -> int:

@@ -22,6 +22,7 @@ from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
 from megatron_slm.convert.model_folder import (
+    CARD,
     LAST_FILE,
     MADE_FROM,
     ModelFolder,
@@ -53,14 +54,15 @@ def export(
     overwrite: bool = False,
     largest_shard_bytes: int = LARGEST_SHARD_BYTES,
     made_from: dict | None = None,
+    card: str = "",
 ) -> Path:
     """Write `state` (whole tensors under our names, read one at a time) as a Hugging Face model
     folder `output`.
 
     Everything is written beside `output` and renamed, so `output` is either absent, what it was, or
     complete. tokenizer=None leaves the tokenizer out. made_from: kept beside the model, so that a
-    second run knows that it is one. ValueError when `output` holds something and `overwrite` is
-    off, or is on but `output` is not an export.
+    second run knows that it is one. card: the text of README.md, if any. ValueError when `output`
+    holds something and `overwrite` is off, or is on but `output` is not an export.
     """
     output = Path(os.path.abspath(output))
     check_output(output, overwrite)
@@ -87,6 +89,8 @@ def export(
         )
         write_safetensors(tensors, writing, largest_shard_bytes)
         write_json(writing / "generation_config.json", generation)
+        if card:
+            (writing / CARD).write_text(card, encoding="utf-8")
         write_json(writing / MADE_FROM, made_from_note(writing, made_from or {}))
         write_json(writing / LAST_FILE, config)
     except BaseException:

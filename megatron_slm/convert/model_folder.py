@@ -17,6 +17,8 @@ LAST_FILE = "config.json"
 """Written last: a folder that has it is a complete export."""
 MADE_FROM = "made_from.json"
 """In an export: what it was made from, and the sizes of its files."""
+CARD = "README.md"
+"""In an export: the model card, which its user completes."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _sizes_bytes(folder: Path) -> dict[str, int]:
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MADE_FROM, LAST_FILE)
+        if path.is_file() and path.name not in (MADE_FROM, LAST_FILE, CARD)
     }
 
 

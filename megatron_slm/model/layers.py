@@ -21,11 +21,13 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_slm.accelerations import apex_rms_norm
 from megatron_slm.core_versions import expert_parts
 from megatron_slm.model.router import Router
+from megatron_slm.model.window_mask import WindowMask
 
 
 class RMSNorm(torch.nn.Module):
@@ -70,6 +72,10 @@ class CausalAttention(torch.nn.Module):
     is reduce-scattered), put in order, and each of the two query chunks attends to its prefix. A
     mask (bool, True = hidden) has a row per query here and a column per token of the whole
     sequence; it must hide the future itself.
+
+    In a layer with a sliding window of w tokens a query attends to itself and the w - 1 tokens
+    before it. Queries are taken in blocks of at most w, each with the keys that it can see, so that
+    a long sequence costs s * 2w and not s * s.
     """
 
     def __init__(
@@ -82,10 +88,14 @@ class CausalAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection=None,
+        window: WindowMask | None = None,
     ):
         super().__init__()
         self.scale = softmax_scale  # None = 1/sqrt(head size), torch's default
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        skipped = config.window_attn_skip_freq
+        windowed = is_layer_window_attention(config.window_size, skipped, layer_number)
+        self.window = window if windowed else None  # None = the whole sequence
         self.context_group: dist.ProcessGroup | None = None
         if pg_collection is not None and config.context_parallel_size > 1:
             self.context_group = pg_collection.cp
@@ -113,7 +123,9 @@ class CausalAttention(torch.nn.Module):
         else:
             key = key_sbgd.permute(1, 2, 0, 3)
             value = value_sbgd.permute(1, 2, 0, 3)
-            if attention_mask is not None:  # bool, True = hidden, megatron-core's sense
+            if self.window is not None and self.window.window_tokens < query.shape[2]:
+                context = self._attend_windows(query, key, value, attention_mask, self.window)
+            elif attention_mask is not None:  # bool, True = hidden, megatron-core's sense
                 context = self._attend(query, key, value, attn_mask=~attention_mask)
             else:
                 context = self._attend(query, key, value, is_causal=True)
@@ -130,6 +142,21 @@ class CausalAttention(torch.nn.Module):
             **mask,
         )
 
+    def _attend_windows(self, query, key, value, hidden, window: WindowMask, first_query: int = 0):
+        """Queries from place first_query of the sequence on, in blocks of at most a window.
+
+        `hidden`, if any, has their rows and a column per key.
+        """
+        outputs = []
+        for rows in window.blocks(query.shape[2]):
+            block, first = query[:, :, rows], first_query + rows.start
+            seen = window.keys(first, block.shape[2])
+            mask = window.added(first, block.shape[2], like=query)
+            if hidden is not None:
+                mask = (mask == 0) & ~hidden[:, :, rows, seen]
+            outputs.append(self._attend(block, key[:, :, seen], value[:, :, seen], attn_mask=mask))
+        return torch.cat(outputs, dim=2)
+
     def _attend_chunks(self, query, key, value, hidden, context_group: dist.ProcessGroup):
         # Imported here: this module of torch loads torch.compile's tracer, a tenth of the start-up
         # time of a run that has no context parallelism.
@@ -144,6 +171,14 @@ class CausalAttention(torch.nn.Module):
             end = (chunk + 1) * length  # of the prefix that this chunk attends to
             mask = causal_lower_right(length, end) if hidden is None else ~hidden[:, :, rows, :end]
             chunk_query = query[:, :, rows]
+            if self.window is not None and self.window.window_tokens < end:
+                own = None if hidden is None else hidden[:, :, rows]
+                outputs.append(
+                    self._attend_windows(
+                        chunk_query, key, value, own, self.window, first_query=chunk * length
+                    )
+                )
+                continue
             outputs.append(
                 self._attend(chunk_query, key[:, :, :end], value[:, :, :end], attn_mask=mask)
             )
@@ -188,6 +223,9 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention
+    if config.window_size is not None:
+        shared = {"window": WindowMask(config.window_size[0] + 1)}
+        attention.core_attention = ModuleSpec(module=CausalAttention, params=shared)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     this_stage: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)

@@ -69,9 +69,23 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
         "add_qkv_bias": model.qkv_bias,
+        **_windows(model),
         "hidden_dropout": model.dropout,
         "attention_dropout": model.dropout,
         "init_method_std": model.initialization_std,
+    }
+
+
+def _windows(model: ModelConfig) -> dict[str, Any]:
+    """Sliding-window attention; torch-native layers and Transformer Engine's read the same."""
+    if not model.attention_window_tokens:
+        return {}
+    full = set(model.full_attention_layers)
+    return {
+        # (tokens before a token, tokens after it) that it attends to beside itself.
+        "window_size": (model.attention_window_tokens - 1, 0),
+        # By global layer number: 1 = windowed, 0 = the whole sequence.
+        "window_attn_skip_freq": [int(layer not in full) for layer in range(model.layers)],
     }
 
 

@@ -37,6 +37,7 @@ def model_flops_per_token(
       projections  L * 2H(a + 2g)d + L * 2adH      queries, keys and values; output
       core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a
                    causal mask shows on average
+                   L * 4ad(W - W(W - 1)/2S)        in layers with a window of W < S tokens
       feed-forward L * 6HF                         gate, up and down of SwiGLU
                    L * (6HFk + 2HE)                with experts: k of them per token, and the router
       head         2HV                             the embedding is a lookup and costs none
@@ -52,7 +53,18 @@ def model_flops_per_token(
     projections = 2 * model.hidden_size * (2 * query_width + 2 * query_groups * head_size)
     return FlopsPerToken(
         attention_projections=model.layers * projections,
-        attention_core=model.layers * 2 * query_width * (sequence_length + 1),
+        attention_core=_attention_core(model, query_width, sequence_length),
         feed_forward=model.layers * feed_forward,
         head=2 * model.hidden_size * vocabulary_size,
     )
+
+
+def _attention_core(model: ModelConfig, query_width: int, sequence_length: int) -> int:
+    """The attention cores of all layers, with and without a sliding window."""
+    window = model.attention_window_tokens
+    windowed = 0
+    if 0 < window < sequence_length:
+        windowed = model.layers - len(set(model.full_attention_layers))
+    full = (model.layers - windowed) * 2 * query_width * (sequence_length + 1)
+    seen = window * sequence_length - window * (window - 1) // 2  # by all tokens of a sequence
+    return full + windowed * 4 * query_width * seen // sequence_length

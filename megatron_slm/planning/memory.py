@@ -53,7 +53,7 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     head = head_memory(job) if last else None
     chunks = chunks_in_flight(job, stage)
     layers_of_chunk = job.stage_layers / parallel.virtual_pipeline
-    saved = layer_bytes(job) * layers_of_chunk * chunks
+    saved = layer_bytes(job) * layers_of_chunk * chunks + window_mask_bytes(job)
     if last and job.config.model.recompute != "full":
         # With full recomputation it is released before the first layer is computed again, which
         # takes more.
@@ -141,16 +141,44 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     # One byte of mask per value, twice a layer.
     dropped = 2 * model.hidden_size if model.dropout else 0
     experts = expert_bytes_per_token(job) if model.experts else 0
-    document_mask = 0
-    if job.isolated_documents and recompute == "none":
-        # torch's attention keeps a mask of documents as a bias per query and key, whole on every
-        # tensor rank; recomputed, it keeps none.
-        document_mask = job.config.data.sequence_length * width
+    # torch's attention keeps a mask as a bias per query and key, whole on every tensor rank;
+    # recomputed, it keeps none.
+    masked = mask_columns(job) * width if recompute == "none" else 0
     return tokens * (
-        document_mask
+        masked
         + (norms + dropped + experts) / job.sequence_split
         + per_tensor_rank / job.config.parallel.tensor
     )
+
+
+def mask_columns(job: Job) -> float:
+    """Keys per query in the masks that the torch-native attention is given, a mean over layers.
+
+    A mask of documents is over the whole sequence; in a layer with a window of W tokens over the W
+    queries of a block and the at most 2W - 1 keys that they see.
+    """
+    if not job.isolated_documents:
+        return 0
+    length = job.config.data.sequence_length
+    block = min(2 * job.config.model.attention_window_tokens - 1, length)
+    windowed = windowed_fraction(job)
+    return (1 - windowed) * length + windowed * block
+
+
+def windowed_fraction(job: Job) -> float:
+    """The fraction of the layers whose window is shorter than the sequence, where the torch-native
+    attention computes them.
+    """
+    model, length = job.config.model, job.config.data.sequence_length
+    if job.transformer_engine or not 0 < model.attention_window_tokens < length:
+        return 0.0
+    return 1 - len(model.full_attention_layers) / model.layers
+
+
+def window_mask_bytes(job: Job) -> int:
+    """The one mask of a window's blocks that all layers share."""
+    window = job.config.model.attention_window_tokens
+    return window * (2 * window - 1) * job.weight_bytes if windowed_fraction(job) else 0
 
 
 def expert_bytes_per_token(job: Job) -> float:
@@ -183,7 +211,10 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
             whole_sequence = 2 * context * groups * size * width
             return normed + heads * size * width + whole_sequence + 2 * output + lse
         return normed + projection + rotated + output
-    return normed + projection + rotated + output + lse
+    if recompute == "none":
+        # The output of the blocks, and the whole put together.
+        return normed + projection + rotated + output * (1 + windowed_fraction(job)) + lse
+    return normed + projection + rotated + output
 
 
 def norm_input_bytes(job: Job) -> int:

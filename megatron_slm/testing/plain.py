@@ -42,7 +42,7 @@ class PlainDecoder(torch.nn.Module):
         self.routed = []
         hidden_BSH = F.embedding(tokens_BS, self.weight("embedding.word_embeddings.weight"))
         for layer in range(self.model.layers):
-            hidden_BSH = self._layer(hidden_BSH, f"decoder.layers.{layer}.")
+            hidden_BSH = self._layer(hidden_BSH, layer)
         hidden_BSH = self._norm(hidden_BSH, "decoder.final_layernorm.weight")
         head = self.optional_weight("output_layer.weight")
         if head is None:  # tied
@@ -68,9 +68,14 @@ class PlainDecoder(torch.nn.Module):
             rows.append(torch.cat(losses))
         return torch.stack(rows)
 
-    def _layer(self, hidden_BSH: Tensor, prefix: str) -> Tensor:
+    def _layer(self, hidden_BSH: Tensor, layer: int) -> Tensor:
+        prefix = f"decoder.layers.{layer}."
+        full = layer in self.model.full_attention_layers
+        window_tokens = 0 if full else self.model.attention_window_tokens
         normed_BSH = self._norm(hidden_BSH, prefix + "input_layernorm.weight")
-        hidden_BSH = hidden_BSH + self._attention(normed_BSH, prefix + "self_attention.")
+        hidden_BSH = hidden_BSH + self._attention(
+            normed_BSH, prefix + "self_attention.", window_tokens
+        )
         normed_BSH = self._norm(hidden_BSH, prefix + "pre_mlp_layernorm.weight")
         feed_forward = self._mixture if self.model.experts else self._feed_forward
         return hidden_BSH + feed_forward(normed_BSH, prefix + "mlp.")
@@ -119,7 +124,8 @@ class PlainDecoder(torch.nn.Module):
                     balance = balance + part_balance / len(parts) / len(micro_batches)
         return balance, z_loss
 
-    def _attention(self, normed_BSH: Tensor, prefix: str) -> Tensor:
+    def _attention(self, normed_BSH: Tensor, prefix: str, window_tokens: int) -> Tensor:
+        """window_tokens: how many tokens a token sees, itself included; 0 = all before it."""
         model = self.model
         groups = model.query_groups or model.attention_heads
         size = model.head_size or model.hidden_size // model.attention_heads
@@ -139,6 +145,8 @@ class PlainDecoder(torch.nn.Module):
         value = value.repeat_interleave(per_group, dim=2)
         scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(size)
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        if window_tokens:
+            hidden = hidden | torch.ones_like(hidden).tril(-window_tokens)
         context = torch.einsum(
             "bnqk,bknd->bqnd", scores.masked_fill(hidden, -math.inf).softmax(-1), value
         )

@@ -34,9 +34,11 @@ KEEP = 0.6
 EVERY_CASE = ("clm", "data_parallel", "sequence", "global_batch", "keep_all")
 FEW = ("data_parallel",)
 ISOLATED = ("data_parallel", "isolated")
+WINDOWED = ("windowed", "windowed_isolated")
+"""Sliding windows of 5 of the 16 tokens in all layers but the second; several documents too."""
 LAYOUTS = {
-    "single": dict(cases=(*EVERY_CASE, "isolated")),
-    "recompute_selective": dict(recompute="selective", cases=ISOLATED),
+    "single": dict(cases=(*EVERY_CASE, "isolated", *WINDOWED)),
+    "recompute_selective": dict(recompute="selective", cases=(*ISOLATED, "windowed")),
     "recompute_full": dict(recompute="full", cases=ISOLATED),
     "bf16": dict(precision="bf16", cases=FEW),
     "fp16": dict(precision="fp16", cases=FEW),
@@ -44,7 +46,7 @@ LAYOUTS = {
     "tp2": dict(tp=2, cases=EVERY_CASE),
     "pp2": dict(pp=2, cases=(*EVERY_CASE, "isolated")),
     "tp2_sequence_parallel": dict(tp=2, sequence_parallel=True, cases=(*EVERY_CASE, "isolated")),
-    "pp2_virtual2": dict(pp=2, vpp=2, cases=(*EVERY_CASE, "isolated")),
+    "pp2_virtual2": dict(pp=2, vpp=2, cases=(*EVERY_CASE, "isolated", "windowed")),
     "dp2_distributed_optimizer": dict(dp=2, distributed_optimizer=True, cases=EVERY_CASE),
     "dp2_overlap": dict(dp=2, distributed_optimizer=True, overlap=True, cases=EVERY_CASE),
     "dp2_bf16_distributed_optimizer": dict(
@@ -53,7 +55,7 @@ LAYOUTS = {
     "dp2_fp16_distributed_optimizer": dict(
         dp=2, distributed_optimizer=True, precision="fp16", cases=FEW
     ),
-    "cp2": dict(cp=2, cases=(*EVERY_CASE, "isolated")),
+    "cp2": dict(cp=2, cases=(*EVERY_CASE, "isolated", *WINDOWED)),
     "tp2_pp2": dict(tp=2, pp=2, cases=EVERY_CASE),
     "tp2_dp2": dict(tp=2, dp=2, cases=EVERY_CASE),
     "tp2_pp2_sequence_parallel": dict(tp=2, pp=2, sequence_parallel=True, cases=EVERY_CASE),
@@ -105,13 +107,15 @@ def make_config(case: str, layout: dict) -> Config:
         initialization_std=0.1,
         tied_embeddings=case == "sequence",
         recompute=layout.get("recompute", "none"),
+        attention_window_tokens=5 if case in WINDOWED else 0,
+        full_attention_layers=[1] if case in WINDOWED else [],
     )
     config.data = dataclasses.replace(
         config.data,
         sequence_length=LENGTH,
         global_batch_size=SEQUENCES,
         micro_batch_size=POPULATION // layout.get("dp", 1),
-        document_policy="isolated" if case == "isolated" else "packed",
+        document_policy="isolated" if case.endswith("isolated") else "packed",
     )
     config.device.precision = layout.get("precision", "fp32")
     config.device.layers = "torch"
@@ -156,7 +160,7 @@ def train_in_layout(groups, name, layouts=LAYOUTS):
         chunks = unwrap_model(trainer.models)
         before = weights_of(trainer)
         calls = count_calls(chunks)
-        samples = SyntheticSamples(STEPS * SEQUENCES, case == "isolated")
+        samples = SyntheticSamples(STEPS * SEQUENCES, case.endswith("isolated"))
         steps = list(train(trainer, config, local_steps(groups, config, samples, STEPS)))
         if config.parallel.overlap_param_gather:  # the last update's gather is still under way
             for model in trainer.models:
@@ -240,7 +244,7 @@ def plain_rows(case, state):
 
     config = make_config(case, {})
     trainer = PlainTrainer(PlainDecoder(config.model, VOCABULARY, state), config.optimizer)
-    samples = SyntheticSamples(STEPS * SEQUENCES, case == "isolated")
+    samples = SyntheticSamples(STEPS * SEQUENCES, case.endswith("isolated"))
     rows = []
     for step in range(STEPS):
         rows.append(

@@ -42,6 +42,7 @@ CASES = {
     "experts": dict(
         model=MODEL | dict(experts=4, load_balancing_coefficient=0.0), device=dict(precision="bf16")
     ),
+    "windows": dict(model=MODEL | dict(attention_window_tokens=16), device=dict(precision="bf16")),
     "one key head each, fp32": dict(
         model=MODEL | dict(query_groups=0), device=dict(precision="fp32")
     ),
@@ -279,17 +280,17 @@ def test_the_whole_model_is_the_sum_of_its_parts(measured):
 
 @pytest.mark.parametrize("case", CASES)
 def test_executed_flops_are_the_counted_ones(measured, case):
-    """A causal mask hides half of attention's square, and plain products compute it: 2S / (S + 1)
-    times the model's core.
+    """A causal mask hides half of attention's square, and plain products compute it; of a window
+    they compute blocks, the first of 16 x 16 and three of 16 x 31.
     """
     job = planned(case, {})
     forward = forward_flops(job, job.config.model)
-    layers = (
-        forward.attention_projections + forward.feed_forward + forward.attention_core * 2 * 64 / 65
-    )
-    again = {"none": 0, "selective": forward.attention_core * 2 * 64 / 65, "full": layers}[
-        job.config.model.recompute
-    ]
+    seen, computed = 65 / 2, 64.0
+    if job.config.model.attention_window_tokens:
+        seen, computed = 16 - 16 * 15 / 2 / 64, (16 * 16 + 3 * 16 * 31) / 64
+    core = forward.attention_core * computed / seen
+    layers = forward.attention_projections + forward.feed_forward + core
+    again = {"none": 0, "selective": core, "full": layers}[job.config.model.recompute]
     per_token = 3 * layers + again + forward.head * head_products("keep", 0.5)
     assert measured["one"][0][case]["flops"] == pytest.approx(128 * per_token, rel=1e-9)
 

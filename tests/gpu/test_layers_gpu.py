@@ -103,6 +103,43 @@ def test_isolated_documents_do_not_see_each_other(groups):
     assert not torch.allclose(loss[:, 20:], packed[:, 20:], atol=1e-3)
 
 
+NEEDS_TRANSFORMER_ENGINE = pytest.mark.skipif(
+    not has_transformer_engine(), reason="no Transformer Engine"
+)
+
+
+@pytest.mark.parametrize(
+    "layers, precision, tolerance",
+    [
+        ("torch", "fp32", 1e-3),
+        ("torch", "bf16", 5e-2),
+        pytest.param("transformer_engine", "fp32", 1e-3, marks=NEEDS_TRANSFORMER_ENGINE),
+        pytest.param("transformer_engine", "bf16", 5e-2, marks=NEEDS_TRANSFORMER_ENGINE),
+    ],
+)
+@pytest.mark.parametrize("full", [[], [0]])
+def test_a_window_hides_what_lies_before_it(groups, layers, precision, tolerance, full):
+    """Losses are those of the plain decoder, and differ from full attention where they must."""
+    from megatron_slm.model.build import build_model
+    from megatron_slm.testing.plain import PlainDecoder
+
+    windows = {"attention_window_tokens": 10, "full_attention_layers": full}
+    drawn = {"initialization_std": 0.1}
+    loss, _, tokens = losses(groups, precision, layers=layers, model=windows | drawn)
+    config = Config()
+    config.device.layers = "torch"
+    sizes = dict(layers=2, hidden_size=128, ffn_hidden_size=256, attention_heads=4, query_groups=2)
+    config.model = dataclasses.replace(config.model, **sizes, **windows, **drawn)
+    source = build_model(config, VOCABULARY, groups)[0]
+    state = {name: weight.detach().cpu() for name, weight in source.named_parameters()}
+    plain = PlainDecoder(config.model, VOCABULARY, state)
+    with torch.no_grad():
+        expected = plain.loss(tokens.cpu(), tokens.roll(-1, 1).cpu())
+    assert (loss.cpu() - expected).abs().mean() < tolerance
+    without, _, _ = losses(groups, precision, layers=layers, model=drawn)
+    assert (loss - without)[:, 20:].abs().mean() > 0.2
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near_fp32(groups, precision):
     loss, gradient, _ = losses(groups, precision)

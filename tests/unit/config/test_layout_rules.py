@@ -58,6 +58,31 @@ RULES = [
         "got 264",
         "multiple of 64",
     ),
+    (
+        "model.full_attention_layers",
+        dict(model__full_attention_layers=[1]),
+        "attention_window_tokens 0",
+        "leave it out",
+    ),
+    (
+        "model.full_attention_layers",
+        dict(model__attention_window_tokens=8, model__full_attention_layers=[1, 4]),
+        "got [1, 4]",
+        "from 0 to 3",
+    ),
+    (
+        "model.full_attention_layers",
+        dict(model__attention_window_tokens=8, model__full_attention_layers=[0, 1, 2, 3]),
+        "got all 4 layers",
+        "set it to 0",
+    ),
+    (
+        "parallel.context",
+        dict(model__attention_window_tokens=8, parallel__context=2, world_size=2),
+        "windows across context-parallel ranks",
+        "set device.layers to torch",
+    ),
+    ("model.attention_window_tokens", dict(model__attention_window_tokens=-1), "got -1", "0"),
     ("model.experts", dict(model__experts=-1), "got -1", "at least 0"),
     (
         "model.experts_per_token",

@@ -9,7 +9,12 @@ from megatron_slm.config.schema import ModelConfig
 
 # A model in which every field has an effect, and another value of each.
 MODEL = ModelConfig(
-    query_groups=2, head_size=64, vocabulary_size=500, rope_scaling="llama3", experts=4
+    query_groups=2,
+    head_size=64,
+    vocabulary_size=500,
+    rope_scaling="llama3",
+    experts=4,
+    attention_window_tokens=128,
 )
 OTHER = {
     "layers": 5,
@@ -19,6 +24,8 @@ OTHER = {
     "query_groups": 1,
     "head_size": 32,
     "vocabulary_size": 501,
+    "attention_window_tokens": 64,
+    "full_attention_layers": [1],
     "rope_base": 500000.0,
     "rope_scaling": "none",
     "rope_scaling_factor": 2.0,

@@ -24,68 +24,9 @@ from megatron_slm.convert.safetensors_folder import SafetensorsFolder, write_saf
 from megatron_slm.convert.stored_state import FullState, read_full_state
 from megatron_slm.testing.spawn import run_on_cpu
 from megatron_slm.tokenization import load_tokenizer
+from tests.unit.convert.families import PEERS, SIZES, VARIANTS
+from tests.unit.convert.small_models import word_tokenizer
 
-# B = 2 sequences, S = 24 tokens, V = 101 of 128 embedding rows.
-SIZES = dict(
-    layers=4,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    attention_heads=4,
-    vocabulary_size=101,
-    pad_vocabulary_to_multiple_of=64,
-    rope_base=5000.0,
-)
-VARIANTS = {
-    "LlamaForCausalLM": {"query_groups": 2, "norm_epsilon": 1e-6},
-    "Qwen2ForCausalLM": {"query_groups": 2, "qkv_bias": True, "tied_embeddings": True},
-    "Qwen3ForCausalLM": {"query_groups": 4, "qk_norm": True, "head_size": 16},
-    # 24 tokens of context stretched from 16: the five channels lie on both sides of the blend and
-    # in it.
-    "LlamaForCausalLM, llama3": {
-        "head_size": 10,
-        "rope_base": 100.0,
-        "rope_scaling": "llama3",
-        "rope_scaling_factor": 3.0,
-        "rope_original_sequence_length": 16,
-        "rope_low_frequency_factor": 0.5,
-        "rope_high_frequency_factor": 2.0,
-    },
-    "MixtralForCausalLM": {"query_groups": 2, "experts": 4},
-    "Qwen3MoeForCausalLM": {
-        "query_groups": 4,
-        "qk_norm": True,
-        "experts": 4,
-        "experts_per_token": 3,
-        "renormalize_experts": False,
-    },
-    "LlamaForCausalLM, linear": {"rope_scaling": "linear", "rope_scaling_factor": 2.5},
-}
-COMMON = dict(
-    vocab_size=101,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    initializer_range=0.2,
-)
-PEERS = {  # models of transformers that are imported
-    "qwen2": COMMON
-    | {
-        "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 3.0,
-            "original_max_position_embeddings": 16,
-        },
-    },
-    "mixtral": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
 TOKENS_BS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -178,7 +119,7 @@ def runs(tmp_path_factory):
             for parameter in peer.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
         peer.save_pretrained(folder / f"peer_{name}", max_shard_size="40KB")
-        small_tokenizer(folder / f"peer_{name}")
+        word_tokenizer(folder / f"peer_{name}")
         assert (
             import_hf.main(
                 [
@@ -207,13 +148,6 @@ def small_sentencepiece_model() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def small_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models
-
-    ids = {"<unk>": 0, "</s>": 1} | {chr(97 + i): 2 + i for i in range(26)}
-    Tokenizer(models.WordLevel(ids, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -324,6 +258,8 @@ def test_export_is_written_whole_or_not_at_all(runs, tmp_path, capsys):
     arguments = ["--checkpoint", run, "--output", str(output), "--tokenizer", "none"]
     assert export_hf.main(arguments) == 0
     stamp = (output / "config.json").stat().st_mtime_ns
+    with open(output / "README.md", "a") as card:
+        card.write("The licence is Apache 2.0.\n")  # completed by the user
     assert export_hf.main(arguments) == 0
     assert "done before, from step" in capsys.readouterr().out
     assert (output / "config.json").stat().st_mtime_ns == stamp

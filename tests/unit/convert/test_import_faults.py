@@ -108,24 +108,42 @@ def test_several_settings_are_named_at_once(copied, capsys):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes"),
+    ("model_type", "changes", "window", "full"),
     [
-        ("mistral", {"sliding_window": 16}),
-        ("mixtral", {"sliding_window": 16}),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}),
-        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}),
-        ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}),
-        ("mistral", {}),  # absent, it is 4096
+        ("mistral", {"sliding_window": 16}, 16, []),
+        ("mistral", {}, 4096, []),
+        ("mistral", {"sliding_window": None}, 0, []),
+        ("ministral", {}, 4096, []),
+        ("mixtral", {"sliding_window": 16}, 16, []),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, 4096, []),
+        ("qwen2", {"sliding_window": 16, "max_window_layers": 0}, 0, []),
+        (
+            "qwen3",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
+            16,
+            [0],
+        ),
+        (
+            "qwen3",
+            {
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            16,
+            [1],
+        ),
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True}, 0, []),
+        ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}, 16, []),
     ],
 )
-def test_a_window_below_the_sequence_length_is_refused(model_type, changes):
+def test_a_window_is_read_layer_by_layer(model_type, changes, window, full):
     config = small_model(model_type).config.to_dict()
     del config["sliding_window"]
     config.pop("layer_types", None)
-    length = 64 if changes else 8192
-    with pytest.raises(ValueError, match="attention over a sliding window is not implemented"):
-        model_config(config | changes | {"max_position_embeddings": length})
-    assert model_config(config | changes | {"max_position_embeddings": 16})[1] == 16
+    ours, sequence_length = model_config(config | changes)
+    assert (ours.attention_window_tokens, ours.full_attention_layers) == (window, full)
+    assert sequence_length == 64
 
 
 def test_kinds_of_layers_that_contradict_the_window_are_refused():
@@ -133,7 +151,7 @@ def test_kinds_of_layers_that_contradict_the_window_are_refused():
     mixed = {"layer_types": ["full_attention", "sliding_attention"]}
     with pytest.raises(ValueError, match="sliding_window is not set, or not used"):
         model_config(config | mixed)
-    with pytest.raises(ValueError, match="in a mistral every layer is full_attention"):
+    with pytest.raises(ValueError, match="in a mistral every layer is of full_attention"):
         model_config(small_model("mistral").config.to_dict() | mixed)
     chunked = {"layer_types": ["full_attention", "chunked_attention"]}
     with pytest.raises(ValueError, match="layer_types chunked_attention"):
@@ -145,8 +163,6 @@ def test_an_absent_key_has_the_default_of_its_family(model_type):
     """Read from transformers' own class, which differs between families."""
     config = {"model_type": model_type}
     theirs = read_by_transformers(config)
-    if model_type == "mistral":
-        config["sliding_window"] = None
     ours, sequence_length = model_config(config)
     assert sequence_length == theirs.max_position_embeddings
     assert ours.rope_base == theirs.rope_parameters["rope_theta"]

@@ -52,6 +52,17 @@ def test_flops_of_a_mixture_count_the_experts_a_token_is_sent_to():
     )
 
 
+def test_flops_of_a_window_count_the_positions_that_are_seen():
+    window, length = 100, 2048
+    model = replace(TINYLLAMA, attention_window_tokens=window, full_attention_layers=[0, 5])
+    full = model_flops_per_token(TINYLLAMA, length, 32000).attention_core // 22
+    seen = sum(min(position + 1, window) for position in range(length)) / length
+    windowed = model_flops_per_token(model, length, 32000).attention_core
+    assert windowed == pytest.approx(2 * full + 20 * 4 * 2048 * seen, rel=1e-9)
+    wide = replace(TINYLLAMA, attention_window_tokens=length)
+    assert model_flops_per_token(wide, length, 32000).attention_core == 22 * full
+
+
 def test_peaks():
     assert peak_flops_per_second("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert peak_flops_per_second("NVIDIA H100 PCIe", "bf16") == 756e12
