@@ -94,8 +94,10 @@ class CausalAttention(torch.nn.Module):
         self.scale = softmax_scale  # None = 1/sqrt(head size), torch's default
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         skipped = config.window_attn_skip_freq
-        windowed = is_layer_window_attention(config.window_size, skipped, layer_number)
-        self.window = window if windowed else None  # None = the whole sequence
+        self.window: WindowMask | None = None  # None = the whole sequence
+        if is_layer_window_attention(config.window_size, skipped, layer_number):
+            assert config.window_size is not None  # or no layer would have a window
+            self.window = window or WindowMask(config.window_size[0] + 1)
         self.context_group: dist.ProcessGroup | None = None
         if pg_collection is not None and config.context_parallel_size > 1:
             self.context_group = pg_collection.cp
