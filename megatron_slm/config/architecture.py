@@ -19,9 +19,17 @@ ROPE_SCALING = {
         "rope_low_frequency_factor",
         "rope_high_frequency_factor",
     ),
+    "yarn": (
+        "rope_scaling_factor",
+        "rope_original_sequence_length",
+        "rope_beta_fast",
+        "rope_beta_slow",
+        "rope_attention_factor",
+    ),
 }
 """The fields that each kind of scaling reads."""
-ROPE = ("rope_base", "rope_scaling", *ROPE_SCALING["llama3"])
+ROPE_NUMBERS = tuple(dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"]]))
+ROPE = ("rope_base", "rope_scaling", *ROPE_NUMBERS)
 EXPERTS = ("experts_per_token", "renormalize_experts")
 """The fields that a mixture of experts reads, beside the number of experts."""
 WINDOWS = ("attention_window_tokens", "full_attention_layers")
@@ -78,7 +86,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
     Only vocabulary_size stays as it is: what 0 means there, a tokenizer decides.
     """
-    unused = {*ROPE_SCALING["llama3"]} - {*ROPE_SCALING[model.rope_scaling]}
+    unused = {*ROPE_NUMBERS} - {*ROPE_SCALING[model.rope_scaling]}
     if not model.experts:
         unused |= {*EXPERTS}
     if not model.attention_window_tokens:

@@ -43,6 +43,15 @@ def _rope(model: ModelConfig) -> Iterator[str]:
             f"model.rope_low_frequency_factor: got {low}; expected below "
             f"model.rope_high_frequency_factor ({high})"
         )
+    if model.rope_scaling != "yarn":
+        return
+    if model.rope_beta_slow >= model.rope_beta_fast:
+        yield (
+            f"model.rope_beta_slow: got {model.rope_beta_slow}; expected below "
+            f"model.rope_beta_fast ({model.rope_beta_fast})"
+        )
+    if model.rope_base <= 1:
+        yield f"model.rope_base: got {model.rope_base} with rope_scaling yarn; expected above 1"
 
 
 def _windows(config: Config) -> Iterator[str]:

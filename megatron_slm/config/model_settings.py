@@ -91,19 +91,29 @@ class ModelConfig:
     set (Qwen-2, Qwen-3, Ministral)."""
     rope_base: Positive = 10000.0
     """Base of the rotary position embedding."""
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """Stretching of the rotary embedding for longer sequences: linear = every frequency / factor;
-    llama3 = only slow frequencies (Llama 3.1's rule)."""
+    llama3 = only slow frequencies (Llama 3.1's rule); yarn = only slow frequencies, and sharper
+    attention (Qwen-2.5 and Qwen-3 beyond 32,768 tokens)."""
     rope_scaling_factor: Annotated[float, Range(at_least=1)] = 8.0
     """How far rope_scaling stretches; at least 1."""
     rope_original_sequence_length: Size = 8192
-    """Sequence length in tokens before stretching (llama3 only): wavelengths are compared with it.
+    """Sequence length in tokens before stretching (llama3, yarn): wavelengths are compared with it.
     """
     rope_low_frequency_factor: Positive = 1.0
     """Wavelengths above rope_original_sequence_length / this are stretched fully (llama3 only)."""
     rope_high_frequency_factor: Positive = 4.0
     """Wavelengths below rope_original_sequence_length / this are left alone (llama3 only); between
     the two, a linear blend."""
+    rope_beta_fast: Positive = 32.0
+    """Channels that turn more often than this within rope_original_sequence_length are left alone
+    (yarn only)."""
+    rope_beta_slow: Positive = 1.0
+    """Channels that turn less often than this are stretched fully (yarn only); between the two, a
+    linear blend over channels."""
+    rope_attention_factor: NotNegative = 0.0
+    """Factor of rotated queries and of rotated keys (yarn only); 0 = 0.1 ln(rope_scaling_factor) +
+    1."""
     norm_epsilon: Positive = 1e-5
     """Epsilon of RMSNorm."""
     tied_embeddings: bool = False

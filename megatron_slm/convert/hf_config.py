@@ -161,4 +161,12 @@ def rope_scaling(model: ModelConfig) -> dict | None:
             "high_freq_factor": model.rope_high_frequency_factor,
             "original_max_position_embeddings": model.rope_original_sequence_length,
         }
+    if model.rope_scaling == "yarn":
+        scaling |= {
+            "original_max_position_embeddings": model.rope_original_sequence_length,
+            "beta_fast": model.rope_beta_fast,
+            "beta_slow": model.rope_beta_slow,
+        }
+        if model.rope_attention_factor:
+            scaling["attention_factor"] = model.rope_attention_factor
     return scaling

@@ -21,12 +21,14 @@ ROPE_FIELDS = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """The kinds of rotary scaling that are implemented, with the numbers that each reads."""
 FULL, WINDOWED = "full_attention", "sliding_attention"
 """The kinds of layers, as layer_types names them."""
 WINDOWED_BY_LAYER = ("ministral", "qwen2", "qwen3")
 """The families whose layers follow layer_types; in the others all layers have the window."""
+_YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 
 
@@ -124,15 +126,17 @@ def _scaling_problems(key: str, rope: Mapping[str, Any]) -> Iterator[str]:
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in ROPE_FIELDS:
         yield (
-            f"rotary scaling {kind!r} ({key} says {dict(rope)}); implemented are linear and llama3"
+            f"rotary scaling {kind!r} ({key} says {dict(rope)}); implemented are linear, llama3 "
+            "and yarn"
         )
         return
     for name in ROPE_FIELDS[kind]:
         if name != "original_max_position_embeddings" and rope.get(name) is None:
             yield f"{key} of the kind {kind} lacks {name}"
     for name, value in rope.items():
-        no_effect = name == "partial_rotary_factor" and value == 1.0
-        known = name in (*_ROPE_ALWAYS, *ROPE_FIELDS[kind]) or no_effect
+        no_effect = (name, value) in (("partial_rotary_factor", 1.0), ("truncate", True))
+        optional = _YARN_OPTIONS if kind == "yarn" else ()
+        known = name in (*_ROPE_ALWAYS, *ROPE_FIELDS[kind], *optional) or no_effect
         if value is not None and not known:
             yield f"{key} has {name} {value!r}, which the kind {kind} does not read here"
 
@@ -149,6 +153,13 @@ def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
             "rope_low_frequency_factor": float(rope["low_freq_factor"]),
             "rope_high_frequency_factor": float(rope["high_freq_factor"]),
             "rope_original_sequence_length": int(rope["original_max_position_embeddings"]),
+        }
+    if kind == "yarn":
+        settings |= {
+            "rope_original_sequence_length": int(rope["original_max_position_embeddings"]),
+            "rope_beta_fast": float(rope.get("beta_fast") or 32),
+            "rope_beta_slow": float(rope.get("beta_slow") or 1),
+            "rope_attention_factor": float(rope.get("attention_factor") or 0),
         }
     return settings
 

@@ -8,6 +8,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_slm.accelerations import has_module
 from megatron_slm.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_slm.model.rope import attention_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -70,6 +71,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "add_bias_linear": False,
         "add_qkv_bias": model.qkv_bias,
         **_windows(model),
+        "softmax_scale": attention_scale(model),
         "hidden_dropout": model.dropout,
         "attention_dropout": model.dropout,
         "init_method_std": model.initialization_std,

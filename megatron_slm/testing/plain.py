@@ -163,7 +163,11 @@ class PlainDecoder(torch.nn.Module):
         )
         angle = torch.cat([angle, angle], dim=-1)[None, :, None]
         first, second = x_BSnd.chunk(2, dim=-1)
-        return x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
+        turned = x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
+        if self.model.rope_scaling != "yarn":
+            return turned
+        factor = self.model.rope_scaling_factor
+        return turned * (self.model.rope_attention_factor or 0.1 * math.log(factor) + 1)
 
     def _stretched(self, frequency: float) -> float:
         model = self.model
@@ -171,6 +175,8 @@ class PlainDecoder(torch.nn.Module):
             return frequency
         if model.rope_scaling == "linear":
             return frequency / model.rope_scaling_factor
+        if model.rope_scaling == "yarn":
+            return self._stretched_by_yarn(frequency)
         wavelength_tokens = 2 * math.pi / frequency
         length = model.rope_original_sequence_length
         if wavelength_tokens < length / model.rope_high_frequency_factor:
@@ -181,6 +187,20 @@ class PlainDecoder(torch.nn.Module):
             model.rope_high_frequency_factor - model.rope_low_frequency_factor
         )
         return (1 - kept) * frequency / model.rope_scaling_factor + kept * frequency
+
+    def _stretched_by_yarn(self, frequency: float) -> float:
+        """Each pair of channels by its number, 0 for the fastest."""
+        model = self.model
+        pairs = (model.head_size or model.hidden_size // model.attention_heads) / 2
+
+        def number(frequency: float) -> float:
+            return -math.log(frequency) / math.log(model.rope_base) * pairs
+
+        once = 2 * math.pi / model.rope_original_sequence_length
+        first = max(0, math.floor(number(once * model.rope_beta_fast)))
+        last = min(2 * pairs - 1, math.ceil(number(once * model.rope_beta_slow)))
+        share = min(1.0, max(0.0, (round(number(frequency)) - first) / (last - first or 0.001)))
+        return frequency * (share / model.rope_scaling_factor + 1 - share)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return self._scaled(x, self.weight(name))

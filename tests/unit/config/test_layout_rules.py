@@ -59,6 +59,18 @@ RULES = [
         "multiple of 64",
     ),
     (
+        "model.rope_beta_slow",
+        dict(model__rope_scaling="yarn", model__rope_beta_slow=40.0),
+        "got 40.0",
+        "below model.rope_beta_fast (32.0)",
+    ),
+    (
+        "model.rope_base",
+        dict(model__rope_scaling="yarn", model__rope_base=1.0),
+        "got 1.0",
+        "above 1",
+    ),
+    (
         "model.full_attention_layers",
         dict(model__full_attention_layers=[1]),
         "attention_window_tokens 0",

@@ -4,7 +4,12 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_slm.config.architecture import ARCHITECTURE, RUN_CHOICES, architecture_differences
+from megatron_slm.config.architecture import (
+    ARCHITECTURE,
+    RUN_CHOICES,
+    architecture,
+    architecture_differences,
+)
 from megatron_slm.config.schema import ModelConfig
 
 # A model in which every field has an effect, and another value of each.
@@ -32,6 +37,9 @@ OTHER = {
     "rope_original_sequence_length": 4096,
     "rope_low_frequency_factor": 2.0,
     "rope_high_frequency_factor": 8.0,
+    "rope_beta_fast": 16.0,
+    "rope_beta_slow": 2.0,
+    "rope_attention_factor": 1.5,
     "norm_epsilon": 1e-6,
     "tied_embeddings": True,
     "qkv_bias": True,
@@ -58,9 +66,12 @@ def test_every_setting_is_architecture_or_a_choice_of_the_run():
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
 def test_another_architecture_is_seen(name):
-    found = architecture_differences(MODEL, replace(MODEL, **{name: OTHER[name]}))
+    model = MODEL
+    if name not in architecture(model):
+        model = replace(MODEL, rope_scaling="yarn")  # the field has no effect under llama3
+    found = architecture_differences(model, replace(model, **{name: OTHER[name]}))
     assert [(each.field, each.checkpoint, each.configuration) for each in found] == [
-        (name, getattr(MODEL, name), OTHER[name])
+        (name, getattr(model, name), OTHER[name])
     ]
 
 

@@ -51,6 +51,15 @@ VARIANTS = {
         "experts": 4,
         "attention_window_tokens": 7,
     },
+    "Qwen3ForCausalLM, yarn": {
+        "qk_norm": True,
+        "head_size": 16,
+        "rope_scaling": "yarn",
+        "rope_scaling_factor": 4.0,
+        "rope_original_sequence_length": 12,
+        "rope_beta_fast": 1.5,
+        "rope_beta_slow": 0.2,
+    },
     "LlamaForCausalLM, linear": {"rope_scaling": "linear", "rope_scaling_factor": 2.5},
 }
 COMMON = dict(
@@ -80,6 +89,16 @@ PEERS = {  # models of transformers that are imported
     # Its own defaults: rope_theta 1e6, rms_norm_eps 1e-5.
     "mixtral": {name: value for name, value in COMMON.items() if name != "rms_norm_eps"}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
+    "llama": COMMON
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.3,
+        },
+    },
     "mistral": COMMON | {"sliding_window": 7},
     "ministral": COMMON
     | {

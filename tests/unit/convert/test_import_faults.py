@@ -59,6 +59,7 @@ def change_tensors(source: Path, change) -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "code of its own"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; expected silu"),
         ({"rope_scaling": YARN}, "both rope_parameters"),
-        ({"rope_scaling": YARN, "rope_parameters": "absent"}, "rotary scaling 'yarn'"),
+        ({"rope_scaling": DYNAMIC, "rope_parameters": "absent"}, "rotary scaling 'dynamic'"),
+        (
+            {"rope_scaling": YARN | {"mscale": 2.0}, "rope_parameters": "absent"},
+            "has mscale 2.0, which the kind yarn does not read here",
+        ),
+        (
+            {"rope_scaling": YARN | {"truncate": False}, "rope_parameters": "absent"},
+            "has truncate False",
+        ),
         ({"rope_theta": 5.0}, "rope_theta is given as 5.0 and as 500.0"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0}},

@@ -150,8 +150,8 @@ def test_derived_buffers_of_older_exports_are_passed_over():
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
-            "rotary scaling 'yarn'.*implemented are linear and llama3",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
+            "rotary scaling 'longrope'.*implemented are linear, llama3 and yarn",
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
         ({"attention_bias": True}, "attention_bias"),
