@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 CARRIED = "megatron_slm._checkout"
 BESIDE_THE_LIBRARY = ("tokenizer", "data_tools", "launch")
 
-library = find_packages(include=["megatron_slm*"]) + ["megatron_slm.evaluation.tasks"]  # data
+library = [*find_packages(include=["megatron_slm*"]), "megatron_slm.evaluation.tasks"]  # data
 beside = find_packages(include=["tokenizer*", "data_tools*"])
 beside += ["launch", "launch.recipes", "launch.pipelines"]  # data, and scripts that are no modules
 carried = [f"{CARRIED}.{name}" for name in beside]
