@@ -4,9 +4,11 @@ head, and every CPU side of the step benchmark runs.
 
 import math
 import weakref
+from types import SimpleNamespace
 
 from benchmarks.step import CASES, LIMITS
 from benchmarks.step_sides import Bench, Shape, Side, differences
+from benchmarks.train_loop import measure
 from megatron_slm.testing.spawn import run_on_cpu
 
 SHAPE = Shape(
@@ -52,3 +54,16 @@ def test_the_first_step_equals_megatron_cores_and_every_side_runs():
     assert {"precomputed", "online"} <= kept.keys()
     assert still_held == [], "a side that no case needs any more is freed before the next is built"
     assert set(kept.values()) == {math.ceil(SHAPE.keep_fraction * SHAPE.tokens)}
+
+
+def run_the_loop(groups, folder) -> tuple[list[float], list[float]]:
+    options = SimpleNamespace(steps=2, rounds=3, clock="cpu")
+    turns = measure(SHAPE, groups, options, folder)
+    return turns.loop_seconds, turns.bare_seconds
+
+
+def test_the_loop_and_bare_steps_take_turns(tmp_path):
+    ((loop, bare),) = run_on_cpu(run_the_loop, tmp_path)
+    assert len(loop) == len(bare) == 3
+    assert min(loop + bare) > 0.0
+    assert (tmp_path / "run" / "metrics.jsonl").exists(), "the loop has not logged"
