@@ -4,16 +4,18 @@ B: sequences, S: tokens of a sequence on this rank, T: tokens of a whole sequenc
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.selection.radix import kept_on_device
 from megatron_slm.selection.rankable import check_same_shape, rankable
 from megatron_slm.selection.schedule import check_keep_fraction
 from megatron_slm.selection.select import Selection
-from megatron_slm.selection.threshold import all_gather, kept_tokens, other_ranks
+from megatron_slm.selection.threshold import all_gather, other_ranks
 
 
 def top_of_sequences(
@@ -38,27 +40,52 @@ def top_of_sequences(
     local_BS = rankable(score_BS, eligible_BS)
     score_BT = _whole_rows(local_BS, cp_group)
     eligible_B = (score_BT > -math.inf).sum(1)
-    kept_B = _kept_of_rows(keep_fraction, eligible_B)
+    kept_B = kept_on_device(keep_fraction, eligible_B)
     sorted_BT = score_BT.sort(dim=1, descending=True).values
     threshold_B = _take(sorted_BT, kept_B).masked_fill(kept_B == 0, math.inf)
     tie_BT = score_BT == threshold_B[:, None]
     ties_B = tie_BT.sum(1)
     ties_kept_B = kept_B - (score_BT > threshold_B[:, None]).sum(1)
     mask_BS = local_BS >= threshold_B[:, None]
-    if bool((ties_B > ties_kept_B).any()):
+    found = _Found.read(threshold_B, kept_B, eligible_B, ties_B, ties_kept_B)
+    if found.broken_ties:
         id_BS = _position_in_row(local_BS, cp_group) if token_id_BS is None else token_id_BS
         id_BT = _whole_rows(id_BS, cp_group)
         last_id_B = _last_kept_id_of_rows(id_BT, tie_BT, ties_kept_B, ties_B)
         mask_BS &= (local_BS > threshold_B[:, None]) | (id_BS <= last_id_B[:, None])
-    known_B = threshold_B[kept_B > 0]
-    threshold = float(known_B.double().mean()) if known_B.numel() else math.inf
-    kept, eligible, ties = torch.stack([kept_B.sum(), eligible_B.sum(), ties_B.sum()]).tolist()
-    return Selection(mask_BS, threshold, kept, eligible, ties)
+    return Selection(mask_BS, found.threshold, found.kept, found.eligible, found.ties)
 
 
-def _kept_of_rows(keep_fraction: float, eligible_B: Tensor) -> Tensor:
-    kept = [kept_tokens(keep_fraction, eligible) for eligible in eligible_B.tolist()]
-    return torch.tensor(kept, dtype=torch.int64, device=eligible_B.device)
+class _Found(NamedTuple):
+    """What the host has to know of all rows."""
+
+    threshold: float
+    kept: int
+    eligible: int
+    ties: int
+    broken_ties: bool
+    """Whether some row keeps only some of the tokens that equal its threshold."""
+
+    @classmethod
+    def read(
+        cls,
+        threshold_B: Tensor,
+        kept_B: Tensor,
+        eligible_B: Tensor,
+        ties_B: Tensor,
+        ties_kept_B: Tensor,
+    ) -> "_Found":
+        """Everything at once: one wait for the device. A tie to be broken costs another."""
+        values = (threshold_B, kept_B, eligible_B, ties_B, ties_kept_B)
+        rows = torch.stack([value.double() for value in values]).t().tolist()
+        known = [threshold for threshold, kept, *_ in rows if kept > 0]
+        return cls(
+            torch.tensor(known, dtype=torch.float64).mean().item() if known else math.inf,
+            sum(int(kept) for _, kept, *_ in rows),
+            sum(int(eligible) for *_, eligible, _, _ in rows),
+            sum(int(ties) for *_, ties, _ in rows),
+            any(ties > ties_kept for *_, ties, ties_kept in rows),
+        )
 
 
 def _whole_rows(local_BS: Tensor, cp_group: ProcessGroup | None) -> Tensor:
