@@ -200,12 +200,11 @@ class Stock:
             self.optimizer = build_optimizer(self.models, bench.config)
 
     def step(self) -> float:
-        from megatron_slm.model.optimizer import set_learning_rate
+        from megatron_slm.model.optimizer import update_weights
 
         self.backward(self.bench.batch.loss_mask_BS)
-        set_learning_rate(self.optimizer, LEARNING_RATE)
-        _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm)
+        _, grad_norm = update_weights(self.optimizer, LEARNING_RATE)
+        return grad_norm
 
     def backward(self, weight_BS: torch.Tensor) -> None:
         """Gradient of the mean loss under token weights, in main_grad; plain CLM: the loss mask."""
@@ -240,7 +239,8 @@ def stock_model(
     from megatron_slm.model.transformer_config import transformer_config
 
     on_gpu = groups.device.type == "cuda"
-    core_config = transformer_config(config, on_gpu=on_gpu)
+    layers = resolve_layers(config, on_gpu)
+    core_config = transformer_config(config, on_gpu=on_gpu, layers=layers)
     core_config.cross_entropy_loss_fusion = fused_loss
     layers = resolve_layers(config, on_gpu)
     model = GPTModel(

@@ -83,6 +83,18 @@ def fused_layers_problem(on_gpu: bool, layers: str, setting: str) -> str:
     return "" if has_module("triton") else "triton is not installed"
 
 
+def transformer_engine_swiglu() -> type[torch.nn.Module] | None:
+    """Transformer Engine's SwiGLU(): silu(first half) * second half, one pass each way.
+
+    None where it is not installed, and in versions before 1.13.
+    """
+    if not has_transformer_engine():
+        return None
+    import transformer_engine.pytorch as engine
+
+    return getattr(getattr(engine, "ops", None), "SwiGLU", None)
+
+
 def fp8_problem(layers: str, recipe: str) -> str:
     """Why fp8 products are not available here; "" when they are."""
     if layers != "transformer_engine":

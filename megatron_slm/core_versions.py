@@ -57,15 +57,15 @@ def _is_no_notice(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_NOTICES[record.name])
 
 
-def expert_parts(layer: Any) -> Any:
-    """The MoESubmodules in the spec of a transformer layer that is a mixture of experts.
+def mlp_parts(layer: Any) -> Any:
+    """The MLPSubmodules in the spec of a transformer layer; MoESubmodules for a mixture of experts.
 
-    0.16.1 describes the mixture by a ModuleSpec, 0.19.2 by functools.partial(MoELayer, ...).
+    0.16.1 describes it by a ModuleSpec, 0.19.2 by functools.partial(MLP or MoELayer, ...).
     """
-    mixture = layer.submodules.mlp
-    if isinstance(mixture, functools.partial):
-        return mixture.keywords["submodules"]
-    return mixture.submodules
+    described = layer.submodules.mlp
+    if isinstance(described, functools.partial):
+        return described.keywords["submodules"]
+    return described.submodules
 
 
 def planned_save_arguments() -> tuple[str, ...]:

@@ -23,7 +23,7 @@ FACTS_OF_ONE_VERSION = {
             "dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
             "if _results_queue is None:",
         ),
-        # core_versions.expert_parts.
+        # core_versions.mlp_parts.
         (
             "models.gpt.moe_module_specs:get_moe_module_spec_for_backend",
             "moe_module_spec = ModuleSpec( module=MoELayer, submodules=MoESubmodules(",

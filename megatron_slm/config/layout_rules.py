@@ -173,12 +173,12 @@ def parallel_problems(config: Config, world_size: int) -> Iterator[str]:
             f"data.sequence_length: got {config.data.sequence_length}; this layout cuts a "
             f"sequence into {pieces} equal pieces: use a multiple of {pieces}"
         )
-    if parallel.overlap_param_gather and not (
+    if parallel.overlap_param_gather is True and not (
         parallel.distributed_optimizer and parallel.overlap_grad_reduce
     ):
         yield (
             "parallel.overlap_param_gather: got true; it needs distributed_optimizer: true and "
-            "overlap_grad_reduce: true"
+            "overlap_grad_reduce: true or auto"
         )
 
 

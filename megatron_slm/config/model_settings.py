@@ -173,8 +173,8 @@ class ParallelConfig:
     """Sequence parallelism: split norms and residuals over the tensor group (needs tensor > 1)."""
     distributed_optimizer: bool = False
     """Shard optimizer state (and fp32 main weights) over the data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while backward still runs."""
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | Literal["auto"] = "auto"
+    """Reduce gradients while backward still runs; auto: on GPUs, where several ranks add theirs."""
+    overlap_param_gather: bool | Literal["auto"] = "auto"
     """Gather updated weights while the next forward runs (needs distributed_optimizer and
-    overlap_grad_reduce)."""
+    overlap_grad_reduce); auto: on GPUs, where both are on."""

@@ -64,11 +64,7 @@ def _decoder(
     config: Config, vocabulary_size: int, groups: Groups, layers: str, vp_stage: int | None
 ) -> Decoder:
     """One pipeline chunk, its weights not yet drawn."""
-    core_config = transformer_config(
-        config,
-        on_gpu=groups.device.type == "cuda",
-        grouped_experts=layers == "transformer_engine",
-    )
+    core_config = transformer_config(config, on_gpu=groups.device.type == "cuda", layers=layers)
     decoder = Decoder(
         core_config,
         layer_spec(core_config, layers, vp_stage),

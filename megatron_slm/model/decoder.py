@@ -55,6 +55,8 @@ class Decoder(GPTModel):
     vocabulary_size: int
     extra_outputs: tuple[str, ...] = ()
     head_engine: Literal["torch", "liger"] = "torch"
+    accumulates_head_gradient: bool = False
+    """The gradient of the head's weight is added to its main_grad in the product that makes it."""
 
     def forward(self, *arguments: Any, head_weights: Tensor | None = None, **named: Any):
         # GPTModel.forward hands loss_mask on to _postprocess and reads it for multi-token
@@ -109,7 +111,7 @@ class Decoder(GPTModel):
             "vocabulary_size": self.vocabulary_size,
             "tp_group": tp_group if tp_group.size() > 1 else None,
             "sequence_parallel": self.config.sequence_parallel,
-            "accumulate_into_main_grad": self.config.gradient_accumulation_fusion,
+            "accumulate_into_main_grad": self.accumulates_head_gradient,
         }
 
 

@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_slm.accelerations import apex_rms_norm
-from megatron_slm.core_versions import expert_parts
+from megatron_slm.accelerations import apex_rms_norm, transformer_engine_swiglu
+from megatron_slm.core_versions import mlp_parts
 from megatron_slm.model.router import Router
 from megatron_slm.model.window_mask import WindowMask
 
@@ -61,6 +61,26 @@ class RMSNorm(torch.nn.Module):
             hidden_sbh.float(), (hidden_sbh.shape[-1],), self.weight.float(), self.epsilon
         )
         return normed.to(hidden_sbh.dtype)
+
+
+class EngineSwiGLU(torch.nn.Module):
+    """Transformer Engine's SwiGLU, silu(first half) * second half, without a place in checkpoints.
+
+    As a child module it would add its quantization state to every checkpoint, and megatron-core
+    0.16.1 asks it for a sharded_state_dict that it does not have.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        operation = transformer_engine_swiglu()
+        assert operation is not None  # transformer_config asks for it only where it is
+        self.unregistered = (operation(),)
+
+    def forward(self, both_halves: torch.Tensor) -> torch.Tensor:
+        return self.unregistered[0](both_halves)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        return {}
 
 
 class CausalAttention(torch.nn.Module):
@@ -208,7 +228,9 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
             qk_layernorm=config.qk_layernorm,
         )
         if config.num_moe_experts:
-            expert_parts(layer).router = Router
+            mlp_parts(layer).router = Router
+        elif config.use_te_activation_func:
+            mlp_parts(layer).activation_func = EngineSwiGLU
         return layer
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -219,7 +241,7 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts:
-        expert_parts(layer).router = Router
+        mlp_parts(layer).router = Router
         # Transformer Engine fuses no norm into a mixture and stores it under its own name; the same
         # is done here, so that checkpoints fit both.
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]

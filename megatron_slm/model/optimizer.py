@@ -4,12 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from megatron_slm.config.overlap import decide_overlap
 from megatron_slm.config.schema import Config
+from megatron_slm.config.sizes import data_parallel_size
 from megatron_slm.model.decoder import head_weight
 from megatron_slm.model.gradient_norm import clip_gradients, gradient_norm
 from megatron_slm.model.outside_optimizer import MakeOptimizer, put_inside
@@ -21,13 +24,18 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wrap each chunk: gradients are summed in fp32 over data x context ranks, and divided once,
     later, by our own count.
+
+    On a GPU the head, and Transformer Engine's layers, add their weights' gradients to the fp32
+    sums themselves: no gradient in the model's precision is written, rounded and added.
     """
-    parallel = config.parallel
+    on_gpu = next(chunks[0].parameters()).is_cuda
+    ranks = data_parallel_size(config, dist.get_world_size()) * config.parallel.context
+    overlap = decide_overlap(config, on_gpu=on_gpu, ranks=ranks)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
     models = [
@@ -35,8 +43,23 @@ def wrap_data_parallel(
         for i, chunk in enumerate(chunks)
     ]
     for model in models:
+        if on_gpu:
+            accumulate_in_products(model)
         _wait_for_the_heads_weight(model)
     return models
+
+
+def accumulate_in_products(model: DistributedDataParallel) -> None:
+    """Let the head and Transformer Engine's layers add their gradients to main_grad.
+
+    Transformer Engine needs no apex for it, but megatron-core builds no model with this fusion
+    where apex is not: its own linear layers use apex's. So it is switched on after building.
+    """
+    decoder = get_attr_wrapped_model(model, "post_process", return_model_obj=True)
+    decoder.accumulates_head_gradient = True
+    for module in decoder.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _wait_for_the_heads_weight(model: DistributedDataParallel) -> None:
@@ -83,7 +106,7 @@ def build_optimizer(
             loss_scale_window=settings.loss_scale_window_steps,
             hysteresis=settings.loss_scale_hysteresis_steps,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
+            overlap_param_gather=models[0].ddp_config.overlap_param_gather,
         ),
         models,
     )

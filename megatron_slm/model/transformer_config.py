@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_slm.accelerations import has_module
+from megatron_slm.accelerations import has_module, transformer_engine_swiglu
 from megatron_slm.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_slm.model.rope import attention_scale
 
@@ -23,19 +23,16 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 _LOAD_BALANCING = {"sequence": "seq_aux_loss", "micro_batch": "aux_loss"}
 
 
-def transformer_config(
-    config: Config, *, on_gpu: bool, grouped_experts: bool = False
-) -> TransformerConfig:
-    """megatron-core's TransformerConfig for our settings.
-
-    `grouped_experts`: one grouped matrix product over a rank's experts (Transformer Engine).
-    """
+def transformer_config(config: Config, *, on_gpu: bool, layers: str = "torch") -> TransformerConfig:
+    """megatron-core's TransformerConfig for our settings; layers: torch or transformer_engine."""
     dtype = DTYPES[config.device.precision]
+    engine = layers == "transformer_engine"
     return TransformerConfig(
         **_architecture(config.model),
         **_layout(config.parallel),
         **_RECOMPUTE[config.model.recompute],
-        **_experts(config.model, config.parallel, grouped_experts),
+        **_experts(config.model, config.parallel, grouped=engine),
+        **_fusions(config.model, on_gpu, engine),
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         params_dtype=dtype,
@@ -46,13 +43,28 @@ def transformer_config(
         # The loss stays a sum; gradients are divided once, by the global selected count
         # (docs/method.md#point-1).
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=on_gpu and has_module("fused_weight_gradient_mlp_cuda"),
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
-        masked_softmax_fusion=False,
     )
+
+
+def _fusions(model: ModelConfig, on_gpu: bool, engine: bool) -> dict[str, Any]:
+    """Passes that are one kernel; training/acceleration_rows.py says which are on.
+
+    engine: the layers are Transformer Engine's, whose norms and dropout are fused without being
+    asked. Its gradients go to main_grad by wrap_data_parallel, and by apex's extension here.
+    """
+    # The SwiGLU of experts also weighs tokens, which Transformer Engine's does not: there
+    # megatron-core's compiled one needs fewer passes.
+    swiglu = engine and not model.experts and transformer_engine_swiglu() is not None
+    return {
+        "apply_rope_fusion": engine,
+        "use_te_activation_func": swiglu,
+        "bias_activation_fusion": on_gpu and not swiglu,
+        "bias_dropout_fusion": on_gpu,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": on_gpu and has_module("fused_weight_gradient_mlp_cuda"),
+    }
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_slm.config.overlap import decide_overlap
 from megatron_slm.planning.job import Job, head_size, query_groups
 from megatron_slm.planning.parameters import stage_parameters
 from megatron_slm.selection.populations import GATHER_MAX_TOKENS_ACCELERATOR
@@ -200,17 +201,18 @@ def _data(job: Job, stage: int) -> Iterator[Traffic]:
     held = stage_parameters(job, stage)
     dense = _Group(job.data_parallel * parallel.context, parallel.tensor)
     expert = _Group(job.expert_data_parallel, job.expert_tensor * parallel.expert)
+    overlap = decide_overlap(job.config, on_gpu=job.fused, ranks=dense.ranks)
     for suffix, owners, count in (("", dense, held.dense), (" of experts", expert, held.experts)):
         sent = count * (owners.ranks - 1) / owners.ranks
         if parallel.distributed_optimizer:
             name = f"reduce-scatter of gradients{suffix}"
-            yield _traffic(job, "data", name, owners, 4 * sent, parallel.overlap_grad_reduce)
+            yield _traffic(job, "data", name, owners, 4 * sent, overlap.grad_reduce)
             name = f"all-gather of weights{suffix}"
-            overlaps = parallel.overlap_param_gather
-            yield _traffic(job, "data", name, owners, job.weight_bytes * sent, overlaps)
+            weight_bytes = job.weight_bytes * sent
+            yield _traffic(job, "data", name, owners, weight_bytes, overlap.param_gather)
         else:
             name = f"all-reduce of gradients{suffix}"
-            yield _traffic(job, "data", name, owners, 8 * sent, parallel.overlap_grad_reduce)
+            yield _traffic(job, "data", name, owners, 8 * sent, overlap.grad_reduce)
 
 
 def _tied_embedding(job: Job, stage: int) -> Iterator[Traffic]:

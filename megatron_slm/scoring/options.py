@@ -252,7 +252,7 @@ def forward_only_problems(parallel: ParallelConfig, device: DeviceConfig, work: 
     unused = [
         name
         for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
-        if getattr(parallel, name)
+        if getattr(parallel, name) is True
     ]
     problems = [
         f"parallel.{name}: got true; {work} has no gradients, leave it out" for name in unused

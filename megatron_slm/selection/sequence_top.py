@@ -76,15 +76,15 @@ class _Found(NamedTuple):
         ties_kept_B: Tensor,
     ) -> "_Found":
         """Everything at once: one wait for the device. A tie to be broken costs another."""
-        values = (threshold_B, kept_B, eligible_B, ties_B, ties_kept_B)
-        rows = torch.stack([value.double() for value in values]).t().tolist()
-        known = [threshold for threshold, kept, *_ in rows if kept > 0]
+        columns_5B = torch.stack([threshold_B.double(), kept_B, eligible_B, ties_B, ties_kept_B])
+        thresholds, kept, eligible, ties, ties_kept = columns_5B.tolist()
+        known = [threshold for threshold, count in zip(thresholds, kept, strict=True) if count > 0]
         return cls(
             torch.tensor(known, dtype=torch.float64).mean().item() if known else math.inf,
-            sum(int(kept) for _, kept, *_ in rows),
-            sum(int(eligible) for *_, eligible, _, _ in rows),
-            sum(int(ties) for *_, ties, _ in rows),
-            any(ties > ties_kept for *_, ties, ties_kept in rows),
+            int(sum(kept)),
+            int(sum(eligible)),
+            int(sum(ties)),
+            ties != ties_kept,
         )
 
 

@@ -6,6 +6,7 @@ from megatron_slm.accelerations import (
     fused_layers_problem,
     has_module,
     has_transformer_engine,
+    transformer_engine_swiglu,
 )
 from megatron_slm.config.schema import DeviceConfig
 from megatron_slm.device import Device
@@ -36,7 +37,7 @@ def acceleration_rows(
         _rotary_row(on_gpu, layers, settings),
         _swiglu_row(on_gpu, layers, settings, experts),
         _optimizer_row(on_gpu, apex) if optimizer == "adamw" else ("optimizer", optimizer, ""),
-        _fusion_row(on_gpu, apex),
+        _fusion_row(on_gpu, layers, apex),
         _fp8_row(on_gpu, layers, settings),
         ("apex", apex.replace("_", " "), _describe_apex(apex)),
     ]
@@ -88,14 +89,25 @@ def _norm_row(on_gpu: bool, layers: str, settings: DeviceConfig, apex: str) -> R
 
 
 def _rotary_row(on_gpu: bool, layers: str, settings: DeviceConfig) -> Row:
+    feature = "fused rotary embedding"
+    if layers == "transformer_engine":
+        return feature, "Transformer Engine", ""
     why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
-    return "fused rotary embedding", "off" if why else "Triton", why
+    return feature, "off" if why else "Triton", why
 
 
 def _swiglu_row(on_gpu: bool, layers: str, settings: DeviceConfig, experts: bool) -> Row:
     feature = "fused SwiGLU"
     if not on_gpu:
         return feature, "off", "no CUDA"
+    if layers == "transformer_engine":
+        if experts:
+            why = "Transformer Engine's does not weigh the tokens of experts"
+        elif transformer_engine_swiglu() is None:
+            why = "Transformer Engine has one from version 1.13 on"
+        else:
+            return feature, "Transformer Engine", ""
+        return feature, "torch.compile", why
     why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
     if not why and experts:
         why = "the Triton pass does not weigh the tokens of experts"
@@ -113,13 +125,15 @@ def _optimizer_row(on_gpu: bool, apex: str) -> Row:
     return "optimizer", "AdamW, torch, fused", why
 
 
-def _fusion_row(on_gpu: bool, apex: str) -> Row:
+def _fusion_row(on_gpu: bool, layers: str, apex: str) -> Row:
     feature = "gradient-accumulation fusion"
     if not on_gpu:
         return feature, "off", "no CUDA"
+    if layers == "transformer_engine":
+        return feature, "Transformer Engine", ""
     if has_module("fused_weight_gradient_mlp_cuda"):
-        return feature, "on", ""
-    return feature, "off", f"apex: {_describe_apex(apex)}"
+        return feature, "apex", ""
+    return feature, "head only", f"layers need apex: {_describe_apex(apex)}"
 
 
 def _fp8_row(on_gpu: bool, layers: str, settings: DeviceConfig) -> Row:

@@ -1,12 +1,13 @@
 """The rows of the start table about the layout: how the model and the batch are spread."""
 
+from megatron_slm.config.overlap import decide_overlap
 from megatron_slm.config.schema import Config, ParallelConfig
 from megatron_slm.training.acceleration_rows import Row
 
 RECOMPUTED = {"selective": "attention cores", "full": "every layer"}
 
 
-def layout_rows(config: Config, dp_size: int) -> list[Row]:
+def layout_rows(config: Config, dp_size: int, *, on_gpu: bool) -> list[Row]:
     """How the model and the batch are spread, and what of it is hidden or recomputed."""
     parallel = config.parallel
     return [
@@ -23,8 +24,7 @@ def layout_rows(config: Config, dp_size: int) -> list[Row]:
         _data_row(parallel, dp_size),
         *_expert_rows(config),
         _switch_row(parallel, "distributed optimizer", "distributed_optimizer"),
-        _gradient_reduction_row(parallel, dp_size),
-        _switch_row(parallel, "parameter gather overlapped", "overlap_param_gather"),
+        *_overlap_rows(config, dp_size, on_gpu),
         _accumulation_row(config, dp_size),
         _recomputation_row(config.model.recompute),
     ]
@@ -69,12 +69,27 @@ def _expert_rows(config: Config) -> list[Row]:
     ]
 
 
-def _gradient_reduction_row(parallel: ParallelConfig, dp_size: int) -> Row:
-    feature = "gradient reduction overlapped"
-    if parallel.overlap_grad_reduce and dp_size * parallel.context == 1:
-        why = "nothing to reduce over: data parallel x context parallel is 1"
-        return feature, "no effect", why
-    return _switch_row(parallel, feature, "overlap_grad_reduce")
+def _overlap_rows(config: Config, dp_size: int, on_gpu: bool) -> list[Row]:
+    """Gradients reduced during backward, and weights gathered during forward."""
+    parallel = config.parallel
+    ranks = dp_size * parallel.context
+    overlap = decide_overlap(config, on_gpu=on_gpu, ranks=ranks)
+    alone = "nothing to reduce over: data parallel x context parallel is 1"
+    no_need = alone if ranks == 1 else "no CUDA"
+    reduction = "gradient reduction overlapped"
+    gather = "parameter gather overlapped"
+    if not overlap.grad_reduce:
+        asked = parallel.overlap_grad_reduce is False
+        why = "parallel.overlap_grad_reduce is false" if asked else no_need
+        rows = [(reduction, "off", why)]
+    else:
+        rows = [(reduction, "no effect", alone) if ranks == 1 else (reduction, "on", "")]
+    if overlap.param_gather:
+        return [*rows, (gather, "on", "")]
+    for name in ("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce"):
+        if getattr(parallel, name) is False:
+            return [*rows, (gather, "off", f"parallel.{name} is false")]
+    return [*rows, (gather, "off", no_need)]
 
 
 def _accumulation_row(config: Config, dp_size: int) -> Row:

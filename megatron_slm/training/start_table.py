@@ -104,7 +104,7 @@ def start_table(
         optimizer=config.optimizer.kind,
         experts=config.model.experts > 0,
     )
-    layout = layout_rows(config, groups.dp_size)
+    layout = layout_rows(config, groups.dp_size, on_gpu=device.kind == "cuda")
     return StartTable(facts, layout, accelerations, on_gpu=device.kind == "cuda")
 
 

@@ -82,4 +82,4 @@ def test_the_parts_of_a_mixture_in_either_spec():
         functools.partial(print, submodules=parts),
     ):
         layer = SimpleNamespace(submodules=SimpleNamespace(mlp=mixture))
-        assert core_versions.expert_parts(layer) is parts
+        assert core_versions.mlp_parts(layer) is parts

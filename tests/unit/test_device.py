@@ -266,7 +266,7 @@ def test_the_start_table_says_why_an_acceleration_is_off(package):
     }
     assert on_gpu["fused norm"] == on_gpu["fused rotary embedding"] == ("Triton", "")
     assert on_gpu["fp8"] == ("off", "it needs Transformer Engine layers")
-    assert on_gpu["gradient-accumulation fusion"][0] == "off"
+    assert on_gpu["gradient-accumulation fusion"][0] == "head only"
     assert "pip uninstall apex" in on_gpu["gradient-accumulation fusion"][1]
 
 
@@ -325,8 +325,9 @@ def test_the_start_table_says_what_is_on(package):
     assert (native["fused norm"], native["optimizer"], native["gradient-accumulation fusion"]) == (
         "apex",
         "AdamW, apex",
-        "on",
+        "apex",
     )
+    assert native["fused rotary embedding"] == native["fused SwiGLU"] == "Triton"
     engine = {
         feature: state
         for feature, state, _ in acceleration_rows(
@@ -358,3 +359,35 @@ def test_fp8_is_refused_where_the_hardware_has_none(monkeypatch, capability, rec
         else problem in fp8_problem("transformer_engine", recipe)
     )
     assert "torch-native" in fp8_problem("torch", recipe)
+
+
+@pytest.mark.parametrize(
+    "operation, experts, swiglu",
+    [
+        (object, False, ("Transformer Engine", "")),
+        (object, True, ("torch.compile", "does not weigh")),
+        (None, False, ("torch.compile", "from version 1.13 on")),
+    ],
+)
+def test_the_start_table_says_which_passes_transformer_engine_makes(
+    monkeypatch, operation, experts, swiglu
+):
+    import torch
+
+    from megatron_slm.training import acceleration_rows as table
+
+    monkeypatch.setattr(table, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(table, "transformer_engine_swiglu", lambda: operation)
+    rows = {
+        feature: (state, why)
+        for feature, state, why in acceleration_rows(
+            Device("cuda", torch.device("cuda"), "nccl"),
+            "transformer_engine",
+            DeviceConfig(),
+            experts=experts,
+        )
+    }
+    assert rows["fused SwiGLU"][0] == swiglu[0]
+    assert swiglu[1] in rows["fused SwiGLU"][1]
+    for feature in ("fused norm", "fused rotary embedding", "gradient-accumulation fusion"):
+        assert rows[feature] == ("Transformer Engine", ""), feature

@@ -10,11 +10,14 @@ from megatron_slm.training.layout_rows import layout_rows
 from megatron_slm.training.start_table import StartTable, describe_data
 
 
-def rows(dp_size: int = 1, recompute: str = "none", **parallel) -> dict[str, tuple[str, str]]:
+def rows(
+    dp_size: int = 1, recompute: str = "none", on_gpu: bool = False, **parallel
+) -> dict[str, tuple[str, str]]:
     config = Config()
     config.parallel = dataclasses.replace(config.parallel, **parallel)
     config.model.recompute = recompute
-    return {feature: (state, why) for feature, state, why in layout_rows(config, dp_size)}
+    table = layout_rows(config, dp_size, on_gpu=on_gpu)
+    return {feature: (state, why) for feature, state, why in table}
 
 
 def test_one_process_has_everything_off_with_a_reason():
@@ -59,7 +62,7 @@ def test_a_full_layout_has_sizes():
 def test_experts_have_rows_of_their_own():
     config = Config()
     config.model.experts, config.parallel.expert, config.parallel.tensor = 8, 4, 2
-    table = {feature: state for feature, state, _ in layout_rows(config, 2)}
+    table = {feature: state for feature, state, _ in layout_rows(config, 2, on_gpu=False)}
     assert table["expert parallel"] == "4"
     assert table["experts, tensor parallel"] == "2"
     assert "expert parallel" not in rows(2)
@@ -71,11 +74,39 @@ def test_what_is_asked_for_and_has_nothing_to_do_is_said():
     assert rows(2, tensor=2)["sequence parallel"][1] == "parallel.sequence is false"
 
 
+def test_communication_is_hidden_on_gpus_where_there_is_any():
+    def overlapped(dp_size: int, **settings) -> list[tuple[str, str]]:
+        table = rows(dp_size, **settings)
+        return [table[f"{name} overlapped"] for name in ("gradient reduction", "parameter gather")]
+
+    alone = "nothing to reduce over: data parallel x context parallel is 1"
+    both = {"on_gpu": True, "distributed_optimizer": True}
+    assert overlapped(2, **both) == [("on", ""), ("on", "")]
+    assert overlapped(1, context=2, **both) == [("on", ""), ("on", "")]
+    assert overlapped(1, **both) == [("off", alone), ("off", alone)]
+    assert overlapped(2, distributed_optimizer=True) == [("off", "no CUDA"), ("off", "no CUDA")]
+    assert overlapped(2, on_gpu=True) == [
+        ("on", ""),
+        ("off", "parallel.distributed_optimizer is false"),
+    ]
+    assert overlapped(2, overlap_grad_reduce=False, **both) == [
+        ("off", "parallel.overlap_grad_reduce is false"),
+        ("off", "parallel.overlap_grad_reduce is false"),
+    ]
+    # A gather that is asked for brings the reduction it needs.
+    assert overlapped(2, distributed_optimizer=True, overlap_param_gather=True) == [
+        ("on", ""),
+        ("on", ""),
+    ]
+
+
 ACCELERATIONS = [("device", "cpu", "gloo collectives"), ("fp8", "off", "no CUDA")]
 
 
 def table_of(on_gpu: bool) -> StartTable:
-    return StartTable({"run folder": "runs/a"}, layout_rows(Config(), 1), ACCELERATIONS, on_gpu)
+    return StartTable(
+        {"run folder": "runs/a"}, layout_rows(Config(), 1, on_gpu=on_gpu), ACCELERATIONS, on_gpu
+    )
 
 
 def test_the_short_table_names_all_that_is_off_in_one_row():
@@ -97,7 +128,7 @@ def test_on_a_gpu_an_acceleration_that_is_off_keeps_its_reason():
 def test_what_is_on_is_shown_as_in_the_full_table():
     config = Config()
     config.parallel.tensor = 2
-    table = StartTable({}, layout_rows(config, 2), ACCELERATIONS, on_gpu=False)
+    table = StartTable({}, layout_rows(config, 2, on_gpu=False), ACCELERATIONS, on_gpu=False)
     short = table.short(Path("table"))
     assert (short["tensor parallel"], short["data parallel"]) == ("2", "2")
     assert "tensor" not in short["off"]
