@@ -30,7 +30,8 @@ def head_memory(job: Job) -> HeadMemory:
     keep: one value per logit while that fits 2 GiB: 2 bytes in bf16 on a GPU, 4 in fp32. Scratch in
     forward: C·V fp32 logits. In backward of bf16 on a GPU: gradient rows, 6C·V of 2 bytes unless
     the kept values are overwritten in place, beside the logits when they are computed again. The
-    weight's gradient V·H is made in fp32 and cast to the weight's type.
+    weight's gradient V·H is added to main_grad on a GPU, where autograd gets a placeholder of the
+    weight's type; on a CPU it is made in fp32 and cast to that type.
     """
     tokens, columns, hidden = job.rank_tokens, job.head_columns, job.config.model.hidden_size
     low = job.config.device.precision != "fp32"
@@ -44,7 +45,9 @@ def head_memory(job: Job) -> HeadMemory:
     if not in_place:
         gradient_rows = min(6 * chunk, tokens) * columns * 2 if low else logits
     again = logits if mode == "recompute" and low else 0
-    weight_gradient = columns * hidden * (4 + (2 if low else 0))
+    weight_gradient = columns * hidden * (2 if low else 4)
+    if low and not job.fused:
+        weight_gradient += columns * hidden * 4
     forward = 0 if mode == "keep" and not low else logits
     backward = gradient_rows + again + weight_gradient
     return HeadMemory(mode, kept if mode == "keep" else 12 * tokens, max(forward, backward))
