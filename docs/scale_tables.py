@@ -169,7 +169,7 @@ def memory_by_hand(plan: Plan) -> list[str]:
     parameters = value(TERMS_8B["Parameters of one tensor rank"][-1][1])
     per_token = sum(value(expression) for _, expression in list(TERMS_8B.values())[1])
     activations = 32 * 8192 * per_token + 8192 * 4096 * (2 + 2) / 2
-    head = 8192 * 64128 * 2 + 64128 * 4096 * (4 + 2)
+    head = 8192 * 64128 * 2 + 64128 * 4096 * 2
     memory = plan.memory[0]
     assert parameters == plan.stages[0].total
     assert activations == memory.activations
@@ -183,8 +183,8 @@ def memory_by_hand(plan: Plan) -> list[str]:
         f"{gib(memory.optimizer)}.",
         f"- Activations: 32 layers × 8192 tokens × {per_token:,.0f} bytes, and the last norm's "
         f"8192 × 4096 × (2 + 2) / 2 = {gib(activations)}.",
-        "- Head, keep mode: 8192 × 64128 kept values of 2 bytes, and in backward the weight's "
-        f"gradient of 64128 × 4096 in fp32 and bf16 = {gib(head)}.",
+        "- Head, keep mode: 8192 × 64128 kept values of 2 bytes, and in backward a placeholder of "
+        f"the weight's gradient, 64128 × 4096 in bf16 = {gib(head)}.",
     ]
 
 
