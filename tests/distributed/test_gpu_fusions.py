@@ -94,7 +94,8 @@ def mlps(groups) -> dict:
         for parameter in mlp.parameters():
             parameter.data.normal_(0, 0.02, generator=generator)
         hidden = torch.randn(4, 2, config.hidden_size, generator=generator)
-        names = (sorted(mlp.state_dict()), sorted(mlp.sharded_state_dict("mlp.")))
+        sharded = mlp.sharded_state_dict("mlp.", metadata={"dp_cp_group": groups.dp_cp})
+        names = (sorted(mlp.state_dict()), sorted(sharded))
         found[engine] = (mlp(hidden)[0].detach(), names)
     return found
 
