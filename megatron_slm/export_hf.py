@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         return 3 if isinstance(error, ChangedFile) else 2
     try:
         output = _export(folder, info, tokenizer, options, made_from)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return 3
     print(f"exported step {info.step} of {folder} to {output}")

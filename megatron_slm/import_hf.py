@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_slm.convert.huggingface import import_model
 
         folder = import_model(source, checkpoints, options.dtype)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"import_hf: {error}", file=sys.stderr)
         return 3
     print(

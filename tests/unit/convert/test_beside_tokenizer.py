@@ -82,6 +82,23 @@ def test_only_an_export_of_ours_is_overwritten(imported, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in original.glob("*.*")} == before
 
 
+def test_an_export_that_fails_leaves_the_earlier_one(imported, tmp_path, capsys, monkeypatch):
+    from megatron_slm.convert import huggingface
+
+    output = tmp_path / "out"
+    assert exported(imported, output) == 0
+    before = {path.name: path.read_bytes() for path in output.glob("*.*")}
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(huggingface, "write_safetensors", full_disk)
+    assert exported(imported, output, "--overwrite", "--dtype", "bf16") == 3
+    assert "export_hf: no space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in output.glob("*.*")} == before
+    assert not list(tmp_path.glob(".writing*"))
+
+
 def test_weights_in_fp16_are_the_nearest_and_never_infinite(imported, tmp_path, capsys):
     assert exported(imported, tmp_path / "half", "--dtype", "fp16") == 0
     half, source = SafetensorsFolder(tmp_path / "half"), SafetensorsFolder(tmp_path / "chat")
