@@ -13,8 +13,8 @@ from megatron_slm.config.load import ConfigError
 from megatron_slm.evaluation.harness_settings import read_settings
 
 needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None,
-    reason="lm-evaluation-harness is not installed (pip install lm_eval)",
+    not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))),
+    reason="lm-evaluation-harness and its model hf are not installed (pip install 'lm_eval[hf]')",
 )
 TASKS = {
     "local_choice": {
