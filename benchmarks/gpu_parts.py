@@ -44,6 +44,7 @@ def gpu_parts() -> list[Part]:
     return [
         _program("step", step.CASES, "G", 20),
         _program("head", head.CASES, "G", 6),
+        Part("train_loop", ("train-loop",), _loop_command, 60),
         Part("tests", _test_files(), _test_command, 25),
     ]
 
@@ -64,6 +65,10 @@ def _program(
 
     names = tuple(case for case in cases if case.startswith(letter))
     return Part(name, names, command, seconds_per_case)
+
+
+def _loop_command(_: list[str]) -> list[str]:
+    return ["-m", "benchmarks.train_loop", "--device", "cuda", "--steps", "10"]
 
 
 def _test_files() -> tuple[str, ...]:

@@ -183,11 +183,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def result(turns: Turns, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
-    """What is printed: seconds per step of both sides, their ratio, and where it was measured."""
+    """What is printed: seconds of a step of both sides, their ratio, and where it was measured."""
     ratios = [a / b for a, b in zip(turns.loop_seconds, turns.bare_seconds, strict=True)]
     ratio = statistics.median(ratios)
     return {
         "case": "train-loop",
+        "ours": "loop",
+        "peer": "bare steps",
+        "measure": "time",
         "layers": shape.layers,
         "hidden": shape.hidden,
         "tokens": shape.tokens,
@@ -198,8 +201,8 @@ def result(turns: Turns, shape: Shape, options: argparse.Namespace) -> dict[str,
         "clock": "wall" if turns.wall else "cpu",
         "blocks": len(ratios),
         "block_steps": options.steps,
-        "loop_seconds_per_step": round(statistics.median(turns.loop_seconds) / options.steps, 5),
-        "bare_seconds_per_step": round(statistics.median(turns.bare_seconds) / options.steps, 5),
+        "ours_median_seconds": round(statistics.median(turns.loop_seconds) / options.steps, 5),
+        "peer_median_seconds": round(statistics.median(turns.bare_seconds) / options.steps, 5),
         "ratio": round(ratio, 4),
         "ratio_min": round(min(ratios), 4),
         "ratio_max": round(max(ratios), 4),

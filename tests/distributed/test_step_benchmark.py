@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from benchmarks.step import CASES, LIMITS
 from benchmarks.step_sides import Bench, Shape, Side, differences
-from benchmarks.train_loop import measure
+from benchmarks.train_loop import measure, result
 from megatron_slm.testing.spawn import run_on_cpu
 
 SHAPE = Shape(
@@ -56,14 +56,16 @@ def test_the_first_step_equals_megatron_cores_and_every_side_runs():
     assert set(kept.values()) == {math.ceil(SHAPE.keep_fraction * SHAPE.tokens)}
 
 
-def run_the_loop(groups, folder) -> tuple[list[float], list[float]]:
-    options = SimpleNamespace(steps=2, rounds=3, clock="cpu")
+def run_the_loop(groups, folder) -> tuple[list[float], list[float], dict]:
+    options = SimpleNamespace(steps=2, rounds=3, clock="cpu", threads=1)
     turns = measure(SHAPE, groups, options, folder)
-    return turns.loop_seconds, turns.bare_seconds
+    return turns.loop_seconds, turns.bare_seconds, result(turns, SHAPE, options)
 
 
 def test_the_loop_and_bare_steps_take_turns(tmp_path):
-    ((loop, bare),) = run_on_cpu(run_the_loop, tmp_path)
+    ((loop, bare, row),) = run_on_cpu(run_the_loop, tmp_path)
     assert len(loop) == len(bare) == 3
     assert min(loop + bare) > 0.0
+    assert row["blocks"] == 3
+    assert row["missed"] == (row["ratio"] > row["gate"])
     assert (tmp_path / "run" / "metrics.jsonl").exists(), "the loop has not logged"

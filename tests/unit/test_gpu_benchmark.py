@@ -93,7 +93,7 @@ def test_a_dry_run_shows_every_gpu_case_and_test_file(capsys):
     cases = [name for cases in (head.CASES, step.CASES) for name in cases if name[0] == "G"]
     assert all(name in printed for name in cases)
     assert "test_step_gpu.py" in printed
-    assert [found.name for found in gpu_parts()] == ["step", "head", "tests"]
+    assert [found.name for found in gpu_parts()] == ["step", "head", "train_loop", "tests"]
 
 
 def test_a_file_of_tests_is_one_row(tmp_path):
