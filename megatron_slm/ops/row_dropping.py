@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from megatron_slm.ops.row_moves import has_gradient
+
 
 class _RowsWithGradient:
     """Which rows of one layer's output carried a gradient in the backward now running."""
@@ -34,7 +36,8 @@ class _RecordRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _RowsContext, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.with_gradient.rows = grad.ne(0).any(-1, keepdim=True)
+        rows_N = has_gradient(grad.flatten(0, -2))
+        ctx.with_gradient.rows = rows_N.view(*grad.shape[:-1], 1)
         return grad, None
 
 

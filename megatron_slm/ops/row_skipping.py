@@ -5,12 +5,15 @@ in attention's output projection and in its query, because only keys and values 
 loss to another token. `skip_zero_gradient_rows(last_layer)` leaves those rows out. Below the last
 layer every token receives some gradient; row_dropping.py drops it, which is not exact.
 
+What it costs is in row_moves.py: the rows of a transformer layer are looked for once, in the
+gradient of its last product, and gathered for each product.
+
 Legend: N rows (tokens, flattened), K rows with a gradient, I and O input and output features of
 this rank, B blocks of output features, P features of one part of a block.
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -18,8 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from megatron_slm.ops.matmul import accumulate_weight_gradient
+from megatron_slm.ops.row_moves import Rows
 from megatron_slm.ops.vocab_parallel import all_gather_rows, reduce_scatter_rows
 from megatron_slm.ops.weight_gradient import ParameterWithMainGrad, placeholder_gradient
+
+Place = Literal["alone", "first", "inner", "last"]
+"""Of a linear among those that share a layer's rows; forward runs from first to last."""
 
 
 def linear_skipping_zero_rows(
@@ -35,17 +42,20 @@ def linear_skipping_zero_rows(
     gtp_remat_size: int = 1,
     blocks: int = 1,
     head_columns: int = 0,
+    layer_rows: "LayerRows | None" = None,
+    place: Place = "alone",
 ) -> Tensor:
     """F.linear(input, weight, bias), whose backward products leave out all-zero gradient rows.
 
     The gradients are exact. The arguments are those of megatron-core's
     linear_with_grad_accumulation_and_async_allreduce, so that it can stand in for that function,
-    and two more:
+    and four more:
 
     blocks, head_columns   the output's columns are `blocks` equal blocks (key/value groups). The
-                           first `head_columns` of each (the group's queries) leave out their own
-                           zero rows, the others (its key and value) theirs. 0 = all columns leave
-                           out the same rows.
+                           first `head_columns` of each (the group's queries) leave out their
+                           zero rows, the others (its key and value) none: a selected token's loss
+                           reaches nearly all earlier ones. 0 = all columns leave out their rows.
+    layer_rows, place      the linears of one layer that share the rows; where this one stands.
 
     Collectives carry all rows, as megatron-core's do: another tensor rank may have other zero rows.
     """
@@ -72,7 +82,30 @@ def linear_skipping_zero_rows(
         tp_group if several_ranks and allreduce_dgrad else None,
         tp_group if several_ranks and sequence_parallel else None,
         (blocks, head_columns),
+        (layer_rows, place),
     )
+
+
+class LayerRows:
+    """The rows with a gradient in one transformer layer, in the backward now running.
+
+    Its linears act on one token at a time, and so does what lies between them, but for keys and
+    values: in backward a row that is zero at the layer's output stays zero down to the queries.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Rows | None = None
+
+    def of(self, grad_NBP: Tensor, place: Place) -> Rows:
+        """The rows of a linear's gradient. Without any of this backward they are looked for."""
+        rows = self.rows
+        if place == "last" or rows is None or rows.count != len(grad_NBP):
+            rows = Rows.with_gradient(grad_NBP)
+        # Kept from the layer's last linear, the first of backward, until its first has used them.
+        self.rows = rows if place == "last" else self.rows
+        if place == "first":
+            self.rows = None
+        return rows
 
 
 class _LinearContext(FunctionCtx):
@@ -85,6 +118,7 @@ class _LinearContext(FunctionCtx):
     shard_group: dist.ProcessGroup | None
     """Ranks over which the input's rows are sharded; None = each has all rows."""
     columns: tuple[int, int]
+    sharing: tuple[LayerRows | None, Place]
     has_bias: bool
     saved_tensors: tuple[Tensor, ...]
 
@@ -100,12 +134,14 @@ class _LinearSkippingZeroRows(torch.autograd.Function):
         reduce_group: dist.ProcessGroup | None,
         shard_group: dist.ProcessGroup | None,
         columns: tuple[int, int],
+        sharing: tuple[LayerRows | None, Place],
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.parameter = cast(ParameterWithMainGrad, weight) if fused else None
         ctx.reduce_group = reduce_group
         ctx.shard_group = shard_group
         ctx.columns = columns
+        ctx.sharing = sharing
         ctx.has_bias = bias is not None
         rows = input if shard_group is None else all_gather_rows(input, shard_group)
         output = rows @ weight.t()
@@ -117,8 +153,8 @@ class _LinearSkippingZeroRows(torch.autograd.Function):
         grad_NO = grad_output.reshape(-1, grad_output.shape[-1])
         whole = input if ctx.shard_group is None else all_gather_rows(input, ctx.shard_group)
         input_NI = whole.reshape(-1, input.shape[-1])
-        parts = [_NonzeroRows(grad_NBP) for grad_NBP in _parts(grad_NO, 1, *ctx.columns)]
-        grad_input = _input_gradient(parts, _parts(weight, 0, *ctx.columns), input_NI)
+        parts = _gathered(_parts(grad_NO, 1, *ctx.columns), *ctx.sharing)
+        grad_input = _input_gradient(parts, _parts(weight, 0, *ctx.columns))
         pending = None
         if ctx.reduce_group is not None:  # runs while the weight's gradient is computed
             pending = dist.all_reduce(grad_input, group=ctx.reduce_group, async_op=True)
@@ -133,7 +169,7 @@ class _LinearSkippingZeroRows(torch.autograd.Function):
         grad_input = grad_input.view(*grad_output.shape[:-1], input.shape[-1])
         if ctx.shard_group is not None:
             grad_input = reduce_scatter_rows(grad_input, ctx.shard_group)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _parts(tensor: Tensor, dim: int, blocks: int, head_columns: int) -> list[Tensor]:
@@ -147,60 +183,47 @@ def _parts(tensor: Tensor, dim: int, blocks: int, head_columns: int) -> list[Ten
     return list(grouped.split([head_columns, grouped.shape[dim + 1] - head_columns], dim=dim + 1))
 
 
-class _NonzeroRows:
-    """The rows of one part [N, blocks, features] that have a gradient."""
+class _Part(NamedTuple):
+    """One part of the output features."""
 
-    def __init__(self, grad_NBP: Tensor):
-        index_K = grad_NBP.ne(0).any(2).any(1).nonzero().squeeze(1)
-        every_row = len(index_K) == len(grad_NBP)
-        self.index_K = None if every_row else index_K
-        """None when all rows have a gradient."""
-        self.grad_KP = (grad_NBP if every_row else grad_NBP[index_K]).flatten(1)
-
-    def of(self, rows_NI: Tensor) -> Tensor:
-        return rows_NI if self.index_K is None else rows_NI[self.index_K]
-
-    def add_to(self, total_NI: Tensor, values_KI: Tensor) -> None:
-        if self.index_K is None:
-            total_NI += values_KI
-        else:
-            total_NI.index_add_(0, self.index_K, values_KI)
+    rows: Rows
+    grad_KP: Tensor
 
 
-def _input_gradient(
-    parts: list[_NonzeroRows], weights_BPI: list[Tensor], input_NI: Tensor
-) -> Tensor:
-    """The gradient of the input, summed over the parts.
+def _gathered(grads_NBP: list[Tensor], layer_rows: LayerRows | None, place: Place) -> list[_Part]:
+    """The first part's rows with a gradient, and all rows of the second."""
+    first = grads_NBP[0]
+    rows = Rows.with_gradient(first) if layer_rows is None else layer_rows.of(first, place)
+    parts = [_Part(rows, rows.of(first))]
+    for grad_NBP in grads_NBP[1:]:
+        every_row = Rows(len(grad_NBP), None)
+        parts.append(_Part(every_row, every_row.of(grad_NBP)))
+    return parts
 
-    If the largest part has all N rows, its product is the initial sum; the products of the other
-    parts are added to their rows.
-    """
-    pairs = sorted(zip(parts, weights_BPI, strict=True), key=lambda pair: -len(pair[0].grad_KP))
+
+def _input_gradient(parts: list[_Part], weights_BPI: list[Tensor]) -> Tensor:
+    """The gradient of the input, summed over the parts: those with all rows first."""
     total_NI: Tensor | None = None
-    for part, weight_BPI in pairs:
-        product_KI = part.grad_KP @ weight_BPI.flatten(0, 1)
-        if total_NI is None and part.index_K is None:
-            total_NI = product_KI
-            continue
-        if total_NI is None:
-            total_NI = torch.zeros_like(input_NI)
-        part.add_to(total_NI, product_KI)
+    for part, weight_BPI in reversed(list(zip(parts, weights_BPI, strict=True))):
+        total_NI = part.rows.spread(part.grad_KP @ weight_BPI.flatten(0, 1), total_NI)
     assert total_NI is not None, "there is at least one part"
     return total_NI
 
 
-def _weight_gradient(parts: list[_NonzeroRows], input_NI: Tensor, blocks: int) -> Tensor:
-    products = [(part.grad_KP.t() @ part.of(input_NI)).unflatten(0, (blocks, -1)) for part in parts]
+def _weight_gradient(parts: list[_Part], input_NI: Tensor, blocks: int) -> Tensor:
+    products = [
+        (part.grad_KP.t() @ part.rows.of(input_NI)).unflatten(0, (blocks, -1)) for part in parts
+    ]
     whole = products[0] if len(products) == 1 else torch.cat(products, dim=1)
     return whole.flatten(0, 1)
 
 
 def _add_to_main_grad(
-    parts: list[_NonzeroRows], input_NI: Tensor, main_grad_OI: Tensor, columns: tuple[int, int]
+    parts: list[_Part], input_NI: Tensor, main_grad_OI: Tensor, columns: tuple[int, int]
 ) -> None:
     """Add the weight's gradient in fp32."""
     for part, total_BPI in zip(parts, _parts(main_grad_OI, 0, *columns), strict=True):
-        grad_KP, input_KI = part.grad_KP, part.of(input_NI)
+        grad_KP, input_KI = part.grad_KP, part.rows.of(input_NI)
         if grad_KP.device.type == "cpu":
             grad_KP, input_KI = grad_KP.float(), input_KI.float()
         if len(parts) == 1:
@@ -218,7 +241,7 @@ def skip_zero_gradient_rows(module: nn.Module) -> int:
     """Make megatron-core's parallel linears inside `module` skip zero gradient rows; exact.
 
     Returns how many were changed. linear_qkv's columns are, per key/value group, the group's
-    queries, its key and its value: queries leave out their own zero rows, keys and values theirs.
+    queries, its key and its value: queries leave out their zero rows, keys and values none.
     Worth it for the last layer (and for every layer when unselected rows are dropped). ValueError
     when there is none to change: Transformer Engine's layers have products of their own.
     """
@@ -229,19 +252,39 @@ def skip_zero_gradient_rows(module: nn.Module) -> int:
         if linear and layer.weight.requires_grad:
             layer._forward_impl = linear_skipping_zero_rows
             changed += 1
-    for attention in layers:
-        qkv: Any = getattr(attention, "linear_qkv", None)
-        if getattr(qkv, "_forward_impl", None) is linear_skipping_zero_rows:
-            groups = attention.num_query_groups_per_partition
-            queries = attention.num_attention_heads_per_partition // groups
-            qkv._forward_impl = partial(
-                linear_skipping_zero_rows,
-                blocks=groups,
-                head_columns=queries * attention.hidden_size_per_attention_head,
-            )
+    for layer in layers:
+        if hasattr(layer, "self_attention"):
+            _share_rows(layer)
     if not changed:
         raise ValueError(
             f"{type(module).__name__} has no trainable megatron-core linear layer. Use the "
             "torch-native layers (device.layers: torch), or turn the row-skipping backward off."
         )
     return changed
+
+
+def _share_rows(layer: Any) -> None:
+    """Let the linears of a transformer layer look for its rows once, and split its linear_qkv.
+
+    The experts of a mixture see their tokens in an order of their own, so there each linear looks
+    for its rows itself.
+    """
+    attention = layer.self_attention
+    groups = attention.num_query_groups_per_partition
+    queries = attention.num_attention_heads_per_partition // groups
+    split = {"blocks": groups, "head_columns": queries * attention.hidden_size_per_attention_head}
+    dense = hasattr(layer.mlp, "linear_fc2")
+    layer_rows = LayerRows() if dense else None
+    _set_options(attention.linear_qkv, layer_rows, "first", **split)
+    _set_options(attention.linear_proj, layer_rows, "inner")
+    if dense:
+        _set_options(layer.mlp.linear_fc1, layer_rows, "inner")
+        _set_options(layer.mlp.linear_fc2, layer_rows, "last")
+
+
+def _set_options(linear: Any, layer_rows: LayerRows | None, place: Place, **split: int) -> None:
+    """Where the linear skips rows: a frozen one does not."""
+    if linear._forward_impl is linear_skipping_zero_rows:
+        linear._forward_impl = partial(
+            linear_skipping_zero_rows, layer_rows=layer_rows, place=place, **split
+        )

@@ -7,6 +7,7 @@ from megatron_slm.planning.memory import rank_memory
 from megatron_slm.planning.propose import Alternative
 from megatron_slm.planning.result import Plan
 from megatron_slm.planning.tables import Table, tables
+from megatron_slm.planning.wording import backward_rows_on_a_gpu
 
 MANY_EPOCHS = 4
 """Repeating data up to about four times costs little (Muennighoff et al., arXiv 2305.16264)."""
@@ -45,6 +46,8 @@ def advice(plan: Plan) -> list[str]:
             f"data.train hold {plan.job.corpus_tokens:,} tokens. If the run will read another "
             "corpus, give its size as --corpus-tokens (100e9); else lower schedule.train_tokens."
         )
+    if rows := backward_rows_on_a_gpu(plan.job.config):
+        lines.append(f"selection.backward_rows {plan.job.config.selection.backward_rows}: {rows}.")
     memory = rank_memory(plan.job, plan.fullest_stage)
     needed_gib = memory.total / 2**30
     usable_gib = plan.usable_bytes / 2**30

@@ -14,6 +14,7 @@ from megatron_slm.device import Device
 from megatron_slm.monitoring.console import short_number
 from megatron_slm.parallel import Groups
 from megatron_slm.planning.parameters import parameters_of_model
+from megatron_slm.planning.wording import backward_rows_on_a_gpu
 from megatron_slm.training.acceleration_rows import Row, acceleration_rows
 from megatron_slm.training.layout_rows import layout_rows
 from megatron_slm.training.run_length import RunLength
@@ -93,7 +94,7 @@ def start_table(
         "selection": _describe_selection(config),
         "documents": _describe_documents(config),
         "precision": _describe_precision(config),
-        **_describe_rows(config),
+        **_describe_rows(config, on_gpu=groups.device.type == "cuda"),
     }
     device = Device(groups.device.type, groups.device, torch.distributed.get_backend())
     accelerations = acceleration_rows(
@@ -181,8 +182,11 @@ def _describe_selection(config: Config) -> str:
     return f"{selection.scorer}, keep {selection.keep_fraction}, scope {selection.scope}{source}"
 
 
-def _describe_rows(config: Config) -> dict[str, str]:
-    """What the head and backward leave out; an approximation is always named."""
+def _describe_rows(config: Config, on_gpu: bool) -> dict[str, str]:
+    """What the head and backward leave out; an approximation is always named.
+
+    On a GPU it is said where that does not pay, as far as it was measured.
+    """
     rules = choice_rules(config.selection)
     head = "every token"
     if rules.head_on_selected_rows:
@@ -192,7 +196,10 @@ def _describe_rows(config: Config) -> dict[str, str]:
                 " (loss/all, loss/rejected and the excess are not logged: a static scorer never "
                 "sees them)"
             )
-    return {"head": head, "backward": BACKWARD_ROWS[config.selection.backward_rows]}
+    backward = BACKWARD_ROWS[config.selection.backward_rows]
+    if on_gpu and (pays := backward_rows_on_a_gpu(config)):
+        backward += f"; {pays}"
+    return {"head": head, "backward": backward}
 
 
 def _describe_documents(config: Config) -> str:

@@ -40,3 +40,27 @@ def test_gradients_are_those_of_a_linear(fused, head_columns):
     grad_weight = weight.main_grad - 1 if fused else weight.grad
     for value, reference in ((input.grad, exact[0]), (grad_weight, exact[1])):
         assert (value.double() - reference).norm() < 0.01 * reference.double().norm()
+
+
+@pytest.mark.parametrize("rows", ["all", "last_layer", "every_layer_approximate"])
+def test_a_decoders_gradients(groups, rows):
+    """last_layer is exact; the approximation leaves the gradients of the last layer exact."""
+    from megatron_slm.config.schema import Config
+    from megatron_slm.model.build import build_model
+
+    def gradients(backward_rows):
+        config = Config()
+        config.device.layers = "torch"
+        config.model.hidden_size, config.model.ffn_hidden_size = 128, 352
+        config.model.layers, config.model.query_groups = 2, 2
+        config.selection.backward_rows = backward_rows
+        (model,) = build_model(config, 500, groups)
+        tokens = torch.arange(2 * 64, device="cuda").view(2, 64) % 500
+        loss_BS = model(tokens, torch.zeros_like(tokens), None, labels=tokens.roll(-1, 1)).loss_BS
+        (loss_BS * (torch.arange(64, device="cuda") % 5 < 3)).sum().backward()
+        return {name: weight.grad for name, weight in model.named_parameters()}
+
+    exact, got = gradients("all"), gradients(rows)
+    for name, reference in exact.items():
+        if rows != "every_layer_approximate" or "layers.1." in name:
+            assert (got[name] - reference).norm() < 1e-4 * reference.norm(), name

@@ -1,4 +1,4 @@
-"""The kernels of the layers' passes compile for a GPU (compute capability 9.0) without one.
+"""The kernels of the layers compile for a GPU (compute capability 9.0) without one.
 
 The interpreter takes what the compiler refuses, types above all.
 """
@@ -8,12 +8,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_slm.ops import rms_norm_triton, rotary_triton, swiglu_triton
+from megatron_slm.ops import rms_norm_triton, rotary_triton, row_moves_triton, swiglu_triton
 
 KERNELS = {
     "norm forward": (rms_norm_triton._forward_kernel, {"ROWS": 1, "COLUMNS": 2048}, 4),
     "norm backward": (rms_norm_triton._backward_kernel, {"ROWS": 1, "COLUMNS": 8192}, 16),
     "short norm": (rms_norm_triton._backward_kernel, {"ROWS": 16, "COLUMNS": 128}, 4),
+    "rows with a gradient": (row_moves_triton._has_gradient_kernel, {"BLOCK": 1024}, 4),
+    "gathered rows": (row_moves_triton._take_kernel, {"BLOCK": 1024}, 4),
+    "rows put back": (row_moves_triton._spread_kernel, {"ADD": True, "BLOCK": 1024}, 4),
     "swiglu forward": (swiglu_triton._forward_kernel, {"BLOCK": 1024}, 4),
     "swiglu backward": (swiglu_triton._backward_kernel, {"BLOCK": 1024}, 4),
     "rotary": (
@@ -29,10 +32,11 @@ KERNELS = {
 }
 KINDS = dict.fromkeys(
     "hidden weight normed grad d_hidden joint gated d_joint "
-    "query key value to_query to_key to_value".split(),
+    "query key value to_query to_key to_value source taken values total".split(),
     "*bf16",
 )
 KINDS |= dict.fromkeys(("scale", "d_weight", "cosine", "sine"), "*fp32")
+KINDS |= {"found": "*u8", "index": "*i64", "place": "*i64"}
 KINDS |= {"epsilon": "fp32", "strides": ("i32",) * 10, "to_strides": ("i32",) * 10}
 """Types of the kernels' arguments; the others are sizes."""
 

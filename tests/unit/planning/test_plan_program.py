@@ -178,6 +178,13 @@ def test_epochs_are_shown_and_many_are_warned_of(capsys):
     assert "size not known" in capsys.readouterr().out
 
 
+def test_rows_that_do_not_pay_are_named(capsys):
+    options = ("--nodes", "4", "--proposals", "0", "--device.layers", "torch")
+    assert run(*options, "--selection.backward_rows", "every_layer_approximate") == 0
+    printed = capsys.readouterr().out
+    assert "backward_rows every_layer_approximate: does not pay at hidden size 2048" in printed
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stopped:
         program.main(["--help"])

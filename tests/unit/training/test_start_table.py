@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.config.schema import Config
+from megatron_slm.planning.wording import backward_rows_on_a_gpu
 from megatron_slm.training.layout_rows import layout_rows
-from megatron_slm.training.start_table import StartTable, describe_data
+from megatron_slm.training.start_table import StartTable, _describe_rows, describe_data
 
 
 def rows(
@@ -166,3 +167,27 @@ def run_of(steps: int, weights=()) -> Config:
 )
 def test_epochs_of_each_corpus(config, corpora, words):
     assert describe_data(config, corpora, run_tokens=40_000) == words
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "words"),
+    [
+        ("all", 2048, ""),
+        (
+            "last_layer",
+            1024,
+            "does not pay at hidden size 1024: at 2048 a step on an H200 took 1.006",
+        ),
+        ("every_layer_approximate", 2048, "does not pay at hidden size 2048"),
+        ("every_layer_approximate", 4096, "not measured at hidden size 4096"),
+    ],
+)
+def test_where_rows_do_not_pay_on_a_gpu_is_said(rows, hidden_size, words):
+    config = Config()
+    config.selection.backward_rows, config.model.hidden_size = rows, hidden_size
+    said = backward_rows_on_a_gpu(config)
+    assert said.startswith(words)
+    assert bool(said) == bool(words)
+    for on_gpu in (False, True):
+        backward = _describe_rows(config, on_gpu)["backward"]
+        assert ("H200" in backward) == (on_gpu and rows != "all")
