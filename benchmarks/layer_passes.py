@@ -147,14 +147,16 @@ def _errors(problem: Problem) -> dict[str, object]:
     operands = tuple(value[:64] if value.dim() > 1 else value for value in problem.operands)
     exact = _results(problem.exact, tuple(value.double() for value in operands))
     found = {
-        name: max(
-            ((value.double() - true).norm() / true.norm()).item()
-            for value, true in zip(_results(function, operands), exact, strict=True)
-        )
+        name: _distance(_results(function, operands), exact)
         for name, function in problem.sides.items()
     }
     errors = {f"{name}_error": float(f"{value:.2e}") for name, value in found.items()}
     return errors | {"wrong": found["ours"] > 1.1 * found["peer"]}
+
+
+def _distance(values: list[Tensor], exact: list[Tensor]) -> float:
+    pairs = zip(values, exact, strict=True)
+    return max(((value.double() - true).norm() / true.norm()).item() for value, true in pairs)
 
 
 def _results(function: Pass, operands: tuple[Tensor, ...]) -> list[Tensor]:
