@@ -173,8 +173,8 @@ def texts_of(tree: ast.Module) -> list[str]:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=Path.as_posix)
 def test_every_file_is_python_3_10(folder):
-    """Its grammar, as far as this interpreter can tell, and the library's names; mypy, which reads
-    the programs as 3.10, knows the rest.
+    """Its grammar, as far as this interpreter can tell, and the library's names; under Python 3.10
+    mypy knows the rest.
     """
     for path in (ROOT / folder).glob("*.py"):
         text = path.read_text(encoding="utf-8")
