@@ -106,9 +106,9 @@ def _data(info: CheckpointInfo, trainer: Mapping[str, Any]) -> Iterator[str]:
     for corpus in (trainer.get("data") or {}).get("corpora") or []:
         yield f"`{Path(corpus['prefix']).name}`, {corpus['fingerprint']}"
     tokenizer = info.tokenizer
-    if tokenizer:
-        size = tokenizer.get("vocabulary_size")
-        yield f"tokenizer of {size:,} ids, {tokenizer.get('fingerprint')}"
+    if fingerprint := tokenizer.get("fingerprint"):
+        size = tokenizer.get("vocabulary_size")  # missing where a program of others saved it
+        yield f"tokenizer of {size:,} ids, {fingerprint}" if size else f"tokenizer {fingerprint}"
 
 
 def _reference(trainer: Mapping[str, Any]) -> Iterator[str]:

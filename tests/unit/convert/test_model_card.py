@@ -66,3 +66,7 @@ def test_what_is_not_known_has_no_heading(tmp_path):
     text = card(tmp_path)
     for heading in ("Recipe", "Data", "Reference", "Plain loss", "Training"):
         assert f"## {heading}" not in text
+
+
+def test_a_tokenizer_may_have_a_fingerprint_alone(tmp_path):
+    assert "- tokenizer sha256:cc\n" in card(tmp_path, tokenizer={"fingerprint": "sha256:cc"})
