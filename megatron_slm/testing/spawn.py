@@ -164,6 +164,14 @@ def _run(
     return results
 
 
+def run_processes(function: Callable[..., None], args: tuple[Any, ...], processes: int) -> None:
+    """torch.multiprocessing.spawn(function, args, processes), but the processes are forked from the
+    server of `warm_context`, with the CPU stand-ins in place.
+    """
+    warm_context()
+    multiprocessing.start_processes(function, args, nprocs=processes, start_method="forkserver")
+
+
 def _results(folder: Path, layout: str, world: int) -> list[Any]:
     return [
         torch.load(folder / f"{layout}_{rank}.pt", map_location="cpu", weights_only=False)

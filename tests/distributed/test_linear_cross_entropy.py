@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
 from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
-from megatron_slm.testing.spawn import run_layouts_on_cpu
+from megatron_slm.testing.spawn import run_layouts_on_cpu, run_processes
 
 S, B, H, V, TRUE_V = 12, 2, 32, 96, 61  # with 4 ranks the last shard (72..95) is padding only
 RANKS = 4
@@ -253,7 +252,7 @@ def worker(rank: int, folder: str) -> None:
 
 def test_every_layout_equals_the_unsharded_head():
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (folder,), nprocs=RANKS)
+        run_processes(worker, (folder,), RANKS)
 
 
 def distances_from_fp64(groups, name) -> list[dict]:

@@ -9,7 +9,6 @@ from itertools import chain
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from megatron_slm.selection import (
     Population,
@@ -19,6 +18,7 @@ from megatron_slm.selection import (
     select_top,
 )
 from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
+from megatron_slm.testing.spawn import run_processes
 
 WORLD = 4
 
@@ -44,7 +44,7 @@ def _worker(rank, folder, checks):
 
 def _spawn(*checks):
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_worker, (folder, checks), nprocs=WORLD)
+        run_processes(_worker, (folder, checks), WORLD)
 
 
 def _check_random_populations(rank, groups):

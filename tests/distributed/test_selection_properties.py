@@ -11,12 +11,12 @@ from itertools import chain, starmap
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.selection import Population, RunningThreshold, select_top
 from megatron_slm.testing.selection_oracle import awkward_scores, expected_mask
+from megatron_slm.testing.spawn import run_processes
 
 WORLD = 4
 # layout -> sizes of the data and context parallel groups; ranks are dp_rank * cp + cp_rank
@@ -173,4 +173,4 @@ def worker(rank, folder):
 
 def test_point_05_every_scope_is_the_brute_force_choice_in_every_layout():
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
+        run_processes(worker, (folder,), WORLD)
