@@ -124,12 +124,15 @@ class Bench:
         from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
 
         info = CheckpointInfo(dataclasses.asdict(self.config.model), LENGTH, {}, step, 0)
-        CheckpointStore(folder, self.groups).save(
+        said: list[str] = []
+        store = CheckpointStore(folder, self.groups, report=lambda text, level: said.append(text))
+        store.save(
             self.trainer.models,
             self.trainer.optimizer,
             info,
             trainer_state(self.trainer.optimizer, self.groups),
         )
+        assert store.saved_step == step, said
 
     def load(self, folder: Path) -> None:
         from megatron_slm.checkpoint.store import CheckpointStore
@@ -187,7 +190,8 @@ def results(folder):
     found = {}
     for phase in ("save", "load"):
         layouts = {f"{phase} {name}": layout for name, layout in LAYOUTS.items()}
-        found |= run_layouts_on_cpu(save_and_load, layouts, folder, side_by_side=True)
+        # Loads of one folder take turns: each puts the folder in order, as a run does that owns it.
+        found |= run_layouts_on_cpu(save_and_load, layouts, folder, side_by_side=phase == "save")
     return found
 
 
