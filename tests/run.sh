@@ -41,10 +41,8 @@ for argument in "$@"; do
     [ ! -e "${argument%%::*}" ] || places=()
 done
 
-# Files run beside each other, in three to four workers: of tests of several processes two run at a time, one of
-# tests/distributed and one of the others (tests/scheduling.py), and both wait often enough for a third on two cores.
-# Of options given twice the last counts. A hung collective fails its test after the time limit.
-workers=$(nproc)
-workers=$((workers < 3 ? 3 : workers > 4 ? 4 : workers))
-exec python -m pytest -q -n "$workers" --dist loadfile --durations=15 --durations-min=1 --timeout=900 \
+# Files run beside each other on up to four cores; of tests of several processes two run at a time, one of
+# tests/distributed and one of the others (tests/scheduling.py). Of options given twice the last counts. A hung
+# collective fails its test after the time limit.
+exec python -m pytest -q -n logical --maxprocesses=4 --dist loadfile --durations=15 --durations-min=1 --timeout=900 \
     -m "not slow and not gpu" "${places[@]}" "$@"
