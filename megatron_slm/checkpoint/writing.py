@@ -9,6 +9,7 @@ the order is ours: `plan_save` (collective, writes nothing), `RankWriter.start` 
 """
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -112,7 +113,7 @@ class RankWriter:
                     args=(bucket, [self.writer.transforms], sender, os.getpid()),
                     daemon=True,
                 )
-                process.start()
+                _fork_without_collecting(process)
                 # Close our copy of the write end, or recv() never sees EOF when the child dies.
                 sender.close()
                 self.processes.append((process, receiver))
@@ -176,6 +177,21 @@ class RankWriter:
             sync_path(folder / name)
             checksums[name] = file_sha256(folder / name)
         return checksums
+
+
+def _fork_without_collecting(process: ForkProcess) -> None:
+    """Start the process with Python's garbage collector off in it.
+
+    Cyclic garbage of the trainer may hold process groups and CUDA objects. Their threads were not
+    forked, and destroying them without these ends in a segmentation fault.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        process.start()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _write_descriptions(folder: Path, common: dict[str, Any]) -> None:
