@@ -191,7 +191,6 @@ class CausalAttention(torch.nn.Module):
         for place, chunk in enumerate((rank, 2 * size - 1 - rank)):
             rows = slice(place * length, (place + 1) * length)
             end = (chunk + 1) * length  # of the prefix that this chunk attends to
-            mask = causal_lower_right(length, end) if hidden is None else ~hidden[:, :, rows, :end]
             chunk_query = query[:, :, rows]
             if self.window is not None and self.window.window_tokens < end:
                 own = None if hidden is None else hidden[:, :, rows]
@@ -201,6 +200,7 @@ class CausalAttention(torch.nn.Module):
                     )
                 )
                 continue
+            mask = causal_lower_right(length, end) if hidden is None else ~hidden[:, :, rows, :end]
             outputs.append(
                 self._attend(chunk_query, key[:, :, :end], value[:, :, :end], attn_mask=mask)
             )
