@@ -67,13 +67,13 @@ def compare_logits(options) -> tuple[float, str]:
     ValueError names what cannot be opened.
     """
     from megatron_slm.config.schema import DeviceConfig, ParallelConfig
-    from megatron_slm.convert.model_folder import read_json
+    from megatron_slm.convert.model_folder import read_config
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config
 
     [corpus] = open_corpora([options.corpus])
     reference = open_reference(options.checkpoint, corpus.manifest)
-    read_json(Path(options.export, "config.json"))
+    read_config(Path(options.export))
 
     # The rest loads torch, so it waits until everything has been found.
     from megatron_slm.device import choose_device

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.files.plain import json_object
 from megatron_slm.tokenization import Tokenizer
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -140,12 +141,4 @@ def _only(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     """The content of a file of JSON; empty when there is none. ValueError when it is no object."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return json_object(path) if path.is_file() else {}

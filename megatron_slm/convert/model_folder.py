@@ -1,7 +1,6 @@
 """Whether a Hugging Face model folder may be written or can be read, before torch is loaded."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from megatron_slm.convert.folder_kinds import other_kind
 from megatron_slm.convert.hf_settings import model_config
 from megatron_slm.files.export_note import read_export_note
 from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
+from megatron_slm.files.plain import json_object
 from megatron_slm.tokenization import Tokenizer, load_tokenizer
 
 LAST_FILE = "config.json"
@@ -44,7 +44,7 @@ def open_model_folder(folder: Path, tokenizer_path: str = "") -> ModelFolder:
         raise ValueError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json in it{other_kind(folder)}")
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     try:
         model, sequence_length = model_config(config)
     except ValueError as error:
@@ -90,7 +90,7 @@ def exported_before(output: Path, now: dict) -> bool:
     """
     if not (output / MADE_FROM).exists() or not (output / LAST_FILE).exists():
         return False
-    note = read_json(output / MADE_FROM)
+    note = json_object(output / MADE_FROM)
     advice = "Give --overwrite to replace it, or another --output."
     refuse_other_origin(output, note.get("made_from"), now, advice)
     if note.get("bytes") != _sizes_bytes(output):
@@ -134,14 +134,9 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def read_json(path: Path) -> dict:
-    """ValueError when the file is missing or no JSON object."""
+def read_config(folder: Path) -> dict:
+    """config.json of a Hugging Face model's folder. ValueError when it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not readable ({error}); expected the config.json of a Hugging Face model"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        return json_object(folder / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{error}; expected the config.json of a Hugging Face model") from None

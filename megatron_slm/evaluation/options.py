@@ -1,17 +1,14 @@
 """The settings of python -m megatron_slm.evaluate. No torch."""
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatron_slm.config import load
-from megatron_slm.config.load import ConfigError
 from megatron_slm.config.ranges import Count, Range, Size, out_of_range
 from megatron_slm.config.schema import CorpusConfig, ParallelConfig
-from megatron_slm.scoring.options import ScoreDevice, forward_only_problems, with_underscores
+from megatron_slm.scoring.options import ScoreDevice, forward_only_problems, parse_program
 
 RESERVED_SETS = frozenset(
     {"loss", "perplexity", "tokens", "bytes", "bits_per_byte", "unknown_tokens"}
@@ -91,23 +88,10 @@ class EvaluateOptions:
 
 
 def parse(argv: list[str], description: str) -> EvaluateOptions:
-    """The settings on the command line and in --config.
-
-    Prints the help if an option requests it. When there are problems, prints all of them, on the
-    job's first process, and exits with code 2.
-    """
-    arguments = [with_underscores(argument) for argument in argv]
-    try:
-        options = load.parse_config(
-            arguments, "slm-evaluate", description, EvaluateOptions, USAGE, printed_path=RESULT_FILE
-        )
-        if problems := [*option_problems(options)]:
-            raise ConfigError(problems)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"evaluate: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    return options
+    """The settings of evaluate, as `parse_program` reads them."""
+    return parse_program(
+        "evaluate", argv, description, EvaluateOptions, USAGE, RESULT_FILE, option_problems
+    )
 
 
 def option_problems(options: EvaluateOptions) -> Iterator[str]:

@@ -60,7 +60,14 @@ def read_json_object(folder: str | Path, name: str) -> dict[str, Any]:
 
     ValueError when it cannot be read, or is something else.
     """
-    path = plain_file(folder, name)
+    return json_object(plain_file(folder, name))
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, which may be a link, as those of a download often are.
+
+    ValueError when it cannot be read, or is something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # a flipped byte may be no UTF-8

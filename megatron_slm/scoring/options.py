@@ -4,9 +4,9 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_slm.config import load
 from megatron_slm.config.check import check_config
@@ -20,6 +20,7 @@ from megatron_slm.scoring.reference import Reference, open_reference, scoring_co
 from megatron_slm.tokenization import load_tokenizer
 
 EXTRA_COLUMNS = ("entropy",)
+Options = TypeVar("Options")
 Precision = Literal["checkpoint", "fp32", "bf16", "fp16"]
 STORE = load.PrintedPath("print_output", lambda options: options.output)
 
@@ -90,21 +91,42 @@ class ScoreOptions:
 
 
 def parse(argv: list[str], description: str) -> ScoreOptions:
+    """The settings of score, as `parse_program` reads them."""
+    usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
+    return parse_program("score", argv, description, ScoreOptions, usage, STORE)
+
+
+def parse_program(
+    program: str,
+    argv: list[str],
+    description: str,
+    options_class: type[Options],
+    usage: str,
+    printed_path: load.PrintedPath,
+    problems_of: Callable[[Options], Iterable[str]] = lambda options: (),
+) -> Options:
     """The settings on the command line and in --config.
 
     Prints the help if an option requests it. When there are problems, prints all of them, on the
     job's first process, and exits with code 2.
     """
     arguments = [with_underscores(argument) for argument in argv]
-    usage = "--checkpoint RUN --corpus PREFIX --output STORE [options]"
     try:
-        return load.parse_config(
-            arguments, "slm-score", description, ScoreOptions, usage, printed_path=STORE
+        options = load.parse_config(
+            arguments,
+            f"slm-{program}",
+            description,
+            options_class,
+            usage,
+            printed_path=printed_path,
         )
+        if problems := list(problems_of(options)):
+            raise ConfigError(problems)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"score: {error}", file=sys.stderr)
+            print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return options
 
 
 def with_underscores(argument: str) -> str:

@@ -148,15 +148,13 @@ def _run(
     args: tuple[Any, ...],
     devices: _Cpu | _SharedGpu,
 ) -> dict[str, list[Any]]:
-    if devices.start_method == "forkserver":
-        warm_context()
     processes = max(place.processes.stop for place in places)
     with tempfile.TemporaryDirectory(prefix="slm_spawn_") as folder:
-        multiprocessing.start_processes(
+        run_processes(
             _worker,
             (folder, places, seed, function, args, devices, processes),
-            nprocs=processes,
-            start_method=devices.start_method,
+            processes,
+            devices.start_method,
         )
         results = {
             place.name: _results(Path(folder), place.name, len(place.processes)) for place in places
@@ -164,12 +162,18 @@ def _run(
     return results
 
 
-def run_processes(function: Callable[..., None], args: tuple[Any, ...], processes: int) -> None:
-    """torch.multiprocessing.spawn(function, args, processes), but the processes are forked from the
-    server of `warm_context`, with the CPU stand-ins in place.
+def run_processes(
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    processes: int,
+    start_method: str = "forkserver",
+) -> None:
+    """torch.multiprocessing.spawn(function, args, processes), but "forkserver" takes the server of
+    `warm_context`, so that the processes have megatron-core and the CPU stand-ins.
     """
-    warm_context()
-    multiprocessing.start_processes(function, args, nprocs=processes, start_method="forkserver")
+    if start_method == "forkserver":
+        warm_context()
+    multiprocessing.start_processes(function, args, nprocs=processes, start_method=start_method)
 
 
 def _results(folder: Path, layout: str, world: int) -> list[Any]:
