@@ -200,6 +200,19 @@ def world_size(layout: dict[str, Any]) -> int:
     return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
 
+def parallel_config(layout: dict[str, Any]) -> ParallelConfig:
+    """The sizes of a layout as settings; its data-parallel size follows from the processes."""
+    return ParallelConfig(
+        tensor=layout.get("tp", 1),
+        pipeline=layout.get("pp", 1),
+        virtual_pipeline=layout.get("vpp", 1),
+        context=layout.get("cp", 1),
+        expert=layout.get("ep", 1),
+        expert_tensor=layout.get("etp", 0),
+        sequence=layout.get("sequence_parallel", False),
+    )
+
+
 def _worker(
     process: int,
     folder: str,
@@ -230,20 +243,10 @@ def _take_part(
     """One rank of a layout: join its job, call the function, keep the result in a file."""
     from megatron_slm.parallel import join_job, leave_job
 
-    layout = place.layout
-    parallel = ParallelConfig(
-        tensor=layout.get("tp", 1),
-        pipeline=layout.get("pp", 1),
-        virtual_pipeline=layout.get("vpp", 1),
-        context=layout.get("cp", 1),
-        expert=layout.get("ep", 1),
-        expert_tensor=layout.get("etp", 0),
-        sequence=layout.get("sequence_parallel", False),
-    )
     world = len(place.processes)
     _wait_for_members(folder, place.name, rank, world)
     groups = join_job(
-        parallel,
+        parallel_config(place.layout),
         device,
         seed,
         timeout_minutes=5,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 
 LENGTH = 16
@@ -59,6 +60,27 @@ def whole_batch(samples, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         for name, values in samples[index].items():
             columns.setdefault(name, []).append(values)
     return {name: torch.from_numpy(np.stack(rows)) for name, rows in columns.items()}
+
+
+def assert_same_step(
+    ranks: list[dict], step: int, selected: set[int], grad_norm: float
+) -> list["StepRecord"]:
+    """Every rank's gradient norm of a step, and the tokens selected by all, are plain torch's; the
+    step as ranks of the last pipeline stage saw it.
+
+    A rank is a dict with "steps", a StepRecord for each, and "last_stage".
+    """
+    for rank in ranks:
+        found = rank["steps"][step].grad_norm
+        assert found == pytest.approx(grad_norm, rel=2e-4), (
+            f"step {step}: another gradient norm, {found} for {grad_norm}"
+        )
+    last_stage = [rank["steps"][step] for rank in ranks if rank["last_stage"]]
+    chosen = set().union(*(found.selected for found in last_stage))
+    assert chosen == selected, (
+        f"step {step}: another set of tokens, which differs in {sorted(chosen ^ selected)}"
+    )
+    return last_stage
 
 
 def rows_in_populations(scope: str, sequences: int, width: int) -> list[list[int]]:

@@ -12,11 +12,12 @@ import torch
 from megatron_slm.config.check import check_config
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
-from megatron_slm.testing.spawn import run_layouts_on_cpu
+from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu
 from tests.distributed.bench import (
     LENGTH,
     VOCABULARY,
     SyntheticSamples,
+    assert_same_step,
     local_steps,
     make_trainer,
     rows_in_populations,
@@ -121,13 +122,7 @@ def make_config(case: str, layout: dict) -> Config:
     config.selection.reference.scores = ["synthetic"]
     overlap = layout.get("overlap", False)
     config.parallel = dataclasses.replace(
-        config.parallel,
-        tensor=layout.get("tp", 1),
-        pipeline=layout.get("pp", 1),
-        context=layout.get("cp", 1),
-        expert=layout.get("ep", 1),
-        expert_tensor=layout.get("etp", 0),
-        sequence=layout.get("sequence_parallel", False),
+        parallel_config(layout),
         distributed_optimizer=layout.get("distributed_optimizer", False),
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
@@ -335,14 +330,7 @@ def test_a_checkpoint_continues_in_another_layout(name, source, results, plain):
 def compare(ranks, expected, settings):
     for step, row in enumerate(expected):
         selected, _loss_all, loss_selected, grad_norm, *routing = row
-        for rank in ranks:
-            assert rank["steps"][step].grad_norm == pytest.approx(grad_norm, rel=2e-4), (
-                f"step {step}: another gradient norm"
-            )
-        last_stage = [rank["steps"][step] for rank in ranks if rank["last_stage"]]
-        assert set().union(*(found.selected for found in last_stage)) == selected, (
-            f"step {step}: another set of tokens"
-        )
+        last_stage = assert_same_step(ranks, step, selected, grad_norm)
         for found in last_stage:
             assert found.summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5)
             compare_routing(found.summary, *routing, settings)

@@ -11,11 +11,12 @@ import torch
 
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
-from megatron_slm.testing.spawn import run_layouts_on_cpu, run_on_cpu
+from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu, run_on_cpu
 from tests.distributed.bench import (
     LENGTH,
     VOCABULARY,
     SyntheticSamples,
+    assert_same_step,
     local_steps,
     make_trainer,
     rows_in_populations,
@@ -127,12 +128,7 @@ def make_config(case: str, layout: dict) -> Config:
     config.selection.reference.scores = ["synthetic"]
     overlap = layout.get("overlap", False)
     config.parallel = dataclasses.replace(
-        config.parallel,
-        tensor=layout.get("tp", 1),
-        pipeline=layout.get("pp", 1),
-        virtual_pipeline=layout.get("vpp", 1),
-        context=layout.get("cp", 1),
-        sequence=layout.get("sequence_parallel", False),
+        parallel_config(layout),
         distributed_optimizer=layout.get("distributed_optimizer", False),
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
@@ -262,14 +258,7 @@ def assert_equals_plain(results, case, plain):
     """The ranks' results of a case against the plain rows and weights."""
     ranks = [rank[case] for rank in results]
     for step, (selected, loss_all, loss_selected, grad_norm) in enumerate(plain[0]):
-        for rank in ranks:
-            assert rank["steps"][step].grad_norm == pytest.approx(grad_norm, rel=2e-4), (
-                f"step {step}: another gradient norm"
-            )
-        last_stage = [rank["steps"][step] for rank in ranks if rank["last_stage"]]
-        assert set().union(*(found.selected for found in last_stage)) == selected, (
-            f"step {step}: another set of tokens"
-        )
+        last_stage = assert_same_step(ranks, step, selected, grad_norm)
         for found in last_stage:
             assert found.summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5), (
                 f"step {step}: another loss of the selected tokens"

@@ -2,6 +2,7 @@
 and saved activations of every rank.
 """
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_slm.planning.parameters import model_parameters, stage_parameters
 from megatron_slm.planning.result import checkpoint_bytes
 from megatron_slm.planning.work import forward_flops
 from megatron_slm.testing.saved_activations import SavedActivations
-from megatron_slm.testing.spawn import run_layouts_on_cpu
+from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu
 
 MODEL = dict(
     layers=4,
@@ -70,16 +71,8 @@ ACTIVATION_TOLERANCE = 0.05
 
 def configuration(case: str, layout: dict):
     values = CASES[case] | dict(
-        parallel=dict(
-            tensor=layout.get("tp", 1),
-            pipeline=layout.get("pp", 1),
-            virtual_pipeline=layout.get("vpp", 1),
-            context=layout.get("cp", 1),
-            expert=layout.get("ep", 1),
-            expert_tensor=layout.get("etp", 0),
-            sequence=layout.get("sequence_parallel", False),
-            distributed_optimizer=layout.get("dp", 1) > 1,
-        ),
+        parallel=dataclasses.asdict(parallel_config(layout))
+        | dict(distributed_optimizer=layout.get("dp", 1) > 1),
         data=dict(
             sequence_length=64,
             micro_batch_size=2,

@@ -19,7 +19,7 @@ import torch
 
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
-from megatron_slm.testing.spawn import run_layouts_on_cpu
+from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu
 from tests.distributed.bench import (
     LENGTH,
     VOCABULARY,
@@ -87,11 +87,7 @@ def make_config(layout: dict, distributed: bool, precision: str) -> Config:
         micro_batch_size=2 // layout.get("dp", 1),
     )
     config.parallel = dataclasses.replace(
-        config.parallel,
-        tensor=layout.get("tp", 1),
-        pipeline=layout.get("pp", 1),
-        virtual_pipeline=layout.get("vpp", 1),
-        context=layout.get("cp", 1),
+        parallel_config(layout),
         distributed_optimizer=distributed,
     )
     config.device.precision = precision
