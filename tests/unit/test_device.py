@@ -39,10 +39,13 @@ def run(code: str, **environment) -> str:
 
 
 STAND_INS = """
-import torch
+import sys, torch
+before, to = torch.zeros, torch.Tensor.to
+import megatron_slm.device, megatron_slm.parallel
 from megatron_slm.cpu_standins import use_cpu
+assert torch.zeros is before and torch.Tensor.to is to, "importing the room changes nothing"
+assert "megatron" not in sys.modules
 from megatron_slm.device import choose_device
-before = torch.zeros
 use_cpu()
 after = torch.zeros
 assert after is not before
@@ -120,16 +123,6 @@ def test_stand_ins_are_refused_once_megatron_core_is_there():
         "try:\n    cpu_standins.use_cpu()\nexcept RuntimeError as error:\n    print(error)\n"
     )
     assert "must run before megatron.core is imported" in run(code)
-
-
-def test_importing_the_room_changes_nothing():
-    run(
-        "import sys, torch\n"
-        "zeros, to = torch.zeros, torch.Tensor.to\n"
-        "import megatron_slm.device, megatron_slm.parallel\n"
-        "assert torch.zeros is zeros and torch.Tensor.to is to\n"
-        "assert 'megatron' not in sys.modules"
-    )
 
 
 def test_an_unknown_kind_names_the_known_ones():

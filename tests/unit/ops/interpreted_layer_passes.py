@@ -1,6 +1,6 @@
 """The kernels of the layers' passes against fp64 and against the plain torch passes.
 
-Run by test_layer_passes.py, in a process whose Triton interprets.
+Run by test_interpreted_kernels.py, in a process whose Triton interprets.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The kernels that find, gather and put back rows, against plain torch.
 
-Run by test_row_moves.py, in a process whose Triton interprets.
+Run by test_interpreted_kernels.py, in a process whose Triton interprets.
 """
 
 import pytest

@@ -1,10 +1,9 @@
-"""What layers do between their products: the plain torch passes, and their kernels interpreted."""
+"""What layers do between their products: the plain torch passes."""
 
 import pytest
 import torch
 
 from megatron_slm.ops import layer_passes
-from tests.unit.ops.in_interpreter import run_in_interpreter
 from tests.unit.ops.layer_pass_problems import (
     EPSILON,
     angles,
@@ -14,10 +13,6 @@ from tests.unit.ops.layer_pass_problems import (
     results,
     swiglu_problem,
 )
-
-
-def test_kernels_in_the_interpreter():
-    run_in_interpreter("interpreted_layer_passes.py", tests=35)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

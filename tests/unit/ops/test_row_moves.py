@@ -5,12 +5,7 @@ import torch
 
 from megatron_slm.ops.row_moves import Rows, has_gradient
 from megatron_slm.ops.row_skipping import LayerRows
-from tests.unit.ops.in_interpreter import run_in_interpreter
 from tests.unit.ops.layer_pass_problems import random
-
-
-def test_kernels_in_the_interpreter():
-    run_in_interpreter("interpreted_row_moves.py", tests=25)
 
 
 @pytest.mark.parametrize("zero", [[], [0, 3], [0, 1, 2, 3]])

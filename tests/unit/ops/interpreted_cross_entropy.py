@@ -1,6 +1,6 @@
 """The kernels against the plain torch passes.
 
-Run by test_linear_cross_entropy_triton.py, in a process whose Triton interprets.
+Run by test_interpreted_kernels.py, in a process whose Triton interprets.
 """
 
 import pytest
