@@ -11,7 +11,8 @@ import torch
 
 from megatron_slm.config.check import check_config
 from megatron_slm.config.schema import Config
-from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
+from megatron_slm.testing.plain import PlainDecoder
+from megatron_slm.testing.plain_trainer import PlainTrainer
 from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu
 from tests.distributed.bench import (
     LENGTH,

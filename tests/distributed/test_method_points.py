@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_slm.config.schema import Config
-from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
+from megatron_slm.testing.plain import PlainDecoder
+from megatron_slm.testing.plain_trainer import PlainTrainer
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 from tests.distributed.bench import (
     LENGTH,

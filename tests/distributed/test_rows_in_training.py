@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slm.testing.plain import PlainDecoder, PlainTrainer
+from megatron_slm.testing.plain import PlainDecoder
+from megatron_slm.testing.plain_trainer import PlainTrainer
 from megatron_slm.testing.selection_oracle import top_tokens
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 from tests.distributed.bench import (
