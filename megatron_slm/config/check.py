@@ -5,7 +5,7 @@ Pure: no file is opened and nothing is started.
 
 from collections.abc import Callable, Iterator
 
-from megatron_slm.config import layout_rules, tool_rules, training_rules
+from megatron_slm.config import layer_engine, layout_rules, tool_rules, training_rules
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.ranges import out_of_range
 from megatron_slm.config.schema import Config
@@ -17,6 +17,7 @@ LAYOUT_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (layout_rules.parallel_problems, ("model", "parallel", "data")),
     (layout_rules.head_engine_problems, ("model",)),
     (layout_rules.fp8_problems, ("model", "parallel", "data")),
+    (layer_engine.layer_engine_problems, ()),
 )
 """Each rule with the sections whose numbers it reads."""
 TRAINING_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_slm.config.layer_engine import torch_only_settings
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.sizes import model_parallel_size
 
@@ -74,7 +75,8 @@ def _windows(config: Config) -> Iterator[str]:
         )
     context = config.parallel.context
     shorter = 0 < window < config.data.sequence_length
-    if shorter and context > 1 and config.device.layers != "torch":
+    torch_native = config.device.layers == "torch" or torch_only_settings(config)
+    if shorter and context > 1 and not torch_native:
         yield (
             f"parallel.context: got {context} with model.attention_window_tokens {window} and "
             f"device.layers {config.device.layers}; windows across context-parallel ranks are "
@@ -217,11 +219,6 @@ def fp8_problems(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"device.fp8: got {device.fp8} with model.experts {config.model.experts}; fp8 "
             "products need multiples of 16 tokens, and experts get any number: set it to none"
-        )
-    if config.data.document_policy == "isolated":
-        yield (
-            f"device.fp8: got {device.fp8} with data.document_policy isolated, which needs the "
-            "torch-native layers; fp8 needs Transformer Engine's: choose one"
         )
     tokens = (
         config.data.micro_batch_size

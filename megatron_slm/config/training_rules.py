@@ -23,11 +23,6 @@ def data_problems(config: Config, world_size: int) -> Iterator[str]:
             f"data.weights: got {len(data.weights)} for {len(data.train)} corpora; give one per "
             "corpus, or none"
         )
-    if data.document_policy == "isolated" and config.device.layers == "transformer_engine":
-        yield (
-            "data.document_policy: got isolated with device.layers transformer_engine; its "
-            "attention takes no mask of documents here: set device.layers to auto or torch"
-        )
     names = [corpus.name for corpus in data.validation]
     if len(set(names)) != len(names):
         yield f"data.validation: names {names} repeat; each corpus is reported under its own name"

@@ -15,6 +15,7 @@ from megatron_slm.accelerations import (
     fused_layers_problem,
     has_transformer_engine,
 )
+from megatron_slm.config.layer_engine import torch_only_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.config.sizes import padded_vocabulary_size
 from megatron_slm.model.backward_rows import follow_selection_in_backward
@@ -113,9 +114,8 @@ def resolve_layers(config: Config, on_gpu: bool) -> str:
 
     Raises ValueError if Transformer Engine, or fp8, is configured and not available.
     """
-    # config/check.py refuses isolated documents together with Transformer Engine's layers.
-    isolated = config.data.document_policy == "isolated"
-    wanted = "torch" if isolated else config.device.layers
+    # config/check.py refuses what needs torch-native layers together with Transformer Engine's.
+    wanted = "torch" if torch_only_settings(config) else config.device.layers
     usable = on_gpu and has_transformer_engine()
     if wanted == "transformer_engine" and not usable:
         why = "the device is the CPU" if not on_gpu else "it is not installed (see the Dockerfile)"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_slm.config.architecture import has_auxiliary_losses
+from megatron_slm.config.layer_engine import torch_only_settings
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.sizes import (
     data_parallel_size,
@@ -102,7 +103,8 @@ class Job:
 
     @property
     def transformer_engine(self) -> bool:
-        return self.fused and self.config.device.layers != "torch" and not self.isolated_documents
+        usable = self.fused and self.config.device.layers != "torch"
+        return usable and not torch_only_settings(self.config)
 
     @property
     def fused_passes(self) -> bool:

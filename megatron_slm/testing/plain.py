@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.testing.plain_rope import rotated
 
 
 class PlainDecoder(torch.nn.Module):
@@ -139,8 +140,8 @@ class PlainDecoder(torch.nn.Module):
         if (scale := self.optional_weight(prefix + "q_layernorm.weight")) is not None:
             query = self._scaled(query, scale)
             key = self._scaled(key, self.weight(prefix + "k_layernorm.weight"))
-        query = self._rotate(query)
-        key = self._rotate(key).repeat_interleave(per_group, dim=2)
+        query = rotated(query, model)
+        key = rotated(key, model).repeat_interleave(per_group, dim=2)
         value = value.repeat_interleave(per_group, dim=2)
         scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(size)
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -150,56 +151,6 @@ class PlainDecoder(torch.nn.Module):
             "bnqk,bknd->bqnd", scores.masked_fill(hidden, -math.inf).softmax(-1), value
         )
         return context.flatten(2) @ self.weight(prefix + "linear_proj.weight").T
-
-    def _rotate(self, x_BSnd: Tensor) -> Tensor:
-        size = x_BSnd.shape[-1]
-        frequency = [
-            self._stretched(self.model.rope_base ** (-channel / size))
-            for channel in range(0, size, 2)
-        ]
-        angle = torch.outer(
-            torch.arange(x_BSnd.shape[1], dtype=torch.float32), torch.tensor(frequency)
-        )
-        angle = torch.cat([angle, angle], dim=-1)[None, :, None]
-        first, second = x_BSnd.chunk(2, dim=-1)
-        turned = x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
-        if self.model.rope_scaling != "yarn":
-            return turned
-        factor = self.model.rope_scaling_factor
-        return turned * (self.model.rope_attention_factor or 0.1 * math.log(factor) + 1)
-
-    def _stretched(self, frequency: float) -> float:
-        model = self.model
-        if model.rope_scaling == "none":
-            return frequency
-        if model.rope_scaling == "linear":
-            return frequency / model.rope_scaling_factor
-        if model.rope_scaling == "yarn":
-            return self._stretched_by_yarn(frequency)
-        wavelength_tokens = 2 * math.pi / frequency
-        length = model.rope_original_sequence_length
-        if wavelength_tokens < length / model.rope_high_frequency_factor:
-            return frequency
-        if wavelength_tokens > length / model.rope_low_frequency_factor:
-            return frequency / model.rope_scaling_factor
-        kept = (length / wavelength_tokens - model.rope_low_frequency_factor) / (
-            model.rope_high_frequency_factor - model.rope_low_frequency_factor
-        )
-        return (1 - kept) * frequency / model.rope_scaling_factor + kept * frequency
-
-    def _stretched_by_yarn(self, frequency: float) -> float:
-        """Each pair of channels by its number, 0 for the fastest."""
-        model = self.model
-        pairs = (model.head_size or model.hidden_size // model.attention_heads) / 2
-
-        def number(frequency: float) -> float:
-            return -math.log(frequency) / math.log(model.rope_base) * pairs
-
-        once = 2 * math.pi / model.rope_original_sequence_length
-        first = max(0, math.floor(number(once * model.rope_beta_fast)))
-        last = min(2 * pairs - 1, math.ceil(number(once * model.rope_beta_slow)))
-        share = min(1.0, max(0.0, (round(number(frequency)) - first) / (last - first or 0.001)))
-        return frequency * (share / model.rope_scaling_factor + 1 - share)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return self._scaled(x, self.weight(name))

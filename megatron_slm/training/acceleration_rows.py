@@ -19,20 +19,21 @@ def acceleration_rows(
     device: Device,
     layers: str,
     settings: DeviceConfig,
-    isolated_documents: bool = False,
+    engine_lacks: str = "",
     optimizer: str = "adamw",
     experts: bool = False,
 ) -> list[Row]:
     """Every row about the device and its accelerations.
 
-    layers: torch or transformer_engine. settings: the device section. optimizer: optimizer.kind.
-    experts: whether the model is a mixture of experts.
+    layers: torch or transformer_engine. settings: the device section. engine_lacks: why the run
+    needs the torch-native layers; "" = it does not. optimizer: optimizer.kind. experts: whether
+    the model is a mixture of experts.
     """
     on_gpu = device.kind == "cuda"
     apex = apex_state()
     return [
         ("device", device.kind, f"{device.backend} collectives"),
-        _layers_row(on_gpu, layers, isolated_documents),
+        _layers_row(on_gpu, layers, engine_lacks),
         _norm_row(on_gpu, layers, settings, apex),
         _rotary_row(on_gpu, layers, settings),
         _swiglu_row(on_gpu, layers, settings, experts),
@@ -58,15 +59,15 @@ def _describe_apex(state: str) -> str:
     }[state]
 
 
-def _layers_row(on_gpu: bool, layers: str, isolated_documents: bool) -> Row:
+def _layers_row(on_gpu: bool, layers: str, engine_lacks: str) -> Row:
     if layers == "transformer_engine":
         return "layers", "Transformer Engine", ""
     if not on_gpu:
         why = "device is the CPU"
     elif not has_transformer_engine():
         why = "not installed"
-    elif isolated_documents:
-        why = "its attention takes no mask of isolated documents"
+    elif engine_lacks:
+        why = engine_lacks
     else:
         why = "device.layers asks for torch"
     return "layers", "torch-native", f"Transformer Engine: {why}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_slm.checkpoint.architecture import allowed_differences
+from megatron_slm.config.layer_engine import torch_only_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.device import Device
 from megatron_slm.monitoring.console import short_number
@@ -101,7 +102,7 @@ def start_table(
         device,
         layers,
         config.device,
-        isolated_documents=config.data.document_policy == "isolated",
+        engine_lacks="; ".join(each.why for each in torch_only_settings(config)),
         optimizer=config.optimizer.kind,
         experts=config.model.experts > 0,
     )

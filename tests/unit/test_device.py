@@ -312,7 +312,7 @@ def test_the_start_table_says_what_is_on(package):
     native = {
         feature: state
         for feature, state, _ in acceleration_rows(
-            cuda, "torch", DeviceConfig(), isolated_documents=True
+            cuda, "torch", DeviceConfig(), engine_lacks="its layers lack something"
         )
     }
     assert (native["fused norm"], native["optimizer"], native["gradient-accumulation fusion"]) == (

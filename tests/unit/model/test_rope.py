@@ -8,7 +8,7 @@ import torch
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.hf_config import rope_scaling
 from megatron_slm.model.rope import attention_scale, scaled_frequencies
-from megatron_slm.testing.plain import PlainDecoder
+from megatron_slm.testing.plain_rope import stretched
 
 LLAMA_3_1 = dict(rope_base=500000.0, rope_scaling="llama3", rope_scaling_factor=8.0)
 SETTINGS = {
@@ -62,8 +62,7 @@ def test_frequencies_are_those_of_transformers(name):
     assert (scale or 128**-0.5) == pytest.approx(factor**2 / 128**0.5, rel=1e-12)
     assert not torch.equal(theirs_D, plain_D)
     torch.testing.assert_close(ours_D, theirs_D, rtol=1e-6, atol=0)
-    decoder = PlainDecoder(model, 8, {})
     by_hand_D = torch.tensor(
-        [decoder._stretched(model.rope_base ** (-channel / 128)) for channel in range(0, 128, 2)]
+        [stretched(model.rope_base ** (-channel / 128), model) for channel in range(0, 128, 2)]
     )
     torch.testing.assert_close(ours_D, by_hand_D, rtol=1e-6, atol=0)
