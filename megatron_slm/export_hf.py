@@ -132,13 +132,12 @@ def _export(
             "checksums.json says; use another step_* folder, or copy it again"
         )
     # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
-    from megatron_slm.convert.hf_config import huggingface_architecture
+    from megatron_slm.convert.families.registry import family_for
     from megatron_slm.convert.huggingface import export
     from megatron_slm.convert.model_card import model_card
     from megatron_slm.convert.stored_state import read_full_state
 
-    class_name, _ = huggingface_architecture(info.model_config())
-
+    class_name = family_for(info.model_config()).architecture
     return export(
         read_full_state(folder),
         info,

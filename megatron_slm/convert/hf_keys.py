@@ -8,48 +8,6 @@ forks of them follow keys of their own.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MODEL_TYPES = ("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
-"""The families whose config.json can be read."""
-ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
-_USED = frozenset(
-    (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "initializer_range",
-        "tie_word_embeddings",
-        "eos_token_id",
-        *ROPE_KEYS,
-    )
-)
-_WINDOWS = frozenset(("sliding_window", "layer_types"))
-_CHOSEN_WINDOWS = _WINDOWS | {"use_sliding_window", "max_window_layers"}
-_USED_BY = {
-    "llama": frozenset(),
-    "mistral": _WINDOWS,
-    "ministral": _WINDOWS,
-    "mixtral": _WINDOWS | {"num_local_experts", "num_experts", "num_experts_per_tok"},
-    "qwen2": _CHOSEN_WINDOWS,
-    "qwen3": _CHOSEN_WINDOWS,
-    "qwen3_moe": _CHOSEN_WINDOWS
-    | {
-        "num_experts",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "norm_topk_prob",
-        "decoder_sparse_step",
-        "mlp_only_layers",
-    },
-}
 _GENERATION = frozenset(
     (
         "bad_words_ids",
@@ -156,12 +114,11 @@ _ALIASES = (("num_experts", "num_local_experts"), ("dtype", "torch_dtype"))
 """Two names of one setting."""
 
 
-def key_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def key_problems(config: Mapping[str, Any], used: frozenset[str]) -> Iterator[str]:
     """One phrase for each key of a config.json that cannot be followed.
 
-    `config` is of one of MODEL_TYPES. A key that is null is not set.
+    used: the keys that its family uses. A key that is null is not set.
     """
-    used = _USED | _USED_BY[config["model_type"]]
     for key, value in sorted(config.items()):
         if value is None or key in used or key in _WITHOUT_EFFECT:
             continue

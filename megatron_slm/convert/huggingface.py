@@ -18,6 +18,7 @@ from megatron_slm.checkpoint.folder import (
     writing_folder,
 )
 from megatron_slm.convert.beside_tokenizer import read_beside
+from megatron_slm.convert.families.registry import family_for, family_of
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.hf_config import huggingface_config, special_ids
 from megatron_slm.convert.hf_tokenizer import write_tokenizer
@@ -36,7 +37,7 @@ from megatron_slm.convert.safetensors_folder import (
     write_safetensors,
 )
 from megatron_slm.convert.stored_state import write_full_state
-from megatron_slm.convert.table import entries
+from megatron_slm.convert.tensors import our_tensors
 from megatron_slm.files.atomic import sync_path, write_json
 from megatron_slm.files.hashing import file_sha256
 from megatron_slm.tokenization import Tokenizer
@@ -70,8 +71,10 @@ def export(
     geometry = Geometry.from_model(model)
     beside = read_beside(tokenizer) if tokenizer is not None else None
     end_ids = beside.end_ids if beside else ()
-    config = huggingface_config(model, info.sequence_length, tokenizer, dtype, end_ids)
-    check_names(set(state), {entry.ours for entry in entries(geometry)}, "the checkpoint")
+    family = family_for(model)
+    config = huggingface_config(model, info.sequence_length, tokenizer, dtype, end_ids, family)
+    ours = {tensor.name for tensor in our_tensors(geometry)}
+    check_names(set(state), ours, "the checkpoint")
     generation = {"do_sample": False, "_from_model_config": True}
     if beside and beside.generation:
         generation = beside.generation
@@ -85,7 +88,7 @@ def export(
             write_tokenizer(tokenizer, writing, info.sequence_length, prepend_bos=begin)
         tensors = (
             (name, _rounded(name, tensor, dtype))
-            for name, tensor in to_huggingface(state, geometry)
+            for name, tensor in to_huggingface(state, geometry, family)
         )
         write_safetensors(tensors, writing, largest_shard_bytes)
         write_json(writing / "generation_config.json", generation)
@@ -133,7 +136,7 @@ def import_model(source: ModelFolder, checkpoints: Path, dtype: str) -> Path:
     geometry = Geometry.from_model(source.model)
     theirs = SafetensorsFolder(source.folder)
     try:
-        state = FromHuggingface(theirs, geometry, theirs.shapes)
+        state = FromHuggingface(theirs, geometry, family_of(source.model_type), theirs.shapes)
     except ValueError as error:
         raise ValueError(f"{source.folder}: {error}") from None
     info = CheckpointInfo(

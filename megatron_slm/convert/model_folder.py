@@ -26,6 +26,8 @@ class ModelFolder:
     """A Hugging Face folder that can be imported, as its small files describe it."""
 
     folder: Path
+    model_type: str
+    """Its family."""
     model: ModelConfig
     sequence_length: int
     tokenizer: Tokenizer
@@ -64,7 +66,7 @@ def open_model_folder(folder: Path, tokenizer_path: str = "") -> ModelFolder:
         )
     note = None if tokenizer_path else read_export_note(folder)
     prepend_bos = None if note is None else note["prepend_bos"]
-    return ModelFolder(folder, model, sequence_length, tokenizer, prepend_bos)
+    return ModelFolder(folder, config["model_type"], model, sequence_length, tokenizer, prepend_bos)
 
 
 def origin_of_import(folder: Path, tokenizer: Tokenizer, dtype: str) -> dict[str, str]:

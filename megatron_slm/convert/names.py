@@ -1,4 +1,4 @@
-"""Our tensors under Hugging Face's names and the other way round, by the table in table.py."""
+"""Our tensors under Hugging Face's names and the other way round, by the table of a family."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,18 +6,24 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from megatron_slm.convert.families.family import Family
 from megatron_slm.convert.geometry import Geometry
-from megatron_slm.convert.table import VOCABULARY, entries
+from megatron_slm.convert.table import entries
+from megatron_slm.convert.transforms import VOCABULARY
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def to_huggingface(state: Mapping[str, Tensor], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:
+def to_huggingface(
+    state: Mapping[str, Tensor], geometry: Geometry, family: Family
+) -> Iterator[tuple[str, Tensor]]:
     """Our whole tensors under Hugging Face's names, one at a time, so that `state` may read them
     from disk lazily.
 
     ValueError when `state` has other names than the model's or a tensor of another shape (rows of
     vocabulary padding excepted).
     """
-    table = entries(geometry)
+    table = entries(geometry, family.table)
     check_names(set(state), {entry.ours for entry in table}, "the checkpoint")
     for entry in table:
         tensor = state[entry.ours]
@@ -37,29 +43,31 @@ class FromHuggingface(Mapping[str, Tensor]):
     equal to them. Buffers that older exports carry along (rotary inv_freq, and the copy of a tied
     head) are derived from the rest and passed over.
 
-    their_shapes: the shape of each tensor in `theirs`; None = they are in memory, and asked.
+    family: whose table is read. their_shapes: the shape of each tensor in `theirs`; None = they are
+    in memory, and asked.
     """
 
     def __init__(
         self,
         theirs: Mapping[str, Tensor],
         geometry: Geometry,
+        family: Family,
         their_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        self.entries = {entry.ours: entry for entry in entries(geometry)}
+        self.entries = {entry.ours: entry for entry in entries(geometry, family.table)}
         self._theirs = theirs
         self._geometry = geometry
-        derived = re.compile(
-            r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if geometry.tied else "")
-        )
-        got = {name for name in theirs if not derived.fullmatch(name)}
+        names = {row.ours: row.theirs for row in family.table}
+        tied_heads = names[HEAD] if geometry.tied else ()
+        derived = re.compile(family.derived)
+        got = {name for name in theirs if not derived.fullmatch(name) and name not in tied_heads}
         expected = {name for entry in self.entries.values() for name in entry.theirs}
         check_names(got, expected, "the Hugging Face folder")
         if their_shapes is None:
             their_shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
         self._check_shapes(their_shapes)
-        if geometry.tied:
-            _check_tied_head(theirs)
+        for head, embedding in zip(tied_heads, names[EMBEDDING], strict=False):
+            _check_tied_head(theirs, head, embedding)
 
     def _check_shapes(self, got: Mapping[str, tuple[int, ...]]) -> None:
         wrong = [
@@ -83,12 +91,11 @@ class FromHuggingface(Mapping[str, Tensor]):
         return len(self.entries)
 
 
-def _check_tied_head(theirs: Mapping[str, Tensor]) -> None:
+def _check_tied_head(theirs: Mapping[str, Tensor], head: str, embedding: str) -> None:
     """ValueError when a head is stored beside the embeddings it is said to be tied to, and differs.
 
     Versions of transformers differ in which of the two they use.
     """
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if head in theirs and not torch.equal(theirs[head], theirs[embedding]):
         raise ValueError(
             f"tie_word_embeddings is true, but {head} is stored and differs from {embedding}: set "

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_slm import import_hf
-from megatron_slm.convert.hf_keys import MODEL_TYPES
+from megatron_slm.convert.families.registry import MODEL_TYPES
 from megatron_slm.convert.hf_settings import model_config, read_by_transformers
 from tests.unit.convert.small_models import small_model, word_tokenizer
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.families.registry import family_for, family_of
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.hf_config import huggingface_config
 from megatron_slm.convert.hf_settings import model_config
 from megatron_slm.convert.names import FromHuggingface, to_huggingface
-from megatron_slm.convert.table import entries
+from megatron_slm.convert.tensors import our_tensors
 
 SIZES = dict(
     layers=2,
@@ -21,6 +22,7 @@ SIZES = dict(
     vocabulary_size=101,
     pad_vocabulary_to_multiple_of=64,
 )
+LLAMA = family_of("llama")
 VARIANTS = {
     "llama, multi-head": {},
     "llama, grouped": {"query_groups": 2},
@@ -41,7 +43,8 @@ VARIANTS = {
 def random_state(geometry: Geometry) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     state = {
-        entry.ours: torch.randn(entry.shape, generator=generator) for entry in entries(geometry)
+        tensor.name: torch.randn(tensor.shape, generator=generator)
+        for tensor in our_tensors(geometry)
     }
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if name in state:
@@ -56,7 +59,8 @@ def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
     model = ModelConfig(**SIZES, **VARIANTS[variant])
     geometry = Geometry.from_model(model)
     state = random_state(geometry)
-    theirs = dict(to_huggingface(state, geometry))
+    family = family_for(model)
+    theirs = dict(to_huggingface(state, geometry, family))
     config = huggingface_config(model, 64, None, "fp32")
     assert theirs["model.embed_tokens.weight"].shape == (101, 32)
     with torch.device("meta"):
@@ -71,7 +75,7 @@ def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
     ):  # transformers 5 fuses the experts it reads; test_huggingface.py compares what they compute
         assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == expected
 
-    back = FromHuggingface(theirs, geometry)
+    back = FromHuggingface(theirs, geometry, family)
     assert set(back) == set(state)
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
@@ -102,7 +106,7 @@ def test_qkv_rows_are_interleaved_by_query_group():
         .float()
     )
     state = random_state(geometry) | {"decoder.layers.1.self_attention.linear_qkv.weight": fused}
-    theirs = dict(to_huggingface(state, geometry))
+    theirs = dict(to_huggingface(state, geometry, LLAMA))
     for part, heads in {
         "q": ["q0", "q1", "q2", "q3"],
         "k": ["k0", "k1"],
@@ -119,30 +123,34 @@ def test_what_does_not_fit_is_named():
         name: tensor for name, tensor in state.items() if name != "decoder.final_layernorm.weight"
     }
     with pytest.raises(ValueError, match="lacks decoder.final_layernorm.weight"):
-        dict(to_huggingface(without, geometry))
+        dict(to_huggingface(without, geometry, LLAMA))
     with pytest.raises(
         ValueError, match="has decoder.layers.0.surprise, which this model has no place for"
     ):
-        dict(to_huggingface(state | {"decoder.layers.0.surprise": torch.ones(1)}, geometry))
+        dict(to_huggingface(state | {"decoder.layers.0.surprise": torch.ones(1)}, geometry, LLAMA))
     with pytest.raises(ValueError, match=r"linear_fc2.weight has shape \(32, 24\)"):
         dict(
             to_huggingface(
-                state | {"decoder.layers.0.mlp.linear_fc2.weight": torch.ones(32, 24)}, geometry
+                state | {"decoder.layers.0.mlp.linear_fc2.weight": torch.ones(32, 24)},
+                geometry,
+                LLAMA,
             )
         )
-    theirs = dict(to_huggingface(state, geometry))
+    theirs = dict(to_huggingface(state, geometry, LLAMA))
     with pytest.raises(ValueError, match="q_proj.bias, which"):
-        FromHuggingface(theirs | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, geometry)
+        FromHuggingface(
+            theirs | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, geometry, LLAMA
+        )
 
 
 def test_derived_buffers_of_older_exports_are_passed_over():
     geometry = Geometry.from_model(ModelConfig(**SIZES, tied_embeddings=True))
-    theirs = dict(to_huggingface(random_state(geometry), geometry))
+    theirs = dict(to_huggingface(random_state(geometry), geometry, LLAMA))
     theirs |= {
         "lm_head.weight": theirs["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
     }
-    assert "output_layer.weight" not in set(FromHuggingface(theirs, geometry))
+    assert "output_layer.weight" not in set(FromHuggingface(theirs, geometry, LLAMA))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.distributed import checkpoint as dcp
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.stored_state import FullState, stored_key, write_full_state
-from megatron_slm.convert.table import entries
+from megatron_slm.convert.tensors import our_tensors
 
 GEOMETRY = Geometry.from_model(
     ModelConfig(
@@ -56,8 +56,8 @@ def test_experts_are_stacked_behind_layers_and_their_norm_keeps_its_name():
     "geometry", [GEOMETRY, replace(GEOMETRY, experts=3)], ids=["dense", "experts"]
 )
 def test_written_tensors_are_read_back_and_asked_for_once(tmp_path, geometry):
-    table = entries(geometry)
-    state = {entry.ours: torch.randn(entry.shape) for entry in table}
+    tensors = [*our_tensors(geometry)]
+    state = {tensor.name: torch.randn(tensor.shape) for tensor in tensors}
     asked = []
 
     class Watched(dict):
@@ -67,7 +67,7 @@ def test_written_tensors_are_read_back_and_asked_for_once(tmp_path, geometry):
 
     write_full_state(
         Watched(state),
-        {entry.ours: entry.shape for entry in table},
+        {tensor.name: tensor.shape for tensor in tensors},
         GEOMETRY.layers,
         tmp_path,
         torch.float32,

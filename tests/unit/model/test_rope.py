@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.hf_config import rope_scaling
+from megatron_slm.convert.families.rope import rope_scaling
 from megatron_slm.model.rope import attention_scale, scaled_frequencies
 from megatron_slm.testing.plain_rope import stretched
 

@@ -1,0 +1,11 @@
+"""The families of Hugging Face models that are read and written, one file each. No torch.
+
+registry.py     all of them, in the order in which an export tries them
+family.py       what a family says: its names, its keys, its settings both ways, its tensors
+llama_like.py   what most families share: the keys, settings and tensor names of Llama
+rope.py         rotary embedding and its scaling, both ways
+windows.py      sliding windows, both ways
+mixtures.py     mixtures of experts, both ways
+
+docs/conversion.md says how a family is added.
+"""

@@ -1,0 +1,60 @@
+"""What one family of Hugging Face models is."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_slm.config.architecture import architecture, written
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.families.rope import rope_problems
+from megatron_slm.convert.table import Table
+
+
+def _nothing(_: Any) -> Iterator[str]:
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type of transformers: which of our models it is, and how it is written."""
+
+    model_type: str
+    architecture: str
+    """The class of the causal language model."""
+    keys: frozenset[str]
+    """Keys of config.json that `settings` and `problems` use, or transformers' class for them."""
+    table: Table
+    """The names of its tensors."""
+    free: frozenset[str]
+    """Fields of ModelConfig that may have any value. One that is neither here nor in `fixed` has
+    ModelConfig's default, so a field that is new is refused by every family that does not name it.
+    """
+    settings: Callable[[Any], dict[str, Any]]
+    """The fields of ModelConfig, but for `fixed`, of the configuration object of transformers."""
+    config: Callable[[ModelConfig, int], dict[str, Any]]
+    """config.json of a model with this sequence length: what is the family's own."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ModelConfig with the value that they always have in this family."""
+    file_problems: Callable[[Mapping[str, Any]], Iterator[str]] = rope_problems
+    """What config.json itself says twice, or what nothing here computes, a phrase for each; asked
+    before transformers reads it."""
+    problems: Callable[[Any], Iterator[str]] = _nothing
+    """What of the configuration object of transformers cannot be followed, a phrase for each."""
+    lacks: Callable[[ModelConfig], Iterator[str]] = _nothing
+    """What of a model cannot be written although each of its fields could be, a phrase for each."""
+    derived: str = r".*\.rotary_emb\.inv_freq"
+    """Names (a regular expression) of stored tensors that follow from the settings."""
+
+    def obstacles(self, model: ModelConfig) -> Iterator[str]:
+        """Why `model` is none of this family, a phrase for each reason; none if it is one."""
+        defaults = ModelConfig()
+        for name, value in architecture(model).items():
+            if name in self.free:
+                continue
+            expected = self.fixed.get(name, getattr(defaults, name))
+            if value != expected:
+                yield (
+                    f"model.{name} is {written(value)}, and always {written(expected)} in a "
+                    f"{self.architecture}"
+                )
+        yield from self.lacks(model)

@@ -1,0 +1,44 @@
+"""Ministral (transformers 5): a Mistral, some layers of which have no window."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_slm.config.architecture import WINDOWS
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.families import llama_like, windows
+from megatron_slm.convert.families.family import Family
+
+
+def _settings(theirs: Any) -> dict[str, Any]:
+    return llama_like.settings(theirs) | windows.window_settings(theirs, by_layer=True)
+
+
+def _problems(theirs: Any) -> Iterator[str]:
+    yield from llama_like.problems(theirs)
+    yield from windows.window_problems(theirs, by_layer=True)
+
+
+def _config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
+    own = {
+        "sliding_window": model.attention_window_tokens,
+        "layer_types": windows.layer_types(model),
+    }
+    return llama_like.config(model, sequence_length) | own
+
+
+def _lacks(model: ModelConfig) -> Iterator[str]:
+    if not model.attention_window_tokens:
+        yield "model.attention_window_tokens is 0"
+
+
+FAMILY = Family(
+    model_type="ministral",
+    architecture="MinistralForCausalLM",
+    keys=llama_like.KEYS | windows.KEYS,
+    table=llama_like.TABLE,
+    free=llama_like.FREE | {*WINDOWS},
+    settings=_settings,
+    config=_config,
+    problems=_problems,
+    lacks=_lacks,
+)

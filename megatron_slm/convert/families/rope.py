@@ -1,0 +1,111 @@
+"""Rotary embedding and its scaling, between config.json and our settings."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_slm.config.schema import ModelConfig
+
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
+"""The keys of config.json about it; transformers 5 writes the first, transformers 4 the others."""
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""The kinds of rotary scaling that are implemented, with the numbers that each reads."""
+_YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
+_ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
+
+
+def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What config.json says twice, or what nothing here computes, of the rotary embedding."""
+    given = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    for key, rope in given.items():
+        if not isinstance(rope, Mapping):
+            yield f"{key} {rope!r}: expected a mapping"
+            return
+    if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
+        # transformers 5 takes rope_scaling, and its default for a rope_theta that stands in the
+        # other only; other versions may not.
+        yield (
+            f"both rope_parameters {given['rope_parameters']} and rope_scaling "
+            f"{given['rope_scaling']} are given: write everything into one of them"
+        )
+    bases = {rope["rope_theta"] for rope in given.values() if "rope_theta" in rope}
+    if config.get("rope_theta") is not None:
+        bases.add(config["rope_theta"])
+    if len(bases) > 1:
+        yield f"rope_theta is given as {' and as '.join(map(str, sorted(bases)))}: keep one of them"
+    for key, rope in given.items():
+        yield from _scaling_problems(key, rope)
+
+
+def _scaling_problems(key: str, rope: Mapping[str, Any]) -> Iterator[str]:
+    kinds = {rope[name] for name in ("rope_type", "type") if rope.get(name) is not None}
+    kind = kinds.pop() if kinds else "default"
+    if kinds or kind not in ROPE_FIELDS:
+        yield (
+            f"rotary scaling {kind!r} ({key} says {dict(rope)}); implemented are linear, llama3 "
+            "and yarn"
+        )
+        return
+    for name in ROPE_FIELDS[kind]:
+        if name != "original_max_position_embeddings" and rope.get(name) is None:
+            yield f"{key} of the kind {kind} lacks {name}"
+    for name, value in rope.items():
+        no_effect = (name, value) in (("partial_rotary_factor", 1.0), ("truncate", True))
+        optional = _YARN_OPTIONS if kind == "yarn" else ()
+        known = name in (*_ROPE_ALWAYS, *ROPE_FIELDS[kind], *optional) or no_effect
+        if value is not None and not known:
+            yield f"{key} has {name} {value!r}, which the kind {kind} does not read here"
+
+
+def rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope_* fields of ModelConfig for rope_parameters that rope_problems has passed."""
+    settings: dict[str, Any] = {"rope_base": float(rope["rope_theta"])}
+    kind = rope["rope_type"]
+    if kind == "default":
+        return settings
+    settings |= {"rope_scaling": kind, "rope_scaling_factor": float(rope["factor"])}
+    if kind == "llama3":
+        settings |= {
+            "rope_low_frequency_factor": float(rope["low_freq_factor"]),
+            "rope_high_frequency_factor": float(rope["high_freq_factor"]),
+            "rope_original_sequence_length": int(rope["original_max_position_embeddings"]),
+        }
+    if kind == "yarn":
+        settings |= {
+            "rope_original_sequence_length": int(rope["original_max_position_embeddings"]),
+            "rope_beta_fast": float(rope.get("beta_fast") or 32),
+            "rope_beta_slow": float(rope.get("beta_slow") or 1),
+            "rope_attention_factor": float(rope.get("attention_factor") or 0),
+        }
+    return settings
+
+
+def rope_scaling(model: ModelConfig) -> dict | None:
+    """config.json's rope_scaling of our settings."""
+    if model.rope_scaling == "none":
+        return None
+    scaling = {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rope_scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": model.rope_low_frequency_factor,
+            "high_freq_factor": model.rope_high_frequency_factor,
+            "original_max_position_embeddings": model.rope_original_sequence_length,
+        }
+    if model.rope_scaling == "yarn":
+        scaling |= {
+            "original_max_position_embeddings": model.rope_original_sequence_length,
+            "beta_fast": model.rope_beta_fast,
+            "beta_slow": model.rope_beta_slow,
+        }
+        if model.rope_attention_factor:
+            scaling["attention_factor"] = model.rope_attention_factor
+    return scaling
