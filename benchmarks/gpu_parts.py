@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmarks import head, step
+from benchmarks import head, layer_passes, step
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE_STEP = ["--layers", "1", "--hidden", "64", "--vocab", "512", "--seq", "32", "--mbs", "2"]
@@ -40,10 +40,11 @@ class Part:
 
 
 def gpu_parts() -> list[Part]:
-    """Every G case, then every file of tests/gpu."""
+    """Every G case, the passes of the layers, the loop, then every file of tests/gpu."""
     return [
         _program("step", step.CASES, "G", 20),
         _program("head", head.CASES, "G", 6),
+        Part("layer_passes", tuple(layer_passes.CASES), _passes_command, 10),
         Part("train_loop", ("train-loop",), _loop_command, 60),
         Part("tests", _test_files(), _test_command, 25),
     ]
@@ -54,6 +55,12 @@ def smoke_parts() -> list[Part]:
     return [
         _program("step", {"C8": None}, "C", 20, [*SMOKE_STEP, *ONE_ROUND]),
         _program("head", {"C1": None, "C4": None}, "C", 5, [*SMOKE_HEAD, *ONE_ROUND]),
+        Part(
+            "layer_passes",
+            tuple(layer_passes.CASES),
+            lambda chosen: [*_passes_command(chosen), "--smoke", *ONE_ROUND],
+            5,
+        ),
     ]
 
 
@@ -65,6 +72,10 @@ def _program(
 
     names = tuple(case for case in cases if case.startswith(letter))
     return Part(name, names, command, seconds_per_case)
+
+
+def _passes_command(chosen: list[str]) -> list[str]:
+    return ["-m", "benchmarks.layer_passes", "--case", ",".join(chosen)]
 
 
 def _loop_command(_: list[str]) -> list[str]:

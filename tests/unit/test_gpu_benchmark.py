@@ -93,7 +93,8 @@ def test_a_dry_run_shows_every_gpu_case_and_test_file(capsys):
     cases = [name for cases in (head.CASES, step.CASES) for name in cases if name[0] == "G"]
     assert all(name in printed for name in cases)
     assert "test_step_gpu.py" in printed
-    assert [found.name for found in gpu_parts()] == ["step", "head", "train_loop", "tests"]
+    names = ["step", "head", "layer_passes", "train_loop", "tests"]
+    assert [found.name for found in gpu_parts()] == names
 
 
 def test_a_file_of_tests_is_one_row(tmp_path):
@@ -129,8 +130,13 @@ def test_the_table_names_machine_versions_and_every_case(tmp_path):
 
 def test_the_machinery_runs_on_a_cpu(tmp_path):
     output = tmp_path / "smoke.json"
-    assert gpu.main(["--smoke", "--parts", "head", "--output", str(output)]) == 0
-    rows = json.loads(output.read_text())["rows"]["head"]
-    assert rows["C1"]["correct"]
-    assert rows["C4"]["correct"]
+    assert gpu.main(["--smoke", "--parts", "head,layer_passes", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert rows["head"]["C1"]["correct"]
+    assert rows["head"]["C4"]["correct"]
+    assert {name: row["correct"] for name, row in rows["layer_passes"].items()} == {
+        "norm": True,
+        "swiglu": True,
+        "rotary": True,
+    }
     assert "no figures" in output.with_suffix(".md").read_text()
