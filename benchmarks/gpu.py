@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, help="JSON file to write; the table gets its name")
-    parser.add_argument("--parts", help="some of step,head,layer_passes,train_loop,tests; default all")
+    parser.add_argument("--parts", help="some of the parts; default all")
     parser.add_argument(
         "--budget-minutes",
         type=float,
