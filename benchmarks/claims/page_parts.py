@@ -1,0 +1,191 @@
+"""The sentences and tables of docs/evidence.md."""
+
+import math
+from collections.abc import Sequence
+
+from benchmarks.claims.analysis import LOSS, Arm, Comparison, Results, found_noise
+from benchmarks.claims.experiment import Experiment
+from benchmarks.claims.intervals import Estimate, estimate
+
+SIGNIFICANT = 0.05
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(row)} |" for row in lines]
+
+
+def number(value: float, digits: int = 3, *, signed: bool = False) -> str:
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def interval(value: Estimate, digits: int = 3, *, signed: bool = False) -> str:
+    """Mean and 95 % interval: −0.052 [−0.070, −0.034]."""
+    mean = number(value.mean, digits, signed=signed)
+    if not math.isfinite(value.half_width):
+        return f"{mean} (one seed)"
+    ends = [number(end, digits, signed=signed) for end in (value.low, value.high)]
+    return f"{mean} [{ends[0]}, {ends[1]}]"
+
+
+def probability(p: float) -> str:
+    if math.isnan(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def scientific(value: float) -> str:
+    return f"{value:.2e}" if value else "–"
+
+
+def wording(comparison: Comparison) -> str:
+    """lower, higher or not shown to differ."""
+    difference = comparison.difference
+    assert difference is not None
+    if comparison.p_holm < SIGNIFICANT:
+        return "lower than" if difference.mean < 0 else "higher than"
+    return "not shown to differ from"
+
+
+def sentence(comparison: Comparison) -> str:
+    """What one comparison says."""
+    difference = comparison.difference
+    assert difference is not None
+    return (
+        f"{comparison.arm.label}: loss {wording(comparison)} that of {comparison.baseline.label}, "
+        f"by {interval(difference, signed=True)} nats over {difference.count} seeds "
+        f"(p {probability(difference.p)}, Holm {probability(comparison.p_holm)})"
+    )
+
+
+def compared(results: Results, pair: str) -> list[Comparison]:
+    return [each for each in results.comparisons(pair) if each.difference is not None]
+
+
+def enough(results: Results, pair: str) -> bool:
+    """Whether every comparison has the seeds that the experiment asks for."""
+    least = min(
+        (each.difference.count for each in compared(results, pair) if each.difference), default=0
+    )
+    return least >= results.declared["seeds"]
+
+
+def state(results: Results, pair: str) -> list[str]:
+    """The lines of the page's summary: comparisons that have the seeds for a claim."""
+    title, needed = results.declared["title"], results.declared["seeds"]
+    found = compared(results, pair)
+    claims = [each for each in found if each.difference and each.difference.count >= needed]
+    lines = [f"{title}, {pair}. {sentence(each)}." for each in claims]
+    if len(claims) < len(found):
+        lines.append(
+            f"{title}, {pair}: {len(found) - len(claims)} comparisons have fewer than the {needed} "
+            "seeds that a claim needs; they are in the section, without a claim."
+        )
+    return lines
+
+
+def verdicts(results: Results, pair: str) -> list[str]:
+    """What the comparisons say in words, and the reference's own loss."""
+    lines = []
+    needed = results.declared["seeds"]
+    for comparison in compared(results, pair):
+        assert comparison.difference is not None
+        few = comparison.difference.count < needed
+        lines.append(f"- {sentence(comparison)}{'; too few seeds for a claim' if few else ''}.")
+    for name, model in results.models(pair).items():
+        losses = list(model.final_losses().values())
+        lines.append(f"- The model `{name}` ends at {interval(estimate(losses))} nats.")
+    return lines
+
+
+def arms_table(results: Results, pair: str) -> list[str]:
+    rows = []
+    for arm in results.arms(pair).values():
+        losses = [run["validation"][-1][LOSS] for run in arm.runs.values()]
+        per_seed = ", ".join(number(arm.final_losses()[seed]) for seed in arm.seeds)
+        kept = number(arm.kept_fraction, 2)
+        rows.append([arm.label, str(len(losses)), interval(estimate(losses)), per_seed, kept])
+    return table(
+        ["arm", "seeds", "final loss on the target, nats per token", "by seed", "kept"], rows
+    )
+
+
+def comparisons_table(results: Results, pair: str) -> list[str]:
+    rows = []
+    for each in compared(results, pair):
+        assert each.difference is not None
+        ratio = f"not in {each.difference.count - each.reached} of {each.difference.count} seeds"
+        if each.tokens_ratio is not None:
+            ratio = interval(each.tokens_ratio, 2)
+        rows.append(
+            [
+                each.arm.label,
+                each.baseline.label,
+                str(each.difference.count),
+                interval(each.difference, signed=True),
+                probability(each.difference.p),
+                probability(each.p_holm),
+                ratio,
+            ]
+        )
+    header = ["arm", "less", "seeds", "difference, nats", "p, paired", "Holm", "tokens to its loss"]
+    return table(header, rows)
+
+
+def costs_table(results: Results, pair: str) -> list[str]:
+    """FLOPs and CPU seconds of each arm, with what the reference and its scores cost."""
+    arms = results.arms(pair)
+    rows = [[arm.label, *_costs(arm)] for arm in arms.values()]
+    models = results.models(pair).items()
+    rows += [[f"model `{name}`", *_costs(model)] for name, model in models]
+    header = ["", "FLOPs of the run", "of its reference", "of scoring", "sum", "CPU seconds"]
+    return table(header, rows)
+
+
+def _costs(arm: Arm) -> list[str]:
+    flops = arm.flops
+    parts = [scientific(flops[name]) for name in ("run", "reference", "scoring")]
+    return [*parts, scientific(sum(flops.values())), f"{arm.cpu_seconds:.0f}"]
+
+
+def noise_table(results: Results, pair: str) -> list[str]:
+    """What was selected of each corpus, and how well rejecting finds the noise."""
+    corpora = ["corpus", *results.declared["planted"]]
+    rows = []
+    for arm in results.arms(pair).values():
+        found = found_noise(results, pair, arm)
+        if found is None or arm.name == results.declared["baseline"]:
+            continue
+        rates = [interval(found.kept[name], 2) for name in corpora]
+        scores = [interval(found.precision, 2), interval(found.recall, 2)]
+        rows.append([arm.label, *rates, *scores, number(found.noise_fraction, 2)])
+    kept = [f"kept of {name}" for name in corpora]
+    header = ["arm", *kept, "precision", "recall", "precision by chance"]
+    return table(header, rows)
+
+
+def sources_table(results: Results, pair: str) -> list[str]:
+    """Which text was read."""
+    tokens = results.header["corpora"].get(pair, {})
+    rows = []
+    for corpus, entry in results.header["sources"].get(pair, {}).items():
+        for source, size in entry["sources"].items():
+            count = f"{size['characters']:,}"
+            rows.append([corpus, source, f"{size['documents']:,}", count])
+        if corpus in tokens:
+            documents = f"{entry['documents']:,}"
+            count = f"{entry['characters']:,} = {tokens[corpus]['tokens']:,} tokens"
+            rows.append([corpus, "all of it", documents, count])
+    return table(["corpus", "source", "documents", "characters"], rows)
+
+
+def declared_only(experiment: Experiment) -> str:
+    """The section of an experiment that has no numbers."""
+    lines = [f"## {experiment.title}", "", experiment.question, ""]
+    lines += [f"**Not yet run.** `python -m benchmarks.claims.run {experiment.name}`. Arms:"]
+    lines[-1] += f" {'; '.join(experiment.label(name) for name in experiment.arms)}."
+    for what, why in experiment.missing.items():
+        lines += ["", f"Not part of it, {what}: {why}."]
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""The experiments of benchmarks/claims as they are declared: every run is one that the trainer
+takes, arms differ in nothing but what they say, and shared runs are shared.
+"""
+
+import json
+
+import pytest
+
+from benchmarks.claims.commands import command_of, run_settings
+from benchmarks.claims.corpora import PARTS, part_of
+from benchmarks.claims.experiment import (
+    Experiment,
+    Training,
+    experiment_names,
+    experiment_problems,
+    read_experiment,
+    read_pairs,
+    read_scale,
+)
+from benchmarks.claims.graph import Graph, in_order
+from benchmarks.claims.noise import KINDS
+from benchmarks.claims.page import ORDER
+from megatron_slm.config.check import check_config
+from megatron_slm.config.load import from_mapping
+from megatron_slm.selection.schedule import build_schedule
+
+SCALES = ("smoke", "cpu", "gpu", "cluster")
+
+
+def graph(name: str, scale: str = "smoke", seed: int = 1, pair: str = "code") -> Graph:
+    return Graph(read_experiment(name), read_scale(scale), pair, read_pairs()[pair], seed)
+
+
+def trainings(name: str, scale: str = "smoke", seed: int = 1) -> dict:
+    made = graph(name, scale, seed)
+    return {each: made.training(each) for each in made.experiment.trainings}
+
+
+def test_all_parts_are_declared():
+    assert set(experiment_names()) == set(ORDER)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", experiment_names())
+def test_every_run_is_one_that_the_trainer_takes(name, scale, tmp_path):
+    for training, stage in trainings(name, scale).items():
+        config, problems = from_mapping(run_settings(stage, tmp_path))
+        assert problems == [], training
+        check_config(config, 1)
+        build_schedule(config.selection.keep_fraction)
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_arms_share_seed_start_and_data_unless_they_say_otherwise(name):
+    made = graph(name)
+    baseline = made.training(made.experiment.baseline)
+    for arm, declared in made.experiment.arms.items():
+        stage = made.training(arm)
+        settings = stage.identity["settings"]
+        assert settings["run"] == baseline.identity["settings"]["run"]
+        if declared.train == made.experiment.arms[made.experiment.baseline].train:
+            assert stage.needs[:3] == baseline.needs[:3]
+
+
+def test_experiments_share_the_runs_that_are_the_same():
+    main, keep = trainings("main", "cpu"), trainings("keep_fraction", "cpu")
+    for name in ("base", "reference", "plain", "slm"):
+        assert main[name].key == keep[name].key
+    assert trainings("noise", "cpu")["reference"].key == main["reference"].key
+    assert trainings("main", "cpu", seed=2)["base"].key != main["base"].key
+
+
+def test_keys_change_with_what_a_stage_is_made_of():
+    plain, slm = trainings("main")["plain"], trainings("main")["slm"]
+    assert plain.key != slm.key
+    changed = graph("main")
+    changed.experiment.models["reference"].times = 2
+    assert changed.training("slm").key != slm.key
+
+
+def test_stages_come_after_what_they_need():
+    stages = in_order(list(graph("lead").arms(["slm_refreshed"]).values()))
+    for place, stage in enumerate(stages):
+        assert all(needed in stages[:place] for needed in stage.needs)
+
+
+def test_arms_of_other_batch_sizes_process_the_same_tokens():
+    made = trainings("batch", "cpu")
+    processed = set()
+    for name in ("plain", "plain_small", "plain_large", "plain_long"):
+        settings = made[name].identity["settings"]
+        data, steps = settings["data"], settings["schedule"]["train_steps"]
+        processed.add(data["sequence_length"] * data["global_batch_size"] * steps)
+    assert len(processed) == 1
+
+
+def test_schedules_are_given_as_shares_of_the_run():
+    settings = trainings("lead", "cpu")["half"].identity["settings"]
+    schedule = settings["selection"]["keep_fraction"]
+    tokens = 128 * 16 * settings["schedule"]["train_steps"]
+    assert schedule["hold_tokens"] == round(0.5 * tokens)
+    assert "hold_of_run" not in schedule
+
+
+def test_a_store_is_made_of_every_corpus_of_its_arms(tmp_path):
+    settings = run_settings(trainings("noise")["slm"], tmp_path)
+    assert len(settings["selection"]["reference"]["scores"]) == len(settings["data"]["train"]) == 5
+
+
+def test_the_command_of_a_score_store(tmp_path):
+    made = graph("reference")
+    module, *words = command_of(made.scores("scores_fp32", "corpus"), tmp_path)
+    assert module == "megatron_slm.score"
+    assert words[words.index("--dtype") + 1] == "fp32"
+    assert words[words.index("--device.kind") + 1] == "cpu"
+
+
+def test_names_that_are_not_there_are_said():
+    wrong = Experiment(
+        arms={"slm": Training(start="bse", scores="none", train=["text"])},
+        planted={"shuffle": 0.1},
+        contrasts={"slm": ["other"]},
+    )
+    problems = " ".join(experiment_problems(wrong))
+    for said in ("'bse'", "slm.scores", "'text'", "'shuffle'", "'other'", "'plain'"):
+        assert said in problems
+
+
+def test_an_unknown_experiment_is_named():
+    with pytest.raises(ValueError, match="got 'maine'; expected one of batch, exactness"):
+        read_experiment("maine")
+
+
+def test_parts_of_the_target_are_sixths():
+    assert sorted(sixth for sixths in PARTS.values() for sixth in sixths) == list(range(6))
+    parts = [part_of(f"library/{number}.py") for number in range(6000)]
+    assert parts.count("held_out") == pytest.approx(1000, abs=120)
+    assert parts.count("curated") == pytest.approx(3000, abs=200)
+
+
+CLEAN = [(f"d{number}", f"some words of document {number} " * 30) for number in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "random", "boilerplate"])
+def test_noise_depends_on_the_documents_alone(kind):
+    first, again = (KINDS[kind](CLEAN, 4000) for _ in range(2))
+    assert first == again
+    assert 4000 <= sum(len(text) for _, text in first) < 4000 + 12_000
+    assert len({text for _, text in first}) == len(first)
+
+
+def test_shuffled_documents_keep_their_words():
+    by_name = dict(CLEAN)
+    for name, text in KINDS["shuffled"](CLEAN, 2000):
+        original = by_name[name.removeprefix("shuffled/")]
+        assert sorted(text.split(" ")) == sorted(original.split(" "))
+        assert text != original
+
+
+def test_declarations_can_be_stored(tmp_path):
+    for name in experiment_names():
+        for stage in in_order(list(graph(name).arms(list(read_experiment(name).arms)).values())):
+            json.dumps(stage.identity)
