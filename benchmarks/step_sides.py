@@ -245,7 +245,7 @@ def stock_model(
     layers = resolve_layers(config, on_gpu)
     model = GPTModel(
         core_config,
-        layer_spec(core_config, layers, None),
+        layer_spec(core_config, config.model, layers, None),
         padded_vocabulary_size(config, vocabulary),
         config.data.sequence_length,
         position_embedding_type="rope",

@@ -67,6 +67,12 @@ CALLBACKS = [
         True,
     ),
     (
+        "transformer.transformer_layer:TransformerLayer._forward_mlp",
+        "self._forward_post_mlp",
+        ("model/layer_variants.py", "ParallelResidualLayer", "_forward_post_mlp"),
+        True,
+    ),
+    (
         "pipeline_parallel.schedules:forward_backward_no_pipelining",
         "config.finalize_model_grads_func",
         ("model/forward_backward.py", "finalize"),
@@ -187,10 +193,13 @@ NORMS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "path, name", [("model/layers.py", "RMSNorm"), ("model/layer_norm.py", "LayerNorm")]
+)
 @pytest.mark.parametrize("caller, norms", NORMS, ids=[row[0].split(":")[1] for row in NORMS])
-def test_norms_are_built_with_what_ours_takes(caller, norms):
+def test_norms_are_built_with_what_ours_takes(caller, norms, path, name):
     """0.16.1 builds them through build_module(norm, **arguments), 0.19.2 calls the norm itself."""
-    ours = our_function("model/layers.py", "RMSNorm", "__init__")
+    ours = our_function(path, name, "__init__")
     for norm in norms:
         found = norm_calls(core(caller), norm)
         assert found, f"{caller} no longer builds {norm}"

@@ -29,7 +29,7 @@ ROPE_SCALING = {
 }
 """The fields that each kind of scaling reads."""
 ROPE_NUMBERS = tuple(dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"]]))
-ROPE = ("rope_base", "rope_scaling", *ROPE_NUMBERS)
+ROPE = ("rope_base", "rope_scaling", "rope_fraction", *ROPE_NUMBERS)
 EXPERTS = ("experts_per_token", "renormalize_experts")
 """The fields that a mixture of experts reads, beside the number of experts."""
 WINDOWS = ("attention_window_tokens", "full_attention_layers")
@@ -37,15 +37,23 @@ ARCHITECTURE = (
     "layers",
     "hidden_size",
     "ffn_hidden_size",
+    "activation",
+    "gated_feed_forward",
     "attention_heads",
     "query_groups",
     "head_size",
     "vocabulary_size",
     *WINDOWS,
+    "position_embedding",
+    "learned_positions",
     *ROPE,
+    "normalization",
     "norm_epsilon",
+    "parallel_residual",
     "tied_embeddings",
     "qkv_bias",
+    "attention_output_bias",
+    "feed_forward_bias",
     "qk_norm",
     "experts",
     *EXPERTS,
@@ -87,6 +95,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     Only vocabulary_size stays as it is: what 0 means there, a tokenizer decides.
     """
     unused = {*ROPE_NUMBERS} - {*ROPE_SCALING[model.rope_scaling]}
+    unused |= {"learned_positions"} if model.position_embedding == "rope" else {*ROPE}
     if not model.experts:
         unused |= {*EXPERTS}
     if not model.attention_window_tokens:

@@ -5,7 +5,13 @@ Pure: no file is opened and nothing is started.
 
 from collections.abc import Callable, Iterator
 
-from megatron_slm.config import layer_engine, layout_rules, tool_rules, training_rules
+from megatron_slm.config import (
+    layer_engine,
+    layout_rules,
+    part_rules,
+    tool_rules,
+    training_rules,
+)
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.ranges import out_of_range
 from megatron_slm.config.schema import Config
@@ -14,6 +20,7 @@ Rule = Callable[[Config, int], Iterator[str]]
 """Takes a configuration and the number of processes; yields one sentence per broken rule."""
 LAYOUT_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (layout_rules.model_problems, ("model", "parallel")),
+    (part_rules.part_problems, ("model", "data")),
     (layout_rules.parallel_problems, ("model", "parallel", "data")),
     (layout_rules.head_engine_problems, ("model",)),
     (layout_rules.fp8_problems, ("model", "parallel", "data")),

@@ -14,7 +14,8 @@ def model_problems(config: Config, world_size: int) -> Iterator[str]:
             f"model.hidden_size: got {model.hidden_size}, which {model.attention_heads} attention "
             "heads do not divide; change model.attention_heads, or set model.head_size"
         )
-    if (model.head_size or model.hidden_size // model.attention_heads) % 2:
+    whole_heads = model.position_embedding == "rope" and model.rope_fraction == 1
+    if whole_heads and (model.head_size or model.hidden_size // model.attention_heads) % 2:
         yield (
             "model.head_size: got "
             f"{model.head_size or model.hidden_size // model.attention_heads}; rotary embeddings "

@@ -60,7 +60,8 @@ class DeviceConfig:
 
 @dataclass
 class ModelConfig:
-    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
+    """A decoder-only transformer with grouped-query attention. The defaults are Llama's parts:
+    rotary embedding, RMSNorm, SwiGLU, no biases."""
 
     from_checkpoint: str = ""
     """Run folder or checkpoint whose architecture this model has: every setting of this section
@@ -71,7 +72,13 @@ class ModelConfig:
     hidden_size: Size = 256
     """Width of the residual stream."""
     ffn_hidden_size: Size = 704
-    """Width of the SwiGLU feed-forward layer; in a mixture of experts, of each expert."""
+    """Width of the feed-forward layer; in a mixture of experts, of each expert."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    """Activation of the feed-forward layer; gelu = the exact one (GPT-NeoX), gelu_tanh = its tanh
+    approximation (GPT-2)."""
+    gated_feed_forward: bool = True
+    """The activated product is multiplied by a second one of the input (SwiGLU with silu, GeGLU
+    with gelu); false = one product, as in GPT-2 and GPT-NeoX."""
     attention_heads: Size = 4
     """Query heads; must divide hidden_size unless head_size is set."""
     query_groups: Count = 0
@@ -89,8 +96,17 @@ class ModelConfig:
     full_attention_layers: list[Count] = field(default_factory=list)
     """Layers, counted from 0, that attend to the whole sequence although attention_window_tokens is
     set (Qwen-2, Qwen-3, Ministral)."""
+    position_embedding: Literal["rope", "learned"] = "rope"
+    """How positions enter: rope = rotary embedding of queries and keys; learned = a table that is
+    added to the token embedding (GPT-2)."""
+    learned_positions: Count = 0
+    """Rows of the table of learned positions, at least data.sequence_length; for position_embedding
+    learned alone."""
     rope_base: Positive = 10000.0
     """Base of the rotary position embedding."""
+    rope_fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    """Share of each head's channels that the rotary embedding turns, from the first one on
+    (GPT-NeoX: 0.25); the others carry no position."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """Stretching of the rotary embedding for longer sequences: linear = every frequency / factor;
     llama3 = only slow frequencies (Llama 3.1's rule); yarn = only slow frequencies, and sharper
@@ -114,14 +130,25 @@ class ModelConfig:
     rope_attention_factor: NotNegative = 0.0
     """Factor of rotated queries and of rotated keys (yarn only); 0 = 0.1 ln(rope_scaling_factor) +
     1."""
+    normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Norms of the residual stream, and of queries and keys; layernorm has a weight and a bias
+    (GPT-2, GPT-NeoX)."""
     norm_epsilon: Positive = 1e-5
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
+    parallel_residual: bool = False
+    """Attention and feed-forward layer read the same residual stream, each through its own norm,
+    and both outputs are added to it (GPT-NeoX); false = the feed-forward layer reads what attention
+    has been added to."""
     tied_embeddings: bool = False
     """Share the input embedding with the output head."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen-2 style)."""
+    attention_output_bias: bool = False
+    """Bias on the output projection of attention; needs qkv_bias."""
+    feed_forward_bias: bool = False
+    """Bias on both products of the feed-forward layer; not in a mixture of experts."""
     qk_norm: bool = False
-    """RMSNorm on queries and keys (Qwen-3 style)."""
+    """Norm of queries and keys (Qwen-3 style)."""
     experts: Count = 0
     """Experts of the mixture that replaces every feed-forward layer (Mixtral, Qwen3-MoE); 0 = one
     dense feed-forward layer."""

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import Config, ModelConfig
 
 
 def model_parallel_size(config: Config) -> int:
@@ -24,6 +24,16 @@ def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
     """
     multiple = math.lcm(config.model.pad_vocabulary_to_multiple_of, config.parallel.tensor)
     return -(-vocabulary_size // multiple) * multiple
+
+
+def rotated_channels(model: ModelConfig) -> int:
+    """Channels of each head that the rotary embedding turns, the first ones; 0 without one."""
+    if model.position_embedding != "rope":
+        return 0
+    head_size = model.head_size or model.hidden_size // model.attention_heads
+    return int(
+        head_size * model.rope_fraction
+    )  # rounded down, as transformers and megatron-core do
 
 
 def train_steps(config: Config) -> int:

@@ -1,5 +1,7 @@
 """A decoder in any parallel layout, from one seed."""
 
+from typing import Literal
+
 import torch
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.tensor_parallel.layers import (
@@ -27,6 +29,11 @@ from megatron_slm.model.rope import scaled_frequencies
 from megatron_slm.model.transformer_config import DTYPES, transformer_config
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.parallel import Groups
+
+_POSITIONS: dict[str, Literal["rope", "learned_absolute"]] = {
+    "rope": "rope",
+    "learned": "learned_absolute",
+}
 
 
 def build_model(
@@ -65,23 +72,26 @@ def _decoder(
     config: Config, vocabulary_size: int, groups: Groups, layers: str, vp_stage: int | None
 ) -> Decoder:
     """One pipeline chunk, its weights not yet drawn."""
+    model = config.model
     core_config = transformer_config(config, on_gpu=groups.device.type == "cuda", layers=layers)
     decoder = Decoder(
         core_config,
-        layer_spec(core_config, layers, vp_stage),
+        layer_spec(core_config, model, layers, vp_stage),
         padded_vocabulary_size(config, vocabulary_size),
-        config.data.sequence_length,
+        model.learned_positions or config.data.sequence_length,
         pre_process=is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        share_embeddings_and_output_weights=config.model.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=config.model.rope_base,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type=_POSITIONS[model.position_embedding],
+        rotary_percent=model.rope_fraction,
+        rotary_base=model.rope_base,
         vp_stage=vp_stage,
     )
     decoder.vocabulary_size = vocabulary_size
     decoder.head_engine = config.device.head_engine
-    rope = decoder.rotary_pos_emb
-    rope.inv_freq = scaled_frequencies(rope.inv_freq, config.model)
+    if model.position_embedding == "rope":
+        rope = decoder.rotary_pos_emb
+        rope.inv_freq = scaled_frequencies(rope.inv_freq, model)
     _mark_tensor_parallel(decoder)
     return decoder
 

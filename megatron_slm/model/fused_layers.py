@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
@@ -19,19 +20,26 @@ def use_fused_passes(chunk: nn.Module) -> None:
     """Change the torch-native layers inside `chunk`, a GPTModel, to fused passes; same parameters.
 
     Norms that have apex's kernel keep it, and the SwiGLU of experts, which also weighs their
-    tokens, stays megatron-core's. Values differ from those of the layers as they were by rounding:
-    what is rounded once here was rounded after every operation, cosines and sines too.
+    tokens, stays megatron-core's. So does what there is no pass for: LayerNorm, another activation,
+    biases of the feed-forward layer, an embedding that turns a part of each head
+    (training/acceleration_rows.py says so). Values differ from those of the layers as they were by
+    rounding: what is rounded once here was rounded after every operation, cosines and sines too.
     """
     layers: list[Any] = list(chunk.modules())  # megatron-core's layers have no types
     for layer in layers:
         if isinstance(layer, RMSNorm) and layer.fused is None:
             layer.fused = _norm
-        elif type(layer) is MLP:
+        elif type(layer) is MLP and _is_swiglu(layer.config):
             layer.forward = partial(_gated_mlp, layer, layer.forward)
-        elif type(layer) is SelfAttention:
+        elif isinstance(layer, SelfAttention):
             rotation = _RotationBeforeAttention(layer)
             layer.forward = rotation.forward
             layer.get_query_key_value_tensors = rotation.query_key_value
+
+
+def _is_swiglu(config: TransformerConfig) -> bool:
+    gated = config.gated_linear_unit and config.activation_func is nn.functional.silu
+    return gated and not config.add_bias_linear
 
 
 def _norm(hidden_SBH: Tensor, weight_H: Tensor, shape: tuple[int], epsilon: float) -> Tensor:
@@ -64,6 +72,7 @@ class _RotationBeforeAttention:
         self.attention = attention
         self.plain_forward = attention.forward
         self.plain_query_key_value = attention.get_query_key_value_tensors
+        self.head_size = attention.hidden_size_per_attention_head
         # Without norms of queries and keys, and with whole groups on this rank, the joint product
         # is split in the same pass.
         self.splits = (
@@ -76,6 +85,8 @@ class _RotationBeforeAttention:
 
     def forward(self, *arguments: Any, rotary_pos_emb: Tensor | None = None, **options: Any) -> Any:
         """SelfAttention.forward; the angles of megatron-core repeat D / 2 frequencies."""
+        if rotary_pos_emb is None or rotary_pos_emb.shape[-1] < self.head_size:
+            return self.plain_forward(*arguments, rotary_pos_emb=rotary_pos_emb, **options)
         self.angle_S11D = rotary_pos_emb
         try:
             return self.plain_forward(*arguments, rotary_pos_emb=None, **options)

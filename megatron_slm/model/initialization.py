@@ -37,11 +37,11 @@ def _leaves(tree: dict | list) -> Iterator[ShardedTensor]:
 
 @torch.no_grad()
 def _initialize(tensor: ShardedTensor, seed: int, std: float, layers: int) -> None:
+    if tensor.key.endswith("bias"):  # those of norms too
+        tensor.data.zero_()
+        return
     if "layer_norm" in tensor.key or "layernorm" in tensor.key:
         tensor.data.fill_(1.0)
-        return
-    if tensor.key.endswith("bias"):
-        tensor.data.zero_()
         return
     stacked = tensor.prepend_axis_num
     layer = tensor.global_offset[:stacked]

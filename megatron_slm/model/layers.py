@@ -25,7 +25,10 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_slm.accelerations import apex_rms_norm, transformer_engine_swiglu
+from megatron_slm.config.schema import ModelConfig
 from megatron_slm.core_versions import mlp_parts
+from megatron_slm.model.layer_norm import LayerNorm
+from megatron_slm.model.layer_variants import ParallelResidualLayer, SelfAttentionWithOwnBias
 from megatron_slm.model.router import Router
 from megatron_slm.model.window_mask import WindowMask
 
@@ -219,8 +222,11 @@ def _whole_sequence(part_sbgd: torch.Tensor, context_group: dist.ProcessGroup) -
     return torch.cat([chunks[i] for i in order]).permute(1, 2, 0, 3)
 
 
-def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
-    """The decoder's spec for this pipeline stage: `layers` is "torch" or "transformer_engine"."""
+def layer_spec(config: TransformerConfig, model: ModelConfig, layers: str, vp_stage: int | None):
+    """The decoder's spec for this pipeline stage: `layers` is "torch" or "transformer_engine".
+
+    model: what config was made from.
+    """
     if layers == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -231,15 +237,17 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
             mlp_parts(layer).router = Router
         elif config.use_te_activation_func:
             mlp_parts(layer).activation_func = EngineSwiGLU
+        _use_variants(layer, model)
         return layer
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
-        normalization="RMSNorm",
+        normalization=config.normalization,
     )
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    norm = LayerNorm if config.normalization == "LayerNorm" else RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if config.num_moe_experts:
         mlp_parts(layer).router = Router
         # Transformer Engine fuses no norm into a mixture and stores it under its own name; the same
@@ -251,6 +259,19 @@ def layer_spec(config: TransformerConfig, layers: str, vp_stage: int | None):
         shared = {"window": WindowMask(config.window_size[0] + 1)}
         attention.core_attention = ModuleSpec(module=CausalAttention, params=shared)
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = norm
+    _use_variants(layer, model)
     this_stage: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=this_stage, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=this_stage, layer_norm=norm)
+
+
+def _use_variants(layer: ModuleSpec, model: ModelConfig) -> None:
+    """Put layer_variants.py's classes into a layer's spec where megatron-core's are not the
+    model's.
+    """
+    if model.parallel_residual:
+        layer.module = ParallelResidualLayer
+    if model.attention_output_bias != model.feed_forward_bias:
+        attention = layer.submodules.self_attention
+        attention.module = SelfAttentionWithOwnBias
+        attention.params = {**attention.params, "output_bias": model.attention_output_bias}

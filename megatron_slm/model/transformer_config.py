@@ -1,5 +1,6 @@
 """Our settings as megatron-core's TransformerConfig."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     },
 }
 _LOAD_BALANCING = {"sequence": "seq_aux_loss", "micro_batch": "aux_loss"}
+_NORMALIZATION = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU's tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415): GPT-2's gelu_new."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": torch.nn.functional.relu,
+}
 
 
 def transformer_config(config: Config, *, on_gpu: bool, layers: str = "torch") -> TransformerConfig:
@@ -56,11 +71,13 @@ def _fusions(model: ModelConfig, on_gpu: bool, engine: bool) -> dict[str, Any]:
     """
     # The SwiGLU of experts also weighs tokens, which Transformer Engine's does not: there
     # megatron-core's compiled one needs fewer passes.
-    swiglu = engine and not model.experts and transformer_engine_swiglu() is not None
+    is_swiglu = model.gated_feed_forward and model.activation == "silu"
+    swiglu = is_swiglu and engine and not model.experts and transformer_engine_swiglu() is not None
     return {
         "apply_rope_fusion": engine,
         "use_te_activation_func": swiglu,
-        "bias_activation_fusion": on_gpu and not swiglu,
+        # megatron-core's compiled GELU is the tanh approximation, whichever it is asked for.
+        "bias_activation_fusion": on_gpu and is_swiglu and not swiglu,
         "bias_dropout_fusion": on_gpu,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": on_gpu and has_module("fused_weight_gradient_mlp_cuda"),
@@ -75,12 +92,13 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": model.attention_heads,
         "num_query_groups": model.query_groups or model.attention_heads,
         "kv_channels": model.head_size or model.hidden_size // model.attention_heads,
-        "normalization": "RMSNorm",
+        "normalization": _NORMALIZATION[model.normalization],
         "layernorm_epsilon": model.norm_epsilon,
         "qk_layernorm": model.qk_norm,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
+        "gated_linear_unit": model.gated_feed_forward,
+        "activation_func": _ACTIVATIONS[model.activation],
+        # Of the feed-forward layer; attention's output projection has its own (layer_spec).
+        "add_bias_linear": model.feed_forward_bias,
         "add_qkv_bias": model.qkv_bias,
         **_windows(model),
         "softmax_scale": attention_scale(model),

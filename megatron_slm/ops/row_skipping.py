@@ -266,15 +266,17 @@ def skip_zero_gradient_rows(module: nn.Module) -> int:
 def _share_rows(layer: Any) -> None:
     """Let the linears of a transformer layer look for its rows once, and split its linear_qkv.
 
-    The experts of a mixture see their tokens in an order of their own, so there each linear looks
-    for its rows itself.
+    The experts of a mixture see their tokens in an order of their own, and in a layer with a
+    parallel residual (`parallel_residual` set) backward of attention may come before that of the
+    feed-forward layer: there each linear looks for its rows itself.
     """
     attention = layer.self_attention
     groups = attention.num_query_groups_per_partition
     queries = attention.num_attention_heads_per_partition // groups
     split = {"blocks": groups, "head_columns": queries * attention.hidden_size_per_attention_head}
     dense = hasattr(layer.mlp, "linear_fc2")
-    layer_rows = LayerRows() if dense else None
+    in_order = dense and not getattr(layer, "parallel_residual", False)
+    layer_rows = LayerRows() if in_order else None
     _set_options(attention.linear_qkv, layer_rows, "first", **split)
     _set_options(attention.linear_proj, layer_rows, "inner")
     if dense:

@@ -27,6 +27,11 @@ class FlopsPerToken:
         return 3 * self.forward
 
 
+def feed_forward_products(model: ModelConfig) -> int:
+    """Matrices of a feed-forward layer: gate, up and down, or up and down."""
+    return 3 if model.gated_feed_forward else 2
+
+
 def model_flops_per_token(
     model: ModelConfig, sequence_length: int, vocabulary_size: int
 ) -> FlopsPerToken:
@@ -38,14 +43,14 @@ def model_flops_per_token(
       core         L * 4ad(S + 1)/2                q·k and p·v against the (S + 1)/2 positions a
                    causal mask shows on average
                    L * 4ad(W - W(W - 1)/2S)        in layers with a window of W < S tokens
-      feed-forward L * 6HF                         gate, up and down of SwiGLU
+      feed-forward L * 6HF                         gate, up and down; 4HF without a gate
                    L * (6HFk + 2HE)                with experts: k of them per token, and the router
       head         2HV                             the embedding is a lookup and costs none
     """
     head_size = model.head_size or model.hidden_size // model.attention_heads
     query_groups = model.query_groups or model.attention_heads
     query_width = model.attention_heads * head_size
-    feed_forward = 6 * model.hidden_size * model.ffn_hidden_size
+    feed_forward = 2 * feed_forward_products(model) * model.hidden_size * model.ffn_hidden_size
     if model.experts:
         feed_forward = (
             feed_forward * model.experts_per_token + 2 * model.hidden_size * model.experts

@@ -2,7 +2,8 @@
 
 The formulas are for this code: megatron-core's DistributedDataParallel with fp32 gradient buffers,
 mixed-precision AdamW, our layers, our head. Activations after Korthikanti et al. (arXiv
-2205.05198), adapted to SwiGLU, RMSNorm, grouped queries and attention that keeps no [s, s] matrix.
+2205.05198), adapted to the parts of our models, grouped queries and attention that keeps no [s, s]
+matrix.
 
 H hidden, F feed-forward, a query heads, g key/value heads, d head size, t tensor ranks, c context
 ranks, q = t with sequence parallelism, else 1; n tokens of a micro-batch on this rank; w bytes of
@@ -116,16 +117,19 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     """Saved for backward by one layer for one micro-batch.
 
     full: the layer's input, n·H·w / q. none: n times
-      norms        2 · H · (input + output) / q     input: w; an fp32 copy in torch's own norm
-                   (device.fused_layers: none); output: w
+      norms        2 · H · (input + output) / q     input: w; an fp32 copy in torch's own RMSNorm
+                   (device.fused_layers: none); output: w. With a parallel residual both LayerNorms
+                   (and the fused RMSNorms) keep the same input
       q, k, v      ((a + 2g)d + (a + g)d) · w / t   the projection (values are a view of it),
                    queries and keys after rotation. Torch-native layers with fused passes and no
-                   norms of queries and keys keep (a + 2g)d alone: values are copied out
+                   norms of queries and keys keep (a + 2g)d alone: values are copied out. Learned
+                   positions rotate nothing
       attention    (a·d·w + 4a) / t                 its output, and one fp32 log-sum-exp per head
-      feed-forward 3F · w / t                       gate and up, and their product
+      feed-forward 3F · w / t                       gate and up, and their product; 5F where SwiGLU
+                   is not one pass, 2F without a gate
     selective: the attention core's q, k, v and its output, but not its log-sum-exp: with attention
-    that keeps no [s, s] matrix that saves next to nothing. On a CPU (not `fused`) torch's norm
-    keeps its normalised input too (4 more bytes), and SwiGLU two more results (5F). Under context
+    that keeps no [s, s] matrix that saves next to nothing. On a CPU (not `fused`) torch's RMSNorm
+    keeps its normalised input too (4 more bytes). Under context
     parallelism the torch-native attention holds keys and values of the whole sequence, and its
     output twice.
     """
@@ -135,9 +139,10 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
         return tokens * model.hidden_size * width / job.sequence_split
     feed_forward = 0
     if not model.experts:
-        feed_forward = (3 if job.fused else 5) * model.ffn_hidden_size * width
+        feed_forward = feed_forward_values(job) * model.ffn_hidden_size * width
     per_tensor_rank = attention_bytes_per_token(job, recompute) + feed_forward
-    norms = 2 * model.hidden_size * (norm_input_bytes(job) + width)
+    inputs = 1 if model.parallel_residual and norm_input_bytes(job) == width else 2
+    norms = model.hidden_size * (inputs * norm_input_bytes(job) + 2 * width)
     # One byte of mask per value, twice a layer.
     dropped = 2 * model.hidden_size if model.dropout else 0
     experts = expert_bytes_per_token(job) if model.experts else 0
@@ -149,6 +154,16 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
         + (norms + dropped + experts) / job.sequence_split
         + per_tensor_rank / job.config.parallel.tensor
     )
+
+
+def feed_forward_values(job: Job) -> int:
+    """Values per feed-forward channel that a dense layer saves: what goes into the activation, what
+    comes out of it, and without one pass for SwiGLU also both factors of the gate's product.
+    """
+    model = job.config.model
+    if not model.gated_feed_forward:
+        return 2
+    return 3 if job.fused and model.activation == "silu" else 5
 
 
 def mask_columns(job: Job) -> float:
@@ -200,8 +215,9 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
     model, width, context = job.config.model, job.weight_bytes, job.config.parallel.context
     heads, groups, size = model.attention_heads, query_groups(model), head_size(model)
     projection = (heads + 2 * groups) * size * width
-    rotated = (heads + groups) * size * width
-    if job.fused_passes and not model.qk_norm:
+    rotated = (heads + groups) * size * width if model.position_embedding == "rope" else 0
+    whole_heads = model.position_embedding == "rope" and model.rope_fraction == 1
+    if job.fused_passes and whole_heads and not model.qk_norm:
         projection = groups * size * width
     output = heads * size * width
     lse = 4 * heads if recompute == "none" else 0
@@ -219,7 +235,8 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
 
 def norm_input_bytes(job: Job) -> int:
     """Bytes per value that a norm saves beside its output."""
-    if job.transformer_engine or job.fused_passes:
+    layer_norm = job.config.model.normalization == "layernorm"
+    if job.transformer_engine or job.fused_passes or layer_norm:
         return job.weight_bytes
     return 4 if job.fused else 8
 
@@ -231,13 +248,15 @@ def final_norm_bytes(job: Job) -> int:
 
 
 def working_bytes(job: Job) -> int:
-    """Backward through one layer: gradients of gate and up and of the residual stream, twice each.
+    """Backward through one layer: gradients of gate and up (or of up alone) and of the residual
+    stream, twice each.
 
     With full recomputation also the layer that is computed again.
     """
     model: ModelConfig = job.config.model
     experts = model.experts_per_token if model.experts else 1
-    wide = 2 * model.ffn_hidden_size * experts // job.config.parallel.tensor
+    widths = 2 if model.gated_feed_forward else 1
+    wide = widths * model.ffn_hidden_size * experts // job.config.parallel.tensor
     gradients = 2 * job.rank_tokens * job.weight_bytes * (wide + model.hidden_size)
     again = layer_bytes(job, "none") if model.recompute == "full" else 0
     return int(gradients + again)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.sizes import padded_vocabulary_size
+from megatron_slm.planning.flops import feed_forward_products
 from megatron_slm.planning.job import Job, head_size, query_groups
 
 
@@ -23,10 +24,13 @@ class Parameters:
 
     experts: int = 0
     """Experts of all layers; on a rank its own, in the whole model all of them. Not in `layers`."""
+    positions: int = 0
+    """The table of learned positions."""
 
     @property
     def total(self) -> int:
-        return self.embedding + self.layers + self.final_norm + self.head + self.experts
+        embeddings = self.embedding + self.positions
+        return embeddings + self.layers + self.final_norm + self.head + self.experts
 
     @property
     def dense(self) -> int:
@@ -37,24 +41,39 @@ class Parameters:
 def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
     """One layer on one of t = `tensor` ranks.
 
-    H hidden, a query heads, g key/value heads, d head size, F feed-forward: queries, keys, values
-    (a + 2g)d·H / t, output a·d·H / t, gate and up 2F·H / t, down F·H / t; two norms of H on every
-    rank; optional bias (a + 2g)d / t and norms 2d of queries and keys. With E experts the router's
-    E·H stands in the place of the feed-forward layer; expert_parameters counts the experts.
+    H hidden, a query heads, g key/value heads, d head size, F feed-forward, v values of a norm per
+    channel (1; LayerNorm's weight and bias 2): queries, keys, values (a + 2g)d·H / t, output
+    a·d·H / t, gate and up 2F·H / t (without a gate F·H / t), down F·H / t; two norms of vH on every
+    rank and 2vd of queries and keys. Biases as configured: (a + 2g)d / t of queries, keys and
+    values, 2F / t (F / t) of gate and up, and on every rank H each of attention's output and of
+    down. With E experts the router's E·H stands in the place of the feed-forward layer;
+    expert_parameters counts the experts.
     """
     hidden, size, groups = model.hidden_size, head_size(model), query_groups(model)
     projected = (model.attention_heads + 2 * groups) * size
     split = projected * hidden + model.attention_heads * size * hidden
+    whole = model.experts * hidden
     if not model.experts:
-        split += 3 * model.ffn_hidden_size * hidden
+        split += feed_forward_products(model) * model.ffn_hidden_size * hidden
     if model.qkv_bias:
         split += projected
-    norms = 2 * hidden + (2 * size if model.qk_norm else 0)
-    return split // tensor + norms + model.experts * hidden
+    if model.attention_output_bias:
+        whole += hidden
+    if model.feed_forward_bias:
+        split += (feed_forward_products(model) - 1) * model.ffn_hidden_size
+        whole += hidden
+    norms = norm_parameters(model, 2 * hidden)
+    norms += norm_parameters(model, 2 * size) if model.qk_norm else 0
+    return split // tensor + whole + norms
+
+
+def norm_parameters(model: ModelConfig, channels: int) -> int:
+    """A weight for every channel, and with LayerNorm a bias."""
+    return (2 if model.normalization == "layernorm" else 1) * channels
 
 
 def expert_parameters(model: ModelConfig, ranks: int = 1) -> int:
-    """All experts of one layer, spread over expert x expert-tensor ranks: E·3F·H."""
+    """All experts of one layer, SwiGLU each, spread over expert x expert-tensor ranks: E·3F·H."""
     return model.experts * 3 * model.ffn_hidden_size * model.hidden_size // ranks
 
 
@@ -80,9 +99,10 @@ def stage_parameters(job: Job, stage: int, model: ModelConfig | None = None) -> 
     return Parameters(
         embedding=vocabulary if first else 0,
         layers=layers * layer_parameters(model, parallel.tensor),
-        final_norm=model.hidden_size if last else 0,
+        final_norm=norm_parameters(model, model.hidden_size) if last else 0,
         head=vocabulary if last and not (model.tied_embeddings and first) else 0,
         experts=layers * expert_parameters(model, parallel.expert * job.expert_tensor),
+        positions=model.learned_positions * model.hidden_size if first else 0,
     )
 
 
@@ -100,7 +120,8 @@ def parameters_of_model(
     return Parameters(
         embedding=rows,
         layers=model.layers * layer_parameters(model),
-        final_norm=model.hidden_size,
+        final_norm=norm_parameters(model, model.hidden_size),
         head=0 if model.tied_embeddings else rows,
         experts=model.layers * expert_parameters(model),
+        positions=model.learned_positions * model.hidden_size,
     )

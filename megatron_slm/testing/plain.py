@@ -8,6 +8,7 @@ B sequences, S tokens, H hidden, n query heads, g key/value heads, d head size, 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from torch.nn import functional as F
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.testing.plain_rope import rotated
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * x.sigmoid(),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: x.clamp(min=0),
+}
+
 
 class PlainDecoder(torch.nn.Module):
-    """RoPE, RMSNorm, SwiGLU, grouped-query attention; optionally a mixture of experts."""
+    """Grouped-query attention, a feed-forward layer or a mixture of experts, and every part that
+    ModelConfig offers.
+    """
 
     def __init__(self, model: ModelConfig, vocabulary_size: int, state: dict[str, Tensor]):
         super().__init__()
@@ -41,9 +51,12 @@ class PlainDecoder(torch.nn.Module):
         """fp32 [B, S, vocabulary_size]; padded vocabulary rows take no part."""
         self.routed = []
         hidden_BSH = F.embedding(tokens_BS, self.weight("embedding.word_embeddings.weight"))
+        if self.model.position_embedding == "learned":
+            position_PH = self.weight("embedding.position_embeddings.weight")
+            hidden_BSH = hidden_BSH + position_PH[: tokens_BS.shape[1]]
         for layer in range(self.model.layers):
             hidden_BSH = self._layer(hidden_BSH, layer)
-        hidden_BSH = self._norm(hidden_BSH, "decoder.final_layernorm.weight")
+        hidden_BSH = self._norm(hidden_BSH, "decoder.final_layernorm")
         head = self.optional_weight("output_layer.weight")
         if head is None:  # tied
             head = self.weight("embedding.word_embeddings.weight")
@@ -72,17 +85,25 @@ class PlainDecoder(torch.nn.Module):
         prefix = f"decoder.layers.{layer}."
         full = layer in self.model.full_attention_layers
         window_tokens = 0 if full else self.model.attention_window_tokens
-        normed_BSH = self._norm(hidden_BSH, prefix + "input_layernorm.weight")
-        hidden_BSH = hidden_BSH + self._attention(
+        normed_BSH = self._norm(hidden_BSH, prefix + "input_layernorm")
+        attended_BSH = hidden_BSH + self._attention(
             normed_BSH, prefix + "self_attention.", window_tokens
         )
-        normed_BSH = self._norm(hidden_BSH, prefix + "pre_mlp_layernorm.weight")
+        read_BSH = hidden_BSH if self.model.parallel_residual else attended_BSH
+        normed_BSH = self._norm(read_BSH, prefix + "pre_mlp_layernorm")
         feed_forward = self._mixture if self.model.experts else self._feed_forward
-        return hidden_BSH + feed_forward(normed_BSH, prefix + "mlp.")
+        return attended_BSH + feed_forward(normed_BSH, prefix + "mlp.")
 
     def _feed_forward(self, normed_BSH: Tensor, prefix: str) -> Tensor:
-        gate, up = (normed_BSH @ self.weight(prefix + "linear_fc1.weight").T).chunk(2, dim=-1)
-        return (F.silu(gate) * up) @ self.weight(prefix + "linear_fc2.weight").T
+        activate = ACTIVATIONS[self.model.activation]
+        up = self._linear(normed_BSH, prefix + "linear_fc1")
+        if self.model.gated_feed_forward:
+            gate, up = up.chunk(2, dim=-1)
+            return self._linear(activate(gate) * up, prefix + "linear_fc2")
+        return self._linear(activate(up), prefix + "linear_fc2")
+
+    def _linear(self, x: Tensor, place: str) -> Tensor:
+        return F.linear(x, self.weight(place + ".weight"), self.optional_weight(place + ".bias"))
 
     def _mixture(self, normed_BSH: Tensor, prefix: str) -> Tensor:
         """Every expert computes every token; the sum has weight 0 for the experts not chosen."""
@@ -130,16 +151,14 @@ class PlainDecoder(torch.nn.Module):
         groups = model.query_groups or model.attention_heads
         size = model.head_size or model.hidden_size // model.attention_heads
         per_group = model.attention_heads // groups
-        mixed = normed_BSH @ self.weight(prefix + "linear_qkv.weight").T
-        if (bias := self.optional_weight(prefix + "linear_qkv.bias")) is not None:
-            mixed = mixed + bias
+        mixed = self._linear(normed_BSH, prefix + "linear_qkv")
         mixed = mixed.view(*mixed.shape[:2], groups, per_group + 2, size)
         query = mixed[..., :per_group, :].flatten(2, 3)
         key = mixed[..., -2, :]
         value = mixed[..., -1, :]
-        if (scale := self.optional_weight(prefix + "q_layernorm.weight")) is not None:
-            query = self._scaled(query, scale)
-            key = self._scaled(key, self.weight(prefix + "k_layernorm.weight"))
+        if model.qk_norm:
+            query = self._norm(query, prefix + "q_layernorm")
+            key = self._norm(key, prefix + "k_layernorm")
         query = rotated(query, model)
         key = rotated(key, model).repeat_interleave(per_group, dim=2)
         value = value.repeat_interleave(per_group, dim=2)
@@ -150,10 +169,14 @@ class PlainDecoder(torch.nn.Module):
         context = torch.einsum(
             "bnqk,bknd->bqnd", scores.masked_fill(hidden, -math.inf).softmax(-1), value
         )
-        return context.flatten(2) @ self.weight(prefix + "linear_proj.weight").T
+        return self._linear(context.flatten(2), prefix + "linear_proj")
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return self._scaled(x, self.weight(name))
-
-    def _scaled(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.norm_epsilon) * weight
+    def _norm(self, x: Tensor, place: str) -> Tensor:
+        centred = self.model.normalization == "layernorm"
+        if centred:
+            x = x - x.mean(-1, keepdim=True)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        normed = (
+            x * torch.rsqrt(variance + self.model.norm_epsilon) * self.weight(place + ".weight")
+        )
+        return normed + self.weight(place + ".bias") if centred else normed

@@ -11,9 +11,14 @@ from torch import Tensor
 from megatron_slm.config.schema import ModelConfig
 
 
-def rotated(x_BSnd: Tensor, model: ModelConfig) -> Tensor:
-    """Queries or keys of a sequence that begins at position 0."""
-    size = x_BSnd.shape[-1]
+def rotated(heads_BSnd: Tensor, model: ModelConfig) -> Tensor:
+    """Queries or keys of a sequence that begins at position 0, the first channels of each head turned
+    where the model has a rotary embedding.
+    """
+    if model.position_embedding != "rope":
+        return heads_BSnd
+    size = int(heads_BSnd.shape[-1] * model.rope_fraction)
+    x_BSnd, unturned_BSnd = heads_BSnd[..., :size], heads_BSnd[..., size:]
     frequency = [
         stretched(model.rope_base ** (-channel / size), model) for channel in range(0, size, 2)
     ]
@@ -22,7 +27,7 @@ def rotated(x_BSnd: Tensor, model: ModelConfig) -> Tensor:
     first, second = x_BSnd.chunk(2, dim=-1)
     turned = x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
     if model.rope_scaling != "yarn":
-        return turned
+        return torch.cat([turned, unturned_BSnd], dim=-1)
     factor = model.rope_scaling_factor
     return turned * (model.rope_attention_factor or 0.1 * math.log(factor) + 1)
 

@@ -8,7 +8,7 @@ from megatron_slm.accelerations import (
     has_transformer_engine,
     transformer_engine_swiglu,
 )
-from megatron_slm.config.schema import DeviceConfig
+from megatron_slm.config.schema import DeviceConfig, ModelConfig
 from megatron_slm.device import Device
 
 Row = tuple[str, str, str]
@@ -21,22 +21,23 @@ def acceleration_rows(
     settings: DeviceConfig,
     engine_lacks: str = "",
     optimizer: str = "adamw",
-    experts: bool = False,
+    model: ModelConfig | None = None,
 ) -> list[Row]:
     """Every row about the device and its accelerations.
 
     layers: torch or transformer_engine. settings: the device section. engine_lacks: why the run
-    needs the torch-native layers; "" = it does not. optimizer: optimizer.kind. experts: whether
-    the model is a mixture of experts.
+    needs the torch-native layers; "" = it does not. optimizer: optimizer.kind. model: the model
+    section; None = its defaults.
     """
+    model = model or ModelConfig()
     on_gpu = device.kind == "cuda"
     apex = apex_state()
     return [
         ("device", device.kind, f"{device.backend} collectives"),
         _layers_row(on_gpu, layers, engine_lacks),
-        _norm_row(on_gpu, layers, settings, apex),
-        _rotary_row(on_gpu, layers, settings),
-        _swiglu_row(on_gpu, layers, settings, experts),
+        _norm_row(on_gpu, layers, settings, apex, model),
+        _rotary_row(on_gpu, layers, settings, model),
+        _activation_row(on_gpu, layers, settings, model),
         _optimizer_row(on_gpu, apex) if optimizer == "adamw" else ("optimizer", optimizer, ""),
         _fusion_row(on_gpu, layers, apex),
         _fp8_row(on_gpu, layers, settings),
@@ -73,10 +74,14 @@ def _layers_row(on_gpu: bool, layers: str, engine_lacks: str) -> Row:
     return "layers", "torch-native", f"Transformer Engine: {why}"
 
 
-def _norm_row(on_gpu: bool, layers: str, settings: DeviceConfig, apex: str) -> Row:
+def _norm_row(
+    on_gpu: bool, layers: str, settings: DeviceConfig, apex: str, model: ModelConfig
+) -> Row:
     feature = "fused norm"
     if layers == "transformer_engine":
         return feature, "Transformer Engine", ""
+    if model.normalization == "layernorm":
+        return feature, "torch", ""  # its LayerNorm is one pass everywhere
     if on_gpu and apex == "nvidia" and has_module("fused_layer_norm_cuda"):
         return feature, "apex", ""
     why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
@@ -89,20 +94,33 @@ def _norm_row(on_gpu: bool, layers: str, settings: DeviceConfig, apex: str) -> R
     return feature, "off", f"{why}; apex: built without --cuda_ext layer norms"
 
 
-def _rotary_row(on_gpu: bool, layers: str, settings: DeviceConfig) -> Row:
+def _rotary_row(on_gpu: bool, layers: str, settings: DeviceConfig, model: ModelConfig) -> Row:
     feature = "fused rotary embedding"
+    if model.position_embedding != "rope":
+        return feature, "absent", f"model.position_embedding is {model.position_embedding}"
     if layers == "transformer_engine":
         return feature, "Transformer Engine", ""
     why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
+    if not why and model.rope_fraction < 1:
+        why = f"the Triton pass turns whole heads; model.rope_fraction is {model.rope_fraction}"
     return feature, "off" if why else "Triton", why
 
 
-def _swiglu_row(on_gpu: bool, layers: str, settings: DeviceConfig, experts: bool) -> Row:
+def _activation_row(on_gpu: bool, layers: str, settings: DeviceConfig, model: ModelConfig) -> Row:
+    """Of the feed-forward layer."""
+    if model.activation != "silu" or not model.gated_feed_forward:
+        gated = "gated " if model.gated_feed_forward else ""
+        why = f"{gated}{model.activation} has no fused pass here, SwiGLU alone has"
+        return "fused activation", "off", why if on_gpu else "no CUDA"
+    return _swiglu_row(on_gpu, layers, settings, model)
+
+
+def _swiglu_row(on_gpu: bool, layers: str, settings: DeviceConfig, model: ModelConfig) -> Row:
     feature = "fused SwiGLU"
     if not on_gpu:
         return feature, "off", "no CUDA"
     if layers == "transformer_engine":
-        if experts:
+        if model.experts:
             why = "Transformer Engine's does not weigh the tokens of experts"
         elif transformer_engine_swiglu() is None:
             why = "Transformer Engine has one from version 1.13 on"
@@ -110,8 +128,10 @@ def _swiglu_row(on_gpu: bool, layers: str, settings: DeviceConfig, experts: bool
             return feature, "Transformer Engine", ""
         return feature, "torch.compile", why
     why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
-    if not why and experts:
+    if not why and model.experts:
         why = "the Triton pass does not weigh the tokens of experts"
+    if not why and model.feed_forward_bias:
+        why = "the Triton pass adds no bias"
     return feature, "torch.compile" if why else "Triton", why
 
 

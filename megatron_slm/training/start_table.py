@@ -104,7 +104,7 @@ def start_table(
         config.device,
         engine_lacks="; ".join(each.why for each in torch_only_settings(config)),
         optimizer=config.optimizer.kind,
-        experts=config.model.experts > 0,
+        model=config.model,
     )
     layout = layout_rows(config, groups.dp_size, on_gpu=device.kind == "cuda")
     return StartTable(facts, layout, accelerations, on_gpu=device.kind == "cuda")

@@ -25,6 +25,17 @@ MODELS = {
     "stretched": dict(rope_scaling="linear", rope_scaling_factor=4.0),
     "recomputed": dict(recompute="full"),
     "attention recomputed": dict(recompute="selective"),
+    "a part of each head": dict(rope_fraction=0.5, attention_heads=4),
+    "learned positions": dict(position_embedding="learned", learned_positions=LENGTH),
+    "GELU without a gate": dict(
+        activation="gelu", gated_feed_forward=False, feed_forward_bias=True, parallel_residual=True
+    ),
+    "biases everywhere, LayerNorm": dict(
+        normalization="layernorm",
+        qkv_bias=True,
+        attention_output_bias=True,
+        feed_forward_bias=True,
+    ),
     "experts": dict(experts=4, experts_per_token=2, load_balancing_coefficient=0.0),
 }
 
@@ -60,7 +71,9 @@ def both(groups, name: str) -> dict[str, dict[str, tuple[torch.Tensor, torch.Ten
         changed = [
             place for place, module in model.named_modules() if module.forward != unfused[place]
         ]
-        assert len(changed) >= 2 * config.model.layers, changed
+        # Every attention, and every feed-forward layer that is SwiGLU without biases.
+        swiglu = config.model.activation == "silu" and not config.model.feed_forward_bias
+        assert len(changed) >= (1 + swiglu) * config.model.layers, changed
         after = losses_and_gradients(model, text_BT, groups)
         found[kind] = {each: (before[each], after[each]) for each in before}
     return found

@@ -139,10 +139,12 @@ def make_config(case: str, layout: dict) -> Config:
     return config
 
 
-def train_in_layout(groups, name, layouts=LAYOUTS):
-    """Of each case ten real steps in this layout: the weights at the start (this rank's, by local
-    name) and at the end (this rank's shards, by global name and place), and how often parts of the
-    model ran.
+def train_in_layout(groups, name, layouts=LAYOUTS, configure=make_config):
+    """Of each case the real steps of a run in this layout: the weights at the start (this rank's,
+    by local name) and at the end (this rank's shards, by global name and place), and how often
+    parts of the model ran.
+
+    configure: makes the configuration of a case and a layout.
     """
     from megatron.core.utils import unwrap_model
 
@@ -151,14 +153,15 @@ def train_in_layout(groups, name, layouts=LAYOUTS):
     layout = layouts[name]
     results = {}
     for case in layout["cases"]:
-        config = make_config(case, layout)
+        config = configure(case, layout)
+        count = config.schedule.train_steps
         seed_everything(config.run.seed, groups)
         trainer = make_trainer(groups, config)
         chunks = unwrap_model(trainer.models)
         before = weights_of(trainer)
         calls = count_calls(chunks)
-        samples = SyntheticSamples(STEPS * SEQUENCES, case.endswith("isolated"))
-        steps = list(train(trainer, config, local_steps(groups, config, samples, STEPS)))
+        samples = SyntheticSamples(count * SEQUENCES, case.endswith("isolated"))
+        steps = list(train(trainer, config, local_steps(groups, config, samples, count)))
         if config.parallel.overlap_param_gather:  # the last update's gather is still under way
             for model in trainer.models:
                 model.disable_forward_pre_hook()
@@ -226,39 +229,40 @@ def whole_weights(ranks):
             # Stored under the names of Transformer Engine's fused layers, so that its checkpoints
             # and ours are one.
             rest = key.removeprefix("decoder.layers.").replace(
-                "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+                "self_attention.linear_qkv.layer_norm_", "input_layernorm."
             )
-            rest = rest.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+            rest = rest.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
             weights |= {f"decoder.layers.{layer}.{rest}": part for layer, part in enumerate(full)}
         else:
             weights[key] = full
     return weights
 
 
-def plain_rows(case, state):
-    """The same ten steps in plain torch."""
+def plain_rows(case, state, configure=make_config):
+    """The same steps in plain torch."""
     from megatron_slm.training.learning_rate import learning_rate
 
-    config = make_config(case, {})
+    config = configure(case, {})
+    count = config.schedule.train_steps
     trainer = PlainTrainer(PlainDecoder(config.model, VOCABULARY, state), config.optimizer)
-    samples = SyntheticSamples(STEPS * SEQUENCES, case.endswith("isolated"))
+    samples = SyntheticSamples(count * SEQUENCES, case.endswith("isolated"))
     rows = []
-    for step in range(STEPS):
+    for step in range(count):
         rows.append(
             trainer.step(
                 whole_batch(samples, range(step * SEQUENCES, (step + 1) * SEQUENCES)),
                 rows_in_populations(case, SEQUENCES, POPULATION),
                 None if case == "clm" else config.selection.keep_fraction,
-                learning_rate(config, step + 1, config.schedule.train_steps),
+                learning_rate(config, step + 1, count),
+                micro_batches=[list(range(SEQUENCES))],
             )
         )
     return rows, {name: trainer.decoder.weight(name).detach() for name in trainer.decoder.names}
 
 
-def assert_equals_plain(results, case, plain):
-    """The ranks' results of a case against the plain rows and weights."""
-    ranks = [rank[case] for rank in results]
-    for step, (selected, loss_all, loss_selected, grad_norm) in enumerate(plain[0]):
+def assert_steps_equal_plain(ranks, case, rows):
+    """The ranks' steps against the plain ones: chosen tokens, losses, gradient norm."""
+    for step, (selected, loss_all, loss_selected, grad_norm) in enumerate(rows):
         last_stage = assert_same_step(ranks, step, selected, grad_norm)
         for found in last_stage:
             assert found.summary["loss/selected"] == pytest.approx(loss_selected, rel=2e-5), (
@@ -266,6 +270,12 @@ def assert_equals_plain(results, case, plain):
             )
             if case == "clm":
                 assert found.summary["loss/all"] == pytest.approx(loss_all, rel=2e-5)
+
+
+def assert_equals_plain(results, case, plain):
+    """The ranks' results of a case against the plain rows and weights."""
+    ranks = [rank[case] for rank in results]
+    assert_steps_equal_plain(ranks, case, plain[0])
     weights = whole_weights(ranks)
     assert weights.keys() == plain[1].keys()
     for weight, expected in plain[1].items():

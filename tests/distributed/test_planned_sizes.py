@@ -30,6 +30,17 @@ MODEL = dict(
     vocabulary_size=500,
     pad_vocabulary_to_multiple_of=128,
 )
+NEOX = MODEL | dict(
+    query_groups=0,
+    normalization="layernorm",
+    activation="gelu",
+    gated_feed_forward=False,
+    qkv_bias=True,
+    attention_output_bias=True,
+    feed_forward_bias=True,
+    rope_fraction=0.25,
+    parallel_residual=True,
+)
 CASES = {
     "llama, bf16": dict(model=MODEL, device=dict(precision="bf16")),
     "tied, qkv bias, fp32, full": dict(
@@ -46,6 +57,22 @@ CASES = {
     "windows": dict(model=MODEL | dict(attention_window_tokens=16), device=dict(precision="bf16")),
     "one key head each, fp32": dict(
         model=MODEL | dict(query_groups=0), device=dict(precision="fp32")
+    ),
+    "neox, bf16": dict(model=NEOX, device=dict(precision="bf16")),
+    "gpt-2, fp32": dict(
+        model=NEOX
+        | dict(
+            rope_fraction=1.0,
+            parallel_residual=False,
+            position_embedding="learned",
+            learned_positions=96,
+            tied_embeddings=True,
+        ),
+        device=dict(precision="fp32"),
+    ),
+    "gelu with a gate, bias of one part": dict(
+        model=MODEL | dict(activation="gelu", feed_forward_bias=True, normalization="layernorm"),
+        device=dict(precision="bf16"),
     ),
 }
 LAYOUTS = {

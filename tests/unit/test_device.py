@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.accelerations import apex_state, fp8_problem
-from megatron_slm.config.schema import DeviceConfig
+from megatron_slm.config.schema import DeviceConfig, ModelConfig
 from megatron_slm.device import Device, choose_device
 from megatron_slm.training.acceleration_rows import acceleration_rows
 
@@ -283,7 +283,7 @@ def test_the_start_table_says_which_passes_are_triton(
             Device("cuda", torch.device("cuda"), "nccl"),
             "torch",
             DeviceConfig(**settings),
-            experts=experts,
+            model=ModelConfig(experts=4 if experts else 0),
         )
     }
     for feature, state in (
@@ -377,7 +377,7 @@ def test_the_start_table_says_which_passes_transformer_engine_makes(
             Device("cuda", torch.device("cuda"), "nccl"),
             "transformer_engine",
             DeviceConfig(),
-            experts=experts,
+            model=ModelConfig(experts=4 if experts else 0),
         )
     }
     assert rows["fused SwiGLU"][0] == swiglu[0]

@@ -25,14 +25,19 @@ OTHER = {
     "layers": 5,
     "hidden_size": 128,
     "ffn_hidden_size": 512,
+    "activation": "gelu",
+    "gated_feed_forward": False,
     "attention_heads": 2,
     "query_groups": 1,
     "head_size": 32,
     "vocabulary_size": 501,
     "attention_window_tokens": 64,
     "full_attention_layers": [1],
+    "position_embedding": "learned",
+    "learned_positions": 1024,
     "rope_base": 500000.0,
     "rope_scaling": "none",
+    "rope_fraction": 0.5,
     "rope_scaling_factor": 2.0,
     "rope_original_sequence_length": 4096,
     "rope_low_frequency_factor": 2.0,
@@ -40,9 +45,13 @@ OTHER = {
     "rope_beta_fast": 16.0,
     "rope_beta_slow": 2.0,
     "rope_attention_factor": 1.5,
+    "normalization": "layernorm",
     "norm_epsilon": 1e-6,
+    "parallel_residual": True,
     "tied_embeddings": True,
     "qkv_bias": True,
+    "attention_output_bias": True,
+    "feed_forward_bias": True,
     "qk_norm": True,
     "experts": 0,
     "experts_per_token": 1,
@@ -67,8 +76,12 @@ def test_every_setting_is_architecture_or_a_choice_of_the_run():
 @pytest.mark.parametrize("name", ARCHITECTURE)
 def test_another_architecture_is_seen(name):
     model = MODEL
-    if name not in architecture(model):
-        model = replace(MODEL, rope_scaling="yarn")  # the field has no effect under llama3
+    if name not in architecture(model):  # the field has no effect under llama3, or without a table
+        yarn, learned = (
+            replace(MODEL, rope_scaling="yarn"),
+            replace(MODEL, position_embedding="learned"),
+        )
+        model = yarn if name in architecture(yarn) else learned
     found = architecture_differences(model, replace(model, **{name: OTHER[name]}))
     assert [(each.field, each.checkpoint, each.configuration) for each in found] == [
         (name, getattr(model, name), OTHER[name])
@@ -96,3 +109,9 @@ def test_what_has_no_effect_in_the_checkpoint_is_not_compared():
         "experts_per_token",
     }
     assert not architecture_differences(dense, ModelConfig(rope_scaling_factor=2.0))
+    learned = ModelConfig(position_embedding="learned", learned_positions=512)
+    assert not architecture_differences(learned, replace(learned, rope_base=500.0))
+    assert [each.field for each in architecture_differences(learned, dense)] == [
+        "position_embedding",
+        "learned_positions",
+    ]

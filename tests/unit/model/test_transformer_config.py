@@ -1,5 +1,7 @@
 """Which fused passes megatron-core is asked for, on a GPU with and without Transformer Engine."""
 
+import dataclasses
+
 import pytest
 
 from megatron_slm.config.schema import Config
@@ -12,11 +14,13 @@ ROPE = "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos
 def fusions(monkeypatch):
     """The switches of megatron-core's configuration, as if these were installed."""
 
-    def built(layers: str, *, experts: int = 0, swiglu: object = None, on_gpu: bool = True):
+    def built(
+        layers: str, *, experts: int = 0, swiglu: object = None, on_gpu: bool = True, **model
+    ):
         monkeypatch.setattr(module, "transformer_engine_swiglu", lambda: swiglu)
         monkeypatch.setattr(ROPE, lambda *_, **__: None)
         config = Config()
-        config.model.experts = experts
+        config.model = dataclasses.replace(config.model, experts=experts, **model)
         made = module.transformer_config(config, on_gpu=on_gpu, layers=layers)
         return {
             "rope": made.apply_rope_fusion,
@@ -46,3 +50,22 @@ def test_torch_layers_and_the_cpu_take_none_of_them(fusions):
     assert fusions("torch", on_gpu=False) == dict.fromkeys(
         ("rope", "engine_swiglu", "compiled_swiglu"), False
     )
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        dict(activation="gelu"),
+        dict(activation="gelu_tanh"),
+        dict(gated_feed_forward=False, activation="gelu", feed_forward_bias=True),
+        dict(gated_feed_forward=False),
+    ],
+)
+@pytest.mark.parametrize("layers", ["torch", "transformer_engine"])
+def test_no_pass_of_another_activation_is_taken(fusions, layers, parts):
+    """megatron-core's fused GELU, with or without a gate, is the tanh approximation whichever was
+    asked for.
+    """
+    found = fusions(layers, swiglu=object, **parts)
+    assert not found["engine_swiglu"]
+    assert not found["compiled_swiglu"]

@@ -1,0 +1,78 @@
+"""Rules about the parts of a model: positions, norms, biases, the feed-forward layer."""
+
+from collections.abc import Iterator
+
+from megatron_slm.config.schema import Config, ModelConfig
+from megatron_slm.config.sizes import rotated_channels
+
+_ROPE_ALONE = ("rope_base", "rope_scaling", "rope_fraction")
+"""Settings that say something about a rotary embedding, whatever their value is."""
+
+
+def part_problems(config: Config, world_size: int) -> Iterator[str]:
+    """One sentence for each broken rule."""
+    model = config.model
+    if model.position_embedding == "rope":
+        yield from _rope(model)
+    else:
+        yield from _learned_positions(config)
+    yield from _experts(model)
+    if model.attention_output_bias and not model.qkv_bias:
+        yield (
+            "model.attention_output_bias: got true with qkv_bias false; megatron-core's attention "
+            "has a bias on its output together with those on its input alone: set qkv_bias to true"
+        )
+
+
+def _rope(model: ModelConfig) -> Iterator[str]:
+    if model.learned_positions:
+        yield (
+            f"model.learned_positions: got {model.learned_positions} with position_embedding "
+            "rope, which has no table: set it to 0, or position_embedding to learned"
+        )
+    if model.attention_heads and model.rope_fraction < 1:
+        channels = rotated_channels(model)
+        if channels % 2 or not channels:
+            yield (
+                f"model.rope_fraction: got {model.rope_fraction}, which is {channels} channels of "
+                "a head; rotary embeddings turn pairs: choose an even number of channels"
+            )
+    if model.rope_fraction < 1 and model.rope_scaling == "yarn":
+        yield (
+            f"model.rope_fraction: got {model.rope_fraction} with rope_scaling yarn, which makes "
+            "the attention of whole heads sharper here, not that of the turned channels alone: "
+            "use another rope_scaling, or rope_fraction 1"
+        )
+
+
+def _learned_positions(config: Config) -> Iterator[str]:
+    model, length = config.model, config.data.sequence_length
+    if model.learned_positions < length:
+        yield (
+            f"model.learned_positions: got {model.learned_positions}; the table must have a row "
+            f"for each of the {length} positions of data.sequence_length: make the table larger, "
+            "or the sequences shorter"
+        )
+    default = ModelConfig()
+    for name in _ROPE_ALONE:
+        if getattr(model, name) != getattr(default, name):
+            yield (
+                f"model.{name}: got {getattr(model, name)} with position_embedding learned, which "
+                "has no rotary embedding: leave it out"
+            )
+
+
+def _experts(model: ModelConfig) -> Iterator[str]:
+    """A mixture has the experts that Mixtral and Qwen3-MoE have; megatron-core refuses biases in it
+    and has no fused pass for another activation.
+    """
+    if not model.experts:
+        return
+    expected = {"activation": "silu", "gated_feed_forward": True, "feed_forward_bias": False}
+    for name, value in expected.items():
+        if getattr(model, name) != value:
+            yield (
+                f"model.{name}: got {str(getattr(model, name)).lower()} with model.experts "
+                f"{model.experts}; experts are SwiGLU layers without biases: set it to "
+                f"{str(value).lower()}, or experts to 0"
+            )
