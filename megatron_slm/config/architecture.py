@@ -29,7 +29,7 @@ ROPE_SCALING = {
 }
 """The fields that each kind of scaling reads."""
 ROPE_NUMBERS = tuple(dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"]]))
-ROPE = ("rope_base", "rope_scaling", "rope_fraction", *ROPE_NUMBERS)
+ROPE = ("rope_base", "rope_scaling", *ROPE_NUMBERS)
 EXPERTS = ("experts_per_token", "renormalize_experts")
 """The fields that a mixture of experts reads, beside the number of experts."""
 WINDOWS = ("attention_window_tokens", "full_attention_layers")
@@ -47,6 +47,7 @@ ARCHITECTURE = (
     "position_embedding",
     "learned_positions",
     *ROPE,
+    "rope_fraction",
     "normalization",
     "norm_epsilon",
     "parallel_residual",
@@ -95,7 +96,8 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     Only vocabulary_size stays as it is: what 0 means there, a tokenizer decides.
     """
     unused = {*ROPE_NUMBERS} - {*ROPE_SCALING[model.rope_scaling]}
-    unused |= {"learned_positions"} if model.position_embedding == "rope" else {*ROPE}
+    rope = model.position_embedding == "rope"
+    unused |= {"learned_positions"} if rope else {*ROPE, "rope_fraction"}
     if not model.experts:
         unused |= {*EXPERTS}
     if not model.attention_window_tokens:

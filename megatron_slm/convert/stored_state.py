@@ -55,7 +55,9 @@ from megatron_slm.checkpoint.plain_reader import PlainReader
 LAYERS = "decoder.layers."
 STORED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
 }
 OUR_EXPERTS, STORED_EXPERTS = "mlp.experts.local_experts.", "mlp.experts.experts."
 OUR_NAMES = {stored: ours for ours, stored in STORED_NAMES.items()}

@@ -12,8 +12,8 @@ from megatron_slm.config.schema import ModelConfig
 
 
 def rotated(heads_BSnd: Tensor, model: ModelConfig) -> Tensor:
-    """Queries or keys of a sequence that begins at position 0, the first channels of each head turned
-    where the model has a rotary embedding.
+    """Queries or keys of a sequence that begins at position 0, their first channels turned where
+    the model has a rotary embedding.
     """
     if model.position_embedding != "rope":
         return heads_BSnd

@@ -13,7 +13,11 @@ from megatron_slm.convert.families.registry import FAMILIES, family_for
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.table import entries
 
-CONTEXT = ((EXPERTS, {"experts": 4}), (WINDOWS, {"attention_window_tokens": 8}))
+CONTEXT = (
+    (EXPERTS, {"experts": 4}),
+    (WINDOWS, {"attention_window_tokens": 8}),
+    (("learned_positions",), {"position_embedding": "learned"}),
+)
 """Settings without which others have no effect."""
 
 
