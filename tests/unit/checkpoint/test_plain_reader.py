@@ -52,7 +52,7 @@ class Planted:
         (Planted(), "builtins.eval"),
         (torch.nn.Parameter(torch.ones(1)), "torch._utils._rebuild_parameter"),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
-        (pathlib.PurePosixPath("/etc"), "pathlib.PurePosixPath"),
+        (pathlib.PurePosixPath("/etc"), "PurePosixPath"),
         (argparse.Namespace(a=1), "argparse.Namespace"),
         (np.ones(2), "numpy.ndarray"),
     ],
