@@ -253,9 +253,7 @@ def stock_model(
         share_embeddings_and_output_weights=config.model.tied_embeddings,
     ).to(groups.device)
     fuse_layers(model, config, layers, groups)
-    initialize_weights(
-        [model], config.run.seed, config.model.initialization_std, config.model.layers
-    )
+    initialize_weights([model], config.run.seed, config.model)
     return model if config.device.precision == "fp32" else Float16Module(core_config, model)
 
 

@@ -268,3 +268,14 @@ def test_the_token_dispatcher_takes_our_stand_ins():
         "record_event",
         "synchronize",
     }
+
+
+def test_a_layer_adds_to_its_residual_stream_where_the_norms_of_outputs_hang():
+    """model/norm_placement.py wraps what these calls take."""
+    layer = core("transformer.transformer_layer:TransformerLayer")
+    for addition, method in (
+        ("self_attn_bda", "_forward_attention"),
+        ("mlp_bda", "_forward_post_mlp"),
+    ):
+        source = inspect.getsource(getattr(layer, method))
+        assert f"self.{addition}(self.training, self.config.bias_dropout_fusion)(" in source

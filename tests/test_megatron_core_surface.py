@@ -250,9 +250,13 @@ ATTRIBUTES = [
             "hidden_size_per_attention_head",
         ),
     ),
-    ("transformer.attention:SelfAttention", ("linear_qkv",)),
+    ("transformer.attention:SelfAttention", ("linear_qkv", "core_attention", "pg_collection")),
     ("distributed:DistributedDataParallel", ("ddp_config", "param_to_bucket_group")),
-    ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding", ("inv_freq",)),
+    ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding", ("inv_freq", "cp_group")),
+    (
+        "transformer.transformer_layer:TransformerLayer",
+        ("config", "layer_number", "self_attention", "input_layernorm", "pre_mlp_layernorm"),
+    ),
     (
         "models.gpt:GPTModel",
         (

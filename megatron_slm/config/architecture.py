@@ -42,8 +42,10 @@ ARCHITECTURE = (
     "attention_heads",
     "query_groups",
     "head_size",
+    "attention_scale_size",
     "vocabulary_size",
     *WINDOWS,
+    "rope_base_windowed",
     "position_embedding",
     "learned_positions",
     *ROPE,
@@ -52,10 +54,14 @@ ARCHITECTURE = (
     "norm_epsilon",
     "parallel_residual",
     "tied_embeddings",
+    "embedding_scale",
+    "norm_placement",
+    "zero_centered_norms",
     "qkv_bias",
     "attention_output_bias",
     "feed_forward_bias",
     "qk_norm",
+    "qk_norm_over",
     "experts",
     *EXPERTS,
 )
@@ -97,11 +103,13 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     """
     unused = {*ROPE_NUMBERS} - {*ROPE_SCALING[model.rope_scaling]}
     rope = model.position_embedding == "rope"
-    unused |= {"learned_positions"} if rope else {*ROPE, "rope_fraction"}
+    unused |= {"learned_positions"} if rope else {*ROPE, "rope_fraction", "rope_base_windowed"}
     if not model.experts:
         unused |= {*EXPERTS}
     if not model.attention_window_tokens:
-        unused.add("full_attention_layers")
+        unused |= {"full_attention_layers", "rope_base_windowed"}
+    if not model.qk_norm:
+        unused.add("qk_norm_over")
     return {name: value for name, value in _resolved(model).items() if name not in unused}
 
 
@@ -110,6 +118,10 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
     values["query_groups"] = model.query_groups or model.attention_heads
     values["full_attention_layers"] = sorted(model.full_attention_layers)
     values["head_size"] = model.head_size or model.hidden_size // max(1, model.attention_heads)
+    if model.attention_scale_size == values["head_size"]:
+        values["attention_scale_size"] = 0.0
+    if model.rope_scaling == "none" and model.rope_base_windowed == model.rope_base:
+        values["rope_base_windowed"] = 0.0  # windowed layers differ in nothing
     return values
 
 

@@ -21,11 +21,27 @@ def torch_only_settings(config: Config) -> list[TorchOnly]:
     The programs that build a model, the plan and the start table ask here, and the rules refuse
     each of these together with device.layers transformer_engine or fp8 products.
     """
-    data = config.data
+    data, model = config.data, config.model
     needs: dict[str, tuple[bool, str]] = {
         "data.document_policy": (
             data.document_policy == "isolated",
             "its attention takes no mask of isolated documents",
+        ),
+        "model.norm_placement": (
+            model.norm_placement != "before",
+            "its layers have no norm after attention and the feed-forward layer",
+        ),
+        "model.qk_norm_over": (
+            model.qk_norm and model.qk_norm_over == "all_heads",
+            "its layers have no norm over all heads of queries and keys",
+        ),
+        "model.zero_centered_norms": (
+            model.zero_centered_norms,
+            "its zero-centered norms are not connected here",
+        ),
+        "model.rope_base_windowed": (
+            model.rope_base_windowed > 0,
+            "its layers have one rotary embedding for all",
         ),
     }
     return [

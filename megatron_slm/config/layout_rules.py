@@ -74,6 +74,12 @@ def _windows(config: Config) -> Iterator[str]:
             f"model.full_attention_layers: got all {model.layers} layers, so that "
             f"attention_window_tokens {window} has no effect: set it to 0"
         )
+    if model.rope_base_windowed and not window:
+        yield (
+            f"model.rope_base_windowed: got {model.rope_base_windowed} with "
+            "attention_window_tokens 0; no layer has a window: leave it out, or set "
+            "attention_window_tokens"
+        )
     context = config.parallel.context
     shorter = 0 < window < config.data.sequence_length
     torch_native = config.device.layers == "torch" or torch_only_settings(config)

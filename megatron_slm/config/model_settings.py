@@ -32,8 +32,8 @@ class DeviceConfig:
     """How fp8 scales are found: tensorwise keeps no history, so a resumed run is the same run;
     delayed does; mxfp8 needs Blackwell."""
     layers: Literal["auto", "torch", "transformer_engine"] = "auto"
-    """Layer implementation; auto = Transformer Engine when it is installed and the device is CUDA,
-    else torch-native."""
+    """Layer implementation; auto = Transformer Engine when it is installed, the device is CUDA and
+    its layers have what the model needs, else torch-native."""
     fused_layers: Literal["auto", "none"] = "auto"
     """RMSNorm, SwiGLU and rotary embedding of the torch-native layers as one Triton pass each;
     auto = on CUDA where triton is installed; none = torch's operations, as on a CPU."""
@@ -85,6 +85,9 @@ class ModelConfig:
     """Key/value heads of grouped-query attention; 0 = one per query head (multi-head attention)."""
     head_size: Count = 0
     """Size of one head; 0 = hidden_size / attention_heads."""
+    attention_scale_size: NotNegative = 0.0
+    """Products of queries and keys are divided by the square root of this (Gemma 3's
+    query_pre_attn_scalar); 0 = the size of a head."""
     vocabulary_size: Count = 0
     """True vocabulary size; 0 = the tokenizer's."""
     pad_vocabulary_to_multiple_of: Size = 128
@@ -93,6 +96,10 @@ class ModelConfig:
     attention_window_tokens: Count = 0
     """Sliding-window attention: tokens that a token attends to, itself included (Mistral); 0 = all
     before it."""
+    rope_base_windowed: NotNegative = 0.0
+    """Base of the rotary embedding in layers with a sliding window, which rope_scaling then leaves
+    alone (Gemma 3: 10000 beside 1000000; OLMo 3: the same base, for its scaling of the other layers
+    alone); 0 = as in all layers."""
     full_attention_layers: list[Count] = field(default_factory=list)
     """Layers, counted from 0, that attend to the whole sequence although attention_window_tokens is
     set (Qwen-2, Qwen-3, Ministral)."""
@@ -141,6 +148,15 @@ class ModelConfig:
     has been added to."""
     tied_embeddings: bool = False
     """Share the input embedding with the output head."""
+    embedding_scale: Positive = 1.0
+    """Factor of the input embedding (Gemma: the square root of hidden_size), rounded to
+    device.precision as transformers rounds it."""
+    norm_placement: Literal["before", "after", "both"] = "before"
+    """Where the norms of a layer stand: before attention and the feed-forward layer; after = on
+    their outputs instead, before these are added to the residual stream (OLMo 2, OLMo 3); both
+    (Gemma 2, Gemma 3)."""
+    zero_centered_norms: bool = False
+    """Every norm multiplies by 1 + weight, and its weights start at 0 (Gemma)."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen-2 style)."""
     attention_output_bias: bool = False
@@ -149,6 +165,9 @@ class ModelConfig:
     """Bias on both products of the feed-forward layer; not in a mixture of experts."""
     qk_norm: bool = False
     """Norm of queries and keys (Qwen-3 style)."""
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    """What qk_norm normalises: each head by itself with one weight for all of them, or all heads
+    of a token together with a weight of that width (OLMo 2, OLMo 3)."""
     experts: Count = 0
     """Experts of the mixture that replaces every feed-forward layer (Mixtral, Qwen3-MoE); 0 = one
     dense feed-forward layer."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.sizes import rotated_channels
 
-_ROPE_ALONE = ("rope_base", "rope_scaling", "rope_fraction")
+_ROPE_ALONE = ("rope_base", "rope_base_windowed", "rope_scaling", "rope_fraction")
 """Settings that say something about a rotary embedding, whatever their value is."""
 
 
@@ -17,6 +17,7 @@ def part_problems(config: Config, world_size: int) -> Iterator[str]:
     else:
         yield from _learned_positions(config)
     yield from _experts(model)
+    yield from _norms(model)
     if model.attention_output_bias and not model.qkv_bias:
         yield (
             "model.attention_output_bias: got true with qkv_bias false; megatron-core's attention "
@@ -42,6 +43,27 @@ def _rope(model: ModelConfig) -> Iterator[str]:
             f"model.rope_fraction: got {model.rope_fraction} with rope_scaling yarn, which makes "
             "the attention of whole heads sharper here, not that of the turned channels alone: "
             "use another rope_scaling, or rope_fraction 1"
+        )
+
+
+def _norms(model: ModelConfig) -> Iterator[str]:
+    if model.qk_norm_over == "all_heads" and not model.qk_norm:
+        yield (
+            "model.qk_norm_over: got all_heads with qk_norm false; queries and keys have no norm: "
+            "set model.qk_norm to true, or leave qk_norm_over out"
+        )
+    if model.normalization == "layernorm":
+        for name, value in (("qk_norm_over", "all_heads"), ("zero_centered_norms", True)):
+            if getattr(model, name) == value:
+                yield (
+                    f"model.{name}: got {str(value).lower()} with normalization layernorm; it is "
+                    "implemented for RMSNorm alone: leave it out, or set normalization to rmsnorm"
+                )
+    if model.parallel_residual and model.norm_placement != "before":
+        yield (
+            f"model.norm_placement: got {model.norm_placement} with parallel_residual true, whose "
+            "parts have norms before them alone: set norm_placement to before, or "
+            "parallel_residual to false"
         )
 
 

@@ -21,11 +21,12 @@ from megatron_slm.config.layer_engine import torch_only_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.config.sizes import padded_vocabulary_size
 from megatron_slm.model.backward_rows import follow_selection_in_backward
-from megatron_slm.model.decoder import Decoder
+from megatron_slm.model.decoder import Decoder, scale_embedding
 from megatron_slm.model.fused_layers import use_fused_passes
 from megatron_slm.model.initialization import initialize_weights
 from megatron_slm.model.layers import layer_spec
-from megatron_slm.model.rope import scaled_frequencies
+from megatron_slm.model.norm_placement import place_norms
+from megatron_slm.model.rope import scaled_frequencies, turn_windowed_layers
 from megatron_slm.model.transformer_config import DTYPES, transformer_config
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.parallel import Groups
@@ -56,9 +57,7 @@ def build_model(
         if trainable:
             follow_selection_in_backward(decoder, config.selection.backward_rows, layers)
         decoders.append(decoder.to(groups.device))
-    initialize_weights(
-        decoders, config.run.seed, config.model.initialization_std, config.model.layers
-    )
+    initialize_weights(decoders, config.run.seed, config.model)
     chunks: list[MegatronModule] = decoders
     if config.device.precision != "fp32":
         chunks = [Float16Module(decoder.config, decoder) for decoder in decoders]
@@ -92,6 +91,12 @@ def _decoder(
     if model.position_embedding == "rope":
         rope = decoder.rotary_pos_emb
         rope.inv_freq = scaled_frequencies(rope.inv_freq, model)
+    if layers == "torch":
+        place_norms(decoder, model)
+    if model.rope_base_windowed:
+        turn_windowed_layers(decoder, model)
+    if decoder.pre_process and model.embedding_scale != 1:
+        scale_embedding(decoder.embedding, model.embedding_scale)
     _mark_tensor_parallel(decoder)
     return decoder
 

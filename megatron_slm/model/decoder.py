@@ -5,10 +5,12 @@ size. megatron-core's own tensors have the sequence first: SB, SBH.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import torch
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
 
@@ -41,6 +43,17 @@ def head_weight(model: GPTModel) -> Tensor:
     """The weight of the head of a model with the last pipeline stage: [padded vocabulary, H]."""
     tied = model.share_embeddings_and_output_weights
     return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+
+
+def scale_embedding(embedding: nn.Module, scale: float) -> None:
+    """Multiply what an embedding layer gives by `scale`, rounded to the dtype of what it gives."""
+    embedding.register_forward_hook(partial(_scaled, scale))
+
+
+def _scaled(scale: float, _: nn.Module, arguments: tuple, hidden_SBH: Tensor) -> Tensor:
+    # transformers has the factor as a tensor of the weights' dtype. A tensor made here would have
+    # to wait for its copy to a GPU; a number does not.
+    return hidden_SBH * float(torch.tensor(scale, dtype=hidden_SBH.dtype))
 
 
 class Decoder(GPTModel):

@@ -37,6 +37,9 @@ class RMSNorm(torch.nn.Module):
     """torch.nn.functional.rms_norm in fp32, with a weight; by apex's fused kernel where it is
     built.
 
+    With config.layernorm_zero_centered_gamma normalised values are multiplied by 1 + weight, which
+    starts at 0 (Gemma). The sum is fp32, as in transformers: apex's kernel has no such factor.
+
     Under sequence parallelism each tensor rank sees other positions, so the weight's gradient must
     be summed over the tensor group; megatron-core does that for weights with `sequence_parallel`
     set (_allreduce_non_tensor_model_parallel_grads).
@@ -51,17 +54,24 @@ class RMSNorm(torch.nn.Module):
     ):
         super().__init__()
         self.epsilon = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        begin = torch.zeros if self.zero_centered else torch.ones
         self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+            begin(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         vars(self.weight)["sequence_parallel"] = config.sequence_parallel
-        self.fused = apex_rms_norm()  # sums in fp32 too, reads and writes the hidden state once
+        # Sums in fp32 too, reads and writes the hidden state once.
+        self.fused = None if self.zero_centered else apex_rms_norm()
+
+    def factor(self) -> torch.Tensor:
+        """What normalised values are multiplied by."""
+        return 1 + self.weight.float() if self.zero_centered else self.weight
 
     def forward(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
         if self.fused is not None:
-            return self.fused(hidden_sbh, self.weight, (hidden_sbh.shape[-1],), self.epsilon)
+            return self.fused(hidden_sbh, self.factor(), (hidden_sbh.shape[-1],), self.epsilon)
         normed = torch.nn.functional.rms_norm(
-            hidden_sbh.float(), (hidden_sbh.shape[-1],), self.weight.float(), self.epsilon
+            hidden_sbh.float(), (hidden_sbh.shape[-1],), self.factor().float(), self.epsilon
         )
         return normed.to(hidden_sbh.dtype)
 

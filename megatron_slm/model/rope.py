@@ -1,8 +1,13 @@
 """Rotary embedding stretched to sequences longer than a model was first trained on."""
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import nn
 
 from megatron_slm.config.schema import ModelConfig
 
@@ -56,14 +61,52 @@ def _yarn_share(channels: int, model: ModelConfig) -> torch.Tensor:
     return ((place_D - first) / (last - first)).clamp(0.0, 1.0)
 
 
-def attention_scale(model: ModelConfig) -> float | None:
+def attention_scale(model: ModelConfig, *, stretched: bool = True) -> float | None:
     """Factor of query-key products before softmax; None = 1 / sqrt(head size).
 
     YaRN multiplies rotated queries and rotated keys by rope_attention_factor each, which is this
-    factor of their products.
+    factor of their products. stretched=False: of a layer that rope_scaling leaves alone.
     """
-    if model.rope_scaling != "yarn":
+    yarn = stretched and model.rope_scaling == "yarn"
+    if not yarn and not model.attention_scale_size:
         return None
-    size = model.head_size or model.hidden_size // model.attention_heads
-    factor = model.rope_attention_factor or 0.1 * math.log(model.rope_scaling_factor) + 1
-    return factor**2 / math.sqrt(size)
+    head_size = model.head_size or model.hidden_size // model.attention_heads
+    factor = 1.0
+    if yarn:
+        factor = model.rope_attention_factor or 0.1 * math.log(model.rope_scaling_factor) + 1
+    return factor**2 / math.sqrt(model.attention_scale_size or head_size)
+
+
+def turn_windowed_layers(chunk: Any, model: ModelConfig) -> None:
+    """Turn queries and keys of the torch-native layers of `chunk`, a GPTModel, that have a sliding
+    window by model.rope_base_windowed, which model.rope_scaling leaves alone.
+
+    The model computes the angles of its other layers once and gives them to every layer; a hook
+    before attention exchanges them, so that the fused passes of fused_layers.py get the right ones
+    too.
+    """
+    rope, config = chunk.rotary_pos_emb, chunk.config
+    own = RotaryEmbedding(
+        2 * len(rope.inv_freq),
+        rotary_percent=1.0,
+        rotary_base=model.rope_base_windowed,
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=rope.cp_group,
+    )
+    exchange = partial(_with_own_angles, own, config.context_parallel_size)
+    for layer in chunk.decoder.layers:
+        attention = layer.self_attention
+        if is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer.layer_number
+        ):
+            attention.register_forward_pre_hook(exchange, with_kwargs=True)
+            attention.core_attention.scale = attention_scale(model, stretched=False)
+
+
+def _with_own_angles(
+    own: RotaryEmbedding, context_ranks: int, _: nn.Module, arguments: tuple, named: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    angle_S11D = named.get("rotary_pos_emb")
+    if angle_S11D is None:  # a layer without rotary embedding
+        return arguments, named
+    return arguments, named | {"rotary_pos_emb": own(len(angle_S11D) * context_ranks)}

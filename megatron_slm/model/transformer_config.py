@@ -94,7 +94,9 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "kv_channels": model.head_size or model.hidden_size // model.attention_heads,
         "normalization": _NORMALIZATION[model.normalization],
         "layernorm_epsilon": model.norm_epsilon,
-        "qk_layernorm": model.qk_norm,
+        "layernorm_zero_centered_gamma": model.zero_centered_norms,
+        # Norms over all heads are placed later, by norm_placement.py.
+        "qk_layernorm": model.qk_norm and model.qk_norm_over == "head",
         "gated_linear_unit": model.gated_feed_forward,
         "activation_func": _ACTIVATIONS[model.activation],
         # Of the feed-forward layer; attention's output projection has its own (layer_spec).

@@ -268,7 +268,9 @@ def _share_rows(layer: Any) -> None:
 
     The experts of a mixture see their tokens in an order of their own, and in a layer with a
     parallel residual (`parallel_residual` set) backward of attention may come before that of the
-    feed-forward layer: there each linear looks for its rows itself.
+    feed-forward layer: there each linear looks for its rows itself. So it does in a layer with
+    norms on the outputs of its parts: where such a norm rounds a row's gradient to zero, the
+    residual stream still carries that row to attention.
     """
     attention = layer.self_attention
     groups = attention.num_query_groups_per_partition
@@ -276,7 +278,8 @@ def _share_rows(layer: Any) -> None:
     split = {"blocks": groups, "head_columns": queries * attention.hidden_size_per_attention_head}
     dense = hasattr(layer.mlp, "linear_fc2")
     in_order = dense and not getattr(layer, "parallel_residual", False)
-    layer_rows = LayerRows() if in_order else None
+    shared = in_order and not hasattr(layer, "post_mlp_layernorm")
+    layer_rows = LayerRows() if shared else None
     _set_options(attention.linear_qkv, layer_rows, "first", **split)
     _set_options(attention.linear_proj, layer_rows, "inner")
     if dense:

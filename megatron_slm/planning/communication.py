@@ -87,7 +87,8 @@ def _tensor(job: Job, stage: int) -> Iterator[Traffic]:
     Per layer: an all-reduce after attention and after the feed-forward layer, and one of both input
     gradients in backward. Sequence parallelism has an all-gather and a reduce-scatter in the place
     of each all-reduce, and two more all-gathers for the weight gradients. The embedding has an
-    all-reduce, or a reduce-scatter and in backward an all-gather.
+    all-reduce, or a reduce-scatter and in backward an all-gather. Norms over all heads of queries
+    and of keys all-reduce 4 bytes per token each, once more in backward.
     """
     parallel, model = job.config.parallel, job.config.model
     ranks = parallel.tensor
@@ -99,6 +100,8 @@ def _tensor(job: Job, stage: int) -> Iterator[Traffic]:
     if model.experts:
         halves //= 2  # attention's alone; _experts has the rest
     total: float = message * job.stage_layers * halves
+    if model.qk_norm and model.qk_norm_over == "all_heads":
+        total += 4 * job.rank_tokens * job.stage_layers * 2 * 2 * (forwards + 1)
     if stage == 0:
         total += message * 2
     if stage == parallel.pipeline - 1:

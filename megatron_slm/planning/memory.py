@@ -119,7 +119,9 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
     full: the layer's input, n·H·w / q. none: n times
       norms        2 · H · (input + output) / q     input: w; an fp32 copy in torch's own RMSNorm
                    (device.fused_layers: none); output: w. With a parallel residual both LayerNorms
-                   (and the fused RMSNorms) keep the same input
+                   (and the fused RMSNorms) keep the same input. Norms on the outputs of attention
+                   and of the feed-forward layer instead: the same, their input and that of the
+                   products. Norms in both places: 2 · H · input / q more
       q, k, v      ((a + 2g)d + (a + g)d) · w / t   the projection (values are a view of it),
                    queries and keys after rotation. Torch-native layers with fused passes and no
                    norms of queries and keys keep (a + 2g)d alone: values are copied out. Learned
@@ -142,6 +144,7 @@ def layer_bytes(job: Job, recompute: str | None = None) -> float:
         feed_forward = feed_forward_values(job) * model.ffn_hidden_size * width
     per_tensor_rank = attention_bytes_per_token(job, recompute) + feed_forward
     inputs = 1 if model.parallel_residual and norm_input_bytes(job) == width else 2
+    inputs = 4 if model.norm_placement == "both" else inputs
     norms = model.hidden_size * (inputs * norm_input_bytes(job) + 2 * width)
     # One byte of mask per value, twice a layer.
     dropped = 2 * model.hidden_size if model.dropout else 0
@@ -221,7 +224,7 @@ def attention_bytes_per_token(job: Job, recompute: str) -> float:
         projection = groups * size * width
     output = heads * size * width
     lse = 4 * heads if recompute == "none" else 0
-    normed = (heads + groups) * size * norm_input_bytes(job) if model.qk_norm else 0
+    normed = (heads + groups) * size * qk_norm_input_bytes(job) if model.qk_norm else 0
     if context > 1 and not job.transformer_engine:
         if recompute == "none":
             whole_sequence = 2 * context * groups * size * width
@@ -239,6 +242,12 @@ def norm_input_bytes(job: Job) -> int:
     if job.transformer_engine or job.fused_passes or layer_norm:
         return job.weight_bytes
     return 4 if job.fused else 8
+
+
+def qk_norm_input_bytes(job: Job) -> int:
+    """The same of a norm of queries or keys: of all heads over tensor ranks, ops.split_rms_norm."""
+    split = job.config.model.qk_norm_over == "all_heads" and job.config.parallel.tensor > 1
+    return job.weight_bytes if split else norm_input_bytes(job)
 
 
 def final_norm_bytes(job: Job) -> int:

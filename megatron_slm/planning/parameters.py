@@ -44,10 +44,11 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
     H hidden, a query heads, g key/value heads, d head size, F feed-forward, v values of a norm per
     channel (1; LayerNorm's weight and bias 2): queries, keys, values (a + 2g)d·H / t, output
     a·d·H / t, gate and up 2F·H / t (without a gate F·H / t), down F·H / t; two norms of vH on every
-    rank and 2vd of queries and keys. Biases as configured: (a + 2g)d / t of queries, keys and
-    values, 2F / t (F / t) of gate and up, and on every rank H each of attention's output and of
-    down. With E experts the router's E·H stands in the place of the feed-forward layer;
-    expert_parameters counts the experts.
+    rank (four with norm_placement both) and 2vd of queries and keys, or (a + g)d / t with
+    qk_norm_over all_heads. Biases as configured: (a + 2g)d / t of queries, keys and values, 2F / t
+    (F / t) of gate and up, and on every rank H each of attention's output and of down. With E
+    experts the router's E·H stands in the place of the feed-forward layer; expert_parameters counts
+    the experts.
     """
     hidden, size, groups = model.hidden_size, head_size(model), query_groups(model)
     projected = (model.attention_heads + 2 * groups) * size
@@ -62,8 +63,11 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
     if model.feed_forward_bias:
         split += (feed_forward_products(model) - 1) * model.ffn_hidden_size
         whole += hidden
-    norms = norm_parameters(model, 2 * hidden)
-    norms += norm_parameters(model, 2 * size) if model.qk_norm else 0
+    norms = norm_parameters(model, (4 if model.norm_placement == "both" else 2) * hidden)
+    if model.qk_norm and model.qk_norm_over == "all_heads":
+        split += (model.attention_heads + groups) * size
+    elif model.qk_norm:
+        norms += norm_parameters(model, 2 * size)
     return split // tensor + whole + norms
 
 

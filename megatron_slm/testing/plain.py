@@ -54,6 +54,7 @@ class PlainDecoder(torch.nn.Module):
         if self.model.position_embedding == "learned":
             position_PH = self.weight("embedding.position_embeddings.weight")
             hidden_BSH = hidden_BSH + position_PH[: tokens_BS.shape[1]]
+        hidden_BSH = hidden_BSH * self.model.embedding_scale
         for layer in range(self.model.layers):
             hidden_BSH = self._layer(hidden_BSH, layer)
         hidden_BSH = self._norm(hidden_BSH, "decoder.final_layernorm")
@@ -85,14 +86,21 @@ class PlainDecoder(torch.nn.Module):
         prefix = f"decoder.layers.{layer}."
         full = layer in self.model.full_attention_layers
         window_tokens = 0 if full else self.model.attention_window_tokens
-        normed_BSH = self._norm(hidden_BSH, prefix + "input_layernorm")
-        attended_BSH = hidden_BSH + self._attention(
-            normed_BSH, prefix + "self_attention.", window_tokens
-        )
+        before = self.model.norm_placement in ("before", "both")
+        after = self.model.norm_placement in ("after", "both")
+        read_BSH = self._norm(hidden_BSH, prefix + "input_layernorm") if before else hidden_BSH
+        added_BSH = self._attention(read_BSH, prefix + "self_attention.", window_tokens)
+        if after:
+            added_BSH = self._norm(added_BSH, prefix + "post_self_attn_layernorm")
+        attended_BSH = hidden_BSH + added_BSH
         read_BSH = hidden_BSH if self.model.parallel_residual else attended_BSH
-        normed_BSH = self._norm(read_BSH, prefix + "pre_mlp_layernorm")
+        if before:
+            read_BSH = self._norm(read_BSH, prefix + "pre_mlp_layernorm")
         feed_forward = self._mixture if self.model.experts else self._feed_forward
-        return attended_BSH + feed_forward(normed_BSH, prefix + "mlp.")
+        added_BSH = feed_forward(read_BSH, prefix + "mlp.")
+        if after:
+            added_BSH = self._norm(added_BSH, prefix + "post_mlp_layernorm")
+        return attended_BSH + added_BSH
 
     def _feed_forward(self, normed_BSH: Tensor, prefix: str) -> Tensor:
         activate = ACTIVATIONS[self.model.activation]
@@ -157,12 +165,13 @@ class PlainDecoder(torch.nn.Module):
         key = mixed[..., -2, :]
         value = mixed[..., -1, :]
         if model.qk_norm:
-            query = self._norm(query, prefix + "q_layernorm")
-            key = self._norm(key, prefix + "k_layernorm")
-        query = rotated(query, model)
-        key = rotated(key, model).repeat_interleave(per_group, dim=2)
+            query = self._norm_of_heads(query, prefix + "q_layernorm")
+            key = self._norm_of_heads(key, prefix + "k_layernorm")
+        query = rotated(query, model, windowed=window_tokens > 0)
+        key = rotated(key, model, windowed=window_tokens > 0).repeat_interleave(per_group, dim=2)
         value = value.repeat_interleave(per_group, dim=2)
-        scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(size)
+        scores = torch.einsum("bqnd,bknd->bnqk", query, key)
+        scores = scores / math.sqrt(model.attention_scale_size or size)
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         if window_tokens:
             hidden = hidden | torch.ones_like(hidden).tril(-window_tokens)
@@ -176,7 +185,12 @@ class PlainDecoder(torch.nn.Module):
         if centred:
             x = x - x.mean(-1, keepdim=True)
         variance = x.pow(2).mean(-1, keepdim=True)
-        normed = (
-            x * torch.rsqrt(variance + self.model.norm_epsilon) * self.weight(place + ".weight")
-        )
+        weight = self.weight(place + ".weight")
+        factor = 1 + weight if self.model.zero_centered_norms else weight
+        normed = x * torch.rsqrt(variance + self.model.norm_epsilon) * factor
         return normed + self.weight(place + ".bias") if centred else normed
+
+    def _norm_of_heads(self, x_BSnd: Tensor, place: str) -> Tensor:
+        if self.model.qk_norm_over == "head":
+            return self._norm(x_BSnd, place)
+        return self._norm(x_BSnd.flatten(2), place).view(x_BSnd.shape)

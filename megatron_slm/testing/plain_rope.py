@@ -3,6 +3,7 @@
 B sequences, S tokens, n heads, d head size.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 from megatron_slm.config.schema import ModelConfig
 
 
-def rotated(heads_BSnd: Tensor, model: ModelConfig) -> Tensor:
+def rotated(heads_BSnd: Tensor, model: ModelConfig, *, windowed: bool = False) -> Tensor:
     """Queries or keys of a sequence that begins at position 0, their first channels turned where
-    the model has a rotary embedding.
+    the model has a rotary embedding. windowed: of a layer with a sliding window.
     """
     if model.position_embedding != "rope":
         return heads_BSnd
+    if windowed and model.rope_base_windowed:
+        model = dataclasses.replace(model, rope_base=model.rope_base_windowed, rope_scaling="none")
     size = int(heads_BSnd.shape[-1] * model.rope_fraction)
     x_BSnd, unturned_BSnd = heads_BSnd[..., :size], heads_BSnd[..., size:]
     frequency = [

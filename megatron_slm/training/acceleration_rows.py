@@ -82,13 +82,16 @@ def _norm_row(
         return feature, "Transformer Engine", ""
     if model.normalization == "layernorm":
         return feature, "torch", ""  # its LayerNorm is one pass everywhere
-    if on_gpu and apex == "nvidia" and has_module("fused_layer_norm_cuda"):
+    has_factor = not model.zero_centered_norms  # apex's kernel multiplies by the weight itself
+    if on_gpu and apex == "nvidia" and has_module("fused_layer_norm_cuda") and has_factor:
         return feature, "apex", ""
     why = fused_layers_problem(on_gpu, layers, settings.fused_layers)
     if not why:
         return feature, "Triton", ""
     if not on_gpu:
         return feature, "off", why
+    if not has_factor:
+        return feature, "off", f"{why}; apex: it has no zero-centered RMSNorm"
     if apex != "nvidia":
         return feature, "off", f"{why}; apex: {_describe_apex(apex)}"
     return feature, "off", f"{why}; apex: built without --cuda_ext layer norms"

@@ -11,12 +11,14 @@ import torch
 
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 from tests.distributed.test_layouts import LENGTH, VOCABULARY, make_config
+from tests.distributed.test_norm_placement import GEMMA, OLMO
 
 LAYOUTS = {
     "one process": {},
     "tensor and sequence": dict(tp=2, sequence_parallel=True),
     "context": dict(cp=2),
 }
+WINDOWED = dict(attention_window_tokens=5, full_attention_layers=[1])
 MODELS = {
     "grouped": {},
     "fewer groups than ranks": dict(query_groups=1),
@@ -36,6 +38,8 @@ MODELS = {
         attention_output_bias=True,
         feed_forward_bias=True,
     ),
+    "norms on outputs and over all heads": OLMO | WINDOWED,
+    "zero-centered norms in both places": GEMMA | WINDOWED,
     "experts": dict(experts=4, experts_per_token=2, load_balancing_coefficient=0.0),
 }
 

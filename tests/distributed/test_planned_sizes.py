@@ -55,6 +55,14 @@ CASES = {
         model=MODEL | dict(experts=4, load_balancing_coefficient=0.0), device=dict(precision="bf16")
     ),
     "windows": dict(model=MODEL | dict(attention_window_tokens=16), device=dict(precision="bf16")),
+    "norms on outputs and over all heads, bf16": dict(
+        model=MODEL | dict(norm_placement="after", qk_norm=True, qk_norm_over="all_heads"),
+        device=dict(precision="bf16"),
+    ),
+    "norms in both places, fp32": dict(
+        model=MODEL | dict(norm_placement="both", zero_centered_norms=True, embedding_scale=8.0),
+        device=dict(precision="fp32"),
+    ),
     "one key head each, fp32": dict(
         model=MODEL | dict(query_groups=0), device=dict(precision="fp32")
     ),

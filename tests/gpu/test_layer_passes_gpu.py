@@ -91,7 +91,16 @@ def test_rotary(groups, queries, size, dtype, split):
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.02)])
 @pytest.mark.parametrize(
-    "model", [{}, {"qk_norm": True}, {"recompute": "full"}, {"recompute": "selective"}], ids=str
+    "model",
+    [
+        {},
+        {"qk_norm": True},
+        {"recompute": "full"},
+        {"recompute": "selective"},
+        {"norm_placement": "after", "qk_norm": True, "qk_norm_over": "all_heads"},
+        {"norm_placement": "both", "zero_centered_norms": True},
+    ],
+    ids=str,
 )
 def test_a_model_with_the_passes_is_the_model_without(groups, precision, tolerance, model):
     loss, gradient, _ = losses(groups, precision, model=model)

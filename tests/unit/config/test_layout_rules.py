@@ -71,6 +71,42 @@ RULES = [
         "above 1",
     ),
     (
+        "model.norm_placement",
+        dict(model__norm_placement="after", device__layers="transformer_engine"),
+        "got after with device.layers transformer_engine",
+        "set device.layers to auto or torch",
+    ),
+    (
+        "device.fp8",
+        dict(device__fp8="hybrid", device__precision="bf16", model__zero_centered_norms=True),
+        "model.zero_centered_norms True",
+        "choose one",
+    ),
+    (
+        "model.qk_norm_over",
+        dict(model__qk_norm_over="all_heads"),
+        "qk_norm false",
+        "set model.qk_norm to true",
+    ),
+    (
+        "model.zero_centered_norms",
+        dict(model__zero_centered_norms=True, model__normalization="layernorm"),
+        "got true with normalization layernorm",
+        "set normalization to rmsnorm",
+    ),
+    (
+        "model.norm_placement",
+        dict(model__norm_placement="both", model__parallel_residual=True),
+        "got both with parallel_residual true",
+        "set norm_placement to before",
+    ),
+    (
+        "model.rope_base_windowed",
+        dict(model__rope_base_windowed=5000.0),
+        "got 5000.0 with attention_window_tokens 0",
+        "set attention_window_tokens",
+    ),
+    (
         "model.full_attention_layers",
         dict(model__full_attention_layers=[1]),
         "attention_window_tokens 0",

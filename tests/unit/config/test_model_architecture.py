@@ -18,6 +18,7 @@ MODEL = ModelConfig(
     head_size=64,
     vocabulary_size=500,
     rope_scaling="llama3",
+    qk_norm=True,
     experts=4,
     attention_window_tokens=128,
 )
@@ -30,11 +31,13 @@ OTHER = {
     "attention_heads": 2,
     "query_groups": 1,
     "head_size": 32,
+    "attention_scale_size": 128.0,
     "vocabulary_size": 501,
     "attention_window_tokens": 64,
     "full_attention_layers": [1],
     "position_embedding": "learned",
     "learned_positions": 1024,
+    "rope_base_windowed": 5000.0,
     "rope_base": 500000.0,
     "rope_scaling": "none",
     "rope_fraction": 0.5,
@@ -52,7 +55,11 @@ OTHER = {
     "qkv_bias": True,
     "attention_output_bias": True,
     "feed_forward_bias": True,
-    "qk_norm": True,
+    "embedding_scale": 16.0,
+    "norm_placement": "after",
+    "zero_centered_norms": True,
+    "qk_norm": False,
+    "qk_norm_over": "all_heads",
     "experts": 0,
     "experts_per_token": 1,
     "renormalize_experts": False,
@@ -99,6 +106,15 @@ def test_defaults_are_resolved_before_they_are_compared():
     assert not architecture_differences(written_out, ModelConfig())
     heads = architecture_differences(ModelConfig(), ModelConfig(attention_heads=8))
     assert [each.field for each in heads] == ["attention_heads"], "what follows from it is not said"
+
+
+def test_an_own_base_of_windowed_layers_that_changes_nothing_is_none():
+    windowed = ModelConfig(attention_window_tokens=8)
+    same = replace(windowed, rope_base_windowed=windowed.rope_base)
+    assert not architecture_differences(windowed, same)
+    stretched = [replace(model, rope_scaling="linear") for model in (windowed, same)]
+    found = architecture_differences(*stretched)
+    assert [each.field for each in found] == ["rope_base_windowed"], "one of the two is unscaled"
 
 
 def test_what_has_no_effect_in_the_checkpoint_is_not_compared():

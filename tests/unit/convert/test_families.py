@@ -15,8 +15,9 @@ from megatron_slm.convert.table import entries
 
 CONTEXT = (
     (EXPERTS, {"experts": 4}),
-    (WINDOWS, {"attention_window_tokens": 8}),
+    ((*WINDOWS, "rope_base_windowed"), {"attention_window_tokens": 8}),
     (("learned_positions",), {"position_embedding": "learned"}),
+    (("qk_norm_over",), {"qk_norm": True}),
 )
 """Settings without which others have no effect."""
 
