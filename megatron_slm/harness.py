@@ -4,14 +4,15 @@
         --model_args checkpoint=runs/slm --batch_size 16 --tasks slm_math
 
 Starts the harness (pip install lm_eval) with one more model, megatron_slm, and the paper's task
-lists as the groups slm_math, slm_general and slm_code; every other option is the harness' own:
-python -m lm_eval run --help. Where --include_path is given, it replaces our task lists.
+lists as the groups slm_math, slm_math_paper, slm_general and slm_code; every other option is the
+harness' own: python -m lm_eval run --help. Where --include_path is given, it replaces our task lists.
 
 model_args: checkpoint=RUN, and if wanted
   tokenizer=PATH    the checkpoint's tokenizer, where its file has moved
   max_length=N      tokens that are read at once (default: the length of training)
   precision=bf16    fp32, bf16 or fp16 (default: as it was trained)
-  tensor=N, pipeline=N  under torchrun; the other processes are data-parallel
+  tensor=N, pipeline=N, context=N, expert=N, expert_tensor=N
+                    the layout under torchrun; the other processes are data-parallel
   add_bos_token=true, prefix_token_id=N, max_gen_toks=N, device=cpu
 
 Exit codes: 0 done, 2 bad usage, 3 a checkpoint or tokenizer that cannot be used.
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"harness: {error}", file=sys.stderr)
         return 2
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"harness: {error}", file=sys.stderr)
         return 3
 

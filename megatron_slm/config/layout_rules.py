@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_slm.config.layer_engine import torch_only_settings
 from megatron_slm.config.schema import Config, ModelConfig
-from megatron_slm.config.sizes import model_parallel_size
+from megatron_slm.config.sizes import model_parallel_size, sequence_pieces
 
 
 def model_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -175,8 +175,7 @@ def parallel_problems(config: Config, world_size: int) -> Iterator[str]:
             "parallel.sequence: got true with tensor 1; sequence parallelism splits over the "
             "tensor group: set parallel.tensor above 1, or sequence to false"
         )
-    pieces = parallel.tensor if parallel.sequence else 1
-    pieces *= 2 * parallel.context if parallel.context > 1 else 1
+    pieces = sequence_pieces(parallel.tensor if parallel.sequence else 1, parallel.context)
     if config.data.sequence_length % pieces:
         yield (
             f"data.sequence_length: got {config.data.sequence_length}; this layout cuts a "

@@ -15,6 +15,15 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return world_size // model_parallel_size(config)
 
 
+def sequence_pieces(tensor: int, context: int) -> int:
+    """Equal pieces that a layout cuts a sequence into, so a divisor of its length.
+
+    tensor: the tensor size under sequence parallelism, else 1. Context parallelism takes two pieces
+    per rank, one from each half.
+    """
+    return tensor * (2 * context if context > 1 else 1)
+
+
 def padded_vocabulary_size(config: Config, vocabulary_size: int) -> int:
     """Rows of the embedding: the vocabulary, rounded up to a multiple of the configured number and
     of the tensor size.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -25,6 +25,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from megatron_slm.config.load import ConfigError
 from megatron_slm.device import choose_device, set_threads
 from megatron_slm.evaluation.harness_settings import MODEL_NAME, HarnessJob, prepare
 from megatron_slm.evaluation.text_model import Choose, Row, TextModel, greedy, sampler
@@ -118,6 +119,20 @@ class CheckpointLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Called with --use_cache: each process then has a file of its own, under the harness' rank
+        or LOCAL_RANK, and asks the model for the rest alone.
+        """
+        if self.groups.world_size > self.groups.dp_size or self.text_model.asks_together:
+            raise ConfigError(
+                [
+                    f"--use_cache: got it on {self.groups.world_size} processes that compute "
+                    "together; one that finds an answer in its file would leave the others "
+                    "waiting. Leave it out, or use data parallelism alone"
+                ]
+            )
+        super().set_cache_hook(cache_hook)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
@@ -127,6 +142,7 @@ class CheckpointLM(TemplateLM):
         )
         with bar:
             answers = self.text_model.log_probabilities(rows, bar.update)
+            self.text_model.finish()
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -158,6 +174,7 @@ class CheckpointLM(TemplateLM):
                     found[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
                 bar.update(len(members))
+        self.text_model.finish()
         bar.close()
         return found
 
@@ -190,11 +207,18 @@ class CheckpointLM(TemplateLM):
     # What the harness' evaluator synchronises data-parallel processes with.
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The number of requests that each data-parallel rank has of a task."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor, group=self.groups.dp)
-        return torch.stack(parts)
+        counts = torch.stack(parts)
+        if (counts == 0).any():
+            raise ValueError(
+                f"a task has documents for {int((counts > 0).sum())} of {self.world_size} "
+                "data-parallel processes; start fewer processes, or raise --limit"
+            )
+        return counts
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         parts: list[Any] = [None] * self.world_size

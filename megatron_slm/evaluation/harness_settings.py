@@ -37,7 +37,15 @@ class HarnessSettings:
     tensor: Size = 1
     """Tensor parallelism; of the processes that torchrun starts the others are data-parallel."""
     pipeline: Size = 1
-    """Pipeline parallelism; only 1 can generate text."""
+    """Pipeline parallelism."""
+    context: Size = 1
+    """Context parallelism: each process holds a part of every sequence."""
+    expert: Size = 1
+    """Expert parallelism: the experts of a mixture are spread over this many processes, taken from
+    the data-parallel ones.
+    """
+    expert_tensor: Count = 0
+    """Tensor parallelism inside an expert; 0 = tensor."""
     add_bos_token: Literal["as_trained", "true", "false"] = "as_trained"
     """Whether texts begin with the begin token; as_trained = as the documents of the training
     corpora did.
@@ -93,8 +101,14 @@ def prepare(arguments: Mapping[str, Any]) -> HarnessJob:
     device = DeviceConfig(
         kind=settings.device, precision=stored if named == "checkpoint" else named
     )
-    parallel = ParallelConfig(tensor=settings.tensor, pipeline=settings.pipeline)
-    parallel.sequence = parallel.tensor > 1
+    parallel = ParallelConfig(
+        tensor=settings.tensor,
+        pipeline=settings.pipeline,
+        context=settings.context,
+        expert=settings.expert,
+        expert_tensor=settings.expert_tensor,
+        sequence=settings.tensor > 1,
+    )
     length = settings.max_length or checkpoint.info.sequence_length
     config = scoring_config(checkpoint, length, parallel, device)
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)), training=False)

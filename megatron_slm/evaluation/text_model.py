@@ -5,7 +5,7 @@ B: sequences of a micro-batch, S: their padded length, V: the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_slm.config.sizes import sequence_pieces
 from megatron_slm.data.batch import Batch, plain_batch
-from megatron_slm.model.forward_backward import forward_losses
+from megatron_slm.model.context_parallel import on_this_rank, whole_sequences
+from megatron_slm.model.forward_backward import forward_logits, forward_losses
 from megatron_slm.parallel import Groups
+from megatron_slm.scoring.in_step import InStep
 
 MICRO_BATCHES_PER_STAGE = 4
 
@@ -37,7 +40,8 @@ Choose = Callable[[Tensor], int]
 @dataclass(frozen=True)
 class TextModel:
     """This rank's chunks of a frozen model. Every rank of a model-parallel group calls its methods
-    with the same arguments, and gets the same answers; data-parallel ranks are independent.
+    with the same arguments, and gets the same answers; data-parallel ranks are independent, unless
+    experts are spread over them: then each calls `finish` when it has nothing left to ask.
     """
 
     models: Sequence[Module]
@@ -68,23 +72,57 @@ class TextModel:
             done(len(members))
         return answers
 
+    @property
+    def asks_together(self) -> bool:
+        """Whether data-parallel ranks need each other's experts, and so `finish`."""
+        return InStep(self.groups).is_needed
+
+    def finish(self) -> None:
+        """Run what other data-parallel ranks need of this one's experts, until none needs any."""
+        idle_BS = np.zeros((1, self._padded(1)), np.int64)
+        InStep(self.groups).finish(plain_batch(idle_BS, idle_BS), self._losses_and_ranks)
+
     def _answers(self, rows: Sequence[Row]) -> list[Answer]:
         length = self._padded(max(len(row.tokens) for row in rows) - 1)
         starts = range(0, len(rows), self.batch_size)
         batches = [self._batch(rows[first : first + self.batch_size], length) for first in starts]
-        outputs = forward_losses(self.models, batches, self.groups, extras=("target_rank",))
+        outputs = InStep(self.groups).run(batches, self._losses_and_ranks)
         shape = (2, len(batches) * self.batch_size, length)
-        both = torch.zeros(shape, device=self.groups.device)
-        if self.groups.is_last_stage:
-            both[0] = torch.cat([output["loss"] for output in outputs])
-            both[1] = torch.cat([output["target_rank"].float() for output in outputs])
-        if self.groups.pp_size > 1:
-            dist.broadcast(both, group=self.groups.pp, group_src=self.groups.pp_size - 1)
+        both = self._from_last_stage(torch.cat(outputs, dim=1) if outputs else None, shape)
         loss_NS, rank_NS = both.double().cpu()
         return [
             _answer(loss_NS[number], rank_NS[number], len(row.tokens) - 1, row.asked)
             for number, row in enumerate(rows)
         ]
+
+    def _losses_and_ranks(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """fp32 [2, B, S] of each batch, on the last pipeline stage: losses, and how many tokens
+        were more likely than the label.
+        """
+        outputs = forward_losses(
+            self.models,
+            on_this_rank(batches, self.groups),
+            self.groups,
+            extras=("target_rank",),
+        )
+        return [
+            torch.stack(
+                [
+                    whole_sequences(output[name].float(), self.groups)
+                    for name in ("loss", "target_rank")
+                ]
+            )
+            for output in outputs
+        ]
+
+    def _from_last_stage(self, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """The last pipeline stage's fp32 value of this shape, on every stage."""
+        if value is None:
+            value = torch.zeros(shape, device=self.groups.device)
+        if self.groups.pp_size > 1:
+            value = value.contiguous()
+            dist.broadcast(value, group=self.groups.pp, group_src=self.groups.pp_size - 1)
+        return value
 
     def _batch(self, rows: Sequence[Row], length: int) -> Batch:
         """Rows of tokens and the tokens after them, padded with 0 on the right: attention is
@@ -96,10 +134,10 @@ class TextModel:
             inputs = len(row.tokens) - 1
             tokens_BS[number, :inputs] = row.tokens[:-1]
             labels_BS[number, :inputs] = row.tokens[1:]
-        return plain_batch(tokens_BS, labels_BS).to(self.groups.device)
+        return plain_batch(tokens_BS, labels_BS)
 
     def _padded(self, length: int) -> int:
-        divisor = 2 * self.groups.tp_size if self.groups.tp_size > 1 else 1
+        divisor = sequence_pieces(self.groups.tp_size, self.groups.cp_size)
         return -(-length // divisor) * divisor
 
     @torch.no_grad()
@@ -114,13 +152,8 @@ class TextModel:
 
         One forward pass of the whole text per token: nothing is kept between them, so the cost
         grows with the square of the length. is_finished: of the new tokens; they end with the one
-        for which it is true. ValueError under pipeline parallelism, where no rank has the logits.
+        for which it is true.
         """
-        if self.groups.pp_size > 1:
-            raise ValueError(
-                f"pipeline: got {self.groups.pp_size}; text is generated with pipeline 1 only, "
-                "with tensor parallelism or export the checkpoint"
-            )
         texts = [list(prompt) for prompt in prompts]
         for first in range(0, len(texts), self.batch_size):
             growing = texts[first : first + self.batch_size]
@@ -128,8 +161,9 @@ class TextModel:
             unfinished = list(range(len(growing)))
             for _ in range(maximum_tokens):
                 logits_BV = self._next_logits([growing[number] for number in unfinished])
-                for number, logits_V in zip(unfinished, logits_BV, strict=True):
-                    growing[number].append(self._agreed(choose(logits_V)))
+                chosen = self._agreed([choose(logits_V) for logits_V in logits_BV])
+                for number, token in zip(unfinished, chosen, strict=True):
+                    growing[number].append(token)
                 unfinished = [
                     number
                     for number in unfinished
@@ -141,29 +175,28 @@ class TextModel:
 
     def _next_logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """fp32 on the CPU: the logits of the token after each text."""
-        length = self._padded(max(map(len, texts)))
-        tokens_BS = torch.zeros((len(texts), length), dtype=torch.int64)
+        tokens_BS = np.zeros((len(texts), self._padded(max(map(len, texts)))), np.int64)
         for number, text in enumerate(texts):
-            tokens_BS[number, : len(text)] = torch.tensor(text)
-        positions_BS = torch.arange(length).repeat(len(texts), 1)
-        device = self.groups.device
-        [model] = self.models
-        logits_BSV = model(tokens_BS.to(device), positions_BS.to(device), None)
-        last = torch.tensor([len(text) - 1 for text in texts], device=device)
-        logits_BV = logits_BSV[torch.arange(len(texts), device=device), last].float().contiguous()
-        if self.groups.tp_size > 1:
-            parts = [torch.empty_like(logits_BV) for _ in range(self.groups.tp_size)]
-            dist.all_gather(parts, logits_BV, group=self.groups.tp)
-            logits_BV = torch.cat(parts, dim=-1)
-        return logits_BV[:, : self.vocabulary_size].cpu()
+            tokens_BS[number, : len(text)] = text
+        last_B = torch.tensor([len(text) - 1 for text in texts])
+        batch = plain_batch(tokens_BS, tokens_BS)
+        asked_BS = (batch.position_ids_BS == last_B[:, None]).float()
+        outputs = InStep(self.groups).run([replace(batch, loss_mask_BS=asked_BS)], self._logits)
+        shape = (len(texts), self.vocabulary_size)
+        return self._from_last_stage(outputs[0] if outputs else None, shape).cpu()
 
-    def _agreed(self, token: int) -> int:
-        """The choice of the first tensor rank, on all of them."""
-        if self.groups.tp_size == 1:
-            return token
-        box = torch.tensor(token, device=self.groups.device)
-        dist.broadcast(box, group=self.groups.tp, group_src=0)
-        return int(box)
+    def _logits(self, batches: Sequence[Batch]) -> list[Tensor]:
+        return forward_logits(self.models, on_this_rank(batches, self.groups), self.groups)
+
+    def _agreed(self, tokens: list[int]) -> list[int]:
+        """The choices of the first rank, on all ranks of the model-parallel group: they draw from
+        equal logits, but pipeline stages with seeds of their own.
+        """
+        box = torch.tensor(tokens, device=self.groups.device)
+        for group in (self.groups.tp, self.groups.cp, self.groups.pp):
+            if group.size() > 1:
+                dist.broadcast(box, group=group, group_src=0)
+        return box.tolist()
 
 
 def _answer(loss_S: Tensor, rank_S: Tensor, inputs: int, asked: int) -> Answer:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
@@ -62,7 +63,8 @@ class Decoder(GPTModel):
     `forward(tokens, position_ids, attention_mask, labels=labels_BS)` gives a HeadOutput on the last
     stage, with a per-token value for each name in `extra_outputs`. With `head_weights=weight_BS`
     too (0 = not selected) the head computes the selected rows only and sums weight * loss. Without
-    labels it gives logits, and on other stages a hidden state, as GPTModel does.
+    labels it gives logits, and on other stages a hidden state, as GPTModel does. With
+    `asked_BS=mark_BS` in place of labels it gives the logits of one token of each sequence alone.
     """
 
     vocabulary_size: int
@@ -71,14 +73,23 @@ class Decoder(GPTModel):
     accumulates_head_gradient: bool = False
     """The gradient of the head's weight is added to its main_grad in the product that makes it."""
 
-    def forward(self, *arguments: Any, head_weights: Tensor | None = None, **named: Any):
+    def forward(
+        self,
+        *arguments: Any,
+        head_weights: Tensor | None = None,
+        asked_BS: Tensor | None = None,
+        **named: Any,
+    ):
         # GPTModel.forward hands loss_mask on to _postprocess and reads it for multi-token
-        # prediction only, which we do not build.
-        return super().forward(*arguments, loss_mask=head_weights, **named)
+        # prediction only, which we do not build. With labels it is head_weights, without asked_BS.
+        loss_mask = head_weights if asked_BS is None else asked_BS
+        return super().forward(*arguments, loss_mask=loss_mask, **named)
 
     def _postprocess(
         self, hidden_states, input_ids, position_ids, labels, *args, loss_mask=None, **kwargs
     ):
+        if self.post_process and labels is None and loss_mask is not None:
+            return self._asked_logits(hidden_states, loss_mask)
         if not self.post_process or labels is None:
             return super()._postprocess(
                 hidden_states, input_ids, position_ids, labels, *args, **kwargs
@@ -87,6 +98,19 @@ class Decoder(GPTModel):
         if loss_mask is not None:
             return self._selected_rows(hidden_states, labels_SB, weight_BS=loss_mask)
         return self._all_rows(hidden_states, labels_SB)
+
+    def _asked_logits(self, hidden_SBH: Tensor, asked_BS: Tensor) -> Tensor:
+        """logits_BV after the one token of each sequence that is marked with 1, this tensor rank's
+        part of the vocabulary; zeros where no token of the sequence is marked.
+        """
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, group=self.pg_collection.tp
+            )
+        sequences = torch.arange(len(asked_BS), device=asked_BS.device)
+        hidden_BH = hidden_SBH[asked_BS.argmax(dim=1), sequences]
+        logits_BV = hidden_BH @ head_weight(self).t()
+        return torch.where(asked_BS.amax(dim=1, keepdim=True) > 0, logits_BV, 0.0)
 
     def _all_rows(self, hidden_SBH: Tensor, labels_SB: Tensor) -> HeadOutput:
         result = linear_cross_entropy(

@@ -4,7 +4,8 @@ only.
 B: sequences of one micro-batch, S: tokens of a sequence on this context-parallel rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -119,16 +120,57 @@ def forward_losses(
     modes are restored. Every rank of the model-parallel group calls it with the same batches;
     batches may differ in shape only without pipeline parallelism.
     """
-    training = [model.training for model in models]
     extras_before = set_extra_outputs(models, tuple(extras))
+    try:
+        with _evaluation_mode(models):
+            return _run(
+                models,
+                batches,
+                lambda _, batch, output: output.per_token(),
+                groups,
+                forward_only=True,
+            )
+    finally:
+        set_extra_outputs(models, extras_before)
+
+
+@torch.no_grad()
+def forward_logits(
+    models: Sequence[MegatronModule], batches: Sequence[Batch], groups: Groups
+) -> list[Tensor]:
+    """logits_BV per batch, fp32, after the one token of each sequence that loss_mask_BS marks: on
+    the last pipeline stage, else [].
+
+    Equals `model(tokens_BS).logits[arange(B), position_B].float()`; no other logits are computed.
+    Padding of the vocabulary is cut off, and all tensor and context ranks get the same. Dropout is
+    off. Who has to call it, and with what: as `forward_losses`.
+    """
+
+    def whole(_, batch: Batch, output: HeadOutput) -> Tensor:
+        logits_BV = output.loss_BS.float().contiguous()  # the one output of a model without labels
+        if groups.cp_size > 1:
+            dist.all_reduce(logits_BV, group=groups.cp)
+        if groups.tp_size == 1:
+            return logits_BV
+        parts = [torch.empty_like(logits_BV) for _ in range(groups.tp_size)]
+        dist.all_gather(parts, logits_BV, group=groups.tp)
+        return torch.cat(parts, dim=-1)
+
+    with _evaluation_mode(models):
+        found = _run(models, batches, whole, groups, forward_only=True, asks_for_logits=True)
+    size = get_attr_wrapped_model(models[-1], "vocabulary_size")
+    return [logits_BV[:, :size] for logits_BV in found]
+
+
+@contextmanager
+def _evaluation_mode(models: Sequence[MegatronModule]) -> Iterator[None]:
+    """Without dropout; the modes are restored."""
+    training = [model.training for model in models]
     for model in models:
         model.eval()
     try:
-        return _run(
-            models, batches, lambda _, batch, output: output.per_token(), groups, forward_only=True
-        )
+        yield
     finally:
-        set_extra_outputs(models, extras_before)
         for model, mode in zip(models, training, strict=True):
             model.train(mode)
 
@@ -152,18 +194,24 @@ def _run(
     *,
     forward_only: bool,
     head_weights: Sequence[Tensor] | None = None,
+    asks_for_logits: bool = False,
 ) -> list:
-    """Run the schedule; returns the reports of loss_function, which only the last stage has."""
+    """Run the schedule; returns the reports of loss_function, which only the last stage has.
+
+    asks_for_logits: of the tokens that loss_mask_BS marks, in place of losses.
+    """
 
     def step(iterator, model):
         index, batch = next(iterator)
         mask = None
         if batch.document_start_BS is not None:
             mask = hidden_from(batch.document_start_BS, groups.cp_rank, groups.cp_size)
-        weights = {"head_weights": head_weights[index]} if head_weights else {}
-        output = model(
-            batch.tokens_BS, batch.position_ids_BS, mask, labels=batch.labels_BS, **weights
-        )
+        if asks_for_logits:
+            asked = {"asked_BS": batch.loss_mask_BS}
+        else:
+            weights = {"head_weights": head_weights[index]} if head_weights else {}
+            asked = {"labels": batch.labels_BS, **weights}
+        output = model(batch.tokens_BS, batch.position_ids_BS, mask, **asked)
 
         def loss(_, non_loss_data=False):
             return loss_function(index, batch, head_output(output))

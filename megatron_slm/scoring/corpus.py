@@ -60,6 +60,8 @@ class ReferenceRunner:
     """What the parallel layout needs a sequence to be a multiple of."""
     batches_per_call: int = 1
     """Micro-batches per call of `forward`."""
+    finish: Callable[[], None] = lambda: None
+    """Called when this rank has no range left, while others may still have some."""
 
     def score_range(
         self, start: int, end: int, progress: ProgressBar | None = None
@@ -164,6 +166,7 @@ def score_corpus(
                     marker.without_score[column] - first_tokens for column in store.columns
                 ]
                 counts += [1, *unexpected]
+        runner.finish()
     written, *without = _sum_over_ranks(counts).tolist()
     return ScoringReport(written, dict(zip(store.columns, without, strict=True)))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_slm.config.load import to_yaml
-from megatron_slm.config.schema import Config, CorpusConfig, DataConfig, ParallelConfig
+from megatron_slm.config.schema import Config, CorpusConfig, DataConfig
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
-from megatron_slm.testing.spawn import run_layouts_on_cpu, run_on_cpu
+from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu, run_on_cpu
 from tests.distributed.test_scoring import MODEL, VOCABULARY, WINDOW, save_reference
 from tests.end_to_end.warm_programs import run_program
 
@@ -44,31 +44,26 @@ def rows_of_ids() -> list[list[int]]:
     return [random.integers(0, VOCABULARY, length).tolist() for length in lengths]
 
 
-def answer(groups, _, folder: str) -> dict:
+def answer(groups, layout: str, folder: str) -> dict:
     """What a TextModel says of `rows_of_ids` in this layout."""
     from megatron_slm.config.schema import DeviceConfig
-    from megatron_slm.evaluation.text_model import Row, TextModel, greedy
+    from megatron_slm.evaluation.text_model import Row, TextModel, greedy, sampler
     from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config
 
     reference = open_reference(f"{folder}/run", None)
-    parallel = ParallelConfig(
-        tensor=groups.tp_size, pipeline=groups.pp_size, sequence=groups.tp_size > 1
-    )
-    config = scoring_config(reference, WINDOW, parallel, DeviceConfig())
+    config = scoring_config(reference, WINDOW, parallel_config(LAYOUTS[layout]), DeviceConfig())
     models = load_scoring_model(reference, config, groups)
     text_model = TextModel(models, groups, VOCABULARY, batch_size=3)
     rows = [Row(ids, max(1, len(ids) // 2)) for ids in rows_of_ids()]
-    said = {"log_probabilities": text_model.log_probabilities(rows)}
     prompts = [ids[:8] for ids in rows_of_ids()]
-    if groups.pp_size == 1:
-        said["continued"] = text_model.continued(prompts, 6, greedy, lambda ids: ids[-1] % 7 == 0)
-    else:
-        with pytest.raises(ValueError, match="pipeline 1 only"):
-            text_model.continued(prompts, 6, greedy, lambda ids: False)
-    return said
+    return {
+        "log_probabilities": text_model.log_probabilities(rows),
+        "continued": text_model.continued(prompts, 6, greedy, lambda ids: ids[-1] % 7 == 0),
+        "drawn": text_model.continued(prompts, 6, sampler(2.0, 0, 1.0), lambda ids: False),
+    }
 
 
-def measure(groups, _, folder: str) -> dict:
+def measure(groups, layout: str, folder: str) -> dict:
     """{policy: (an evaluation's metrics, validation's)} in this layout."""
     from megatron_slm.data.corpora import open_corpora
     from megatron_slm.evaluation.job import prepare
@@ -81,12 +76,7 @@ def measure(groups, _, folder: str) -> dict:
     from megatron_slm.training.rank_batches import ValidationOnThisRank
     from megatron_slm.training.setup import RunInputs
 
-    parallel = ParallelConfig(
-        tensor=groups.tp_size,
-        pipeline=groups.pp_size,
-        context=groups.cp_size,
-        sequence=groups.tp_size > 1,
-    )
+    parallel = parallel_config(LAYOUTS[layout])
     [corpus] = open_corpora([f"{folder}/corpus"])
     measured = {}
     for policy in POLICIES:
@@ -195,13 +185,13 @@ def test_a_text_model_answers_as_transformers_in_every_layout(folder):
             with torch.no_grad():
                 text = [*text, int(model(torch.tensor([text])).logits[0, -1].argmax())]
         continued.append(text[len(ids[:8]) :])
-    layouts = {name: LAYOUTS[name] for name in ("one", "dp2", "tp2", "pp2")}
-    for layout, ranks in run_layouts_on_cpu(answer, layouts, str(folder)).items():
+    for layout, ranks in run_layouts_on_cpu(answer, LAYOUTS, str(folder)).items():
         for said in ranks:
             for got, wanted in zip(said["log_probabilities"], expected, strict=True):
                 assert got[0] == pytest.approx(wanted[0], abs=1e-4), layout
                 assert got[1] == wanted[1], layout
-            assert said.get("continued", continued) == continued, layout
+            assert said["continued"] == continued, layout
+            assert said["drawn"] == ranks[0]["drawn"], layout
     assert len({len(text) for text in continued}) > 1  # some stop, some reach the limit
 
 

@@ -24,7 +24,7 @@ def parquet(path, *rows):
 
 def open_web_math(folder):
     parquet(
-        folder / "train-00000-of-00114.parquet",
+        folder / "train-00000-of-00114-5a023365406cb9c4.parquet",
         {"url": "http://a", "text": QUESTION, "date": "2023-01-01", "metadata": "{}"},
     )
     return ["train-*.parquet"], [], [], [QUESTION]
@@ -33,24 +33,31 @@ def open_web_math(folder):
 def slim_pajama(folder):
     line = json.dumps({"text": ANSWER, "meta": {"redpajama_set_name": "RedPajamaC4"}})
     compressed = zstandard.ZstdCompressor().compress(line.encode() + b"\n")
-    (folder / "example_train_0.jsonl.zst").write_bytes(compressed)
-    return ["*.jsonl.zst"], [], [], [ANSWER]
+    (folder / "train" / "chunk1").mkdir(parents=True)
+    (folder / "train" / "chunk1" / "example_train_0.jsonl.zst").write_bytes(compressed)
+    return ["train"], [], [], [ANSWER]
 
 
 def fineweb_edu(folder):
     row = {"text": QUESTION, "id": "<urn:1>", "dump": "CC-MAIN-2024-10", "url": "http://a"}
-    parquet(folder / "000_00000.parquet", row | {"language_score": 0.9, "score": 3.1})
-    return ["*.parquet"], [], [], [QUESTION]
+    row |= {"file_path": "s3://a", "language": "en", "language_score": 0.9, "token_count": 8}
+    (folder / "sample" / "10BT").mkdir(parents=True)
+    path = folder / "sample" / "10BT" / "000_00000.parquet"
+    parquet(path, row | {"score": 3.1, "int_score": 3})
+    return ["sample/10BT"], [], [], [QUESTION]
 
 
 def star_coder_data(folder):
-    row = {"max_stars_repo_path": "a.py", "max_stars_count": 3, "id": "1", "content": "x = 1\n"}
-    parquet(folder / "train-00000-of-00059.parquet", row)
-    return ["*.parquet"], [], ["--text-key", "content"], ["x = 1\n"]
+    row = {"max_stars_repo_path": "a.py", "max_stars_repo_name": "b/c", "max_stars_count": 3}
+    (folder / "python").mkdir()
+    path = folder / "python" / "train-00000-of-00059.parquet"
+    parquet(path, row | {"id": "1", "content": "x = 1\n"})
+    return ["python"], [], ["--text-key", "content"], ["x = 1\n"]
 
 
 def meta_math(folder):
     record = {"type": "GSM_AnsAug", "query": QUESTION, "response": ANSWER}
+    record["original_question"] = QUESTION
     records = [record, record | {"query": "Naïve?"}]
     (folder / "MetaMathQA-395K.json").write_text(json.dumps(records, indent=4))
     texts = [f"{QUESTION}\n{ANSWER}", f"Naïve?\n{ANSWER}"]

@@ -163,9 +163,9 @@ def of_export(folder) -> dict:
 
 
 @needs_harness
-@pytest.mark.parametrize("layout", ["one", "data_parallel", "tensor_parallel"])
+@pytest.mark.parametrize("layout", ["one", "data", "tensor", "pipeline", "context"])
 def test_a_checkpoint_and_its_export_have_the_same_answers(folder, of_export, layout):
-    model = f"checkpoint={folder}/run" + (",tensor=2" if layout == "tensor_parallel" else "")
+    model = f"checkpoint={folder}/run" + ("" if layout in ("one", "data") else f",{layout}=2")
     words = ("--model", "megatron_slm", "--model_args", model)
     processes = 1 if layout == "one" else 2
     ours = samples(folder, "megatron_slm.harness", layout, *words, processes=processes)
