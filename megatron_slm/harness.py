@@ -5,7 +5,7 @@
 
 Starts the harness (pip install lm_eval) with one more model, megatron_slm, and the paper's task
 lists as the groups slm_math, slm_math_paper, slm_general and slm_code; every other option is the
-harness' own: python -m lm_eval run --help. Where --include_path is given, it replaces our task lists.
+harness' own: python -m lm_eval run --help. Where --include_path is given, it replaces our lists.
 
 model_args: checkpoint=RUN, and if wanted
   tokenizer=PATH    the checkpoint's tokenizer, where its file has moved
@@ -15,7 +15,7 @@ model_args: checkpoint=RUN, and if wanted
                     the layout under torchrun; the other processes are data-parallel
   add_bos_token=true, prefix_token_id=N, max_gen_toks=N, device=cpu
 
-Exit codes: 0 done, 2 bad usage, 3 a checkpoint or tokenizer that cannot be used.
+Exit codes: 0 done, 2 bad usage, 3 a checkpoint, tokenizer or task's file that cannot be used.
 See docs/evaluation.md.
 """
 

@@ -97,7 +97,7 @@ def _problems(dataset: Any, problem: Callable[[Document], Problem]) -> Any:
 
 def accuracy(problem: Document, answers: Sequence[str]) -> dict[str, float]:
     """{"acc": 1.0 where the written answer is right}, for lm_eval's process_results."""
-    # A datasets.Dataset keeps the type of a column that has the same name: MAWPS' target is a float.
+    # A datasets.Dataset keeps the type of a column of the same name: MAWPS' target is a float.
     return {"acc": float(is_right(answers[0], str(problem["target"])))}
 
 
