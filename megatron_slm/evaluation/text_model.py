@@ -105,15 +105,11 @@ class TextModel:
             self.groups,
             extras=("target_rank",),
         )
-        return [
-            torch.stack(
-                [
-                    whole_sequences(output[name].float(), self.groups)
-                    for name in ("loss", "target_rank")
-                ]
-            )
-            for output in outputs
-        ]
+        return [self._whole(output["loss"], output["target_rank"]) for output in outputs]
+
+    def _whole(self, *values_BS: Tensor) -> Tensor:
+        """[number of values, B, whole S], fp32: the parts of all context-parallel ranks."""
+        return torch.stack([whole_sequences(value.float(), self.groups) for value in values_BS])
 
     def _from_last_stage(self, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """The last pipeline stage's fp32 value of this shape, on every stage."""
