@@ -9,6 +9,7 @@ ranks' gradients, which is therefore multiplied by their number.
 
 import argparse
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,8 @@ def train_step(model, optimizer, micro_batches, mesh) -> dict[str, float]:
     divisor = max(selected_tokens, 1)
     for parameter in model.parameters():
         parameter.grad *= mesh.size() / divisor
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a DTensor
+    grad_norm = norm.full_tensor().item()
     optimizer.step()
     optimizer.zero_grad()
     dist.all_reduce(loss_sum, group=group)

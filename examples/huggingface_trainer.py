@@ -7,6 +7,8 @@ Under torchrun the tokens of all processes compete. In your own Trainer take ove
 SelectiveTrainer, and a dataset, a collator and arguments that keep the stored scores.
 """
 
+from typing import Any
+
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
@@ -57,7 +59,8 @@ class SelectiveTrainer(Trainer):
 
 
 def main(argv=None) -> list[dict[str, float]]:
-    parser = HfArgumentParser(TrainingArguments, description=__doc__.split("\n\n")[0])
+    fields: Any = TrainingArguments  # not of the type that transformers declares
+    parser = HfArgumentParser(fields, description=__doc__.split("\n\n")[0])
     for name in ("--model", "--corpus", "--scores"):
         parser.add_argument(name, required=True)
     parser.add_argument("--sequence_length", type=int, default=256)

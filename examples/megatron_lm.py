@@ -12,6 +12,7 @@ test stay as they are, over all tokens.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -28,10 +29,11 @@ def scored_datasets(provider, corpus: str, scores: str, *, sequence_length: int,
 
     def provide(samples, *rest, **named):
         opened = open_corpora([corpus], [scores])[0]
-        dataset = ScoredDataset(opened, sequence_length=sequence_length, seed=seed)
+        dataset: Any = ScoredDataset(opened, sequence_length=sequence_length, seed=seed)
         return Subset(dataset, range(samples[0])), *provider(samples, *rest, **named)[1:]
 
-    provide.is_distributed = True  # every rank calls it, as Megatron-LM's own
+    # Every rank calls it, as Megatron-LM's own.
+    provide.__dict__["is_distributed"] = True
     return provide
 
 

@@ -10,6 +10,7 @@ choose, sum the chosen losses, and divide by how many were chosen in the whole o
 """
 
 import argparse
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,7 @@ def train_step(model, optimizer, micro_batches) -> dict[str, float]:
     selected_tokens = 0
     for batch in micro_batches:
         hidden_BSH = model.model(batch.tokens_BS).last_hidden_state
-        loss_BS = linear_cross_entropy(hidden_BSH, model.lm_head.weight, batch.labels_BS)
+        loss_BS: Any = linear_cross_entropy(hidden_BSH, model.lm_head.weight, batch.labels_BS)
         score_BS = excess_loss(loss_BS, batch.columns["reference_loss"])
         chosen = select_top(score_BS, batch.loss_mask_BS > 0, KEEP_FRACTION)
         loss = loss_BS[chosen.mask].sum()
@@ -52,7 +53,8 @@ def main(argv=None) -> list[dict[str, float]]:
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
     corpus = open_corpora([args.corpus], [args.scores])[0]  # refuses scores of another corpus
     loader = TrainingLoader(

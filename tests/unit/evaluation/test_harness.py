@@ -213,3 +213,25 @@ def test_bad_arguments_are_sentences(folder, capsys):
         done = run_program("megatron_slm.harness", *words, *tasks, exit_code=code)
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    "model_args, option, value, code, sentence",
+    [
+        (",tensor=2", "--use_cache", "answers", 2, "processes that compute together"),
+        ("", "--limit", "1", 3, "documents for 1 of 2 data-parallel processes"),
+    ],
+)
+def test_what_would_leave_processes_waiting_is_refused(
+    folder, tmp_path, model_args, option, value, code, sentence
+):
+    from tests.end_to_end.warm_programs import run_program
+
+    words = (option, tmp_path / value if option == "--use_cache" else value)
+    model = ("--model", "megatron_slm", "--model_args", f"checkpoint={folder}/run{model_args}")
+    tasks = ("--tasks", "local_choice", "--include_path", folder / "tasks", "--device", "cpu")
+    done = run_program("megatron_slm.harness", *model, *tasks, *words, processes=2, exit_code=None)
+    assert done.returncode == code, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
