@@ -12,6 +12,7 @@ from megatron_slm.checkpoint.folder import (
     resolve_checkpoint,
 )
 from megatron_slm.config.arguments import Program
+from megatron_slm.convert.families.registry import MODEL_TYPES, family_for
 from megatron_slm.files.hashing import file_sha256
 from megatron_slm.files.made_from import ChangedFile
 from megatron_slm.installation import says_missing_extra
@@ -22,7 +23,8 @@ DESCRIPTION = """Write a checkpoint as a Hugging Face folder (config.json, safet
 Works on a checkpoint of any layout, in one process and without a GPU. The model becomes
 LlamaForCausalLM, or Qwen2ForCausalLM with model.qkv_bias, or Qwen3ForCausalLM with model.qk_norm;
 with model.experts, MixtralForCausalLM or (model.qk_norm) Qwen3MoeForCausalLM; with
-model.attention_window_tokens, MistralForCausalLM in the place of Llama's."""
+model.attention_window_tokens, MistralForCausalLM in the place of Llama's; docs/conversion.md lists
+all. --model-type chooses where several compute the same."""
 EXAMPLE = """example:
   python -m megatron_slm.export_hf --checkpoint runs/slm --output exports/slm
   python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('exports/slm')"
@@ -55,6 +57,16 @@ def build_parser() -> Program:
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
         help="precision of the exported weights (default: fp32)",
+    )
+    parser.add_argument(
+        "--model-type",
+        choices=MODEL_TYPES,
+        default="",
+        metavar="TYPE",
+        help=(
+            "write the model as this family, for example phi3 where a Llama computes the same; one "
+            f"of {', '.join(MODEL_TYPES)} (default: the first of these that computes what it does)"
+        ),
     )
     parser.add_argument(
         "--tokenizer",
@@ -94,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": options.dtype,
         "tokenizer": tokenizer and tokenizer.fingerprint,
     }
+    if options.model_type:
+        made_from["model_type"] = options.model_type
     if beside is not None and beside.fingerprint:
         made_from["files"] = beside.fingerprint
     try:
@@ -132,18 +146,18 @@ def _export(
             "checksums.json says; use another step_* folder, or copy it again"
         )
     # These load torch, so they wait until the checkpoint and its tokenizer have been looked at.
-    from megatron_slm.convert.families.registry import family_for
     from megatron_slm.convert.huggingface import export
     from megatron_slm.convert.model_card import model_card
     from megatron_slm.convert.stored_state import read_full_state
 
-    class_name = family_for(info.model_config()).architecture
+    class_name = family_for(info.model_config(), options.model_type).architecture
     return export(
         read_full_state(folder),
         info,
         tokenizer,
         options.output,
         dtype=options.dtype,
+        model_type=options.model_type,
         overwrite=options.overwrite,
         made_from=made_from,
         card=model_card(folder, info, Path(os.path.abspath(options.output)).name, class_name),

@@ -10,13 +10,15 @@ from megatron_slm.checkpoint.folder import (
     step_folder,
 )
 from megatron_slm.config.arguments import Program
+from megatron_slm.convert.families.registry import MODEL_TYPES
 from megatron_slm.convert.model_folder import open_model_folder, origin_of_import
 from megatron_slm.files.made_from import ChangedFile, refuse_other_origin
 from megatron_slm.installation import says_missing_extra
 from megatron_slm.tokenization import load_tokenizer
 
-DESCRIPTION = """Turn a Hugging Face folder (Llama, Mistral, Ministral, Mixtral, Qwen2, Qwen3,
-Qwen3-MoE; safetensors) into a weights checkpoint of ours.
+DESCRIPTION = f"""Turn a Hugging Face folder (safetensors; model_type
+{", ".join(MODEL_TYPES)})
+into a weights checkpoint of ours.
 
 Start from it with --checkpoint.initialize_from OUTPUT, in any parallel layout. The folder's
 tokenizer is recorded in the checkpoint and must be the one the corpora are made with. One process,

@@ -30,6 +30,7 @@ ROPE_SCALING = {
 """The fields that each kind of scaling reads."""
 ROPE_NUMBERS = tuple(dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"]]))
 ROPE = ("rope_base", "rope_scaling", *ROPE_NUMBERS)
+_ROPE_OF_LAYERS = ("rope_fraction", "rope_base_windowed", "layers_without_rope")
 EXPERTS = ("experts_per_token", "renormalize_experts")
 """The fields that a mixture of experts reads, beside the number of experts."""
 WINDOWS = ("attention_window_tokens", "full_attention_layers")
@@ -50,6 +51,7 @@ ARCHITECTURE = (
     "learned_positions",
     *ROPE,
     "rope_fraction",
+    "layers_without_rope",
     "normalization",
     "norm_epsilon",
     "parallel_residual",
@@ -103,7 +105,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     """
     unused = {*ROPE_NUMBERS} - {*ROPE_SCALING[model.rope_scaling]}
     rope = model.position_embedding == "rope"
-    unused |= {"learned_positions"} if rope else {*ROPE, "rope_fraction", "rope_base_windowed"}
+    unused |= {"learned_positions"} if rope else {*ROPE, *_ROPE_OF_LAYERS}
     if not model.experts:
         unused |= {*EXPERTS}
     if not model.attention_window_tokens:
@@ -117,6 +119,7 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
     values = {name: getattr(model, name) for name in ARCHITECTURE}
     values["query_groups"] = model.query_groups or model.attention_heads
     values["full_attention_layers"] = sorted(model.full_attention_layers)
+    values["layers_without_rope"] = sorted(model.layers_without_rope)
     values["head_size"] = model.head_size or model.hidden_size // max(1, model.attention_heads)
     if model.attention_scale_size == values["head_size"]:
         values["attention_scale_size"] = 0.0

@@ -43,6 +43,11 @@ def torch_only_settings(config: Config) -> list[TorchOnly]:
             model.rope_base_windowed > 0,
             "its layers have one rotary embedding for all",
         ),
+        "model.layers_without_rope": (
+            bool(model.layers_without_rope) and model.rope_scaling == "yarn",
+            "all its layers multiply queries and keys by YaRN's factor, those that are not "
+            "rotated too",
+        ),
     }
     return [
         TorchOnly(setting, _value(config, setting), why)

@@ -39,6 +39,12 @@ def model_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _rope(model: ModelConfig) -> Iterator[str]:
+    without = model.layers_without_rope
+    if _are_no_layers(without, model):
+        yield (
+            f"model.layers_without_rope: got {without}; expected different numbers from 0 to "
+            f"{model.layers - 1} (model.layers - 1)"
+        )
     low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
     if model.rope_scaling == "llama3" and low >= high:
         yield (
@@ -56,6 +62,11 @@ def _rope(model: ModelConfig) -> Iterator[str]:
         yield f"model.rope_base: got {model.rope_base} with rope_scaling yarn; expected above 1"
 
 
+def _are_no_layers(numbers: list[int], model: ModelConfig) -> bool:
+    """Whether a number stands in the list twice, or is that of no layer."""
+    return len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(model.layers))
+
+
 def _windows(config: Config) -> Iterator[str]:
     model, window = config.model, config.model.attention_window_tokens
     full = model.full_attention_layers
@@ -64,7 +75,7 @@ def _windows(config: Config) -> Iterator[str]:
             f"model.full_attention_layers: got {full} with attention_window_tokens 0; every layer "
             "attends to the whole sequence: leave it out, or set attention_window_tokens"
         )
-    if sorted(set(full)) != sorted(full) or not set(full) <= set(range(model.layers)):
+    if _are_no_layers(full, model):
         yield (
             f"model.full_attention_layers: got {full}; expected different numbers from 0 to "
             f"{model.layers - 1} (model.layers - 1)"

@@ -137,6 +137,9 @@ class ModelConfig:
     rope_attention_factor: NotNegative = 0.0
     """Factor of rotated queries and of rotated keys (yarn only); 0 = 0.1 ln(rope_scaling_factor) +
     1."""
+    layers_without_rope: list[Count] = field(default_factory=list)
+    """Layers, counted from 0, whose queries and keys are not rotated (SmolLM3: every fourth). They
+    see the order of tokens through the causal mask alone."""
     normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Norms of the residual stream, and of queries and keys; layernorm has a weight and a bias
     (GPT-2, GPT-NeoX)."""

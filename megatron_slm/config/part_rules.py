@@ -5,7 +5,13 @@ from collections.abc import Iterator
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.sizes import rotated_channels
 
-_ROPE_ALONE = ("rope_base", "rope_base_windowed", "rope_scaling", "rope_fraction")
+_ROPE_ALONE = (
+    "rope_base",
+    "rope_base_windowed",
+    "rope_scaling",
+    "rope_fraction",
+    "layers_without_rope",
+)
 """Settings that say something about a rotary embedding, whatever their value is."""
 
 

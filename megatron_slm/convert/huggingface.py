@@ -52,6 +52,7 @@ def export(
     output: str | Path,
     *,
     dtype: str = "fp32",
+    model_type: str = "",
     overwrite: bool = False,
     largest_shard_bytes: int = LARGEST_SHARD_BYTES,
     made_from: dict | None = None,
@@ -61,7 +62,8 @@ def export(
     folder `output`.
 
     Everything is written beside `output` and renamed, so `output` is either absent, what it was, or
-    complete. tokenizer=None leaves the tokenizer out. made_from: kept beside the model, so that a
+    complete. tokenizer=None leaves the tokenizer out. model_type: the family that the model is
+    written as; "" = the first that can express it. made_from: kept beside the model, so that a
     second run knows that it is one. card: the text of README.md, if any. ValueError when `output`
     holds something and `overwrite` is off, or is on but `output` is not an export.
     """
@@ -71,7 +73,7 @@ def export(
     geometry = Geometry.from_model(model)
     beside = read_beside(tokenizer) if tokenizer is not None else None
     end_ids = beside.end_ids if beside else ()
-    family = family_for(model)
+    family = family_for(model, model_type)
     config = huggingface_config(model, info.sequence_length, tokenizer, dtype, end_ids, family)
     ours = {tensor.name for tensor in our_tensors(geometry)}
     check_names(set(state), ours, "the checkpoint")

@@ -86,6 +86,12 @@ QKV = Transform(
     _split_qkv, _join_qkv, lambda shape, g: tuple((rows, *shape[1:]) for rows in _qkv_rows(g))
 )
 """Queries, keys and values as three tensors."""
+QKV_STACKED = Transform(
+    lambda fused, g: (_concatenated(_split_qkv(fused, g)),),
+    lambda parts, g: _join_qkv(parts[0].split(_qkv_rows(g)), g),
+    lambda shape, _: (shape,),
+)
+"""All queries, then all keys, then all values, in one tensor."""
 GATE_UP = Transform(
     lambda fused, _: tuple(fused.chunk(2)),
     lambda parts, _: _concatenated(parts),

@@ -26,7 +26,11 @@ from megatron_slm.model.fused_layers import use_fused_passes
 from megatron_slm.model.initialization import initialize_weights
 from megatron_slm.model.layers import layer_spec
 from megatron_slm.model.norm_placement import place_norms
-from megatron_slm.model.rope import scaled_frequencies, turn_windowed_layers
+from megatron_slm.model.rope import (
+    scaled_frequencies,
+    turn_windowed_layers,
+    unscale_layers_without_rope,
+)
 from megatron_slm.model.transformer_config import DTYPES, transformer_config
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.parallel import Groups
@@ -93,6 +97,7 @@ def _decoder(
         rope.inv_freq = scaled_frequencies(rope.inv_freq, model)
     if layers == "torch":
         place_norms(decoder, model)
+        unscale_layers_without_rope(decoder, model)
     if model.rope_base_windowed:
         turn_windowed_layers(decoder, model)
     if decoder.pre_process and model.embedding_scale != 1:

@@ -80,12 +80,14 @@ class _RotationBeforeAttention:
             and attention.k_layernorm is None
             and attention.config.num_query_groups >= attention.world_size
         )
+        not_rotated = attention.config.no_rope_freq
+        self.rotates = not (not_rotated and not_rotated[attention.layer_number - 1])
         self.angle_S11D: Tensor | None = None
-        """Of the forward that is running."""
+        """Of the forward that is running; None in a layer without rotary embedding."""
 
     def forward(self, *arguments: Any, rotary_pos_emb: Tensor | None = None, **options: Any) -> Any:
         """SelfAttention.forward; the angles of megatron-core repeat D / 2 frequencies."""
-        if rotary_pos_emb is None or rotary_pos_emb.shape[-1] < self.head_size:
+        if rotary_pos_emb is None or not self.rotates or rotary_pos_emb.shape[-1] < self.head_size:
             return self.plain_forward(*arguments, rotary_pos_emb=rotary_pos_emb, **options)
         self.angle_S11D = rotary_pos_emb
         try:

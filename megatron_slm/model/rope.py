@@ -77,6 +77,15 @@ def attention_scale(model: ModelConfig, *, stretched: bool = True) -> float | No
     return factor**2 / math.sqrt(model.attention_scale_size or head_size)
 
 
+def unscale_layers_without_rope(chunk: Any, model: ModelConfig) -> None:
+    """Take YaRN's factor, which is that of rotated queries and keys, out of the torch-native layers
+    of `chunk`, a GPTModel, that rotate none.
+    """
+    for layer in chunk.decoder.layers:
+        if layer.layer_number - 1 in model.layers_without_rope:
+            layer.self_attention.core_attention.scale = attention_scale(model, stretched=False)
+
+
 def turn_windowed_layers(chunk: Any, model: ModelConfig) -> None:
     """Turn queries and keys of the torch-native layers of `chunk`, a GPTModel, that have a sliding
     window by model.rope_base_windowed, which model.rope_scaling leaves alone.

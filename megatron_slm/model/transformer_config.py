@@ -103,6 +103,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "add_bias_linear": model.feed_forward_bias,
         "add_qkv_bias": model.qkv_bias,
         **_windows(model),
+        **_layers_without_rope(model),
         "softmax_scale": attention_scale(model),
         "hidden_dropout": model.dropout,
         "attention_dropout": model.dropout,
@@ -121,6 +122,14 @@ def _windows(model: ModelConfig) -> dict[str, Any]:
         # By global layer number: 1 = windowed, 0 = the whole sequence.
         "window_attn_skip_freq": [int(layer not in full) for layer in range(model.layers)],
     }
+
+
+def _layers_without_rope(model: ModelConfig) -> dict[str, Any]:
+    if not model.layers_without_rope:
+        return {}
+    without = set(model.layers_without_rope)
+    # By global layer number: 1 = queries and keys are not rotated.
+    return {"no_rope_freq": [int(layer in without) for layer in range(model.layers)]}
 
 
 def _layout(parallel: ParallelConfig) -> dict[str, Any]:

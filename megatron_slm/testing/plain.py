@@ -89,7 +89,8 @@ class PlainDecoder(torch.nn.Module):
         before = self.model.norm_placement in ("before", "both")
         after = self.model.norm_placement in ("after", "both")
         read_BSH = self._norm(hidden_BSH, prefix + "input_layernorm") if before else hidden_BSH
-        added_BSH = self._attention(read_BSH, prefix + "self_attention.", window_tokens)
+        rotates = layer not in self.model.layers_without_rope
+        added_BSH = self._attention(read_BSH, prefix + "self_attention.", window_tokens, rotates)
         if after:
             added_BSH = self._norm(added_BSH, prefix + "post_self_attn_layernorm")
         attended_BSH = hidden_BSH + added_BSH
@@ -153,7 +154,9 @@ class PlainDecoder(torch.nn.Module):
                     balance = balance + part_balance / len(parts) / len(micro_batches)
         return balance, z_loss
 
-    def _attention(self, normed_BSH: Tensor, prefix: str, window_tokens: int) -> Tensor:
+    def _attention(
+        self, normed_BSH: Tensor, prefix: str, window_tokens: int, rotates: bool
+    ) -> Tensor:
         """window_tokens: how many tokens a token sees, itself included; 0 = all before it."""
         model = self.model
         groups = model.query_groups or model.attention_heads
@@ -167,8 +170,10 @@ class PlainDecoder(torch.nn.Module):
         if model.qk_norm:
             query = self._norm_of_heads(query, prefix + "q_layernorm")
             key = self._norm_of_heads(key, prefix + "k_layernorm")
-        query = rotated(query, model, windowed=window_tokens > 0)
-        key = rotated(key, model, windowed=window_tokens > 0).repeat_interleave(per_group, dim=2)
+        if rotates:
+            query = rotated(query, model, windowed=window_tokens > 0)
+            key = rotated(key, model, windowed=window_tokens > 0)
+        key = key.repeat_interleave(per_group, dim=2)
         value = value.repeat_interleave(per_group, dim=2)
         scores = torch.einsum("bqnd,bknd->bnqk", query, key)
         scores = scores / math.sqrt(model.attention_scale_size or size)

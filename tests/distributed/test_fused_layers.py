@@ -25,6 +25,7 @@ MODELS = {
     "norms of queries and keys": dict(qk_norm=True, head_size=6),
     "biases": dict(qkv_bias=True, query_groups=8),
     "stretched": dict(rope_scaling="linear", rope_scaling_factor=4.0),
+    "a layer without rotary embedding": dict(layers_without_rope=[1]),
     "recomputed": dict(recompute="full"),
     "attention recomputed": dict(recompute="selective"),
     "a part of each head": dict(rope_fraction=0.5, attention_heads=4),

@@ -37,7 +37,8 @@ EVERY_CASE = ("clm", "data_parallel", "sequence", "global_batch", "keep_all")
 FEW = ("data_parallel",)
 ISOLATED = ("data_parallel", "isolated")
 WINDOWED = ("windowed", "windowed_isolated")
-"""Sliding windows of 5 of the 16 tokens in all layers but the second; several documents too."""
+"""Sliding windows of 5 of the 16 tokens in all layers but the second, and no rotary embedding in
+the third; several documents too."""
 LAYOUTS = {
     "single": dict(cases=(*EVERY_CASE, "isolated", *WINDOWED)),
     "recompute_selective": dict(recompute="selective", cases=(*ISOLATED, "windowed")),
@@ -111,6 +112,7 @@ def make_config(case: str, layout: dict) -> Config:
         recompute=layout.get("recompute", "none"),
         attention_window_tokens=5 if case in WINDOWED else 0,
         full_attention_layers=[1] if case in WINDOWED else [],
+        layers_without_rope=[2] if case in WINDOWED else [],
     )
     config.data = dataclasses.replace(
         config.data,

@@ -6,9 +6,11 @@ from megatron_slm.convert.families import (
     ministral,
     mistral,
     mixtral,
+    phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 from megatron_slm.convert.families.family import Family
 
@@ -20,6 +22,8 @@ FAMILIES: tuple[Family, ...] = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
+    smollm3.FAMILY,
+    phi3.FAMILY,
 )
 """An export writes a model as the first of these that can express it."""
 MODEL_TYPES = tuple(family.model_type for family in FAMILIES)
@@ -38,8 +42,17 @@ def family_of(model_type: str | None) -> Family:
     )
 
 
-def family_for(model: ModelConfig) -> Family:
-    """The family that `model` is written as: it computes the same. ValueError: there is none."""
+def family_for(model: ModelConfig, model_type: str = "") -> Family:
+    """The family that `model` is written as: it computes the same.
+
+    model_type: the one that is wanted; "" = the first that can express the model. ValueError: there
+    is none, or it cannot.
+    """
+    if model_type:
+        family = family_of(model_type)
+        if obstacles := [*family.obstacles(model)]:
+            raise ValueError(f"this model is no {model_type}: {'; '.join(obstacles)}")
+        return family
     for family in FAMILIES:
         if not [*family.obstacles(model)]:
             return family

@@ -48,8 +48,10 @@ def window_settings(theirs: Any, *, by_layer: bool = False) -> dict[str, Any]:
 
 
 def layer_types(model: ModelConfig) -> list[str]:
-    """config.json's layer_types of a model with a window."""
+    """config.json's layer_types."""
     full = set(model.full_attention_layers)
+    if not model.attention_window_tokens:
+        full = set(range(model.layers))
     return [FULL if layer in full else WINDOWED for layer in range(model.layers)]
 
 

@@ -107,6 +107,22 @@ RULES = [
         "set attention_window_tokens",
     ),
     (
+        "model.layers_without_rope",
+        dict(model__layers_without_rope=[3, 3]),
+        "got [3, 3]",
+        "from 0 to 3",
+    ),
+    (
+        "model.layers_without_rope",
+        dict(
+            model__layers_without_rope=[3],
+            model__rope_scaling="yarn",
+            device__layers="transformer_engine",
+        ),
+        "those that are not rotated too",
+        "set device.layers to auto or torch",
+    ),
+    (
         "model.full_attention_layers",
         dict(model__full_attention_layers=[1]),
         "attention_window_tokens 0",

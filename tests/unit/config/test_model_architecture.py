@@ -38,6 +38,7 @@ OTHER = {
     "position_embedding": "learned",
     "learned_positions": 1024,
     "rope_base_windowed": 5000.0,
+    "layers_without_rope": [3],
     "rope_base": 500000.0,
     "rope_scaling": "none",
     "rope_fraction": 0.5,

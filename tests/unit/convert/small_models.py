@@ -17,6 +17,7 @@ SIZES = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     "bos_token_id": None,
     "eos_token_id": 1,
+    "pad_token_id": None,
 }
 EXPERTS = {
     "mixtral": {"num_local_experts": 4},
@@ -25,17 +26,26 @@ EXPERTS = {
 
 
 def small_model(model_type: str, **settings: Any):
-    """A model of transformers with every parameter drawn at random, the same at each call."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """A random model of a few thousand parameters."""
     given = SIZES | EXPERTS.get(model_type, {}) | settings
     if model_type == "mistral" and "sliding_window" not in settings:
         given["sliding_window"] = None
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given))
+    return random_model(model_type, **given)
+
+
+def random_model(model_type: str, spread: float = 0.2, **settings: Any):
+    """A model of transformers with every parameter drawn at random, the same at each call.
+
+    spread: the standard deviation of what is added to the parameters of a new model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(13)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 

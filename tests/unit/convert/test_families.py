@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_slm.config.architecture import ARCHITECTURE, EXPERTS, WINDOWS
+from megatron_slm.config.architecture import ARCHITECTURE, EXPERTS, ROPE_NUMBERS, WINDOWS
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import registry
 from megatron_slm.convert.families.registry import FAMILIES, family_for
@@ -22,8 +22,10 @@ CONTEXT = (
 """Settings without which others have no effect."""
 
 
-def _another(value):
-    """A value that a setting with this default does not have by itself."""
+def _another(name, value):
+    """A value that the setting does not have by itself, and that another one may have."""
+    if name == "rope_scaling":
+        return "linear"
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -37,9 +39,9 @@ def _another(value):
 def test_a_setting_that_a_family_does_not_name_is_an_obstacle(family):
     plain = ModelConfig(**family.fixed)
     for name in ARCHITECTURE:
-        if name in family.free:
-            continue
-        given = {name: _another(getattr(plain, name))}
+        if name in family.free or name in ROPE_NUMBERS:
+            continue  # numbers of a rotary scaling have an effect with that scaling alone
+        given = {name: _another(name, getattr(plain, name))}
         for names, context in CONTEXT:
             given = (context if name in names else {}) | given
         said = " ".join(family.obstacles(replace(plain, **given)))
@@ -69,3 +71,11 @@ def test_what_no_family_expresses_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "_gap", lambda model: "")
     with pytest.raises(ValueError, match="nearest: .*model.qkv_bias is true, and always false in"):
         family_for(model)
+
+
+def test_a_family_is_chosen_by_its_name():
+    model = ModelConfig(attention_window_tokens=8)
+    assert family_for(model).model_type == "mistral"
+    assert family_for(model, "phi3").model_type == "phi3"
+    with pytest.raises(ValueError, match=r"no llama: model\.attention_window_tokens is 8, and alw"):
+        family_for(model, "llama")

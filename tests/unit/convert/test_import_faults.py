@@ -187,7 +187,7 @@ def test_what_transformers_writes_can_be_read():
     for model_type in MODEL_TYPES:
         config = small_model(model_type).config.to_dict()
         ours, _ = model_config(json.loads(json.dumps(config, default=str)))
-        assert ours.experts == (4 if "mo" in model_type or model_type == "mixtral" else 0)
+        assert ours.experts == (4 if "moe" in model_type or model_type == "mixtral" else 0)
 
 
 def test_swish_is_another_name_of_silu(copied, tmp_path):
