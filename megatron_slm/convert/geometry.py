@@ -22,6 +22,14 @@ class Geometry:
     qkv_bias: bool
     qk_norm: bool
     experts: int = 0
+    attention_output_bias: bool = False
+    feed_forward_bias: bool = False
+    gated: bool = True
+    """Whether a feed-forward layer has a gate."""
+    norm_bias: bool = False
+    """Whether norms have a bias: LayerNorm."""
+    positions: int = 0
+    """Rows of a table of learned positions."""
 
     @classmethod
     def from_model(cls, model: ModelConfig) -> "Geometry":
@@ -53,4 +61,9 @@ class Geometry:
             qkv_bias=model.qkv_bias,
             qk_norm=model.qk_norm,
             experts=model.experts,
+            attention_output_bias=model.attention_output_bias,
+            feed_forward_bias=model.feed_forward_bias,
+            gated=model.gated_feed_forward,
+            norm_bias=model.normalization == "layernorm",
+            positions=model.learned_positions,
         )

@@ -102,11 +102,11 @@ _ONLY: dict[str, Any] = {
 }
 """Keys with the one value that says what the decoder here does."""
 _HINTS = {
-    "attention_bias": "biases on the attention output are not implemented",
+    "attention_bias": "this family has no biases in attention here (Llama and GPT-NeoX have)",
     "auto_map": "the model has code of its own; take the key out if its built-in class computes "
     "the same",
     "is_causal": "attention here is causal",
-    "mlp_bias": "biases on the feed-forward layers are not implemented",
+    "mlp_bias": "this family has no biases in its feed-forward layers here (Llama has)",
     "quantization_config": "quantised weights cannot be trained on: dequantise and save the model "
     "first",
 }

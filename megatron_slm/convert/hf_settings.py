@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
-from megatron_slm.config.schema import Config, ModelConfig
+from megatron_slm.config.schema import Config, DataConfig, ModelConfig
 from megatron_slm.convert.families.registry import family_of
 from megatron_slm.convert.families.rope import ROPE_KEYS
 from megatron_slm.convert.hf_keys import key_problems
@@ -29,7 +29,9 @@ def model_config(config: dict) -> tuple[ModelConfig, int]:
         raise ValueError(_refusal(problems))
     model = ModelConfig(**family.fixed, **family.settings(theirs))
     try:
-        check_config(Config(model=model), world_size=1, training=False)
+        # A table of learned positions must reach as far as sequences do.
+        data = DataConfig(sequence_length=theirs.max_position_embeddings)
+        check_config(Config(model=model, data=data), world_size=1, training=False)
     except ConfigError as error:
         raise ValueError(_refusal(error.problems)) from None
     return model, theirs.max_position_embeddings

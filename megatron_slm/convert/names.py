@@ -57,32 +57,42 @@ class FromHuggingface(Mapping[str, Tensor]):
         self.entries = {entry.ours: entry for entry in entries(geometry, family.table)}
         self._theirs = theirs
         self._geometry = geometry
+        self._stored = {family.table_name(name): name for name in theirs}
+        if len(self._stored) < len(theirs):
+            twice = {*theirs} - {*self._stored.values()}
+            raise ValueError(
+                f"the Hugging Face folder has {_some(twice)} under another name too: keep one"
+            )
         names = {row.ours: row.theirs for row in family.table}
         tied_heads = names[HEAD] if geometry.tied else ()
         derived = re.compile(family.derived)
-        got = {name for name in theirs if not derived.fullmatch(name) and name not in tied_heads}
+        got = {
+            name for name in self._stored if not derived.fullmatch(name) and name not in tied_heads
+        }
         expected = {name for entry in self.entries.values() for name in entry.theirs}
         check_names(got, expected, "the Hugging Face folder")
         if their_shapes is None:
             their_shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
         self._check_shapes(their_shapes)
         for head, embedding in zip(tied_heads, names[EMBEDDING], strict=False):
-            _check_tied_head(theirs, head, embedding)
+            if head in self._stored:
+                _check_tied_head(theirs, self._stored[head], self._stored[embedding])
 
     def _check_shapes(self, got: Mapping[str, tuple[int, ...]]) -> None:
-        wrong = [
-            f"{name} has shape {got[name]}, its config.json says {shape}"
-            for entry in self.entries.values()
-            for name, shape in zip(entry.theirs, entry.their_shapes, strict=True)
-            if got[name] != shape
-        ]
+        wrong = []
+        for entry in self.entries.values():
+            for name, shape in zip(entry.theirs, entry.their_shapes, strict=True):
+                stored = self._stored[name]
+                if got[stored] != shape:
+                    wrong.append(f"{stored} has shape {got[stored]}, its config.json says {shape}")
         if wrong:
             more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise ValueError("; ".join(wrong[:4]) + more)
 
     def __getitem__(self, ours: str) -> Tensor:
         entry = self.entries[ours]
-        return entry.transform.join([self._theirs[name] for name in entry.theirs], self._geometry)
+        theirs = [self._theirs[self._stored[name]] for name in entry.theirs]
+        return entry.transform.join(theirs, self._geometry)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -96,7 +106,7 @@ def _check_tied_head(theirs: Mapping[str, Tensor], head: str, embedding: str) ->
 
     Versions of transformers differ in which of the two they use.
     """
-    if head in theirs and not torch.equal(theirs[head], theirs[embedding]):
+    if not torch.equal(theirs[head], theirs[embedding]):
         raise ValueError(
             f"tie_word_embeddings is true, but {head} is stored and differs from {embedding}: set "
             "tie_word_embeddings to false in config.json to keep that head, or take the tensor out"

@@ -31,8 +31,25 @@ def _qkv_rows(geometry: Geometry) -> int:
     return (geometry.heads + 2 * geometry.groups) * geometry.head_size
 
 
+def _up_rows(geometry: Geometry) -> int:
+    """Of the first product of a feed-forward layer: gate and up, or up alone."""
+    return (2 if geometry.gated else 1) * geometry.ffn_hidden_size
+
+
 def _dense(geometry: Geometry) -> bool:
     return not geometry.experts
+
+
+def _norm(place: str, size: Callable[[Geometry], int], of_heads: bool = False) -> tuple[Kind, Kind]:
+    """The weight and the bias of a norm; of_heads: of queries or of keys."""
+
+    def present(geometry: Geometry) -> bool:
+        return geometry.qk_norm or not of_heads
+
+    return (
+        Kind(place + ".weight", lambda g: (size(g),), present),
+        Kind(place + ".bias", lambda g: (size(g),), lambda g: present(g) and g.norm_bias),
+    )
 
 
 def _mixture(geometry: Geometry) -> bool:
@@ -44,34 +61,42 @@ KINDS: tuple[Kind, ...] = (
         "embedding.word_embeddings.weight",
         lambda g: (g.padded_vocabulary_size, g.hidden_size),
     ),
-    Kind(LAYER + "input_layernorm.weight", lambda g: (g.hidden_size,)),
+    Kind(
+        "embedding.position_embeddings.weight",
+        lambda g: (g.positions, g.hidden_size),
+        lambda g: g.positions > 0,
+    ),
+    *_norm(LAYER + "input_layernorm", lambda g: g.hidden_size),
     Kind(LAYER + "self_attention.linear_qkv.weight", lambda g: (_qkv_rows(g), g.hidden_size)),
     Kind(
         LAYER + "self_attention.linear_qkv.bias",
         lambda g: (_qkv_rows(g),),
         lambda g: g.qkv_bias,
     ),
-    Kind(
-        LAYER + "self_attention.q_layernorm.weight",
-        lambda g: (g.head_size,),
-        lambda g: g.qk_norm,
-    ),
-    Kind(
-        LAYER + "self_attention.k_layernorm.weight",
-        lambda g: (g.head_size,),
-        lambda g: g.qk_norm,
-    ),
+    *_norm(LAYER + "self_attention.q_layernorm", lambda g: g.head_size, of_heads=True),
+    *_norm(LAYER + "self_attention.k_layernorm", lambda g: g.head_size, of_heads=True),
     Kind(
         LAYER + "self_attention.linear_proj.weight",
         lambda g: (g.hidden_size, g.heads * g.head_size),
     ),
-    Kind(LAYER + "pre_mlp_layernorm.weight", lambda g: (g.hidden_size,)),
     Kind(
-        LAYER + "mlp.linear_fc1.weight",
-        lambda g: (2 * g.ffn_hidden_size, g.hidden_size),
-        _dense,
+        LAYER + "self_attention.linear_proj.bias",
+        lambda g: (g.hidden_size,),
+        lambda g: g.attention_output_bias,
+    ),
+    *_norm(LAYER + "pre_mlp_layernorm", lambda g: g.hidden_size),
+    Kind(LAYER + "mlp.linear_fc1.weight", lambda g: (_up_rows(g), g.hidden_size), _dense),
+    Kind(
+        LAYER + "mlp.linear_fc1.bias",
+        lambda g: (_up_rows(g),),
+        lambda g: g.feed_forward_bias,
     ),
     Kind(LAYER + "mlp.linear_fc2.weight", lambda g: (g.hidden_size, g.ffn_hidden_size), _dense),
+    Kind(
+        LAYER + "mlp.linear_fc2.bias",
+        lambda g: (g.hidden_size,),
+        lambda g: g.feed_forward_bias,
+    ),
     Kind(LAYER + "mlp.router.weight", lambda g: (g.experts, g.hidden_size), _mixture),
     Kind(
         EXPERT + "linear_fc1.weight",
@@ -79,7 +104,7 @@ KINDS: tuple[Kind, ...] = (
         _mixture,
     ),
     Kind(EXPERT + "linear_fc2.weight", lambda g: (g.hidden_size, g.ffn_hidden_size), _mixture),
-    Kind("decoder.final_layernorm.weight", lambda g: (g.hidden_size,)),
+    *_norm("decoder.final_layernorm", lambda g: g.hidden_size),
     Kind(
         "output_layer.weight",
         lambda g: (g.padded_vocabulary_size, g.hidden_size),

@@ -98,3 +98,19 @@ GATE_UP = Transform(
     lambda shape, _: ((shape[0] // 2, *shape[1:]),) * 2,
 )
 """Gate and up projection as two tensors."""
+
+
+def transposed(transform: Transform) -> Transform:
+    """`transform`, with every matrix of Hugging Face's stored [inputs, outputs]."""
+
+    def turned(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(part.t().contiguous() for part in parts)
+
+    def shapes(shape: Shape, geometry: Geometry) -> tuple[Shape, ...]:
+        return tuple(part[::-1] for part in transform.shapes(shape, geometry))
+
+    return Transform(
+        lambda ours, geometry: turned(transform.split(ours, geometry)),
+        lambda parts, geometry: transform.join(turned(parts), geometry),
+        shapes,
+    )

@@ -6,6 +6,9 @@ llama_like.py   what most families share: the keys, settings and tensor names of
 rope.py         rotary embedding and its scaling, both ways
 windows.py      sliding windows, both ways
 mixtures.py     mixtures of experts, both ways
+biases.py       the biases of attention, both ways
+activations.py  activations of feed-forward layers, both ways
+plain_heads.py  what families without grouped queries share
 
 docs/conversion.md says how a family is added.
 """

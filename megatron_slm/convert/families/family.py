@@ -14,6 +14,10 @@ def _nothing(_: Any) -> Iterator[str]:
     return iter(())
 
 
+def _same(name: str) -> str:
+    return name
+
+
 @dataclass(frozen=True)
 class Family:
     """One model_type of transformers: which of our models it is, and how it is written."""
@@ -43,7 +47,10 @@ class Family:
     lacks: Callable[[ModelConfig], Iterator[str]] = _nothing
     """What of a model cannot be written although each of its fields could be, a phrase for each."""
     derived: str = r".*\.rotary_emb\.inv_freq"
-    """Names (a regular expression) of stored tensors that follow from the settings."""
+    """Names in `table`'s manner (a regular expression) of stored tensors that follow from the
+    settings."""
+    table_name: Callable[[str], str] = _same
+    """What `table` calls a stored tensor, where files have other names for it too."""
 
     def obstacles(self, model: ModelConfig) -> Iterator[str]:
         """Why `model` is none of this family, a phrase for each reason; none if it is one."""

@@ -60,13 +60,20 @@ TABLE: Table = (
     Row(LAYER + "self_attention.q_layernorm.weight", attention_names("norm.weight", "q")),
     Row(LAYER + "self_attention.k_layernorm.weight", attention_names("norm.weight", "k")),
     Row(LAYER + "self_attention.linear_proj.weight", attention_names("proj.weight", "o")),
+    Row(LAYER + "self_attention.linear_proj.bias", attention_names("proj.bias", "o")),
     Row(LAYER + "pre_mlp_layernorm.weight", (_THEIRS + "post_attention_layernorm.weight",)),
     Row(
         LAYER + "mlp.linear_fc1.weight",
         (_THEIRS + "mlp.gate_proj.weight", _THEIRS + "mlp.up_proj.weight"),
         GATE_UP,
     ),
+    Row(
+        LAYER + "mlp.linear_fc1.bias",
+        (_THEIRS + "mlp.gate_proj.bias", _THEIRS + "mlp.up_proj.bias"),
+        GATE_UP,
+    ),
     Row(LAYER + "mlp.linear_fc2.weight", (_THEIRS + "mlp.down_proj.weight",)),
+    Row(LAYER + "mlp.linear_fc2.bias", (_THEIRS + "mlp.down_proj.bias",)),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Row("output_layer.weight", ("lm_head.weight",), VOCABULARY),
 )

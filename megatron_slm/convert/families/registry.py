@@ -2,6 +2,8 @@
 
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import (
+    gpt2,
+    gpt_neox,
     llama,
     ministral,
     mistral,
@@ -24,6 +26,8 @@ FAMILIES: tuple[Family, ...] = (
     qwen3_moe.FAMILY,
     smollm3.FAMILY,
     phi3.FAMILY,
+    gpt_neox.FAMILY,
+    gpt2.FAMILY,
 )
 """An export writes a model as the first of these that can express it."""
 MODEL_TYPES = tuple(family.model_type for family in FAMILIES)

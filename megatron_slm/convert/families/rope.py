@@ -23,8 +23,11 @@ _YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 
 
-def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What config.json says twice, or what nothing here computes, of the rotary embedding."""
+def rope_problems(config: Mapping[str, Any], *, partial: bool = False) -> Iterator[str]:
+    """What config.json says twice, or what nothing here computes, of the rotary embedding.
+
+    partial: the family may turn a part of each head.
+    """
     given = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
     for key, rope in given.items():
         if not isinstance(rope, Mapping):
@@ -43,10 +46,10 @@ def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if len(bases) > 1:
         yield f"rope_theta is given as {' and as '.join(map(str, sorted(bases)))}: keep one of them"
     for key, rope in given.items():
-        yield from _scaling_problems(key, rope)
+        yield from _scaling_problems(key, rope, partial)
 
 
-def _scaling_problems(key: str, rope: Mapping[str, Any]) -> Iterator[str]:
+def _scaling_problems(key: str, rope: Mapping[str, Any], partial: bool) -> Iterator[str]:
     kinds = {rope[name] for name in ("rope_type", "type") if rope.get(name) is not None}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in ROPE_FIELDS:
@@ -62,6 +65,7 @@ def _scaling_problems(key: str, rope: Mapping[str, Any]) -> Iterator[str]:
         no_effect = (name, value) in (("partial_rotary_factor", 1.0), ("truncate", True))
         optional = _YARN_OPTIONS if kind == "yarn" else ()
         known = name in (*_ROPE_ALWAYS, *ROPE_FIELDS[kind], *optional) or no_effect
+        known = known or (partial and name == "partial_rotary_factor")
         if value is not None and not known:
             yield f"{key} has {name} {value!r}, which the kind {kind} does not read here"
 

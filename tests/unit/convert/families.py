@@ -10,6 +10,16 @@ SIZES = dict(
     pad_vocabulary_to_multiple_of=64,
     rope_base=5000.0,
 )
+NEOX = {
+    "normalization": "layernorm",
+    "activation": "gelu",
+    "gated_feed_forward": False,
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "feed_forward_bias": True,
+    "rope_fraction": 0.25,
+    "parallel_residual": True,
+}
 VARIANTS = {
     "LlamaForCausalLM": {"query_groups": 2, "norm_epsilon": 1e-6},
     "Qwen2ForCausalLM": {"query_groups": 2, "qkv_bias": True, "tied_embeddings": True},
@@ -61,6 +71,34 @@ VARIANTS = {
         "rope_beta_slow": 0.2,
     },
     "LlamaForCausalLM, linear": {"rope_scaling": "linear", "rope_scaling_factor": 2.5},
+    "LlamaForCausalLM, biases": {
+        "query_groups": 2,
+        "qkv_bias": True,
+        "attention_output_bias": True,
+    },
+    "LlamaForCausalLM, bias of the feed-forward layer": {"feed_forward_bias": True},
+    "GPTNeoXForCausalLM": NEOX,
+    "GPTNeoXForCausalLM, one after the other": NEOX
+    | {
+        "qkv_bias": False,
+        "attention_output_bias": False,
+        "parallel_residual": False,
+        "activation": "gelu_tanh",
+        "rope_fraction": 0.5,
+        "rope_scaling": "linear",
+        "rope_scaling_factor": 2.5,
+        "tied_embeddings": True,
+    },
+    "GPT2LMHeadModel": NEOX
+    | {
+        "activation": "gelu_tanh",
+        "rope_base": 10000.0,
+        "rope_fraction": 1.0,
+        "parallel_residual": False,
+        "position_embedding": "learned",
+        "learned_positions": 24,
+        "tied_embeddings": True,
+    },
 }
 COMMON = dict(
     vocab_size=101,
@@ -98,6 +136,8 @@ PEERS = {  # models of transformers that are imported
             "original_max_position_embeddings": 16,
             "attention_factor": 1.3,
         },
+        "attention_bias": True,
+        "mlp_bias": True,
     },
     "mistral": COMMON | {"sliding_window": 7},
     "ministral": COMMON
@@ -106,5 +146,27 @@ PEERS = {  # models of transformers that are imported
         "sliding_window": 7,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gpt_neox": dict(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        layer_norm_eps=1e-4,
+        rotary_pct=0.5,
+        rotary_emb_base=500.0,
+    ),
+    "gpt2": dict(
+        vocab_size=101,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=1,
+    ),
     "qwen3": COMMON | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
 }

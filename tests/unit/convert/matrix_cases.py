@@ -61,6 +61,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "head size": _HEAD_SIZE,
         "llama3": _LLAMA3,
         "linear": _LINEAR,
+        "biases of attention": {"attention_bias": True},
+        "biases of the feed-forward layer": {"mlp_bias": True},
     },
     "mistral": {
         "window": _WINDOW,
@@ -105,6 +107,26 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "phi3": {
         "window": _WINDOW,
         "every head, tied": _EVERY_HEAD | _TIED,
+    },
+    "gpt_neox": {
+        "half of each head": {"rotary_pct": 0.5},
+        "one after the other, tied, tanh": {
+            "use_parallel_residual": False,
+            "hidden_act": "gelu_new",
+            "rotary_pct": 0.25,
+        }
+        | _TIED,
+        "whole heads, no biases of attention": {"rotary_pct": 1.0, "attention_bias": False},
+        "linear, relu": _rope("linear", factor=2.5, partial_rotary_factor=0.5)
+        | {"hidden_act": "relu"},
+    },
+    "gpt2": {
+        "plain": {},
+        "untied, wide, gelu": {
+            "tie_word_embeddings": False,
+            "n_inner": 80,
+            "activation_function": "gelu",
+        },
     },
 }
 """model_type -> option -> settings beside SIZES."""

@@ -23,11 +23,23 @@ EXPERTS = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
+OWN = {"gpt_neox": {"rotary_pct": 0.5}}  # of heads of 4 channels
+LACKING = {
+    "gpt_neox": {"head_dim", "num_key_value_heads", "rms_norm_eps"},
+    "gpt2": {
+        "head_dim",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "intermediate_size",
+    },
+}
+"""Settings of most families that one does not have: it is made without them."""
 
 
 def small_model(model_type: str, **settings: Any):
     """A random model of a few thousand parameters."""
-    given = SIZES | EXPERTS.get(model_type, {}) | settings
+    given = SIZES | EXPERTS.get(model_type, {}) | OWN.get(model_type, {}) | settings
     if model_type == "mistral" and "sliding_window" not in settings:
         given["sliding_window"] = None
     return random_model(model_type, **given)
@@ -40,7 +52,9 @@ def random_model(model_type: str, spread: float = 0.2, **settings: Any):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **settings)
+    lacking = LACKING.get(model_type, set())
+    given = {name: value for name, value in settings.items() if name not in lacking}
+    config = AutoConfig.for_model(model_type, **given)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(13)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from megatron_slm.convert.hf_config import huggingface_config
 from megatron_slm.convert.hf_settings import model_config
 from megatron_slm.convert.names import FromHuggingface, to_huggingface
 from megatron_slm.convert.tensors import our_tensors
+from tests.unit.convert.families import NEOX
 
 SIZES = dict(
     layers=2,
@@ -37,6 +38,23 @@ VARIANTS = {
         "rope_original_sequence_length": 32,
         "rope_high_frequency_factor": 8.0,
     },
+    "llama, biases": {
+        "query_groups": 2,
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "feed_forward_bias": True,
+    },
+    "gpt-neox": NEOX | {"head_size": 8},
+    "gpt-2": {
+        **NEOX,
+        "head_size": 8,
+        "rope_fraction": 1.0,
+        "parallel_residual": False,
+        "activation": "gelu_tanh",
+        "position_embedding": "learned",
+        "learned_positions": 64,
+        "tied_embeddings": True,
+    },
 }
 
 
@@ -56,17 +74,19 @@ def random_state(geometry: Geometry) -> dict[str, torch.Tensor]:
 def test_round_trip_is_exact_and_fits_the_class_of_transformers(variant):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = ModelConfig(**SIZES, **VARIANTS[variant])
+    model = ModelConfig(**SIZES | VARIANTS[variant])
     geometry = Geometry.from_model(model)
     state = random_state(geometry)
     family = family_for(model)
     theirs = dict(to_huggingface(state, geometry, family))
     config = huggingface_config(model, 64, None, "fp32")
-    assert theirs["model.embed_tokens.weight"].shape == (101, 32)
+    assert next(iter(theirs.values())).shape == (101, 32), "rows of padding stay here"
     with torch.device("meta"):
         peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    # What version 5 of transformers calls lm_head in memory is embed_out in the files of GPT-NeoX.
+    head = "embed_out.weight" if family.model_type == "gpt_neox" else "lm_head.weight"
     expected = {
-        name: tuple(tensor.shape)
+        name.replace("lm_head.weight", head): tuple(tensor.shape)
         for name, tensor in peer.state_dict().items()
         if name != "lm_head.weight" or not geometry.tied
     }
@@ -153,16 +173,56 @@ def test_derived_buffers_of_older_exports_are_passed_over():
     assert "output_layer.weight" not in set(FromHuggingface(theirs, geometry, LLAMA))
 
 
+def test_gpt_neox_keeps_the_rows_of_its_heads_and_gpt_2_stacks_and_transposes_them():
+    """Spelt out by hand: in a checkpoint of ours a head's query, key and value stand together."""
+    sizes = SIZES | NEOX | {"head_size": 8}
+    geometry = Geometry.from_model(ModelConfig(**sizes))
+    fused = torch.arange(96.0)[:, None].expand(96, 32) + torch.arange(32) / 100
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    theirs = dict(
+        to_huggingface(random_state(geometry) | {name: fused}, geometry, family_of("gpt_neox"))
+    )
+    assert torch.equal(theirs["gpt_neox.layers.1.attention.query_key_value.weight"], fused)
+    learned = {"rope_fraction": 1.0, "position_embedding": "learned", "learned_positions": 8}
+    geometry = Geometry.from_model(ModelConfig(**sizes | learned))
+    theirs = dict(
+        to_huggingface(random_state(geometry) | {name: fused}, geometry, family_of("gpt2"))
+    )
+    stacked = theirs["transformer.h.1.attn.c_attn.weight"]
+    rows = [24 * head + 8 * part for part in range(3) for head in range(4)]
+    assert stacked[0, ::8].tolist() == rows
+    assert torch.equal(stacked[:, 0], torch.arange(32) / 100)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
+def test_older_files_of_gpt_neox_and_gpt_2(kind):
+    """Masks of attention beside the weights; of GPT-2 the body alone, without `transformer.`."""
+    settings = SIZES | VARIANTS["gpt-neox" if kind == "gpt_neox" else "gpt-2"]
+    geometry, family = Geometry.from_model(ModelConfig(**settings)), family_of(kind)
+    state = random_state(geometry)
+    theirs = dict(to_huggingface(state, geometry, family))
+    place = "gpt_neox.layers.0.attention." if kind == "gpt_neox" else "transformer.h.0.attn."
+    theirs |= {place + "bias": torch.ones(1), place + "masked_bias": torch.ones(1)}
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in theirs.items()}
+    back = FromHuggingface(stored, geometry, family)
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor), name
+    if kind == "gpt2":
+        twice = stored | {"transformer.wte.weight": theirs["transformer.wte.weight"]}
+        with pytest.raises(ValueError, match="wte.weight under another name too"):
+            FromHuggingface(twice, geometry, family)
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": "opt"}, "model_type 'opt'"),
         (
             {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
             "rotary scaling 'longrope'.*implemented are linear, llama3 and yarn",
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "mistral", "attention_bias": True}, "this family has no biases in"),
         ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe'; expected one of .*mixtral"),
         (
             {
@@ -193,3 +253,36 @@ def test_models_that_cannot_be_expressed_are_refused(change, named):
 def test_mixtures_without_an_architecture_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         huggingface_config(ModelConfig(**SIZES, experts=4, **settings), 64, None, "fp32")
+
+
+@pytest.mark.parametrize(
+    "kind, change, named",
+    [
+        ("gpt-neox", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'; expected one of gelu"),
+        (
+            "gpt-neox",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "turned part of a head is given as 0.25 and as 0.5",
+        ),
+        ("gpt-neox", {"rope_theta": 5.0}, "rope_theta 5.0: nothing here reads it"),
+        (
+            "gpt-neox",
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "model.rope_fraction: got 0.25 with rope_scaling yarn",
+        ),
+        ("gpt-2", {"scale_attn_weights": False}, "scale_attn_weights false"),
+        ("gpt-2", {"scale_attn_by_inverse_layer_idx": True}, "by the layer's number"),
+        ("gpt-2", {"activation_function": "tanh"}, "activation_function 'tanh'"),
+    ],
+)
+def test_what_gpt_neox_and_gpt_2_have_and_we_do_not_is_refused(kind, change, named):
+    config = huggingface_config(ModelConfig(**SIZES | VARIANTS[kind]), 64, None, "fp32")
+    assert model_config(config)[1] == 64
+    with pytest.raises(ValueError, match=named):
+        model_config(config | change)

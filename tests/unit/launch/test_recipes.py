@@ -55,13 +55,24 @@ def test_the_papers_numbers_for_mistral(name, tokens, learning_rate, keep_fracti
     assert keep_fraction is None or config.selection.keep_fraction == keep_fraction
 
 
-@pytest.mark.parametrize("model", ("smollm2_360m", "qwen3_1.7b", "mistral_7b"))
+@pytest.mark.parametrize("model", ("smollm2_360m", "qwen3_1.7b", "mistral_7b", "pythia_410m"))
 def test_a_continual_recipe_starts_from_the_model_whose_architecture_it_has(model):
     config = recipe("math_slm", model)
     assert config.model.from_checkpoint == config.checkpoint.initialize_from
     assert tokens_per_step(config) == 2**20
     assert config.selection.scorer == "excess_loss"
     assert config.optimizer.min_learning_rate == pytest.approx(config.optimizer.learning_rate / 10)
+
+
+def test_what_the_recipe_says_of_pythia_is_in_its_authors_file():
+    """github.com/EleutherAI/pythia, models/410M/pythia-410m.yml."""
+    config = recipe("math_slm", "pythia_410m")
+    optimizer = config.optimizer
+    assert config.data.sequence_length == 2048
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_grad_norm) == (0.1, 1.0)
+    assert (config.schedule.style, config.schedule.warmup_fraction) == ("cosine", 0.01)
+    assert optimizer.min_learning_rate / optimizer.learning_rate == pytest.approx(3e-5 / 3e-4)
 
 
 def test_baseline_and_selective_run_differ_in_the_selection_alone():
