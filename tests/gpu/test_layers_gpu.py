@@ -108,7 +108,7 @@ NEEDS_TRANSFORMER_ENGINE = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
+ENGINES = pytest.mark.parametrize(
     "layers, precision, tolerance",
     [
         ("torch", "fp32", 1e-3),
@@ -117,24 +117,66 @@ NEEDS_TRANSFORMER_ENGINE = pytest.mark.skipif(
         pytest.param("transformer_engine", "bf16", 5e-2, marks=NEEDS_TRANSFORMER_ENGINE),
     ],
 )
-@pytest.mark.parametrize("full", [[], [0]])
-def test_a_window_hides_what_lies_before_it(groups, layers, precision, tolerance, full):
-    """Losses are those of the plain decoder, and differ from full attention where they must."""
+NEOX = dict(
+    normalization="layernorm",
+    activation="gelu",
+    gated_feed_forward=False,
+    qkv_bias=True,
+    attention_output_bias=True,
+    feed_forward_bias=True,
+    rope_fraction=0.25,
+    parallel_residual=True,
+)
+PARTS = {
+    "neox": NEOX,
+    "gpt-2": NEOX
+    | dict(
+        activation="gelu_tanh",
+        rope_fraction=1.0,
+        parallel_residual=False,
+        position_embedding="learned",
+        learned_positions=LENGTH,
+        tied_embeddings=True,
+    ),
+    "bias of the feed-forward layer alone": dict(feed_forward_bias=True),
+    "gelu with a gate": dict(activation="gelu", qk_norm=True, normalization="layernorm"),
+}
+
+
+def plain_loss(groups, tokens, model: dict) -> torch.Tensor:
+    """The losses of the plain decoder with the same weights, on the CPU."""
     from megatron_slm.model.build import build_model
     from megatron_slm.testing.plain import PlainDecoder
 
-    windows = {"attention_window_tokens": 10, "full_attention_layers": full}
-    drawn = {"initialization_std": 0.1}
-    loss, _, tokens = losses(groups, precision, layers=layers, model=windows | drawn)
     config = Config()
     config.device.layers = "torch"
     sizes = dict(layers=2, hidden_size=128, ffn_hidden_size=256, attention_heads=4, query_groups=2)
-    config.model = dataclasses.replace(config.model, **sizes, **windows, **drawn)
+    config.model = dataclasses.replace(config.model, **sizes, **model)
     source = build_model(config, VOCABULARY, groups)[0]
     state = {name: weight.detach().cpu() for name, weight in source.named_parameters()}
     plain = PlainDecoder(config.model, VOCABULARY, state)
     with torch.no_grad():
-        expected = plain.loss(tokens.cpu(), tokens.roll(-1, 1).cpu())
+        return plain.loss(tokens.cpu(), tokens.roll(-1, 1).cpu())
+
+
+@ENGINES
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_the_model_are_plain_torchs(groups, layers, precision, tolerance, parts):
+    """GELU is the exact one also where megatron-core has a fused approximation of it."""
+    model = PARTS[parts] | {"initialization_std": 0.1}
+    loss, gradient, tokens = losses(groups, precision, layers=layers, model=model)
+    assert (loss.cpu() - plain_loss(groups, tokens, model)).abs().mean() < tolerance
+    assert gradient.isfinite().all()
+
+
+@ENGINES
+@pytest.mark.parametrize("full", [[], [0]])
+def test_a_window_hides_what_lies_before_it(groups, layers, precision, tolerance, full):
+    """Losses are those of the plain decoder, and differ from full attention where they must."""
+    windows = {"attention_window_tokens": 10, "full_attention_layers": full}
+    drawn = {"initialization_std": 0.1}
+    loss, _, tokens = losses(groups, precision, layers=layers, model=windows | drawn)
+    expected = plain_loss(groups, tokens, windows | drawn)
     assert (loss.cpu() - expected).abs().mean() < tolerance
     without, _, _ = losses(groups, precision, layers=layers, model=drawn)
     assert (loss - without)[:, 20:].abs().mean() > 0.2
