@@ -30,6 +30,12 @@ class Geometry:
     """Whether norms have a bias: LayerNorm."""
     positions: int = 0
     """Rows of a table of learned positions."""
+    norms_before: bool = True
+    """Whether attention and feed-forward layer have norms before them."""
+    norms_after: bool = False
+    """Whether their outputs have norms."""
+    norm_over_all_heads: bool = False
+    """Whether a norm of queries or keys is over all heads of a token together."""
 
     @classmethod
     def from_model(cls, model: ModelConfig) -> "Geometry":
@@ -66,4 +72,7 @@ class Geometry:
             gated=model.gated_feed_forward,
             norm_bias=model.normalization == "layernorm",
             positions=model.learned_positions,
+            norms_before=model.norm_placement != "after",
+            norms_after=model.norm_placement != "before",
+            norm_over_all_heads=model.qk_norm_over == "all_heads",
         )

@@ -40,12 +40,24 @@ def _dense(geometry: Geometry) -> bool:
     return not geometry.experts
 
 
-def _norm(place: str, size: Callable[[Geometry], int], of_heads: bool = False) -> tuple[Kind, Kind]:
-    """The weight and the bias of a norm; of_heads: of queries or of keys."""
+def _hidden(geometry: Geometry) -> int:
+    return geometry.hidden_size
 
-    def present(geometry: Geometry) -> bool:
-        return geometry.qk_norm or not of_heads
 
+def _query_norm(geometry: Geometry) -> int:
+    return geometry.head_size * (geometry.heads if geometry.norm_over_all_heads else 1)
+
+
+def _key_norm(geometry: Geometry) -> int:
+    return geometry.head_size * (geometry.groups if geometry.norm_over_all_heads else 1)
+
+
+def _norm(
+    place: str,
+    size: Callable[[Geometry], int],
+    present: Callable[[Geometry], bool] = lambda _: True,
+) -> tuple[Kind, Kind]:
+    """The weight and the bias of a norm."""
     return (
         Kind(place + ".weight", lambda g: (size(g),), present),
         Kind(place + ".bias", lambda g: (size(g),), lambda g: present(g) and g.norm_bias),
@@ -66,15 +78,15 @@ KINDS: tuple[Kind, ...] = (
         lambda g: (g.positions, g.hidden_size),
         lambda g: g.positions > 0,
     ),
-    *_norm(LAYER + "input_layernorm", lambda g: g.hidden_size),
+    *_norm(LAYER + "input_layernorm", _hidden, lambda g: g.norms_before),
     Kind(LAYER + "self_attention.linear_qkv.weight", lambda g: (_qkv_rows(g), g.hidden_size)),
     Kind(
         LAYER + "self_attention.linear_qkv.bias",
         lambda g: (_qkv_rows(g),),
         lambda g: g.qkv_bias,
     ),
-    *_norm(LAYER + "self_attention.q_layernorm", lambda g: g.head_size, of_heads=True),
-    *_norm(LAYER + "self_attention.k_layernorm", lambda g: g.head_size, of_heads=True),
+    *_norm(LAYER + "self_attention.q_layernorm", _query_norm, lambda g: g.qk_norm),
+    *_norm(LAYER + "self_attention.k_layernorm", _key_norm, lambda g: g.qk_norm),
     Kind(
         LAYER + "self_attention.linear_proj.weight",
         lambda g: (g.hidden_size, g.heads * g.head_size),
@@ -84,7 +96,8 @@ KINDS: tuple[Kind, ...] = (
         lambda g: (g.hidden_size,),
         lambda g: g.attention_output_bias,
     ),
-    *_norm(LAYER + "pre_mlp_layernorm", lambda g: g.hidden_size),
+    *_norm(LAYER + "post_self_attn_layernorm", _hidden, lambda g: g.norms_after),
+    *_norm(LAYER + "pre_mlp_layernorm", _hidden, lambda g: g.norms_before),
     Kind(LAYER + "mlp.linear_fc1.weight", lambda g: (_up_rows(g), g.hidden_size), _dense),
     Kind(
         LAYER + "mlp.linear_fc1.bias",
@@ -104,7 +117,8 @@ KINDS: tuple[Kind, ...] = (
         _mixture,
     ),
     Kind(EXPERT + "linear_fc2.weight", lambda g: (g.hidden_size, g.ffn_hidden_size), _mixture),
-    *_norm("decoder.final_layernorm", lambda g: g.hidden_size),
+    *_norm(LAYER + "post_mlp_layernorm", _hidden, lambda g: g.norms_after),
+    *_norm("decoder.final_layernorm", _hidden),
     Kind(
         "output_layer.weight",
         lambda g: (g.padded_vocabulary_size, g.hidden_size),

@@ -2,12 +2,15 @@
 
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import (
+    gemma3,
     gpt2,
     gpt_neox,
     llama,
     ministral,
     mistral,
     mixtral,
+    olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
@@ -28,10 +31,19 @@ FAMILIES: tuple[Family, ...] = (
     phi3.FAMILY,
     gpt_neox.FAMILY,
     gpt2.FAMILY,
+    olmo2.FAMILY,
+    olmo3.FAMILY,
+    gemma3.FAMILY,
 )
 """An export writes a model as the first of these that can express it."""
 MODEL_TYPES = tuple(family.model_type for family in FAMILIES)
 """The families whose config.json can be read."""
+_NOT_BUILT = {
+    "gemma2": "soft caps of attention and of logits are not implemented",
+    "gemma3": "it reads images too; for its language model alone make a folder of its text_config "
+    "(model_type gemma3_text) and tensors",
+}
+"""Families that are asked for, and why they cannot be read."""
 _NEAREST_SHOWN = 3
 
 
@@ -40,9 +52,9 @@ def family_of(model_type: str | None) -> Family:
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
+    why = _NOT_BUILT.get(model_type or "", f"expected one of {', '.join(MODEL_TYPES)}")
     raise ValueError(
-        f"this Hugging Face model cannot be expressed here: model_type {model_type!r}; "
-        f"expected one of {', '.join(MODEL_TYPES)}"
+        f"this Hugging Face model cannot be expressed here: model_type {model_type!r}; {why}"
     )
 
 

@@ -46,10 +46,11 @@ def rope_problems(config: Mapping[str, Any], *, partial: bool = False) -> Iterat
     if len(bases) > 1:
         yield f"rope_theta is given as {' and as '.join(map(str, sorted(bases)))}: keep one of them"
     for key, rope in given.items():
-        yield from _scaling_problems(key, rope, partial)
+        yield from scaling_problems(key, rope, partial=partial)
 
 
-def _scaling_problems(key: str, rope: Mapping[str, Any], partial: bool) -> Iterator[str]:
+def scaling_problems(key: str, rope: Mapping[str, Any], *, partial: bool = False) -> Iterator[str]:
+    """What nothing here computes of one rotary embedding, which config.json has under `key`."""
     kinds = {rope[name] for name in ("rope_type", "type") if rope.get(name) is not None}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in ROPE_FIELDS:

@@ -20,6 +20,16 @@ NEOX = {
     "rope_fraction": 0.25,
     "parallel_residual": True,
 }
+WINDOWED = {"attention_window_tokens": 7, "full_attention_layers": [1, 3]}
+OLMO = {"norm_placement": "after", "qk_norm": True, "qk_norm_over": "all_heads"}
+GEMMA = {
+    "query_groups": 2,
+    "activation": "gelu_tanh",
+    "norm_placement": "both",
+    "zero_centered_norms": True,
+    "qk_norm": True,
+    "embedding_scale": 32**0.5,
+}
 VARIANTS = {
     "LlamaForCausalLM": {"query_groups": 2, "norm_epsilon": 1e-6},
     "Qwen2ForCausalLM": {"query_groups": 2, "qkv_bias": True, "tied_embeddings": True},
@@ -70,6 +80,16 @@ VARIANTS = {
         "rope_beta_fast": 1.5,
         "rope_beta_slow": 0.2,
     },
+    "Olmo3ForCausalLM": OLMO
+    | WINDOWED
+    | {
+        "head_size": 10,
+        "rope_base_windowed": 5000.0,
+        "rope_scaling": "yarn",
+        "rope_scaling_factor": 4.0,
+        "rope_original_sequence_length": 12,
+    },
+    "Gemma3ForCausalLM, no windows": GEMMA,
     "LlamaForCausalLM, linear": {"rope_scaling": "linear", "rope_scaling_factor": 2.5},
     "LlamaForCausalLM, biases": {
         "query_groups": 2,

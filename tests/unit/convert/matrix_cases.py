@@ -42,6 +42,9 @@ _YARN_NUMBERS = _rope(
     beta_slow=0.2,
     attention_factor=1.3,
 )
+_YARN_BEFORE = {
+    name: value for name, value in _YARN_NUMBERS["rope_parameters"].items() if name != "rope_theta"
+}
 _TIED = {"tie_word_embeddings": True}
 _EVERY_HEAD = {"num_key_value_heads": 4}
 _HEAD_SIZE = {"head_dim": 10}
@@ -52,6 +55,18 @@ _CHOSEN_WINDOW = {"use_sliding_window": True, "sliding_window": 7}
 _BY_LAYER = {"layer_types": [WINDOWED, FULL, WINDOWED, FULL]}
 _NO_WINDOW = {"sliding_window": None}
 _NEVER_ROTATED = {"no_rope_layers": [0, 0, 0, 0]}
+
+_PLAIN = _rope("default")
+
+
+def _rope_by_layer(full: dict[str, Any], base_of_windows: float) -> dict[str, Any]:
+    windowed = {"rope_type": "default", "rope_theta": base_of_windows}
+    return {"rope_parameters": {FULL: full["rope_parameters"], WINDOWED: windowed}}
+
+
+_QUERY_SCALE = {"query_pre_attn_scalar": 12}
+GEMMA3 = _QUERY_SCALE | _WINDOW | _BY_LAYER | _HEAD_SIZE | _rope_by_layer(_LINEAR, 100.0)
+OLMO3 = _WINDOW | _BY_LAYER | _rope_by_layer(_YARN, 500.0)
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -103,6 +118,32 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "all, tied": _NEVER_ROTATED,
         "windows": _CHOSEN_WINDOW | {"no_rope_layer_interval": 2},
         "windows by layer, head size": _CHOSEN_WINDOW | _BY_LAYER | _HEAD_SIZE,
+    },
+    "olmo2": {
+        "linear, head size": _LINEAR | _HEAD_SIZE,
+        "tied, every head, yarn": _TIED | _EVERY_HEAD | _YARN_NUMBERS,
+    },
+    "olmo3": {
+        "yarn": OLMO3,
+        "every fourth, as before transformers 5": _WINDOW
+        | {"rope_theta": 500000.0, "rope_scaling": _YARN_BEFORE},
+        "every layer": _WINDOW | {"layer_types": [WINDOWED] * 4} | _rope_by_layer(_PLAIN, 500.0),
+    },
+    "gemma3_text": {
+        "scaled": GEMMA3,
+        "plain, untied": _QUERY_SCALE
+        | _WINDOW
+        | _BY_LAYER
+        | {"tie_word_embeddings": False, "head_dim": 8},
+        "no windows": _QUERY_SCALE | {"layer_types": [FULL] * 4, "head_dim": 8},
+        "as before transformers 5": _QUERY_SCALE
+        | {
+            "sliding_window": 7,
+            "sliding_window_pattern": 2,
+            "head_dim": 8,
+            "rope_theta": 700.0,
+            "rope_local_base_freq": 50.0,
+        },
     },
     "phi3": {
         "window": _WINDOW,

@@ -23,7 +23,15 @@ EXPERTS = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
-OWN = {"gpt_neox": {"rotary_pct": 0.5}}  # of heads of 4 channels
+_ROPE_BY_LAYER = {
+    "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+OWN = {
+    "gpt_neox": {"rotary_pct": 0.5},  # of heads of 4 channels
+    "olmo3": {"rope_parameters": _ROPE_BY_LAYER},
+    "gemma3_text": {"rope_parameters": _ROPE_BY_LAYER},
+}
 LACKING = {
     "gpt_neox": {"head_dim", "num_key_value_heads", "rms_norm_eps"},
     "gpt2": {

@@ -175,8 +175,9 @@ def test_an_absent_key_has_the_default_of_its_family(model_type):
     ours, sequence_length = model_config(config)
     assert sequence_length == theirs.max_position_embeddings
     if ours.position_embedding == "rope":
-        assert ours.rope_base == theirs.rope_parameters["rope_theta"]
-        assert ours.rope_fraction == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+        rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+        assert ours.rope_base == rope["rope_theta"]
+        assert ours.rope_fraction == rope.get("partial_rotary_factor", 1.0)
     epsilon = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
     assert ours.norm_epsilon == getattr(theirs, epsilon.get(model_type, "rms_norm_eps"))
     assert ours.layers == theirs.num_hidden_layers
