@@ -95,10 +95,9 @@ VARIANTS = {
         "query_groups": 2,
         "qkv_bias": True,
         "attention_output_bias": True,
+        "feed_forward_bias": True,
     },
-    "LlamaForCausalLM, bias of the feed-forward layer": {"feed_forward_bias": True},
-    "GPTNeoXForCausalLM": NEOX,
-    "GPTNeoXForCausalLM, one after the other": NEOX
+    "GPTNeoXForCausalLM": NEOX
     | {
         "qkv_bias": False,
         "attention_output_bias": False,
