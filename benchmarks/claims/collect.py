@@ -20,6 +20,7 @@ from benchmarks.claims.cost import scoring_flops, training_flops
 from benchmarks.claims.experiment import BASE
 from benchmarks.claims.graph import Graph, Stage, folder_of
 from benchmarks.claims.runner import ROOT, is_done, read_note
+from benchmarks.claims.token_noise import found_tokens
 from megatron_slm.analysis.run_folder import PROCESSED, SELECTED, Run, read_run
 from megatron_slm.config.load import flatten
 from megatron_slm.data.manifest import CorpusManifest
@@ -100,6 +101,7 @@ def training_row(graph: Graph, name: str, stage: Stage, folder: Path) -> Row:
         "training": [_kept(record) for record in run.training],
         "warnings": run.warnings,
         "flops": costs(graph, name, stage, folder),
+        "token_noise": found_tokens(graph, name, folder),
         "cpu_seconds": note["cpu_seconds"],
     }
 

@@ -29,6 +29,7 @@ SOURCES: dict[str, texts.Source] = {
     "system_documentation": texts.system_documentation,
     "manual_pages": texts.manual_pages,
 }
+SPANS = "spans.json"
 PARTS = {"held_out": (0,), "curated": (1, 2, 3), "corpus": (4, 5)}
 """Which sixths of the target's documents a part takes."""
 
@@ -78,7 +79,8 @@ def write_corpora(folder: Path, pair: Mapping[str, Any], characters: Mapping[str
 
 
 def write_noise(folder: Path, kind: str, share: float, clean: Path) -> None:
-    """Write noise of one kind, `share` times as many characters as the documents of `clean` have.
+    """Write noise of one kind, `share` times as many characters as the documents of `clean` have;
+    for noise in tokens also spans.json, id -> the places of the planted words in bytes.
 
     Raises ValueError where this machine has none.
     """
@@ -87,7 +89,12 @@ def write_noise(folder: Path, kind: str, share: float, clean: Path) -> None:
         (record.get("id", str(number)), record["text"]) for number, record in enumerate(records)
     ]
     size = round(share * sum(len(text) for _, text in found))
-    _write_all(folder, {kind: {kind: noise.KINDS[kind](found, size)}})
+    planted = noise.KINDS[kind](found, size)
+    _write_all(folder, {kind: {kind: planted}})
+    if kind == noise.WORDS:
+        made = zip(planted, noise.with_replaced_words(found), strict=False)
+        spans = {name: spans for (name, _), (_, spans) in made}
+        (folder / SPANS).write_text(json.dumps(spans) + "\n")
 
 
 def _write_all(folder: Path, corpora: Mapping[str, Mapping[str, list[Document]]]) -> None:

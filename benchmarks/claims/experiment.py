@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.noise import KINDS
+from benchmarks.claims.noise import KINDS, WORDS
 from megatron_slm.config.build import build_settings
 from megatron_slm.config.yaml_text import read_yaml
 
@@ -82,6 +82,9 @@ class Experiment:
     arms: dict[str, Training] = field(default_factory=dict)
     contrasts: dict[str, Any] = field(default_factory=dict)
     """Arm -> further arms that it is compared with."""
+    token_noise: dict[str, Any] = field(default_factory=dict)
+    """Arm -> the store whose losses are subtracted from the trained arm's to rank the tokens of the
+    planted corpus `words` (token_noise.py)."""
     missing: dict[str, Any] = field(default_factory=dict)
     """What the issue asks and no setting of the framework does -> why; printed with the results."""
     name: str = ""
@@ -155,6 +158,12 @@ def experiment_problems(experiment: Experiment) -> Iterator[str]:
     for name, store in experiment.stores.items():
         if store.model not in known:
             yield f"stores.{name}.model: got {store.model!r}; expected one of {list(known)}"
+    for name, store in experiment.token_noise.items():
+        if name not in experiment.arms or store not in experiment.stores or WORDS not in corpora:
+            yield (
+                f"token_noise.{name}: needs an arm, a store ({store!r}) and the planted corpus "
+                f"{WORDS}"
+            )
     for name, others in experiment.contrasts.items():
         for other in {name, *others} - set(experiment.arms):
             yield f"contrasts.{name}: got {other!r}, which is no arm"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.experiment import BASE, NO_START, Experiment, Scale, Training
+from benchmarks.claims.noise import WORDS
 
 SEED_STEP = 100
 ARM_PLACE = 99
@@ -92,6 +93,15 @@ class Graph:
     def arms(self, names: list[str]) -> dict[str, Stage]:
         """Arm -> its run."""
         return {name: self.training(name) for name in names}
+
+    def measures(self, names: list[str]) -> list[Stage]:
+        """What is scored with the trained arms, beside their runs."""
+        return [self.trained_scores(name) for name in names if name in self.experiment.token_noise]
+
+    def trained_scores(self, arm: str) -> Stage:
+        """The corpus of planted words, scored with an arm's last checkpoint."""
+        needs = (self.training(arm), self.corpus(WORDS))
+        return Stage("score", f"trained_{arm}_{WORDS}", {"options": {}}, needs)
 
     def corpus(self, name: str) -> Stage:
         """A corpus of the text, or of planted noise."""

@@ -19,6 +19,7 @@ from benchmarks.claims.page_parts import (
     noise_table,
     sources_table,
     state,
+    token_noise_lines,
     verdicts,
 )
 from megatron_slm.files.atomic import write_text_atomically
@@ -114,7 +115,7 @@ def section(results: Results) -> str:
         lines += [*verdicts(results, pair), ""]
         lines += [*arms_table(results, pair), "", *comparisons_table(results, pair), ""]
         if declared["planted"]:
-            lines += [*noise_table(results, pair), ""]
+            lines += [*noise_table(results, pair), "", *token_noise_lines(results, pair), ""]
         lines += [*costs_table(results, pair), "", *sources_table(results, pair), ""]
         if waiting := results.not_run(pair):
             lines += [f"Declared for this pair and not yet run: {', '.join(waiting)}.", ""]

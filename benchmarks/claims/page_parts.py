@@ -1,13 +1,14 @@
 """The sentences and tables of docs/evidence.md."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.claims.analysis import LOSS, Arm, Comparison, Results, found_noise
 from benchmarks.claims.experiment import Experiment
 from benchmarks.claims.intervals import Estimate, estimate
 
 SIGNIFICANT = 0.05
+MEASURED = ("precision", "recall", "planted_fraction")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -164,6 +165,26 @@ def noise_table(results: Results, pair: str) -> list[str]:
     kept = [f"kept of {name}" for name in corpora]
     header = ["arm", *kept, "precision", "recall", "precision by chance"]
     return table(header, rows)
+
+
+def token_noise_lines(results: Results, pair: str) -> list[str]:
+    """How well rejecting finds planted words, of the arms that were measured so."""
+    lines = []
+    for arm in results.arms(pair).values():
+        found = [run["token_noise"] for run in arm.runs.values() if run["token_noise"]]
+        if not found:
+            continue
+        precision, recall, share = (_of_seeds(found, name) for name in MEASURED)
+        lines.append(
+            f"- Planted words, {arm.label}: of the 40 % of tokens with the lowest excess loss at "
+            f"the end, {precision} are planted ({share} of all are), and {recall} of the planted "
+            f"ones are among them ({len(found)} seeds)."
+        )
+    return lines
+
+
+def _of_seeds(found: Sequence[Mapping[str, float]], name: str) -> str:
+    return interval(estimate([entry[name] for entry in found]), 2)
 
 
 def sources_table(results: Results, pair: str) -> list[str]:

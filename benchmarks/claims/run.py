@@ -3,12 +3,16 @@
     python -m benchmarks.claims.run main --scale cpu --folder runs/claims --jobs 2
     python -m benchmarks.claims.run noise --scale smoke --folder /tmp/smoke
     python -m benchmarks.claims.run main --scale cluster --texts /data/math --folder /scratch/c
+    python -m benchmarks.claims.run main --scale gpu --folder runs/gpu --prepare      corpora only
     python -m benchmarks.claims.run main --folder runs/claims --dry-run       what is left to do
     python -m benchmarks.claims.run main --folder runs/claims --collect-only  no runs, numbers only
 
 Every run is one process of one thread, but for --scale cluster, whose runs are SLURM jobs. Runs
 that are done are kept, and shared by the experiments in one folder; the same command continues. The
-numbers of finished runs are written to FOLDER/NAME.jsonl.gz at the end, or when it is stopped.
+numbers of finished runs are written to FOLDER/NAME.jsonl.gz at the end, or with --collect-only.
+
+For a GPU that is at hand for minutes, make the corpora with --prepare where the text is, copy the
+folder to the same place below the checkout of the other machine, and continue there with --resume.
 """
 
 import argparse
@@ -37,6 +41,7 @@ from benchmarks.claims.runner import (
 )
 
 OWN_TEXTS = "own"
+OF_DATA = ("text", "noise", "tokenizer", "corpus")
 
 
 def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:
@@ -52,7 +57,7 @@ def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:
     arms = options.arms or list(experiment.arms)
     if not options.collect_only:
         code = _run(graphs, arms, options, launch or _launcher(scale))
-        if code or options.dry_run:
+        if code or options.dry_run or options.prepare:
             return code
     rows = collect(graphs, options.folder)
     path = (options.output or options.folder) / f"{experiment.name}.jsonl.gz"
@@ -89,7 +94,11 @@ def _launcher(scale: Scale) -> Launch:
 
 
 def _run(graphs: list[Graph], arms: list[str], options: argparse.Namespace, launch: Launch) -> int:
-    stages = [stage for graph in graphs for stage in graph.arms(arms).values()]
+    stages = []
+    for graph in graphs:
+        stages += [*graph.arms(arms).values(), *graph.measures(arms)]
+    if options.prepare:
+        stages = [stage for stage in in_order(stages) if stage.kind in OF_DATA]
     if options.dry_run:
         for stage in in_order(stages):
             print("done " if is_done(stage, options.folder) else "to do", stage.key)
@@ -135,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--texts", type=Path, help="folder with text of your own")
     parser.add_argument("--output", type=Path, help="folder of NAME.jsonl.gz (default: --folder)")
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="make the corpora only, for another machine to train on",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the stages")
     parser.add_argument("--collect-only", action="store_true", help="run nothing, keep numbers")
     parser.add_argument("--resume", action="store_true", help="continue in a folder that has runs")

@@ -77,5 +77,6 @@ def test_every_experiment_runs(name, tmp_path, monkeypatch):
         if results.declared["planted"]:
             found = found_noise(results, pair, results.arms(pair)["slm"])
             assert found.recall.mean == pytest.approx(0.4, abs=0.2)
+            assert "Planted words, SLM 0.6" in section(results)
     draw(results, tmp_path / "figures")
     assert section(results)

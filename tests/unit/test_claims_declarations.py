@@ -2,8 +2,10 @@
 takes, arms differ in nothing but what they say, and shared runs are shared.
 """
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks.claims.commands import command_of, run_settings
@@ -18,8 +20,9 @@ from benchmarks.claims.experiment import (
     read_scale,
 )
 from benchmarks.claims.graph import Graph, in_order
-from benchmarks.claims.noise import KINDS
+from benchmarks.claims.noise import KINDS, with_replaced_words
 from benchmarks.claims.page import ORDER
+from benchmarks.claims.token_noise import detection, overlaps
 from megatron_slm.config.check import check_config
 from megatron_slm.config.load import from_mapping
 from megatron_slm.selection.schedule import build_schedule
@@ -104,7 +107,7 @@ def test_schedules_are_given_as_shares_of_the_run():
 
 def test_a_store_is_made_of_every_corpus_of_its_arms(tmp_path):
     settings = run_settings(trainings("noise")["slm"], tmp_path)
-    assert len(settings["selection"]["reference"]["scores"]) == len(settings["data"]["train"]) == 5
+    assert len(settings["selection"]["reference"]["scores"]) == len(settings["data"]["train"]) == 6
 
 
 def test_the_command_of_a_score_store(tmp_path):
@@ -138,6 +141,7 @@ def test_parts_of_the_target_are_sixths():
     assert parts.count("curated") == pytest.approx(3000, abs=200)
 
 
+CLEAN_TEXTS = [("a", "one two three, four\n" * 20), ("b", "alpha bêta gamma " * 20)]
 CLEAN = [(f"d{number}", f"some words of document {number} " * 30) for number in range(30)]
 
 
@@ -155,6 +159,32 @@ def test_shuffled_documents_keep_their_words():
         original = by_name[name.removeprefix("shuffled/")]
         assert sorted(text.split(" ")) == sorted(original.split(" "))
         assert text != original
+
+
+def test_replaced_words_lie_where_they_are_said_to():
+    for (name, text), spans in with_replaced_words(CLEAN_TEXTS):
+        if name == "words/b":
+            continue
+        original = dict(CLEAN_TEXTS)[name.removeprefix("words/")]
+        content = text.encode()
+        kept = [content[: spans[0][0]]]
+        kept += [content[a[1] : b[0]] for a, b in itertools.pairwise(spans)]
+        planted = [content[first:last].decode() for first, last in spans]
+        assert set(planted) <= {"alpha", "bêta", "gamma"}
+        assert all(piece.decode() in original for piece in kept)
+
+
+def test_tokens_overlap_the_spans_that_hold_one_of_their_bytes():
+    ends = np.array([1, 4, 6, 9, 9])
+    assert overlaps(ends, [[2, 3], [6, 8]]).tolist() == [False, True, False, True, False]
+    assert overlaps(ends, [[3, 5]]).tolist() == [False, True, True, False, False]
+    assert not overlaps(ends, []).any()
+
+
+def test_detection_counts_planted_tokens_among_the_lowest():
+    score = np.array([0.0, 1.0, 2.0, 3.0, 4.0, np.nan], np.float32)
+    found = detection(score, np.array([True, False, True, False, False, True]))
+    assert found == {"precision": 0.5, "recall": 0.5, "planted_fraction": 0.4}
 
 
 def test_declarations_can_be_stored(tmp_path):

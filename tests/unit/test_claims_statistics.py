@@ -121,6 +121,7 @@ def run_row(name: str, seed: int, loss: float) -> dict:
         "training": [{"tokens/processed": 100, **rates}],
         "flops": {"run": 1e9, "reference": 0.0, "scoring": 0.0},
         "cpu_seconds": 2.0,
+        "token_noise": {},
     }
 
 
