@@ -54,10 +54,13 @@ def experiment_row(graphs: Sequence[Graph], folder: Path) -> Row:
     """What all runs have in common."""
     experiment, scale = graphs[0].experiment, graphs[0].scale
     texts = {graph.text.name: graph.text for graph in graphs}
-    sources = {}
-    for pair, stage in texts.items():
-        path = text_folder(stage, folder) / "sources.json"
-        sources[pair] = json.loads(path.read_text()) if path.is_file() else {}
+    sources: dict[str, Row] = {pair: {} for pair in texts}
+    for graph in graphs:
+        stages = [graph.text, *(graph.corpus(kind).needs[0] for kind in experiment.planted)]
+        for stage in stages:
+            path = text_folder(stage, folder) / "sources.json"
+            if path.is_file():
+                sources[graph.text.name] |= json.loads(path.read_text())
     return {
         "kind": "experiment",
         "name": experiment.name,
