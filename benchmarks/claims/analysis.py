@@ -93,9 +93,10 @@ class Results:
 
     @cached_property
     def pairs(self) -> list[str]:
-        """Pairs with a finished arm."""
+        """Pairs with a finished arm: the declared ones, then a user's own text."""
         found = {row["pair"] for row in self.rows if row["kind"] == "arm"}
-        return [pair for pair in self.declared["pairs"] if pair in found]
+        declared = self.declared["pairs"]
+        return [pair for pair in declared if pair in found] + sorted(found - set(declared))
 
     def arms(self, pair: str) -> dict[str, Arm]:
         """Arms with a finished run, in the order of the declaration."""

@@ -28,14 +28,11 @@ def corpus_prefix(stage: Stage, folder: Path) -> Path:
     return folder_of(stage, folder) / stage.name
 
 
-def command_of(stage: Stage, folder: Path) -> list[str]:
+def command_of(stage: Stage, folder: Path, workers: int = 1) -> list[str]:
     """Module and arguments. Writes the settings file of a run of training."""
-    return {
-        "tokenizer": _tokenizer,
-        "corpus": _corpus,
-        "train": _train,
-        "score": _score,
-    }[stage.kind](stage, folder)
+    if stage.kind == "corpus":
+        return _corpus(stage, folder, workers)
+    return {"tokenizer": _tokenizer, "train": _train, "score": _score}[stage.kind](stage, folder)
 
 
 def _tokenizer(stage: Stage, folder: Path) -> list[str]:
@@ -47,14 +44,14 @@ def _tokenizer(stage: Stage, folder: Path) -> list[str]:
     return ["tokenizer.train", *words, *options]
 
 
-def _corpus(stage: Stage, folder: Path) -> list[str]:
+def _corpus(stage: Stage, folder: Path, workers: int) -> list[str]:
     text, tokenizer = stage.needs
     return [
         "data_tools.preprocess",
         *("--input", str(text_folder(text, folder) / f"{stage.name}.jsonl")),
         *("--tokenizer", str(vocabulary_file(tokenizer, folder))),
         *("--output-prefix", str(corpus_prefix(stage, folder))),
-        *("--workers", "1"),
+        *("--workers", str(workers)),
     ]
 
 

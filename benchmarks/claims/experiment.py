@@ -39,6 +39,9 @@ class Training:
     """Whose tokens of scales.yaml the run processes."""
     times: float = 1.0
     """So many times as many."""
+    plus: str = ""
+    """A length of scales.yaml whose tokens come on top: `reference` for an arm that may spend what
+    others spend on theirs."""
     scores: str = ""
     """A store that is read beside the corpora."""
     online: str = ""
@@ -114,6 +117,8 @@ class Scale:
     validations: int = 8
     """Validations of an arm, beside the one before its first step."""
     settings: dict[str, Any] = field(default_factory=dict)
+    workers: int = 1
+    """Processes of preprocessing."""
     launch: dict[str, Any] = field(default_factory=dict)
     """What stands before train, score and other programs; empty = python -m, here."""
     name: str = ""
@@ -153,6 +158,8 @@ def experiment_problems(experiment: Experiment) -> Iterator[str]:
             yield f"{name}.scores: got {training.scores!r}; expected one of the stores"
         if training.length not in LENGTHS:
             yield f"{name}.length: got {training.length!r}; expected one of {LENGTHS}"
+        if training.plus and training.plus not in LENGTHS:
+            yield f"{name}.plus: got {training.plus!r}; expected one of {LENGTHS}"
         for corpus in set(training.train) - corpora:
             yield f"{name}.train: got {corpus!r}; expected some of {sorted(corpora)}"
     for name, store in experiment.stores.items():

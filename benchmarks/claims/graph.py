@@ -139,7 +139,9 @@ class Graph:
         settings = merged(self.scale.settings, own)
         data = settings["data"]
         step_tokens = data["sequence_length"] * data["global_batch_size"]
-        steps = math.ceil(self.scale.tokens[training.length] * training.times / step_tokens)
+        lengths = self.scale.tokens
+        tokens = lengths[training.length] * training.times + lengths.get(training.plus, 0)
+        steps = math.ceil(tokens / step_tokens)
         interval = max(steps // self.scale.validations, 1)
         models = [BASE, *self.experiment.models]
         place = models.index(name) if name in models else ARM_PLACE

@@ -13,9 +13,11 @@ from benchmarks.claims.analysis import RESULTS, Results
 from benchmarks.claims.experiment import FOLDER, experiment_names, read_experiment
 from benchmarks.claims.page_parts import (
     arms_table,
+    compared,
     comparisons_table,
     costs_table,
     declared_only,
+    interval,
     noise_table,
     sources_table,
     state,
@@ -97,6 +99,21 @@ def summary(found: dict[str, Results | None]) -> str:
     if waiting:
         lines.append(f"- Declared and not yet run: {', '.join(waiting)}.")
     return "\n".join(lines)
+
+
+def caption(results: Results, pair: str) -> str:
+    """What README.md says under the figure of the main experiment; a test compares the two."""
+    arms = {
+        each.arm.name: each for each in compared(results, pair) if each.baseline.name == "plain"
+    }
+    wanted = [arms[name] for name in ("slm", "random", "mix", "curated_only") if name in arms]
+    found = [f"{each.arm.label} {interval(each.difference, 2, signed=True)}" for each in wanted]
+    seeds = min(each.difference.count for each in wanted)
+    return (
+        f"Loss on held-out text of the target kind, less that of plain training on the same tokens, "
+        f"in nats per token: means of {seeds} seeds with 95 % intervals, on small models. "
+        f"{'; '.join(found)}."
+    )
 
 
 def section(results: Results) -> str:

@@ -88,6 +88,10 @@ def make_graphs(experiment: Experiment, scale: Scale, options: argparse.Namespac
     ]
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def _launcher(scale: Scale) -> Launch:
     on_cpu = scale.settings.get("device", {}).get("kind") == "cpu"
     return ForkLauncher() if on_cpu and not scale.launch else CommandLauncher(scale.launch)
@@ -117,7 +121,7 @@ def _run(graphs: list[Graph], arms: list[str], options: argparse.Namespace, laun
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        make_all(stages, options.folder, launch, options.jobs, lambda text: print(text, flush=True))
+        make_all(stages, options.folder, launch, options.jobs, _say, graphs[0].scale.workers)
     except (StageFailed, OSError, ValueError) as error:
         print(f"claims: {error}", file=sys.stderr)
         return 1

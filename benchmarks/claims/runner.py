@@ -26,6 +26,8 @@ from megatron_slm.files.folder_lock import FolderLock
 
 STOP_SECONDS = 60
 ROOT = Path(__file__).resolve().parents[2]
+ROLES = {"megatron_slm.train": "train", "megatron_slm.score": "score"}
+"""Programs that have batch scripts of their own."""
 Launch = Callable[[list[str], Path], float]
 """Runs a module with arguments, its output into a file; returns the CPU seconds that it took.
 StageFailed when it ends with another code than 0."""
@@ -75,9 +77,8 @@ class CommandLauncher(_Stoppable):
     def words(self, command: list[str]) -> list[str]:
         """What is executed for a module and its arguments."""
         module, *arguments = command
-        role = module.rpartition(".")[2]
-        if role in self._prefixes:
-            return [*self._prefixes[role], *arguments]
+        if ROLES.get(module) in self._prefixes:
+            return [*self._prefixes[ROLES[module]], *arguments]
         if "program" in self._prefixes:
             return [*self._prefixes["program"], module, *arguments]
         return [sys.executable, "-m", module, *arguments]
@@ -150,8 +151,11 @@ def is_done(stage: Stage, folder: Path) -> bool:
     return marker(stage, folder).is_file()
 
 
-def make(stage: Stage, folder: Path, launch: Launch) -> None:
-    """Make one stage whose needs are done, unless it is done."""
+def make(stage: Stage, folder: Path, launch: Launch, workers: int = 1) -> None:
+    """Make one stage whose needs are done, unless it is done.
+
+    workers: processes of preprocessing; the corpus is the same for any number.
+    """
     if is_done(stage, folder):
         return
     started = time.monotonic()
@@ -161,7 +165,7 @@ def make(stage: Stage, folder: Path, launch: Launch) -> None:
         cpu_seconds = time.process_time() - cpu_seconds
     else:
         log = folder / "logs" / f"{stage.key}.txt"
-        cpu_seconds = launch(command_of(stage, folder), log)
+        cpu_seconds = launch(command_of(stage, folder, workers), log)
     note = {
         "kind": stage.kind,
         "name": stage.name,
@@ -183,7 +187,12 @@ def _write_text(stage: Stage, folder: Path) -> None:
 
 
 def make_all(
-    stages: list[Stage], folder: Path, launch: Launch, jobs: int, say: Callable[[str], None]
+    stages: list[Stage],
+    folder: Path,
+    launch: Launch,
+    jobs: int,
+    say: Callable[[str], None],
+    workers: int = 1,
 ) -> None:
     """Make stages and what they need, `jobs` at a time, in the order given where there is a choice.
 
@@ -193,11 +202,15 @@ def make_all(
         (folder / name).mkdir(parents=True, exist_ok=True)
     with FolderLock(folder, "a run of experiments", "Let it end, or give another --folder"):
         waiting = [stage for stage in in_order(stages) if not is_done(stage, folder)]
-        _work(waiting, folder, launch, jobs, say)
+        _work(waiting, folder, lambda stage: make(stage, folder, launch, workers), jobs, say)
 
 
 def _work(
-    waiting: list[Stage], folder: Path, launch: Launch, jobs: int, say: Callable[[str], None]
+    waiting: list[Stage],
+    folder: Path,
+    make_one: Callable[[Stage], None],
+    jobs: int,
+    say: Callable[[str], None],
 ) -> None:
     ended: queue.Queue[tuple[Stage, BaseException | None]] = queue.Queue()
     running: dict[str, threading.Thread] = {}
@@ -206,7 +219,7 @@ def _work(
 
     def work(stage: Stage) -> None:
         try:
-            make(stage, folder, launch)
+            make_one(stage)
         except BaseException as error:
             ended.put((stage, error))
         else:

@@ -22,6 +22,7 @@ from benchmarks.claims.experiment import (
 from benchmarks.claims.graph import Graph, in_order
 from benchmarks.claims.noise import KINDS, with_replaced_words
 from benchmarks.claims.page import ORDER
+from benchmarks.claims.runner import CommandLauncher
 from benchmarks.claims.token_noise import detection, overlaps
 from megatron_slm.config.check import check_config
 from megatron_slm.config.load import from_mapping
@@ -116,6 +117,16 @@ def test_the_command_of_a_score_store(tmp_path):
     assert module == "megatron_slm.score"
     assert words[words.index("--dtype") + 1] == "fp32"
     assert words[words.index("--device.kind") + 1] == "cpu"
+
+
+def test_programs_are_jobs_at_the_scale_of_a_cluster():
+    launcher = CommandLauncher(read_scale("cluster").launch)
+    assert launcher.words(["megatron_slm.train", "--config", "x.yaml"]) == [
+        *("sbatch", "--wait", "launch/train.sbatch", "--config", "x.yaml")
+    ]
+    program = ["sbatch", "--wait", "launch/program.sbatch", "python", "-m", "tokenizer.train"]
+    assert launcher.words(["tokenizer.train", "--input"]) == [*program, "--input"]
+    assert CommandLauncher({}).words(["tokenizer.train"])[1:] == ["-m", "tokenizer.train"]
 
 
 def test_names_that_are_not_there_are_said():
