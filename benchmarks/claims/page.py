@@ -110,7 +110,7 @@ def caption(results: Results, pair: str) -> str:
     found = [f"{each.arm.label} {interval(each.difference, 2, signed=True)}" for each in wanted]
     seeds = min(each.difference.count for each in wanted)
     return (
-        f"Loss on held-out text of the target kind, less that of plain training on the same tokens, "
+        "Loss on held-out text of the target kind, less that of plain training on the same tokens, "
         f"in nats per token: means of {seeds} seeds with 95 % intervals, on small models. "
         f"{'; '.join(found)}."
     )
