@@ -69,7 +69,7 @@ def experiment_row(graphs: Sequence[Graph], folder: Path) -> Row:
         "corpora": {pair: _corpora(graphs, pair, folder) for pair in texts},
         "sources": sources,
         "machine": machine(),
-        "revision": revision(),
+        "collected_by_revision": revision(),
     }
 
 

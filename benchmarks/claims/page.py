@@ -107,11 +107,11 @@ def caption(results: Results, pair: str) -> str:
         each.arm.name: each for each in compared(results, pair) if each.baseline.name == "plain"
     }
     wanted = [arms[name] for name in ("slm", "random", "mix", "curated_only") if name in arms]
-    found = [f"{each.arm.label} {interval(each.difference, 2, signed=True)}" for each in wanted]
+    found = [f"{each.arm.label} {interval(each.difference, signed=True)}" for each in wanted]
     seeds = min(each.difference.count for each in wanted)
     return (
-        "Loss on held-out text of the target kind, less that of plain training on the same tokens, "
-        f"in nats per token: means of {seeds} seeds with 95 % intervals, on small models. "
+        "Loss on held-out text of the target kind, less that of plain training after as many "
+        f"tokens, in nats per token: means of {seeds} seeds with 95 % intervals, on small models. "
         f"{'; '.join(found)}."
     )
 

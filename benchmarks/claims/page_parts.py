@@ -95,9 +95,12 @@ def verdicts(results: Results, pair: str) -> list[str]:
         assert comparison.difference is not None
         few = comparison.difference.count < needed
         lines.append(f"- {sentence(comparison)}{'; too few seeds for a claim' if few else ''}.")
+    arms = results.arms(pair).values()
+    lowest = min(estimate(list(arm.final_losses().values())).mean for arm in arms)
     for name, model in results.models(pair).items():
-        losses = list(model.final_losses().values())
-        lines.append(f"- The model `{name}` ends at {interval(estimate(losses))} nats.")
+        loss = estimate(list(model.final_losses().values()))
+        below = ", below every arm" if loss.mean < lowest else ""
+        lines.append(f"- The model `{name}` ends at {interval(loss)} nats{below}.")
     return lines
 
 

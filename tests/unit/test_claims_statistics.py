@@ -15,7 +15,7 @@ from benchmarks.claims.intervals import (
     t_quantile,
     two_sided_p,
 )
-from benchmarks.claims.page import PAGE, page, section
+from benchmarks.claims.page import PAGE, caption, page, section
 from benchmarks.claims.page_parts import interval
 
 # Student's t, two-sided 95 %: the table of any textbook (Abramowitz and Stegun, 26.10).
@@ -182,6 +182,11 @@ def test_the_page_is_what_the_stored_numbers_say():
     assert PAGE.read_text(encoding="utf-8") == page(RESULTS), (
         "write it anew: python -m benchmarks.claims.page"
     )
+
+
+def test_the_caption_in_the_readme_is_what_the_stored_numbers_say():
+    readme = PAGE.parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    assert caption(Results.read("main"), "code") in " ".join(readme.split())
 
 
 def test_the_stored_numbers_are_small():
