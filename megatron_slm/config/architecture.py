@@ -26,9 +26,19 @@ ROPE_SCALING = {
         "rope_beta_slow",
         "rope_attention_factor",
     ),
+    "dynamic": ("rope_scaling_factor", "rope_original_sequence_length"),
+    "longrope": (
+        "rope_scaling_factor",
+        "rope_original_sequence_length",
+        "rope_attention_factor",
+        "rope_short_factors",
+        "rope_long_factors",
+    ),
 }
 """The fields that each kind of scaling reads."""
-ROPE_NUMBERS = tuple(dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"]]))
+ROPE_NUMBERS = tuple(
+    dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"], *ROPE_SCALING["longrope"]])
+)
 ROPE = ("rope_base", "rope_scaling", *ROPE_NUMBERS)
 _ROPE_OF_LAYERS = ("rope_fraction", "rope_base_windowed", "layers_without_rope")
 EXPERTS = ("experts_per_token", "renormalize_experts")

@@ -44,9 +44,9 @@ def torch_only_settings(config: Config) -> list[TorchOnly]:
             "its layers have one rotary embedding for all",
         ),
         "model.layers_without_rope": (
-            bool(model.layers_without_rope) and model.rope_scaling == "yarn",
-            "all its layers multiply queries and keys by YaRN's factor, those that are not "
-            "rotated too",
+            bool(model.layers_without_rope) and model.rope_scaling in ("yarn", "longrope"),
+            "all its layers multiply queries and keys by rope_attention_factor, those that are "
+            "not rotated too",
         ),
     }
     return [

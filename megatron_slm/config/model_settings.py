@@ -114,15 +114,17 @@ class ModelConfig:
     rope_fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Share of each head's channels that the rotary embedding turns, from the first one on
     (GPT-NeoX: 0.25); the others carry no position."""
-    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    rope_scaling: Literal["none", "linear", "llama3", "yarn", "dynamic", "longrope"] = "none"
     """Stretching of the rotary embedding for longer sequences: linear = every frequency / factor;
     llama3 = only slow frequencies (Llama 3.1's rule); yarn = only slow frequencies, and sharper
-    attention (Qwen-2.5 and Qwen-3 beyond 32,768 tokens)."""
+    attention (Qwen-2.5 and Qwen-3 beyond 32,768 tokens); dynamic = a larger base where
+    data.sequence_length is above rope_original_sequence_length (NTK-aware); longrope = each channel
+    by its own factor, and by another one above that length (Phi-3)."""
     rope_scaling_factor: Annotated[float, Range(at_least=1)] = 8.0
     """How far rope_scaling stretches; at least 1."""
     rope_original_sequence_length: Size = 8192
-    """Sequence length in tokens before stretching (llama3, yarn): wavelengths are compared with it.
-    """
+    """Sequence length in tokens before stretching: wavelengths (llama3, yarn) or
+    data.sequence_length (dynamic, longrope) are compared with it."""
     rope_low_frequency_factor: Positive = 1.0
     """Wavelengths above rope_original_sequence_length / this are stretched fully (llama3 only)."""
     rope_high_frequency_factor: Positive = 4.0
@@ -135,8 +137,14 @@ class ModelConfig:
     """Channels that turn less often than this are stretched fully (yarn only); between the two, a
     linear blend over channels."""
     rope_attention_factor: NotNegative = 0.0
-    """Factor of rotated queries and of rotated keys (yarn only); 0 = 0.1 ln(rope_scaling_factor) +
-    1."""
+    """Factor of rotated queries and of rotated keys (yarn, longrope); 0 = 0.1
+    ln(rope_scaling_factor) + 1 (yarn), sqrt(1 + ln(rope_scaling_factor) /
+    ln(rope_original_sequence_length)) (longrope)."""
+    rope_short_factors: list[Positive] = field(default_factory=list)
+    """Divisors of the rotary frequencies, one for each two channels, where data.sequence_length is
+    at most rope_original_sequence_length (longrope only)."""
+    rope_long_factors: list[Positive] = field(default_factory=list)
+    """The same where it is longer (longrope only)."""
     layers_without_rope: list[Count] = field(default_factory=list)
     """Layers, counted from 0, whose queries and keys are not rotated (SmolLM3: every fourth). They
     see the order of tokens through the causal mask alone."""

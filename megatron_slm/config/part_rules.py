@@ -20,6 +20,7 @@ def part_problems(config: Config, world_size: int) -> Iterator[str]:
     model = config.model
     if model.position_embedding == "rope":
         yield from _rope(model)
+        yield from _rope_by_length(config)
     else:
         yield from _learned_positions(config)
     yield from _experts(model)
@@ -44,11 +45,36 @@ def _rope(model: ModelConfig) -> Iterator[str]:
                 f"model.rope_fraction: got {model.rope_fraction}, which is {channels} channels of "
                 "a head; rotary embeddings turn pairs: choose an even number of channels"
             )
-    if model.rope_fraction < 1 and model.rope_scaling == "yarn":
+    if model.rope_fraction < 1 and model.rope_scaling in ("yarn", "longrope"):
         yield (
-            f"model.rope_fraction: got {model.rope_fraction} with rope_scaling yarn, which makes "
-            "the attention of whole heads sharper here, not that of the turned channels alone: "
-            "use another rope_scaling, or rope_fraction 1"
+            f"model.rope_fraction: got {model.rope_fraction} with rope_scaling "
+            f"{model.rope_scaling}, which makes the attention of whole heads sharper here, not "
+            "that of the turned channels alone: use another rope_scaling, or rope_fraction 1"
+        )
+
+
+def _rope_by_length(config: Config) -> Iterator[str]:
+    """Rules of the scalings that depend on the length of the sequences."""
+    model, length = config.model, config.data.sequence_length
+    original = model.rope_original_sequence_length
+    if model.rope_scaling not in ("dynamic", "longrope") or not model.attention_heads:
+        return
+    pairs = rotated_channels(model) // 2
+    if model.rope_scaling == "longrope":
+        for name in ("rope_short_factors", "rope_long_factors"):
+            given = len(getattr(model, name))
+            if given != pairs:
+                yield f"model.{name}: got {given} numbers; expected {pairs}, half of the head size"
+        if original < 2:
+            yield f"model.rope_original_sequence_length: got {original}; expected at least 2"
+    elif pairs < 2:
+        yield f"model.head_size: got {2 * pairs} with rope_scaling dynamic; expected at least 4"
+    if config.data.document_policy == "isolated" and length > original:
+        yield (
+            f"data.document_policy: got isolated with rope_scaling {model.rope_scaling} and "
+            f"sequence_length {length}, above model.rope_original_sequence_length ({original}); "
+            "shorter documents would be rotated as long ones: use packed, or lower "
+            "data.sequence_length"
         )
 
 

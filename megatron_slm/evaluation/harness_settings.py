@@ -112,6 +112,7 @@ def prepare(arguments: Mapping[str, Any]) -> HarnessJob:
     length = settings.max_length or checkpoint.info.sequence_length
     config = scoring_config(checkpoint, length, parallel, device)
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)), training=False)
+    refuse_long_rotation(config)
     tokenizer = _tokenizer_of(checkpoint, settings.tokenizer)
     begins = settings.add_bos_token == "true"
     if settings.add_bos_token == "as_trained":
@@ -119,6 +120,20 @@ def prepare(arguments: Mapping[str, Any]) -> HarnessJob:
     if begins and tokenizer.bos_id is None:
         raise ConfigError([f"add_bos_token: got true, but {tokenizer.path} has no begin token"])
     return HarnessJob(settings, config, checkpoint, tokenizer, begins)
+
+
+def refuse_long_rotation(config: Config) -> None:
+    """ConfigError where short requests would be rotated as long ones."""
+    model, length = config.model, config.data.sequence_length
+    original = model.rope_original_sequence_length
+    if model.rope_scaling in ("dynamic", "longrope") and length > original:
+        raise ConfigError(
+            [
+                f"max_length: got {length} with model.rope_scaling {model.rope_scaling}; requests "
+                f"are of many lengths, and those of up to {original} tokens would be rotated as "
+                f"longer ones: give max_length={original}"
+            ]
+        )
 
 
 def _tokenizer_of(checkpoint: Reference, given: str) -> Tokenizer:

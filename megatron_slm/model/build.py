@@ -94,7 +94,7 @@ def _decoder(
     decoder.head_engine = config.device.head_engine
     if model.position_embedding == "rope":
         rope = decoder.rotary_pos_emb
-        rope.inv_freq = scaled_frequencies(rope.inv_freq, model)
+        rope.inv_freq = scaled_frequencies(rope.inv_freq, model, config.data.sequence_length)
     if layers == "torch":
         place_norms(decoder, model)
         unscale_layers_without_rope(decoder, model)

@@ -12,10 +12,14 @@ from torch import nn
 from megatron_slm.config.schema import ModelConfig
 
 
-def scaled_frequencies(frequency_D: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+def scaled_frequencies(
+    frequency_D: torch.Tensor, model: ModelConfig, sequence_length: int
+) -> torch.Tensor:
     """Rotary frequencies [d/2] (radians per position, fp32) under model.rope_scaling.
 
-    frequency_D: the plain ones, base ** (-2i/d).
+    frequency_D: the plain ones, base ** (-2i/d). sequence_length: tokens of every sequence that the
+    model will see; dynamic and longrope depend on it, and transformers takes the longest sequence
+    of a batch for it.
 
     linear  all / factor.
     llama3  (Llama 3.1), with w = 2 pi / frequency the wavelength in tokens and L the original
@@ -24,6 +28,10 @@ def scaled_frequencies(frequency_D: torch.Tensor, model: ModelConfig) -> torch.T
     yarn    (Peng et al., arXiv 2309.00071): channels below the one that turns beta_fast times
             within L are unchanged, channels above the one that turns beta_slow times are / factor;
             a linear blend over the channels between the two, whose bounds are whole numbers.
+    dynamic up to the original length unchanged. Beyond it those of another base, base * (factor *
+            S / L - factor + 1) ** (d / (d - 2)), with S the sequence length.
+    longrope (Ding et al., arXiv 2402.13753): / rope_short_factors up to the original length, and /
+            rope_long_factors beyond it, channel by channel.
 
     Equals transformers' ROPE_INIT_FUNCTIONS. megatron-core's own scaling has L, low and high fixed
     at 8192, 1 and 4.
@@ -42,6 +50,16 @@ def scaled_frequencies(frequency_D: torch.Tensor, model: ModelConfig) -> torch.T
     if model.rope_scaling == "yarn":
         stretched_D = _yarn_share(len(frequency_D), model).to(frequency_D)
         return frequency_D * (stretched_D / factor + 1 - stretched_D)
+    beyond = sequence_length > model.rope_original_sequence_length
+    if model.rope_scaling == "longrope":
+        divisors = model.rope_long_factors if beyond else model.rope_short_factors
+        return frequency_D / torch.tensor(divisors).to(frequency_D)
+    if model.rope_scaling == "dynamic" and beyond:
+        size = 2 * len(frequency_D)
+        longer = sequence_length / model.rope_original_sequence_length
+        stretch = factor * longer - factor + 1
+        base = model.rope_base * stretch ** (size / (size - 2))
+        return 1.0 / base ** (torch.arange(0, size, 2).to(frequency_D) / size)
     return frequency_D
 
 
@@ -64,22 +82,30 @@ def _yarn_share(channels: int, model: ModelConfig) -> torch.Tensor:
 def attention_scale(model: ModelConfig, *, stretched: bool = True) -> float | None:
     """Factor of query-key products before softmax; None = 1 / sqrt(head size).
 
-    YaRN multiplies rotated queries and rotated keys by rope_attention_factor each, which is this
-    factor of their products. stretched=False: of a layer that rope_scaling leaves alone.
+    YaRN and LongRoPE multiply rotated queries and rotated keys by rope_attention_factor each, which
+    is this factor of their products. stretched=False: of a layer that rope_scaling leaves alone.
     """
-    yarn = stretched and model.rope_scaling == "yarn"
-    if not yarn and not model.attention_scale_size:
+    sharper = stretched and model.rope_scaling in ("yarn", "longrope")
+    if not sharper and not model.attention_scale_size:
         return None
     head_size = model.head_size or model.hidden_size // model.attention_heads
     factor = 1.0
-    if yarn:
-        factor = model.rope_attention_factor or 0.1 * math.log(model.rope_scaling_factor) + 1
+    if sharper:
+        factor = model.rope_attention_factor or _published_attention_factor(model)
     return factor**2 / math.sqrt(model.attention_scale_size or head_size)
 
 
+def _published_attention_factor(model: ModelConfig) -> float:
+    """What the papers of YaRN and LongRoPE multiply rotated queries, and rotated keys, by."""
+    growth = math.log(model.rope_scaling_factor)
+    if model.rope_scaling == "yarn":
+        return 0.1 * growth + 1
+    return math.sqrt(1 + growth / math.log(model.rope_original_sequence_length))
+
+
 def unscale_layers_without_rope(chunk: Any, model: ModelConfig) -> None:
-    """Take YaRN's factor, which is that of rotated queries and keys, out of the torch-native layers
-    of `chunk`, a GPTModel, that rotate none.
+    """Take rope_attention_factor, which belongs to rotated queries and keys, out of the
+    torch-native layers of `chunk`, a GPTModel, that rotate none.
     """
     for layer in chunk.decoder.layers:
         if layer.layer_number - 1 in model.layers_without_rope:

@@ -22,22 +22,43 @@ def rotated(heads_BSnd: Tensor, model: ModelConfig, *, windowed: bool = False) -
         model = dataclasses.replace(model, rope_base=model.rope_base_windowed, rope_scaling="none")
     size = int(heads_BSnd.shape[-1] * model.rope_fraction)
     x_BSnd, unturned_BSnd = heads_BSnd[..., :size], heads_BSnd[..., size:]
-    frequency = [
-        stretched(model.rope_base ** (-channel / size), model) for channel in range(0, size, 2)
-    ]
+    frequency = frequencies(model, size, x_BSnd.shape[1])
     angle = torch.outer(torch.arange(x_BSnd.shape[1], dtype=torch.float32), torch.tensor(frequency))
     angle = torch.cat([angle, angle], dim=-1)[None, :, None]
     first, second = x_BSnd.chunk(2, dim=-1)
     turned = x_BSnd * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
-    if model.rope_scaling != "yarn":
-        return torch.cat([turned, unturned_BSnd], dim=-1)
-    factor = model.rope_scaling_factor
-    return turned * (model.rope_attention_factor or 0.1 * math.log(factor) + 1)
+    return torch.cat([turned * _attention_factor(model), unturned_BSnd], dim=-1)
+
+
+def frequencies(model: ModelConfig, size: int, length: int) -> list[float]:
+    """Radians per position of each two of `size` channels, for sequences of `length` tokens."""
+    base = model.rope_base
+    beyond = length > model.rope_original_sequence_length
+    if model.rope_scaling == "dynamic" and beyond:
+        longer = length / model.rope_original_sequence_length
+        factor = model.rope_scaling_factor
+        base *= (factor * longer - (factor - 1)) ** (size / (size - 2))
+    found = [stretched(base ** (-channel / size), model) for channel in range(0, size, 2)]
+    if model.rope_scaling == "longrope":
+        divisors = model.rope_long_factors if beyond else model.rope_short_factors
+        return [frequency / divisor for frequency, divisor in zip(found, divisors, strict=True)]
+    return found
+
+
+def _attention_factor(model: ModelConfig) -> float:
+    """Of queries, and of keys."""
+    factor, length = model.rope_scaling_factor, model.rope_original_sequence_length
+    if model.rope_scaling == "yarn":
+        return model.rope_attention_factor or 0.1 * math.log(factor) + 1
+    if model.rope_scaling == "longrope":
+        return model.rope_attention_factor or math.sqrt(1 + math.log(factor) / math.log(length))
+    return 1.0
 
 
 def stretched(frequency: float, model: ModelConfig) -> float:
-    """A plain frequency (radians per position) under model.rope_scaling."""
-    if model.rope_scaling == "none":
+    """A plain frequency (radians per position) under a scaling that the length of the sequence does
+    not matter to."""
+    if model.rope_scaling in ("none", "dynamic", "longrope"):
         return frequency
     if model.rope_scaling == "linear":
         return frequency / model.rope_scaling_factor

@@ -11,7 +11,13 @@ from megatron_slm.config.architecture import ROPE
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import activations, biases, plain_heads
 from megatron_slm.convert.families.family import Family
-from megatron_slm.convert.families.rope import rope_problems, rope_scaling, rope_settings
+from megatron_slm.convert.families.rope import (
+    longest_position,
+    rope_of,
+    rope_problems,
+    rope_scaling,
+    rope_settings,
+)
 from megatron_slm.convert.table import Row, Table
 from megatron_slm.convert.tensors import LAYER
 from megatron_slm.convert.transforms import VOCABULARY
@@ -81,7 +87,7 @@ def _file_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _settings(theirs: Any) -> dict[str, Any]:
-    rope = theirs.rope_parameters
+    rope = rope_of(theirs)
     return {
         "layers": theirs.num_hidden_layers,
         "hidden_size": theirs.hidden_size,
@@ -111,7 +117,7 @@ def _config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.attention_heads,
         "hidden_act": activations.THEIRS[model.activation],
-        "max_position_embeddings": sequence_length,
+        "max_position_embeddings": longest_position(model, sequence_length),
         "layer_norm_eps": model.norm_epsilon,
         "initializer_range": model.initialization_std,
         "tie_word_embeddings": model.tied_embeddings,

@@ -5,7 +5,13 @@ from typing import Any
 
 from megatron_slm.config.architecture import ROPE
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.families.rope import ROPE_KEYS, rope_scaling, rope_settings
+from megatron_slm.convert.families.rope import (
+    ROPE_KEYS,
+    longest_position,
+    rope_of,
+    rope_scaling,
+    rope_settings,
+)
 from megatron_slm.convert.geometry import Geometry
 from megatron_slm.convert.table import Row, Table
 from megatron_slm.convert.tensors import LAYER
@@ -99,7 +105,7 @@ def settings(theirs: Any) -> dict[str, Any]:
     """The fields of ModelConfig that a Llama has."""
     return size_settings(theirs) | {
         "norm_epsilon": theirs.rms_norm_eps,
-        **rope_settings(theirs.rope_parameters),
+        **rope_settings(rope_of(theirs)),
     }
 
 
@@ -132,6 +138,7 @@ def config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
     return size_keys(model, sequence_length) | {
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
+        "max_position_embeddings": longest_position(model, sequence_length),
         "rope_theta": model.rope_base,
         "rope_scaling": rope_scaling(model),
     }

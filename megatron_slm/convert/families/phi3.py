@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_slm.config.architecture import ROPE
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import llama_like, windows
 from megatron_slm.convert.families.family import Family
@@ -13,7 +12,8 @@ from megatron_slm.convert.transforms import QKV_STACKED
 
 _LAYER = "model.layers.{layer}."
 _OWN_KEYS = {"original_max_position_embeddings", "resid_pdrop", "embd_pdrop"}
-"""The first one matters under longrope alone; the others are dropout."""
+"""The first one matters under longrope alone, and is used there; the others are dropout."""
+_SCALINGS = ("none", "longrope")
 
 
 def _settings(theirs: Any) -> dict[str, Any]:
@@ -25,9 +25,18 @@ def _problems(theirs: Any) -> Iterator[str]:
     yield from windows.window_problems(theirs)
 
 
+def _lacks(model: ModelConfig) -> Iterator[str]:
+    if model.rope_scaling not in _SCALINGS:
+        yield f"model.rope_scaling is {model.rope_scaling}, and {' or '.join(_SCALINGS)} in a Phi-3"
+
+
 def _config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
+    scaled = model.rope_scaling == "longrope"
     own = {
-        "original_max_position_embeddings": sequence_length,
+        # transformers takes it from here, and not from rope_scaling as in other families.
+        "original_max_position_embeddings": (
+            model.rope_original_sequence_length if scaled else sequence_length
+        ),
         "sliding_window": model.attention_window_tokens or None,
     }
     return llama_like.config(model, sequence_length) | own
@@ -46,8 +55,9 @@ FAMILY = Family(
         ),
         Row(LAYER + "mlp.linear_fc1.weight", (_LAYER + "mlp.gate_up_proj.weight",)),
     ),
-    free=llama_like.FREE - {*ROPE} | {"rope_base", "attention_window_tokens"},
+    free=llama_like.FREE | {"attention_window_tokens"},
     settings=_settings,
     config=_config,
     problems=_problems,
+    lacks=_lacks,
 )

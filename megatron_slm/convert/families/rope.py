@@ -17,9 +17,16 @@ ROPE_FIELDS = {
         "original_max_position_embeddings",
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 """The kinds of rotary scaling that are implemented, with the numbers that each reads."""
-_YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
+BY_LENGTH = ("dynamic", "longrope")
+"""The kinds that depend on the length of the sequences."""
+_OPTIONS = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+    "longrope": ("factor", "attention_factor"),
+}
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 
 
@@ -47,6 +54,7 @@ def rope_problems(config: Mapping[str, Any], *, partial: bool = False) -> Iterat
         yield f"rope_theta is given as {' and as '.join(map(str, sorted(bases)))}: keep one of them"
     for key, rope in given.items():
         yield from scaling_problems(key, rope, partial=partial)
+        yield from _two_lengths(key, rope, config)
 
 
 def scaling_problems(key: str, rope: Mapping[str, Any], *, partial: bool = False) -> Iterator[str]:
@@ -55,8 +63,8 @@ def scaling_problems(key: str, rope: Mapping[str, Any], *, partial: bool = False
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in ROPE_FIELDS:
         yield (
-            f"rotary scaling {kind!r} ({key} says {dict(rope)}); implemented are linear, llama3 "
-            "and yarn"
+            f"rotary scaling {kind!r} ({key} says {dict(rope)}); implemented are linear, llama3, "
+            "yarn, dynamic and longrope"
         )
         return
     for name in ROPE_FIELDS[kind]:
@@ -64,15 +72,38 @@ def scaling_problems(key: str, rope: Mapping[str, Any], *, partial: bool = False
             yield f"{key} of the kind {kind} lacks {name}"
     for name, value in rope.items():
         no_effect = (name, value) in (("partial_rotary_factor", 1.0), ("truncate", True))
-        optional = _YARN_OPTIONS if kind == "yarn" else ()
-        known = name in (*_ROPE_ALWAYS, *ROPE_FIELDS[kind], *optional) or no_effect
+        known_names = (*_ROPE_ALWAYS, *ROPE_FIELDS[kind], *_OPTIONS.get(kind, ()))
+        known = name in known_names or no_effect
         known = known or (partial and name == "partial_rotary_factor")
         if value is not None and not known:
             yield f"{key} has {name} {value!r}, which the kind {kind} does not read here"
 
 
+def _two_lengths(key: str, rope: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+    """The length that dynamic scaling begins at is max_position_embeddings in transformers 5."""
+    name = "original_max_position_embeddings"
+    length = rope.get(name)
+    longest = config.get("max_position_embeddings")
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")) and length not in (None, longest):
+        yield (
+            f"{key} of the kind dynamic has {name} {length}, and max_position_embeddings is "
+            f"{longest}: versions of transformers differ in which one they take; take {name} out"
+        )
+
+
+def rope_of(theirs: Any) -> dict[str, Any]:
+    """rope_parameters of transformers' object, with what it takes from max_position_embeddings."""
+    rope, longest = dict(theirs.rope_parameters), theirs.max_position_embeddings
+    if rope["rope_type"] == "dynamic":
+        rope["original_max_position_embeddings"] = longest
+    if rope["rope_type"] == "longrope":
+        factor = rope.get("factor") or longest / rope["original_max_position_embeddings"]
+        rope["factor"] = max(1.0, factor)
+    return rope
+
+
 def rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope_* fields of ModelConfig for rope_parameters that rope_problems has passed."""
+    """The rope_* fields of ModelConfig for what rope_of gives, where rope_problems has passed."""
     settings: dict[str, Any] = {"rope_base": float(rope["rope_theta"])}
     kind = rope["rope_type"]
     if kind == "default":
@@ -84,12 +115,20 @@ def rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
             "rope_high_frequency_factor": float(rope["high_freq_factor"]),
             "rope_original_sequence_length": int(rope["original_max_position_embeddings"]),
         }
+    if kind in ("yarn", "dynamic", "longrope"):
+        original = int(rope["original_max_position_embeddings"])
+        settings["rope_original_sequence_length"] = original
+    if kind in ("yarn", "longrope"):
+        settings["rope_attention_factor"] = float(rope.get("attention_factor") or 0)
     if kind == "yarn":
         settings |= {
-            "rope_original_sequence_length": int(rope["original_max_position_embeddings"]),
             "rope_beta_fast": float(rope.get("beta_fast") or 32),
             "rope_beta_slow": float(rope.get("beta_slow") or 1),
-            "rope_attention_factor": float(rope.get("attention_factor") or 0),
+        }
+    if kind == "longrope":
+        settings |= {
+            "rope_short_factors": list(rope["short_factor"]),
+            "rope_long_factors": list(rope["long_factor"]),
         }
     return settings
 
@@ -98,19 +137,33 @@ def rope_scaling(model: ModelConfig) -> dict | None:
     """config.json's rope_scaling of our settings."""
     if model.rope_scaling == "none":
         return None
-    scaling = {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    scaling: dict[str, Any] = {
+        "rope_type": model.rope_scaling,
+        "factor": model.rope_scaling_factor,
+    }
     if model.rope_scaling == "llama3":
         scaling |= {
             "low_freq_factor": model.rope_low_frequency_factor,
             "high_freq_factor": model.rope_high_frequency_factor,
             "original_max_position_embeddings": model.rope_original_sequence_length,
         }
-    if model.rope_scaling == "yarn":
-        scaling |= {
-            "original_max_position_embeddings": model.rope_original_sequence_length,
-            "beta_fast": model.rope_beta_fast,
-            "beta_slow": model.rope_beta_slow,
-        }
+    if model.rope_scaling in ("yarn", "longrope"):
+        scaling["original_max_position_embeddings"] = model.rope_original_sequence_length
         if model.rope_attention_factor:
             scaling["attention_factor"] = model.rope_attention_factor
+    if model.rope_scaling == "yarn":
+        scaling |= {"beta_fast": model.rope_beta_fast, "beta_slow": model.rope_beta_slow}
+    if model.rope_scaling == "longrope":
+        scaling |= {
+            "short_factor": list(model.rope_short_factors),
+            "long_factor": list(model.rope_long_factors),
+        }
     return scaling
+
+
+def longest_position(model: ModelConfig, sequence_length: int) -> int:
+    """config.json's max_position_embeddings: the length that dynamic scaling begins at, otherwise
+    the sequence length of the run.
+    """
+    dynamic = model.rope_scaling == "dynamic"
+    return model.rope_original_sequence_length if dynamic else sequence_length

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import windows
 from megatron_slm.convert.families.rope import (
+    BY_LENGTH,
     rope_problems,
     rope_scaling,
     rope_settings,
@@ -58,7 +59,12 @@ def _said_twice(config: Mapping[str, Any], by_layer: Mapping[str, Any]) -> Itera
 
 
 def problems(theirs: Any) -> Iterator[str]:
-    """A phrase where layers with a window have a rotary embedding that is stretched."""
+    """A phrase where layers with a window have a rotary embedding that is stretched, or the others
+    one that depends on the length of the sequences.
+    """
+    of_others = theirs.rope_parameters[windows.FULL]["rope_type"]
+    if of_others in BY_LENGTH:
+        yield f"rotary scaling {of_others!r}, which is not implemented in a {theirs.model_type}"
     kind = theirs.rope_parameters[windows.WINDOWED]["rope_type"]
     if kind != "default" and windows.WINDOWED in theirs.layer_types:
         yield (
@@ -95,7 +101,9 @@ def base_of_windows(model: ModelConfig) -> float:
 
 
 def lacks(model: ModelConfig) -> Iterator[str]:
-    """A phrase where layers with a window are stretched as the others are."""
+    """A phrase where layers with a window are stretched as the others are, or these by length."""
+    if model.rope_scaling in BY_LENGTH:
+        yield f"model.rope_scaling is {model.rope_scaling}, which a rotary embedding by layer lacks"
     stretched = model.rope_scaling != "none" and not model.rope_base_windowed
     if model.attention_window_tokens and stretched:
         yield (

@@ -65,6 +65,23 @@ RULES = [
         "below model.rope_beta_fast (32.0)",
     ),
     (
+        "model.rope_long_factors",
+        dict(model__rope_scaling="longrope", model__rope_short_factors=[1.0] * 32),
+        "got 0 numbers",
+        "expected 32, half of the head size",
+    ),
+    (
+        "data.document_policy",
+        dict(
+            model__rope_scaling="dynamic",
+            model__rope_original_sequence_length=64,
+            data__sequence_length=65,
+            data__document_policy="isolated",
+        ),
+        "rotated as long ones",
+        "lower data.sequence_length",
+    ),
+    (
         "model.rope_base",
         dict(model__rope_scaling="yarn", model__rope_base=1.0),
         "got 1.0",

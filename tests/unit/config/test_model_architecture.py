@@ -49,6 +49,8 @@ OTHER = {
     "rope_beta_fast": 16.0,
     "rope_beta_slow": 2.0,
     "rope_attention_factor": 1.5,
+    "rope_short_factors": [1.5],
+    "rope_long_factors": [2.5],
     "normalization": "layernorm",
     "norm_epsilon": 1e-6,
     "parallel_residual": True,
@@ -83,13 +85,13 @@ def test_every_setting_is_architecture_or_a_choice_of_the_run():
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
 def test_another_architecture_is_seen(name):
-    model = MODEL
-    if name not in architecture(model):  # the field has no effect under llama3, or without a table
-        yarn, learned = (
-            replace(MODEL, rope_scaling="yarn"),
-            replace(MODEL, position_embedding="learned"),
-        )
-        model = yarn if name in architecture(yarn) else learned
+    candidates = (  # some fields have no effect under llama3, or without a table
+        MODEL,
+        replace(MODEL, rope_scaling="yarn"),
+        replace(MODEL, rope_scaling="longrope"),
+        replace(MODEL, position_embedding="learned"),
+    )
+    model = next(each for each in candidates if name in architecture(each))
     found = architecture_differences(model, replace(model, **{name: OTHER[name]}))
     assert [(each.field, each.checkpoint, each.configuration) for each in found] == [
         (name, getattr(model, name), OTHER[name])

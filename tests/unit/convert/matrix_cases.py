@@ -45,6 +45,8 @@ _YARN_NUMBERS = _rope(
 _YARN_BEFORE = {
     name: value for name, value in _YARN_NUMBERS["rope_parameters"].items() if name != "rope_theta"
 }
+_DYNAMIC = _rope("dynamic", factor=3.0)
+_LONGROPE = _rope("longrope", short_factor=[1.0, 1.2, 1.5, 1.7], long_factor=[1.0, 2.0, 4.0, 7.0])
 _TIED = {"tie_word_embeddings": True}
 _EVERY_HEAD = {"num_key_value_heads": 4}
 _HEAD_SIZE = {"head_dim": 10}
@@ -78,6 +80,17 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "linear": _LINEAR,
         "biases of attention": {"attention_bias": True},
         "biases of the feed-forward layer": {"mlp_bias": True},
+        # The 24 tokens are more than the model's own length in one case.
+        "dynamic, beyond": _DYNAMIC | {"max_position_embeddings": 16},
+        "dynamic, within": _DYNAMIC,
+        "longrope": _rope(
+            "longrope",
+            short_factor=[1.0] * 4,
+            long_factor=[1.0, 2.0, 3.0, 5.0],
+            original_max_position_embeddings=16,
+            factor=2.5,
+            attention_factor=1.2,
+        ),
     },
     "mistral": {
         "window": _WINDOW,
@@ -148,6 +161,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "phi3": {
         "window": _WINDOW,
         "every head, tied": _EVERY_HEAD | _TIED,
+        "longrope, beyond": _LONGROPE | {"original_max_position_embeddings": 16},
+        "longrope, within": _LONGROPE | {"original_max_position_embeddings": 32},
     },
     "gpt_neox": {
         "half of each head": {"rotary_pct": 0.5},
@@ -160,6 +175,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "whole heads, no biases of attention": {"rotary_pct": 1.0, "attention_bias": False},
         "linear, relu": _rope("linear", factor=2.5, partial_rotary_factor=0.5)
         | {"hidden_act": "relu"},
+        "dynamic, beyond": _DYNAMIC | {"max_position_embeddings": 16, "rotary_pct": 0.5},
     },
     "gpt2": {
         "plain": {},

@@ -59,7 +59,8 @@ def change_tensors(source: Path, change) -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+NTK = {"rope_type": "ntk", "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,11 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
         ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "code of its own"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; expected silu"),
         ({"rope_scaling": YARN}, "both rope_parameters"),
-        ({"rope_scaling": DYNAMIC, "rope_parameters": "absent"}, "rotary scaling 'dynamic'"),
+        ({"rope_scaling": NTK, "rope_parameters": "absent"}, "rotary scaling 'ntk'"),
+        (
+            {"rope_scaling": DYNAMIC, "rope_parameters": "absent"},
+            "original_max_position_embeddings 16, and max_position_embeddings is 64",
+        ),
         (
             {"rope_scaling": YARN | {"mscale": 2.0}, "rope_parameters": "absent"},
             "has mscale 2.0, which the kind yarn does not read here",

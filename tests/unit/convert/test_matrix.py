@@ -17,6 +17,7 @@ import torch
 from megatron_slm import export_hf, import_hf
 from megatron_slm.config.schema import Config, DataConfig
 from megatron_slm.convert.families.registry import MODEL_TYPES
+from megatron_slm.convert.hf_settings import model_config
 from megatron_slm.convert.safetensors_folder import SafetensorsFolder
 from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu
 from tests.unit.convert.matrix_cases import CASES, SIZES
@@ -132,6 +133,8 @@ def test_an_export_gives_back_every_tensor_bit_for_bit(runs, layout, model, tmp_
         for path in (folder / "original" / model, tmp_path / "export")
     ]
     assert configs[0]["architectures"] == configs[1]["architectures"]
+    read = [model_config(config)[0] for config in configs]
+    assert read[0] == read[1]
 
 
 def test_every_family_is_tried():

@@ -218,10 +218,14 @@ def test_older_files_of_gpt_neox_and_gpt_2(kind):
     [
         ({"model_type": "opt"}, "model_type 'opt'"),
         (
-            {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
-            "rotary scaling 'longrope'.*implemented are linear, llama3 and yarn",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 8.0}},
+            "rotary scaling 'proportional'.*implemented are linear, llama3, yarn, dynamic and long",
         ),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope lacks short_factor"),
+        (
+            {"model_type": "olmo3", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rotary scaling 'dynamic', which is not implemented in a olmo3",
+        ),
         ({"model_type": "mistral", "attention_bias": True}, "this family has no biases in"),
         ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe'; expected one of .*mixtral"),
         (

@@ -49,8 +49,13 @@ REFUSED = {
     ),
     "a kind that is not implemented": (
         "gemma3_text",
-        {"rope_parameters": {"full_attention": FULL | {"rope_type": "dynamic"}}},
-        "rotary scaling 'dynamic' (rope_parameters of full_attention",
+        {"rope_parameters": {"full_attention": FULL | {"rope_type": "ntk"}}},
+        "rotary scaling 'ntk' (rope_parameters of full_attention",
+    ),
+    "a kind that depends on the length": (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": FULL | {"rope_type": "dynamic", "factor": 2.0}}},
+        "rotary scaling 'dynamic', which is not implemented in a gemma3_text",
     ),
     "scaling said twice": (
         "gemma3_text",

@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 
 from megatron_slm.config.load import ConfigError
-from megatron_slm.evaluation.harness_settings import read_settings
+from megatron_slm.config.schema import Config
+from megatron_slm.evaluation.harness_settings import read_settings, refuse_long_rotation
 
 needs_harness = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))),
@@ -51,6 +52,16 @@ def test_settings_are_read_or_refused_by_name():
         read_settings({"checkpoint": "run", "batch_size": "auto", "tensr": 2, "device": "mps"})
     for text in ("sizes are not tried out", "did you mean tensor?", "mps"):
         assert text in str(refused.value)
+
+
+def test_a_rotation_by_length_is_refused_beyond_the_models_own_length():
+    config = Config()
+    config.model.rope_scaling = "dynamic"
+    config.model.rope_original_sequence_length = config.data.sequence_length = 16
+    refuse_long_rotation(config)
+    config.data.sequence_length = 17
+    with pytest.raises(ConfigError, match="max_length: got 17 .* give max_length=16"):
+        refuse_long_rotation(config)
 
 
 @pytest.fixture(scope="module")

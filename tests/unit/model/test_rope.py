@@ -8,8 +8,9 @@ import torch
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families.rope import rope_scaling
 from megatron_slm.model.rope import attention_scale, scaled_frequencies
-from megatron_slm.testing.plain_rope import stretched
+from megatron_slm.testing.plain_rope import frequencies
 
+LENGTH = 20000
 LLAMA_3_1 = dict(rope_base=500000.0, rope_scaling="llama3", rope_scaling_factor=8.0)
 SETTINGS = {
     "linear": dict(rope_scaling="linear", rope_scaling_factor=4.0),
@@ -28,6 +29,21 @@ SETTINGS = {
         rope_beta_fast=20.0,
         rope_beta_slow=2.0,
         rope_attention_factor=1.5,
+    ),
+    "dynamic": dict(rope_scaling="dynamic", rope_scaling_factor=2.0),
+    "longrope, beyond": dict(
+        rope_scaling="longrope",
+        rope_scaling_factor=32.0,
+        rope_original_sequence_length=4096,
+        rope_short_factors=[1.05] * 64,
+        rope_long_factors=list(range(1, 65)),
+    ),
+    "longrope, within": dict(
+        rope_scaling="longrope",
+        rope_original_sequence_length=LENGTH,
+        rope_short_factors=[1.0, 1.1, 1.3, 1.6] * 16,
+        rope_long_factors=[9.0] * 64,
+        rope_attention_factor=1.19,
     ),
     # Both bounds are the first channel.
     "yarn, a step": dict(
@@ -49,7 +65,7 @@ def test_frequencies_are_those_of_transformers(name):
 
     model = dataclasses.replace(ModelConfig(hidden_size=512, attention_heads=4), **SETTINGS[name])
     plain_D = 1.0 / (model.rope_base ** (torch.arange(0, 128, 2, dtype=torch.float32) / 128))
-    ours_D = scaled_frequencies(plain_D, model)
+    ours_D = scaled_frequencies(plain_D, model, LENGTH)
     scaling = rope_scaling(model)
     config = LlamaConfig(
         hidden_size=512,
@@ -57,12 +73,11 @@ def test_frequencies_are_those_of_transformers(name):
         max_position_embeddings=8192,
         rope_parameters=scaling | {"rope_theta": model.rope_base},
     )
-    theirs_D, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
+    compute = ROPE_INIT_FUNCTIONS[scaling["rope_type"]]
+    theirs_D, factor = compute(config, torch.device("cpu"), seq_len=LENGTH)
     scale = attention_scale(model)
     assert (scale or 128**-0.5) == pytest.approx(factor**2 / 128**0.5, rel=1e-12)
     assert not torch.equal(theirs_D, plain_D)
     torch.testing.assert_close(ours_D, theirs_D, rtol=1e-6, atol=0)
-    by_hand_D = torch.tensor(
-        [stretched(model.rope_base ** (-channel / 128), model) for channel in range(0, 128, 2)]
-    )
+    by_hand_D = torch.tensor(frequencies(model, 128, LENGTH))
     torch.testing.assert_close(ours_D, by_hand_D, rtol=1e-6, atol=0)
