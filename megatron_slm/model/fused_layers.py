@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
@@ -75,9 +76,10 @@ class _RotationBeforeAttention:
         self.head_size = attention.hidden_size_per_attention_head
         # Without norms of queries and keys, and with whole groups on this rank, the joint product
         # is split in the same pass.
+        norms = (attention.q_layernorm, attention.k_layernorm)
         self.splits = (
-            attention.q_layernorm is None
-            and attention.k_layernorm is None
+            # megatron-core 0.16.1 has an IdentityOp where there is none, 0.19.2 has None.
+            all(norm is None or isinstance(norm, IdentityOp) for norm in norms)
             and attention.config.num_query_groups >= attention.world_size
         )
         not_rotated = attention.config.no_rope_freq

@@ -79,6 +79,9 @@ def both(groups, name: str) -> dict[str, dict[str, tuple[torch.Tensor, torch.Ten
         # Every attention, and every feed-forward layer that is SwiGLU without biases.
         swiglu = config.model.activation == "silu" and not config.model.feed_forward_bias
         assert len(changed) >= (1 + swiglu) * config.model.layers, changed
+        rotation = model.decoder.layers[0].self_attention.get_query_key_value_tensors.__self__
+        whole_groups = config.model.query_groups >= groups.tp_size
+        assert rotation.splits == (whole_groups and not config.model.qk_norm), kind
         after = losses_and_gradients(model, text_BT, groups)
         found[kind] = {each: (before[each], after[each]) for each in before}
     return found

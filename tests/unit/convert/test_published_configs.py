@@ -56,12 +56,92 @@ GPT_2 = {
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     "vocab_size": 50257,
 }
+OLMO_2_7B = {
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.47.0",
+    "use_cache": False,
+    "vocab_size": 100352,
+}
+OLMO_3_7B = OLMO_2_7B | {
+    "architectures": ["Olmo3ForCausalLM"],
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "model_type": "olmo3",
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "sliding_window": 4096,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.0",
+    "vocab_size": 100278,
+}
+GEMMA_3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": 1,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
 
 
 @pytest.mark.parametrize(
     "published, parameters, sequence_length",
-    [(PYTHIA_410M, 405_334_016, 2048), (GPT_2, 124_439_808, 1024)],
-    ids=["pythia-410m", "gpt2"],
+    [
+        (PYTHIA_410M, 405_334_016, 2048),
+        (GPT_2, 124_439_808, 1024),
+        (OLMO_2_7B, 7_298_617_344, 4096),
+        (OLMO_3_7B, 7_298_011_136, 65536),
+        (GEMMA_3_1B, 999_885_952, 32768),
+    ],
+    ids=["pythia-410m", "gpt2", "olmo-2-7b", "olmo-3-7b", "gemma-3-1b"],
 )
 def test_a_published_model_has_its_parameters(published, parameters, sequence_length):
     model, length = model_config(published)
@@ -75,3 +155,19 @@ def test_pythia_is_what_its_paper_says():
     assert (model.rope_fraction, model.parallel_residual) == (0.25, True)
     assert (model.qkv_bias, model.attention_output_bias) == (True, True)
     assert (model.activation, model.gated_feed_forward) == ("gelu", False)
+
+
+def test_olmo_3_stretches_the_layers_without_a_window_alone():
+    model, _ = model_config(OLMO_3_7B)
+    assert (model.norm_placement, model.qk_norm_over) == ("after", "all_heads")
+    assert model.full_attention_layers == [3, 7, 11, 15, 19, 23, 27, 31]
+    assert (model.rope_scaling, model.rope_base) == ("yarn", 500000.0)
+    assert model.rope_base_windowed == 500000.0
+
+
+def test_gemma_3_has_two_rotary_bases_and_a_scaled_embedding():
+    model, _ = model_config(GEMMA_3_1B)
+    assert (model.norm_placement, model.zero_centered_norms) == ("both", True)
+    assert model.full_attention_layers == [5, 11, 17, 23]
+    assert (model.rope_base, model.rope_base_windowed) == (1e6, 1e4)
+    assert model.embedding_scale == 1152**0.5
