@@ -1,19 +1,32 @@
 """Phi-3: a Mistral with queries, keys and values in one matrix, and gate and up projection too."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import llama_like, windows
 from megatron_slm.convert.families.family import Family
+from megatron_slm.convert.families.rope import rope_problems
 from megatron_slm.convert.table import Row, changed
 from megatron_slm.convert.tensors import LAYER
 from megatron_slm.convert.transforms import QKV_STACKED
 
 _LAYER = "model.layers.{layer}."
-_OWN_KEYS = {"original_max_position_embeddings", "resid_pdrop", "embd_pdrop"}
-"""The first one matters under longrope alone, and is used there; the others are dropout."""
+_OWN_KEYS = {"original_max_position_embeddings", "resid_pdrop", "embd_pdrop", "auto_map"}
+"""The first one matters under longrope alone, and is used there; two are dropout."""
+_PUBLISHED_CODE = {"configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"}
+"""What Microsoft's own folders name: the code that became the class of transformers."""
 _SCALINGS = ("none", "longrope")
+
+
+def _file_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    yield from rope_problems(config)
+    code = config.get("auto_map") or {}
+    if other := {*map(str, code.values())} - _PUBLISHED_CODE:
+        yield (
+            f"auto_map names {', '.join(sorted(other))}: the model has code of its own; take the "
+            "key out if its built-in class computes the same"
+        )
 
 
 def _settings(theirs: Any) -> dict[str, Any]:
@@ -58,6 +71,7 @@ FAMILY = Family(
     free=llama_like.FREE | {"attention_window_tokens"},
     settings=_settings,
     config=_config,
+    file_problems=_file_problems,
     problems=_problems,
     lacks=_lacks,
 )

@@ -130,6 +130,68 @@ GEMMA_3_1B = {
     "use_cache": True,
     "vocab_size": 262144,
 }
+PHI_3_MINI_4K = {
+    "_name_or_path": "Phi-3-mini-4k-instruct",
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "bos_token_id": 1,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 32000,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "model_type": "phi3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 32000,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.2",
+    "use_cache": True,
+    "vocab_size": 32064,
+}
+SMOLLM3_3B = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
 
 
 @pytest.mark.parametrize(
@@ -140,8 +202,18 @@ GEMMA_3_1B = {
         (OLMO_2_7B, 7_298_617_344, 4096),
         (OLMO_3_7B, 7_298_011_136, 65536),
         (GEMMA_3_1B, 999_885_952, 32768),
+        (PHI_3_MINI_4K, 3_821_079_552, 4096),
+        (SMOLLM3_3B, 3_075_098_624, 65536),
     ],
-    ids=["pythia-410m", "gpt2", "olmo-2-7b", "olmo-3-7b", "gemma-3-1b"],
+    ids=[
+        "pythia-410m",
+        "gpt2",
+        "olmo-2-7b",
+        "olmo-3-7b",
+        "gemma-3-1b",
+        "phi-3-mini-4k",
+        "smollm3-3b",
+    ],
 )
 def test_a_published_model_has_its_parameters(published, parameters, sequence_length):
     model, length = model_config(published)
@@ -171,3 +243,15 @@ def test_gemma_3_has_two_rotary_bases_and_a_scaled_embedding():
     assert model.full_attention_layers == [5, 11, 17, 23]
     assert (model.rope_base, model.rope_base_windowed) == (1e6, 1e4)
     assert model.embedding_scale == 1152**0.5
+
+
+def test_phi_3_and_smollm3_are_what_their_settings_say():
+    phi, _ = model_config(PHI_3_MINI_4K)
+    assert (phi.attention_window_tokens, phi.full_attention_layers) == (2047, [])
+    smol, _ = model_config(SMOLLM3_3B)
+    assert smol.layers_without_rope == list(range(3, 36, 4))
+    assert smol.attention_window_tokens == 0
+    with pytest.raises(
+        ValueError, match=r"auto_map names mine\.Phi: the model has code of its own"
+    ):
+        model_config(PHI_3_MINI_4K | {"auto_map": {"AutoModelForCausalLM": "mine.Phi"}})
