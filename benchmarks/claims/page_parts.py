@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.claims.analysis import LOSS, Arm, Comparison, Results, found_noise
 from benchmarks.claims.experiment import Experiment
 from benchmarks.claims.intervals import Estimate, estimate
+from benchmarks.claims.noise import WORDS
 
 SIGNIFICANT = 0.05
 MEASURED = ("precision", "recall", "planted_fraction")
@@ -167,7 +168,12 @@ def noise_table(results: Results, pair: str) -> list[str]:
         rows.append([arm.label, *rates, *scores, number(found.noise_fraction, 2)])
     kept = [f"kept of {name}" for name in corpora]
     header = ["arm", *kept, "precision", "recall", "precision by chance"]
-    return table(header, rows)
+    documents = ", ".join(name for name in results.declared["planted"] if name != WORDS)
+    explanation = (
+        f"Rejected tokens as finds of planted documents ({documents}), over the whole run. "
+        "Precision: planted among the rejected tokens; recall: rejected among the planted ones."
+    )
+    return [explanation, "", *table(header, rows)]
 
 
 def token_noise_lines(results: Results, pair: str) -> list[str]:
