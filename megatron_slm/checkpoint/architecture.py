@@ -14,7 +14,7 @@ from megatron_slm.checkpoint.folder import (
 )
 from megatron_slm.config.architecture import (
     ARCHITECTURE,
-    ROPE,
+    ROPE_FOR_LONGER_SEQUENCES,
     Difference,
     architecture_differences,
     written,
@@ -118,7 +118,8 @@ def allowed_differences(config: Config) -> list[str]:
 
 
 def _allowed(config: Config) -> frozenset[str]:
-    return frozenset(ROPE) if config.checkpoint.allow_other_rope else frozenset()
+    allowed = config.checkpoint.allow_other_rope
+    return frozenset(ROPE_FOR_LONGER_SEQUENCES) if allowed else frozenset()
 
 
 def _origins(config: Config, own: CheckpointInfo | None) -> Iterator[_Origin]:
@@ -184,7 +185,7 @@ def _remedy(difference: Difference, tokenizer: Tokenizer | None, is_start: bool)
         if difference.checkpoint < ids:
             return f"{tokenizer.path} has {ids} ids: use the tokenizer of the checkpoint"
     remedy = f"set model.{difference.field} to {written(difference.checkpoint)}"
-    if is_start and difference.field in ROPE:
+    if is_start and difference.field in ROPE_FOR_LONGER_SEQUENCES:
         remedy += " (on purpose: checkpoint.allow_other_rope)"
     return remedy
 

@@ -40,6 +40,9 @@ ROPE_NUMBERS = tuple(
     dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"], *ROPE_SCALING["longrope"]])
 )
 ROPE = ("rope_base", "rope_scaling", *ROPE_NUMBERS)
+ROPE_FOR_LONGER_SEQUENCES = (*ROPE, "rope_base_windowed")
+"""What changes where longer sequences are learned from a checkpoint on. Stretching the layers
+without a window alone, as OLMo 3 does, begins with a base of their own for the others."""
 _ROPE_OF_LAYERS = ("rope_fraction", "rope_base_windowed", "layers_without_rope")
 EXPERTS = ("experts_per_token", "renormalize_experts")
 """The fields that a mixture of experts reads, beside the number of experts."""

@@ -214,8 +214,9 @@ class CheckpointConfig:
     the run folder has its own checkpoint. A model or tokenizer that differs from the checkpoint's
     is refused; model.from_checkpoint takes the model from it."""
     allow_other_rope: bool = False
-    """Start although rope_base or rope_scaling (model.rope_*) is not initialize_from's, as for
-    longer sequences; what differs is said when the run starts. Everything else must be the same."""
+    """Start although rope_base, rope_base_windowed or rope_scaling (model.rope_*) is not
+    initialize_from's, as for longer sequences; what differs is said when the run starts. Everything
+    else must be the same."""
     save_optimizer: bool = True
     """Save optimizer state; without it a checkpoint cannot be resumed, only used as weights.
 

@@ -121,6 +121,19 @@ def test_another_rotary_embedding_may_be_meant_and_is_then_said(base, tmp_path):
     assert not allowed_differences(config), "a resumed run starts from nothing else"
 
 
+def test_layers_without_a_window_may_be_stretched_alone(tmp_path):
+    """As OLMo 3's: the others have a base of their own from there on, the one of before."""
+    windowed = {**BASE, "attention_window_tokens": 8, "full_attention_layers": [1]}
+    start = checkpoint(tmp_path / "windowed", **windowed)
+    config = starting(
+        start, tmp_path, **windowed, rope_scaling="yarn", rope_base_windowed=BASE["rope_base"]
+    )
+    assert "on purpose: checkpoint.allow_other_rope" in differing_settings(config, 300, OURS)[0]
+    config.checkpoint.allow_other_rope = True
+    assert not differing_settings(config, 300, OURS)
+    assert f"model.rope_base_windowed 5000.0, in {start} 0.0" in allowed_differences(config)
+
+
 def test_a_rotary_embedding_beside_an_architecture_that_is_taken(base):
     given = ("--model.from_checkpoint", base, "--model.rope_base", "8e4")
     with pytest.raises(ConfigError, match="model.rope_base: got 80000.0"):
