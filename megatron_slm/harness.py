@@ -19,6 +19,7 @@ Exit codes: 0 done, 2 bad usage, 3 a checkpoint, tokenizer or task's file that c
 See docs/evaluation.md.
 """
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,8 @@ from megatron_slm.config.load import ConfigError
 from megatron_slm.installation import require, says_missing_extra
 
 TASKS = Path(__file__).parent / "evaluation" / "tasks"
+NO_DOCUMENTS = "did not find any docs"
+"""What lm_eval says where a process has nothing to do for a task."""
 
 
 @says_missing_extra("harness")
@@ -52,7 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"harness: {error}", file=sys.stderr)
         return 2
     except (ValueError, FileNotFoundError) as error:
-        print(f"harness: {error}", file=sys.stderr)
+        hint = ""
+        if NO_DOCUMENTS in str(error) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            hint = (
+                " A task needs a document for each data-parallel process: start fewer processes, "
+                "or raise --limit."
+            )
+        print(f"harness: {error}{hint}", file=sys.stderr)
         return 3
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from megatron_slm.config.load import ConfigError
 from megatron_slm.device import choose_device, set_threads
 from megatron_slm.evaluation.harness_settings import MODEL_NAME, HarnessJob, prepare
-from megatron_slm.evaluation.text_model import Choose, Row, TextModel, greedy, sampler
+from megatron_slm.evaluation.text_requests import Choose, Row, greedy, sampler
 from megatron_slm.parallel import Groups, join_job
 from megatron_slm.scoring.reference import load_scoring_model
 
@@ -46,6 +46,9 @@ class CheckpointLM(TemplateLM):
         config = self.job.config
         device = choose_device(config.device.kind)
         set_threads(config.device.threads_per_process)
+        # It imports megatron.core, which is told of the device before.
+        from megatron_slm.evaluation.text_model import TextModel
+
         self.groups: Groups = join_job(config.parallel, device, config.run.seed)
         # The harness lets LOCAL_RANK 0 print and write, on each node; one process is enough.
         os.environ["LOCAL_RANK"] = str(self.groups.world_rank)
@@ -207,18 +210,11 @@ class CheckpointLM(TemplateLM):
     # What the harness' evaluator synchronises data-parallel processes with.
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The number of requests that each data-parallel rank has of a task."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor, group=self.groups.dp)
-        counts = torch.stack(parts)
-        if (counts == 0).any():
-            raise ValueError(
-                f"a task has documents for {int((counts > 0).sum())} of {self.world_size} "
-                "data-parallel processes; start fewer processes, or raise --limit"
-            )
-        return counts
+        return torch.stack(parts)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         parts: list[Any] = [None] * self.world_size

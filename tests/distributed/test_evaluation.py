@@ -47,7 +47,8 @@ def rows_of_ids() -> list[list[int]]:
 def answer(groups, layout: str, folder: str) -> dict:
     """What a TextModel says of `rows_of_ids` in this layout."""
     from megatron_slm.config.schema import DeviceConfig
-    from megatron_slm.evaluation.text_model import Row, TextModel, greedy, sampler
+    from megatron_slm.evaluation.text_model import TextModel
+    from megatron_slm.evaluation.text_requests import Row, greedy, sampler
     from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config
 
     reference = open_reference(f"{folder}/run", None)

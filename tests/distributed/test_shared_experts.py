@@ -51,7 +51,8 @@ def work(groups, layout: str, folder: str) -> tuple[list, list]:
     """Score the corpus, of whose three shards the second rank has one; then answer questions."""
     from megatron_slm.data.manifest import CorpusManifest
     from megatron_slm.data.score_manifest import ScoreManifest
-    from megatron_slm.evaluation.text_model import Row, TextModel, greedy
+    from megatron_slm.evaluation.text_model import TextModel
+    from megatron_slm.evaluation.text_requests import Row, greedy
     from megatron_slm.scoring.corpus import TokenStream, score_corpus
     from megatron_slm.scoring.model import megatron_runner
     from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config

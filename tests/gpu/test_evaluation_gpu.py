@@ -37,7 +37,8 @@ def log_probabilities(model, ids, groups):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_text_model_answers_with_the_models_own_probabilities(precision, groups):
-    from megatron_slm.evaluation.text_model import Row, TextModel, greedy
+    from megatron_slm.evaluation.text_model import TextModel
+    from megatron_slm.evaluation.text_requests import Row, greedy
 
     models = make_model(groups, precision)
     random = np.random.default_rng(0)

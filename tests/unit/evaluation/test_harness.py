@@ -1,7 +1,10 @@
 """lm-evaluation-harness on a checkpoint gives what its model `hf` gives on the export."""
 
+import ast
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import tokenizers
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config
 from megatron_slm.evaluation.harness_settings import read_settings, refuse_long_rotation
+from tests.source_tree import PACKAGE, ROOT, tree
 
 needs_harness = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))),
@@ -62,6 +66,18 @@ def test_a_rotation_by_length_is_refused_beyond_the_models_own_length():
     config.data.sequence_length = 17
     with pytest.raises(ConfigError, match="max_length: got 17 .* give max_length=16"):
         refuse_long_rotation(config)
+
+
+def test_the_adapter_is_imported_without_megatron_core():
+    """Which asks for CUDA when it is imported: on a machine without, choose_device comes first."""
+    ours = [
+        node.module
+        for node in tree(PACKAGE / "evaluation" / "harness.py").body
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("megatron_slm")
+    ]
+    assert "megatron_slm.evaluation.text_requests" in ours
+    program = f"import sys, {', '.join(ours)}; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +247,7 @@ def test_bad_arguments_are_sentences(folder, capsys):
     "model_args, option, value, code, sentence",
     [
         (",tensor=2", "--use_cache", "answers", 2, "processes that compute together"),
-        ("", "--limit", "1", 3, "documents for 1 of 2 data-parallel processes"),
+        ("", "--limit", "1", 3, "a document for each data-parallel process"),
     ],
 )
 def test_what_would_leave_processes_waiting_is_refused(

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from megatron_slm.evaluation.text_model import greedy, sampler
+from megatron_slm.evaluation.text_requests import greedy, sampler
 
 
 def shares(choose, logits_V, draws=4000):
