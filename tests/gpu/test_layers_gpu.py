@@ -138,6 +138,7 @@ PARTS = {
         learned_positions=LENGTH,
         tied_embeddings=True,
     ),
+    "a layer without rotary embedding": dict(layers_without_rope=[1]),
     "bias of the feed-forward layer alone": dict(feed_forward_bias=True),
     "gelu with a gate": dict(activation="gelu", qk_norm=True, normalization="layernorm"),
 }
