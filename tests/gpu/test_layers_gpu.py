@@ -80,7 +80,10 @@ def test_apex_norm_is_torchs(dtype, tolerance):
 
     from megatron_slm.model.layers import RMSNorm
 
-    norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=False), 256)
+    config = SimpleNamespace(
+        params_dtype=dtype, sequence_parallel=False, layernorm_zero_centered_gamma=False
+    )
+    norm = RMSNorm(config, 256)
     torch.nn.init.normal_(norm.weight, 1.0, 0.1)
     hidden = torch.randn(8, 2, 256, device="cuda", dtype=dtype)
     results = []
@@ -144,6 +147,33 @@ PARTS = {
 }
 
 
+WINDOWED = dict(attention_window_tokens=10, full_attention_layers=[1])
+NORMS = {
+    "olmo 3": WINDOWED
+    | dict(
+        norm_placement="after",
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        rope_base_windowed=10000.0,
+        rope_scaling="yarn",
+        rope_scaling_factor=4.0,
+        rope_original_sequence_length=16,
+    ),
+    "gemma 3": WINDOWED
+    | dict(
+        activation="gelu_tanh",
+        norm_placement="both",
+        zero_centered_norms=True,
+        qk_norm=True,
+        attention_scale_size=48.0,
+        embedding_scale=128**0.5,
+        rope_base_windowed=100.0,
+        rope_scaling="linear",
+        tied_embeddings=True,
+    ),
+}
+
+
 def plain_loss(groups, tokens, model: dict) -> torch.Tensor:
     """The losses of the plain decoder with the same weights, on the CPU."""
     from megatron_slm.model.build import build_model
@@ -166,6 +196,16 @@ def test_parts_of_the_model_are_plain_torchs(groups, layers, precision, toleranc
     """GELU is the exact one also where megatron-core has a fused approximation of it."""
     model = PARTS[parts] | {"initialization_std": 0.1}
     loss, gradient, tokens = losses(groups, precision, layers=layers, model=model)
+    assert (loss.cpu() - plain_loss(groups, tokens, model)).abs().mean() < tolerance
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize("norms", NORMS)
+def test_norms_in_other_places_are_plain_torchs(groups, precision, tolerance, norms):
+    """By the torch-native layers, which device.layers auto means for these models."""
+    model = NORMS[norms] | {"initialization_std": 0.1}
+    loss, gradient, tokens = losses(groups, precision, layers="auto", model=model)
     assert (loss.cpu() - plain_loss(groups, tokens, model)).abs().mean() < tolerance
     assert gradient.isfinite().all()
 
