@@ -11,17 +11,17 @@ from megatron_slm.tokenization import Tokenizer
 def special_ids(tokenizer: Tokenizer | None, end_ids: Sequence[int] = ()) -> dict:
     """bos, eos and pad ids as config.json names them.
 
-    Generation stops at the token that closes documents in the corpora, and at each of `end_ids`.
+    Generation stops at the token that closes documents in the corpora, and at each of `end_ids`. An
+    id that there is not is null.
     """
     if tokenizer is None:
-        return {}
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     ends = [tokenizer.eod_id, *(end for end in end_ids if end != tokenizer.eod_id)]
-    ids = {
+    return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_id,
     }
-    return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
 def huggingface_config(
@@ -45,4 +45,7 @@ def huggingface_config(
         "use_cache": True,
         "torch_dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
     }
+    # Also where an id is null: left out it would have the default of transformers' class, and
+    # SmolLM3's and Phi-3's padding (128004, 32000) is beyond a smaller vocabulary: the model could
+    # not be opened.
     return config | special_ids(tokenizer, end_ids)

@@ -11,8 +11,29 @@ from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig
 from megatron_slm.convert.families.registry import family_of
-from megatron_slm.convert.families.rope import ROPE_KEYS
+from megatron_slm.convert.families.rope import NUMBER_KEYS, ROPE_KEYS
 from megatron_slm.convert.hf_keys import key_problems
+
+_ROPE = ("rope_parameters",)
+_THEIR_KEYS = {
+    "model.query_groups": ("num_key_value_heads",),
+    "model.norm_epsilon": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    "model.rope_base": ("rotary_emb_base", "rope_theta"),
+    "model.rope_base_windowed": ("rope_local_base_freq", *_ROPE),
+    "model.rope_fraction": ("rotary_pct",),
+    "model.experts_per_token": ("num_experts_per_tok",),
+    **dict.fromkeys(
+        (
+            "model.rope_scaling_factor",
+            "model.rope_low_frequency_factor",
+            "model.rope_beta_slow",
+            "model.rope_original_sequence_length",
+        ),
+        _ROPE,
+    ),
+}
+"""Settings that a check may refuse, and the keys that families have for them, the one to name
+first."""
 
 
 def model_config(config: dict) -> tuple[ModelConfig, int]:
@@ -33,8 +54,15 @@ def model_config(config: dict) -> tuple[ModelConfig, int]:
         data = DataConfig(sequence_length=theirs.max_position_embeddings)
         check_config(Config(model=model, data=data), world_size=1, training=False)
     except ConfigError as error:
-        raise ValueError(_refusal(error.problems)) from None
+        named = (problem + _their_key(problem, family.keys) for problem in error.problems)
+        raise ValueError(_refusal([*named])) from None
     return model, theirs.max_position_embeddings
+
+
+def _their_key(problem: str, keys: frozenset[str]) -> str:
+    """The key of config.json that a problem of our settings is about, where names differ."""
+    found = [key for key in _THEIR_KEYS.get(problem.split(":")[0], ()) if key in keys]
+    return f" (in config.json: {found[0]})" if found else ""
 
 
 def _refusal(problems: list[str]) -> str:
@@ -50,8 +78,9 @@ def read_by_transformers(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     # null is a value where the default is none (Mistral's sliding_window), not for the rotary keys.
+    not_set = (*ROPE_KEYS, *NUMBER_KEYS)
     settings = {
-        key: value for key, value in config.items() if value is not None or key not in ROPE_KEYS
+        key: value for key, value in config.items() if value is not None or key not in not_set
     }
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(settings)

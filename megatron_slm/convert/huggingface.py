@@ -80,7 +80,8 @@ def export(
     generation = {"do_sample": False, "_from_model_config": True}
     if beside and beside.generation:
         generation = beside.generation
-    generation = generation | special_ids(tokenizer, end_ids)
+    ids = special_ids(tokenizer, end_ids)
+    generation |= {name: token_id for name, token_id in ids.items() if token_id is not None}
     writing = output.with_name(f".writing_{output.name}")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)

@@ -48,6 +48,8 @@ def _problems(theirs: Any) -> Iterator[str]:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(theirs, key) is not None:
             yield f"{key} {getattr(theirs, key)}: soft caps (Gemma 2) are not implemented"
+    if theirs.query_pre_attn_scalar <= 0:
+        yield f"query_pre_attn_scalar {theirs.query_pre_attn_scalar}; expected above 0"
     if theirs.use_bidirectional_attention:
         yield "use_bidirectional_attention true: attention here is causal"
     yield from windows.window_problems(theirs, by_layer=True)

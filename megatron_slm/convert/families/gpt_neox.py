@@ -12,6 +12,7 @@ from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import activations, biases, plain_heads
 from megatron_slm.convert.families.family import Family
 from megatron_slm.convert.families.rope import (
+    key_number_problems,
     longest_position,
     rope_of,
     rope_problems,
@@ -73,7 +74,9 @@ TABLE: Table = (
 def _file_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """transformers 4 names the base rotary_emb_base and the turned part rotary_pct."""
     own = {"rope_theta": config.get("rotary_emb_base")}
-    yield from rope_problems({**config, **own}, partial=True)
+    if wrong := [*key_number_problems(config), *rope_problems({**config, **own}, partial=True)]:
+        yield from wrong
+        return
     parts = {config["rotary_pct"]} if config.get("rotary_pct") is not None else set()
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)

@@ -21,6 +21,7 @@ def _settings(theirs: Any) -> dict[str, Any]:
 
 def _problems(theirs: Any) -> Iterator[str]:
     yield from llama_like.problems(theirs)
+    yield from mixtures.expert_problems(theirs, theirs.num_local_experts, sum_to_one=True)
     yield from windows.window_problems(theirs)
 
 

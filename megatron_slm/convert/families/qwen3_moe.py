@@ -24,6 +24,9 @@ def _settings(theirs: Any) -> dict[str, Any]:
 
 def _problems(theirs: Any) -> Iterator[str]:
     yield from llama_like.problems(theirs)
+    yield from mixtures.expert_problems(
+        theirs, theirs.num_experts, sum_to_one=theirs.norm_topk_prob
+    )
     if theirs.mlp_only_layers or theirs.decoder_sparse_step != 1:
         yield "dense layers among those of experts (mlp_only_layers or decoder_sparse_step)"
     yield from windows.window_problems(theirs)

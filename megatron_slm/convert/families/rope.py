@@ -7,6 +7,8 @@ from megatron_slm.config.schema import ModelConfig
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 """The keys of config.json about it; transformers 5 writes the first, transformers 4 the others."""
+NUMBER_KEYS = ("rope_theta", "rotary_emb_base", "rotary_pct", "rope_local_base_freq")
+"""Keys of config.json about it that are numbers, of all families; null is not set."""
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -28,6 +30,41 @@ _OPTIONS = {
     "longrope": ("factor", "attention_factor"),
 }
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
+_NEVER_NULL = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ABOVE_ZERO = _OPTIONS["yarn"]
+_LISTS = ("short_factor", "long_factor")
+_NUMBERS = frozenset(
+    (
+        "rope_theta",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+        *(name for names in ROPE_FIELDS.values() for name in names if name not in _LISTS),
+        *_ABOVE_ZERO,
+    )
+)
+
+
+def key_number_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Each of NUMBER_KEYS that is no number."""
+    for key in NUMBER_KEYS:
+        if config.get(key) is not None and not _is_number(config[key]):
+            yield f"{key} {config[key]!r}; expected a number"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _value_problems(key: str, rope: Mapping[str, Any]) -> Iterator[str]:
+    """Values of one rotary embedding that are null or no number where there must be one."""
+    for name, value in rope.items():
+        if value is None and name in _NEVER_NULL:
+            yield f"{key} has {name} null; give it a value, or take it out"
+        elif value is not None and name in _NUMBERS and not _is_number(value):
+            yield f"{key} has {name} {value!r}; expected a number"
+        elif value is not None and name in _ABOVE_ZERO and value <= 0:
+            # transformers takes an attention_factor of 0 as it is, and a beta of 0 as its default.
+            yield f"{key} has {name} {value!r}; expected above 0"
 
 
 def rope_problems(config: Mapping[str, Any], *, partial: bool = False) -> Iterator[str]:
@@ -35,6 +72,9 @@ def rope_problems(config: Mapping[str, Any], *, partial: bool = False) -> Iterat
 
     partial: the family may turn a part of each head.
     """
+    if wrong := [*key_number_problems(config)]:
+        yield from wrong
+        return
     given = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
     for key, rope in given.items():
         if not isinstance(rope, Mapping):
@@ -47,6 +87,9 @@ def rope_problems(config: Mapping[str, Any], *, partial: bool = False) -> Iterat
             f"both rope_parameters {given['rope_parameters']} and rope_scaling "
             f"{given['rope_scaling']} are given: write everything into one of them"
         )
+    if wrong := [said for key, rope in given.items() for said in _value_problems(key, rope)]:
+        yield from wrong
+        return
     bases = {rope["rope_theta"] for rope in given.values() if "rope_theta" in rope}
     if config.get("rope_theta") is not None:
         bases.add(config["rope_theta"])
@@ -59,6 +102,9 @@ def rope_problems(config: Mapping[str, Any], *, partial: bool = False) -> Iterat
 
 def scaling_problems(key: str, rope: Mapping[str, Any], *, partial: bool = False) -> Iterator[str]:
     """What nothing here computes of one rotary embedding, which config.json has under `key`."""
+    if wrong := [*_value_problems(key, rope)]:
+        yield from wrong
+        return
     kinds = {rope[name] for name in ("rope_type", "type") if rope.get(name) is not None}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in ROPE_FIELDS:

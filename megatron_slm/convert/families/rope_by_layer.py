@@ -11,6 +11,7 @@ from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import windows
 from megatron_slm.convert.families.rope import (
     BY_LENGTH,
+    key_number_problems,
     rope_problems,
     rope_scaling,
     rope_settings,
@@ -24,6 +25,9 @@ BASE_OF_WINDOWS = "rope_local_base_freq"
 def file_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """What config.json says twice, or what nothing here computes, of the rotary embeddings."""
     by_layer = config.get("rope_parameters")
+    if wrong := [*key_number_problems(config)]:
+        yield from wrong
+        return
     if by_layer is None:
         yield from rope_problems(config)
         return
@@ -75,6 +79,8 @@ def problems(theirs: Any) -> Iterator[str]:
 def settings(theirs: Any) -> dict[str, Any]:
     """The fields of ModelConfig about windows and rotary embeddings."""
     found = windows.window_settings(theirs, by_layer=True)
+    if windows.FULL not in theirs.layer_types:
+        return found | rope_settings(theirs.rope_parameters[windows.WINDOWED])
     found |= rope_settings(theirs.rope_parameters[windows.FULL])
     if found.get("attention_window_tokens"):
         base = float(theirs.rope_parameters[windows.WINDOWED]["rope_theta"])

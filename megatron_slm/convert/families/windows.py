@@ -23,6 +23,8 @@ def window_problems(theirs: Any, *, by_layer: bool = False) -> Iterator[str]:
     kinds = sorted({*layers} - {FULL, WINDOWED})
     if kinds:
         yield f"layer_types {', '.join(kinds)}; implemented are {FULL} and {WINDOWED}"
+    if window is not None and window < 1 and (not by_layer or WINDOWED in layers):
+        yield f"sliding_window {window}; expected at least 1 token, or null for no window"
     if not by_layer:
         of_every_layer = FULL if window is None else WINDOWED
         if {*layers} - {of_every_layer, *kinds}:

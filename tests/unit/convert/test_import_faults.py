@@ -208,7 +208,7 @@ def test_swish_is_another_name_of_silu(copied, tmp_path):
 def test_a_mixture_that_cannot_be_trained_here_is_refused(copied, capsys):
     source = copied("mixtral")
     change_config(source, num_experts_per_tok=1)
-    assert "experts_per_token 1; the one expert's weight would always be 1" in refused(
+    assert "num_experts_per_tok 1 with weights that sum to 1: the one expert's weight" in refused(
         source, capsys
     )
 
