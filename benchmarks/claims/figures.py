@@ -125,4 +125,5 @@ def keep_fractions(results: Results, pair: str) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Write an SVG that is the same file for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with house_style():  # its salt makes the ids in the file the same
+        figure.savefig(path, metadata={"Date": None})

@@ -15,7 +15,7 @@ from benchmarks.claims.intervals import (
     t_quantile,
     two_sided_p,
 )
-from benchmarks.claims.page import PAGE, caption, page, section
+from benchmarks.claims.page import PAGE, caption, draw, page, section
 from benchmarks.claims.page_parts import interval
 
 # Student's t, two-sided 95 %: the table of any textbook (Abramowitz and Stegun, 26.10).
@@ -174,6 +174,14 @@ def test_the_same_rows_are_the_same_file(tmp_path):
         write_rows(tmp_path / f"{name}.jsonl.gz", rows)
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
     assert read_rows(tmp_path / "a.jsonl.gz") == rows
+
+
+def test_the_same_numbers_are_the_same_figure(tmp_path):
+    results = Results(rows_of({"plain": [4.0, 4.5], "slm": [3.9, 4.38]}))
+    for name in ("a", "b"):
+        draw(results, tmp_path / name)
+    figures = [(tmp_path / name / "claims_test.svg").read_bytes() for name in ("a", "b")]
+    assert figures[0] == figures[1]
 
 
 def test_the_page_is_what_the_stored_numbers_say():
