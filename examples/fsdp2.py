@@ -34,9 +34,8 @@ def train_step(model, optimizer, micro_batches, mesh) -> dict[str, float]:
         loss_BS = cross_entropy(logits_BVS, batch.labels_BS, reduction="none")
         score_BS = excess_loss(loss_BS, batch.columns["reference_loss"])
         chosen = select_top(score_BS, batch.loss_mask_BS > 0, KEEP_FRACTION, group=group)
-        loss = loss_BS[chosen.mask].sum()
-        loss.backward()
-        loss_sum += loss.detach()
+        loss_BS[chosen.mask].sum().backward()
+        loss_sum += loss_BS.detach()[chosen.mask].sum()
         selected_tokens += chosen.kept
     divisor = max(selected_tokens, 1)
     for parameter in model.parameters():

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.config.yaml_text import read_yaml
+
 TOLERANCE = 1e-3
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 Document = Mapping[str, Any]
@@ -21,10 +23,9 @@ Problem = dict[str, str]
 def worked_examples() -> list[Problem]:
     """Eight questions with their solution as "target", from the installed lm_eval."""
     import lm_eval
-    import yaml
 
     path = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
+    return read_yaml(path.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
 
 
 def svamp_problem(document: Document) -> Problem:
