@@ -56,7 +56,8 @@ def _corpus(stage: Stage, folder: Path, workers: int) -> list[str]:
 
 
 def _train(stage: Stage, folder: Path) -> list[str]:
-    path = folder_of(stage, folder).with_suffix(".yaml")
+    # with_suffix would take the .5 of an arm named keep_0.5 away, and arms would share a file.
+    path = Path(f"{folder_of(stage, folder)}.yaml")
     path.write_text(yaml.safe_dump(run_settings(stage, folder), sort_keys=False))
     return ["megatron_slm.train", "--config", str(path)]
 

@@ -55,6 +55,13 @@ def test_every_run_is_one_that_the_trainer_takes(name, scale, tmp_path):
 
 
 @pytest.mark.parametrize("name", experiment_names())
+def test_every_run_has_a_settings_file_of_its_own(name, tmp_path):
+    stages = trainings(name).values()
+    files = {command_of(stage, tmp_path)[-1] for stage in stages}
+    assert len(files) == len({stage.key for stage in stages})
+
+
+@pytest.mark.parametrize("name", experiment_names())
 def test_arms_share_seed_start_and_data_unless_they_say_otherwise(name):
     made = graph(name)
     baseline = made.training(made.experiment.baseline)
