@@ -23,6 +23,8 @@ ARM_PLACE = 99
 OF_SCALE = "of_scale"
 OF_RUN = {"tokens_of_run": "tokens", "hold_of_run": "hold_tokens"}
 """In schedules of a keep fraction or of lambda: shares of the run, in place of tokens."""
+SCHEDULES = ("keep_fraction", "clm_weight")
+"""Settings of the selection that may be a schedule, which another one replaces as a whole."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
     for mapping in settings:
         for key, value in mapping.items():
             both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-            result[key] = merged(result[key], value) if both and key != "keep_fraction" else value
+            result[key] = merged(result[key], value) if both and key not in SCHEDULES else value
     return result
 
 
@@ -151,7 +153,7 @@ class Graph:
             "monitoring": {"validation_interval_steps": interval},
         }
         selection = settings.get("selection", {"scorer": "none"})
-        for schedule in ("keep_fraction", "clm_weight"):
+        for schedule in SCHEDULES:
             if isinstance(selection.get(schedule), Mapping):
                 selection = {
                     **selection,

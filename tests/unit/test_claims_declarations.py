@@ -111,6 +111,8 @@ def test_schedules_are_given_as_shares_of_the_run():
     tokens = 128 * 16 * settings["schedule"]["train_steps"]
     assert schedule["hold_tokens"] == round(0.5 * tokens)
     assert "hold_of_run" not in schedule
+    mixed_in = trainings("lead", "cpu")["mixed_in"].identity["settings"]["selection"]["clm_weight"]
+    assert mixed_in == {"style": "linear", "start": 0.0, "end": 1.0, "tokens": tokens}
 
 
 def test_a_store_is_made_of_every_corpus_of_its_arms(tmp_path):
