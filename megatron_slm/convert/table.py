@@ -27,6 +27,11 @@ Table = tuple[Row, ...]
 """Rows of tensors that a model has not are passed over."""
 
 
+def module_rows(ours: str, theirs: str) -> tuple[Row, Row]:
+    """The weight and the bias of one module, which are stored as they are here."""
+    return Row(f"{ours}.weight", (f"{theirs}.weight",)), Row(f"{ours}.bias", (f"{theirs}.bias",))
+
+
 def changed(table: Table, *rows: Row) -> Table:
     """`table` with these rows in the place of those of the same tensors, and further ones added."""
     return tuple({row.ours: row for row in (*table, *rows)}.values())

@@ -5,6 +5,7 @@ family.py       what a family says: its names, its keys, its settings both ways,
 llama_like.py   what most families share: the keys, settings and tensor names of Llama
 rope.py         rotary embedding and its scaling, both ways
 windows.py      sliding windows, both ways
+llama_windows.py  a Llama that has them
 rope_by_layer.py  rotary embeddings of layers with a window and of the others, both ways
 mixtures.py     mixtures of experts, both ways
 biases.py       the biases of attention, both ways

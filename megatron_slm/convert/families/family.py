@@ -9,6 +9,37 @@ from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families.rope import rope_problems
 from megatron_slm.convert.table import Table
 
+COMMON_KEYS = frozenset(
+    (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "tie_word_embeddings",
+        "eos_token_id",
+    )
+)
+"""Keys of config.json that most families have."""
+SIZES = frozenset(
+    (
+        "layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "attention_heads",
+        "query_groups",
+        "head_size",
+        "vocabulary_size",
+        "norm_epsilon",
+        "tied_embeddings",
+    )
+)
+"""Fields of ModelConfig that are free in every family, but for what its `lacks` says of them."""
+
 
 def _nothing(_: Any) -> Iterator[str]:
     return iter(())

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import activations, plain_heads
-from megatron_slm.convert.families.family import Family
-from megatron_slm.convert.table import Row, Table
+from megatron_slm.convert.families.family import SIZES, Family
+from megatron_slm.convert.table import Row, Table, module_rows
 from megatron_slm.convert.tensors import LAYER
 from megatron_slm.convert.transforms import (
     QKV_STACKED,
@@ -52,10 +52,6 @@ _BODY = "transformer."
 _THEIRS = _BODY + "h.{layer}."
 
 
-def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
-    return Row(f"{ours}.weight", (f"{theirs}.weight",)), Row(f"{ours}.bias", (f"{theirs}.bias",))
-
-
 def _conv1d(ours: str, theirs: str, transform: Transform = SAME) -> tuple[Row, Row]:
     return (
         Row(f"{ours}.weight", (f"{theirs}.weight",), transposed(transform)),
@@ -66,13 +62,13 @@ def _conv1d(ours: str, theirs: str, transform: Transform = SAME) -> tuple[Row, R
 TABLE: Table = (
     Row("embedding.word_embeddings.weight", (_BODY + "wte.weight",), VOCABULARY),
     Row("embedding.position_embeddings.weight", (_BODY + "wpe.weight",)),
-    *_norm(LAYER + "input_layernorm", _THEIRS + "ln_1"),
+    *module_rows(LAYER + "input_layernorm", _THEIRS + "ln_1"),
     *_conv1d(LAYER + "self_attention.linear_qkv", _THEIRS + "attn.c_attn", QKV_STACKED),
     *_conv1d(LAYER + "self_attention.linear_proj", _THEIRS + "attn.c_proj"),
-    *_norm(LAYER + "pre_mlp_layernorm", _THEIRS + "ln_2"),
+    *module_rows(LAYER + "pre_mlp_layernorm", _THEIRS + "ln_2"),
     *_conv1d(LAYER + "mlp.linear_fc1", _THEIRS + "mlp.c_fc"),
     *_conv1d(LAYER + "mlp.linear_fc2", _THEIRS + "mlp.c_proj"),
-    *_norm("decoder.final_layernorm", _BODY + "ln_f"),
+    *module_rows("decoder.final_layernorm", _BODY + "ln_f"),
     Row("output_layer.weight", ("lm_head.weight",), VOCABULARY),
 )
 
@@ -130,7 +126,7 @@ FAMILY = Family(
     architecture="GPT2LMHeadModel",
     keys=KEYS,
     table=TABLE,
-    free=plain_heads.FREE | {"activation", "learned_positions"},
+    free=SIZES | {"activation", "learned_positions"},
     fixed={
         "position_embedding": "learned",
         "normalization": "layernorm",

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_slm.config.architecture import ROPE
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import activations, biases, plain_heads
-from megatron_slm.convert.families.family import Family
+from megatron_slm.convert.families.family import COMMON_KEYS, SIZES, Family
 from megatron_slm.convert.families.rope import (
     key_number_problems,
     longest_position,
@@ -19,54 +19,33 @@ from megatron_slm.convert.families.rope import (
     rope_scaling,
     rope_settings,
 )
-from megatron_slm.convert.table import Row, Table
+from megatron_slm.convert.table import Row, Table, module_rows
 from megatron_slm.convert.tensors import LAYER
 from megatron_slm.convert.transforms import VOCABULARY
 
-KEYS = frozenset(
-    (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "layer_norm_eps",
-        "initializer_range",
-        "tie_word_embeddings",
-        "eos_token_id",
-        "use_parallel_residual",
-        "attention_bias",
-        "rotary_pct",
-        "rotary_emb_base",
-        "rope_parameters",
-        "rope_scaling",
-        "hidden_dropout",  # of training, as attention_dropout
-        "classifier_dropout",
-    )
-)
+KEYS = COMMON_KEYS | {
+    "layer_norm_eps",
+    "use_parallel_residual",
+    "attention_bias",
+    "rotary_pct",
+    "rotary_emb_base",
+    "rope_parameters",
+    "rope_scaling",
+    "hidden_dropout",  # of training, as attention_dropout
+    "classifier_dropout",
+}
 _THEIRS = "gpt_neox.layers.{layer}."
-
-
-def _both(ours: str, theirs: str) -> tuple[Row, Row]:
-    """Weight and bias of one module."""
-    return (
-        Row(f"{ours}.weight", (f"{theirs}.weight",)),
-        Row(f"{ours}.bias", (f"{theirs}.bias",)),
-    )
 
 
 TABLE: Table = (
     Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), VOCABULARY),
-    *_both(LAYER + "input_layernorm", _THEIRS + "input_layernorm"),
-    *_both(LAYER + "self_attention.linear_qkv", _THEIRS + "attention.query_key_value"),
-    *_both(LAYER + "self_attention.linear_proj", _THEIRS + "attention.dense"),
-    *_both(LAYER + "pre_mlp_layernorm", _THEIRS + "post_attention_layernorm"),
-    *_both(LAYER + "mlp.linear_fc1", _THEIRS + "mlp.dense_h_to_4h"),
-    *_both(LAYER + "mlp.linear_fc2", _THEIRS + "mlp.dense_4h_to_h"),
-    *_both("decoder.final_layernorm", "gpt_neox.final_layer_norm"),
+    *module_rows(LAYER + "input_layernorm", _THEIRS + "input_layernorm"),
+    *module_rows(LAYER + "self_attention.linear_qkv", _THEIRS + "attention.query_key_value"),
+    *module_rows(LAYER + "self_attention.linear_proj", _THEIRS + "attention.dense"),
+    *module_rows(LAYER + "pre_mlp_layernorm", _THEIRS + "post_attention_layernorm"),
+    *module_rows(LAYER + "mlp.linear_fc1", _THEIRS + "mlp.dense_h_to_4h"),
+    *module_rows(LAYER + "mlp.linear_fc2", _THEIRS + "mlp.dense_4h_to_h"),
+    *module_rows("decoder.final_layernorm", "gpt_neox.final_layer_norm"),
     Row("output_layer.weight", ("embed_out.weight",), VOCABULARY),
 )
 
@@ -144,7 +123,7 @@ FAMILY = Family(
     architecture="GPTNeoXForCausalLM",
     keys=KEYS,
     table=TABLE,
-    free=plain_heads.FREE
+    free=SIZES
     | {
         *ROPE,
         *biases.ATTENTION,

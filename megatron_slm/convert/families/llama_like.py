@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_slm.config.architecture import ROPE
 from megatron_slm.config.schema import ModelConfig
+from megatron_slm.convert.families.family import COMMON_KEYS, SIZES
 from megatron_slm.convert.families.rope import (
     ROPE_KEYS,
     longest_position,
@@ -17,39 +18,8 @@ from megatron_slm.convert.table import Row, Table
 from megatron_slm.convert.tensors import LAYER
 from megatron_slm.convert.transforms import GATE_UP, QKV, VOCABULARY
 
-KEYS = frozenset(
-    (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "initializer_range",
-        "tie_word_embeddings",
-        "eos_token_id",
-        *ROPE_KEYS,
-    )
-)
-FREE = frozenset(
-    (
-        "layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "attention_heads",
-        "query_groups",
-        "head_size",
-        "vocabulary_size",
-        *ROPE,
-        "norm_epsilon",
-        "tied_embeddings",
-    )
-)
+KEYS = COMMON_KEYS | {"num_key_value_heads", "head_dim", "rms_norm_eps", *ROPE_KEYS}
+FREE = SIZES | {*ROPE}
 _THEIRS = "model.layers.{layer}."
 
 

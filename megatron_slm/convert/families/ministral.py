@@ -5,17 +5,8 @@ from typing import Any
 
 from megatron_slm.config.architecture import WINDOWS
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.families import llama_like, windows
+from megatron_slm.convert.families import llama_like, llama_windows, windows
 from megatron_slm.convert.families.family import Family
-
-
-def _settings(theirs: Any) -> dict[str, Any]:
-    return llama_like.settings(theirs) | windows.window_settings(theirs, by_layer=True)
-
-
-def _problems(theirs: Any) -> Iterator[str]:
-    yield from llama_like.problems(theirs)
-    yield from windows.window_problems(theirs, by_layer=True)
 
 
 def _config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
@@ -37,8 +28,8 @@ FAMILY = Family(
     keys=llama_like.KEYS | windows.KEYS,
     table=llama_like.TABLE,
     free=llama_like.FREE | {*WINDOWS},
-    settings=_settings,
+    settings=llama_windows.settings_by_layer,
     config=_config,
-    problems=_problems,
+    problems=llama_windows.problems_by_layer,
     lacks=_lacks,
 )

@@ -1,20 +1,10 @@
 """Mistral: a Llama whose layers all have a sliding window."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.families import llama_like, windows
+from megatron_slm.convert.families import llama_like, llama_windows, windows
 from megatron_slm.convert.families.family import Family
-
-
-def _settings(theirs: Any) -> dict[str, Any]:
-    return llama_like.settings(theirs) | windows.window_settings(theirs)
-
-
-def _problems(theirs: Any) -> Iterator[str]:
-    yield from llama_like.problems(theirs)
-    yield from windows.window_problems(theirs)
 
 
 def _config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
@@ -28,7 +18,7 @@ FAMILY = Family(
     keys=llama_like.KEYS | windows.KEYS,
     table=llama_like.TABLE,
     free=llama_like.FREE | {"attention_window_tokens"},
-    settings=_settings,
+    settings=llama_windows.settings,
     config=_config,
-    problems=_problems,
+    problems=llama_windows.problems,
 )

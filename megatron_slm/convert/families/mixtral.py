@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.families import llama_like, mixtures, windows
+from megatron_slm.convert.families import llama_like, llama_windows, mixtures, windows
 from megatron_slm.convert.families.family import Family
 from megatron_slm.convert.table import changed
 
@@ -16,13 +16,12 @@ def _settings(theirs: Any) -> dict[str, Any]:
         "experts": theirs.num_local_experts,
         "experts_per_token": theirs.num_experts_per_tok,
     }
-    return llama_like.settings(theirs) | windows.window_settings(theirs) | experts
+    return llama_windows.settings(theirs) | experts
 
 
 def _problems(theirs: Any) -> Iterator[str]:
-    yield from llama_like.problems(theirs)
+    yield from llama_windows.problems(theirs)
     yield from mixtures.expert_problems(theirs, theirs.num_local_experts, sum_to_one=True)
-    yield from windows.window_problems(theirs)
 
 
 def _config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:

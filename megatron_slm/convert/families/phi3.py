@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.families import llama_like, windows
+from megatron_slm.convert.families import llama_like, llama_windows, windows
 from megatron_slm.convert.families.family import Family
 from megatron_slm.convert.families.rope import rope_problems
 from megatron_slm.convert.table import Row, changed
@@ -27,15 +27,6 @@ def _file_problems(config: Mapping[str, Any]) -> Iterator[str]:
             f"auto_map names {', '.join(sorted(other))}: the model has code of its own; take the "
             "key out if its built-in class computes the same"
         )
-
-
-def _settings(theirs: Any) -> dict[str, Any]:
-    return llama_like.settings(theirs) | windows.window_settings(theirs)
-
-
-def _problems(theirs: Any) -> Iterator[str]:
-    yield from llama_like.problems(theirs)
-    yield from windows.window_problems(theirs)
 
 
 def _lacks(model: ModelConfig) -> Iterator[str]:
@@ -69,9 +60,9 @@ FAMILY = Family(
         Row(LAYER + "mlp.linear_fc1.weight", (_LAYER + "mlp.gate_up_proj.weight",)),
     ),
     free=llama_like.FREE | {"attention_window_tokens"},
-    settings=_settings,
+    settings=llama_windows.settings,
     config=_config,
     file_problems=_file_problems,
-    problems=_problems,
+    problems=llama_windows.problems,
     lacks=_lacks,
 )

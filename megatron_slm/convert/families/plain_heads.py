@@ -4,21 +4,6 @@ from collections.abc import Iterator
 
 from megatron_slm.config.schema import ModelConfig
 
-FREE = frozenset(
-    (
-        "layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "attention_heads",
-        "query_groups",
-        "head_size",
-        "vocabulary_size",
-        "norm_epsilon",
-        "tied_embeddings",
-    )
-)
-"""Fields of ModelConfig that are free in them; other_heads says what two of these must be."""
-
 
 def other_heads(model: ModelConfig) -> Iterator[str]:
     """A phrase for each way in which the heads of `model` are others."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_slm.config.architecture import ROPE_WITH_ATTENTION_FACTOR
 from megatron_slm.config.schema import ModelConfig
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -23,8 +24,6 @@ ROPE_FIELDS = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 """The kinds of rotary scaling that are implemented, with the numbers that each reads."""
-BY_LENGTH = ("dynamic", "longrope")
-"""The kinds that depend on the length of the sequences."""
 _OPTIONS = {
     "yarn": ("beta_fast", "beta_slow", "attention_factor"),
     "longrope": ("factor", "attention_factor"),
@@ -164,7 +163,7 @@ def rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
     if kind in ("yarn", "dynamic", "longrope"):
         original = int(rope["original_max_position_embeddings"])
         settings["rope_original_sequence_length"] = original
-    if kind in ("yarn", "longrope"):
+    if kind in ROPE_WITH_ATTENTION_FACTOR:
         settings["rope_attention_factor"] = float(rope.get("attention_factor") or 0)
     if kind == "yarn":
         settings |= {
@@ -193,7 +192,7 @@ def rope_scaling(model: ModelConfig) -> dict | None:
             "high_freq_factor": model.rope_high_frequency_factor,
             "original_max_position_embeddings": model.rope_original_sequence_length,
         }
-    if model.rope_scaling in ("yarn", "longrope"):
+    if model.rope_scaling in ROPE_WITH_ATTENTION_FACTOR:
         scaling["original_max_position_embeddings"] = model.rope_original_sequence_length
         if model.rope_attention_factor:
             scaling["attention_factor"] = model.rope_attention_factor

@@ -7,10 +7,10 @@ transformers 4, have rope_scaling and rope_theta for layers that attend to the w
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_slm.config.architecture import ROPE_BY_LENGTH
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.convert.families import windows
 from megatron_slm.convert.families.rope import (
-    BY_LENGTH,
     key_number_problems,
     rope_problems,
     rope_scaling,
@@ -67,7 +67,7 @@ def problems(theirs: Any) -> Iterator[str]:
     one that depends on the length of the sequences.
     """
     of_others = theirs.rope_parameters[windows.FULL]["rope_type"]
-    if of_others in BY_LENGTH:
+    if of_others in ROPE_BY_LENGTH:
         yield f"rotary scaling {of_others!r}, which is not implemented in a {theirs.model_type}"
     kind = theirs.rope_parameters[windows.WINDOWED]["rope_type"]
     if kind != "default" and windows.WINDOWED in theirs.layer_types:
@@ -108,7 +108,7 @@ def base_of_windows(model: ModelConfig) -> float:
 
 def lacks(model: ModelConfig) -> Iterator[str]:
     """A phrase where layers with a window are stretched as the others are, or these by length."""
-    if model.rope_scaling in BY_LENGTH:
+    if model.rope_scaling in ROPE_BY_LENGTH:
         yield f"model.rope_scaling is {model.rope_scaling}, which a rotary embedding by layer lacks"
     stretched = model.rope_scaling != "none" and not model.rope_base_windowed
     if model.attention_window_tokens and stretched:

@@ -5,23 +5,18 @@ from typing import Any
 
 from megatron_slm.config.architecture import WINDOWS
 from megatron_slm.config.schema import ModelConfig
-from megatron_slm.convert.families import llama_like, windows
+from megatron_slm.convert.families import llama_like, llama_windows, windows
 from megatron_slm.convert.families.family import Family
 
 
 def _settings(theirs: Any) -> dict[str, Any]:
     rotated = theirs.no_rope_layers[: theirs.num_hidden_layers]  # despite its name, 1 = rotated
     without = [layer for layer, rotates in enumerate(rotated) if not rotates]
-    return (
-        llama_like.settings(theirs)
-        | windows.window_settings(theirs, by_layer=True)
-        | {"layers_without_rope": without}
-    )
+    return llama_windows.settings_by_layer(theirs) | {"layers_without_rope": without}
 
 
 def _problems(theirs: Any) -> Iterator[str]:
-    yield from llama_like.problems(theirs)
-    yield from windows.window_problems(theirs, by_layer=True)
+    yield from llama_windows.problems_by_layer(theirs)
     if not theirs.use_sliding_window and windows.WINDOWED in theirs.layer_types:
         yield f"layer_types names {windows.WINDOWED}, but use_sliding_window is false"
     given, layers = len(theirs.no_rope_layers), theirs.num_hidden_layers
