@@ -6,6 +6,7 @@ or completely, to compute something else (another rotary base).
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from megatron_slm.config.schema import ModelConfig
@@ -36,9 +37,11 @@ ROPE_SCALING = {
     ),
 }
 """The fields that each kind of scaling reads."""
-ROPE_NUMBERS = tuple(
-    dict.fromkeys([*ROPE_SCALING["llama3"], *ROPE_SCALING["yarn"], *ROPE_SCALING["longrope"]])
-)
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+"""The kinds that depend on the length of the sequences."""
+ROPE_WITH_ATTENTION_FACTOR = ("yarn", "longrope")
+"""The kinds that also multiply rotated queries and rotated keys by rope_attention_factor."""
+ROPE_NUMBERS = tuple(dict.fromkeys(chain.from_iterable(ROPE_SCALING.values())))
 ROPE = ("rope_base", "rope_scaling", *ROPE_NUMBERS)
 ROPE_FOR_LONGER_SEQUENCES = (*ROPE, "rope_base_windowed")
 """What changes where longer sequences are learned from a checkpoint on. Stretching the layers

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from megatron_slm.config.architecture import ROPE_WITH_ATTENTION_FACTOR
 from megatron_slm.config.schema import Config
 
 
@@ -44,7 +45,7 @@ def torch_only_settings(config: Config) -> list[TorchOnly]:
             "its layers have one rotary embedding for all",
         ),
         "model.layers_without_rope": (
-            bool(model.layers_without_rope) and model.rope_scaling in ("yarn", "longrope"),
+            bool(model.layers_without_rope) and model.rope_scaling in ROPE_WITH_ATTENTION_FACTOR,
             "all its layers multiply queries and keys by rope_attention_factor, those that are "
             "not rotated too",
         ),

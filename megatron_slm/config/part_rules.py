@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_slm.config.architecture import ROPE_BY_LENGTH, ROPE_WITH_ATTENTION_FACTOR
 from megatron_slm.config.schema import Config, ModelConfig
 from megatron_slm.config.sizes import rotated_channels
 
@@ -45,7 +46,7 @@ def _rope(model: ModelConfig) -> Iterator[str]:
                 f"model.rope_fraction: got {model.rope_fraction}, which is {channels} channels of "
                 "a head; rotary embeddings turn pairs: choose an even number of channels"
             )
-    if model.rope_fraction < 1 and model.rope_scaling in ("yarn", "longrope"):
+    if model.rope_fraction < 1 and model.rope_scaling in ROPE_WITH_ATTENTION_FACTOR:
         yield (
             f"model.rope_fraction: got {model.rope_fraction} with rope_scaling "
             f"{model.rope_scaling}, which makes the attention of whole heads sharper here, not "
@@ -57,7 +58,7 @@ def _rope_by_length(config: Config) -> Iterator[str]:
     """Rules of the scalings that depend on the length of the sequences."""
     model, length = config.model, config.data.sequence_length
     original = model.rope_original_sequence_length
-    if model.rope_scaling not in ("dynamic", "longrope") or not model.attention_heads:
+    if model.rope_scaling not in ROPE_BY_LENGTH or not model.attention_heads:
         return
     pairs = rotated_channels(model) // 2
     if model.rope_scaling == "longrope":

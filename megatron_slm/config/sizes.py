@@ -40,9 +40,7 @@ def rotated_channels(model: ModelConfig) -> int:
     if model.position_embedding != "rope":
         return 0
     head_size = model.head_size or model.hidden_size // model.attention_heads
-    return int(
-        head_size * model.rope_fraction
-    )  # rounded down, as transformers and megatron-core do
+    return int(head_size * model.rope_fraction)  # rounded down, as in transformers, megatron-core
 
 
 def train_steps(config: Config) -> int:

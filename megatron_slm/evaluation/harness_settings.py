@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from megatron_slm.config.architecture import ROPE_BY_LENGTH
 from megatron_slm.config.check import check_config
 from megatron_slm.config.load import ConfigError, from_mapping
 from megatron_slm.config.ranges import Count, Size, out_of_range
@@ -126,7 +127,7 @@ def refuse_long_rotation(config: Config) -> None:
     """ConfigError where short requests would be rotated as long ones."""
     model, length = config.model, config.data.sequence_length
     original = model.rope_original_sequence_length
-    if model.rope_scaling in ("dynamic", "longrope") and length > original:
+    if model.rope_scaling in ROPE_BY_LENGTH and length > original:
         raise ConfigError(
             [
                 f"max_length: got {length} with model.rope_scaling {model.rope_scaling}; requests "

@@ -9,6 +9,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import nn
 
+from megatron_slm.config.architecture import ROPE_WITH_ATTENTION_FACTOR
 from megatron_slm.config.schema import ModelConfig
 
 
@@ -85,7 +86,7 @@ def attention_scale(model: ModelConfig, *, stretched: bool = True) -> float | No
     YaRN and LongRoPE multiply rotated queries and rotated keys by rope_attention_factor each, which
     is this factor of their products. stretched=False: of a layer that rope_scaling leaves alone.
     """
-    sharper = stretched and model.rope_scaling in ("yarn", "longrope")
+    sharper = stretched and model.rope_scaling in ROPE_WITH_ATTENTION_FACTOR
     if not sharper and not model.attention_scale_size:
         return None
     head_size = model.head_size or model.hidden_size // model.attention_heads
