@@ -7,7 +7,6 @@ come rows of models (the base, references) and of arms, one per pair and seed.
 import gzip
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from benchmarks.claims.token_noise import found_tokens
 from megatron_slm.analysis.run_folder import PROCESSED, SELECTED, Run, read_run
 from megatron_slm.config.load import flatten
 from megatron_slm.data.manifest import CorpusManifest
+from megatron_slm.files.atomic import write_bytes_atomically
 
 LOSS = "validation/target/loss"
 KEPT_METRICS = (
@@ -188,9 +188,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Rows as gzipped lines of JSON; the same rows are the same file."""
     text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    os.replace(scratch, path)
+    write_bytes_atomically(path, gzip.compress(text.encode(), 9, mtime=0))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -12,13 +12,13 @@ document's id.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import noise, texts
 from benchmarks.claims.texts import Document
+from megatron_slm.files.atomic import write_text_atomically
 
 SOURCES: dict[str, texts.Source] = {
     "library_modules": texts.library_modules,
@@ -124,7 +124,5 @@ def _size(documents: Sequence[Document]) -> dict[str, int]:
 def _write_jsonl(path: Path, documents: Sequence[Document]) -> str:
     """Write one record a line; the sha256 of the file."""
     lines = "".join(json.dumps({"text": text, "id": name}) + "\n" for name, text in documents)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(lines, encoding="utf-8")
-    os.replace(scratch, path)
+    write_text_atomically(path, lines)
     return hashlib.sha256(lines.encode()).hexdigest()

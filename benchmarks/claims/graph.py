@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ SCHEDULES = ("keep_fraction", "clm_weight")
 """Settings of the selection that may be a schedule, which another one replaces as a whole."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
-    """One program's run, or text that this process writes."""
+    """One program's run, or text that this process writes. Two are equal when their keys are."""
 
     kind: str
     """text, noise, tokenizer, corpus, train or score."""
     name: str
-    identity: dict[str, Any] = field(hash=False, compare=False)
+    identity: dict[str, Any]
     """What the result depends on, besides the stages before it."""
     needs: tuple["Stage", ...] = ()
 
@@ -44,6 +44,12 @@ class Stage:
         content = [self.kind, self.identity, [stage.key for stage in self.needs]]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return f"{self.kind}-{self.name}-{digest[:10]}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stage) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:

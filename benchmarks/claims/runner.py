@@ -229,8 +229,7 @@ def _work(
         for stage in [stage for stage in waiting if _is_ready(stage, folder)]:
             if len(running) == jobs or failure is not None:
                 break
-            # By key: equality of stages leaves out what they are made of, a seed for example.
-            waiting = [other for other in waiting if other.key != stage.key]
+            waiting.remove(stage)
             running[stage.key] = threading.Thread(target=work, args=(stage,), daemon=True)
             running[stage.key].start()
         stage, error = ended.get()

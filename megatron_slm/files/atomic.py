@@ -15,11 +15,16 @@ def write_json_atomically(path: str | Path, obj: Any) -> None:
 
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Write `text` in UTF-8. OSError when it cannot be written; the old file then stands."""
+    write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_bytes_atomically(path: str | Path, content: bytes) -> None:
+    """Write `content`. OSError when it cannot be written; the old file then stands."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(temporary, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

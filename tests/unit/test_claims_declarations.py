@@ -81,6 +81,12 @@ def test_experiments_share_the_runs_that_are_the_same():
     assert trainings("main", "cpu", seed=2)["base"].key != main["base"].key
 
 
+def test_stages_of_two_seeds_are_two_stages():
+    first, second = (trainings("main", seed=seed)["base"] for seed in (1, 2))
+    assert first.needs == second.needs
+    assert first != second
+
+
 def test_keys_change_with_what_a_stage_is_made_of():
     plain, slm = trainings("main")["plain"], trainings("main")["slm"]
     assert plain.key != slm.key
