@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_slm.config.schema import ModelConfig
+
 LENGTH = 16
 VOCABULARY = 50
 
@@ -103,6 +105,23 @@ def make_trainer(groups, config, vocabulary_size: int = VOCABULARY, reference=No
         config.selection, groups, sequence_length=config.data.sequence_length, corpora=1
     )
     return Trainer(models, build_optimizer(models, config), selector, groups, reference)
+
+
+def save_reference(groups, run: str, model: ModelConfig, window_tokens: int) -> None:
+    """A checkpoint of `model` with its first weights, in the run folder `run`; every rank calls."""
+    from dataclasses import asdict
+
+    from megatron_slm.checkpoint.folder import CheckpointInfo
+    from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
+    from megatron_slm.config.schema import Config, DataConfig
+    from megatron_slm.model.build import build_model
+    from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT
+
+    config = Config(model=model, data=DataConfig(sequence_length=window_tokens))
+    tokenizer = {"path": "none", "fingerprint": TOKENIZER_FINGERPRINT}
+    info = CheckpointInfo(asdict(model), window_tokens, tokenizer, step=3, tokens_processed=300)
+    models = build_model(config, model.vocabulary_size, groups)
+    CheckpointStore(run, groups).save(models, None, info, trainer_state(None, groups))
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from megatron_slm.config.load import to_yaml
 from megatron_slm.config.schema import Config, CorpusConfig, DataConfig
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu, run_on_cpu
-from tests.distributed.test_scoring import MODEL, VOCABULARY, WINDOW, save_reference
+from tests.distributed.bench import save_reference
+from tests.distributed.test_scoring import MODEL, VOCABULARY, WINDOW
 from tests.end_to_end.warm_programs import run_program
 
 LAYOUTS = {
@@ -109,7 +110,7 @@ def folder(tmp_path_factory) -> Path:
     corpus = write_corpus(folder / "corpus", documents, vocabulary_size=VOCABULARY)
     write_scores(folder / "scores", folder / "corpus", lambda offsets: (offsets * 7919) % 13)
     np.save(folder / "odd.npy", np.arange(corpus.tokens) % 2 == 1)
-    run_on_cpu(save_reference, str(folder / "run"))
+    run_on_cpu(save_reference, str(folder / "run"), MODEL, WINDOW)
     data = DataConfig(
         validation=[CorpusConfig("held_out", str(folder / "corpus"))], sequence_length=WINDOW
     )

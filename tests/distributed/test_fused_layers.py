@@ -11,7 +11,7 @@ import torch
 
 from megatron_slm.testing.spawn import run_layouts_on_cpu
 from tests.distributed.test_layouts import LENGTH, VOCABULARY, make_config
-from tests.distributed.test_norm_placement import GEMMA, OLMO
+from tests.known_models import GEMMA_3, OLMO_3
 
 LAYOUTS = {
     "one process": {},
@@ -39,8 +39,8 @@ MODELS = {
         attention_output_bias=True,
         feed_forward_bias=True,
     ),
-    "norms on outputs and over all heads": OLMO | WINDOWED,
-    "zero-centered norms in both places": GEMMA | WINDOWED,
+    "norms on outputs and over all heads": OLMO_3 | WINDOWED,
+    "zero-centered norms in both places": GEMMA_3 | WINDOWED,
     "experts": dict(experts=4, experts_per_token=2, load_balancing_coefficient=0.0),
 }
 

@@ -1,8 +1,10 @@
 """Models of other parts than Llama's (LayerNorm, biases, GELU, no gate, partial rotary embedding,
-learned positions, parallel residual) train in every kind of layout as in plain torch.
+learned positions, parallel residual; norms on outputs and over all heads, zero-centered norms, a
+scaled embedding, a rotary base of windowed layers) train in every kind of layout as in plain torch.
 """
 
 import dataclasses
+import os
 
 import pytest
 
@@ -17,27 +19,9 @@ from tests.distributed.test_layouts import (
     plain_rows,
     train_in_layout,
 )
+from tests.known_models import GEMMA_3, GPT_2, NEOX, OLMO_3
 
 STEPS = 3
-NEOX = dict(
-    normalization="layernorm",
-    activation="gelu",
-    gated_feed_forward=False,
-    qkv_bias=True,
-    attention_output_bias=True,
-    feed_forward_bias=True,
-    query_groups=0,
-    rope_fraction=0.5,
-    parallel_residual=True,
-)
-GPT_2 = NEOX | dict(
-    activation="gelu_tanh",
-    rope_fraction=1.0,
-    parallel_residual=False,
-    position_embedding="learned",
-    learned_positions=LENGTH + 3,
-    tied_embeddings=True,
-)
 # What one setting alone changes, and what two of them could do to each other.
 MIXED = dict(
     normalization="layernorm",
@@ -48,12 +32,14 @@ MIXED = dict(
     full_attention_layers=[1],
     parallel_residual=True,
 )
-MODELS = {
-    "neox": NEOX,
-    "neox_isolated": NEOX,
-    "neox_last_rows": NEOX,
-    "gpt2": GPT_2,
-    "gpt2_isolated": GPT_2,
+WINDOWED = dict(attention_window_tokens=5, full_attention_layers=[1])
+OWN = {
+    "neox": NEOX | dict(query_groups=0),
+    "gpt2": GPT_2 | dict(query_groups=0, learned_positions=LENGTH + 3),
+    "olmo": OLMO_3 | WINDOWED | dict(rope_original_sequence_length=8),
+    "gemma": GEMMA_3
+    | WINDOWED
+    | dict(head_size=12, attention_scale_size=20.0, embedding_scale=32**0.5, rope_base=1e6),
     "mixed": MIXED,
     "experts": dict(
         normalization="layernorm",
@@ -65,25 +51,38 @@ MODELS = {
     ),
 }
 DENSE = ("neox", "gpt2", "mixed")
+LAST_ROWS = ("neox_last_rows", "olmo_last_rows", "gemma_last_rows")
+ISOLATED = ("neox_isolated", "gpt2_isolated", "gemma_isolated")
 LAYOUTS = {
-    "single": dict(cases=(*DENSE, "neox_isolated", "gpt2_isolated", "neox_last_rows", "experts")),
+    "single": dict(cases=(*OWN, *LAST_ROWS, *ISOLATED)),
     "recompute_full": dict(recompute="full", cases=("neox",)),
     "recompute_selective": dict(recompute="selective", cases=("mixed",)),
-    "tp2": dict(tp=2, cases=("neox", "gpt2")),
+    "tp2": dict(tp=2, cases=("neox", "gpt2", "olmo")),
     "tp2_sequence_parallel": dict(
-        tp=2, sequence_parallel=True, cases=(*DENSE, "neox_last_rows", "experts")
+        tp=2, sequence_parallel=True, cases=(*DENSE, *LAST_ROWS, "experts")
     ),
     "pp2": dict(pp=2, cases=("neox", "gpt2")),
-    "cp2": dict(cp=2, cases=("mixed", "neox_isolated", "gpt2_isolated")),
+    "cp2": dict(cp=2, cases=("mixed", "olmo", *ISOLATED)),
+    "pp2_recompute_full": dict(pp=2, recompute="full", cases=("olmo", "gemma")),
     "tp2_pp2_recompute_full": dict(
         tp=2, pp=2, sequence_parallel=True, recompute="full", cases=("neox",)
     ),
 }
+if os.environ.get("SLM_ALL_LAYOUTS"):
+    NORMS = ("olmo", "gemma")
+    LAYOUTS |= {
+        "tp2_gemma": dict(tp=2, cases=("gemma", "gemma_isolated")),
+        "recompute_selective_norms": dict(recompute="selective", cases=NORMS),
+        "dp2": dict(dp=2, distributed_optimizer=True, cases=NORMS),
+        "tp2_cp2": dict(tp=2, cp=2, sequence_parallel=True, cases=(*NORMS, "gemma_isolated")),
+        "tp2_pp2": dict(tp=2, pp=2, sequence_parallel=True, cases=NORMS),
+    }
 
 
 def configure(case: str, layout: dict) -> Config:
+    """A case is one of OWN, perhaps with _isolated or _last_rows after it."""
     config = make_config("isolated" if case.endswith("isolated") else "data_parallel", layout)
-    config.model = dataclasses.replace(config.model, **MODELS[case])
+    config.model = dataclasses.replace(config.model, **OWN[case.split("_")[0]])
     config.selection.backward_rows = "last_layer" if case.endswith("last_rows") else "all"
     config.schedule.train_steps = STEPS
     # A key's bias adds the same to all scores of a query, so that its gradient is nothing but
@@ -124,4 +123,24 @@ def test_biases_start_at_zero_and_norms_at_one(results):
             if name.endswith("bias"):
                 assert not weight.any(), f"{case}: {name}"
             elif "layernorm" in name:
-                assert (weight == 1).all(), f"{case}: {name}"
+                zero_centered = case.startswith("gemma")
+                assert (weight == (0 if zero_centered else 1)).all(), f"{case}: {name}"
+
+
+@pytest.mark.parametrize("case", ["olmo", "gemma"])
+def test_the_norms_stand_where_the_setting_says(case, results):
+    """By the names of the first layer's weights."""
+    [ranks] = results["single"]
+    prefix = "decoder.layers.0."
+    norms = {
+        name.removeprefix(prefix): tuple(weight.shape)
+        for name, weight in ranks[case]["before"].items()
+        if name.startswith(prefix) and "layernorm" in name
+    }
+    outputs = {"post_self_attn_layernorm.weight": (32,), "post_mlp_layernorm.weight": (32,)}
+    heads = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
+    if case == "olmo":
+        assert norms == outputs | {heads[0]: (32,), heads[1]: (16,)}
+    else:
+        inputs = {"input_layernorm.weight": (32,), "pre_mlp_layernorm.weight": (32,)}
+        assert norms == outputs | inputs | dict.fromkeys(heads, (12,))

@@ -20,6 +20,7 @@ from megatron_slm.planning.result import checkpoint_bytes
 from megatron_slm.planning.work import forward_flops
 from megatron_slm.testing.saved_activations import SavedActivations
 from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu
+from tests.known_models import GPT_2, NEOX, OLMO_2
 
 MODEL = dict(
     layers=4,
@@ -30,17 +31,7 @@ MODEL = dict(
     vocabulary_size=500,
     pad_vocabulary_to_multiple_of=128,
 )
-NEOX = MODEL | dict(
-    query_groups=0,
-    normalization="layernorm",
-    activation="gelu",
-    gated_feed_forward=False,
-    qkv_bias=True,
-    attention_output_bias=True,
-    feed_forward_bias=True,
-    rope_fraction=0.25,
-    parallel_residual=True,
-)
+ONE_KEY_HEAD_EACH = dict(query_groups=0)
 CASES = {
     "llama, bf16": dict(model=MODEL, device=dict(precision="bf16")),
     "tied, qkv bias, fp32, full": dict(
@@ -56,26 +47,17 @@ CASES = {
     ),
     "windows": dict(model=MODEL | dict(attention_window_tokens=16), device=dict(precision="bf16")),
     "norms on outputs and over all heads, bf16": dict(
-        model=MODEL | dict(norm_placement="after", qk_norm=True, qk_norm_over="all_heads"),
+        model=MODEL | OLMO_2,
         device=dict(precision="bf16"),
     ),
     "norms in both places, fp32": dict(
         model=MODEL | dict(norm_placement="both", zero_centered_norms=True, embedding_scale=8.0),
         device=dict(precision="fp32"),
     ),
-    "one key head each, fp32": dict(
-        model=MODEL | dict(query_groups=0), device=dict(precision="fp32")
-    ),
-    "neox, bf16": dict(model=NEOX, device=dict(precision="bf16")),
+    "one key head each, fp32": dict(model=MODEL | ONE_KEY_HEAD_EACH, device=dict(precision="fp32")),
+    "neox, bf16": dict(model=MODEL | NEOX | ONE_KEY_HEAD_EACH, device=dict(precision="bf16")),
     "gpt-2, fp32": dict(
-        model=NEOX
-        | dict(
-            rope_fraction=1.0,
-            parallel_residual=False,
-            position_embedding="learned",
-            learned_positions=96,
-            tied_embeddings=True,
-        ),
+        model=MODEL | GPT_2 | ONE_KEY_HEAD_EACH | dict(learned_positions=96),
         device=dict(precision="fp32"),
     ),
     "gelu with a gate, bias of one part": dict(

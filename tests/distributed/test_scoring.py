@@ -4,19 +4,18 @@ kill.
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_slm.checkpoint.folder import CheckpointInfo
-from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_slm.config.schema import ModelConfig, ParallelConfig
 from megatron_slm.data.manifest import CorpusManifest
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, random_documents, write_corpus
 from megatron_slm.testing.spawn import run_layouts_on_cpu, run_on_cpu, warm_context
+from tests.distributed.bench import save_reference
 
 VOCABULARY = 97
 WINDOW = 16
@@ -31,23 +30,6 @@ MODEL = ModelConfig(
 )
 SETTINGS = {"packed": (16, "packed"), "overlapping": (5, "packed"), "isolated": (16, "isolated")}
 TOLERANCE_NATS = 2e-4
-
-
-def save_reference(groups, run: str) -> None:
-    from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
-    from megatron_slm.model.build import build_model
-
-    config = Config(model=MODEL, parallel=ParallelConfig(), data=DataConfig(sequence_length=WINDOW))
-    info = CheckpointInfo(
-        model=asdict(MODEL),
-        sequence_length=WINDOW,
-        tokenizer={"path": "none", "fingerprint": TOKENIZER_FINGERPRINT},
-        step=3,
-        tokens_processed=300,
-    )
-    CheckpointStore(run, groups).save(
-        build_model(config, VOCABULARY, groups), None, info, trainer_state(None, groups)
-    )
 
 
 def score_layout(groups, layout: str, folder: str) -> dict:
@@ -147,7 +129,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scoring")
     documents = list(random_documents(14, 14, vocabulary_size=VOCABULARY, seed=4))
     write_corpus(folder / "corpus", documents, vocabulary_size=VOCABULARY)
-    run_on_cpu(save_reference, str(folder / "run"))
+    run_on_cpu(save_reference, str(folder / "run"), MODEL, WINDOW)
     assert (
         export_hf.main(
             [

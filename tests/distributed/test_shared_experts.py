@@ -2,16 +2,14 @@
 scores, log-probabilities and generated tokens are those of one process.
 """
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 
-from megatron_slm.checkpoint.folder import CheckpointInfo
-from megatron_slm.config.schema import Config, DataConfig, DeviceConfig, ModelConfig
+from megatron_slm.config.schema import DeviceConfig, ModelConfig
 from megatron_slm.data.score_store import ScoreStore
 from megatron_slm.testing.corpora import TOKENIZER_FINGERPRINT, random_documents, write_corpus
 from megatron_slm.testing.spawn import parallel_config, run_layouts_on_cpu
+from tests.distributed.bench import save_reference
 
 VOCABULARY = 97
 WINDOW = 16
@@ -27,17 +25,6 @@ MODEL = ModelConfig(
 )
 LAYOUTS: dict[str, dict] = {"one": {}, "dp2_ep2": {"dp": 2, "ep": 2}}
 TOLERANCE_NATS = 1e-4
-
-
-def save_reference(groups, run: str) -> None:
-    from megatron_slm.checkpoint.store import CheckpointStore, trainer_state
-    from megatron_slm.model.build import build_model
-
-    config = Config(model=MODEL, data=DataConfig(sequence_length=WINDOW))
-    tokenizer = {"path": "none", "fingerprint": TOKENIZER_FINGERPRINT}
-    info = CheckpointInfo(asdict(MODEL), WINDOW, tokenizer, step=3, tokens_processed=300)
-    models = build_model(config, VOCABULARY, groups)
-    CheckpointStore(run, groups).save(models, None, info, trainer_state(None, groups))
 
 
 def rows_of_rank(dp_rank: int) -> list[list[int]]:
@@ -58,7 +45,7 @@ def work(groups, layout: str, folder: str) -> tuple[list, list]:
     from megatron_slm.scoring.reference import load_scoring_model, open_reference, scoring_config
 
     if layout == "one":
-        save_reference(groups, f"{folder}/run")
+        save_reference(groups, f"{folder}/run", MODEL, WINDOW)
     corpus = CorpusManifest.read(f"{folder}/corpus")
     reference = open_reference(f"{folder}/run", corpus)
     parallel = parallel_config(LAYOUTS[layout])

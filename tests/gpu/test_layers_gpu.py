@@ -10,6 +10,7 @@ import torch
 
 from megatron_slm.accelerations import apex_rms_norm, has_transformer_engine
 from megatron_slm.config.schema import Config
+from tests.known_models import GEMMA_3, GPT_2, NEOX, OLMO_3
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,27 +121,9 @@ ENGINES = pytest.mark.parametrize(
         pytest.param("transformer_engine", "bf16", 5e-2, marks=NEEDS_TRANSFORMER_ENGINE),
     ],
 )
-NEOX = dict(
-    normalization="layernorm",
-    activation="gelu",
-    gated_feed_forward=False,
-    qkv_bias=True,
-    attention_output_bias=True,
-    feed_forward_bias=True,
-    rope_fraction=0.25,
-    parallel_residual=True,
-)
 PARTS = {
     "neox": NEOX,
-    "gpt-2": NEOX
-    | dict(
-        activation="gelu_tanh",
-        rope_fraction=1.0,
-        parallel_residual=False,
-        position_embedding="learned",
-        learned_positions=LENGTH,
-        tied_embeddings=True,
-    ),
+    "gpt-2": GPT_2 | dict(learned_positions=LENGTH),
     "a layer without rotary embedding": dict(layers_without_rope=[1]),
     "bias of the feed-forward layer alone": dict(feed_forward_bias=True),
     "gelu with a gate": dict(activation="gelu", qk_norm=True, normalization="layernorm"),
@@ -149,28 +132,8 @@ PARTS = {
 
 WINDOWED = dict(attention_window_tokens=10, full_attention_layers=[1])
 NORMS = {
-    "olmo 3": WINDOWED
-    | dict(
-        norm_placement="after",
-        qk_norm=True,
-        qk_norm_over="all_heads",
-        rope_base_windowed=10000.0,
-        rope_scaling="yarn",
-        rope_scaling_factor=4.0,
-        rope_original_sequence_length=16,
-    ),
-    "gemma 3": WINDOWED
-    | dict(
-        activation="gelu_tanh",
-        norm_placement="both",
-        zero_centered_norms=True,
-        qk_norm=True,
-        attention_scale_size=48.0,
-        embedding_scale=128**0.5,
-        rope_base_windowed=100.0,
-        rope_scaling="linear",
-        tied_embeddings=True,
-    ),
+    "olmo 3": WINDOWED | OLMO_3 | dict(rope_original_sequence_length=16),
+    "gemma 3": WINDOWED | GEMMA_3 | dict(attention_scale_size=48.0, embedding_scale=128**0.5),
 }
 
 
