@@ -264,5 +264,5 @@ def test_what_would_leave_processes_waiting_is_refused(
     done = run_program("megatron_slm.harness", *model, *tasks, *words, processes=2, exit_code=None)
     assert done.returncode == code, done.stderr
     assert sentence in done.stderr
-    # A process without documents leaves the others in a collective of lm_eval's, which fails there.
-    assert option == "--limit" or "Traceback" not in done.stderr
+    if option != "--limit":  # where the others are in a collective of lm_eval's, which then fails
+        assert "Traceback" not in done.stderr
