@@ -59,7 +59,11 @@ def _train(stage: Stage, folder: Path) -> list[str]:
     # with_suffix would take the .5 of an arm named keep_0.5 away, and arms would share a file.
     path = Path(f"{folder_of(stage, folder)}.yaml")
     path.write_text(yaml.safe_dump(run_settings(stage, folder), sort_keys=False))
-    return ["megatron_slm.train", "--config", str(path)]
+    words = ["megatron_slm.train", "--config", str(path)]
+    if hook := stage.identity.get("after_step"):
+        # Only a command line can name a file whose code is run.
+        words += ["--monitoring.after_step", hook]
+    return words
 
 
 def run_settings(stage: Stage, folder: Path) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class Training:
     settings: dict[str, Any] = field(default_factory=dict)
     """Sections of megatron_slm.train. A size can be {of_scale: 0.25}, a quarter of the scale's; the
     lengths of a schedule are shares of the run, tokens_of_run and hold_of_run."""
+    after_step: str = ""
+    """monitoring.after_step of the run, FILE.py:NAME below the checkout: code that changes what no
+    setting changes."""
     against: str = ""
     """The arm whose loss is subtracted, pair by pair of the same seed; empty = the experiment's
     baseline."""
@@ -89,7 +92,7 @@ class Experiment:
     """Arm -> the store whose losses are subtracted from the trained arm's to rank the tokens of the
     planted corpus `words` (token_noise.py)."""
     missing: dict[str, Any] = field(default_factory=dict)
-    """What the issue asks and no setting of the framework does -> why; printed with the results."""
+    """What belongs to the question and is not measured -> why; printed with the results."""
     name: str = ""
     """The file's, without its ending."""
 

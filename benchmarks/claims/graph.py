@@ -138,7 +138,10 @@ class Graph:
             roles["scores"] = len(needs)
             needs += [self.scores(training.scores, corpus) for corpus in training.train]
         settings = self._settings(name, training)
-        return Stage("train", name, {"roles": roles, "settings": settings}, tuple(needs))
+        identity = {"roles": roles, "settings": settings}
+        if training.after_step:
+            identity["after_step"] = training.after_step
+        return Stage("train", name, identity, tuple(needs))
 
     def _settings(self, name: str, training: Training) -> dict[str, Any]:
         """Settings of megatron_slm.train, but for the paths."""

@@ -132,6 +132,10 @@ class SelectionConfig:
     """Tokens whose gradients the layers' backward products compute. last_layer: the last layer
     leaves out unselected tokens, the gradient stays exact; every_layer_approximate: every layer
     drops their gradient, which CHANGES the gradient; see docs/head.md."""
+    end_when_overtaken: bool = False
+    """End the selection at the first log line in which the model has overtaken its reference
+    (loss/all at or below loss/reference): every token is trained on from there, as with scorer
+    none. false = that is a warning only."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The reference losses."""
 

@@ -143,6 +143,14 @@ def reference_overtaken(all_nats: float, reference_nats: float) -> str | None:
     )
 
 
+def selection_ended(step: int) -> str:
+    """What a run says when selection.end_when_overtaken has ended its selection."""
+    return (
+        f"The selection has ended after step {step}, because the model has overtaken its reference "
+        "(selection.end_when_overtaken): every token is trained on from here."
+    )
+
+
 def _reference_overtaken(summary: Mapping) -> str | None:
     all_nats = summary.get("loss/all")
     reference_nats = summary.get("loss/reference")

@@ -94,7 +94,9 @@ class BusyTime:
 
     def phase_of(self, frame: FrameType) -> str:
         """What a stack is doing: one of PHASES, or WAITING."""
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        # A frame at an instruction of no line, which the compiler has added, has the number None.
+        number: int | None = frame.f_lineno
+        line = linecache.getline(frame.f_code.co_filename, number) if number else ""
         if any(call in line for call in _WAITING_CALLS):
             return WAITING
         above: FrameType | None = frame

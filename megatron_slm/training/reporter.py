@@ -29,7 +29,7 @@ from megatron_slm.monitoring import (
 )
 from megatron_slm.monitoring.console import lines_of_table
 from megatron_slm.parallel import Groups
-from megatron_slm.selection import build_schedule
+from megatron_slm.selection import Scorer, build_schedule
 from megatron_slm.selection.alarms import ranks_tokens, smallest_population, warnings_of
 from megatron_slm.selection.populations import population_sequences
 from megatron_slm.training.closing import closing_lines
@@ -199,16 +199,21 @@ class Reporter:
         if self.groups.world_rank == 0:
             run_status.progress(self.folder, step)
 
-    def emit_warnings(self, summary: dict, keep_fraction: float, scorer) -> None:
-        """Report each alarm that this interval's metrics raise, once per start of the run."""
+    def emit_warnings(self, summary: dict, keep_fraction: float, scorer: Scorer) -> dict[str, str]:
+        """Report each alarm that this interval's metrics raise, once per start of the run.
+
+        scorer: what chose the tokens of the interval. Returns all alarms raised, by their names.
+        """
         own_count = scorer.uses_keep_fraction and scorer.name not in ("union", "intersection")
         alarms = warnings_of(
             summary,
             keep_fraction if own_count else None,
-            ranked=ranks_tokens(self.config.selection.scorer, keep_fraction),
+            ranked=scorer.name != "none"
+            and ranks_tokens(self.config.selection.scorer, keep_fraction),
         )
         for name, sentence in alarms.items():
             self.warn_once(name, sentence)
+        return alarms
 
     def warn_once(self, name: str, sentence: str) -> None:
         """A warning of the kind `name`, unless this start of the run has had one."""

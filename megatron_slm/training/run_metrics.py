@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from megatron_slm.model.optimizer import loss_scale
 from megatron_slm.model.router import summarise_routing
 from megatron_slm.monitoring import Throughput
+from megatron_slm.selection.alarms import selection_ended
 from megatron_slm.selection.diagnostics import summarise
 from megatron_slm.selection.metric_sums import MetricSums
 from megatron_slm.training.run_parts import RunParts
@@ -59,9 +63,24 @@ def log_interval(run: RunParts, of_step: dict[str, Any], throughput: Throughput)
     run.reporter.log(record, run.step)
     selector = run.trainer.selector
     keep_fraction = selector.keep_fraction(run.done.tokens - run.length.step_tokens)
-    run.reporter.emit_warnings(summary, keep_fraction, selector.scorer)
+    alarms = run.reporter.emit_warnings(summary, keep_fraction, selector.scorer)
+    if run.config.selection.end_when_overtaken and selector.ended_at_tokens is None:
+        _end_selection(run, overtaken="reference_overtaken" in alarms)
     run.spike_data.end_interval(run.loss_spikes.look(summary, keep_fraction, run.step))
     return record
+
+
+def _end_selection(run: RunParts, *, overtaken: bool) -> None:
+    """End the selection if the model has overtaken its reference; every rank calls it.
+
+    overtaken: known on the last pipeline stage. The other stages have to be told, because the
+    passes of a step depend on what is selected.
+    """
+    answer = torch.tensor([overtaken], dtype=torch.int64, device=run.groups.device)
+    dist.broadcast(answer, src=run.groups.world_size - 1)
+    if answer.item():
+        run.trainer.end_selection(run.done.tokens)
+        run.reporter.message(selection_ended(run.step), "warning")
 
 
 def _loss_scaling(run: RunParts) -> dict[str, float]:

@@ -92,6 +92,9 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     load_loss_scaler_state(run.trainer.optimizer, state.get("loss_scaler", {}))
     run.skipped_steps = state.get("skipped_steps", 0)
     run.trainer.selector.load_state_dict(state["selection"])
+    ended_at_tokens = state["selection"].get("ended_at_tokens")
+    if ended_at_tokens is not None and run.config.selection.end_when_overtaken:
+        run.trainer.end_selection(ended_at_tokens)
     if run.groups.is_last_stage:
         run.tokens_selected = state["tokens_selected"]
         if before.changes(wanted):  # corpora have other ids, the probe other sequences

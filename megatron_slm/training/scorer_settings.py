@@ -1,6 +1,7 @@
 """The selection section of a configuration as a scorer and its rules, checked without torch."""
 
 from megatron_slm.config.schema import SelectionConfig
+from megatron_slm.selection.alarms import ranks_tokens
 from megatron_slm.selection.rules import ONLINE_COLUMNS, ChoiceRules, configured_scorer
 from megatron_slm.selection.schedule import build_schedule
 from megatron_slm.selection.scorer_files import load_scorer_files
@@ -30,4 +31,27 @@ def choice_rules(settings: SelectionConfig) -> ChoiceRules:
         )
     build_schedule(settings.keep_fraction)
     rules.check()
+    if settings.end_when_overtaken and (reason := _never_overtaken(settings, rules)):
+        raise ValueError(f"selection.end_when_overtaken: got true {reason}")
     return rules
+
+
+def _never_overtaken(settings: SelectionConfig, rules: ChoiceRules) -> str | None:
+    """Why no log line of these settings can show that the model has overtaken its reference."""
+    reference = settings.reference
+    if not ranks_tokens(settings.scorer, settings.keep_fraction):
+        return (
+            f"with scorer {settings.scorer} and keep_fraction {settings.keep_fraction}, which "
+            "prefers no token to another: there is no selection to end; set it to false"
+        )
+    if not (reference.scores or reference.checkpoint):
+        return (
+            f"with scorer {settings.scorer} and no reference to overtake; set it to false, or give "
+            "selection.reference.scores or selection.reference.checkpoint"
+        )
+    if rules.loss_of_selected_only:
+        return (
+            f"with scorer {settings.scorer} and head_rows {settings.head_rows}, which never "
+            "compute the loss of all tokens; set head_rows to all"
+        )
+    return None

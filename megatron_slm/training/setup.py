@@ -181,20 +181,23 @@ def _online_reference(
 
 
 def _missing_columns(config: Config, rules: ChoiceRules, corpora: list[Corpus]) -> list[str]:
-    """Stored columns the scorer reads and the score stores do not have."""
-    wanted = rules.stored_columns
+    """Stored columns the selection reads and the score stores do not have."""
     if config.selection.reference.checkpoint:
         return []
     missing = []
+    reader, wanted = f"selection.scorer {config.selection.scorer}", rules.stored_columns
+    if config.selection.end_when_overtaken and "reference_loss" not in wanted:
+        reader += " with end_when_overtaken"
+        wanted |= {"reference_loss"}
     for corpus in corpora:
         if corpus.scores is None:
             continue
         stored = {presented_name(column) for column in corpus.scores.columns}
         if wanted - stored:
             missing.append(
-                f"selection.scorer {config.selection.scorer} reads {', '.join(sorted(wanted))}, "
-                f"but the scores of {corpus.prefix} hold only {', '.join(sorted(stored))}; score "
-                "again with --columns, or choose another scorer"
+                f"{reader} reads {', '.join(sorted(wanted))}, but the scores of {corpus.prefix} "
+                f"hold only {', '.join(sorted(stored))}; score again with --columns, or choose "
+                "another scorer"
             )
     return missing
 

@@ -180,7 +180,9 @@ def _describe_selection(config: Config) -> str:
         source = f", reference {reference.checkpoint} (online)"
     elif reference.scores:
         source = f", stored scores {', '.join(reference.scores)}"
-    return f"{selection.scorer}, keep {selection.keep_fraction}, scope {selection.scope}{source}"
+    end = ", until the reference is overtaken" if selection.end_when_overtaken else ""
+    choice = f"{selection.scorer}, keep {selection.keep_fraction}, scope {selection.scope}"
+    return f"{choice}{source}{end}"
 
 
 def _describe_rows(config: Config, on_gpu: bool) -> dict[str, str]:

@@ -30,23 +30,33 @@ from megatron_slm.training.scorer_settings import choice_rules
 class TokenSelector:
     """Selects tokens under one configuration.
 
-    Its state (of scope running_threshold only) goes into the checkpoint.
+    Its state (a running threshold, and where the selection has ended) goes into the checkpoint.
     """
 
     def __init__(
         self, settings: SelectionConfig, groups: Groups, *, sequence_length: int, corpora: int
     ):
+        self.groups = groups
+        self.sequence_length = sequence_length
+        self.corpora = corpora
+        self.ended_at_tokens: int | None = None
+        """Processed tokens when the selection ended before the run; None while it goes on."""
+        self._apply(settings)
+
+    def _apply(self, settings: SelectionConfig) -> None:
         self.rules = choice_rules(settings)
         self.scorer = self.rules.scorer
         self.keep_fraction = build_schedule(settings.keep_fraction)
         self.scope = settings.scope
-        self.groups = groups
-        self.sequence_length = sequence_length
-        self.corpora = corpora
         self.running = RunningThreshold() if settings.scope == "running_threshold" else None
         self.extras = tuple(sorted(self.scorer.needs & MODEL_COLUMNS - {"loss"}))
         """Per-token values that the model must give beside its loss."""
         self.head_on_selected_rows = self.rules.head_on_selected_rows
+
+    def end(self, tokens: int) -> None:
+        """Choose every token from here on, as scorer none does; `tokens` were processed so far."""
+        self.ended_at_tokens = tokens
+        self._apply(SelectionConfig())
 
     def choose(
         self,
@@ -139,10 +149,11 @@ class TokenSelector:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"running": self.running.state_dict() if self.running else None}
+        running = self.running.state_dict() if self.running else None
+        return {"running": running, "ended_at_tokens": self.ended_at_tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; a run that newly uses running_threshold starts without a past."""
+        """Restore the running threshold; a run that newly uses one starts without a past."""
         if self.running is not None and state.get("running"):
             self.running.load_state_dict(state["running"])
 

@@ -32,6 +32,15 @@ class Trainer:
         set_extra_outputs(self.models, self.selector.extras)
         self.weight_needed_ahead = has_auxiliary_losses(self.models)
 
+    def end_selection(self, tokens: int) -> None:
+        """Train on every token from here on; `tokens` were processed so far.
+
+        The online reference is let go, and steps cost what plain training costs.
+        """
+        self.selector.end(tokens)
+        self.reference = None
+        set_extra_outputs(self.models, self.selector.extras)
+
     @property
     def reference_extras(self) -> tuple[str, ...]:
         """The per-token outputs that the online reference must return beside its loss."""

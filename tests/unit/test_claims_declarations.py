@@ -2,11 +2,15 @@
 takes, arms differ in nothing but what they say, and shared runs are shared.
 """
 
+import importlib
 import itertools
 import json
+import runpy
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from benchmarks.claims.commands import command_of, run_settings
 from benchmarks.claims.corpora import PARTS, part_of
@@ -26,6 +30,8 @@ from benchmarks.claims.runner import CommandLauncher
 from benchmarks.claims.token_noise import detection, overlaps
 from megatron_slm.config.check import check_config
 from megatron_slm.config.load import from_mapping
+from megatron_slm.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_slm.ops.selected_linear_cross_entropy import selected_linear_cross_entropy
 from megatron_slm.selection.schedule import build_schedule
 
 SCALES = ("smoke", "cpu", "gpu", "cluster")
@@ -57,7 +63,7 @@ def test_every_run_is_one_that_the_trainer_takes(name, scale, tmp_path):
 @pytest.mark.parametrize("name", experiment_names())
 def test_every_run_has_a_settings_file_of_its_own(name, tmp_path):
     stages = trainings(name).values()
-    files = {command_of(stage, tmp_path)[-1] for stage in stages}
+    files = {command_of(stage, tmp_path)[2] for stage in stages}
     assert len(files) == len({stage.key for stage in stages})
 
 
@@ -132,6 +138,38 @@ def test_the_command_of_a_score_store(tmp_path):
     assert module == "megatron_slm.score"
     assert words[words.index("--dtype") + 1] == "fp32"
     assert words[words.index("--device.kind") + 1] == "cpu"
+
+
+def test_a_file_that_changes_what_no_setting_changes_is_named_on_the_command_line(tmp_path):
+    made = trainings("exactness")
+    words = command_of(made["bf16_logits"], tmp_path)
+    hook = "benchmarks/claims/parts/rounded_logits.py:after_step"
+    assert words[-2:] == ["--monitoring.after_step", hook]
+    assert "--monitoring.after_step" not in command_of(made["slm"], tmp_path)
+    assert made["slm"].identity["settings"] == made["bf16_logits"].identity["settings"]
+    assert made["slm"].key != made["bf16_logits"].key
+
+
+def test_rounded_logits_are_those_of_a_head_that_writes_bf16(monkeypatch):
+    for head in ("head_forward", "head_backward", "selected_linear_cross_entropy"):
+        module = importlib.import_module(f"megatron_slm.ops.{head}")
+        monkeypatch.setattr(module, "logits_into", module.logits_into)  # puts it back at the end
+    runpy.run_path("benchmarks/claims/parts/rounded_logits.py")
+    hidden = torch.randn(12, 8, requires_grad=True)
+    weight = 4.0 * torch.randn(40, 8)
+    target = torch.arange(12)
+    exact = hidden @ weight.t()
+    rounded = exact + (exact.bfloat16().float() - exact).detach()  # its gradient passes through
+    expected = F.cross_entropy(rounded, target, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), hidden)
+    for mode in ("keep", "recompute"):
+        loss = linear_cross_entropy(hidden, weight, target, mode=mode)
+        torch.testing.assert_close(loss, expected)
+        (found,) = torch.autograd.grad(loss.sum(), hidden)
+        torch.testing.assert_close(found, gradient)
+    loss_sum, _ = selected_linear_cross_entropy(hidden, weight, target, target < 6)
+    torch.testing.assert_close(loss_sum, expected[:6].sum())
+    assert not torch.allclose(expected, F.cross_entropy(exact, target, reduction="none"))
 
 
 def test_programs_are_jobs_at_the_scale_of_a_cluster():

@@ -52,6 +52,13 @@ def test_the_innermost_known_function_tells_the_phase():
     assert stack_of(in_file("/x/megatron_slm/training/other.py", "train_step")) == OTHER
 
 
+def test_a_frame_at_an_instruction_without_a_line_has_a_phase_too():
+    path = "/x/megatron_slm/training/step.py"
+    code = in_file(path, "train_step").__code__
+    frame = SimpleNamespace(f_code=code, f_lineno=None, f_back=None)
+    assert BusyTime().phase_of(frame) == COMPUTE
+
+
 def test_a_collective_is_no_work():
     assert stack_of(in_file(dist.distributed_c10d.__file__, "all_reduce")) == WAITING
 

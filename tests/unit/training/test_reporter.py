@@ -48,6 +48,14 @@ def test_a_run_that_ranks_tokens_is_told_once_that_its_reference_is_overtaken(
     assert len(told) == warned
 
 
+def test_a_selection_that_has_ended_raises_the_alarm_no_more(tmp_path):
+    reporter = reporter_of("excess_loss", tmp_path)
+    assert "reference_overtaken" in reporter.emit_warnings(
+        OVERTAKEN, 0.6, build_scorer("excess_loss")
+    )
+    assert reporter.emit_warnings(OVERTAKEN, 0.6, build_scorer("none")) == {}
+
+
 def test_rates_by_corpus_bear_the_names_of_their_corpora(tmp_path):
     reporter = reporter_of("random", tmp_path, ["data/web", "data/code", "data/books", "data/web"])
     record = {"kind": "train", "selection/rate_by_corpus": [0.5, 0.7, math.nan, 0.6]}

@@ -106,3 +106,38 @@ def doubt(columns, progress):
     assert rules.stored_columns == {"quality"}
     with pytest.raises(ValueError, match="reads quality; an online reference gives"):
         choice_rules(settings(f"{tmp_path}/mine.py:doubt", checkpoint="r"))
+
+
+OVERTAKEN = "selection.end_when_overtaken: got true with scorer "
+
+
+def test_a_selection_may_end_when_its_reference_is_overtaken():
+    for given in (
+        settings("excess_loss", scores=["s"], end_when_overtaken=True),
+        settings("excess_loss", checkpoint="r", end_when_overtaken=True),
+        settings("own_loss", scores=["s"], end_when_overtaken=True),
+        settings("reference_loss", scores=["s"], end_when_overtaken=True, scope="global_batch"),
+    ):
+        assert choice_rules(given).scorer.name == given.scorer
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (settings("none"), "none and keep_fraction 0.6, which prefers no token"),
+        (settings("random"), "random and keep_fraction 0.6, which prefers no token"),
+        (
+            settings("excess_loss", scores=["s"], keep_fraction=1.0),
+            "excess_loss and keep_fraction 1.0, which prefers no token",
+        ),
+        (settings("own_loss"), "own_loss and no reference to overtake"),
+        (
+            settings("reference_loss", scores=["s"], head_rows="selected"),
+            "reference_loss and head_rows selected, which never compute the loss of all tokens",
+        ),
+    ],
+)
+def test_a_selection_that_would_never_end_is_refused(given, reason):
+    given.end_when_overtaken = True
+    with pytest.raises(ValueError, match=OVERTAKEN + reason):
+        choice_rules(given)

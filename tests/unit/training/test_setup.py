@@ -271,3 +271,14 @@ def test_the_check_removes_a_stop_file_only_while_it_holds_the_run_folder(config
         assert request.exists(), capsys.readouterr().err
     assert main(words) == 0
     assert not request.exists()
+
+
+def test_a_selection_that_is_to_end_needs_the_references_loss_in_its_scores(config, tmp_path):
+    write_scores(tmp_path / "entropies", tmp_path / "c", columns=("entropy",))
+    config.selection.scorer = "own_loss"
+    config.selection.reference.scores = [str(tmp_path / "entropies")]
+    assert open_run_inputs(config).vocabulary_size == 50
+    config.selection.end_when_overtaken = True
+    said = problems_of(config, RunInputError)
+    assert "selection.scorer own_loss with end_when_overtaken reads reference_loss, but" in said
+    assert "hold only reference_entropy" in said
