@@ -49,6 +49,32 @@ def curves(results: Results, pair: str) -> Figure:
         return figure
 
 
+def lead(results: Results, pair: str) -> Figure:
+    """Loss on the target less that of the baseline at the same processed tokens: means of the
+    differences of the same seed, with their 95 % intervals.
+
+    Of arms that were validated where the baseline was.
+    """
+    arms = results.arms(pair)
+    baseline = arms.pop(results.declared["baseline"])
+    places = baseline.points(PROCESSED)
+    with house_style():
+        figure, [axes] = new_figure(1, height=4.2)
+        ends: list[tuple[str, str, float, float]] = []
+        for index, arm in enumerate(arms.values()):
+            if not np.array_equal(arm.points(PROCESSED), places):
+                continue
+            differences = arm.points(LOSS) - baseline.points(LOSS)
+            _band(axes, places[0], differences, index)
+            end = (float(places[0, -1]), float(differences[:, -1].mean()))
+            ends.append((arm.label, colour(index), *end))
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axis_in_tokens(axes.xaxis, "tokens processed")
+        axes.set_ylabel("loss less that of plain (nats per token)")
+        label_lines(axes, ends)
+        return figure
+
+
 def _flops(arm: Arm) -> np.ndarray:
     processed = arm.points(PROCESSED).mean(0)
     cost = arm.flops

@@ -7,6 +7,7 @@ python -m benchmarks.claims.page --check    1 when the page is not what the numb
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.claims import figures
 from benchmarks.claims.analysis import RESULTS, Results
@@ -18,17 +19,21 @@ from benchmarks.claims.page_parts import (
     costs_table,
     declared_only,
     interval,
+    model_lines,
     noise_table,
     sources_table,
     state,
     token_noise_lines,
-    verdicts,
 )
 from megatron_slm.files.atomic import write_text_atomically
 
 ROOT = FOLDER.parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
+FOUND = (
+    "Differences of the loss on held-out target text, in nats per token, with their 95 % "
+    "intervals, after as many processed tokens as the arm compared with."
+)
 ORDER = (
     "main",
     "keep_fraction",
@@ -74,6 +79,8 @@ def draw(results: Results, folder: Path) -> None:
         if name == "keep_fraction":
             figure = figures.keep_fractions(results, pair)
             figures.save(figure, folder / f"claims_keep_fraction_{pair}.svg")
+        if name == "lead":
+            figures.save(figures.lead(results, pair), folder / f"claims_lead_{pair}.svg")
 
 
 def page(folder: Path) -> str:
@@ -84,20 +91,34 @@ def page(folder: Path) -> str:
     parts.append(summary(found))
     for name, results in found.items():
         parts.append(section(results) if results else declared_only(read_experiment(name)))
+    parts.append(texts([results for results in found.values() if results]))
     return "\n\n".join(parts) + "\n"
 
 
 def summary(found: dict[str, Results | None]) -> str:
-    """What was found, one line for every comparison with enough seeds, and what was not run."""
-    lines = ["## What was found", ""]
+    """What was found, the comparisons of every experiment and pair, and what was not run."""
+    lines = ["## What was found", "", FOUND]
     for results in found.values():
         if results:
-            lines += [
-                f"- {sentence}" for pair in results.pairs for sentence in state(results, pair)
-            ]
+            for pair in results.pairs:
+                lines += ["", *state(results, pair)]
     waiting = [name for name, results in found.items() if results is None]
     if waiting:
-        lines.append(f"- Declared and not yet run: {', '.join(waiting)}.")
+        lines += ["", f"Declared and not yet run: {', '.join(waiting)}."]
+    return "\n".join(lines)
+
+
+def texts(found: list[Results]) -> str:
+    """Which text each pair's corpora were made of."""
+    corpora: dict[str, dict[str, Any]] = {}
+    sources: dict[str, dict[str, Any]] = {}
+    for results in found:
+        for pair in results.pairs:
+            corpora.setdefault(pair, {}).update(results.header["corpora"].get(pair, {}))
+            sources.setdefault(pair, {}).update(results.header["sources"].get(pair, {}))
+    lines = ["## The text that was read"]
+    for pair in corpora:
+        lines += ["", f"### Text: {pair}", "", *sources_table(corpora[pair], sources[pair])]
     return "\n".join(lines)
 
 
@@ -129,11 +150,13 @@ def section(results: Results) -> str:
         if name == "keep_fraction":
             path = f"figures/claims_keep_fraction_{pair}.svg"
             lines += [f"![Difference from plain over the keep fraction.]({path})", ""]
-        lines += [*verdicts(results, pair), ""]
+        if name == "lead":
+            lines += [f"![Difference from plain over the run.](figures/claims_lead_{pair}.svg)", ""]
         lines += [*arms_table(results, pair), "", *comparisons_table(results, pair), ""]
+        lines += [*model_lines(results, pair), ""]
         if declared["planted"]:
             lines += [*noise_table(results, pair), "", *token_noise_lines(results, pair), ""]
-        lines += [*costs_table(results, pair), "", *sources_table(results, pair), ""]
+        lines += [*costs_table(results, pair), ""]
         if waiting := results.not_run(pair):
             lines += [f"Declared for this pair and not yet run: {', '.join(waiting)}.", ""]
     others = [pair for pair in declared["pairs"] if pair not in results.pairs]

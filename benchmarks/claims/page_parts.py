@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.claims.analysis import LOSS, Arm, Comparison, Results, found_noise
 from benchmarks.claims.experiment import Experiment
@@ -9,6 +10,9 @@ from benchmarks.claims.intervals import Estimate, estimate
 from benchmarks.claims.noise import WORDS
 
 SIGNIFICANT = 0.05
+LOWER, HIGHER, SAME, TOO_FEW = "lower", "higher", "not shown to differ", "too few seeds"
+FINDINGS = (LOWER, HIGHER, SAME, TOO_FEW)
+"""What a comparison finds of the loss of its arm."""
 MEASURED = ("precision", "recall", "planted_fraction")
 
 
@@ -42,60 +46,47 @@ def scientific(value: float) -> str:
     return f"{value:.2e}" if value else "–"
 
 
-def wording(comparison: Comparison) -> str:
-    """lower, higher or not shown to differ."""
+def finding(comparison: Comparison, needed: int) -> str:
+    """One of FINDINGS; `needed` seeds make a claim."""
     difference = comparison.difference
     assert difference is not None
+    if difference.count < needed:
+        return TOO_FEW
     if comparison.p_holm < SIGNIFICANT:
-        return "lower than" if difference.mean < 0 else "higher than"
-    return "not shown to differ from"
-
-
-def sentence(comparison: Comparison) -> str:
-    """What one comparison says."""
-    difference = comparison.difference
-    assert difference is not None
-    return (
-        f"{comparison.arm.label}: loss {wording(comparison)} that of {comparison.baseline.label}, "
-        f"by {interval(difference, signed=True)} nats over {difference.count} seeds "
-        f"(p {probability(difference.p)}, Holm {probability(comparison.p_holm)})"
-    )
+        return LOWER if difference.mean < 0 else HIGHER
+    return SAME
 
 
 def compared(results: Results, pair: str) -> list[Comparison]:
     return [each for each in results.comparisons(pair) if each.difference is not None]
 
 
-def enough(results: Results, pair: str) -> bool:
-    """Whether every comparison has the seeds that the experiment asks for."""
-    least = min(
-        (each.difference.count for each in compared(results, pair) if each.difference), default=0
-    )
-    return least >= results.declared["seeds"]
-
-
 def state(results: Results, pair: str) -> list[str]:
-    """The lines of the page's summary: comparisons that have the seeds for a claim."""
-    title, needed = results.declared["title"], results.declared["seeds"]
-    found = compared(results, pair)
-    claims = [each for each in found if each.difference and each.difference.count >= needed]
-    lines = [f"{title}, {pair}. {sentence(each)}." for each in claims]
-    if len(claims) < len(found):
-        lines.append(
-            f"{title}, {pair}: {len(found) - len(claims)} comparisons have fewer than the {needed} "
-            "seeds that a claim needs; they are in the section, without a claim."
-        )
+    """What the comparisons of one pair say: a line for each of FINDINGS that there is."""
+    declared = results.declared
+    baseline = declared["arms"][declared["baseline"]]["label"] or declared["baseline"]
+    lines = [
+        f"**{declared['title']}: {pair}.** {declared['seeds']} seeds make a claim; against "
+        f"{baseline}, unless something else is said.",
+        "",
+    ]
+    grouped: dict[str, list[str]] = {}
+    for each in compared(results, pair):
+        assert each.difference is not None
+        against = ""
+        if each.baseline.name != declared["baseline"]:
+            against = f" (against {each.baseline.label})"
+        text = f"{each.arm.label}{against} {interval(each.difference, signed=True)}"
+        grouped.setdefault(finding(each, declared["seeds"]), []).append(text)
+    for name in FINDINGS:
+        if name in grouped:
+            lines.append(f"- *{name.capitalize()}*: {'; '.join(grouped[name])}.")
     return lines
 
 
-def verdicts(results: Results, pair: str) -> list[str]:
-    """What the comparisons say in words, and the reference's own loss."""
+def model_lines(results: Results, pair: str) -> list[str]:
+    """Where the base and the references end on the target."""
     lines = []
-    needed = results.declared["seeds"]
-    for comparison in compared(results, pair):
-        assert comparison.difference is not None
-        few = comparison.difference.count < needed
-        lines.append(f"- {sentence(comparison)}{'; too few seeds for a claim' if few else ''}.")
     arms = results.arms(pair).values()
     lowest = min(estimate(list(arm.final_losses().values())).mean for arm in arms)
     for name, model in results.models(pair).items():
@@ -121,6 +112,7 @@ def comparisons_table(results: Results, pair: str) -> list[str]:
     rows = []
     for each in compared(results, pair):
         assert each.difference is not None
+        found = finding(each, results.declared["seeds"])
         ratio = f"not in {each.difference.count - each.reached} of {each.difference.count} seeds"
         if each.tokens_ratio is not None:
             ratio = interval(each.tokens_ratio, 2)
@@ -130,13 +122,14 @@ def comparisons_table(results: Results, pair: str) -> list[str]:
                 each.baseline.label,
                 str(each.difference.count),
                 interval(each.difference, signed=True),
+                found,
                 probability(each.difference.p),
                 probability(each.p_holm),
                 ratio,
             ]
         )
-    header = ["arm", "less", "seeds", "difference, nats", "p, paired", "Holm", "tokens to its loss"]
-    return table(header, rows)
+    header = ["arm", "less", "seeds", "difference, nats", "loss", "p, paired", "Holm"]
+    return table([*header, "tokens to its loss"], rows)
 
 
 def costs_table(results: Results, pair: str) -> list[str]:
@@ -196,17 +189,16 @@ def _of_seeds(found: Sequence[Mapping[str, float]], name: str) -> str:
     return interval(estimate([entry[name] for entry in found]), 2)
 
 
-def sources_table(results: Results, pair: str) -> list[str]:
-    """Which text was read."""
-    tokens = results.header["corpora"].get(pair, {})
+def sources_table(corpora: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
+    """Which text was read: what the first row of stored numbers says of one pair."""
     rows = []
-    for corpus, entry in results.header["sources"].get(pair, {}).items():
+    for corpus, entry in sources.items():
         for source, size in entry["sources"].items():
             count = f"{size['characters']:,}"
             rows.append([corpus, source, f"{size['documents']:,}", count])
-        if corpus in tokens:
+        if corpus in corpora:
             documents = f"{entry['documents']:,}"
-            count = f"{entry['characters']:,} = {tokens[corpus]['tokens']:,} tokens"
+            count = f"{entry['characters']:,} = {corpora[corpus]['tokens']:,} tokens"
             rows.append([corpus, "all of it", documents, count])
     return table(["corpus", "source", "documents", "characters"], rows)
 

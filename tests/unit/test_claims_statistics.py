@@ -16,7 +16,7 @@ from benchmarks.claims.intervals import (
     two_sided_p,
 )
 from benchmarks.claims.page import PAGE, caption, draw, page, section
-from benchmarks.claims.page_parts import interval
+from benchmarks.claims.page_parts import interval, state
 
 # Student's t, two-sided 95 %: the table of any textbook (Abramowitz and Stegun, 26.10).
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042, 1000: 1.962}
@@ -158,14 +158,23 @@ def test_a_section_says_what_was_not_found_and_not_run(tmp_path):
     rows[0]["declared"]["arms"]["later"] = {"label": "an arm for later", "against": ""}
     write_rows(tmp_path / "test.jsonl.gz", rows)
     text = section(Results(read_rows(tmp_path / "test.jsonl.gz")))
-    assert "slm: loss not shown to differ from that of plain, by +0.000" in text
+    assert "| slm | plain | 3 | +0.000 [−0.025, +0.025] | not shown to differ | 1.000 |" in text
     assert "Declared for this pair and not yet run: an arm for later." in text
     assert "Not part of it, all of it: it is a test." in text
 
 
+def test_the_summary_groups_what_was_found():
+    rows = rows_of({"plain": [4.0, 4.5, 5.0], "slm": [3.9, 4.38, 4.89], "random": [4.1, 4.6, 5.0]})
+    lines = state(Results(rows), "code")
+    assert "3 seeds make a claim; against plain" in lines[0]
+    assert lines[2] == "- *Lower*: slm −0.110 [−0.135, −0.085]."
+    assert lines[3].startswith("- *Not shown to differ*: random +0.067 [")
+    assert "; slm (against random) −0.177 [" in lines[3]
+
+
 def test_fewer_seeds_than_declared_make_no_claim():
     text = section(Results(rows_of({"plain": [4.0, 4.5], "slm": [3.5, 4.0]})))
-    assert "too few seeds for a claim" in text
+    assert "| −0.500 [−0.500, −0.500] | too few seeds | < 0.001 |" in text
 
 
 def test_the_same_rows_are_the_same_file(tmp_path):
