@@ -30,6 +30,7 @@ from megatron_slm.files.atomic import write_text_atomically
 ROOT = FOLDER.parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
+CAPTION_ARMS = ("slm", "random", "mix", "curated_only")
 FOUND = (
     "Differences of the loss on held-out target text, in nats per token, with their 95 % "
     "intervals, after as many processed tokens as the arm compared with."
@@ -122,18 +123,22 @@ def texts(found: list[Results]) -> str:
     return "\n".join(lines)
 
 
-def caption(results: Results, pair: str) -> str:
+def caption(results: Results) -> str:
     """What README.md says under the figure of the main experiment; a test compares the two."""
-    arms = {
-        each.arm.name: each for each in compared(results, pair) if each.baseline.name == "plain"
-    }
-    wanted = [arms[name] for name in ("slm", "random", "mix", "curated_only") if name in arms]
-    found = [f"{each.arm.label} {interval(each.difference, signed=True)}" for each in wanted]
-    seeds = min(each.difference.count for each in wanted)
+    seeds = set()
+    found = []
+    for pair in results.pairs:
+        arms = {
+            each.arm.name: each for each in compared(results, pair) if each.baseline.name == "plain"
+        }
+        wanted = [arms[name] for name in CAPTION_ARMS if name in arms]
+        seeds |= {each.difference.count for each in wanted}
+        values = [f"{each.arm.label} {interval(each.difference, signed=True)}" for each in wanted]
+        found.append(f"{pair.capitalize()}: {'; '.join(values)}.")
     return (
         "Loss on held-out text of the target kind, less that of plain training after as many "
-        f"tokens, in nats per token: means of {seeds} seeds with 95 % intervals, on small models. "
-        f"{'; '.join(found)}."
+        f"tokens, in nats per token: means of {min(seeds)} seeds with 95 % intervals, on small "
+        f"models. {' '.join(found)}"
     )
 
 
