@@ -239,7 +239,8 @@ def anchors() -> list[str]:
         "| [Megatron-LM](https://github.com/NVIDIA/Megatron-LM/blob/main/README.md), 2 B and "
         "larger, H100 | - | 41 to 48 % (its own count) | - |",
         "",
-        f"{EFFICIENCY:.0%} was measured with this code, on one H200 at TinyLlama's shape. These "
+        f"{EFFICIENCY:.0%} was measured on one H200 at TinyLlama's shape, with revision "
+        "8855768 of this code. These "
         "are other people's measurements of other programs, on many GPUs: they bound the "
         "efficiency, they do not confirm the plan.",
         "",

@@ -1,10 +1,11 @@
-"""The share of a GPU's peak that this code reaches while it computes, as measured.
+"""The share of a GPU's peak that this code reached while it computed, as measured once.
 
 One H200, revision 8855768, TinyLlama-1.1B's shape, 8 sequences of 2048 tokens, bf16, 2026-11-26
-(benchmarks/RESULTS.md, G6 and G9). Of a training step the optimizer's time, which the planner
-counts by itself, is taken off first. Other GPUs, sizes and precisions are taken to reach the same
-share, which nobody has measured: larger hidden sizes reach more (of 302 ms of the torch-native
-step's kernels 145 were products, at about two thirds of the peak), small matrices less.
+(benchmarks/RESULTS.md, G6 and G9). What runs on a GPU has changed since and was not measured again.
+Of a training step the optimizer's time as the planner counts it is taken off first. Other GPUs,
+sizes and precisions are taken to reach the same share, which nobody has measured: larger hidden
+sizes reach more (of 302 ms of the torch-native step's kernels 145 were products, at about two
+thirds of the peak), small matrices less.
 """
 
 from dataclasses import dataclass

@@ -187,7 +187,8 @@ def time_table(plan: Plan) -> Table:
         ("model FLOPs utilisation (MFU)", f"{time.model_flops_utilization:.1%}"),
         ("run", f"{time.run_seconds / 3600:,.1f} hours, {time.gpu_hours:,.0f} GPU-hours"),
     ]
-    source = "measured on one H200" if job.stated_efficiency is None else "as --efficiency says"
+    measured = job.stated_efficiency is None
+    source = "a share measured on one H200" if measured else "as --efficiency says"
     return Table(
         f"Time, predicted at {job.efficiency.training:.0%} of the peak "
         f"({job.gpu.peak_flops_per_second(job.config.device.precision) / 1e12:,.0f} TFLOP/s), "
