@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="continue the file of --output")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
-    parser.add_argument("--smoke", action="store_true", help="tiny C cases on a CPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny cases on a CPU")
     return parser
 
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmarks import head, layer_passes, step
+from benchmarks import head, layer_passes, selected_set, step, topk
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE_STEP = ["--layers", "1", "--hidden", "64", "--vocab", "512", "--seq", "32", "--mbs", "2"]
 SMOKE_HEAD = ["--n", "64", "--hidden", "32", "--vocab", "256"]
+SMOKE_PAIR = [*SMOKE_STEP, "--steps", "2", "--tokens", "256", "--device", "cpu"]
 ONE_ROUND = ["--rounds", "1", "--device", "cpu"]
 
 
@@ -44,6 +45,8 @@ def gpu_parts() -> list[Part]:
     return [
         _program("step", step.CASES, "G", 20),
         _program("head", head.CASES, "G", 6),
+        _program("topk", topk.CASES, "G", 3),
+        _program("selected_set", selected_set.CASES, "G", 45),
         Part("layer_passes", tuple(layer_passes.CASES), _passes_command, 10),
         Part("train_loop", ("train-loop",), _loop_command, 60),
         Part("tests", _test_files(), _test_command, 25),
@@ -51,10 +54,12 @@ def gpu_parts() -> list[Part]:
 
 
 def smoke_parts() -> list[Part]:
-    """The same machinery on a CPU with C cases too small to mean anything."""
+    """The same machinery on a CPU with cases too small to mean anything."""
     return [
         _program("step", {"C8": None}, "C", 20, [*SMOKE_STEP, *ONE_ROUND]),
         _program("head", {"C1": None, "C4": None}, "C", 5, [*SMOKE_HEAD, *ONE_ROUND]),
+        _program("topk", topk.CASES, "G", 5, ["--n", "4096", *ONE_ROUND]),
+        _program("selected_set", selected_set.CASES, "G", 20, SMOKE_PAIR),
         Part(
             "layer_passes",
             tuple(layer_passes.CASES),

@@ -159,6 +159,8 @@ def _line(row: dict[str, Any]) -> str:
     for state in ("skipped", "failed"):
         if state in row:
             return f"| {row['case']} | – | – | – | – | {state}: {_cell(row[state])} |"
+    if row["measure"] == "accuracy":
+        return _accuracy_line(row)
     unit = "MiB" if row["measure"] == "memory" else "ms"
     sides = []
     for side in ("ours", "peer"):
@@ -173,6 +175,14 @@ def _line(row: dict[str, Any]) -> str:
     judged = ["–", ""] if gate is None else [str(gate), verdict]
     cells = [row["case"], *sides, figure, *judged]
     return f"| {' | '.join(cells)} |"
+
+
+def _accuracy_line(row: dict[str, Any]) -> str:
+    """Shares of the exact selected set that are missing; there is no ratio to judge."""
+    sides = [f"{row[f'{side}_differs_fraction']:.3%} of the set" for side in ("ours", "peer")]
+    verdict = "missed" if row["missed"] else "met"
+    said = f"{verdict}; {row['tokens']:,} tokens, {row['models']}"
+    return f"| {row['case']} | {' | '.join(sides)} | – | {row['gate']:.1%} | {_cell(said)} |"
 
 
 def _test_line(row: dict[str, Any]) -> str:

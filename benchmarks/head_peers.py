@@ -158,7 +158,7 @@ def _peer(problem: Problem, name: str) -> Side:
             return problem.differentiate((loss_N * problem.mask_N).sum(), loss_N)
 
         return liger_head
-    cross_entropy = _megatron_cross_entropy(name == "megatron-fused")
+    cross_entropy = megatron_cross_entropy(name == "megatron-fused")
     logits_of = _megatron_logits if problem.main_grad else lambda h, w: h @ w.t()
 
     def megatron_head():
@@ -189,7 +189,7 @@ def _megatron_logits(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 @cache
-def _megatron_cross_entropy(fused: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def megatron_cross_entropy(fused: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """megatron-core's loss needs its groups: a single process is one."""
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy

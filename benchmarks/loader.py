@@ -19,11 +19,9 @@ import argparse
 import ast
 import json
 import os
-import re
 import shutil
 import statistics
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +34,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from benchmarks.library_words import library_tokens
 from benchmarks.measure import seconds_per_call
 from megatron_slm.data.loader import TrainingLoader
 from megatron_slm.data.score_manifest import DTYPES
@@ -168,22 +167,6 @@ def check_alignment(corpus, settings: dict, indices: list[int], dtype: str) -> N
         counted = sample["loss_mask"] == 1
         if not np.array_equal(sample["reference_loss"][counted], expected[counted]):
             raise AssertionError(f"sample {index}: a score is not that of its token")
-
-
-def library_tokens(limit: int) -> np.ndarray:
-    """Real text: words of Python's standard library, as ids of the 32,000 most frequent."""
-    words: list[str] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" not in path.parts and len(words) < limit:
-            words += re.findall(
-                r"\w+|\s+|[^\w\s]", path.read_text(encoding="utf-8", errors="ignore")
-            )
-    _, ids, counts = np.unique(
-        np.array(words[:limit], dtype=object).astype(str), return_inverse=True, return_counts=True
-    )
-    rank = np.empty(len(counts), np.int64)
-    rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
-    return np.minimum(rank[ids], 31999)
 
 
 def ngram_losses(

@@ -119,8 +119,8 @@ def test_every_gate_is_defined_at_the_head_of_the_results():
 def test_the_limits_of_the_cases_are_those_of_the_table():
     rows = gate_rows()
     limits = []
-    for program in ("benchmarks/head.py", "benchmarks/step.py"):
-        for node in ast.walk(ast.parse(texts()[program])):
+    for program in ("head", "step", "topk", "selected_set"):
+        for node in ast.walk(ast.parse(texts()[f"benchmarks/{program}.py"])):
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "Case"):
                 continue
             name = node.args[0].value

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, head, step
+from benchmarks import gpu, head, selected_set, step, topk
 from benchmarks.gpu_parts import Part, gpu_parts, read_junit, rows_of
 from benchmarks.gpu_report import Report, markdown
 
@@ -90,10 +90,11 @@ def test_wrong_usage_is_named(options, said, capsys):
 def test_a_dry_run_shows_every_gpu_case_and_test_file(capsys):
     assert gpu.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    cases = [name for cases in (head.CASES, step.CASES) for name in cases if name[0] == "G"]
+    programs = (head, step, topk, selected_set)
+    cases = [name for program in programs for name in program.CASES if name[0] == "G"]
     assert all(name in printed for name in cases)
     assert "test_step_gpu.py" in printed
-    names = ["step", "head", "layer_passes", "train_loop", "tests"]
+    names = ["step", "head", "topk", "selected_set", "layer_passes", "train_loop", "tests"]
     assert [found.name for found in gpu_parts()] == names
 
 
@@ -119,11 +120,16 @@ def test_the_table_names_machine_versions_and_every_case(tmp_path):
     share = {"share": 0.392, "tokens_per_second": 57347, "floor": 0.48, "gate": None}
     report.add("step", {"case": "G8", **timed, "ratio": 0.9855, **share, "missed": True})
     report.add("head", {"case": "G1-liger", "skipped": "peer liger needs a package"})
+    shares = {"ours_differs_fraction": 0.00012, "peer_differs_fraction": 0.0123, "gate": 0.001}
+    pair = {"models": "two models", "tokens": 65536, "measure": "accuracy", "missed": False}
+    report.add("selected_set", {"case": "G11", **shares, **pair})
     text = markdown(report.content)
     assert "706.0 TFLOP/s" in text
     assert report.content["setting"]["packages"]["torch"] in text
     assert "| G6 | 285.7 ms | 289.9 ms | 0.986 | 0.97 | met |" in text
     assert "0.392 of the ceiling (57,347 tokens/s) | at least 0.48 | missed |" in text
+    said = "0.012% of the set | 1.230% of the set | – | 0.1% | met; 65,536 tokens, two models |"
+    assert f"| G11 | {said}" in text
     assert "| G1-liger | – | – | – | – | skipped: peer liger needs a package |" in text
     assert (tmp_path / "gpu.md").read_text() == text
 
