@@ -94,7 +94,7 @@ def transformers_columns(
 
     Gives a function of (tokens_BS, labels_BS), int64, that returns fp32 [B, S] by column, in nats,
     on the device. The model's own logits are taken to fp32. At precision bf16 the logits themselves
-    are rounded, which moves 0.5 to 4 % of the selection (docs/method.md#point-16): use fp32 where
+    are rounded, which moves 0.4 to 4 % of the selection (docs/method.md#point-16): use fp32 where
     memory allows, or import the model into this project and score with it.
     """
     import torch

@@ -169,7 +169,7 @@ def _add_model(parser: Program) -> None:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16 rounds the logits, which moves 0.5 to 4 %% of the selection",
+        help="bf16 rounds the logits, which moves 0.4 to 4 %% of the selection",
     )
     model.add_argument(
         "--device",
