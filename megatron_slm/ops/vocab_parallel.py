@@ -5,6 +5,7 @@ gradient, H hidden, F fields.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -116,17 +117,22 @@ class KeptRowLayout:
 
     @classmethod
     def of(cls, index_K: Tensor, rows_per_rank: int, shard: VocabularyShard) -> "KeptRowLayout":
+        """The layout of the rows index_K, in ascending order.
+
+        One wait for the device: the fullest rank's count is the size of the collectives.
+        """
+        device = index_K.device
+        first_row_T = torch.arange(shard.ranks + 1, device=device) * rows_per_rank
+        # How many kept rows come before those of each rank; the last number counts all of them.
+        start_T = torch.searchsorted(index_K, first_row_T)
+        starts = start_T.tolist()
+        longest = max(1, *(end - start for start, end in pairwise(starts)))
         owner_K = index_K.div(rows_per_rank, rounding_mode="floor")
-        counts = torch.bincount(owner_K, minlength=shard.ranks).tolist()
-        longest = max(1, *counts)
-        shift_T = torch.tensor(
-            [rank * longest - sum(counts[:rank]) for rank in range(shard.ranks)],
-            device=index_K.device,
+        within_K = torch.arange(len(index_K), device=device) - start_T[owner_K]
+        rank_index = index_K[starts[shard.rank] : starts[shard.rank + 1]]
+        return cls(
+            shard, rank_index - shard.rank * rows_per_rank, owner_K * longest + within_K, longest
         )
-        slot_K = torch.arange(len(index_K), device=index_K.device) + shift_T[owner_K]
-        start = sum(counts[: shard.rank])
-        rank_index = index_K[start : start + counts[shard.rank]] - shard.rank * rows_per_rank
-        return cls(shard, rank_index, slot_K, longest)
 
     def gather(self, rows_MH: Tensor) -> Tensor:
         """This rank's shard [M, H] to the kept rows of all ranks [K, H]."""
