@@ -1,6 +1,7 @@
 """The part of the selection benchmark that goes to 512 ranks: computed from measured parts."""
 
 import math
+from dataclasses import astuple
 
 import torch
 
@@ -40,7 +41,7 @@ def scaling(rounds: int) -> list[dict]:
     Checked on the way: the counts of the radix select give the answer of one quickselect.
     """
     score = torch.randn(16_777_216, generator=torch.Generator().manual_seed(0))
-    assert kth_largest_score(score, KEEP, None) == _as_tuple(find_threshold(score, KEEP, None))
+    assert kth_largest_score(score, KEEP, None) == astuple(find_threshold(score, KEEP, None))
     sample = score[:SAMPLE_TOKENS]
     cpu_seconds = median_cpu_seconds(
         {
@@ -93,7 +94,3 @@ def _row(ranks: int, tokens: int, radix_seconds: float, topk_seconds: float) -> 
 
 def _device_seconds(passes: int, tokens: float, kernels: int) -> float:
     return passes * 4 * tokens / MEMORY_BYTES_PER_SECOND + kernels * KERNEL_SECONDS
-
-
-def _as_tuple(threshold) -> tuple:
-    return threshold.score, threshold.kept, threshold.eligible, threshold.ties, threshold.ties_kept

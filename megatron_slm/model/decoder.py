@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_slm.ops import linear_cross_entropy, selected_linear_cross_entropy
+from megatron_slm.ops import KnownRows, linear_cross_entropy, selected_linear_cross_entropy
 
 
 class HeadOutput(NamedTuple):
@@ -25,10 +25,41 @@ class HeadOutput(NamedTuple):
     """sum of weight * loss (0-d), where the head was given the weights; else None."""
     extras: dict[str, Tensor]
     """Other per-token values that were requested ("entropy"), fp32 [B, S]."""
+    known_rows: KnownRows | None = None
+    """Of a head over all rows: what its backward is told of the rows that have a gradient."""
+
+    def loss_of(self, mask_BS: Tensor, tokens: int | None) -> Tensor:
+        """loss_BS of the tokens in the mask, 0 elsewhere: backward computes their rows only.
+
+        tokens: how many they are, where the host knows it. Else backward waits for the device.
+        """
+        if self.known_rows is not None and tokens is not None:
+            self.known_rows.tell(mask_BS.transpose(0, 1), tokens)
+        # where, not only times: a NaN outside the mask times 0 would still be NaN.
+        return torch.where(mask_BS, self.loss_BS, 0.0)
 
     def per_token(self) -> dict[str, Tensor]:
         """ "loss" and the extras by name."""
         return {"loss": self.loss_BS, **self.extras}
+
+
+class HeadChoice(NamedTuple):
+    """A choice that is known before the head, which then computes these tokens only."""
+
+    weight_BS: Tensor
+    """fp32: what each token's loss is multiplied by; 0 = not chosen."""
+    mask_BS: Tensor | None = None
+    """bool: the chosen tokens; needed with `tokens` only."""
+    tokens: int | None = None
+    """How many they are, where the host knows it. Else forward waits for the device."""
+
+    @property
+    def known_rows(self) -> KnownRows:
+        """The same in the order of the head's rows."""
+        rows = KnownRows()
+        if self.mask_BS is not None and self.tokens is not None:
+            rows.tell(self.mask_BS.transpose(0, 1), self.tokens)
+        return rows
 
 
 def head_output(output: HeadOutput | Sequence | Tensor) -> HeadOutput:
@@ -61,10 +92,10 @@ class Decoder(GPTModel):
     """GPTModel whose labels-path is the selective head: per-token fp32 losses, no logits kept.
 
     `forward(tokens, position_ids, attention_mask, labels=labels_BS)` gives a HeadOutput on the last
-    stage, with a per-token value for each name in `extra_outputs`. With `head_weights=weight_BS`
-    too (0 = not selected) the head computes the selected rows only and sums weight * loss. Without
-    labels it gives logits, and on other stages a hidden state, as GPTModel does. With
-    `asked_BS=mark_BS` in place of labels it gives the logits of one token of each sequence alone.
+    stage, with a per-token value for each name in `extra_outputs`. With a `head_choice` too the
+    head computes the chosen tokens only and sums weight * loss. Without labels it gives logits, and
+    on other stages a hidden state, as GPTModel does. With `asked_BS=mark_BS` in place of labels it
+    gives the logits of one token of each sequence alone.
     """
 
     vocabulary_size: int
@@ -76,13 +107,13 @@ class Decoder(GPTModel):
     def forward(
         self,
         *arguments: Any,
-        head_weights: Tensor | None = None,
+        head_choice: HeadChoice | None = None,
         asked_BS: Tensor | None = None,
         **named: Any,
     ):
         # GPTModel.forward hands loss_mask on to _postprocess and reads it for multi-token
-        # prediction only, which we do not build. With labels it is head_weights, without asked_BS.
-        loss_mask = head_weights if asked_BS is None else asked_BS
+        # prediction only, which we do not build. With labels it is head_choice, without asked_BS.
+        loss_mask = head_choice if asked_BS is None else asked_BS
         return super().forward(*arguments, loss_mask=loss_mask, **named)
 
     def _postprocess(
@@ -96,7 +127,7 @@ class Decoder(GPTModel):
             )
         labels_SB = labels.transpose(0, 1).contiguous()
         if loss_mask is not None:
-            return self._selected_rows(hidden_states, labels_SB, weight_BS=loss_mask)
+            return self._selected_rows(hidden_states, labels_SB, choice=loss_mask)
         return self._all_rows(hidden_states, labels_SB)
 
     def _asked_logits(self, hidden_SBH: Tensor, asked_BS: Tensor) -> Tensor:
@@ -113,31 +144,34 @@ class Decoder(GPTModel):
         return torch.where(asked_BS.amax(dim=1, keepdim=True) > 0, logits_BV, 0.0)
 
     def _all_rows(self, hidden_SBH: Tensor, labels_SB: Tensor) -> HeadOutput:
+        known_rows = KnownRows()
         result = linear_cross_entropy(
             hidden_SBH,
             head_weight(self),
             labels_SB,
             extras=self.extra_outputs,
             engine=self.head_engine,
+            known_rows=known_rows,
             **self._head_settings(),
         )
         loss_SB, extras_SB = result if isinstance(result, tuple) else (result, {})
         extras = {name: _batch_first(extras_SB[name].float()) for name in self.extra_outputs}
-        return HeadOutput(_batch_first(loss_SB), None, extras)
+        return HeadOutput(_batch_first(loss_SB), None, extras, known_rows)
 
     def _selected_rows(
-        self, hidden_SBH: Tensor, labels_SB: Tensor, weight_BS: Tensor
+        self, hidden_SBH: Tensor, labels_SB: Tensor, choice: HeadChoice
     ) -> HeadOutput:
         # This head computes its gradients in forward and stores them in the model's precision, so
         # under fp16 the loss scale must already be applied here.
         scale = 1.0
         if self.config.grad_scale_func is not None:
-            scale = self.config.grad_scale_func(weight_BS.new_ones(()))
+            scale = self.config.grad_scale_func(choice.weight_BS.new_ones(()))
         loss_sum, loss_SB = selected_linear_cross_entropy(
             hidden_SBH,
             head_weight(self),
             labels_SB,
-            weight_BS.transpose(0, 1) * scale,
+            choice.weight_BS.transpose(0, 1) * scale,
+            known_rows=choice.known_rows,
             **self._head_settings(),
         )
         return HeadOutput(_batch_first(loss_SB), (loss_sum / scale).squeeze(), {})

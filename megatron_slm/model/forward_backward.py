@@ -17,7 +17,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_slm.data.batch import Batch, hidden_from
-from megatron_slm.model.decoder import HeadOutput, head_output
+from megatron_slm.model.decoder import HeadChoice, HeadOutput, head_output
 from megatron_slm.model.router import scale_auxiliary_losses
 from megatron_slm.parallel import Groups
 
@@ -36,7 +36,7 @@ def forward_backward(
     groups: Groups,
     *,
     divisor_ahead: Tensor | None = None,
-    head_weights: Sequence[Tensor] | None = None,
+    head_choices: Sequence[HeadChoice] | None = None,
 ) -> list[Report]:
     """Accumulate the gradient of (sum of losses over all micro-batches and ranks) / (sum of
     divisors), in main_grad. Returns the reports of the last stage, else [].
@@ -49,9 +49,9 @@ def forward_backward(
     divisor_ahead  for models with experts: the divisors that this rank's micro-batches will have
                    (float64, 0-d; read on the last stage). With it the mean over micro-batches of
                    the routers' auxiliary losses is added to what is differentiated (router.py).
-    head_weights   where the choice is known: fp32 weight_BS per micro-batch on the last stage,
-                   empty elsewhere. The head then computes tokens of non-zero weight only, and gives
-                   a HeadOutput with their loss_sum.
+    head_choices   where the choice is known: one per micro-batch on the last stage, empty
+                   elsewhere. The head then computes the chosen tokens only, and gives a HeadOutput
+                   with their loss_sum.
     """
     if divisor_ahead is not None:
         step_divisor = _over_ranks(divisor_ahead, groups)
@@ -73,7 +73,7 @@ def forward_backward(
     for model in models:
         get_model_config(model).finalize_model_grads_func = finalize
     return _run(
-        models, batches, counted_loss, groups, forward_only=False, head_weights=head_weights
+        models, batches, counted_loss, groups, forward_only=False, head_choices=head_choices
     )
 
 
@@ -193,7 +193,7 @@ def _run(
     groups: Groups,
     *,
     forward_only: bool,
-    head_weights: Sequence[Tensor] | None = None,
+    head_choices: Sequence[HeadChoice] | None = None,
     asks_for_logits: bool = False,
 ) -> list:
     """Run the schedule; returns the reports of loss_function, which only the last stage has.
@@ -209,8 +209,8 @@ def _run(
         if asks_for_logits:
             asked = {"asked_BS": batch.loss_mask_BS}
         else:
-            weights = {"head_weights": head_weights[index]} if head_weights else {}
-            asked = {"labels": batch.labels_BS, **weights}
+            choice = {"head_choice": head_choices[index]} if head_choices else {}
+            asked = {"labels": batch.labels_BS, **choice}
         output = model(batch.tokens_BS, batch.position_ids_BS, mask, **asked)
 
         def loss(_, non_loss_data=False):

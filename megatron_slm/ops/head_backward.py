@@ -4,9 +4,10 @@ With g the incoming gradient of a row, p its softmax and z the z-loss coefficien
 its logits is
     g * ((1 + 2 z lse) * p - onehot(target)).
 Rows with g = 0 are left out: no product, no pass over the vocabulary and no byte of a collective is
-spent on them.
+spent on them. Where the caller told which rows can have a gradient (known_rows.py), these are
+computed.
 
-Legend: N tokens, K rows with a gradient, C rows of a chunk, G rows of a group of chunks, H hidden,
+Legend: N tokens, K rows to compute, C rows of a chunk, G rows of a group of chunks, H hidden,
 V this rank's true vocabulary columns, M rows of a sequence-parallel shard.
 """
 
@@ -38,7 +39,7 @@ class HeadBackwardInputs:
     weight: Tensor
     target_N: Tensor
     upstream_N: Tensor
-    """The gradient of the loss; 0 = the row is left out."""
+    """The gradient of the loss; 0 = the row is left out, or is of no effect where it was told."""
     lse_N: Tensor
     target_logit_N: Tensor
     maximum_N: Tensor
@@ -56,7 +57,7 @@ def head_gradients(inputs: HeadBackwardInputs) -> tuple[Tensor | None, Tensor | 
     """(gradient of rows, gradient of weight), None where not needed."""
     head = inputs.head
     shard = inputs.head.shard
-    index_K = inputs.upstream_N.nonzero().squeeze(1)
+    index_K = head.rows_of(inputs.upstream_N)
     layout = None
     if head.sequence_parallel:
         layout = KeptRowLayout.of(index_K, len(inputs.rows), shard)
@@ -73,7 +74,7 @@ def head_gradients(inputs: HeadBackwardInputs) -> tuple[Tensor | None, Tensor | 
 
 
 class _KeptRows:
-    """The K rows that have a gradient, numbered 0 to K - 1."""
+    """The K rows to compute, numbered 0 to K - 1."""
 
     def __init__(self, inputs: HeadBackwardInputs, index_K: Tensor, layout: KeptRowLayout | None):
         self.count = len(index_K)

@@ -1,4 +1,4 @@
-"""The arguments of one call of the head that are not tensors, and the checks of all its arguments.
+"""The arguments of one call of the head beside its tensors, and the checks of all its arguments.
 
 Legend: C rows of a chunk, H hidden, V vocabulary columns of this tensor rank.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.ops.head_plan import HeadPlan
+from megatron_slm.ops.known_rows import KnownRows
 from megatron_slm.ops.liger_engine import check_liger
 from megatron_slm.ops.vocab_parallel import VocabularyShard
 
@@ -21,7 +22,7 @@ one more collective over the tensor ranks."""
 
 @dataclass(frozen=True)
 class HeadCall:
-    """The arguments of one call that are not tensors."""
+    """The arguments of one call beside its tensors."""
 
     shard: VocabularyShard
     plan: HeadPlan
@@ -31,6 +32,11 @@ class HeadCall:
     """Hidden rows are sharded over several tensor ranks."""
     accumulate_into_main_grad: bool
     extras: tuple[str, ...] = ()
+    known_rows: KnownRows | None = None
+
+    def rows_of(self, value_N: Tensor) -> Tensor:
+        """The rows to compute: those whose gradient or weight is not 0, or the known ones."""
+        return (self.known_rows or KnownRows()).index(value_N)
 
     def check(self, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
         """ValueError when the tensors do not fit each other or these settings."""

@@ -33,6 +33,7 @@ from megatron_slm.ops.head_backward import HeadBackwardInputs, head_gradients
 from megatron_slm.ops.head_call import HeadCall
 from megatron_slm.ops.head_forward import head_forward
 from megatron_slm.ops.head_plan import KEPT_BUDGET_BYTES, Elementwise, Engine, Mode, plan_head
+from megatron_slm.ops.known_rows import KnownRows
 from megatron_slm.ops.vocab_parallel import VocabularyShard
 from megatron_slm.ops.weight_gradient import ParameterWithMainGrad
 
@@ -54,6 +55,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     elementwise: Elementwise = "auto",
     engine: Engine = "torch",
+    known_rows: KnownRows | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """F.cross_entropy((hidden @ weight.T).float()[..., :vocabulary_size], target) of each token.
 
@@ -72,6 +74,7 @@ def linear_cross_entropy(
                         allows one backward per forward: it works in the memory that was kept
     engine              "liger": backward by Liger-Kernel's Hopper kernel (liger_engine.py says what
                         it needs and how exact it is); losses are the same; never used unasked
+    known_rows          told before backward, it spares backward a wait for the GPU (known_rows.py)
 
     ValueError: shapes, dtypes or options that do not fit, or a target outside the vocabulary. (On a
     GPU, where looking at ids would stall the stream, such a token's loss is NaN.)
@@ -90,7 +93,9 @@ def linear_cross_entropy(
         engine=engine,
         will_backward=_will_backward(hidden, weight),
     )
-    head = HeadCall(shard, plan, ignore_index, z_loss, sharded, accumulate_into_main_grad, extras)
+    head = HeadCall(
+        shard, plan, ignore_index, z_loss, sharded, accumulate_into_main_grad, extras, known_rows
+    )
     head.check(hidden, weight, target)
     return _losses(hidden, weight, target, head)
 

@@ -26,6 +26,7 @@ from torch.autograd.function import FunctionCtx
 from megatron_slm.ops.head_backward import reduce_rows
 from megatron_slm.ops.head_call import HeadCall, chunks, logit_rows, target_logits
 from megatron_slm.ops.head_plan import Elementwise, plan_head
+from megatron_slm.ops.known_rows import KnownRows
 from megatron_slm.ops.matmul import logits_into, operand, product_precision
 from megatron_slm.ops.row_passes import gradient_from_kept, place_target, row_passes
 from megatron_slm.ops.vocab_parallel import KeptRowLayout, VocabularyShard, combine_lse
@@ -50,11 +51,14 @@ def selected_linear_cross_entropy(
     accumulate_into_main_grad: bool = False,
     chunk_tokens: int | None = None,
     elementwise: Elementwise = "auto",
+    known_rows: KnownRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss * selected).sum() and loss, the latter as linear_cross_entropy of the selected rows.
 
     selected   bool, or float weights (0 = not selected), of target's shape, without gradient; the
                same on every tensor rank.
+    known_rows was told the selected rows and their number, so that forward on a GPU does not wait
+               for that. A row of weight 0 among them is computed too, and gets its loss.
     returns    (loss_sum, loss): an fp32 scalar to differentiate, not divided by any count; and
                detached fp32 losses of target's shape, NaN where nothing was computed (not selected,
                or target is `ignore_index`).
@@ -72,7 +76,9 @@ def selected_linear_cross_entropy(
         chunk_tokens=chunk_tokens,
         elementwise=elementwise,
     )
-    head = HeadCall(shard, plan, ignore_index, z_loss, sharded, accumulate_into_main_grad)
+    head = HeadCall(
+        shard, plan, ignore_index, z_loss, sharded, accumulate_into_main_grad, (), known_rows
+    )
     head.check(hidden, weight, target)
     if selected.shape != target.shape:
         raise ValueError(
@@ -156,7 +162,7 @@ class _SelectedRows:
         self.weight = weight
         self.rows = rows
         self.tokens = len(target_N)
-        self.index_K = weight_N.nonzero().squeeze(1)
+        self.index_K = head.rows_of(weight_N)
         self.layout: KeptRowLayout | None = None
         if head.sequence_parallel:
             self.layout = KeptRowLayout.of(self.index_K, len(rows), head.shard)
@@ -194,7 +200,8 @@ class _SelectedRows:
             self.gradient_weight = weight_gradient.total()
         loss_N = torch.full((self.tokens,), torch.nan, dtype=torch.float32, device=self.rows.device)
         loss_N[self.index_K] = loss_K
-        return (loss_K * self.weight_K).sum(), loss_N
+        # where: the loss of an ignored target is NaN, and its weight 0 times that would be NaN too.
+        return torch.where(self.weight_K != 0, loss_K * self.weight_K, 0.0).sum(), loss_N
 
     def _by_chunks(
         self, partial_KH: Tensor | None, weight_gradient: WeightGradient | None

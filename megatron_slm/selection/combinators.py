@@ -270,7 +270,13 @@ class MixedWithClm(Scorer):
         if clm_weight == 0.0:
             return chosen
         # Counted apart from chosen.eligible: plain CLM also trains on tokens without a score.
-        trained = population.chosen(eligible_BS.bool(), eligible_BS).eligible
-        selective = (1.0 - clm_weight) * trained / max(chosen.kept, 1)
+        trained = population.chosen(eligible_BS.bool(), eligible_BS)
+        selective = (1.0 - clm_weight) * trained.eligible / max(chosen.kept, 1)
         weight_BS = clm_weight * eligible_BS.float() + selective * chosen.mask.float()
-        return replace(chosen, mask=eligible_BS.bool(), weight=weight_BS, preferred=chosen.mask)
+        return replace(
+            chosen,
+            mask=trained.mask,
+            weight=weight_BS,
+            preferred=chosen.mask,
+            counted=trained.counted,
+        )

@@ -27,9 +27,9 @@ def kth_largest_score(
     group: ProcessGroup | None,
     *,
     compact: bool | None = None,
-) -> tuple[float, int, int, int, int]:
+) -> tuple[float, int, int, int, int, int]:
     """(threshold, kept, eligible, ties, ties kept) of the population, as a sort of all ranks'
-    scores would give.
+    scores would give, and how many of this rank's scores are not below the threshold.
 
     score_N is fp32 with -inf where a token does not compete. compact: drop the scores that are out
     between digits (default: on CPU), or mark them, because on an accelerator a shape that depends
@@ -53,12 +53,13 @@ def kth_largest_score(
         prefix = (prefix << bits) | digit
         key_N, alive_N = _keep_alive(key_N, alive_N, digit_N == digit, compact)
     threshold = _score_of(prefix - (1 << 31))
-    packed = torch.stack([kept, eligible, ties, take]).double()
+    here = torch.count_nonzero(score_N >= threshold)
+    packed = torch.stack([kept, eligible, ties, take, here]).double()
     value, *numbers = torch.cat([threshold.double().view(1), packed]).tolist()
-    host_kept, host_eligible, host_ties, host_taken = map(int, numbers)
+    host_kept, host_eligible, host_ties, host_taken, host_here = map(int, numbers)
     if not host_eligible:
-        return math.inf, 0, 0, 0, 0
-    return value, host_kept, host_eligible, host_ties, host_taken
+        return math.inf, 0, 0, 0, 0, 0
+    return value, host_kept, host_eligible, host_ties, host_taken, host_here
 
 
 def kth_smallest_id(

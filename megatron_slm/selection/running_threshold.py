@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_slm.selection.rankable import check_same_shape, rankable
 from megatron_slm.selection.schedule import check_keep_fraction
-from megatron_slm.selection.select import Selection, select_top
+from megatron_slm.selection.select import CountedMask, Selection, select_top
 
 
 @dataclass(frozen=True)
@@ -113,4 +113,4 @@ def _above(rankable_BS: Tensor, threshold: float) -> Selection:
     mask_BS = rankable_BS >= threshold
     counts = [mask_BS.sum(), (rankable_BS > -math.inf).sum(), (rankable_BS == threshold).sum()]
     kept, eligible, ties = torch.stack(counts).tolist()
-    return Selection(mask_BS, threshold, kept, eligible, ties)
+    return Selection(mask_BS, threshold, kept, eligible, ties, counted=CountedMask(mask_BS, kept))

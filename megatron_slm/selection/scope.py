@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_slm.selection.populations import SCOPES
 from megatron_slm.selection.running_threshold import RunningThreshold
-from megatron_slm.selection.select import Selection, select_top
+from megatron_slm.selection.select import CountedMask, Selection, select_top
 from megatron_slm.selection.sequence_top import top_of_sequences
 from megatron_slm.selection.threshold import all_gather, other_ranks
 
@@ -150,9 +150,10 @@ class Population:
         """A Selection from a mask that no threshold made; counts what is kept and eligible over the
         population.
         """
-        counts = add_over_ranks(torch.stack([mask_BS.sum(), eligible_BS.bool().sum()]), self.ranks)
-        kept, eligible = counts.tolist()
-        return Selection(mask_BS, math.nan, kept, eligible, weight=weight_BS)
+        own = torch.stack([mask_BS.sum(), eligible_BS.bool().sum()])
+        kept, eligible, here, _ = torch.cat([add_over_ranks(own, self.ranks), own]).tolist()
+        counted = CountedMask(mask_BS, here)
+        return Selection(mask_BS, math.nan, kept, eligible, weight=weight_BS, counted=counted)
 
 
 def add_over_ranks(value: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -13,6 +13,7 @@ would sit inside the selection, because the threshold sits near 0.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,13 @@ from megatron_slm.selection.threshold import (
 __all__ = ["Selection", "kept_tokens", "select_top"]
 
 
+class CountedMask(NamedTuple):
+    """A mask, and how many of its tokens are true: a number that the host has read."""
+
+    mask: Tensor
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which of this rank's tokens carry the loss, and the facts of the population they come from.
@@ -48,6 +56,9 @@ class Selection:
                 weights).
     preferred   None, except where plain CLM is mixed in: then the mask is every eligible token, and
                 this (bool) is the selective choice.
+    counted     the mask with its number of tokens, where that came to the host together with the
+                other facts; tokens_here reads it. Do not change a counted mask in place: put
+                another into its place, as dataclasses.replace does.
     """
 
     mask: Tensor
@@ -57,6 +68,16 @@ class Selection:
     ties: int = 0
     weight: Tensor | None = None
     preferred: Tensor | None = None
+    counted: CountedMask | None = None
+
+    @property
+    def tokens_here(self) -> int | None:
+        """How many of this rank's tokens are in the mask; None where only the device knows it, and
+        where a scorer has put another mask in the place of the one that was counted.
+        """
+        if self.counted is None or self.counted.mask is not self.mask:
+            return None
+        return self.counted.tokens
 
     @property
     def choice(self) -> Tensor:
@@ -79,13 +100,16 @@ class Selection:
     def split(self, rows: list[int]) -> "list[Selection]":
         """The same choice cut along the first dimension, one piece per micro-batch.
 
-        Every piece repeats the facts of the whole population.
+        Every piece repeats the facts of the whole population, and its own tokens are counted: one
+        host synchronisation for all pieces.
         """
         cut = {
             name: value.split(rows)
             for name in ("mask", "weight", "preferred")
             if (value := getattr(self, name)) is not None
         }
+        tokens = torch.stack([mask.sum() for mask in cut["mask"]]).tolist()
+        cut["counted"] = tuple(map(CountedMask, cut["mask"], tokens))
         pieces = zip(*cut.values(), strict=True)
         return [replace(self, **dict(zip(cut, piece, strict=True))) for piece in pieces]
 
@@ -133,13 +157,25 @@ def select_top(
     mask_N = _top_mask(
         score_N, None if token_id is None else token_id.reshape(-1), threshold, group
     )
+    mask = mask_N.view(score.shape)
+    tokens_here = _tokens_here(threshold, group)
     return Selection(
-        mask_N.view(score.shape),
+        mask,
         threshold.score,
         threshold.kept,
         threshold.eligible,
         threshold.ties,
+        counted=None if tokens_here is None else CountedMask(mask, tokens_here),
     )
+
+
+def _tokens_here(threshold: Threshold, group: ProcessGroup | None) -> int | None:
+    """This rank's kept tokens. None where a tie is broken between ranks: how many of the tied
+    tokens are kept here depends on their ids.
+    """
+    if group is None:
+        return threshold.kept
+    return threshold.here if threshold.ties_kept == threshold.ties else None
 
 
 def _top_mask(

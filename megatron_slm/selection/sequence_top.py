@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron_slm.selection.radix import kept_on_device
 from megatron_slm.selection.rankable import check_same_shape, rankable
 from megatron_slm.selection.schedule import check_keep_fraction
-from megatron_slm.selection.select import Selection
+from megatron_slm.selection.select import CountedMask, Selection
 from megatron_slm.selection.threshold import all_gather, other_ranks
 
 
@@ -47,13 +47,19 @@ def top_of_sequences(
     ties_B = tie_BT.sum(1)
     ties_kept_B = kept_B - (score_BT > threshold_B[:, None]).sum(1)
     mask_BS = local_BS >= threshold_B[:, None]
-    found = _Found.read(threshold_B, kept_B, eligible_B, ties_B, ties_kept_B)
+    here_B = mask_BS.sum(1)
+    found = _Found.read(threshold_B, kept_B, eligible_B, ties_B, ties_kept_B, here_B)
     if found.broken_ties:
         id_BS = _position_in_row(local_BS, cp_group) if token_id_BS is None else token_id_BS
         id_BT = _whole_rows(id_BS, cp_group)
         last_id_B = _last_kept_id_of_rows(id_BT, tie_BT, ties_kept_B, ties_B)
         mask_BS &= (local_BS > threshold_B[:, None]) | (id_BS <= last_id_B[:, None])
-    return Selection(mask_BS, found.threshold, found.kept, found.eligible, found.ties)
+    counted = None
+    if cp_group is None or not found.broken_ties:
+        counted = CountedMask(mask_BS, found.kept if cp_group is None else found.here)
+    return Selection(
+        mask_BS, found.threshold, found.kept, found.eligible, found.ties, counted=counted
+    )
 
 
 class _Found(NamedTuple):
@@ -63,6 +69,8 @@ class _Found(NamedTuple):
     kept: int
     eligible: int
     ties: int
+    here: int
+    """This rank's tokens that are not below the threshold of their row."""
     broken_ties: bool
     """Whether some row keeps only some of the tokens that equal its threshold."""
 
@@ -74,16 +82,19 @@ class _Found(NamedTuple):
         eligible_B: Tensor,
         ties_B: Tensor,
         ties_kept_B: Tensor,
+        here_B: Tensor,
     ) -> "_Found":
         """Everything at once: one wait for the device. A tie to be broken costs another."""
-        columns_5B = torch.stack([threshold_B.double(), kept_B, eligible_B, ties_B, ties_kept_B])
-        thresholds, kept, eligible, ties, ties_kept = columns_5B.tolist()
+        counts = (kept_B, eligible_B, ties_B, ties_kept_B, here_B)
+        columns_6B = torch.stack([threshold_B.double(), *counts])
+        thresholds, kept, eligible, ties, ties_kept, here = columns_6B.tolist()
         known = [threshold for threshold, count in zip(thresholds, kept, strict=True) if count > 0]
         return cls(
             torch.tensor(known, dtype=torch.float64).mean().item() if known else math.inf,
             int(sum(kept)),
             int(sum(eligible)),
             int(sum(ties)),
+            int(sum(here)),
             ties != ties_kept,
         )
 

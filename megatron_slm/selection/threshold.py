@@ -49,9 +49,11 @@ class Threshold:
     """Tokens whose score equals the threshold."""
     ties_kept: int
     """How many of them are kept."""
+    here: int
+    """This rank's tokens whose score is not below the threshold."""
 
 
-NOTHING_ELIGIBLE = Threshold(math.inf, 0, 0, 0, 0)
+NOTHING_ELIGIBLE = Threshold(math.inf, 0, 0, 0, 0, 0)
 
 
 def kept_tokens(keep_fraction: float, eligible: int) -> int:
@@ -74,7 +76,9 @@ def find_threshold(
     backend: str = "auto",
     capacity: int | None = None,
 ) -> Threshold:
-    """The threshold of the population: identical on every rank, whatever the backend."""
+    """The threshold of the population: identical on every rank, whatever the backend, but for
+    what it says of this rank.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if capacity is not None and score_N.numel() > capacity:
@@ -87,14 +91,14 @@ def find_threshold(
     if backend == "auto" and capacity is None and score_N.device.type == "cpu":
         tokens_R, all_scores = _first_message(score_N, group)
         if all_scores is not None:
-            return _kth_largest(all_scores, keep_fraction)
+            return _kth_largest(all_scores, keep_fraction, score_N)
         backend = "gather" if sum(tokens_R) <= GATHER_MAX_TOKENS else "radix"
         capacity = max(tokens_R)
     if backend == "auto":
         backend = _backend_for(score_N, capacity, dist.get_world_size(group))
     if backend == "gather":
         capacity = int(tokens_of_ranks(score_N, group).max()) if capacity is None else capacity
-        return _kth_largest(_gather(score_N, capacity, group), keep_fraction)
+        return _kth_largest(_gather(score_N, capacity, group), keep_fraction, score_N)
     return Threshold(*kth_largest_score(score_N, keep_fraction, group))
 
 
@@ -108,13 +112,14 @@ def _backend_for(score_N: Tensor, capacity: int | None, ranks: int) -> str:
     return "gather" if capacity is not None and capacity * ranks <= limit else "radix"
 
 
-def _kth_largest(score_N: Tensor, keep_fraction: float) -> Threshold:
-    """The threshold of a population whose scores all lie on this rank.
+def _kth_largest(score_N: Tensor, keep_fraction: float, own_N: Tensor | None = None) -> Threshold:
+    """The threshold of a population whose scores all lie on this rank. own_N: those of its own
+    tokens; None = all.
 
     numpy's vectorised quickselect needs a tenth of torch.kthvalue's time, on CPU only.
     """
     if score_N.device.type != "cpu":
-        return kth_largest_by_sort(score_N, keep_fraction)
+        return kth_largest_by_sort(score_N, keep_fraction, own_N)
     values_N = score_N.numpy()
     eligible = int(np.count_nonzero(values_N > -math.inf))
     if eligible == 0:
@@ -123,10 +128,13 @@ def _kth_largest(score_N: Tensor, keep_fraction: float) -> Threshold:
     score = quickselect(values_N, values_N.size - kept)
     above = int(np.count_nonzero(values_N > score))
     ties = int(np.count_nonzero(values_N == score))
-    return Threshold(score, kept, eligible, ties, kept - above)
+    here = above + ties if own_N is None else int(np.count_nonzero(own_N.numpy() >= score))
+    return Threshold(score, kept, eligible, ties, kept - above, here)
 
 
-def kth_largest_by_sort(score_N: Tensor, keep_fraction: float) -> Threshold:
+def kth_largest_by_sort(
+    score_N: Tensor, keep_fraction: float, own_N: Tensor | None = None
+) -> Threshold:
     """The same with one synchronisation and few kernels: for accelerators, which sort a million
     scores in less than 0.1 ms.
     """
@@ -136,7 +144,8 @@ def kth_largest_by_sort(score_N: Tensor, keep_fraction: float) -> Threshold:
     kept = kept_on_device(keep_fraction, eligible)
     score = score_N.sort(descending=True).values.take((kept - 1).clamp(min=0))
     ties_kept = kept - (score_N > score).sum()
-    counts = torch.stack([kept, eligible, (score_N == score).sum(), ties_kept])
+    here = ((score_N if own_N is None else own_N) >= score).sum()
+    counts = torch.stack([kept, eligible, (score_N == score).sum(), ties_kept, here])
     value, *numbers = torch.cat([score.double().view(1), counts.double()]).tolist()
     threshold = Threshold(value, *map(int, numbers))
     return threshold if threshold.eligible else NOTHING_ELIGIBLE

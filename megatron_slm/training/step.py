@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megatron_slm.data.batch import Batch
@@ -61,16 +60,16 @@ def train_step(
 
     batches = with_reference_losses(trainer, batches)
     choices = select_before_backward(trainer, batches, progress)
-    head_weights = None
+    head_choices = None
     if choices is not None and trainer.selector.head_on_selected_rows:
-        head_weights = choices.weights
+        head_choices = choices.for_head
     reports = forward_backward(
         trainer.models,
         batches,
         selected_loss(trainer.selector, choices, progress),
         trainer.groups,
         divisor_ahead=divisor_ahead(trainer, batches, choices, progress),
-        head_weights=head_weights,
+        head_choices=head_choices,
     )
 
     updated, grad_norm = update_weights(trainer.optimizer, learning_rate)
@@ -95,8 +94,7 @@ def selected_loss(
             selection = choices.selections[index]
         loss_sum = output.loss_sum
         if loss_sum is None:
-            # where, not only times: a NaN outside the selection times 0 would still be NaN.
-            loss_BS = torch.where(selection.mask, output.loss_BS, 0.0)
+            loss_BS = output.loss_of(selection.mask, selection.tokens_here)
             loss_sum = loss_BS.mul(selection.weights).sum()
         elif choices is not None and choices.outputs[index]:
             # The head has computed selected rows only: metrics take the losses of the first pass.

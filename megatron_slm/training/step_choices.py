@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.data.batch import Batch
+from megatron_slm.model.decoder import HeadChoice
 from megatron_slm.model.forward_backward import forward_losses
 from megatron_slm.selection import Selection, TrainingProgress
 from megatron_slm.training.trainer import Trainer
@@ -30,9 +31,12 @@ class StepChoices:
     """
 
     @property
-    def weights(self) -> list[Tensor]:
-        """Per micro-batch, fp32 weight_BS: what each token's loss is multiplied by."""
-        return [selection.weights for selection in self.selections]
+    def for_head(self) -> list[HeadChoice]:
+        """The same, one per micro-batch, for a head that computes the chosen tokens only."""
+        return [
+            HeadChoice(selection.weights, selection.mask, selection.tokens_here)
+            for selection in self.selections
+        ]
 
 
 def with_reference_losses(trainer: Trainer, batches: Sequence[Batch]) -> list[Batch]:

@@ -114,7 +114,7 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
     from megatron.core.utils import get_model_config, unwrap_model
 
     from megatron_slm.model.build import build_model
-    from megatron_slm.model.decoder import head_output
+    from megatron_slm.model.decoder import HeadChoice, head_output
 
     generator = torch.Generator().manual_seed(1)
     found = {}
@@ -129,7 +129,7 @@ def gradients_by_head(groups, config: Config) -> dict[str, dict]:
             torch.arange(16).expand(2, 16),
             None,
             labels=labels_BS,
-            head_weights=weight_BS if rows == "selected" else None,
+            head_choice=HeadChoice(weight_BS) if rows == "selected" else None,
         )
         head = head_output(output)
         loss_sum = (head.loss_BS * weight_BS).sum() if head.loss_sum is None else head.loss_sum

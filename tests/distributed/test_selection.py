@@ -93,6 +93,9 @@ def _check_random_populations(rank, groups):
             assert torch.equal(chosen.mask, mask[mine]), (
                 f"case {case}, {backend}: wrong mask on rank {rank}"
             )
+            ties_kept = int((mask & (score == threshold)).sum())
+            tokens_here = int(mask[mine].sum()) if ties_kept == chosen.ties else None
+            assert chosen.tokens_here == tokens_here, f"case {case}, {backend}"
         ties_met += chosen.ties > 1
         partial_ties += chosen.ties > 1 and int((mask & (score == threshold)).sum()) < chosen.ties
     assert ties_met > 20
@@ -209,6 +212,8 @@ def _assert_piece(selection, expected, rows, places, where):
     assert torch.equal(selection.mask, expected[rows][:, places]), (
         f"{where}: the choice differs from one process"
     )
+    if selection.tokens_here is not None:
+        assert selection.tokens_here == int(selection.mask.sum()), f"{where}: wrong count"
 
 
 def _check_scopes_under_layouts(rank, groups):

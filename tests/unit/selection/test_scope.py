@@ -39,6 +39,7 @@ def test_scope_sequence_is_the_brute_force_choice_of_every_row(batch, keep_fract
         kept, competing = kept + row_kept, competing + row_eligible
         thresholds += [threshold] if row_kept else []
     assert (chosen.kept, chosen.eligible) == (kept, competing)
+    assert chosen.tokens_here == kept
     assert (
         math.isclose(
             chosen.threshold, sum(thresholds) / len(thresholds), rel_tol=1e-6, abs_tol=1e-6
@@ -106,6 +107,7 @@ def test_running_threshold_averages_the_exact_thresholds():
     assert running.threshold == 5.0
     second = running.choose(score + 2, everyone, 0.5)
     assert second.mask.sum() == 7 == second.kept
+    assert second.tokens_here == 7
     assert second.threshold == 5.0
     measured = running.finish_step(0.5)
     assert running.threshold == 0.5 * 5.0 + 0.5 * 7.0

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -47,6 +48,7 @@ def test_point_05_exact_k_is_the_brute_force_choice(population, keep_fraction, g
     assert type(chosen.kept) is int
     assert type(chosen.eligible) is int
     assert chosen.ties == int((rankable(score, eligible) == threshold).sum())
+    assert chosen.tokens_here == int(mask.sum())
 
 
 @settings(max_examples=200, deadline=None)
@@ -55,7 +57,8 @@ def test_radix_select_gives_the_threshold_of_quickselect(population, keep_fracti
     score, eligible, _ = population
     ranked = rankable(score, eligible)
     here = find_threshold(ranked, keep_fraction, None)
-    facts = (here.score, here.kept, here.eligible, here.ties, here.ties_kept)
+    facts = dataclasses.astuple(here)
+    assert here.here == int((ranked >= here.score).sum())
     assert kth_largest_score(ranked, keep_fraction, None, compact=True) == facts
     assert (
         kth_largest_score(ranked, keep_fraction, None, compact=False) == facts
@@ -197,3 +200,11 @@ def test_split_gives_each_micro_batch_its_piece():
     assert [tuple(piece.mask.shape) for piece in pieces] == [(1, 3), (3, 3)]
     assert torch.equal(torch.cat([piece.mask for piece in pieces]), chosen.mask)
     assert pieces[0].kept == chosen.kept
+    assert [piece.tokens_here for piece in pieces] == [0, 6]
+    assert pieces[1].split([2, 1])[0].tokens_here == 3
+
+
+def test_a_mask_put_in_the_place_of_the_counted_one_is_not_counted():
+    chosen = select_top(torch.arange(12.0), torch.ones(12), 0.5)
+    assert dataclasses.replace(chosen, threshold=0.0).tokens_here == 6
+    assert dataclasses.replace(chosen, mask=~chosen.mask).tokens_here is None

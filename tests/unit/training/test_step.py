@@ -101,7 +101,7 @@ def test_choices_of_a_whole_step_are_empty_off_the_last_stage_which_runs_the_for
     batches = [batch_of(0), batch_of(1)]
     choices = select_before_backward(trainer_of(FIRST, scope="global_batch"), batches, START)
     assert choices == StepChoices()
-    assert choices.weights == []
+    assert choices.for_head == []
     assert passes == [["models"]]
 
 
@@ -113,7 +113,9 @@ def test_a_whole_step_is_one_choice_cut_into_its_micro_batches(passes):
     )
     expected = excess >= excess.flatten().sort(descending=True).values[B * S - 1]
     assert torch.equal(torch.cat([part.mask for part in choices.selections]), expected)
-    assert [part.shape for part in choices.weights] == [(B, S), (B, S)]
+    assert [part.weight_BS.shape for part in choices.for_head] == [(B, S), (B, S)]
+    tokens = [int(part.sum()) for part in expected.split(B)]
+    assert [part.tokens for part in choices.for_head] == tokens
 
 
 def test_the_loss_of_selected_tokens_is_summed_and_counted():
