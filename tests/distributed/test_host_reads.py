@@ -29,6 +29,12 @@ EXPECTED = {
     # The second time, the mean of what it has brought to the host.
     "sequence": {"selection/sequence_top.py read": 2 * MICRO_BATCHES, NORM: 1},
     "clm": {MASK: MICRO_BATCHES, NORM: 1},
+    # The exact threshold of the step at its end.
+    "running threshold": {
+        "selection/running_threshold.py _above": MICRO_BATCHES,
+        CHOICE: 1,
+        NORM: 1,
+    },
     # One choice for the whole step, and once the tokens of each of its micro-batches. The head then
     # computes the selected rows only, or all of them.
     "global_batch": {CHOICE: 1, PIECES: 1, NORM: 1},
@@ -40,6 +46,7 @@ EXPECTED = {
     "mixed with plain training": {CHOICE: MICRO_BATCHES, MASK: MICRO_BATCHES, NORM: 1},
 }
 SELECTION = {
+    "running threshold": dict(scope="running_threshold"),
     "global_batch, all rows": dict(scope="global_batch", head_rows="all"),
     "static scores, selected rows": dict(scorer="random", head_rows="selected"),
     "stored weights, selected rows": dict(
