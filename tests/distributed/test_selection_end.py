@@ -150,13 +150,13 @@ def folder(tmp_path_factory):
 
 
 def records(run: Path) -> list[dict]:
-    """The log lines, without what depends on time."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if "throughput/" not in name}
-        for line in lines
-        if line["kind"] == "train"
-    ]
+    """The log lines of a run, without what depends on time."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [without_times(line) for line in lines if line["kind"] == "train"]
+
+
+def without_times(line: dict) -> dict:
+    return {name: value for name, value in line.items() if "throughput/" not in name}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
