@@ -1,6 +1,7 @@
 """Run or continue an experiment, and keep its numbers.
 
     python -m benchmarks.claims.run main --scale cpu --folder runs/claims --jobs 2
+    python -m benchmarks.claims.run main --folder runs/claims --figures runs/claims/figures
     python -m benchmarks.claims.run noise --scale smoke --folder /tmp/smoke
     python -m benchmarks.claims.run main --scale cluster --texts /data/math --folder /scratch/c
     python -m benchmarks.claims.run main --scale gpu --folder runs/gpu --prepare      corpora only
@@ -21,6 +22,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from benchmarks.claims.analysis import Results
 from benchmarks.claims.collect import collect, write_rows
 from benchmarks.claims.experiment import (
     Experiment,
@@ -31,6 +33,7 @@ from benchmarks.claims.experiment import (
     read_scale,
 )
 from benchmarks.claims.graph import Graph, in_order
+from benchmarks.claims.page import draw
 from benchmarks.claims.runner import (
     CommandLauncher,
     ForkLauncher,
@@ -64,6 +67,8 @@ def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:
     write_rows(path, rows)
     finished = sum(row["kind"] == "arm" for row in rows)
     print(f"{path}: {finished} finished runs of arms")
+    if options.figures and finished:
+        draw(Results(rows), options.figures)
     return 0
 
 
@@ -148,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--texts", type=Path, help="folder with text of your own")
     parser.add_argument("--output", type=Path, help="folder of NAME.jsonl.gz (default: --folder)")
+    parser.add_argument("--figures", type=Path, help="draw the figures into this folder at the end")
     parser.add_argument(
         "--prepare",
         action="store_true",

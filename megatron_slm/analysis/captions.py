@@ -148,7 +148,8 @@ def training(runs: Sequence[Run]) -> str:
 def _reference_gap(run: Run) -> tuple[list[str], str | None]:
     """Where the model stands beside the reference on all tokens.
 
-    The second is the warning for a run that ranks tokens and has overtaken its reference.
+    The second is the warning for a run that ranks tokens to its end and has overtaken its
+    reference.
     """
     x, all_ = run.series("loss/all")
     x_reference, reference = run.series("loss/reference")
@@ -159,11 +160,14 @@ def _reference_gap(run: Run) -> tuple[list[str], str | None]:
     reference_start, reference_end = _end_means(reference[second])
     start, end = all_start - reference_start, all_end - reference_end
     when = "at the end" if run.state.is_finished else "at its last logged steps"
+    if shared[-1] < x[-1]:  # an online reference is let go when the selection ends
+        when = "when its loss was last computed"
     side = "ahead of" if end > 0 else "behind"
     gap = f"on all tokens the reference is {abs(end):.2f} nats {side} the model {when}"
     at_start = f"{abs(start):.2f} {'ahead' if start > 0 else 'behind'} at the start"
-    overtaken = reference_overtaken(all_end, reference_end) if run.ranks_in_nats else None
-    return [f"{gap}, {at_start}"], overtaken
+    if run.selection_ended or not run.ranks_in_nats:
+        return [f"{gap}, {at_start}"], None
+    return [f"{gap}, {at_start}"], reference_overtaken(all_end, reference_end)
 
 
 def threshold(runs: Sequence[Run]) -> str:

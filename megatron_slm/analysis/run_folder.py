@@ -52,6 +52,13 @@ class Run:
         """Whether the run chooses by a score in nats; random scores have no such threshold."""
         return ranks_tokens(self.scorer, self.setting("selection.keep_fraction", 0.6))
 
+    @property
+    def selection_ended(self) -> bool:
+        """Whether selection.end_when_overtaken has ended the selection before the run's end."""
+        kept = self.series("selection/kept_fraction")[1]
+        may_end = self.setting("selection.end_when_overtaken", False)
+        return bool(may_end and len(kept) and kept[-1] == 1.0)
+
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of config.yaml by its dotted name."""
         value: Any = self.config

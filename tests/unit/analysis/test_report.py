@@ -208,6 +208,26 @@ def test_words_follow_the_numbers(tmp_path):
     assert "20% of class 1" in captions.by_reference_loss(runs)
 
 
+def test_a_run_whose_selection_ended_is_not_told_to_end_it(tmp_path):
+    settings = {"selection": {"end_when_overtaken": True}}
+    folder = write_run(
+        tmp_path / "ended",
+        scorer="excess_loss",
+        losses=[4.0, 3.6, 3.4, 3.2],
+        ahead=(0.5, -0.25),
+        settings=settings,
+    )
+    assert "overtaken" in captions.training([read_run(folder)])
+    path = folder / "metrics.jsonl"
+    *before, last = path.read_text().splitlines()
+    record = json.loads(last) | {"selection/kept_fraction": 1.0}
+    record.pop("loss/reference")  # an online one, which is let go
+    path.write_text("\n".join([*before, json.dumps(record)]) + "\n")
+    text = captions.training([read_run(folder)])
+    assert "nats ahead of the model when its loss was last computed" in text
+    assert "overtaken" not in text
+
+
 def test_a_random_choice_is_not_told_to_change_its_reference(tmp_path):
     folder = write_run(tmp_path / "random", scorer="random", losses=[4.0, 3.5], ahead=(0.5, -0.25))
     text = captions.training([read_run(folder)])
