@@ -138,8 +138,9 @@ def reference_overtaken(all_nats: float, reference_nats: float) -> str | None:
         return None
     return (
         f"The model has overtaken the reference: {all_nats:.3f} against {reference_nats:.3f} nats "
-        "on all tokens. Excess loss no longer tells which tokens are worth learning: train a "
-        "better reference, or go on with plain training."
+        "on all tokens. From here the excess loss says less about which tokens are worth learning: "
+        "train a better reference. Plain training from here gave most of the lead away where it "
+        "was tried (docs/evidence.md, When the lead ends)."
     )
 
 
