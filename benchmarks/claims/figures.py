@@ -1,5 +1,6 @@
 """Pictures of stored results, in the look of the reports."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from megatron_slm.analysis.style import (
     new_figure,
 )
 
-SHOWN = ("plain", "slm", "random", "mix", "curated_only", "own_loss", "reversed")
+SHOWN = ("plain", "slm", "random", "mix", "slm_mix", "curated_only", "own_loss", "reversed")
 """Arms of the figure of curves; the figure of differences has all."""
 
 
@@ -91,21 +92,26 @@ def _band(axes: Axes, x: np.ndarray, values: np.ndarray, index: int) -> None:
         axes.fill_between(x, mean - half, mean + half, color=colour(index), alpha=0.15, lw=0)
 
 
-def differences(results: Results) -> Figure:
-    """The paired difference of each arm's final loss from the arm it is compared with."""
+def differences(results: Results, arms: Collection[str] = ()) -> Figure:
+    """The paired difference of each arm's final loss from the arm it is compared with.
+
+    arms: their names; empty = all of them.
+    """
     with house_style():
-        pairs = results.pairs
-        rows = max(len(_compared(results, pair)) for pair in pairs)
-        figure, panels = new_figure(len(pairs), height=0.9 + 0.3 * rows)
-        for axes, pair in zip(panels, pairs, strict=True):
+        found = {}
+        for pair in results.pairs:
             compared = _compared(results, pair)
+            found[pair] = [each for each in compared if not arms or each.arm.name in arms]
+        rows = max(map(len, found.values()))
+        figure, panels = new_figure(len(found), height=0.9 + 0.3 * rows)
+        for axes, (pair, compared) in zip(panels, found.items(), strict=True):
             for place, comparison in enumerate(compared):
                 _interval(axes, len(compared) - place, comparison)
             axes.axvline(0, color=MUTED, linewidth=0.8)
             axes.set_yticks(range(len(compared), 0, -1), [each.arm.label for each in compared])
             axes.set_ylim(0.4, len(compared) + 0.6)
             axes.set_title(pair)
-            axes.set_xlabel("loss less that of the arm compared with (nats per token)")
+            axes.set_xlabel("difference of the loss (nats per token)")
         return figure
 
 

@@ -30,7 +30,7 @@ from megatron_slm.files.atomic import write_text_atomically
 ROOT = FOLDER.parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
-CAPTION_ARMS = ("slm", "random", "mix", "curated_only")
+HEADLINE_ARMS = ("slm", "random", "mix", "slm_mix", "curated_only")
 FOUND = (
     "Differences of the loss on held-out target text, in nats per token, with their 95 % "
     "intervals, after as many processed tokens as the arm compared with."
@@ -74,6 +74,9 @@ def draw(results: Results, folder: Path) -> None:
     """Write the figures of one experiment."""
     name = results.header["name"]
     figures.save(figures.differences(results), folder / f"claims_{name}.svg")
+    if name == "main":
+        headline = figures.differences(results, HEADLINE_ARMS)
+        figures.save(headline, folder / "claims_headline.svg")
     for pair in results.pairs:
         if name == "main":
             figures.save(figures.curves(results, pair), folder / f"claims_main_{pair}.svg")
@@ -124,14 +127,14 @@ def texts(found: list[Results]) -> str:
 
 
 def caption(results: Results) -> str:
-    """What README.md says under the figure of the main experiment; a test compares the two."""
+    """What README.md says under claims_headline.svg; a test compares the two."""
     seeds = set()
     found = []
     for pair in results.pairs:
         arms = {
             each.arm.name: each for each in compared(results, pair) if each.baseline.name == "plain"
         }
-        wanted = [arms[name] for name in CAPTION_ARMS if name in arms]
+        wanted = [arms[name] for name in HEADLINE_ARMS if name in arms]
         seeds |= {each.difference.count for each in wanted}
         values = [f"{each.arm.label} {interval(each.difference, signed=True)}" for each in wanted]
         found.append(f"{pair.capitalize()}: {'; '.join(values)}.")
