@@ -38,6 +38,7 @@ import torch
 
 from benchmarks.head_peers import Problem, Side, contenders
 from benchmarks.measure import (
+    GATE_SLACK,
     Unavailable,
     device_name,
     peak_extra_bytes,
@@ -45,7 +46,6 @@ from benchmarks.measure import (
     seconds_per_call,
 )
 
-GATE_SLACK = 1.03
 GPU_ROUNDS = 20
 """Of G1 to G5: a round of both sides takes 20 to 100 ms, so that all cases take a minute."""
 

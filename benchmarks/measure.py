@@ -12,6 +12,8 @@ import torch
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
+GATE_SLACK = 1.03
+"""A gate is missed where a ratio is beyond it by this factor."""
 
 WARM_UP_CALLS = {"cpu": 1, "wall": 1, "cuda": 4}
 """On CUDA the first call compiles kernels and the second still fills the allocator's cache; from

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.head_peers import megatron_cross_entropy
-from benchmarks.measure import device_name
+from benchmarks.measure import GATE_SLACK, device_name
 from benchmarks.model_pair import Pair, Shape, checkpoint_pair, operands_of_head, trained_pair
 from megatron_slm.config.schema import ParallelConfig
 from megatron_slm.device import choose_device
@@ -44,7 +44,6 @@ from megatron_slm.parallel import join_job, leave_job
 from megatron_slm.selection import excess_loss, select_top
 from megatron_slm.selection.select import kept_tokens
 
-GATE_SLACK = 1.03
 SHAPES = {
     "cuda": Shape(
         layers=6,

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import (
+    GATE_SLACK,
     Unavailable,
     device_name,
     peak_extra_bytes,
@@ -44,7 +45,6 @@ from megatron_slm.device import choose_device
 from megatron_slm.monitoring import model_flops_per_token, peak_flops_per_second
 from megatron_slm.parallel import join_job, leave_job
 
-GATE_SLACK = 1.03
 SMALL = Shape(
     layers=8,
     hidden=512,

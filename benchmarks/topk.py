@@ -29,12 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measure import device_name, seconds_per_call
+from benchmarks.measure import GATE_SLACK, device_name, seconds_per_call
 from megatron_slm.selection.radix import kth_largest_score
-from megatron_slm.selection.select import rankable
+from megatron_slm.selection.rankable import rankable
 from megatron_slm.selection.threshold import find_threshold, kept_tokens
 
-GATE_SLACK = 1.03
 SCORES = {"cuda": 4_194_304, "cpu": 262_144}
 """How many by default, by device."""
 
