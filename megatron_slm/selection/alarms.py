@@ -152,6 +152,14 @@ def selection_ended(step: int) -> str:
     )
 
 
+def selection_had_ended(tokens: int) -> str:
+    """What the same run says when it is resumed; `tokens` were processed when it ended."""
+    return (
+        f"The selection ended after {tokens:,} tokens (selection.end_when_overtaken): every token "
+        "is trained on."
+    )
+
+
 def _reference_overtaken(summary: Mapping) -> str | None:
     all_nats = summary.get("loss/all")
     reference_nats = summary.get("loss/reference")

@@ -14,6 +14,7 @@ from megatron_slm.checkpoint.store import trainer_state
 from megatron_slm.data.blend import samples_by_corpus
 from megatron_slm.data.manifest import tokenizer_of
 from megatron_slm.model.optimizer import load_loss_scaler_state, loss_scaler_state
+from megatron_slm.selection.alarms import selection_had_ended
 from megatron_slm.training import resume, setup
 from megatron_slm.training.run_parts import RunParts
 
@@ -92,9 +93,7 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
     load_loss_scaler_state(run.trainer.optimizer, state.get("loss_scaler", {}))
     run.skipped_steps = state.get("skipped_steps", 0)
     run.trainer.selector.load_state_dict(state["selection"])
-    ended_at_tokens = state["selection"].get("ended_at_tokens")
-    if ended_at_tokens is not None and run.config.selection.end_when_overtaken:
-        run.trainer.end_selection(ended_at_tokens)
+    messages = _selection_that_ended(run, state["selection"].get("ended_at_tokens"))
     if run.groups.is_last_stage:
         run.tokens_selected = state["tokens_selected"]
         if before.changes(wanted):  # corpora have other ids, the probe other sequences
@@ -104,4 +103,12 @@ def restore(run: RunParts, state: dict) -> list[tuple[str, str]]:
         run.metrics.load_state_dict(state["metrics"])
         run.loss_spikes.load_state_dict(state.get("loss_spikes", {}))
     run.wandb_id = state["wandb_id"]
-    return resume.notes(saved, run.config, wanted, run.fingerprints)
+    return messages + resume.notes(saved, run.config, wanted, run.fingerprints)
+
+
+def _selection_that_ended(run: RunParts, tokens: int | None) -> list[tuple[str, str]]:
+    """End the selection as before, and say so; tokens: when it ended, None = it had not."""
+    if tokens is None or not run.config.selection.end_when_overtaken:
+        return []
+    run.trainer.end_selection(tokens)
+    return [(selection_had_ended(tokens), "warning")]

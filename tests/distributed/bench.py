@@ -6,8 +6,10 @@ micro-batch, S tokens.
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,16 @@ class SyntheticSamples:
             sample["position_ids"] = sample["position_ids"] - sample["document_start"]
             sample["loss_mask"][begins[1:] - 1] = 0.0
         return sample
+
+
+def cut_back(whole: Path, run: Path, step: int) -> None:
+    """Make `run` the run folder of `whole` as a kill after `step` would have left it, but for files
+    beside its checkpoints.
+    """
+    shutil.copytree(whole, run)
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
 
 
 def whole_batch(samples, indices: Iterable[int]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from megatron_slm.config.schema import Config, CorpusConfig
 from megatron_slm.files.inert_pickle import UnsafeFile
 from megatron_slm.testing.corpora import random_documents, write_corpus
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.distributed.bench import cut_back
 from tests.end_to_end.planted import plant
 
 STEPS = 8
@@ -111,14 +112,11 @@ def start(groups, config: Config, prefixes: list[str]):
     return run
 
 
-def cut_back(folder: Path, whole: str, run: str) -> None:
+def cut_to_stop(folder: Path, whole: str, run: str) -> None:
     """Make `run` the run folder of `whole` as a kill after step STOP would have left it: nothing
     newer, and no file beside its checkpoint to lean on.
     """
-    shutil.copytree(folder / whole, folder / run)
-    for path in (folder / run / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > STOP:
-            shutil.rmtree(path)
+    cut_back(folder / whole, folder / run, STOP)
     (folder / run / "wandb_run_id").unlink()
 
 
@@ -133,7 +131,7 @@ def interrupt_and_compare(groups, layout: str, folder: Path) -> None:
         run = f"{case_name}, resumed by {groups.dp_size}"
         dist.barrier()  # the last rank writes the token view, maybe after rank 0 is done
         if groups.world_rank == 0:
-            cut_back(folder, f"{case_name}, whole", run)
+            cut_to_stop(folder, f"{case_name}, whole", run)
         dist.barrier()
         assert train(groups, folder, run, case) == 0
     if groups.dp_size == 2:
@@ -230,7 +228,7 @@ def refuse_code_in_random_states(groups, folder: Path, case: dict) -> None:
 
     run = folder / "planted"
     if groups.world_rank == 0:
-        cut_back(folder, f"{ANOTHER_LAYOUT}, whole", run.name)
+        cut_to_stop(folder, f"{ANOTHER_LAYOUT}, whole", run.name)
         plant(run / "checkpoints" / f"step_{STOP:08d}", "random", folder / "its code ran")
     dist.barrier()
     with pytest.raises(UnsafeFile, match=r"^\S+.*\.distcp: refused, because it names posix.mkdir"):

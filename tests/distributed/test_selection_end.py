@@ -1,11 +1,13 @@
-"""selection.end_when_overtaken: from the log line in which the model has overtaken its reference,
-the run is a run that trains on every token, in every layout and after a resume.
+"""selection.end_when_overtaken: from the log line in which the model has overtaken its reference, a
+run trains on every token, in one process, over data-parallel ranks and over pipeline stages, and
+after a resume.
 """
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,6 +15,10 @@ import pytest
 from megatron_slm.config.schema import Config
 from megatron_slm.testing.corpora import random_documents, write_corpus, write_scores
 from megatron_slm.testing.spawn import run_layouts_on_cpu
+from tests.distributed.bench import cut_back
+
+if TYPE_CHECKING:
+    from megatron_slm.training.trainer import Trainer
 
 STEPS = 6
 LOG_INTERVAL = 2
@@ -32,11 +38,6 @@ RUNNING = "running_threshold"
 RESUMED_IN = "dp2"
 ONLINE_IN = "pp2"
 ONLINE = "online reference"
-
-
-class Tokenizer:
-    def piece(self, token: int) -> str:
-        return str(token)
 
 
 def make_config(groups, folder: Path, run: str, scope: str = "data_parallel") -> Config:
@@ -70,8 +71,8 @@ def make_config(groups, folder: Path, run: str, scope: str = "data_parallel") ->
     return config
 
 
-def train(groups, folder: Path, config: Config):
-    """A whole start of a run: its folder's records, and whether a reference model is held."""
+def train(groups, folder: Path, config: Config) -> "Trainer":
+    """A whole start of a run, new, or resumed from what its folder holds; its trainer."""
     from megatron_slm.data.scored_dataset import open_corpora
     from megatron_slm.parallel import seed_everything
     from megatron_slm.training.loop import TrainingRun
@@ -79,7 +80,9 @@ def train(groups, folder: Path, config: Config):
 
     corpora = open_corpora([str(folder / "corpus")], config.selection.reference.scores)
     seed_everything(config.run.seed, groups)
-    run = TrainingRun(config, groups, RunInputs(Tokenizer(), corpora, {}, VOCABULARY))
+    run = TrainingRun(
+        config, groups, RunInputs(SimpleNamespace(piece=str), corpora, {}, VOCABULARY)
+    )
     run.start()
     assert run.run() == 0
     return run.trainer
@@ -111,7 +114,7 @@ def run_all(groups, layout: str, shared: Path) -> None:
         config.selection.end_when_overtaken = True
         dist.barrier()
         if groups.world_rank == 0:
-            cut_back(folder / f"{RUNNING}, ended", folder / f"{RUNNING}, resumed")
+            cut_back(folder / f"{RUNNING}, ended", folder / f"{RUNNING}, resumed", STOP)
         dist.barrier()
         train(groups, folder, config)
     if layout == ONLINE_IN:
@@ -139,14 +142,6 @@ def select_with_an_online_reference(groups, folder: Path) -> None:
     trainer = train(groups, folder, config)
     assert trainer.selector.ended_at_tokens is not None
     assert trainer.reference is None, "it costs memory and a forward pass"
-
-
-def cut_back(whole: Path, run: Path) -> None:
-    """The run folder of `whole` as a kill after step STOP would have left it."""
-    shutil.copytree(whole, run)
-    for path in (run / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > STOP:
-            shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +190,8 @@ def test_a_resumed_run_does_not_select_again(folder):
     )
     assert resumed == ended
     assert [line["selection/kept_fraction"] for line in ended[1:]] == [1.0, 1.0]
+    said = (folder / RESUMED_IN / f"{RUNNING}, resumed" / "warnings.jsonl").read_text()
+    assert f"The selection ended after {LOG_INTERVAL * SEQUENCES * LENGTH} tokens" in said
 
 
 @pytest.mark.parametrize(
